@@ -1,0 +1,104 @@
+"""The seam between the training loop and a framework: one optimizer step over a global batch, NumPy in and out.
+
+A backend knows no files, schedules, logs or commands; the loop knows no devices, no tensors on them and no
+parallelism. `tandem.backends.torch` and `tandem.backends.mindspore` implement `Engine` under the same file and
+function names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tandem.checkpoints.interface import Kind, TensorSource
+from tandem.data.batch import MicroBatch
+from tandem.models.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What a backend must know to build a model and its optimizer.
+
+    Attributes:
+        bf16: compute in bfloat16 with fp32 master weights, where the device computes it natively; elsewhere the
+            engine computes in fp32 and says so in `notices`.
+        recompute_layers: how many of a rank's decoder layers, from the first, keep only their input in the forward
+            pass and are computed again in the backward pass.
+        training: allocate gradients and optimizer state.
+        device: "cpu", "cuda", "npu"; None takes the best one present.
+    """
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    bf16: bool = False
+    recompute_layers: int = 0
+    training: bool = True
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports.
+
+    Attributes:
+        loss: mean over the trained tokens of the whole global batch.
+        grad_norm: global L2 norm of the gradients, before clipping.
+        trained_tokens: labels that counted, over the whole global batch.
+        applied: False when loss or gradients were not finite: weights and optimizer state are as before.
+    """
+
+    loss: float
+    grad_norm: float
+    trained_tokens: int
+    applied: bool
+
+
+class Engine(Protocol):
+    """One rank's share of a model with its optimizer."""
+
+    config: ModelConfig
+    notices: list[str]  # what the user should be told once, such as a fall-back
+    param_dtype: str  # dtype of the "model" kind, a key of tandem.checkpoints.interface.DTYPES
+    optimizer_step: int  # updates applied so far (Adam's t)
+
+    def load_weights(self, source: TensorSource) -> None:
+        """Take every weight; from the source's "master" kind where it has one."""
+        ...
+
+    def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
+        """Take Adam's moments."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[Kind, str, np.ndarray]]:
+        """Everything a checkpoint must hold, as (kind, global name, host array), in the tensor table's order
+        within each kind. An array is valid until the next one is asked for."""
+        ...
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
+        """Forward and backward over all micro-batches, clip, AdamW.
+
+        The loss is the sum over trained tokens of all micro-batches divided by their number, so the split into
+        micro-batches does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv 1711.05101), bias
+        corrected, no decay on 1-D tensors.
+
+        Raises:
+            ValueError: no label of the global batch is trained.
+        """
+        ...
+
+    def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
+        """The loss and gradients that `train_step` would use, before clipping; changes no state."""
+        ...
+
+    def evaluate(self, micro_batch: MicroBatch) -> tuple[float, int]:
+        """Sum of the trained tokens' losses, and their number."""
+        ...
+
+    def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
+        """Logits, fp32 [len(rows), vocabulary], of the given positions of the micro-batch (all when None)."""
+        ...

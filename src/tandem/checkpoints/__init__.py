@@ -1,0 +1,1 @@
+"""Bytes on disk: Hugging Face folders, Megatron `torch` checkpoints, native safetensors. NumPy only."""

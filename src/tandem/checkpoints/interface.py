@@ -1,0 +1,106 @@
+"""Sources yield global tensors, sinks take them; everything that moves weights is `copy(source, sink)`.
+
+Names are the global Megatron-core names of `tandem.models.tensors`. A checkpoint can hold, for each of them,
+several kinds of tensor of the same shape: the weight itself and, for training, what the optimizer keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import ml_dtypes
+import numpy as np
+
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+
+# "model": the weight, in the dtype it computes in. "master": its fp32 original, when that dtype is smaller.
+# "exp_avg", "exp_avg_sq": Adam's first and second moments, fp32.
+Kind = Literal["model", "master", "exp_avg", "exp_avg_sq"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", **{name: name for name in DTYPES}}
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """The key of DTYPES for `dtype`; MindSpore registers a bfloat16 of its own, which counts as the same."""
+    if dtype.name in DTYPES:
+        return dtype.name
+    raise UserError(f"dtype {dtype} is not supported in checkpoints; supported: {', '.join(DTYPES)}")
+
+
+@dataclass
+class Companions:
+    """The small files that travel with weights: Hugging Face's config, and tokenizer and template files.
+
+    `hf_config` is the `config.json` that the model came from (None when it never had one); `files` are the other
+    files, to be copied as they are.
+    """
+
+    hf_config: dict[str, Any] | None = None
+    files: list[Path] = field(default_factory=list)
+
+
+class TensorSource(Protocol):
+    """Somewhere to read global tensors from, one at a time."""
+
+    config: ModelConfig
+    companions: Companions
+    location: str
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """What is held for every tensor; always contains "model"."""
+        ...
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype: ...
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        """The whole global tensor.
+
+        Raises:
+            UserError: it is missing, mis-shaped or damaged; the file and the tensor are named.
+        """
+        ...
+
+
+class TensorSink(Protocol):
+    """Somewhere to write global tensors to, in the tensor table's order."""
+
+    def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None: ...
+
+    def close(self) -> None:
+        """Make what was written visible, whole, under its final name.
+
+        Raises:
+            UserError: not every tensor of the table was written.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Remove what was written; nothing appears under the final name."""
+        ...
+
+
+def check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(expected):
+        raise UserError(f"{where}: tensor {name} has shape {list(found)}; the config implies {list(expected)}")
+
+
+def check_names(where: str, found: set[str], expected: set[str]) -> None:
+    """Raise UserError listing what is missing and what is left over."""
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing or extra:
+        parts = [f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("left over", extra)) if names]
+        raise UserError(f"{where}: the tensors do not match the config. {'; '.join(parts)}")
+
+
+def expected_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
+    return tensor_table(config)[name].shape

@@ -1,0 +1,63 @@
+"""The batch: what the data pipeline hands to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE = -100  # a label that is not trained
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample, without padding.
+
+    Attributes:
+        tokens: int32 [t].
+        labels: int32 [t], already shifted: `labels[i]` is what position `i` must predict, or IGNORE.
+        position_ids: int32 [t].
+        lengths: tokens of each document in the sample, in order; their sum is t. A token attends to the earlier
+            tokens of its own document and to itself.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents laid end to end, without padding (Megatron's `thd` form).
+
+    Attributes:
+        tokens, labels, position_ids: int32 [t], as in `Sample`.
+        cu_seqlens: int32 [documents + 1], from 0 to t: where each document begins, and the end of the last.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    cu_seqlens: np.ndarray
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(np.count_nonzero(self.labels != IGNORE))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int32 [documents]."""
+        return np.diff(self.cu_seqlens)
+
+
+def collate(samples: Sequence[Sample]) -> MicroBatch:
+    """Lay samples end to end; their documents stay apart."""
+    lengths = [length for sample in samples for length in sample.lengths]
+    return MicroBatch(
+        tokens=np.concatenate([sample.tokens for sample in samples]).astype(np.int32, copy=False),
+        labels=np.concatenate([sample.labels for sample in samples]).astype(np.int32, copy=False),
+        position_ids=np.concatenate([sample.position_ids for sample in samples]).astype(np.int32, copy=False),
+        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+    )

@@ -1,0 +1,228 @@
+"""Hyper-parameters of a decoder, from and to Hugging Face's `config.json`.
+
+Field names are Megatron's. What this toolkit cannot compute (sliding windows, biases, exotic rotary scaling)
+is refused here, so that no model is ever trained as something it is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one model family from another, beyond sizes."""
+
+    model_type: str  # Hugging Face's `model_type`
+    architecture: str  # Hugging Face's class name
+    qk_layernorm: bool
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("qwen3", "Qwen3ForCausalLM", qk_layernorm=True),
+        Family("llama", "LlamaForCausalLM", qk_layernorm=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Llama 3.1's stretching of low rotary frequencies, or plain position interpolation.
+
+    `kind` is "llama3" (all fields used) or "linear" (only `factor`).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that fixes a decoder's tensors and its forward pass."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    rotary_scaling: RotaryScaling | None = None
+    untie_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise UserError(f"model_type {self.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        if self.kv_channels % 2:
+            raise UserError(f"kv_channels (head_dim) {self.kv_channels} must be even: rotary embeddings pair channels")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def qk_layernorm(self) -> bool:
+        return self.family.qk_layernorm
+
+    @property
+    def tied(self) -> bool:
+        """The output head is the embedding."""
+        return not self.untie_embeddings_and_output_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        scaling = values.get("rotary_scaling")
+        return cls(**{**values, "rotary_scaling": RotaryScaling(**scaling) if scaling else None})
+
+
+# Megatron's field name -> Hugging Face's key, for everything that is a plain rename.
+HF_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "init_method_std": "initializer_range",
+}
+
+# Keys whose other values change the mathematics in a way that is not implemented.
+ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "attention_dropout": (0, 0.0, None),
+    "quantization_config": (None,),
+    "pretraining_tp": (1, None),
+}
+
+
+def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """Read a Hugging Face config, in the layout of transformers 4 or 5.
+
+    Raises:
+        UserError: a key is missing, or asks for something that is not implemented; `where` is named.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    for key, allowed in ONLY_SUPPORTED.items():
+        if hf.get(key) not in (*allowed, None):
+            raise UserError(f"{where}: {key} = {hf[key]!r} is not supported; supported: {allowed[0]!r}")
+    windowed = [kind for kind in hf.get("layer_types") or () if kind != "full_attention"]
+    if windowed:
+        raise UserError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported")
+    values = {field: _value(hf, key, where) for field, key in HF_KEYS.items()}
+    theta, scaling = _rotary_from_hf(hf, where)
+    return ModelConfig(
+        model_type=model_type,
+        **values,
+        rotary_base=theta,
+        rotary_scaling=scaling,
+        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
+    )
+
+
+def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Write a Hugging Face config.
+
+    `base` is the config the model came from: its other keys (token ids, layout of transformers 4 or 5) are kept.
+    Without it, the older layout is written, which every version reads.
+    """
+    hf = dict(base or {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True})
+    hf["architectures"] = [config.family.architecture]
+    hf["model_type"] = config.model_type
+    for field, key in HF_KEYS.items():
+        hf[key] = getattr(config, field)
+    hf["tie_word_embeddings"] = config.tied
+    hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
+    if "layer_types" in hf:
+        hf["layer_types"] = ["full_attention"] * config.num_layers
+    _rotary_to_hf(config, hf)
+    return hf
+
+
+def load_hf_config(folder: str | Path) -> dict[str, Any]:
+    """The raw `config.json` of a Hugging Face folder."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no config.json: expected a Hugging Face model folder") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def hf_dtype(hf: dict[str, Any]) -> str | None:
+    """The dtype a config declares, under either of its names."""
+    return hf.get("dtype") or hf.get("torch_dtype")
+
+
+def _value(hf: dict[str, Any], key: str, where: str) -> Any:
+    """A config's value, or Hugging Face's own default for the keys that it lets a config omit."""
+    if hf.get(key) is not None:
+        return hf[key]
+    if key == "num_key_value_heads":
+        return _value(hf, "num_attention_heads", where)
+    if key == "head_dim" and hf["model_type"] == "llama":
+        return _value(hf, "hidden_size", where) // _value(hf, "num_attention_heads", where)
+    defaults = {"head_dim": 128, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+    if key not in defaults:
+        raise UserError(f"{where}: {key!r} is missing")
+    return defaults[key]
+
+
+def _rotary_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RotaryScaling | None]:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor is not supported: rotary embeddings cover the whole head")
+    if kind == "default":
+        return float(theta), None
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{where}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    fields = [f.name for f in dataclasses.fields(RotaryScaling) if f.name != "kind" and f.name in rope]
+    return float(theta), RotaryScaling(kind=kind, **{name: rope[name] for name in fields})
+
+
+def _rotary_to_hf(config: ModelConfig, hf: dict[str, Any]) -> None:
+    scaling = config.rotary_scaling
+    rope: dict[str, Any] | None = None
+    if scaling:
+        keep = ("factor",) if scaling.kind == "linear" else tuple(dataclasses.asdict(scaling))
+        rope = {"rope_type": scaling.kind, **{k: v for k, v in dataclasses.asdict(scaling).items() if k in keep}}
+        rope.pop("kind", None)
+    if "rope_parameters" in hf:
+        hf["rope_parameters"] = {"rope_theta": config.rotary_base, **(rope or {"rope_type": "default"})}
+    else:
+        hf["rope_theta"] = config.rotary_base
+        hf["rope_scaling"] = rope

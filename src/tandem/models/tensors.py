@@ -1,0 +1,96 @@
+"""The table of a model's global tensors, under Megatron-core's names, and how each is split over tensor ranks.
+
+Global means: layer numbers count over the whole model, shapes are those of one process. What a rank holds is
+derived from this table by `tandem.parallel.layout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.models.config import ModelConfig
+
+EMBEDDING = "embedding.word_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+OUTPUT = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How tensor parallelism cuts a tensor.
+
+    `dim` None: every rank holds all of it. Otherwise the dimension is made of `blocks` equal parts (2 for gate
+    and up in `linear_fc1`), each part is cut among the ranks, and a rank stacks its cuts.
+    """
+
+    dim: int | None = None
+    blocks: int = 1
+
+    def ranges(self, size: int, world: int, rank: int) -> list[tuple[int, int]]:
+        """Half-open ranges of `dim` that `rank` of `world` holds, in order; the last rank may hold fewer."""
+        if self.dim is None:
+            return [(0, size)]
+        block = size // self.blocks
+        step = -(-block // world)
+        start, stop = min(rank * step, block), min((rank + 1) * step, block)
+        return [(b * block + start, b * block + stop) for b in range(self.blocks)]
+
+
+REPLICATED = Split()
+COLUMN = Split(dim=0)
+ROW = Split(dim=1)
+GATE_UP = Split(dim=0, blocks=2)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One global tensor. `layer` is its decoder layer, or None outside the decoder's stack."""
+
+    name: str
+    shape: tuple[int, ...]
+    split: Split
+    layer: int | None = None
+
+    @property
+    def numel(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def layer_prefix(layer: int) -> str:
+    return f"decoder.layers.{layer}."
+
+
+def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
+    """All global tensors in the order in which they are stored: embedding, layers, final norm, output head."""
+    hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.vocab_size
+    head = config.kv_channels
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    layer_tensors: list[tuple[str, tuple[int, ...], Split]] = [
+        ("input_layernorm.weight", (hidden,), REPLICATED),
+        # per query group: its query heads, then its key, then its value
+        ("self_attention.linear_qkv.weight", ((heads + 2 * groups) * head, hidden), COLUMN),
+        ("self_attention.linear_proj.weight", (hidden, heads * head), ROW),
+        ("pre_mlp_layernorm.weight", (hidden,), REPLICATED),
+        ("mlp.linear_fc1.weight", (2 * ffn, hidden), GATE_UP),
+        ("mlp.linear_fc2.weight", (hidden, ffn), ROW),
+    ]
+    if config.qk_layernorm:
+        layer_tensors[2:2] = [
+            ("self_attention.q_layernorm.weight", (head,), REPLICATED),
+            ("self_attention.k_layernorm.weight", (head,), REPLICATED),
+        ]
+    specs = [TensorSpec(EMBEDDING, (vocab, hidden), COLUMN)]
+    for layer in range(config.num_layers):
+        specs += [TensorSpec(layer_prefix(layer) + name, shape, split, layer) for name, shape, split in layer_tensors]
+    specs.append(TensorSpec(FINAL_NORM, (hidden,), REPLICATED))
+    if not config.tied:
+        specs.append(TensorSpec(OUTPUT, (vocab, hidden), COLUMN))
+    return {spec.name: spec for spec in specs}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Trainable numbers in the whole model; a tied head counts once."""
+    return sum(spec.numel for spec in tensor_table(config).values())

@@ -1,0 +1,176 @@
+"""Which layers and which slices of which tensors each rank holds.
+
+Pure functions of the model and the layout; nothing here knows processes or files. Megatron-core's placement:
+consecutive layers per pipeline stage, or, with virtual stages, chunk `k` of stage `s` holding the `c` layers from
+`(k * p + s) * c`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, Split, TensorSpec, layer_prefix, tensor_table
+
+# Half-open ranges, one per dimension, within a global tensor.
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a layer: its number within the chunk, and the global layer that fills it."""
+
+    local: int
+    layer: int
+
+
+# [pipeline stage][chunk] -> the slots that hold a layer; noop slots are left out but keep their number
+Stages = tuple[tuple[tuple[Slot, ...], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model is spread over ranks. Field names are Megatron's.
+
+    `num_layer_list` gives the layers of each stage when they are uneven; `noop_layers` are numbers, in a stack
+    lengthened by their count, of slots that stay empty.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    num_layer_list: tuple[int, ...] | None = None
+    noop_layers: tuple[int, ...] = ()
+
+    def stages(self, num_layers: int) -> Stages:
+        """Where each of `num_layers` layers goes.
+
+        Raises:
+            UserError: the numbers do not divide, or contradict each other.
+        """
+        total = num_layers + len(self.noop_layers)
+        slots = self._slots(total)
+        empty = set(self.noop_layers)
+        if len(empty) != len(self.noop_layers) or any(not 0 <= slot < total for slot in empty):
+            raise UserError(f"noop_layers {list(self.noop_layers)} must be distinct and within 0..{total - 1}")
+        layer_of = {slot: layer for layer, slot in enumerate(s for s in range(total) if s not in empty)}
+        return tuple(
+            tuple(
+                tuple(Slot(local, layer_of[slot]) for local, slot in enumerate(chunk) if slot in layer_of)
+                for chunk in stage
+            )
+            for stage in slots
+        )
+
+    def _slots(self, total: int) -> list[list[range]]:
+        """[stage][chunk] -> range of slot numbers, before noop slots are emptied."""
+        pp, per_chunk = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
+        if self.num_layer_list is not None:
+            return self._uneven_slots(total, self.num_layer_list)
+        if total % pp:
+            raise UserError(
+                f"{total} layers (noop layers included) do not divide over pipeline_model_parallel_size {pp}; "
+                f"give the layers of each stage with --num-layer-list, or add --noop-layers"
+            )
+        per_stage = total // pp
+        if per_chunk is None:
+            return [[range(stage * per_stage, (stage + 1) * per_stage)] for stage in range(pp)]
+        if per_stage % per_chunk or per_stage <= per_chunk:
+            raise UserError(
+                f"num_layers_per_virtual_pipeline_stage {per_chunk} must divide the {per_stage} layers of a "
+                f"pipeline stage and be smaller"
+            )
+        starts = range(per_stage // per_chunk)
+        return [
+            [range((chunk * pp + stage) * per_chunk, (chunk * pp + stage + 1) * per_chunk) for chunk in starts]
+            for stage in range(pp)
+        ]
+
+    def _uneven_slots(self, total: int, counts: tuple[int, ...]) -> list[list[range]]:
+        if self.num_layers_per_virtual_pipeline_stage is not None or self.noop_layers:
+            raise UserError("num_layer_list excludes virtual pipeline stages and noop layers")
+        if len(counts) != self.pipeline_model_parallel_size or sum(counts) != total or min(counts) < 1:
+            raise UserError(
+                f"num_layer_list {list(counts)} must hold pipeline_model_parallel_size = "
+                f"{self.pipeline_model_parallel_size} positive numbers whose sum is the {total} layers"
+            )
+        starts = [sum(counts[:stage]) for stage in range(len(counts))]
+        return [[range(start, start + count)] for start, count in zip(starts, counts)]
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise UserError when `config` cannot be laid out like this."""
+        tp = self.tensor_model_parallel_size
+        if tp < 1 or self.pipeline_model_parallel_size < 1:
+            raise UserError("tensor_model_parallel_size and pipeline_model_parallel_size must be at least 1")
+        for field in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
+            if getattr(config, field) % tp:
+                raise UserError(
+                    f"{field} {getattr(config, field)} is not a multiple of tensor_model_parallel_size {tp}"
+                )
+        self.stages(config.num_layers)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one global tensor that one rank holds.
+
+    `boxes` are the parts of the global tensor, to be stacked along `split.dim`; `local_name` is the rank's own
+    name for it, with the layer number counted inside the chunk.
+    """
+
+    spec: TensorSpec
+    local_name: str
+    tensor_rank: int
+    pipeline_rank: int
+    chunk: int
+    boxes: tuple[Box, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = [stop - start for start, stop in self.boxes[0]]
+        if self.spec.split.dim is not None:
+            dim = self.spec.split.dim
+            shape[dim] = sum(box[dim][1] - box[dim][0] for box in self.boxes)
+        return tuple(shape)
+
+
+def boxes(spec: TensorSpec, world: int, rank: int) -> tuple[Box, ...]:
+    """The boxes of `spec` that tensor rank `rank` of `world` holds."""
+    split: Split = spec.split
+    full = tuple((0, size) for size in spec.shape)
+    if split.dim is None:
+        return (full,)
+    dim = split.dim
+    return tuple((*full[:dim], cut, *full[dim + 1 :]) for cut in split.ranges(spec.shape[dim], world, rank))
+
+
+def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool) -> list[Shard]:
+    """Every shard of every rank, in the tensor table's order.
+
+    `tied_head_copy`: with tied embeddings and several stages, also give the last stage its copy of the embedding
+    under `output_layer.weight`, as Megatron stores it.
+    """
+    layout.check(config)
+    stages = layout.stages(config.num_layers)
+    home = {
+        slot.layer: (stage, chunk, slot.local)
+        for stage, chunks in enumerate(stages)
+        for chunk, slots in enumerate(chunks)
+        for slot in slots
+    }
+    last = (len(stages) - 1, len(stages[-1]) - 1)
+    result: list[Shard] = []
+    for spec in tensor_table(config).values():
+        if spec.layer is None:
+            homes = [(*(last if spec.name in (FINAL_NORM, OUTPUT) else (0, 0)), spec.name)]
+        else:
+            stage, chunk, local = home[spec.layer]
+            homes = [(stage, chunk, layer_prefix(local) + spec.name.removeprefix(layer_prefix(spec.layer)))]
+        if spec.name == EMBEDDING and config.tied and tied_head_copy and len(stages) > 1:
+            homes.append((*last, OUTPUT))
+        for stage, chunk, local_name in homes:
+            for rank in range(layout.tensor_model_parallel_size):
+                cut = boxes(spec, layout.tensor_model_parallel_size, rank)
+                result.append(Shard(spec, local_name, rank, stage, chunk, cut))
+    return result
