@@ -1,0 +1,46 @@
+"""Random weights as a source: each tensor depends only on the seed and its name, so every layout and both backends
+start from the same bits."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+
+from tandem.checkpoints.interface import DTYPES, Companions, Kind
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+
+
+class RandomSource:
+    """Megatron's initialisation: normal(0, init_method_std); the projections that write to the residual stream
+    (`linear_proj`, `linear_fc2`) divided by sqrt(2 * num_layers); norms at one."""
+
+    def __init__(
+        self, config: ModelConfig, seed: int, dtype: str = "float32", companions: Companions | None = None
+    ) -> None:
+        self.config = config
+        self.companions = companions or Companions()
+        self.location = f"random weights (seed {seed})"
+        self._seed = seed
+        self._dtype = DTYPES[dtype]
+        self._table = tensor_table(config)
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("model",)
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+        return self._dtype
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        spec = self._table[name]
+        if name.endswith("layernorm.weight"):
+            return np.ones(spec.shape, self._dtype)
+        std = self.config.init_method_std
+        if "linear_proj" in name or "linear_fc2" in name:
+            std /= math.sqrt(2 * self.config.num_layers)
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, zlib.crc32(name.encode())]))
+        values = generator.standard_normal(spec.shape, dtype=np.float32)
+        values *= np.float32(std)
+        return values.astype(self._dtype, copy=False)
