@@ -27,7 +27,9 @@ def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettin
         raise UserError(f"--ai-framework {ai_framework!r}: expected one of {names}{nearest(ai_framework, names)}")
     package = FRAMEWORKS[ai_framework]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"--ai-framework {ai_framework}: {package} is not installed; pip install 'tandem-llm[{package}]'")
+        raise UserError(
+            f"--ai-framework {ai_framework}: {package} is not installed; pip install 'tandem-llm[{package}]'"
+        )
     module = importlib.import_module(f"tandem.backends.{package}.engine")
     engine: Engine = module.create(config, settings)
     return engine

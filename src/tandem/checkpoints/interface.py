@@ -98,7 +98,9 @@ def check_names(where: str, found: set[str], expected: set[str]) -> None:
     """Raise UserError listing what is missing and what is left over."""
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing or extra:
-        parts = [f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("left over", extra)) if names]
+        parts = [
+            f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("left over", extra)) if names
+        ]
         raise UserError(f"{where}: the tensors do not match the config. {'; '.join(parts)}")
 
 

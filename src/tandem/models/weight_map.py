@@ -169,7 +169,9 @@ class WeightMap:
     def hf_shapes(self) -> dict[str, Shape]:
         """Every Hugging Face tensor that the config implies, with its shape; no `lm_head` when tied."""
         return {
-            name: shape for entry in self.entries.values() for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
+            name: shape
+            for entry in self.entries.values()
+            for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
         }
 
     def to_mcore(self, name: str, parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,179 @@
+"""Hugging Face folders as a source and as a sink."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape
+from tandem.checkpoints.publish import Publication, check_free_space
+from tandem.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig, from_hf, load_hf_config, to_hf
+from tandem.models.tensors import EMBEDDING, tensor_table
+from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, WeightMap
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+WEIGHT_INDEXES = (INDEX, "pytorch_model.bin.index.json")
+
+
+def companions_of(folder: str | Path) -> Companions:
+    """The config and the tokenizer files of a Hugging Face folder."""
+    folder = Path(folder)
+    files = sorted({path for pattern in COMPANION_PATTERNS for path in folder.glob(pattern) if path.is_file()})
+    skip = {"config.json", *WEIGHT_INDEXES}
+    return Companions(load_hf_config(folder), [path for path in files if path.name not in skip])
+
+
+def write_companions(folder: Path, companions: Companions, config: ModelConfig, dtype: str) -> None:
+    """Write `config.json` and copy the tokenizer files into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hf = to_hf(config, companions.hf_config, dtype)
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    for path in companions.files:
+        shutil.copyfile(path, folder / path.name)
+
+
+class HFSource:
+    """Global tensors out of a Hugging Face folder with `.safetensors` weights, single or sharded.
+
+    The tensors' names and shapes are checked against the config at once. A tied model may carry an `lm_head`; it
+    must then equal the embedding.
+
+    Raises:
+        UserError: no weights, or a tensor is missing, left over, mis-shaped, or of an unsupported dtype.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.location = str(folder)
+        self.companions = companions_of(folder)
+        self.config = from_hf(self.companions.hf_config or {}, where=str(self.folder / "config.json"))
+        self._map = WeightMap(self.config)
+        self._files = self._open_files()
+        self._check()
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("model",)
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+        first = self._map.entries[name].hf[0]
+        return self._files[first].entries[first].dtype
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        parts = [self._files[part].read(part) for part in self._map.entries[name].hf]
+        if name == EMBEDDING and self.config.tied and LM_HEAD in self._files:
+            self._check_tied_head(parts[0])
+        return self._map.to_mcore(name, parts)
+
+    def _open_files(self) -> dict[str, SafetensorsFile]:
+        """Hugging Face name -> the file that holds it."""
+        index = self.folder / INDEX
+        if index.exists():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {name: SafetensorsFile(self.folder / name) for name in sorted(set(weight_map.values()))}
+            for tensor, name in weight_map.items():
+                if tensor not in files[name].entries:
+                    raise UserError(f"{self.folder / name}: {index.name} says it holds {tensor}; it does not")
+            return {tensor: files[name] for tensor, name in weight_map.items()}
+        if (self.folder / SINGLE).exists():
+            file = SafetensorsFile(self.folder / SINGLE)
+            return dict.fromkeys(file.entries, file)
+        raise UserError(f"{self.folder} holds no weights: expected {SINGLE} or {INDEX}")
+
+    def _check(self) -> None:
+        found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
+        expected = self._map.hf_shapes()
+        check_names(self.location, found - ({LM_HEAD} if self.config.tied else set()), set(expected))
+        for name, shape in expected.items():
+            file = self._files[name]
+            check_shape(str(file.path), name, file.entries[name].shape, shape)
+
+    def _check_tied_head(self, embedding: np.ndarray) -> None:
+        head = self._files[LM_HEAD].read(LM_HEAD)
+        if not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
+            raise UserError(
+                f"{self._files[LM_HEAD].path}: config.json says tie_word_embeddings, but {LM_HEAD} differs from "
+                f"{HF_EMBEDDING}: set tie_word_embeddings to false if the head is one of its own"
+            )
+
+
+class HFSink:
+    """A Hugging Face folder that `from_pretrained` loads: safetensors of at most `shard_bytes`, config, tokenizer.
+
+    Tensors must come in the tensor table's order.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ModelConfig,
+        dtype: str,
+        companions: Companions,
+        shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        self.folder = Path(folder)
+        self._config, self._dtype, self._companions = config, dtype, companions
+        self._map = WeightMap(config)
+        self._shards = self._plan(shard_bytes)
+        self._total = sum(math.prod(shape) for shape in self._map.hf_shapes().values()) * DTYPES[dtype].itemsize
+        check_free_space(self.folder, self._total)
+        self._publication = Publication(self.folder)
+        self._open: SafetensorsWriter | None = None
+        self._written = 0
+        self._names = list(tensor_table(config))
+
+    def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
+        assert kind == "model", f"a Hugging Face folder holds no {kind}"
+        assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
+        for hf_name, part in self._map.to_hf(name, tensor).items():
+            self._writer_for(hf_name).write(hf_name, part)
+        self._written += 1
+
+    def close(self) -> None:
+        if self._written != len(self._names):
+            raise UserError(f"{self.folder}: {self._names[self._written]} was never written")
+        assert self._open is not None
+        self._open.close()
+        if len(self._shards) > 1:
+            weight_map = {name: file for file, names in self._shards.items() for name in names}
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self._publication.work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_companions(self._publication.work, self._companions, self._config, self._dtype)
+        self._publication.commit()
+
+    def abort(self) -> None:
+        if self._open is not None:
+            self._open.abort()
+        self._publication.abort()
+
+    def _plan(self, shard_bytes: int) -> dict[str, list[str]]:
+        """File name -> the tensors it will hold."""
+        groups: list[list[str]] = [[]]
+        size = 0
+        for name, shape in self._map.hf_shapes().items():
+            nbytes = math.prod(shape) * DTYPES[self._dtype].itemsize
+            if groups[-1] and size + nbytes > shard_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += nbytes
+        if len(groups) == 1:
+            return {SINGLE: groups[0]}
+        return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+    def _writer_for(self, hf_name: str) -> SafetensorsWriter:
+        file = next(file for file, names in self._shards.items() if hf_name in names)
+        if self._open is None or self._open.path.name != file:
+            if self._open is not None:
+                self._open.close()
+            shapes = self._map.hf_shapes()
+            entries = {name: (DTYPES[self._dtype], shapes[name]) for name in self._shards[file]}
+            self._open = SafetensorsWriter(self._publication.work / file, entries, {"format": "pt"})
+        return self._open
