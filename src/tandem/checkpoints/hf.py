@@ -23,12 +23,15 @@ COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 WEIGHT_INDEXES = (INDEX, "pytorch_model.bin.index.json")
 
 
+def companion_files(folder: str | Path) -> list[Path]:
+    """The small files of a Hugging Face folder beside its config and weights: tokenizer, template, generation."""
+    files = {path for pattern in COMPANION_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
+    return sorted(path for path in files if path.name not in ("config.json", *WEIGHT_INDEXES))
+
+
 def companions_of(folder: str | Path) -> Companions:
-    """The config and the tokenizer files of a Hugging Face folder."""
-    folder = Path(folder)
-    files = sorted({path for pattern in COMPANION_PATTERNS for path in folder.glob(pattern) if path.is_file()})
-    skip = {"config.json", *WEIGHT_INDEXES}
-    return Companions(load_hf_config(folder), [path for path in files if path.name not in skip])
+    """The config and the companion files of a Hugging Face folder."""
+    return Companions(load_hf_config(folder), companion_files(folder))
 
 
 def write_companions(folder: Path, companions: Companions, config: ModelConfig, dtype: str) -> None:

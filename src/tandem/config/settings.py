@@ -1,0 +1,263 @@
+"""The settings of a training run, in groups. Every field is a flag under its Megatron name, and a YAML key.
+
+A field's docstring is its help text. `None` means "not given": the model's values then come from `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tandem.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Model: normally read from config.json; a flag that contradicts it stops the run."""
+
+    num_layers: int | None = None
+    """Decoder layers."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the MLP."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads."""
+    kv_channels: int | None = None
+    """Channels of a head (head_dim)."""
+    norm_epsilon: float | None = None
+    """Epsilon of RMSNorm."""
+    rotary_base: float | None = None
+    """Base of the rotary frequencies (rope_theta)."""
+    max_position_embeddings: int | None = None
+    """Upper bound of --seq-length."""
+    padded_vocab_size: int | None = None
+    """Rows of the embedding, when given: at least the vocabulary of config.json. Padding never reaches the disk."""
+    make_vocab_size_divisible_by: int | None = None
+    """Accepted for scripts that pass it; the vocabulary keeps the size that config.json gives."""
+    untie_embeddings_and_output_weights: bool = False
+    """The output head is a tensor of its own."""
+    init_method_std: float | None = None
+    """Standard deviation of random initial weights."""
+    attention_dropout: float = 0.0
+    """Only 0 is supported."""
+    hidden_dropout: float = 0.0
+    """Only 0 is supported."""
+    hf_cfg_dir: str | None = None
+    """Folder with the config.json of a model that starts from random weights; default: the tokenizer's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """Parallelism: how the model is spread over processes."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each tensor."""
+    pipeline_model_parallel_size: int = 1
+    """Stages of layers."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of a chunk, for interleaved stages."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence; without effect when tensor_model_parallel_size is 1."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks; without effect on one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Data."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefix of the preprocessed files: PREFIX.bin/.idx for pretraining, PREFIX_packed_*_document for instructions."""
+    split: str = "969,30,1"
+    """Proportions of train, validation and test."""
+    seq_length: int = 4096
+    """Tokens of a sample."""
+    tokenizer_type: str = "PretrainedFromHF"
+    """Only PretrainedFromHF."""
+    tokenizer_name_or_path: str | None = None
+    """Folder of the Hugging Face tokenizer."""
+    prompt_type: str | None = None
+    """Chat template of the instruction data; must agree with the data's record."""
+    reset_position_ids: bool = False
+    """Restart positions after each end-of-document token."""
+    reset_attention_mask: bool = False
+    """No attention across end-of-document tokens."""
+    eod_mask_loss: bool = False
+    """Do not train the prediction of end-of-document tokens' successors."""
+    no_shuffle: bool = False
+    """Take instruction data in file order."""
+    no_pad_to_seq_lengths: bool = False
+    """Accepted for scripts that pass it: batches never hold padding."""
+    variable_seq_lengths: bool = False
+    """Accepted for scripts that pass it: batches never hold padding."""
+    is_instruction_dataset: bool = False
+    """Read instruction data (always so in `tandem finetune`)."""
+    stage: Literal["sft"] | None = None
+    """Post-training stage; only sft."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Optimizer and learning-rate schedule."""
+
+    lr: float | None = None
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Floor of the schedule."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
+    """Shape of the decay."""
+    lr_decay_iters: int | None = None
+    """Iterations over which the rate decays; default: --train-iters."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of the decay iterations; excludes --lr-warmup-iters."""
+    lr_warmup_init: float = 0.0
+    """Rate at which warm-up begins."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; not applied to 1-D tensors."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global norm of the gradients; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Training."""
+
+    ai_framework: str = "torch"
+    """Backend: mindspore, or torch (also: pytorch)."""
+    device: str | None = None
+    """cpu, cuda or npu; default: the best one present."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass."""
+    global_batch_size: int | None = None
+    """Samples of one step; default: --micro-batch-size."""
+    train_iters: int | None = None
+    """Steps of the whole run."""
+    exit_interval: int | None = None
+    """Save and leave after an iteration that is a multiple of this."""
+    seed: int = 1234
+    """Seed of random weights and of the order of the data."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights, where the device computes bfloat16."""
+    recompute_granularity: Literal["full"] | None = None
+    """Activation recompute: full keeps only each layer's input."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """uniform recomputes every layer, block the first --recompute-num-layers."""
+    recompute_num_layers: int | None = None
+    """With block: how many layers recompute."""
+    log_interval: int = 100
+    """Steps between log lines."""
+    log_throughput: bool = False
+    """Add TFLOP/s to the log line."""
+    eval_interval: int = 1000
+    """Steps between evaluations on the validation split."""
+    eval_iters: int = 100
+    """Global batches of one evaluation, at most the whole split; 0 turns evaluation off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Checkpoints."""
+
+    load: str | None = None
+    """Folder of the initial weights or of the run to resume: Hugging Face, native, or Megatron torch."""
+    ckpt_step: int | None = None
+    """Iteration to load; default: the newest."""
+    init: Literal["random"] | None = None
+    """Start from random weights; excludes --load."""
+    save: str | None = None
+    """Folder for checkpoints."""
+    save_interval: int | None = None
+    """Steps between saves; the last step is always saved."""
+    finetune: bool = False
+    """Load weights only: start at iteration 0 with a fresh optimizer."""
+    no_load_optim: bool = False
+    """Do not load the optimizer."""
+    no_load_rng: bool = False
+    """Take the seed from the settings, not from the checkpoint."""
+    no_save_optim: bool = False
+    """Do not save the optimizer."""
+    exit_on_missing_checkpoint: bool = False
+    """Accepted for scripts that pass it: a missing checkpoint always ends the run."""
+    ckpt_format: Literal["native", "torch"] = "native"
+    """Layout of saved checkpoints. Training always saves native; torch is written by `tandem convert`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that defines a training run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Groups of plain values, as YAML and JSON hold them."""
+        return {
+            group: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for group, values in dataclasses.asdict(self).items()
+        }
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.training.global_batch_size or self.training.micro_batch_size
+
+    def check(self) -> None:
+        """Raise UserError where settings are missing, out of range, or contradict each other."""
+        training, optimizer, checkpoint = self.training, self.optimizer, self.checkpoint
+        for flag, value in (("--train-iters", training.train_iters), ("--lr", optimizer.lr)):
+            if value is None:
+                raise UserError(f"{flag} is required")
+        if not self.data.data_path:
+            raise UserError("--data-path is required: the prefix that `tandem preprocess` wrote")
+        if (checkpoint.load is None) == (checkpoint.init is None):
+            raise UserError(
+                "give either --load FOLDER with initial weights, or --init random to start from random ones"
+            )
+        if self.global_batch_size % training.micro_batch_size:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {training.micro_batch_size}"
+            )
+        if optimizer.lr is not None and optimizer.min_lr > optimizer.lr:
+            raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}")
+        if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
+            raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other")
+        self._check_not_implemented()
+        self._check_recompute()
+
+    def _check_not_implemented(self) -> None:
+        for name in ("attention_dropout", "hidden_dropout"):
+            if getattr(self.model, name):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self.model, name)} is not supported; only 0 is")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self.parallel, name) != 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self.parallel, name)}: training runs in one process so far "
+                    f"(docs/limits.md); any checkpoint layout can be loaded"
+                )
+        if self.data.tokenizer_type != "PretrainedFromHF":
+            raise UserError(f"--tokenizer-type {self.data.tokenizer_type}: only PretrainedFromHF is supported")
+
+    def _check_recompute(self) -> None:
+        training = self.training
+        if training.recompute_method == "block" and training.recompute_num_layers is None:
+            raise UserError("--recompute-method block needs --recompute-num-layers")
+        if training.recompute_granularity == "full" and training.recompute_method is None:
+            raise UserError("--recompute-granularity full needs --recompute-method uniform or block")

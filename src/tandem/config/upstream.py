@@ -1,0 +1,74 @@
+"""Flags of Megatron-LM and MindSpeed-LLM scripts that need no setting here: accepted, checked, and mentioned once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tandem.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """`values`: how many words follow the flag. `allowed`: what they may be; None for anything."""
+
+    values: int = 0
+    allowed: tuple[str, ...] | None = None
+
+
+ALWAYS_ON = Ignored()
+# What these ask for is what happens anyway, or has no effect on results.
+IGNORED: dict[str, Ignored] = {
+    "--use-mcore-models": ALWAYS_ON,
+    "--spec": Ignored(2, ("mindspeed_llm.tasks.models.spec.qwen3_spec", "layer_spec")),
+    "--transformer-impl": Ignored(1, ("local",)),
+    "--distributed-backend": Ignored(1, ("nccl", "hccl", "gloo")),
+    "--group-query-attention": ALWAYS_ON,
+    "--qk-layernorm": ALWAYS_ON,
+    "--swiglu": ALWAYS_ON,
+    "--normalization": Ignored(1, ("RMSNorm",)),
+    "--position-embedding-type": Ignored(1, ("rope",)),
+    "--use-rotary-position-embeddings": ALWAYS_ON,
+    "--disable-bias-linear": ALWAYS_ON,
+    "--overlap-grad-reduce": ALWAYS_ON,
+    "--overlap-param-gather": ALWAYS_ON,
+    "--use-flash-attn": ALWAYS_ON,
+    "--use-fused-rotary-pos-emb": ALWAYS_ON,
+    "--use-fused-swiglu": ALWAYS_ON,
+    "--use-fused-rmsnorm": ALWAYS_ON,
+    "--no-masked-softmax-fusion": ALWAYS_ON,
+    "--attention-softmax-in-fp32": ALWAYS_ON,
+    "--no-gradient-accumulation-fusion": ALWAYS_ON,
+    "--initial-loss-scale": Ignored(1),
+    "--no-shared-storage": ALWAYS_ON,
+    "--tokenizer-not-use-fast": ALWAYS_ON,
+    "--handler-name": Ignored(1),
+}
+
+
+def split_ignored(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the ignored flags out of a command line.
+
+    Returns:
+        The remaining words, and one notice that names what was taken out (none when nothing was).
+
+    Raises:
+        UserError: such a flag asks for something that is not what happens here.
+    """
+    rest: list[str] = []
+    taken: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, inline = word.partition("=")
+        rule = IGNORED.get(flag.replace("_", "-"))
+        if rule is None:
+            rest.append(word)
+            continue
+        values = [inline] if equals else [words.pop(0) for _ in range(rule.values) if words]
+        wrong = [value for value in values if rule.allowed is not None and value not in rule.allowed]
+        if wrong or (len(values) < rule.values and not equals):
+            raise UserError(f"{flag} {' '.join(values)}: only {' '.join(rule.allowed or ())} is supported")
+        taken.append(flag)
+    notices = [f"accepted, without effect here: {' '.join(dict.fromkeys(taken))}"] if taken else []
+    return rest, notices

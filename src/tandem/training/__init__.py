@@ -1,0 +1,1 @@
+"""The loop: schedule, step, evaluation, saving, logging. Knows no framework and no parallelism."""

@@ -1,0 +1,226 @@
+"""From settings to a running trainer: open the weights, the data and the backend, and say what will happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tandem.backends import create_engine
+from tandem.backends.interface import EngineSettings
+from tandem.checkpoints.convert import open_source
+from tandem.checkpoints.hf import companion_files, companions_of
+from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.publish import write_text_atomically
+from tandem.checkpoints.random_init import RandomSource
+from tandem.config.settings import Settings
+from tandem.config.sources import to_yaml
+from tandem.data.gpt_dataset import GPTDataset
+from tandem.data.record import check_record
+from tandem.data.sft_dataset import SFTDataset
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig, from_hf
+from tandem.models.tensors import parameter_count
+from tandem.training.log import StepRecord
+from tandem.training.schedule import schedule_from
+from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
+from tandem.training.trainer import Dataset, Trainer
+
+# Model flags that must equal what the weights' config.json says.
+COMPARED = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "norm_epsilon",
+    "rotary_base",
+)
+
+
+def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = None) -> Trainer:
+    """Run a whole training: pretraining, or fine-tuning when `data.is_instruction_dataset`.
+
+    Returns:
+        The trainer, after its last step, with the engine that holds the trained weights.
+
+    Raises:
+        UserError: something is missing, contradictory or damaged; nothing has been trained then.
+    """
+    settings.check()
+    source = open_weights(settings)
+    check_model_flags(settings, source.config)
+    settings = with_checkpoint_seed(settings, source)
+    tokenizer = open_tokenizer(settings)
+    train_data, valid_data, record = open_data(settings, tokenizer)
+    engine = create_engine(settings.training.ai_framework, source.config, engine_settings(settings, source.config))
+    progress, state = restore(engine, source, settings)
+    identity = data_identity(settings)
+    writer = None
+    if settings.checkpoint.save:
+        companions = gather_companions(settings, source)
+        prompt = (record or {}).get("prompt")
+        folder = Path(settings.checkpoint.save)
+        writer = CheckpointWriter(folder, engine, settings, companions, identity, prompt)
+        write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
+    trainer = Trainer(
+        engine,
+        settings,
+        schedule_from(settings),
+        train_data,
+        valid_data,
+        progress,
+        save=writer.save if writer else None,
+        on_step=on_step,
+    )
+    print_banner(settings, source, trainer, state, identity)
+    trainer.run()
+    print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    return trainer
+
+
+def open_weights(settings: Settings) -> TensorSource:
+    """The source of the initial weights: `--load`, or random when asked for."""
+    checkpoint = settings.checkpoint
+    if checkpoint.load is not None:
+        return open_source(checkpoint.load, checkpoint.ckpt_step)
+    folder = settings.model.hf_cfg_dir or settings.data.tokenizer_name_or_path
+    if folder is None:
+        raise UserError("--init random needs the model's config.json: give its folder with --hf-cfg-dir")
+    companions = companions_of(folder)
+    config = from_hf(companions.hf_config or {}, where=f"{folder}/config.json")
+    if settings.model.init_method_std is not None:
+        config = dataclasses.replace(config, init_method_std=settings.model.init_method_std)
+    return RandomSource(config, settings.training.seed, companions=companions)
+
+
+def check_model_flags(settings: Settings, config: ModelConfig) -> None:
+    """Raise UserError, with both values, when a model flag contradicts the weights' config."""
+    model = settings.model
+    for name in COMPARED:
+        given, actual = getattr(model, name), getattr(config, name)
+        if given is not None and given != actual:
+            raise UserError(f"--{name.replace('_', '-')} {given} contradicts the weights' config, which has {actual}")
+    if model.untie_embeddings_and_output_weights and config.tied:
+        raise UserError(
+            "--untie-embeddings-and-output-weights contradicts the weights' config: its embeddings are tied"
+        )
+    if model.padded_vocab_size is not None and model.padded_vocab_size < config.vocab_size:
+        raise UserError(f"--padded-vocab-size {model.padded_vocab_size} is below the vocabulary of {config.vocab_size}")
+    bound = model.max_position_embeddings or config.max_position_embeddings
+    if settings.data.seq_length > bound:
+        raise UserError(f"--seq-length {settings.data.seq_length} is above max_position_embeddings {bound}")
+
+
+def with_checkpoint_seed(settings: Settings, source: TensorSource) -> Settings:
+    """A resumed run keeps the seed of its data order, unless `--no-load-rng` or `--finetune`."""
+    if settings.checkpoint.finetune or settings.checkpoint.no_load_rng:
+        return settings
+    state = TrainerState.from_source(source)
+    if state is None or state.seed == settings.training.seed:
+        return settings
+    print(f"seed {state.seed} from the checkpoint replaces --seed {settings.training.seed} (--no-load-rng keeps yours)")
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, seed=state.seed))
+
+
+def open_tokenizer(settings: Settings) -> Tokenizer | None:
+    folder = settings.data.tokenizer_name_or_path
+    return Tokenizer(folder) if folder else None
+
+
+def open_data(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset, Dataset | None, dict[str, Any] | None]:
+    """The training and validation sets, and the data's record (None for files that have none)."""
+    data, training = settings.data, settings.training
+    if len(data.data_path) != 1:
+        raise UserError(f"--data-path {' '.join(data.data_path)}: one prefix is supported, {len(data.data_path)} given")
+    prefix = data.data_path[0]
+    record = check_record(prefix, tokenizer, data.prompt_type)
+    assert training.train_iters is not None
+    kind = SFTDataset if data.is_instruction_dataset else GPTDataset
+    options: dict[str, Any] = {
+        "split": data.split,
+        "seq_length": data.seq_length,
+        "seed": training.seed,
+        "eod_token": tokenizer.eos_id if tokenizer else None,
+        "reset_position_ids": data.reset_position_ids,
+        "reset_attention_mask": data.reset_attention_mask,
+    }
+    if data.is_instruction_dataset:
+        options["shuffle"] = not data.no_shuffle
+    else:
+        options["eod_mask_loss"] = data.eod_mask_loss
+    needed = training.train_iters * settings.global_batch_size
+    train_data = kind(prefix, "train", num_samples=needed, **options)
+    valid_data = None
+    if training.eval_iters and training.eval_interval <= training.train_iters:
+        valid_data = kind(prefix, "valid", num_samples=None, **options)
+    return train_data, valid_data, record
+
+
+def engine_settings(settings: Settings, config: ModelConfig) -> EngineSettings:
+    optimizer, training = settings.optimizer, settings.training
+    recompute = 0
+    if training.recompute_granularity == "full":
+        block = training.recompute_method == "block"
+        recompute = min(training.recompute_num_layers or 0, config.num_layers) if block else config.num_layers
+    return EngineSettings(
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=training.bf16,
+        recompute_layers=recompute,
+        device=training.device,
+    )
+
+
+def gather_companions(settings: Settings, source: TensorSource) -> Companions:
+    """Config from the weights, tokenizer files from the tokenizer's folder when one is named."""
+    folder = settings.data.tokenizer_name_or_path
+    named = {path.name: path for path in source.companions.files}
+    named |= {path.name: path for path in companion_files(folder)} if folder else {}
+    return Companions(source.companions.hf_config, sorted(named.values()))
+
+
+def data_identity(settings: Settings) -> dict[str, Any]:
+    """What the order of the samples is a function of, beside the seed."""
+    return {
+        "data_path": list(settings.data.data_path),
+        "split": settings.data.split,
+        "seq_length": settings.data.seq_length,
+        "global_batch_size": settings.global_batch_size,
+        "train_iters": settings.training.train_iters,
+        "is_instruction_dataset": settings.data.is_instruction_dataset,
+    }
+
+
+def print_banner(
+    settings: Settings,
+    source: TensorSource,
+    trainer: Trainer,
+    state: TrainerState | None,
+    identity: dict[str, Any],
+) -> None:
+    """Say what will run: framework, model, weights, data, batch, and what a resumed run has changed."""
+    config, engine = source.config, trainer.engine
+    counts = trainer.train_data.describe()
+    batch = settings.global_batch_size
+    lines = [
+        f"{settings.training.ai_framework}: {config.model_type}, {parameter_count(config):,} parameters, "
+        f"{engine.param_dtype}, weights from {source.location}",
+        f"data {' '.join(settings.data.data_path)}: "
+        + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()),
+        f"batch {batch} x {settings.data.seq_length} tokens, "
+        f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
+        *engine.notices,
+    ]
+    if state is not None:
+        lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
+        for name, value in identity.items():
+            if state.data.get(name) != value:
+                lines.append(f"changed since the checkpoint: {name} was {state.data.get(name)}, is {value}")
+    print("\n".join(f"> {line}" for line in lines), flush=True)

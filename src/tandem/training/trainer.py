@@ -1,0 +1,149 @@
+"""The training loop: which samples, at which rate, when to evaluate, when to save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from tandem.backends.interface import Engine
+from tandem.config.settings import Settings
+from tandem.data.batch import MicroBatch, Sample, collate
+from tandem.errors import UserError
+from tandem.models.flops import training_flops
+from tandem.training.log import IterationLog, StepRecord
+from tandem.training.schedule import Schedule
+
+
+class Dataset(Protocol):
+    """Samples in training order: sample `i` is the `i`-th that the run consumes, so that any position is at hand."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def describe(self) -> dict[str, int]: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all that a resumed run needs beside tensors."""
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+
+
+class Trainer:
+    """Runs steps from wherever `progress` stands.
+
+    Args:
+        save: called with the progress when a checkpoint is due; None when the run saves nothing.
+        on_step: called with each step's record.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        schedule: Schedule,
+        train_data: Dataset,
+        valid_data: Dataset | None,
+        progress: Progress,
+        save: Callable[[Progress], None] | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> None:
+        assert settings.training.train_iters is not None
+        self.engine, self.settings, self.schedule = engine, settings, schedule
+        self.train_data, self.valid_data = train_data, valid_data
+        self.progress = progress
+        self.train_iters = settings.training.train_iters
+        self._save, self._on_step = save, on_step
+        training = settings.training
+        self._log = IterationLog(
+            training.log_interval, self.train_iters, settings.global_batch_size, training.log_throughput
+        )
+
+    def run(self) -> None:
+        """Train to the last iteration, or to the exit interval.
+
+        Raises:
+            UserError: loss or gradients are not finite; the newest checkpoint is left as it is.
+        """
+        saved_at = self.progress.iteration
+        while self.progress.iteration < self.train_iters:
+            record = self.step()
+            self._log.step(record)
+            if self._on_step:
+                self._on_step(record)
+            iteration = self.progress.iteration
+            if self._due(self.settings.training.eval_interval):
+                self._evaluate_and_print()
+            leaving = self._due(self.settings.training.exit_interval)
+            if self._save and (self._due(self.settings.checkpoint.save_interval) or leaving):
+                self._save(self.progress)
+                saved_at = iteration
+            if leaving:
+                print(f"exiting program at iteration {iteration}", flush=True)
+                break
+        if self._save and saved_at != self.progress.iteration:
+            self._save(self.progress)
+
+    def step(self) -> StepRecord:
+        """One optimizer step over the next global batch."""
+        start = time.perf_counter()
+        progress, batch = self.progress, self.settings.global_batch_size
+        lr = self.schedule.lr(progress.consumed_train_samples)
+        micro_batches = list(self._micro_batches(self.train_data, progress.consumed_train_samples, batch))
+        result = self.engine.train_step(micro_batches, lr, self.settings.optimizer.weight_decay)
+        if not result.applied:
+            raise UserError(
+                f"iteration {progress.iteration + 1}: loss {result.loss}, gradient norm {result.grad_norm}: "
+                f"not finite. Nothing was updated. Samples {progress.consumed_train_samples} to "
+                f"{progress.consumed_train_samples + batch - 1} of the run; try a lower --lr, or look at this data"
+            )
+        progress.iteration += 1
+        progress.consumed_train_samples += batch
+        return StepRecord(
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_train_samples,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            next_lr=self.schedule.lr(progress.consumed_train_samples),
+            tokens=sum(len(micro_batch.tokens) for micro_batch in micro_batches),
+            trained_tokens=result.trained_tokens,
+            seconds=time.perf_counter() - start,
+            flops=training_flops(
+                self.engine.config, [int(n) for micro_batch in micro_batches for n in micro_batch.lengths]
+            ),
+        )
+
+    def evaluate(self, dataset: Dataset) -> float:
+        """Token-weighted mean loss over the first `eval_iters` global batches, at most the whole set."""
+        count = min(len(dataset), self.settings.training.eval_iters * self.settings.global_batch_size)
+        total, tokens = 0.0, 0
+        for micro_batch in self._micro_batches(dataset, 0, count):
+            loss, trained = self.engine.evaluate(micro_batch)
+            total, tokens = total + loss, tokens + trained
+        return total / tokens
+
+    def _micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
+        size = self.settings.training.micro_batch_size
+        for first in range(start, start + count, size):
+            yield collate([dataset[index] for index in range(first, min(first + size, start + count))])
+
+    def _due(self, interval: int | None) -> bool:
+        return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
+
+    def _evaluate_and_print(self) -> None:
+        if not self.valid_data or self.settings.training.eval_iters == 0:
+            return
+        loss = self.evaluate(self.valid_data)
+        perplexity = math.exp(min(20.0, loss))
+        line = (
+            f" validation loss at iteration {self.progress.iteration} | lm loss value: {loss:.6E} | "
+            f"lm loss PPL: {perplexity:.6E} | "
+        )
+        print("-" * len(line), line, "-" * len(line), sep="\n", flush=True)
