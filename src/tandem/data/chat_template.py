@@ -1,0 +1,54 @@
+"""Rendering of a model's Jinja chat template, in a sandbox, with the helpers that transformers offers."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tandem.errors import UserError
+
+
+def render_chat_template(source: str, **variables: Any) -> str:
+    """The text of a chat template for these `variables` (`messages`, `add_generation_prompt`, ...).
+
+    Raises:
+        UserError: the template is malformed, or refuses the messages (`raise_exception`).
+    """
+    try:
+        return _compile(source).render(**variables)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template cannot render these messages: {error}") from None
+
+
+@lru_cache
+def _compile(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(source)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,248 @@
+"""Megatron's indexed dataset, `.bin/.idx`, byte for byte: a memory-mapped reader, a streaming writer, a merge.
+
+The `.bin` file is the tokens of all sequences, end to end. The `.idx` file, little endian:
+
+    0    9 bytes  b"MMIDIDX\\0\\0"
+    9    u64      version, 1
+    17   u8       dtype code
+    18   u64      S, number of sequences
+    26   u64      D, number of documents + 1
+    34   i32[S]   tokens of each sequence
+         i64[S]   byte offset of each sequence in .bin
+         i64[D]   document_indices: 0, then the number of sequences up to the end of each document
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from tandem.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+DTYPE_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+
+
+class IndexedDataset:
+    """The sequences of `{prefix}.bin` and `{prefix}.idx`, memory-mapped.
+
+    Attributes:
+        dtype: of the tokens.
+        lengths: int32 [sequences], tokens of each.
+        document_indices: int64 [documents + 1]; document d is the sequences from entry d to entry d + 1.
+
+    Raises:
+        UserError: a file is missing, foreign or truncated.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype, self.lengths, self._pointers, self.document_indices = _read_index(Path(f"{self.prefix}.idx"))
+        self._tokens = _map_tokens(Path(f"{self.prefix}.bin"), self.dtype, self.lengths, self._pointers)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Tokens of one sequence, dtype [length], read-only."""
+        return self.get(range(len(self))[index])
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """`length` tokens of sequence `index` from `offset` on; to its end when no length is given."""
+        available = int(self.lengths[index]) - offset
+        length = available if length is None else length
+        assert 0 <= length <= available, (index, offset, length)
+        start = int(self._pointers[index]) // self.dtype.itemsize + offset
+        return self._tokens[start : start + length]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+
+class IndexedWriter:
+    """Writes `{prefix}.bin` and `{prefix}.idx` as documents arrive; the token lengths alone stay in memory.
+
+    Both files carry temporary names until `publish`, which gives them their own, `.idx` last: whoever finds an
+    `.idx` finds the whole `.bin`. Used as a context manager it publishes at the end, or removes everything when an
+    exception passes.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.typing.DTypeLike = np.int32) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in DTYPE_CODES:
+            raise UserError(
+                f"{prefix}: dtype {np.dtype(dtype)} cannot be stored; use one of {sorted(map(str, DTYPE_CODES))}"
+            )
+        if not Path(self.prefix).absolute().parent.is_dir():
+            raise UserError(
+                f"{prefix}: the folder {Path(self.prefix).absolute().parent} does not exist; create it first"
+            )
+        self._lengths: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self._sequences = 0
+        self._bin_path, self._idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        self._bin_part, self._idx_part = (_part(path) for path in (self._bin_path, self._idx_path))
+        self._bin = self._bin_part.open("wb")
+
+    def add_document(self, tokens: np.typing.ArrayLike, lengths: Sequence[int] | None = None) -> None:
+        """Append one document: `tokens` [t] hold its sequences end to end, `lengths` their sizes (default: one
+        sequence; an empty document is `lengths=[]`)."""
+        tokens = self._as_tokens(tokens)
+        lengths = [tokens.size] if lengths is None else lengths
+        self._append(tokens, np.asarray(lengths, np.int64), np.array([len(lengths)], np.int64))
+
+    def add_documents(self, tokens: np.typing.ArrayLike, lengths: np.typing.ArrayLike) -> None:
+        """Append many documents of one sequence each: `tokens` [t] end to end, `lengths` [documents] their sizes."""
+        lengths = np.asarray(lengths, np.int64)
+        self._append(self._as_tokens(tokens), lengths, np.ones(lengths.size, np.int64))
+
+    def add_dataset(self, prefix: str | os.PathLike[str]) -> None:
+        """Append all documents of another dataset by copying its bytes."""
+        dtype, lengths, pointers, documents = _read_index(Path(f"{os.fspath(prefix)}.idx"))
+        if dtype != self.dtype:
+            raise UserError(f"{prefix}: tokens are {dtype}, expected {self.dtype}; only equal dtypes can be merged")
+        if not np.array_equal(pointers, _pointers(lengths, dtype.itemsize)):
+            raise UserError(f"{prefix}.idx: sequences do not lie end to end, so its bytes cannot be merged; rewrite it")
+        _map_tokens(Path(f"{os.fspath(prefix)}.bin"), dtype, lengths, pointers)  # raises when truncated
+        with Path(f"{os.fspath(prefix)}.bin").open("rb") as source:
+            shutil.copyfileobj(source, self._bin, 16 << 20)
+        self._extend_index(lengths, np.diff(documents))
+
+    def publish(self) -> None:
+        """Write the index and give both files their final names."""
+        lengths = np.concatenate([*self._lengths, np.empty(0, np.int32)])
+        documents = np.cumsum(np.concatenate(self._documents))
+        with self._idx_part.open("wb") as file:
+            file.write(_HEADER.pack(_MAGIC, 1, DTYPE_CODES[self.dtype], lengths.size, documents.size))
+            file.write(lengths.astype("<i4").tobytes())
+            file.write(_pointers(lengths, self.dtype.itemsize).astype("<i8").tobytes())
+            file.write(documents.astype("<i8").tobytes())
+            _flush_to_disk(file)
+        _flush_to_disk(self._bin)
+        self._bin.close()
+        self._idx_path.unlink(missing_ok=True)  # an old index must never meet the new tokens
+        os.replace(self._bin_part, self._bin_path)
+        os.replace(self._idx_part, self._idx_path)
+
+    def discard(self) -> None:
+        """Remove what was written; the final names are left as they were."""
+        self._bin.close()
+        for path in (self._bin_part, self._idx_part):
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.publish()
+        else:
+            self.discard()
+
+    def _as_tokens(self, tokens: np.typing.ArrayLike) -> np.ndarray:
+        given = np.asarray(tokens)
+        if given.size == 0:
+            return np.empty(0, self.dtype)
+        if self.dtype.kind in "iu" and given.dtype != self.dtype:
+            limits = np.iinfo(self.dtype)
+            if given.min() < limits.min or given.max() > limits.max:
+                raise UserError(
+                    f"{self.prefix}: tokens {given.min()} .. {given.max()} do not fit {self.dtype}; use a wider dtype"
+                )
+        return given.astype(self.dtype, copy=False)
+
+    def _append(self, tokens: np.ndarray, lengths: np.ndarray, sequences_of_document: np.ndarray) -> None:
+        assert tokens.ndim == 1
+        assert tokens.size == lengths.sum()
+        self._bin.write(tokens.tobytes())
+        self._extend_index(lengths, sequences_of_document)
+
+    def _extend_index(self, lengths: np.ndarray, sequences_of_document: np.ndarray) -> None:
+        self._lengths.append(lengths.astype(np.int32))
+        self._documents.append(sequences_of_document)
+
+
+def merge(prefixes: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
+    """Write the documents of all `prefixes`, in order, to `output`: the same bytes as if written in one go."""
+    prefixes = list(prefixes)
+    if not prefixes:
+        raise UserError(f"{output}: nothing to merge; name at least one dataset")
+    dtype, *_ = _read_index(Path(f"{os.fspath(prefixes[0])}.idx"))
+    with IndexedWriter(output, dtype) as writer:
+        for prefix in prefixes:
+            writer.add_dataset(prefix)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _flush_to_disk(file: object) -> None:
+    file.flush()  # type: ignore[attr-defined]
+    os.fsync(file.fileno())  # type: ignore[attr-defined]
+
+
+def _pointers(lengths: np.ndarray, itemsize: int) -> np.ndarray:
+    """Byte offset of each sequence, int64: 32 bits overflow beyond 2 GiB."""
+    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
+    return np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """dtype, lengths int32 [S], pointers int64 [S], document_indices int64 [D]."""
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a dataset prefix is its path without `.bin` or `.idx`") from None
+    except ValueError:  # an empty file cannot be mapped
+        raise UserError(f"{path}: the file is empty; the program that wrote it did not finish") from None
+    if data.size < _HEADER.size or bytes(data[:9]) != _MAGIC:
+        raise UserError(f"{path}: not a Megatron index: begins with {bytes(data[:9])!r}, expected {_MAGIC!r}")
+    _, version, code, sequences, documents = _HEADER.unpack(bytes(data[: _HEADER.size]))
+    if version != 1 or code not in _DTYPES:
+        raise UserError(
+            f"{path}: version {version}, dtype code {code}; expected version 1 and a code in {sorted(_DTYPES)}"
+        )
+    expected = _HEADER.size + 12 * sequences + 8 * documents
+    if data.size == expected + sequences and sequences:
+        raise UserError(f"{path}: a multimodal index (it stores a mode per sequence); only text datasets can be read")
+    if data.size != expected:
+        raise UserError(
+            f"{path}: {data.size} bytes, but {sequences} sequences and {documents} document entries need {expected}; "
+            f"the file is damaged or was not written to its end"
+        )
+    body = data[_HEADER.size :]
+    lengths = np.frombuffer(body, "<i4", sequences)
+    pointers = np.frombuffer(body, "<i8", sequences, 4 * sequences)
+    document_indices = np.frombuffer(body, "<i8", documents, 12 * sequences)
+    if documents == 0 or document_indices[0] != 0 or document_indices[-1] != sequences:
+        raise UserError(f"{path}: document indices must run from 0 to {sequences} (the number of sequences)")
+    return np.dtype(_DTYPES[code]), lengths, pointers, document_indices
+
+
+def _map_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, though its .idx exists; copy both files")
+    expected = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
+    size = path.stat().st_size
+    if size != expected:
+        raise UserError(
+            f"{path}: {size} bytes, but its .idx describes {expected}; the file is damaged or not its partner"
+        )
+    return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)

@@ -1,0 +1,133 @@
+"""Fine-tuning samples: labels, documents, order, cutting (D4, D5, D7)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandem.data.batch import IGNORE
+from tandem.data.indexed import IndexedDataset, IndexedWriter
+from tandem.data.sft_dataset import SFT_KEYS, SFTDataset
+from tandem.data.truncation import infer_seqlen, turn_budgets
+from tandem.errors import UserError
+
+EOD = 9
+
+
+def packed_triple(prefix: Path, *rows: tuple[list[int], list[int], list[int]]) -> Path:
+    """Write rows of (ids, attention_mask, trained flags)."""
+    columns: dict[str, list[list[int]]] = {key: [] for key in SFT_KEYS}
+    for ids, mask, trained in rows:
+        columns["input_ids"].append(ids)
+        columns["attention_mask"].append(mask)
+        columns["labels"].append([token if flag else IGNORE for token, flag in zip(ids, trained)])
+    for key, values in columns.items():
+        with IndexedWriter(f"{prefix}_packed_{key}_document") as writer:
+            for value in values:
+                writer.add_document(value)
+    return prefix
+
+
+def only(prefix: Path, seq_length: int = 100, **flags: object):
+    return SFTDataset(prefix, "train", "1", None, seq_length, seed=0, **flags)[0]  # type: ignore[arg-type]
+
+
+def test_d5_labels_are_shifted_and_prompt_and_padding_are_not_trained(tmp_path: Path) -> None:
+    prefix = packed_triple(tmp_path / "x", ([1, 2, 3, 4, EOD, 0, 0], [1] * 7, [0, 0, 1, 1, 1, 0, 0]))
+    sample = only(prefix)
+    assert sample.tokens.tolist() == [1, 2, 3, 4, EOD]
+    assert sample.labels.tolist() == [IGNORE, 3, 4, EOD, IGNORE]
+    assert sample.position_ids.tolist() == [0, 1, 2, 3, 4]
+    assert sample.lengths == (5,)
+
+
+def test_d4_neat_packed_segments_are_documents(tmp_path: Path) -> None:
+    ids, mask = [1, 2, 3, 4, 5, 6, 7, 0, 0], [1, 1, 1, 2, 2, 2, 2, 0, 0]
+    prefix = packed_triple(tmp_path / "x", (ids, mask, [0, 1, 1, 0, 0, 1, 1, 0, 0]))
+    sample = only(prefix)
+    assert sample.lengths == (3, 4)
+    assert sample.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert sample.labels.tolist() == [2, 3, IGNORE, IGNORE, 6, 7, IGNORE]
+
+
+def test_plainly_packed_rows_split_at_eod_only_on_request(tmp_path: Path) -> None:
+    ids = [1, 2, EOD, 3, 4, EOD, 0, 0]
+    prefix = packed_triple(tmp_path / "x", (ids, [1] * 8, [0, 1, 1, 0, 1, 1, 0, 0]))
+    assert only(prefix).lengths == (6,)
+    reset = only(prefix, eod_token=EOD, reset_attention_mask=True, reset_position_ids=True)
+    assert reset.lengths == (3, 3)
+    assert reset.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
+    assert reset.labels.tolist() == [2, EOD, IGNORE, 4, EOD, IGNORE]
+    positions_only = only(prefix, eod_token=EOD, reset_position_ids=True)
+    assert (positions_only.lengths, positions_only.position_ids.tolist()) == ((6,), [0, 1, 2, 0, 1, 2])
+
+
+def test_d4_a_reset_that_would_cut_prompts_from_answers_is_refused(tmp_path: Path) -> None:
+    prefix = packed_triple(tmp_path / "x", ([1, EOD, 2, EOD], [1] * 4, [0, 0, 1, 1]))
+    with pytest.raises(UserError, match="preprocess with neat_pack"):
+        only(prefix, eod_token=EOD, reset_attention_mask=True)
+
+
+def test_cutting_follows_upstream(tmp_path: Path) -> None:
+    assert infer_seqlen(100, 10, 50) == (40, 10)  # a short target is kept whole
+    assert infer_seqlen(10, 100, 50) == (10, 40)  # a short source is kept whole
+    assert infer_seqlen(60, 40, 50) == (30, 20)  # else in proportion
+    assert turn_budgets([(10, 10), (10, 10), (10, 10)], 30) == [(10, 10), (5, 5)]
+
+    ids = list(range(20, 40))  # two turns of 5 + 5
+    prefix = packed_triple(tmp_path / "x", (ids, [1] * 20, ([0] * 5 + [1] * 5) * 2))
+    sample = only(prefix, seq_length=14)
+    assert sample.tokens.tolist() == [*range(20, 30), 30, 31, 35, 36]
+    assert sample.labels.tolist() == [IGNORE] * 4 + [25, 26, 27, 28, 29] + [IGNORE] * 2 + [35, 36, IGNORE]
+
+
+def test_order_continues_one_generator_over_epochs_and_is_prefix_stable(tmp_path: Path) -> None:
+    rows = [([i, i + 100], [1, 1], [0, 1]) for i in range(10)]
+    prefix = packed_triple(tmp_path / "x", *rows)
+    random, expected = np.random.RandomState(42), []
+    for _ in range(3):
+        epoch = np.arange(8)  # 80 % of 10
+        random.shuffle(epoch)
+        expected += epoch.tolist()
+
+    def order(dataset: SFTDataset, indices: range) -> list[int]:
+        return [int(dataset[i].tokens[0]) for i in indices]
+
+    long = SFTDataset(prefix, "train", "80,20,0", 20, 10, seed=42)
+    assert len(long) == 24
+    assert order(long, range(24)) == expected
+    assert order(SFTDataset(prefix, "train", "80,20,0", 5, 10, seed=42), range(8)) == expected[:8]
+    assert order(SFTDataset(prefix, "train", "80,20,0", 20, 10, seed=42), range(17, 19)) == expected[17:19]
+    assert order(SFTDataset(prefix, "train", "80,20,0", 8, 10, seed=42, shuffle=False), range(8)) == list(range(8))
+    assert {int(t) for t in order(SFTDataset(prefix, "valid", "80,20,0", None, 10, seed=1), range(2))} == {8, 9}
+    assert long.describe() == {"sequences": 8, "tokens": 16, "samples_per_epoch": 8, "samples": 24, "epochs": 3}
+
+
+def test_golden_neat_packed_rows_come_apart_into_the_unpacked_samples(shared_data: Path) -> None:
+    """D4: the documents of the packed rows are the samples of the unpacked file, labels included."""
+    golden = shared_data / "golden/sft"
+    packed = SFTDataset(golden / "neat128_none", "train", "1", None, 128, seed=1)
+    unpacked = SFTDataset(golden / "think_none", "train", "1", None, 127, seed=1)
+    parts = []
+    for i in range(len(packed)):
+        sample = packed[i]
+        edges = np.cumsum([0, *sample.lengths])
+        parts += [(sample.tokens[a:b].tolist(), sample.labels[a:b].tolist()) for a, b in pairwise(edges)]
+    whole = [(unpacked[i].tokens.tolist(), unpacked[i].labels.tolist()) for i in range(len(unpacked))]
+    assert sorted(parts) == sorted(whole)
+
+
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    prefix = packed_triple(tmp_path / "x", ([1, 2], [1, 1], [0, 1]))
+    with pytest.raises(UserError, match="valid of split 1,0,0 holds none of its 1 sequences"):
+        SFTDataset(prefix, "valid", "1,0,0", None, 10, seed=0)
+    with pytest.raises(UserError, match="give eod_token"):
+        only(prefix, reset_position_ids=True)
+    with IndexedWriter(f"{prefix}_packed_labels_document") as writer:
+        writer.add_document([1])
+    with pytest.raises(UserError, match="sequence lengths differ"):
+        only(prefix)
+    assert len(IndexedDataset(f"{prefix}_packed_labels_document")) == 1
