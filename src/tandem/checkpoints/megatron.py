@@ -1,0 +1,437 @@
+"""Megatron-LM's and MindSpeed-LLM's `torch` checkpoints as a source and as a sink.
+
+    latest_checkpointed_iteration.txt                  a number, or "release"
+    iter_0000001/ or release/
+        mp_rank_00[_000[_000]]/model_optim_rng.pt      tensor rank, pipeline rank, expert rank (always 0)
+        hf/                                            config.json and tokenizer files; written by this toolkit only
+
+A file holds `args`, `checkpoint_version` 3.0, `iteration`, and `model`, or `model0`, `model1`... with virtual stages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.checkpoints.hf import companions_of, write_companions
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape, dtype_name
+from tandem.checkpoints.megatron_args import check_agreement, config_from_args, numbers, to_args
+from tandem.checkpoints.native import COMPANIONS, TRACKER, cut, iteration_folder, rank_folder, read_tracker
+from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
+from tandem.checkpoints.torch_file import LazyTensor, PendingTensor, TorchFileWriter, load
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig, from_hf
+from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
+from tandem.parallel.layout import Layout, Shard, shards
+
+FILE = "model_optim_rng.pt"
+RELEASE = "release"
+CHECKPOINT_VERSION = 3.0  # older versions order the rows of linear_qkv differently
+RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+# Names under which Transformer Engine's fused layers hold a norm.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+EXTRA_STATE = "._extra_state"  # Transformer Engine's fp8 scales; empty otherwise
+VOCABULARY = (EMBEDDING, OUTPUT)  # the tensors that have a row for every token
+
+Chunk = dict[str, LazyTensor]
+
+
+def pad_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """Megatron's padded vocabulary: the next multiple of both numbers' product."""
+    multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def find_iteration(folder: str | Path, iteration: int | None = None) -> Path:
+    """The folder of `iteration`, or of the one that the tracker file names.
+
+    Raises:
+        UserError: there is no tracker file, or it names neither a number nor "release".
+    """
+    tracker = Path(folder) / TRACKER
+    if iteration is None and tracker.exists() and tracker.read_text(encoding="utf-8").strip() == RELEASE:
+        return Path(folder) / RELEASE
+    return iteration_folder(folder, read_tracker(folder) if iteration is None else iteration)
+
+
+def is_megatron(folder: str | Path, iteration: int | None = None) -> bool:
+    """Whether `folder` holds a Megatron `torch` checkpoint. Raises what `find_iteration` raises."""
+    return any(find_iteration(folder, iteration).glob(f"mp_rank_*/{FILE}"))
+
+
+class MegatronSink:
+    """Write one iteration, as Megatron-LM and MindSpeed-LLM load it.
+
+    Args:
+        padded_vocab_size: rows of embedding and output head, filled up with zeros; None for the vocabulary itself,
+            which tensor_model_parallel_size must then divide. `pad_vocab_size` computes Megatron's number.
+
+    Raises:
+        UserError: the model cannot be laid out like this, or the disk is too small.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ModelConfig,
+        layout: Layout,
+        dtype: str,
+        iteration: int = 1,
+        companions: Companions | None = None,
+        padded_vocab_size: int | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.iteration = iteration
+        self._config, self._layout, self._dtype = config, layout, dtype
+        self._companions = companions or Companions()
+        self._padded = replace(config, vocab_size=padded_vocab_size or config.vocab_size)
+        self._check_vocabulary()
+        self._shards = _shards_of(self._padded, layout)
+        self._unwritten = set(self._shards)
+        self._check_space()
+        self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
+        self._pending: dict[Shard, PendingTensor] = {}
+        self._writers = {rank: self._open_writer(*rank) for rank in self._ranks()}
+
+    def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
+        assert kind == "model", f"a Megatron checkpoint written here holds no {kind}"
+        check_shape("checkpoint to be written", name, tensor.shape, tensor_table(self._config)[name].shape)
+        for shard in self._shards[name]:
+            part = cut(tensor, shard)  # slices beyond the vocabulary come out shorter, or empty
+            part = _fill_rows(part, shard.shape[0]) if name in VOCABULARY else part
+            self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], part)
+        self._unwritten.discard(name)
+
+    def close(self) -> None:
+        if self._unwritten:
+            raise UserError(
+                f"{self.folder}: not every tensor was written. Missing: {', '.join(sorted(self._unwritten))}"
+            )
+        for writer in self._writers.values():
+            writer.close()
+        write_companions(self._publication.work / COMPANIONS, self._companions, self._config, self._dtype)
+        self._publication.commit()
+        write_text_atomically(self.folder / TRACKER, str(self.iteration))
+
+    def abort(self) -> None:
+        for writer in self._writers.values():
+            writer.abort()
+        self._publication.abort()
+
+    def _ranks(self) -> list[tuple[int, int]]:
+        layout = self._layout
+        return [
+            (tensor_rank, pipeline_rank)
+            for pipeline_rank in range(layout.pipeline_model_parallel_size)
+            for tensor_rank in range(layout.tensor_model_parallel_size)
+        ]
+
+    def _check_vocabulary(self) -> None:
+        rows, world = self._padded.vocab_size, self._layout.tensor_model_parallel_size
+        if rows < self._config.vocab_size:
+            raise UserError(f"padded_vocab_size {rows} is smaller than the vocabulary of {self._config.vocab_size}")
+        if rows % world:
+            raise UserError(
+                f"a vocabulary of {rows} does not divide over tensor_model_parallel_size {world}: Megatron could not "
+                f"load it. Pad it with make_vocab_size_divisible_by or padded_vocab_size"
+            )
+
+    def _check_space(self) -> None:
+        numel = sum(int(np.prod(shard.shape)) for found in self._shards.values() for shard in found)
+        check_free_space(self.folder, numel * DTYPES[self._dtype].itemsize)
+
+    def _open_writer(self, tensor_rank: int, pipeline_rank: int) -> TorchFileWriter:
+        chunks = len(self._layout.stages(self._config.num_layers)[pipeline_rank])
+        models: list[OrderedDict[str, PendingTensor]] = [OrderedDict() for _ in range(chunks)]
+        for found in self._shards.values():
+            for shard in found:
+                if (shard.tensor_rank, shard.pipeline_rank) == (tensor_rank, pipeline_rank):
+                    pending = PendingTensor(DTYPES[self._dtype], shard.shape)
+                    self._pending[shard] = models[shard.chunk][shard.local_name] = pending
+        content = {
+            "args": to_args(self._config, self._layout, self._dtype, self._padded.vocab_size),
+            "checkpoint_version": CHECKPOINT_VERSION,
+            "iteration": self.iteration,
+            **{_model_key(chunk, chunks): model for chunk, model in enumerate(models)},
+        }
+        folder = self._publication.work / rank_folder(self._layout, tensor_rank, pipeline_rank)
+        return TorchFileWriter(folder / FILE, content)
+
+
+class MegatronSource:
+    """Read the weights of one iteration, whatever layout wrote it. Sizes come from folder names, `args` and tensors.
+
+    `trainer_state` names what a trainer stored besides (its optimizer, its random state); it is not read.
+
+    Args:
+        iteration: which one; None for the one that the tracker file names.
+        config: the model, when the checkpoint does not say it, or not all of it (a trainer does not record the
+            vocabulary before padding). Needed when there are neither `args` nor `hf/config.json`.
+        noop_layers, num_layer_list: as in `Layout`, when `args` do not record them.
+
+    Raises:
+        UserError: no such checkpoint, a rank folder is missing, a file is damaged, tensors are missing, left over
+            or mis-shaped, or `args` contradict the config.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        iteration: int | None = None,
+        *,
+        config: ModelConfig | None = None,
+        noop_layers: tuple[int, ...] | None = None,
+        num_layer_list: tuple[int, ...] | None = None,
+    ) -> None:
+        self.folder = find_iteration(folder, iteration)
+        self.location = str(self.folder)
+        self._ranks = _open_ranks(self.folder)
+        first = self._ranks[0, 0]
+        self.trainer_state = first.trainer_state
+        noop = numbers(first.args.get("noop_layers")) if noop_layers is None else noop_layers
+        has_companions = (self.folder / COMPANIONS).is_dir()
+        self.companions = companions_of(self.folder / COMPANIONS) if has_companions else Companions()
+        self.config = self._model(config, noop)
+        self.layout = self._layout(noop, num_layer_list or numbers(first.args.get("num_layer_list")))
+        self._shards = _shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
+        self._check()
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("model",)
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+        return self._tensor(self._shards[name][0]).dtype
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
+        held = [shard for shard in self._shards[name] if not _is_head_copy(shard)]
+        tensor = self._replicated(held) if held[0].spec.split.dim is None else self._assembled(held)
+        self._check_head_copy(name)
+        return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
+
+    def _replicated(self, held: list[Shard]) -> np.ndarray:
+        tensor = self._read(held[0])
+        for shard in held[1:]:
+            self._check_equal(held[0], tensor, shard)
+        return tensor
+
+    def _assembled(self, held: list[Shard]) -> np.ndarray:
+        if len(held) == 1:
+            return self._read(held[0])
+        spec = held[0].spec
+        tensor = np.empty(spec.shape, self._tensor(held[0]).dtype)
+        for shard in held:
+            _paste(tensor, self._read(shard), shard)
+        return tensor
+
+    def _check_head_copy(self, name: str) -> None:
+        """With tied embeddings and several stages the last one holds a copy; training must have kept it equal."""
+        held = {shard.tensor_rank: shard for shard in self._shards[name] if not _is_head_copy(shard)}
+        for copy in filter(_is_head_copy, self._shards[name]):
+            original = held[copy.tensor_rank]
+            self._check_equal(original, self._read(original), copy)
+
+    def _check_equal(self, shard: Shard, tensor: np.ndarray, other: Shard) -> None:
+        if not np.array_equal(tensor.view(np.uint8), self._read(other).view(np.uint8)):
+            raise UserError(
+                f"{self._file(other)}: {other.local_name} differs from {shard.local_name} in {self._file(shard)}; "
+                f"they are copies of one tensor and must be equal"
+            )
+
+    def _tensor(self, shard: Shard) -> LazyTensor:
+        return self._ranks[shard.tensor_rank, shard.pipeline_rank].chunks[shard.chunk][shard.local_name]
+
+    def _read(self, shard: Shard) -> np.ndarray:
+        return self._tensor(shard).read(shard.local_name)
+
+    def _file(self, shard: Shard) -> Path:
+        return self._ranks[shard.tensor_rank, shard.pipeline_rank].path
+
+    def _model(self, given: ModelConfig | None, noop_layers: tuple[int, ...]) -> ModelConfig:
+        first = self._ranks[0, 0]
+        where = str(first.path)
+        config = given
+        if config is None and self.companions.hf_config is not None:
+            config = from_hf(self.companions.hf_config, where=str(self.folder / COMPANIONS / "config.json"))
+        if config is not None:
+            check_agreement(first.args, where, config, noop_layers)
+            return config
+        if not first.args:
+            raise UserError(f"{where} holds no args: the model is unknown. Give its config.json")
+        return config_from_args(first.args, where, noop_layers)
+
+    def _layout(self, noop_layers: tuple[int, ...], num_layer_list: tuple[int, ...]) -> Layout:
+        stages = 1 + max(pipeline_rank for _, pipeline_rank in self._ranks)
+        chunks = len(self._ranks[0, 0].chunks)
+        counts = tuple(_count_layers(self._ranks[0, stage].chunks) for stage in range(stages))
+        total = self.config.num_layers + len(noop_layers)
+        if sum(counts) != self.config.num_layers and not noop_layers:
+            raise UserError(
+                f"{self.location} holds {sum(counts)} decoder layers (by stage: {list(counts)}); the config implies "
+                f"{self.config.num_layers}. Layers are missing or left over, or there are noop layers: give noop_layers"
+            )
+        if not num_layer_list and not noop_layers and chunks == 1 and len(set(counts)) > 1:
+            num_layer_list = counts
+        return Layout(
+            tensor_model_parallel_size=1 + max(tensor_rank for tensor_rank, _ in self._ranks),
+            pipeline_model_parallel_size=stages,
+            num_layers_per_virtual_pipeline_stage=total // (stages * chunks) if chunks > 1 else None,
+            num_layer_list=num_layer_list or None,
+            noop_layers=noop_layers,
+        )
+
+    def _stored_rows(self) -> int:
+        """Rows of the embedding over all ranks, padding included."""
+        first_stage = [rank.chunks[0] for (_, stage), rank in sorted(self._ranks.items()) if stage == 0]
+        rows = sum(chunk[EMBEDDING].shape[0] for chunk in first_stage if EMBEDDING in chunk)
+        if 0 < rows < self.config.vocab_size:
+            raise UserError(
+                f"{self.location}: {EMBEDDING} has {rows} rows; the config implies {self.config.vocab_size}"
+            )
+        return rows or self.config.vocab_size
+
+    def _check(self) -> None:
+        expected = [shard for found in self._shards.values() for shard in found]
+        names = {
+            rank.name_of(chunk, name)
+            for rank in self._ranks.values()
+            for chunk, tensors in enumerate(rank.chunks)
+            for name in tensors
+        }
+        ranks = {shard: self._ranks[shard.tensor_rank, shard.pipeline_rank] for shard in expected}
+        check_names(self.location, names, {rank.name_of(s.chunk, s.local_name) for s, rank in ranks.items()})
+        for shard in expected:
+            tensor = self._tensor(shard)
+            check_shape(str(self._file(shard)), shard.local_name, tensor.shape, shard.shape)
+            if dtype_name(tensor.dtype) != dtype_name(self.dtype(shard.spec.name)):
+                raise UserError(f"{self._file(shard)}: {shard.local_name} is {tensor.dtype}; on other ranks it is not")
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank's file holds."""
+
+    path: Path
+    args: dict[str, Any]
+    chunks: list[Chunk]
+    trainer_state: tuple[str, ...]
+
+    def name_of(self, chunk: int, name: str) -> str:
+        return f"{self.path.parent.name}/{_model_key(chunk, len(self.chunks))}/{name}"
+
+
+def _model_key(chunk: int, chunks: int) -> str:
+    return "model" if chunks == 1 else f"model{chunk}"
+
+
+def _shards_of(config: ModelConfig, layout: Layout) -> dict[str, list[Shard]]:
+    """Global name -> its shards on all ranks, the copies of a tied head included."""
+    found: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
+    for shard in shards(config, layout, tied_head_copy=True):
+        found[shard.spec.name].append(shard)
+    return found
+
+
+def _is_head_copy(shard: Shard) -> bool:
+    return shard.spec.name == EMBEDDING and shard.local_name == OUTPUT
+
+
+def _fill_rows(part: np.ndarray, rows: int) -> np.ndarray:
+    """Zeros below `part` up to `rows` rows."""
+    if part.shape[0] == rows:
+        return part
+    filled = np.zeros((rows, *part.shape[1:]), part.dtype)
+    filled[: part.shape[0]] = part
+    return filled
+
+
+def _paste(tensor: np.ndarray, part: np.ndarray, shard: Shard) -> None:
+    """Put a rank's part in its place: the inverse of `cut`."""
+    dim = shard.spec.split.dim
+    assert dim is not None
+    ends = np.cumsum([box[dim][1] - box[dim][0] for box in shard.boxes])[:-1]
+    for box, piece in zip(shard.boxes, np.split(part, ends, axis=dim)):
+        tensor[tuple(slice(*interval) for interval in box)] = piece
+
+
+def _count_layers(chunks: Sequence[Chunk]) -> int:
+    """Distinct decoder layers in a rank's chunks."""
+    return sum(len({match[1] for name in chunk if (match := LAYER.match(name))}) for chunk in chunks)
+
+
+def _open_ranks(folder: Path) -> dict[tuple[int, int], _Rank]:
+    """(tensor rank, pipeline rank) -> its file, for a whole grid of ranks."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: {TRACKER} or the iteration asked for names it")
+    paths = _rank_paths(folder)
+    ranks = {rank: _open_rank(path) for rank, path in sorted(paths.items())}
+    first = next(iter(ranks.values()))
+    sizes = [
+        max(first.args.get(field) or 1, 1 + max(rank[axis] for rank in ranks))
+        for axis, field in enumerate(("tensor_model_parallel_size", "pipeline_model_parallel_size"))
+    ]
+    grid = {(tensor_rank, stage) for tensor_rank in range(sizes[0]) for stage in range(sizes[1])}
+    if missing := sorted(grid - set(ranks)):
+        layout = Layout(tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1])
+        raise UserError(
+            f"{folder}: rank folders are missing: {', '.join(rank_folder(layout, *rank) for rank in missing)}; "
+            f"expected {sizes[0]} tensor ranks x {sizes[1]} pipeline ranks"
+        )
+    for rank in ranks.values():
+        if len(rank.chunks) != len(first.chunks):
+            raise UserError(f"{rank.path} has {len(rank.chunks)} model chunks; {first.path} has {len(first.chunks)}")
+    return ranks
+
+
+def _rank_paths(folder: Path) -> dict[tuple[int, int], Path]:
+    paths: dict[tuple[int, int], Path] = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = RANK_FOLDER.fullmatch(path.name)
+        if match is None or int(match[3] or 0):
+            raise UserError(f"{path}: not a rank of a dense model: expected mp_rank_<tensor>[_<pipeline>[_000]]")
+        rank = int(match[1]), int(match[2] or 0)
+        if rank in paths:
+            raise UserError(f"{path} and {paths[rank]} are the same rank: remove the one that is not meant")
+        paths[rank] = path / FILE
+    if not paths:
+        raise UserError(f"{folder} holds no mp_rank_* folders: not a Megatron torch checkpoint")
+    return paths
+
+
+def _open_rank(path: Path) -> _Rank:
+    content = load(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected the dict that Megatron saves")
+    if content.get("checkpoint_version") != CHECKPOINT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint_version is {content.get('checkpoint_version')}; only {CHECKPOINT_VERSION} is read"
+        )
+    keys = sorted((key for key in content if re.fullmatch(r"model\d*", str(key))), key=lambda key: int(key[5:] or 0))
+    if keys != [_model_key(chunk, len(keys)) for chunk in range(len(keys))] or not keys:
+        raise UserError(f"{path}: expected model, or model0, model1 and so on; found {', '.join(keys) or 'neither'}")
+    args = dict(vars(content["args"])) if "args" in content else {}
+    rest = set(content) - {"args", "checkpoint_version", "iteration", *keys}
+    return _Rank(path, args, [_chunk(path, content[key]) for key in keys], tuple(sorted(rest)))
+
+
+def _chunk(path: Path, tensors: dict[str, Any]) -> Chunk:
+    chunk: Chunk = {}
+    for name, tensor in tensors.items():
+        if name.endswith(EXTRA_STATE):
+            continue
+        if not isinstance(tensor, LazyTensor):
+            raise UserError(f"{path}: {name} is a {type(tensor).__name__}; expected a tensor")
+        layer = LAYER.match(name)
+        rest = name[layer.end() :] if layer else name
+        chunk[(layer[0] if layer else "") + FUSED_NORMS.get(rest, rest)] = tensor
+    return chunk

@@ -1,0 +1,493 @@
+"""torch's `.pt` files without torch: read without executing the pickle, written one tensor at a time.
+
+A file is an uncompressed zip: `<root>/data.pkl` describes nested values in which tensors refer to storages
+`<root>/data/<key>`, each a run of raw numbers. Format: torch/serialization.py and caffe2/serialize/inline_container.h.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tandem.errors import UserError
+
+STORAGES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "DoubleStorage": np.dtype(np.float64),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+STORAGE_NAMES = {dtype.name: name for name, dtype in STORAGES.items()}
+
+# Globals that stand for nothing but their own name.
+TORCH_NAMES = {
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool", "strided"),
+}
+# Objects that trainers store beside the weights. They become `Inert`: their code is not loaded.
+INERT_PACKAGES = {"megatron", "mindspeed", "mindspeed_llm", "transformer_engine", "numpy"}
+INERT_GLOBALS = {
+    "_codecs.encode",
+    "_io.BytesIO",
+    "io.BytesIO",
+    "pathlib.PosixPath",
+    "signal.SIGINT",
+    "signal.SIGTERM",
+    "signal.Signals",
+    "torch._C.Generator",
+    "torch.device",
+    "types.SimpleNamespace",
+}
+# What a damaged pickle makes the unpickler, or a stand-in that it calls, raise.
+PICKLE_ERRORS = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError),
+    *(TypeError, ValueError, OverflowError, MemoryError, RecursionError),
+)
+
+ZIP_MAGIC = b"PK\x03\x04"
+LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name
+ALIGNMENT = 64  # torch's: tensors begin at a multiple of this
+ZIP64_FROM = 1 << 30  # entries from this size get 64-bit sizes; zip needs them from 4 GB
+ZIP64_EXTRA = 20  # bytes that 64-bit sizes add to a local header
+
+
+class Inert:
+    """Stands for an object whose class is not loaded. It keeps nothing but the class's name."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of `numel` numbers from byte `start` of a file; `crc` is 0 when its writer computed none."""
+
+    path: Path
+    dtype: np.dtype
+    numel: int
+    start: int
+    crc: int
+
+    def read(self, first: int, count: int, name: str) -> np.ndarray:
+        """`count` numbers from number `first`; what is read whole is checked against the stored CRC."""
+        flat = np.fromfile(self.path, self.dtype, count, offset=self.start + first * self.dtype.itemsize)
+        if flat.size != count:
+            raise UserError(f"{self.path}: tensor {name} is cut short")
+        if count == self.numel and self.crc not in (0, zlib.crc32(flat.view(np.uint8).data)):
+            raise UserError(f"{self.path}: tensor {name} is damaged: its CRC differs from the one in the file")
+        return flat
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor still on disk. `strides` and `offset` count elements of its storage, which others may share."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        numbers = (self.offset, *self.shape, *self.strides)
+        if len(self.shape) != len(self.strides) or any(type(n) is not int or n < 0 for n in numbers):
+            raise pickle.UnpicklingError(f"no tensor has shape {self.shape}, strides {self.strides}")
+        if self.offset + self._span > self.storage.numel:
+            raise pickle.UnpicklingError(f"a tensor of shape {self.shape} exceeds its storage")
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.storage.dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, contiguous, in memory of its own; `name` is what an error calls it."""
+        flat = self.storage.read(self.offset, self._span, name)
+        if self._contiguous:
+            return flat.reshape(self.shape)
+        strides = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, strides).copy()
+
+    @property
+    def _span(self) -> int:
+        """Elements of the storage from the tensor's first to its last."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
+
+    @property
+    def _contiguous(self) -> bool:
+        expected = contiguous_strides(self.shape)
+        return 0 in self.shape or all(
+            size == 1 or stride == due for size, stride, due in zip(self.shape, self.strides, expected)
+        )
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def load(path: str | Path) -> Any:
+    """What `torch.save` wrote: nested dicts, lists, tuples, numbers, strings, `argparse.Namespace`; `LazyTensor`s.
+
+    No code of the file is run, and no class that it names is imported.
+
+    Raises:
+        UserError: the file is missing, truncated, damaged, too old, big-endian, or asks for a global that is not
+            on the list; the global is named.
+    """
+    path = Path(path)
+    archive = _Archive(path)
+    order = archive.read("byteorder") if archive.has("byteorder") else b"little"
+    if order.strip() != b"little":
+        raise UserError(f"{path}: byte order {order.decode(errors='replace')!r}; only little-endian files are read")
+    try:
+        return _Unpickler(archive).load()
+    except UserError:
+        raise
+    except PICKLE_ERRORS as error:
+        raise UserError(f"{path}: damaged: data.pkl cannot be read: {error}") from error
+
+
+class _Archive:
+    """The zip entries of a `.pt` file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries = self._directory()
+        pickles = [name for name in self._entries if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise UserError(f"{path}: a zip file, but not one that torch.save wrote: it holds no data.pkl")
+        self._root = pickles[0].removesuffix("data.pkl")
+
+    def has(self, name: str) -> bool:
+        return self._root + name in self._entries
+
+    def read(self, name: str) -> bytes:
+        entry = self._entry(name)
+        storage = Storage(self.path, np.dtype(np.uint8), entry.file_size, self._start(entry), entry.CRC)
+        return storage.read(0, entry.file_size, name).tobytes()
+
+    def storage(self, key: str, dtype: np.dtype, numel: int) -> Storage:
+        entry = self._entry(f"data/{key}")
+        if entry.file_size != numel * dtype.itemsize:
+            raise UserError(
+                f"{self.path}: damaged: {entry.filename} has {entry.file_size} bytes, "
+                f"{numel} numbers of {dtype} need {numel * dtype.itemsize}"
+            )
+        return Storage(self.path, dtype, numel, self._start(entry), entry.CRC)
+
+    def _directory(self) -> dict[str, zipfile.ZipInfo]:
+        try:
+            with open(self.path, "rb") as file:
+                magic = file.read(len(ZIP_MAGIC))
+            if magic != ZIP_MAGIC:
+                self._refuse(magic)
+            with zipfile.ZipFile(self.path) as archive:
+                return {entry.filename: entry for entry in archive.infolist()}
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from error
+        except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.path}: truncated or damaged: {error}") from error
+
+    def _refuse(self, magic: bytes) -> None:
+        if magic[:1] == pickle.PROTO:
+            raise UserError(
+                f"{self.path}: written in torch's format from before version 1.6, which cannot be read without "
+                f"executing it. Save it again with a recent torch: torch.save(torch.load(path), path)"
+            )
+        raise UserError(f"{self.path}: not a file that torch.save wrote, or empty")
+
+    def _entry(self, name: str) -> zipfile.ZipInfo:
+        entry = self._entries.get(self._root + name)
+        if entry is None:
+            raise UserError(f"{self.path}: damaged: it holds no {self._root}{name}")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise UserError(f"{self.path}: {entry.filename} is compressed or encrypted; torch.save stores plainly")
+        return entry
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        """Where an entry's bytes begin: behind its local header, whose length only the header itself tells."""
+        with open(self.path, "rb") as file:
+            file.seek(entry.header_offset)
+            header = file.read(LOCAL_HEADER)
+        if len(header) != LOCAL_HEADER or not header.startswith(ZIP_MAGIC):
+            raise UserError(f"{self.path}: truncated or damaged: no entry where {entry.filename} should begin")
+        name_length, extra_length = struct.unpack_from("<HH", header, LOCAL_HEADER - 4)
+        return entry.header_offset + LOCAL_HEADER + name_length + extra_length
+
+
+class _Dict(dict):
+    """Stands for OrderedDict and defaultdict."""
+
+    def __setstate__(self, state: object) -> None:
+        """Attributes of a module's state dict (`_metadata`) are of no use here."""
+
+
+class _Namespace(argparse.Namespace):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves a global to a stand-in of this module, or refuses it.
+
+    Every class handed out defines `__setstate__`, so that a pickle cannot set attributes on the class itself.
+    """
+
+    def __init__(self, archive: _Archive) -> None:
+        super().__init__(io.BytesIO(archive.read("data.pkl")), encoding="utf-8")
+        self._archive = archive
+        self._stand_ins: dict[str, Any] = {
+            "argparse.Namespace": _Namespace,
+            "collections.OrderedDict": _ordered_dict,
+            "collections.defaultdict": _default_dict,
+            "builtins.set": frozenset,
+            "builtins.frozenset": frozenset,
+            "builtins.dict": _ordered_dict,
+            "builtins.list": list,
+            "torch.Size": tuple,
+            "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+            "torch._utils._rebuild_parameter": _rebuild_parameter,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.")
+        if full in self._stand_ins:
+            return self._stand_ins[full]
+        if module == "torch" and (name in STORAGES or name in TORCH_NAMES):
+            return full
+        if module.split(".")[0] in INERT_PACKAGES or full in INERT_GLOBALS:
+            return type(name, (Inert,), {"__module__": module})
+        raise UserError(
+            f"{self._archive.path}: refused: the file asks for {full}, which is not a tensor or a plain value; "
+            f"nothing of it was executed. Save it again with tensors and plain values only"
+        )
+
+    def persistent_load(self, identifier: Any) -> Storage:
+        kind, storage_type, key, _location, numel = identifier
+        dtype = STORAGES.get(str(storage_type).removeprefix("torch."))
+        if kind != "storage" or dtype is None or type(numel) is not int:
+            raise pickle.UnpicklingError(f"unknown storage {identifier!r}")
+        return self._archive.storage(str(key), dtype, numel)
+
+
+def _ordered_dict() -> dict:
+    return _Dict()
+
+
+def _default_dict(factory: object = None) -> dict:
+    return _Dict()
+
+
+def _rebuild_tensor(storage: Storage, offset: int, size: Iterable, stride: Iterable, *_autograd: object) -> LazyTensor:
+    if not isinstance(storage, Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    return LazyTensor(storage, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(tensor: LazyTensor, *_autograd: object) -> LazyTensor:
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PendingTensor:
+    """Stands in the content of a file for a tensor that is written later."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class TorchFileWriter:
+    """Write a file that `torch.load` reads, `mmap=True` and `weights_only=True` included.
+
+    `content` is made of dict, OrderedDict, `argparse.Namespace`, list, tuple, str, int, float, bool, None and
+    `PendingTensor`. Then every pending tensor is written, in any order, and then `close()` is called. A file is
+    fastest to read when tensors are written in the order in which they stand in `content`.
+    """
+
+    def __init__(self, path: str | Path, content: Any) -> None:
+        self.path = Path(path)
+        emitter = _Emitter()
+        description = emitter.pickle(content)
+        self._keys = {tensor: key for key, tensor in enumerate(emitter.tensors)}
+        self._written: set[PendingTensor] = set()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "wb")  # noqa: SIM115 (closed by close() or abort())
+        self._zip = zipfile.ZipFile(self._file, "w")
+        self._add("data.pkl", description)
+        self._add(".format_version", b"1")
+        self._add(".storage_alignment", str(ALIGNMENT).encode())
+        self._add("byteorder", b"little")
+
+    def write(self, pending: PendingTensor, tensor: np.ndarray) -> None:
+        assert pending not in self._written, f"{self.path}: a tensor was written twice"
+        assert tensor.shape == pending.shape, f"{self.path}: shape {tensor.shape}, announced {pending.shape}"
+        flat = np.ascontiguousarray(tensor, dtype=pending.dtype).reshape(-1)
+        self._add(f"data/{self._keys[pending]}", flat.view(np.uint8).data)
+        self._written.add(pending)
+
+    def close(self) -> None:
+        assert len(self._written) == len(self._keys), f"{self.path}: not every tensor was written"
+        self._add("version", b"3\n")
+        self._zip.close()
+        self._file.close()
+
+    def abort(self) -> None:
+        """Stop writing; what is there is not a whole file."""
+        with contextlib.suppress(OSError):  # a full disk has been reported by the write that met it
+            self._zip.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def __enter__(self) -> TorchFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _add(self, name: str, data: bytes | memoryview) -> None:
+        entry = zipfile.ZipInfo(f"{self.path.stem}/{name}")
+        entry.file_size = len(data)
+        zip64 = len(data) >= ZIP64_FROM
+        entry.extra = self._padding(entry.filename, zip64)
+        with self._zip.open(entry, "w", force_zip64=zip64) as file:
+            file.write(data)
+
+    def _padding(self, name: str, zip64: bool) -> bytes:
+        """An extra field, as torch writes it, after which the entry's bytes begin at a multiple of ALIGNMENT."""
+        header = LOCAL_HEADER + len(name.encode()) + (ZIP64_EXTRA if zip64 else 0) + 4
+        length = -(self._file.tell() + header) % ALIGNMENT
+        return struct.pack("<2sH", b"FB", length) + b"Z" * length
+
+
+class _Emitter:
+    """Pickle, protocol 2: the only one that torch's `weights_only` reads. Names classes without having them."""
+
+    def __init__(self) -> None:
+        self.tensors: list[PendingTensor] = []
+        self._out = io.BytesIO()
+        self._emitters: dict[type, Callable[[Any], None]] = {
+            bool: lambda value: self._write(pickle.NEWTRUE if value else pickle.NEWFALSE),
+            int: self._int,
+            float: lambda value: self._write(pickle.BINFLOAT, struct.pack(">d", value)),
+            str: self._str,
+            type(None): lambda value: self._write(pickle.NONE),
+            tuple: self._tuple,
+            list: self._list,
+            dict: self._dict,
+            OrderedDict: self._ordered_dict,
+            argparse.Namespace: self._namespace,
+            PendingTensor: self._tensor,
+        }
+
+    def pickle(self, content: Any) -> bytes:
+        self._write(pickle.PROTO, b"\x02")
+        self._any(content)
+        self._write(pickle.STOP)
+        return self._out.getvalue()
+
+    def _write(self, *parts: bytes) -> None:
+        self._out.writelines(parts)
+
+    def _any(self, value: Any) -> None:
+        emit = self._emitters.get(type(value))
+        assert emit is not None, f"a {type(value).__name__} cannot be stored in a torch file"
+        emit(value)
+
+    def _int(self, value: int) -> None:
+        if -(1 << 31) <= value < 1 << 31:
+            self._write(pickle.BININT, struct.pack("<i", value))
+        else:
+            digits = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            self._write(pickle.LONG1, bytes([len(digits)]), digits)
+
+    def _str(self, value: str) -> None:
+        encoded = value.encode("utf-8")
+        self._write(pickle.BINUNICODE, struct.pack("<I", len(encoded)), encoded)
+
+    def _tuple(self, value: tuple) -> None:
+        self._write(pickle.MARK)
+        for item in value:
+            self._any(item)
+        self._write(pickle.TUPLE)
+
+    def _list(self, value: list) -> None:
+        self._write(pickle.EMPTY_LIST, pickle.MARK)
+        for item in value:
+            self._any(item)
+        self._write(pickle.APPENDS)
+
+    def _dict(self, value: dict) -> None:
+        self._write(pickle.EMPTY_DICT)
+        self._items(value)
+
+    def _ordered_dict(self, value: OrderedDict) -> None:
+        self._global("collections", "OrderedDict")
+        self._write(pickle.EMPTY_TUPLE, pickle.REDUCE)
+        self._items(value)
+
+    def _items(self, value: dict) -> None:
+        self._write(pickle.MARK)
+        for key, item in value.items():
+            self._any(key)
+            self._any(item)
+        self._write(pickle.SETITEMS)
+
+    def _namespace(self, value: argparse.Namespace) -> None:
+        self._global("argparse", "Namespace")
+        self._write(pickle.EMPTY_TUPLE, pickle.NEWOBJ)
+        self._dict(vars(value))
+        self._write(pickle.BUILD)
+
+    def _tensor(self, value: PendingTensor) -> None:
+        key = str(len(self.tensors))
+        self.tensors.append(value)
+        self._global("torch._utils", "_rebuild_tensor_v2")
+        self._write(pickle.MARK)
+        self._storage(key, value)
+        storage_offset, requires_grad, backward_hooks = 0, False, OrderedDict[str, Any]()
+        for argument in (storage_offset, value.shape, contiguous_strides(value.shape), requires_grad, backward_hooks):
+            self._any(argument)
+        self._write(pickle.TUPLE, pickle.REDUCE)
+
+    def _storage(self, key: str, value: PendingTensor) -> None:
+        self._write(pickle.MARK)
+        self._str("storage")
+        self._global("torch", STORAGE_NAMES[value.dtype.name])
+        for item in (key, "cpu", math.prod(value.shape)):
+            self._any(item)
+        self._write(pickle.TUPLE, pickle.BINPERSID)
+
+    def _global(self, module: str, name: str) -> None:
+        self._write(pickle.GLOBAL, f"{module}\n{name}\n".encode())
