@@ -1,0 +1,59 @@
+"""`tandem COMMAND ...`: the command line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from tandem import __version__
+from tandem.errors import UserError, nearest
+
+# command -> its module under tandem.cli, and what it does
+COMMANDS = {
+    "convert": "Convert weights: Hugging Face <-> Megatron-core layout, at any TP and PP.",
+    "preprocess": "Turn text or instruction data into .bin/.idx files.",
+    "pretrain": "Train on text.",
+    "finetune": "Train on instruction data.",
+    "export": "Write a trained checkpoint as a Hugging Face folder.",
+    "generate": "Ask a model.",
+    "quickstart": "Run the whole job on a toy model, on one backend or both.",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"tandem {__version__}: train Qwen3 end to end on MindSpore and on PyTorch, from the same bytes.",
+            "",
+            "usage: tandem COMMAND [OPTIONS]      (tandem COMMAND --help lists the options)",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, or 2 when the input was at fault."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    command = words[0]
+    if command not in COMMANDS:
+        print(f"tandem: unknown command {command!r}{nearest(command, list(COMMANDS))}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"tandem.cli.{command}")
+    try:
+        module.run(words[1:])
+    except UserError as error:
+        print(f"tandem {command}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sampling text from a model. Over the backend's logits only."""

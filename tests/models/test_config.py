@@ -1,0 +1,119 @@
+"""Hugging Face config.json <-> ModelConfig."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig, RotaryScaling, from_hf, to_hf
+from toys import TOYS, toy_config
+
+OLD = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "max_position_embeddings": 4096,
+    "model_type": "qwen3",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 1024,
+}
+NEW = {k: v for k, v in OLD.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")} | {
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    "layer_types": ["full_attention"] * 4,
+}
+
+
+def test_old_and_new_transformers_layouts_mean_the_same() -> None:
+    assert from_hf(OLD) == from_hf(NEW)
+    assert from_hf(OLD).rotary_base == 1e6  # B6: not the default of 10000
+
+
+@pytest.mark.parametrize("original", [OLD, NEW], ids=["old", "new"])
+def test_a_config_survives_the_round_trip_in_its_own_layout(original: dict) -> None:
+    assert to_hf(from_hf(original), base=original) == original
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_transformers_reads_what_is_written(name: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = TOYS[name]
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert from_hf(read.to_dict()) == config
+
+
+def test_llama_scaling_survives() -> None:
+    scaling = RotaryScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    config = toy_config(model_type="llama", rotary_scaling=scaling)
+    assert from_hf(to_hf(config)) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
+        ({"num_attention_heads": 7}, "num_attention_heads"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        from_hf(OLD | change)
+
+
+# layers, hidden, ffn, heads, tied, and the parameters by the hand count of `count_by_hand`
+QWEN3 = {
+    "0.6B": (28, 1024, 3072, 16, True, 596_049_920),
+    "1.7B": (28, 2048, 6144, 16, True, 1_720_574_976),
+    "4B": (36, 2560, 9728, 32, True, 4_022_468_096),
+    "8B": (36, 4096, 12288, 32, False, 8_190_735_360),
+    "14B": (40, 5120, 17408, 40, False, 14_768_307_200),
+    "32B": (64, 5120, 25600, 64, False, 32_762_123_264),
+}
+
+
+def count_by_hand(layers: int, hidden: int, ffn: int, heads: int, tied: bool) -> int:
+    attention = 2 * hidden * heads * 128 + 2 * hidden * 8 * 128 + 2 * 128
+    layer = attention + 3 * hidden * ffn + 2 * hidden
+    return layers * layer + hidden + 151936 * hidden * (1 if tied else 2)
+
+
+@pytest.mark.parametrize("size", QWEN3)
+def test_parameter_count(size: str) -> None:
+    from tandem.models.tensors import parameter_count
+
+    layers, hidden, ffn, heads, tied, published = QWEN3[size]
+    config = toy_config(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=8,
+        kv_channels=128,
+        vocab_size=151936,
+        untie_embeddings_and_output_weights=not tied,
+    )
+    assert parameter_count(config) == count_by_hand(layers, hidden, ffn, heads, tied) == published
