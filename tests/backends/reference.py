@@ -1,0 +1,142 @@
+"""The reference that engines are held against: Hugging Face's model with the same weights, one call per document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import transformers
+
+from tandem.backends.interface import Engine
+from tandem.checkpoints.interface import Companions, Kind, TensorSource
+from tandem.checkpoints.random_init import RandomSource
+from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
+from tandem.models.config import ModelConfig, to_hf
+from tandem.models.tensors import tensor_table
+from tandem.models.weight_map import WeightMap
+
+
+class MemorySource:
+    """Global tensors held in memory, by kind and name."""
+
+    location = "memory"
+
+    def __init__(self, config: ModelConfig, tensors: dict[Kind, dict[str, np.ndarray]]) -> None:
+        self.config = config
+        self.companions = Companions()
+        self._tensors = tensors
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(self._tensors)
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+        return self._tensors[kind][name].dtype
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        return self._tensors[kind][name]
+
+
+def toy_weights(config: ModelConfig, seed: int = 0) -> MemorySource:
+    """Random weights with norms away from one, so that a forgotten norm weight shows."""
+    source = RandomSource(config, seed)
+    generator = np.random.default_rng(seed)
+    weights = {}
+    for name, spec in tensor_table(config).items():
+        weights[name] = source.read(name)
+        if len(spec.shape) == 1:
+            weights[name] = weights[name] + generator.normal(0, 0.2, spec.shape).astype(np.float32)
+    return MemorySource(config, {"model": weights})
+
+
+def snapshot(engine: Engine) -> MemorySource:
+    """A copy of everything that a checkpoint of `engine` would hold."""
+    tensors: dict[Kind, dict[str, np.ndarray]] = {}
+    for kind, name, array in engine.tensors():
+        tensors.setdefault(kind, {})[name] = array.copy()
+    return MemorySource(engine.config, tensors)
+
+
+def toy_samples(config: ModelConfig, lengths: Iterable[int], seed: int = 0, trained: float = 1.0) -> list[Sample]:
+    """One random document per length; about the share `trained` of the labels counts, and at least one."""
+    generator = np.random.default_rng(seed)
+    samples = []
+    for length in lengths:
+        tokens = generator.integers(0, config.vocab_size, length + 1, dtype=np.int32)
+        labels = np.where(generator.random(length) < trained, tokens[1:], IGNORE).astype(np.int32)
+        labels[-1] = tokens[-1]
+        samples.append(Sample(tokens[:-1], labels, np.arange(length, dtype=np.int32), (length,)))
+    return samples
+
+
+def untrained(sample: Sample) -> Sample:
+    """The same sample with no label that counts."""
+    return Sample(sample.tokens, np.full_like(sample.labels, IGNORE), sample.position_ids, sample.lengths)
+
+
+def toy_batch(config: ModelConfig, lengths: Iterable[int], seed: int = 0, trained: float = 1.0) -> MicroBatch:
+    return collate(toy_samples(config, lengths, seed, trained))
+
+
+class Reference:
+    """Hugging Face's model in fp32, with global Megatron-core tensors going in and coming out."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.config = source.config
+        self.weight_map = WeightMap(source.config)
+        hf_config = transformers.AutoConfig.for_model(**to_hf(source.config, dtype="float32"))
+        self.model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float()
+        state = {
+            hf_name: torch.from_numpy(np.array(part))
+            for name in tensor_table(source.config)
+            for hf_name, part in self.weight_map.to_hf(name, source.read(name)).items()
+        }
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        assert not unexpected
+        assert set(missing) <= ({"lm_head.weight"} if source.config.tied else set())
+
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """[t, vocabulary], each document in a call of its own."""
+        return torch.cat(
+            [
+                self.model(
+                    input_ids=torch.from_numpy(batch.tokens[start:stop]).long()[None],
+                    position_ids=torch.from_numpy(batch.position_ids[start:stop]).long()[None],
+                ).logits[0]
+                for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
+            ]
+        )
+
+    def loss(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Mean over the trained tokens of all batches."""
+        logits = torch.cat([self.logits(batch) for batch in batches])
+        labels = torch.from_numpy(np.concatenate([batch.labels for batch in batches])).long()
+        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE)
+
+    def loss_and_gradients(self, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
+        self.model.zero_grad()
+        loss = self.loss(batches)
+        loss.backward()
+        gradients = {name: p.grad.numpy() for name, p in self.model.named_parameters() if p.grad is not None}
+        return loss.item(), self._to_mcore(gradients)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return self._to_mcore({name: p.detach().numpy() for name, p in self.model.named_parameters()})
+
+    def _to_mcore(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            name: self.weight_map.to_mcore(name, [tensors[part] for part in entry.hf])
+            for name, entry in self.weight_map.entries.items()
+        }
+
+
+def assert_close_gradients(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float, atol: float = 1e-7
+) -> None:
+    """Each gradient within `rtol` of the expected one in Frobenius norm, plus `atol` per element."""
+    assert list(found) == list(expected)
+    for name, gradient in expected.items():
+        assert found[name].shape == gradient.shape, name
+        error = np.linalg.norm(found[name].astype(np.float64) - gradient)
+        limit = rtol * np.linalg.norm(gradient.astype(np.float64)) + atol * gradient.size**0.5
+        assert error <= limit, f"{name}: off by {error:.3g}, allowed {limit:.3g}"

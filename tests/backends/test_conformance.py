@@ -1,0 +1,61 @@
+"""Both backends are built alike: the same files, and the same signatures where one stands for the other."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import tandem.backends
+from tandem.backends.interface import Engine, EngineSettings
+from toys import TOYS
+
+BACKENDS = Path(tandem.backends.__file__).parent
+
+# Files of one backend alone, with the reason.
+ALONE: dict[str, str] = {"torch/functional.py": "autograd functions, and oneDNN's products"}
+
+
+def files(framework: str) -> set[str]:
+    return {path.name for path in (BACKENDS / framework).glob("*.py")}
+
+
+def public(module: ModuleType) -> dict[str, object]:
+    """The functions and classes that `module` defines under public names."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+def test_the_same_files(both_frameworks: tuple[str, str]) -> None:
+    torch_files, mindspore_files = ({f for f in files(name) if f"{name}/{f}" not in ALONE} for name in both_frameworks)
+    assert torch_files == mindspore_files
+
+
+@pytest.mark.parametrize("module", ["engine", "loss", "model"])
+def test_create_and_its_neighbours_agree(module: str, both_frameworks: tuple[str, str]) -> None:
+    first, second = (public(importlib.import_module(f"tandem.backends.{name}.{module}")) for name in both_frameworks)
+    for name in first.keys() & second.keys():
+        if inspect.isfunction(first[name]) and inspect.isfunction(second[name]):
+            found, expected = (list(inspect.signature(value).parameters) for value in (second[name], first[name]))
+            assert found == expected, f"{module}.{name}"
+    if module == "engine":
+        assert "create" in first.keys() & second.keys()
+
+
+def test_the_engine_has_the_interface(framework: str) -> None:
+    module = importlib.import_module(f"tandem.backends.{framework}.engine")
+    engine = module.create(TOYS["qwen3-tied"], EngineSettings(device="cpu"))
+    assert list(inspect.signature(module.create).parameters) == ["config", "settings"]
+    for name in Engine.__annotations__:
+        assert hasattr(engine, name), name
+    methods = [name for name, value in vars(Engine).items() if inspect.isfunction(value) and not name.startswith("_")]
+    for name in methods:
+        found, expected = (inspect.signature(getattr(owner, name)) for owner in (type(engine), Engine))
+        assert list(found.parameters.values()) == list(expected.parameters.values()), name
+        assert found.return_annotation == expected.return_annotation, name

@@ -1,0 +1,385 @@
+"""What every engine must do, whatever its framework: the same numbers as Hugging Face's model and torch's AdamW."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from reference import (
+    Reference,
+    assert_close_gradients,
+    snapshot,
+    toy_batch,
+    toy_samples,
+    toy_weights,
+    untrained,
+)
+
+from tandem.backends import create_engine
+from tandem.backends.interface import Engine, EngineSettings
+from tandem.checkpoints.interface import TensorSource
+from tandem.data.batch import IGNORE, MicroBatch, collate
+from tandem.models.config import RotaryScaling
+from tandem.models.tensors import tensor_table
+from toys import TOYS, toy_config
+
+RAGGED = (7, 1, 19, 12, 12, 5)
+
+
+def build(framework: str, source: TensorSource, **settings: object) -> Engine:
+    engine = create_engine(framework, source.config, EngineSettings(device="cpu", **settings))  # type: ignore[arg-type]
+    engine.load_weights(source)
+    return engine
+
+
+# --- the model
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_logits_equal_hugging_face(framework: str, toy: str) -> None:
+    source = toy_weights(TOYS[toy])
+    batch = toy_batch(source.config, RAGGED)
+    expected = Reference(source).logits(batch).detach().numpy()
+    logits = build(framework, source, training=False).logits(batch)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, (16, 16, 16), (40,)], ids=["ragged", "equal", "one"])
+@pytest.mark.parametrize("toy", TOYS)
+def test_loss_and_every_gradient_equal_hugging_face(framework: str, toy: str, lengths: tuple[int, ...]) -> None:
+    source = toy_weights(TOYS[toy])
+    batches = [toy_batch(source.config, lengths, seed=1, trained=0.7)]
+    expected_loss, expected = Reference(source).loss_and_gradients(batches)
+    loss, gradients = build(framework, source).loss_and_gradients(batches)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert_close_gradients(gradients, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [RotaryScaling("linear", 4.0), RotaryScaling("llama3", 8.0, original_max_position_embeddings=64)],
+    ids=lambda scaling: scaling.kind,
+)
+def test_rotary_scaling_equals_hugging_face(framework: str, scaling: RotaryScaling) -> None:
+    config = dataclasses.replace(TOYS["llama"], rotary_scaling=scaling)
+    source = toy_weights(config)
+    batch = toy_batch(config, (150, 30))
+    expected = Reference(source).logits(batch).detach().numpy()
+    np.testing.assert_allclose(build(framework, source).logits(batch), expected, atol=1e-4, rtol=0)
+
+
+def test_d4_positions_are_those_of_the_batch(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batch = toy_batch(source.config, RAGGED)
+    batch = dataclasses.replace(batch, position_ids=batch.position_ids * 3 + 5)
+    expected = Reference(source).logits(batch).detach().numpy()
+    np.testing.assert_allclose(build(framework, source).logits(batch), expected, atol=1e-4, rtol=0)
+
+
+def test_d4_packed_equals_unpacked(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-untied"])
+    samples = toy_samples(source.config, RAGGED, trained=0.6)
+    engine = build(framework, source)
+    loss, gradients = engine.loss_and_gradients([collate(samples)])
+    alone = [engine.loss_and_gradients([collate([sample])]) for sample in samples]
+    shares = np.array([np.count_nonzero(sample.labels != IGNORE) for sample in samples], dtype=np.float64)
+    shares /= shares.sum()
+    assert loss == pytest.approx(sum(share * one for share, (one, _) in zip(shares, alone)), rel=1e-5)
+    combined = {name: sum(share * one[name] for share, (_, one) in zip(shares, alone)) for name in gradients}
+    assert_close_gradients(gradients, combined, rtol=1e-5)
+
+
+def test_d4_documents_do_not_see_each_other(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    engine = build(framework, source, training=False)
+    batch = toy_batch(source.config, RAGGED)
+    third = slice(batch.cu_seqlens[2], batch.cu_seqlens[3])
+    tokens = batch.tokens.copy()
+    tokens[third] = (tokens[third] + 1) % source.config.vocab_size
+    before, after = engine.logits(batch), engine.logits(dataclasses.replace(batch, tokens=tokens))
+    others = np.ones(len(tokens), dtype=bool)
+    others[third] = False
+    np.testing.assert_allclose(after[others], before[others], atol=1e-6, rtol=0)
+    assert np.abs(after[third] - before[third]).max() > 1e-2
+
+
+def test_logits_of_some_rows(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    engine = build(framework, source, training=False)
+    batch = toy_batch(source.config, RAGGED)
+    rows = np.array([3, 0, 41])
+    np.testing.assert_allclose(engine.logits(batch, rows), engine.logits(batch)[rows], atol=1e-6, rtol=0)
+
+
+# --- the loss
+
+
+def test_evaluate_equals_the_training_loss(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-untied"])
+    batch = toy_batch(source.config, RAGGED, trained=0.5)
+    total, count = build(framework, source, training=False).evaluate(batch)
+    assert count == batch.trained_tokens
+    assert total / count == pytest.approx(build(framework, source).loss_and_gradients([batch])[0], rel=1e-6)
+
+
+def test_evaluate_without_trained_tokens_is_zero(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-untied"])
+    batch = collate([untrained(sample) for sample in toy_samples(source.config, (5, 3))])
+    assert build(framework, source, training=False).evaluate(batch) == (0.0, 0)
+
+
+@pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-untied"])
+def test_e2_chunked_loss_equals_unchunked(framework: str, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = toy_weights(TOYS[toy])
+    batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
+    engine = build(framework, source)
+    whole_loss, whole = engine.loss_and_gradients(batches)
+    module = importlib.import_module(f"tandem.backends.{framework}.loss")
+    monkeypatch.setattr(module, "LOGITS_CHUNK_BYTES", 5 * source.config.vocab_size * 4)
+    loss, gradients = engine.loss_and_gradients(batches)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    assert_close_gradients(gradients, whole, rtol=1e-5)
+
+
+PEAK_OF_A_STEP = """
+import sys
+import numpy as np
+from tandem.backends import create_engine
+from tandem.backends.interface import EngineSettings
+from tandem.checkpoints.random_init import RandomSource
+from tandem.data.batch import MicroBatch
+from tandem.models.config import ModelConfig
+
+def peak_mib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+framework, config = sys.argv[1], ModelConfig(
+    model_type="qwen3", num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=1, num_query_groups=1,
+    kv_channels=16, vocab_size=65536, max_position_embeddings=4096, norm_epsilon=1e-6, rotary_base=1e4)
+engine = create_engine(framework, config, EngineSettings(device="cpu"))
+engine.load_weights(RandomSource(config, 0))
+def batch(tokens):
+    ids = np.arange(tokens, dtype=np.int32)
+    return MicroBatch(ids, ids, ids % 512, np.arange(0, tokens + 1, 512, dtype=np.int32))
+engine.train_step([batch(512)], 1e-3, 0.0)
+before = peak_mib()
+engine.train_step([batch(4096)], 1e-3, 0.0)
+print(peak_mib() - before)
+"""
+
+
+def test_e2_full_logits_never_exist(framework: str) -> None:
+    """4096 x 65536 logits take 1024 MiB, and their gradient as much; the step may add a quarter of the two."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("peak memory is read from /proc")
+    command = [sys.executable, "-c", PEAK_OF_A_STEP, framework]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 512
+
+
+# --- gradient accumulation
+
+
+@pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-untied"])
+def test_d1_the_split_into_micro_batches_does_not_matter(framework: str, toy: str) -> None:
+    source = toy_weights(TOYS[toy])
+    samples = toy_samples(source.config, (7, 1, 19, 12, 12, 5, 30, 2), trained=0.5)
+    samples[3] = untrained(samples[3])
+    engine = build(framework, source)
+    whole_loss, whole = engine.loss_and_gradients([collate(samples)])
+    for size in (4, 1):
+        batches = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+        loss, gradients = engine.loss_and_gradients(batches)
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        assert_close_gradients(gradients, whole, rtol=1e-5)
+
+
+def test_d1_a_first_micro_batch_without_trained_tokens(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    engine = build(framework, source)
+    trained = toy_batch(source.config, RAGGED)
+    empty = collate([untrained(sample) for sample in toy_samples(source.config, (9,), seed=3)])
+    alone_loss, alone = engine.loss_and_gradients([trained])
+    engine.loss_and_gradients([toy_batch(source.config, (11,), seed=4)])  # leaves something else in the buffers
+    loss, gradients = engine.loss_and_gradients([empty, trained, empty])
+    assert loss == pytest.approx(alone_loss, rel=1e-6)
+    assert_close_gradients(gradients, alone, rtol=1e-6)
+
+
+def test_no_trained_token_at_all_is_an_error(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    engine = build(framework, source)
+    batch = collate([untrained(sample) for sample in toy_samples(source.config, (9, 3))])
+    with pytest.raises(ValueError, match="trained"):
+        engine.train_step([batch], lr=1e-3, weight_decay=0.0)
+    assert engine.optimizer_step == 0
+
+
+# --- the optimizer
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 0.5], ids=["no-clip", "clip"])
+@pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-untied"])
+def test_train_steps_equal_torch_adamw(framework: str, toy: str, clip_grad: float) -> None:
+    source = toy_weights(TOYS[toy])
+    reference = Reference(source)
+    parameters = list(reference.model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-6)
+    engine = build(framework, source, clip_grad=clip_grad, adam_beta2=0.95, adam_eps=1e-6)
+    for step in range(6):
+        batches = [toy_batch(source.config, RAGGED, seed=2 * step + i, trained=0.7) for i in range(2)]
+        for group in adamw.param_groups:
+            group["lr"] = 1e-3 / (step + 1)
+        adamw.zero_grad()
+        expected = reference.loss(batches)
+        expected.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or float("inf"))
+        adamw.step()
+        result = engine.train_step(batches, lr=1e-3 / (step + 1), weight_decay=0.1)
+        assert result.applied
+        assert result.trained_tokens == sum(batch.trained_tokens for batch in batches)
+        assert result.loss == pytest.approx(expected.item(), abs=1e-4)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    assert engine.optimizer_step == 6
+    weights = snapshot(engine)
+    for name, expected_weight in reference.weights().items():
+        np.testing.assert_allclose(weights.read(name), expected_weight, atol=2e-4, rtol=0, err_msg=name)
+
+
+def test_one_dimensional_tensors_do_not_decay(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batch = toy_batch(source.config, RAGGED)
+    decayed, plain = (build(framework, source) for _ in range(2))
+    decayed.train_step([batch], lr=1e-2, weight_decay=0.5)
+    plain.train_step([batch], lr=1e-2, weight_decay=0.0)
+    after, without = snapshot(decayed), snapshot(plain)
+    for name, spec in tensor_table(source.config).items():
+        shrinkage = 0.0 if len(spec.shape) == 1 else 1e-2 * 0.5
+        expected = without.read(name) - shrinkage * source.read(name)
+        np.testing.assert_allclose(after.read(name), expected, atol=1e-6, rtol=0, err_msg=name)
+
+
+def test_nothing_changes_when_gradients_are_not_finite(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-untied"])
+    batch = toy_batch(source.config, RAGGED)
+    engine = build(framework, source)
+    engine.train_step([batch], lr=1e-3, weight_decay=0.1)
+    broken = snapshot(engine)
+    broken.read("decoder.final_layernorm.weight")[0] = np.inf
+    engine.load_weights(broken)
+    result = engine.train_step([batch], lr=1e-3, weight_decay=0.1)
+    assert not result.applied
+    assert engine.optimizer_step == 1
+    after = snapshot(engine)
+    for kind in broken.kinds():
+        for name in tensor_table(source.config):
+            np.testing.assert_array_equal(after.read(name, kind), broken.read(name, kind))
+    engine.load_weights(source)
+    assert engine.train_step([batch], lr=1e-3, weight_decay=0.1).applied
+
+
+def test_save_and_restore_is_bitwise(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batches = [toy_batch(source.config, RAGGED, seed=step, trained=0.8) for step in range(5)]
+
+    def train(engine: Engine, part: list[MicroBatch]) -> list[float]:
+        return [engine.train_step([batch], lr=1e-3, weight_decay=0.1).loss for batch in part]
+
+    straight = build(framework, source)
+    expected = train(straight, batches)
+    first = build(framework, source)
+    losses = train(first, batches[:2])
+    saved = snapshot(first)
+    second = build(framework, saved)
+    second.load_optimizer(saved, first.optimizer_step)
+    losses += train(second, batches[2:])
+    assert losses == expected
+    assert second.optimizer_step == straight.optimizer_step == 5
+    found, wanted = snapshot(second), snapshot(straight)
+    assert found.kinds() == wanted.kinds() == ("model", "exp_avg", "exp_avg_sq")
+    for kind in wanted.kinds():
+        for name in tensor_table(source.config):
+            np.testing.assert_array_equal(found.read(name, kind), wanted.read(name, kind), err_msg=f"{kind} {name}")
+
+
+def test_tensors_follow_the_table(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-untied"])
+    table = tensor_table(source.config)
+    entries = [(kind, name, array.shape) for kind, name, array in build(framework, source).tensors()]
+    kinds = ("model", "exp_avg", "exp_avg_sq")
+    assert entries == [(kind, name, spec.shape) for kind in kinds for name, spec in table.items()]
+    inference = [(kind, name) for kind, name, _ in build(framework, source, training=False).tensors()]
+    assert inference == [("model", name) for name in table]
+
+
+def test_gradients_and_evaluation_change_no_state(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batch = toy_batch(source.config, RAGGED)
+    plain, watched = build(framework, source), build(framework, source)
+    for _ in range(2):
+        watched.loss_and_gradients([toy_batch(source.config, (9, 9), seed=5)])
+        watched.evaluate(batch)
+        watched.logits(batch)
+        step = (plain.train_step([batch], 1e-3, 0.1), watched.train_step([batch], 1e-3, 0.1))
+        assert step[0] == step[1]
+
+
+# --- memory and precision
+
+
+def test_recompute_is_bitwise_equal(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batches = [toy_batch(source.config, RAGGED, seed=seed, trained=0.8) for seed in range(2)]
+    plain_loss, plain = build(framework, source).loss_and_gradients(batches)
+    for layers in (1, source.config.num_layers):
+        loss, gradients = build(framework, source, recompute_layers=layers).loss_and_gradients(batches)
+        assert loss == plain_loss
+        for name, gradient in plain.items():
+            np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
+
+
+def test_bf16_is_used_or_refused_aloud(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    engine = build(framework, source, bf16=True)
+    if engine.param_dtype == "float32":
+        assert len(engine.notices) == 1
+        assert "bf16" in engine.notices[0]
+    else:
+        assert engine.param_dtype == "bfloat16"
+        assert engine.notices == []
+    kinds = {kind for kind, _, _ in engine.tensors()}
+    assert ("master" in kinds) == (engine.param_dtype == "bfloat16")
+    batch = toy_batch(source.config, RAGGED)
+    found = engine.train_step([batch], 1e-3, 0.1)
+    expected = build(framework, source).train_step([batch], 1e-3, 0.1)
+    assert found.loss == pytest.approx(expected.loss, rel=2e-2)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
+
+
+def test_an_engine_without_training_refuses_to_train(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    engine = build(framework, source, training=False)
+    with pytest.raises(ValueError, match="training"):
+        engine.train_step([toy_batch(source.config, (5,))], 1e-3, 0.0)
+
+
+# --- both frameworks
+
+
+def test_d8_backends_train_alike(both_frameworks: tuple[str, str]) -> None:
+    source = toy_weights(toy_config(init_method_std=0.05))
+    engines = [build(framework, source, adam_beta2=0.95) for framework in both_frameworks]
+    for step in range(20):
+        batches = [toy_batch(source.config, RAGGED, seed=100 + 2 * step + i, trained=0.7) for i in range(2)]
+        losses = [engine.train_step(batches, lr=1e-3, weight_decay=0.1).loss for engine in engines]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4), f"step {step}"
