@@ -1,0 +1,174 @@
+"""One process's train step on MindSpore: `tandem.backends.interface.Engine`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from tandem.backends.interface import EngineSettings, StepResult
+from tandem.backends.mindspore.device import kernels_for
+from tandem.backends.mindspore.model import Decoder, linear
+from tandem.backends.mindspore.optimizer import AdamW, clip_coefficient, gradient_norm
+from tandem.backends.mindspore.weight import Weight
+from tandem.checkpoints.interface import Kind, TensorSource, check_shape
+from tandem.data.batch import IGNORE, MicroBatch
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+
+
+def create(config: ModelConfig, settings: EngineSettings) -> MindSporeEngine:
+    """An engine with undefined weights: load some before use.
+
+    Raises:
+        UserError: MindSpore does not run on the device asked for.
+    """
+    return MindSporeEngine(config, settings)
+
+
+class MindSporeEngine:
+    """See `tandem.backends.interface.Engine`, which documents every method."""
+
+    def __init__(self, config: ModelConfig, settings: EngineSettings) -> None:
+        self.config = config
+        self.settings = settings
+        self.notices: list[str] = []
+        self.optimizer_step = 0
+        self._kernels = kernels_for(settings.device)
+        bf16 = settings.bf16 and self._kernels.bf16
+        if settings.bf16 and not bf16:
+            self.notices.append("bf16: MindSpore multiplies no bf16 matrices on CPU; computing in fp32 instead")
+        self.param_dtype = "bfloat16" if bf16 else "float32"
+        self._weights = {name: self._new_weight(spec.shape, bf16) for name, spec in tensor_table(config).items()}
+        self._decoder = Decoder(config, self._weights, self._kernels, settings.recompute_layers)
+        self._optimizer = (
+            AdamW(self._weights, settings.adam_beta1, settings.adam_beta2, settings.adam_eps, self._kernels)
+            if settings.training
+            else None
+        )
+
+    def _new_weight(self, shape: tuple[int, ...], bf16: bool) -> Weight:
+        master = self._kernels.zeros(shape)
+        return Weight(master.astype(ms.bfloat16) if bf16 else master, master)
+
+    def load_weights(self, source: TensorSource) -> None:
+        kind: Kind = "master" if "master" in source.kinds() else "model"
+        for name, weight in self._weights.items():
+            _fill(weight.master, source, name, kind)
+            weight.refresh()
+
+    def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
+        optimizer = self._require_training()
+        for name in self._weights:
+            _fill(optimizer.exp_avg[name], source, name, "exp_avg")
+            _fill(optimizer.exp_avg_sq[name], source, name, "exp_avg_sq")
+        self.optimizer_step = optimizer_step
+
+    def tensors(self) -> Iterator[tuple[Kind, str, np.ndarray]]:
+        for name, weight in self._weights.items():
+            yield "model", name, weight.value.asnumpy()
+        if self._optimizer is None:
+            return
+        if self.param_dtype != "float32":
+            for name, weight in self._weights.items():
+                yield "master", name, weight.master.asnumpy()
+        for name, moment in self._optimizer.exp_avg.items():
+            yield "exp_avg", name, moment.asnumpy()
+        for name, moment in self._optimizer.exp_avg_sq.items():
+            yield "exp_avg_sq", name, moment.asnumpy()
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
+        optimizer = self._require_training()
+        loss, trained_tokens = self._forward_backward(micro_batches)
+        norm = gradient_norm(self._weights.values(), self._kernels)
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        if applied:
+            self.optimizer_step += 1
+            optimizer.step(self.optimizer_step, lr, weight_decay, clip_coefficient(norm, self.settings.clip_grad))
+        self._drop_gradients()
+        return StepResult(loss, norm, trained_tokens, applied)
+
+    def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
+        self._require_training()
+        loss, _ = self._forward_backward(micro_batches)
+        gradients = {
+            name: weight.gradient.asnumpy() for name, weight in self._weights.items() if weight.gradient is not None
+        }
+        self._drop_gradients()
+        return loss, gradients
+
+    def evaluate(self, micro_batch: MicroBatch) -> tuple[float, int]:
+        rows = self._trained_rows(micro_batch)
+        if not len(rows):
+            return 0.0, 0
+        with _non_finite_allowed():
+            hidden, _ = self._decoder.forward(micro_batch, rows, differentiable=False)
+            loss, _ = self._kernels.cross_entropy(hidden, self._decoder.head, micro_batch.labels[rows])
+        return loss, len(rows)
+
+    def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
+        self._check_tokens("tokens", micro_batch.tokens)
+        rows = np.arange(len(micro_batch.tokens)) if rows is None else rows
+        with _non_finite_allowed():
+            hidden, _ = self._decoder.forward(micro_batch, rows, differentiable=False)
+            logits, _ = linear(hidden, self._decoder.head)
+        return logits.astype(ms.float32).asnumpy()
+
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Loss over the global batch and its trained tokens; leaves the gradients in the weights."""
+        rows = [self._trained_rows(micro_batch) for micro_batch in micro_batches]
+        trained_tokens = sum(map(len, rows))
+        if not trained_tokens:
+            raise ValueError("no label of the global batch is trained: every one of them is masked")
+        self._drop_gradients()
+        total = 0.0
+        with _non_finite_allowed():
+            for micro_batch, trained in zip(micro_batches, rows):
+                if len(trained):
+                    total += self._accumulate(micro_batch, trained, 1 / trained_tokens)
+        return total / trained_tokens, trained_tokens
+
+    def _accumulate(self, micro_batch: MicroBatch, rows: np.ndarray, scale: float) -> float:
+        """Add `scale` times the gradients of one micro-batch's summed loss, which is returned."""
+        hidden, backward = self._decoder.forward(micro_batch, rows, differentiable=True)
+        loss, gradient = self._kernels.cross_entropy(hidden, self._decoder.head, micro_batch.labels[rows], scale)
+        assert gradient is not None
+        backward(gradient)
+        return loss
+
+    def _trained_rows(self, micro_batch: MicroBatch) -> np.ndarray:
+        rows = np.flatnonzero(micro_batch.labels != IGNORE)
+        self._check_tokens("tokens", micro_batch.tokens)
+        self._check_tokens("labels", micro_batch.labels[rows])
+        return rows
+
+    def _check_tokens(self, what: str, ids: np.ndarray) -> None:
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
+            raise UserError(
+                f"{what} of a micro-batch span {ids.min()}..{ids.max()}, but the model's vocabulary is "
+                f"0..{self.config.vocab_size - 1}; was the data made with another tokenizer?"
+            )
+
+    def _drop_gradients(self) -> None:
+        for weight in self._weights.values():
+            weight.gradient = None
+
+    def _require_training(self) -> AdamW:
+        if self._optimizer is None:
+            raise ValueError("this engine was built with training=False, so it has neither gradients nor an optimizer")
+        return self._optimizer
+
+
+def _fill(tensor: Tensor, source: TensorSource, name: str, kind: Kind) -> None:
+    array = source.read(name, kind)
+    check_shape(source.location, name, array.shape, tensor.shape)
+    tensor.copy_(Tensor.from_numpy(np.ascontiguousarray(array, np.float32)))
+
+
+def _non_finite_allowed() -> np.errstate:
+    """Overflow is part of the mathematics here, and what is not finite shows in the loss and in the norm."""
+    return np.errstate(all="ignore")

@@ -1,0 +1,130 @@
+"""The output head with cross-entropy on CPU, in chunks of rows and pieces of the vocabulary.
+
+Logits of a chunk become, in place, the gradient of the logits; full logits of a long batch never exist, and neither
+does a second tensor of the head's size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from mindspore import Tensor, ops
+
+from tandem.backends.mindspore.parallel import split_work
+from tandem.backends.mindspore.weight import Weight, empty
+
+# Logits held at a time.
+LOGITS_CHUNK_BYTES = 128 * 2**20
+# Vocabulary entries multiplied at a time: a piece of the logits, and of the head's gradient, stays in cache.
+PIECE = 4096
+
+_product = ops.MatMul()
+_product_ta = ops.MatMul(transpose_a=True)
+_product_tb = ops.MatMul(transpose_b=True)
+
+
+def cross_entropy(
+    hidden: Tensor, head: Weight, labels: np.ndarray, gradient_scale: float | None = None
+) -> tuple[float, Tensor | None]:
+    """Sum over rows of -log softmax(hidden @ head^T)[label], and `gradient_scale` times its gradient.
+
+    Args:
+        hidden: [n, h].
+        head: [v, h]; its gradient is accumulated.
+        labels: [n], all within the vocabulary.
+        gradient_scale: None computes no gradients.
+
+    Returns:
+        The sum, and the gradient of `hidden` [n, h] or None.
+    """
+    rows = hidden.asnumpy()
+    chunk = max(1, LOGITS_CHUNK_BYTES // (4 * head.value.shape[0]))
+    d_hidden, d_rows = (None, None) if gradient_scale is None else empty(*rows.shape)
+    total = 0.0
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        logits = _Chunk(rows[part], head, labels[part])
+        total += logits.loss()
+        if gradient_scale is not None and d_rows is not None:
+            logits.backward(np.float32(gradient_scale), d_rows[part])
+    return total, d_hidden
+
+
+class _Chunk:
+    """The logits of some rows, exponentiated: in each piece exp(logits - the row's largest in that piece)."""
+
+    def __init__(self, rows: np.ndarray, head: Weight, labels: np.ndarray) -> None:
+        self.hidden = Tensor.from_numpy(rows)
+        self.head = head
+        self.labels = labels
+        vocabulary = head.value.shape[0]
+        self.ranges = [slice(start, min(start + PIECE, vocabulary)) for start in range(0, vocabulary, PIECE)]
+        shape = (len(rows), len(self.ranges))
+        self.largest = np.empty(shape, np.float32)
+        self.totals = np.empty(shape, np.float32)
+        self.label_logits = np.empty(len(rows), np.float32)
+        self.pieces = [self._exponentials(index) for index in range(len(self.ranges))]
+        top = self.largest.max(1, keepdims=True)
+        exponentials = self.totals * np.exp(self.largest - top)
+        self.log_sum_exp = top + np.log(exponentials.sum(1, keepdims=True))  # [rows, 1]
+
+    def _exponentials(self, index: int) -> Tensor:
+        piece = _product_tb(self.hidden, self._weights(index))
+        logits = piece.asnumpy()
+        here = self._labelled(index)
+        self.label_logits[here] = logits[here, self.labels[here] - self.ranges[index].start]
+
+        def exponentiate(part: slice) -> None:
+            values = logits[part]
+            values.max(1, out=self.largest[part, index])
+            values -= self.largest[part, index, None]
+            np.exp(values, out=values)
+            values.sum(1, out=self.totals[part, index])
+
+        split_work(exponentiate, len(logits), logits.size)
+        return piece
+
+    def loss(self) -> float:
+        """Sum over the rows."""
+        return float(np.sum(self.log_sum_exp[:, 0] - self.label_logits, dtype=np.float64))
+
+    def backward(self, scale: np.float32, d_rows: np.ndarray) -> None:
+        """Write the gradient of the rows and accumulate the head's; consumes the pieces."""
+        factors = np.exp(self.largest - self.log_sum_exp) * scale
+        fresh = self.head.gradient is None
+        if self.head.gradient is None:
+            self.head.gradient, _ = empty(*self.head.value.shape)
+        d_head = self.head.gradient.asnumpy()
+        for index, piece in enumerate(self.pieces):
+            d_logits = piece.asnumpy()
+            here = self._labelled(index)
+            split_work(functools.partial(_scale_rows, d_logits, factors[:, index, None]), len(d_logits), d_logits.size)
+            d_logits[here, self.labels[here] - self.ranges[index].start] -= scale
+            d_piece = _product(piece, self._weights(index)).asnumpy()
+            d_rows[...] = d_piece if index == 0 else d_rows + d_piece
+            _accumulate(d_head[self.ranges[index]], _product_ta(piece, self.hidden).asnumpy(), fresh)
+
+    def _weights(self, index: int) -> Tensor:
+        return Tensor.from_numpy(self.head.value.asnumpy()[self.ranges[index]])
+
+    def _labelled(self, index: int) -> np.ndarray:
+        """Rows whose label lies in the piece."""
+        here = self.ranges[index]
+        return np.flatnonzero((self.labels >= here.start) & (self.labels < here.stop))
+
+
+def _scale_rows(values: np.ndarray, factors: np.ndarray, part: slice) -> None:
+    np.multiply(values[part], factors[part], out=values[part])
+
+
+def _accumulate(buffer: np.ndarray, values: np.ndarray, fresh: bool) -> None:
+    """buffer += values, or buffer = values where its contents are `fresh` from the allocator."""
+
+    def run(part: slice) -> None:
+        if fresh:
+            buffer[part] = values[part]
+        else:
+            buffer[part] += values[part]
+
+    split_work(run, len(buffer), buffer.size)

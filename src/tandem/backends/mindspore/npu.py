@@ -1,0 +1,134 @@
+"""The kernels on Ascend NPUs: fused operators, differentiated by MindSpore one at a time.
+
+Written from MindSpore's documentation; there was no NPU to run it on. A function is differentiated inside its own
+backward pass, forward included: `ms.vjp` keeps memory for a pullback that is never called, and wants pullbacks called
+last in, first out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint, ops
+
+from tandem.backends.mindspore.attention import Documents
+from tandem.backends.mindspore.loss import LOGITS_CHUNK_BYTES
+from tandem.backends.mindspore.weight import Pullback, Weight
+from tandem.models.config import ModelConfig
+
+# The causal mask that flash attention takes in its compressed modes, whatever the lengths.
+_MASK_SIZE = 2048
+_CAUSAL = 3  # sparse_mode: each document's lower right triangle
+
+
+def _differentiable(
+    function: Callable[..., Tensor], x: Tensor, weights: Sequence[Weight] = ()
+) -> tuple[Tensor, Pullback]:
+    values = [weight.value for weight in weights]
+
+    def backward(gradient: Tensor) -> Tensor:
+        _, pull = ms.vjp(function, x, *values)
+        gradients = pull(gradient)
+        d_x, *d_weights = gradients if isinstance(gradients, tuple) else (gradients,)
+        for weight, d_weight in zip(weights, d_weights):
+            weight.add_gradient(d_weight)
+        return d_x
+
+    return function(x, *values), backward
+
+
+def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
+    index = Tensor(tokens, ms.int32)
+
+    def backward(gradient: Tensor) -> Tensor:
+        buffer = zeros(weight.value.shape) if weight.gradient is None else weight.gradient
+        weight.gradient = mint.index_add(buffer, 0, index, gradient.astype(ms.float32))
+        return gradient
+
+    return mint.index_select(weight.value, 0, index), backward
+
+
+def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
+    index = Tensor(rows, ms.int32)
+
+    def backward(gradient: Tensor) -> Tensor:
+        return mint.index_add(mint.zeros(x.shape, dtype=gradient.dtype), 0, index, gradient)
+
+    return mint.index_select(x, 0, index), backward
+
+
+def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> tuple[Tensor, Pullback]:
+    return _differentiable(lambda x, gamma: ops.rms_norm(x, gamma, epsilon)[0], x, [weight])
+
+
+def swiglu(gate_up: Tensor) -> tuple[Tensor, Pullback]:
+    return _differentiable(ops.swiglu, gate_up)
+
+
+def attention(
+    qkv: Tensor, q_norm: Weight | None, k_norm: Weight | None, documents: Documents, config: ModelConfig
+) -> tuple[Tensor, Pullback]:
+    """Flash attention over documents; it computes in bf16 whatever the dtype of qkv."""
+    tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
+    heads = config.num_attention_heads
+    cos, sin = documents.cos.reshape(tokens, 1, head), documents.sin.reshape(tokens, 1, head)
+    ends = documents.cu_seqlens[1:].tolist()
+    mask = Tensor(np.triu(np.ones((_MASK_SIZE, _MASK_SIZE), np.uint8), 1))
+
+    def prepared(x: Tensor, gamma: Sequence[Tensor]) -> Tensor:
+        normed = ops.rms_norm(x, gamma[0], config.norm_epsilon)[0] if gamma else x
+        first, second = mint.split(normed, head // 2, -1)
+        return (normed * cos + mint.cat((-second, first), -1) * sin).astype(ms.bfloat16)
+
+    def function(qkv: Tensor, *gammas: Tensor) -> Tensor:
+        by_group = qkv.reshape(tokens, groups, heads // groups + 2, head)
+        query = prepared(by_group[:, :, :-2].reshape(tokens, heads, head), gammas[:1])
+        key = prepared(by_group[:, :, -2], gammas[1:])
+        out = ops.flash_attention_score(
+            query,
+            key,
+            by_group[:, :, -1].astype(ms.bfloat16),
+            heads,
+            attn_mask=mask,
+            actual_seq_qlen=ends,
+            actual_seq_kvlen=ends,
+            scalar_value=head**-0.5,
+            input_layout="TND",
+            sparse_mode=_CAUSAL,
+        )
+        return out.reshape(tokens, heads * head).astype(qkv.dtype)
+
+    return _differentiable(function, qkv, [norm for norm in (q_norm, k_norm) if norm is not None])
+
+
+def cross_entropy(
+    hidden: Tensor, head: Weight, labels: np.ndarray, gradient_scale: float | None = None
+) -> tuple[float, Tensor | None]:
+    vocabulary = head.value.shape[0]
+    chunk = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
+    total, gradients = 0.0, []
+    for start in range(0, len(labels), chunk):
+        rows, targets = hidden[start : start + chunk], Tensor(labels[start : start + chunk], ms.int32)
+        logits = mint.matmul(rows, head.value.T).astype(ms.float32)
+        log_probabilities = logits - mint.logsumexp(logits, -1, keepdim=True)
+        picked = mint.nn.functional.one_hot(targets.astype(ms.int64), vocabulary).astype(ms.float32)
+        total -= float(mint.sum(log_probabilities * picked).asnumpy())
+        if gradient_scale is not None:
+            d_logits = ((mint.exp(log_probabilities) - picked) * gradient_scale).astype(hidden.dtype)
+            gradients.append(mint.matmul(d_logits, head.value))
+            head.add_gradient(mint.matmul(d_logits.T, rows))
+    return total, mint.cat(gradients, 0) if gradients else None
+
+
+def zeros(shape: tuple[int, ...]) -> Tensor:
+    return mint.zeros(shape, dtype=ms.float32)
+
+
+def scale(tensor: Tensor, factor: float) -> None:
+    tensor.mul_(factor)
+
+
+def sum_of_squares(tensor: Tensor) -> float:
+    return float(mint.sum(mint.square(tensor)).asnumpy())

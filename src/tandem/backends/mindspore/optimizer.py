@@ -1,0 +1,60 @@
+"""AdamW over fp32 tensors, and the gradients' norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from tandem.backends.mindspore.device import Kernels
+from tandem.backends.mindspore.weight import Weight
+
+_adam = ops.Adam()
+
+
+def gradient_norm(weights: Iterable[Weight], kernels: Kernels) -> float:
+    """L2 norm over the gradients of all weights; not finite when any of them is not."""
+    squares = [kernels.sum_of_squares(weight.gradient) for weight in weights if weight.gradient is not None]
+    return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.inf
+
+
+def clip_coefficient(norm: float, clip_grad: float) -> float:
+    """What gradients are multiplied by, as in Megatron; `clip_grad` 0 turns clipping off."""
+    return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
+
+
+class AdamW:
+    """Decoupled weight decay (arXiv 1711.05101), bias corrected; 1-D tensors do not decay.
+
+    Attributes:
+        exp_avg, exp_avg_sq: first and second moments by name, fp32.
+    """
+
+    def __init__(
+        self, weights: dict[str, Weight], beta1: float, beta2: float, epsilon: float, kernels: Kernels
+    ) -> None:
+        self.weights = weights
+        self.kernels = kernels
+        # The kernel computes with fp32 betas; the bias corrections must be those of the same numbers.
+        self.beta1, self.beta2 = float(np.float32(beta1)), float(np.float32(beta2))
+        self.epsilon = epsilon
+        self.exp_avg = {name: kernels.zeros(weight.value.shape) for name, weight in weights.items()}
+        self.exp_avg_sq = {name: kernels.zeros(weight.value.shape) for name, weight in weights.items()}
+
+    def step(self, step: int, lr: float, weight_decay: float, gradient_scale: float) -> None:
+        """Apply the update number `step`, counted from 1, with the gradients times `gradient_scale`."""
+        # ops.Adam adds epsilon to the uncorrected sqrt(exp_avg_sq), so both corrections go into lr and epsilon.
+        correction = math.sqrt(1 - self.beta2**step)
+        corrected_lr = lr * correction / (1 - self.beta1**step)
+        scalars = (0.0, 0.0, corrected_lr, self.beta1, self.beta2, self.epsilon * correction)
+        arguments = [Tensor(scalar, ms.float32) for scalar in scalars]
+        for name, weight in self.weights.items():
+            if gradient_scale != 1:
+                self.kernels.scale(weight.gradient, gradient_scale)
+            if weight_decay and len(weight.value.shape) > 1:
+                self.kernels.scale(weight.master, 1 - lr * weight_decay)
+            _adam(weight.master, self.exp_avg[name], self.exp_avg_sq[name], *arguments, weight.gradient)
+            weight.refresh()

@@ -1,0 +1,172 @@
+"""Token-wise functions on CPU: embedding, row selection, RMSNorm, SwiGLU.
+
+MindSpore's element-wise CPU kernels broadcast and reduce slowly, so these run in NumPy over the tensors' own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from mindspore import Tensor
+
+from tandem.backends.mindspore.parallel import split_work
+from tandem.backends.mindspore.weight import Pullback, Weight, empty
+
+# Rows worked on at a time, so that intermediate results stay in a core's cache.
+BLOCK = 64
+
+
+def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
+    """Rows of weight [v, h] for tokens [t]: [t, h]. The pullback's result is of no use."""
+    vectors, rows = empty(len(tokens), weight.value.shape[1])
+    np.take(weight.value.asnumpy(), tokens, axis=0, out=rows, mode="clip")
+
+    def backward(gradient: Tensor) -> Tensor:
+        if weight.gradient is None:
+            weight.gradient = zeros(weight.value.shape)
+        buffer = weight.gradient.asnumpy()
+        for token, row in zip(tokens, gradient.asnumpy()):
+            buffer[token] += row
+        return gradient
+
+    return vectors, backward
+
+
+def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
+    """x [t, h] -> x[rows]; `rows` are distinct."""
+    selected, values = empty(len(rows), x.shape[1])
+    np.take(x.asnumpy(), rows, axis=0, out=values, mode="clip")
+    shape = x.shape
+
+    def backward(gradient: Tensor) -> Tensor:
+        result, scattered = empty(*shape)
+        scattered.fill(0)
+        scattered[rows] = gradient.asnumpy()
+        return result
+
+    return selected, backward
+
+
+def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> tuple[Tensor, Pullback]:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension of [t, h] (arXiv 1910.07467)."""
+    rows, gamma = x.asnumpy(), weight.value.asnumpy()
+    result, normed = empty(*x.shape)
+    rstd = np.empty((len(rows), 1), np.float32)
+
+    def forward_part(part: slice) -> None:
+        rstd[part] = normalise(rows[part], gamma, epsilon, normed[part])
+
+    split_work(forward_part, len(rows), rows.size)
+
+    def backward(gradient: Tensor) -> Tensor:
+        d_normed = gradient.asnumpy()
+        d_x, d_rows = empty(*x.shape)
+
+        def backward_part(part: slice) -> np.ndarray:
+            return normalise_backward(d_normed[part], rows[part], rstd[part], gamma, d_rows[part])
+
+        d_gamma = split_work(backward_part, len(rows), rows.size)
+        weight.add_gradient(Tensor.from_numpy(sum(d_gamma[1:], d_gamma[0])))
+        return d_x
+
+    return result, backward
+
+
+def normalise(x: np.ndarray, gamma: np.ndarray, epsilon: float, out: np.ndarray) -> np.ndarray:
+    """RMSNorm over the last dimension of x [..., n] into `out`; returns 1 / rms, [..., 1]."""
+    mean_square = np.einsum("...n,...n->...", x, x)[..., None] / np.float32(x.shape[-1])
+    rstd: np.ndarray = 1 / np.sqrt(mean_square + np.float32(epsilon))
+    np.multiply(x, rstd, out=out)
+    out *= gamma
+    return rstd
+
+
+def normalise_backward(
+    d_normed: np.ndarray, x: np.ndarray, rstd: np.ndarray, gamma: np.ndarray, out: np.ndarray
+) -> np.ndarray:
+    """The gradient of `normalise` with respect to x [..., n] into `out`; returns that of gamma, [n].
+
+    With y = x * rstd and g = d_normed * gamma: d_x = rstd * (g - y * mean(g * y)).
+    """
+    y = x * rstd
+    d_gamma: np.ndarray = np.einsum("rn,rn->n", d_normed.reshape(-1, len(gamma)), y.reshape(-1, len(gamma)))
+    np.multiply(d_normed, gamma, out=out)
+    y *= np.einsum("...n,...n->...", out, y)[..., None] / np.float32(len(gamma))
+    out -= y
+    out *= rstd
+    return d_gamma
+
+
+def swiglu(gate_up: Tensor) -> tuple[Tensor, Pullback]:
+    """silu(gate) * up of [t, 2f], gate before up: [t, f] (arXiv 2002.05202)."""
+    rows = gate_up.asnumpy()
+    tokens, width = rows.shape[0], rows.shape[1] // 2
+    result, values = empty(tokens, width)
+
+    def forward_block(block: slice) -> None:
+        gate, up, out = rows[block, :width], rows[block, width:], values[block]
+        np.negative(gate, out=out)
+        np.exp(out, out=out)
+        out += 1
+        np.divide(gate, out, out=out)
+        out *= up
+
+    _over_blocks(forward_block, tokens, values.size)
+
+    def backward(gradient: Tensor) -> Tensor:
+        d_values = gradient.asnumpy()
+        d_gate_up, d_rows = empty(*gate_up.shape)
+
+        def backward_block(block: slice) -> None:
+            gate, up, d_out = rows[block, :width], rows[block, width:], d_values[block]
+            d_gate, d_up = d_rows[block, :width], d_rows[block, width:]
+            sigmoid = np.negative(gate)
+            np.exp(sigmoid, out=sigmoid)
+            sigmoid += 1
+            np.reciprocal(sigmoid, out=sigmoid)
+            silu = gate * sigmoid
+            np.multiply(d_out, silu, out=d_up)
+            # silu' = sigmoid + silu * (1 - sigmoid)
+            np.subtract(1, sigmoid, out=d_gate)
+            d_gate *= silu
+            d_gate += sigmoid
+            d_gate *= up
+            d_gate *= d_out
+
+        _over_blocks(backward_block, tokens, values.size)
+        return d_gate_up
+
+    return result, backward
+
+
+def _over_blocks(function: Callable[[slice], None], rows: int, elements: int) -> None:
+    def run(part: slice) -> None:
+        for start in range(part.start, part.stop, BLOCK):
+            function(slice(start, min(start + BLOCK, part.stop)))
+
+    split_work(run, rows, elements)
+
+
+def zeros(shape: tuple[int, ...]) -> Tensor:
+    tensor, values = empty(*shape)
+    split_work(lambda part: values[part].fill(0), len(values), values.size)
+    return tensor
+
+
+def scale(tensor: Tensor, factor: float) -> None:
+    """Multiply in place."""
+    values = tensor.asnumpy()
+    split_work(lambda part: np.multiply(values[part], np.float32(factor), out=values[part]), len(values), values.size)
+
+
+def sum_of_squares(tensor: Tensor) -> float:
+    values = tensor.asnumpy().reshape(-1)
+
+    def run(part: slice) -> float:
+        starts = range(part.start, part.stop, 2**16)
+        # fp32 sums over short runs, then exact ones over many
+        runs = (values[start : min(start + 2**16, part.stop)] for start in starts)
+        return sum(float(np.einsum("n,n->", run, run)) for run in runs)
+
+    return sum(split_work(run, len(values), values.size))

@@ -1,0 +1,48 @@
+"""A weight with the buffer its gradient accumulates in, and the shape of every differentiable function here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint
+
+# From the gradient of a function's value to the gradient of its input. Calling it adds the gradients of the weights
+# that the function used. It may be called once, and leaves its argument unchanged.
+Pullback = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Weight:
+    """One tensor of the model.
+
+    Attributes:
+        value: what the model computes with.
+        master: what the optimizer updates, fp32; `value` itself unless that is smaller.
+        gradient: fp32, same shape; None until a backward pass reaches the weight.
+    """
+
+    value: Tensor
+    master: Tensor
+    gradient: Tensor | None = None
+
+    def add_gradient(self, value: Tensor) -> None:
+        """Accumulate; the first value becomes the buffer itself, which spares a pass over memory."""
+        value = value.astype(ms.float32)
+        self.gradient = value if self.gradient is None else self.gradient + value
+
+    def refresh(self) -> None:
+        """Bring `value` up to date with `master`."""
+        if self.value is not self.master:
+            self.value.copy_(self.master.astype(self.value.dtype))
+
+
+def empty(*shape: int) -> tuple[Tensor, np.ndarray]:
+    """An fp32 tensor in CPU memory, with undefined contents, and a view to write them through.
+
+    MindSpore's memory pool hands out pages that are already mapped; NumPy would fault them in again every time.
+    """
+    tensor = mint.empty(shape, dtype=ms.float32)
+    return tensor, tensor.asnumpy()
