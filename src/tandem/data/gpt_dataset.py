@@ -50,7 +50,7 @@ class GPTDataset:
     ) -> None:
         if eod_token is None and (reset_position_ids or reset_attention_mask or eod_mask_loss):
             raise UserError(
-                "reset_position_ids, reset_attention_mask and eod_mask_loss need the token that ends a document: give eod_token"
+                "reset_position_ids, reset_attention_mask, eod_mask_loss need the id that ends a document: eod_token"
             )
         self.indexed = IndexedDataset(prefix)
         self.seq_length = seq_length

@@ -1,0 +1,75 @@
+"""Megatron's weighted blend of datasets: deterministic, as even as can be at every point of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tandem.data.batch import Sample
+from tandem.errors import UserError
+
+_MARGIN = 1.005  # Megatron builds each dataset half a percent larger than its share
+
+
+class Samples(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Sample: ...
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Weights divided by their sum."""
+    if not weights or min(weights) <= 0 or not math.isfinite(sum(weights)):
+        raise UserError(f"blend weights {list(weights)}: expected positive numbers, one per dataset")
+    return [weight / sum(weights) for weight in weights]
+
+
+def blend_sizes(weights: Sequence[float], num_samples: int) -> tuple[list[int], int]:
+    """How many samples each dataset must be built for, and the length of the blend (a little over `num_samples`)."""
+    shares = [math.ceil(num_samples * weight) for weight in normalized(weights)]
+    return [math.ceil(share * _MARGIN) for share in shares], sum(shares)
+
+
+def blend_indices(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Dataset of each position, int16 [size], and the sample within it, int64 [size].
+
+    Each step takes the dataset that lags most behind its weight, the first of equals. Source:
+    `build_blending_indices` of Megatron-core.
+    """
+    shares = normalized(weights)
+    counts = [0] * len(shares)
+    dataset_index, dataset_sample_index = np.empty(size, np.int16), np.empty(size, np.int64)
+    for i in range(size):
+        lags = [share * max(i, 1) - count for share, count in zip(shares, counts)]
+        chosen = lags.index(max(lags))
+        dataset_index[i], dataset_sample_index[i] = chosen, counts[chosen]
+        counts[chosen] += 1
+    return dataset_index, dataset_sample_index
+
+
+class BlendedDataset:
+    """Datasets mixed by weight; each must be built for its part of `blend_sizes`.
+
+    Raises:
+        UserError: a dataset is shorter than its share.
+    """
+
+    def __init__(self, datasets: Sequence[Samples], weights: Sequence[float], num_samples: int) -> None:
+        if len(datasets) != len(weights):
+            raise UserError(f"{len(datasets)} datasets and {len(weights)} weights; expected one weight per dataset")
+        self.datasets = list(datasets)
+        _, size = blend_sizes(weights, num_samples)
+        self.dataset_index, self.dataset_sample_index = blend_indices(weights, size)
+        needed = np.bincount(self.dataset_index, minlength=len(datasets)).tolist()
+        for number, (dataset, count) in enumerate(zip(datasets, needed)):
+            if len(dataset) < count:
+                raise UserError(f"dataset {number} of the blend has {len(dataset)} samples, but its share is {count}")
+
+    def __len__(self) -> int:
+        return len(self.dataset_index)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.datasets[int(self.dataset_index[i])][int(self.dataset_sample_index[i])]

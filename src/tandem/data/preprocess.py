@@ -1,0 +1,379 @@
+"""Raw records to `.bin/.idx`: read, render, tokenise, pack, write, and record what was done."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tandem.data.handlers import GeneralPretrainHandler, detect_handler, make_handler
+from tandem.data.indexed import IndexedDataset, IndexedWriter
+from tandem.data.packing import packed_rows
+from tandem.data.readers import Row, expand_input, iter_rows
+from tandem.data.record import record_path, source_entry, template_entry, tokenizer_entry, write_record
+from tandem.data.templates import PromptTemplate, get_template
+from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PretrainTokenizer, Reject, TokenizedChunk
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+Progress = Callable[[int, int], None]
+_CHUNK_ROWS, _CHUNK_SIZE = 512, 1 << 20  # a chunk ends at either
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """Settings of `preprocess`, by upstream's flag names.
+
+    Attributes:
+        input: files, directories and glob patterns.
+        output_prefix: of the files written; its folder must exist.
+        tokenizer_name_or_path: a Hugging Face folder.
+        handler_name: how a record is read; "" looks at the fields of the first record.
+        json_keys: fields of plain text, one `.bin/.idx` pair each.
+        map_keys: other field names for an instruction handler.
+        prompt_type: the template of fine-tuning data.
+        enable_thinking: thinking mode of that template.
+        seq_length: fine-tuning: conversations are cut to one token less, and packed rows have exactly this length.
+            None cuts nothing.
+        append_eod: put the end-of-document token after each document.
+        pack: fill rows of seq_length with several conversations.
+        neat_pack: and number them in the attention mask, so that they do not see each other.
+        workers: processes that tokenise; the output does not depend on it.
+        on_bad: "stop" at the first unusable row, or "skip" it into `{output_prefix}.rejects.jsonl`.
+        log_interval: documents between calls of the progress callback.
+    """
+
+    input: tuple[str, ...]
+    output_prefix: str
+    tokenizer_name_or_path: str
+    handler_name: str = ""
+    json_keys: tuple[str, ...] = ("text",)
+    map_keys: Mapping[str, str] | None = None
+    prompt_type: str | None = None
+    enable_thinking: bool | None = None
+    seq_length: int | None = None
+    append_eod: bool = False
+    pack: bool = False
+    neat_pack: bool = False
+    workers: int = 1
+    on_bad: str = "stop"
+    log_interval: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.handler_name:
+            make_handler(self.handler_name, self.json_keys, self.map_keys)
+        if self.prompt_type is not None:
+            get_template(self.prompt_type)
+        _require(bool(self.input), "input is empty; name at least one file, directory or pattern")
+        _require(bool(self.json_keys), "json_keys is empty; name at least one field, usually text")
+        _require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
+        _require(self.log_interval >= 1, f"log_interval is {self.log_interval}; expected 1 or more")
+        _require(self.on_bad in ("stop", "skip"), f"on_bad is {self.on_bad!r}; expected 'stop' or 'skip'")
+        _require(
+            self.seq_length is None or self.seq_length >= 2, f"seq_length is {self.seq_length}; expected 2 or more"
+        )
+        _require(not self.neat_pack or self.pack, "neat_pack needs pack; give both")
+        _require(not self.pack or self.seq_length is not None, "pack needs seq_length, the length of a packed row")
+        _require(
+            self.enable_thinking is None or self.prompt_type is not None,
+            "enable_thinking needs prompt_type, the template whose thoughts it governs",
+        )
+
+
+@dataclass(frozen=True)
+class PreprocessSummary:
+    """What `preprocess` did.
+
+    Attributes:
+        prefixes: of the `.bin/.idx` pairs, by key.
+        documents: rows read.
+        kept: those that gave a sequence.
+        rejected: unusable rows.
+        trimmed: conversations that were cut to seq_length.
+        dropped: documents left out, by reason.
+        sequences: written for the first key (packed rows with `pack`).
+        tokens: in all keys of plain text; in conversations, padding not counted.
+        trained_tokens: those with a label; of plain text all.
+        text_bytes: UTF-8 bytes tokenised.
+        rejects: file of rejected rows, if any.
+    """
+
+    prefixes: dict[str, str]
+    documents: int
+    kept: int
+    rejected: int
+    trimmed: int
+    dropped: dict[str, int]
+    sequences: int
+    tokens: int
+    trained_tokens: int
+    text_bytes: int
+    rejects: str | None
+
+
+def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessSummary:
+    """Write `{output_prefix}_{key}_document.bin/.idx` per json key, or for conversations the triple
+    `{output_prefix}_packed_{input_ids,attention_mask,labels}_document.bin/.idx`, and the record `{output_prefix}.json`.
+
+    Nothing appears under a final name before all is tokenised; the record comes last.
+
+    Args:
+        progress: called with (documents done, bytes of text done).
+
+    Raises:
+        UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
+    """
+    files = expand_input(options.input)
+    tokenizer = Tokenizer(options.tokenizer_name_or_path)
+    job, template, handler_name = _job(options, files, tokenizer)
+    marker = "_packed" if template else ""
+    prefixes = {key: f"{options.output_prefix}{marker}_{key}_document" for key in job.output_keys}
+
+    with _Rejects(options) as rejects, ExitStack() as stack:
+        if options.pack:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=_folder(options), prefix=".unpacked-"))
+            unpacked = {key: f"{scratch}/{key}" for key in ("input_ids", "labels")}
+            counts, dropped = _tokenize_to(unpacked, job, files, options, rejects, progress)
+        else:
+            counts, dropped = _tokenize_to(prefixes, job, files, options, rejects, progress)
+        if options.pack:
+            _pack(unpacked, prefixes, tokenizer, options)
+
+    summary = PreprocessSummary(
+        prefixes=prefixes,
+        documents=counts["documents"],
+        kept=counts["kept"],
+        rejected=rejects.count,
+        trimmed=counts["trimmed"],
+        dropped=dict(dropped),
+        sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
+        tokens=counts["tokens"],
+        trained_tokens=counts["trained_tokens"] if template else counts["tokens"],
+        text_bytes=counts["text_bytes"],
+        rejects=rejects.path if rejects.count else None,
+    )
+    write_record(options.output_prefix, _record(options, handler_name, tokenizer, template, files, summary))
+    return summary
+
+
+def _job(
+    options: PreprocessOptions, files: Sequence[Path], tokenizer: Tokenizer
+) -> tuple[ChunkTokenizer, PromptTemplate | None, str]:
+    """What the workers do, the template if conversations are rendered, and the handler's name."""
+    name = options.handler_name or _detect(options, files)
+    handler = make_handler(name, options.json_keys, options.map_keys)
+    if isinstance(handler, GeneralPretrainHandler):
+        for option in ("prompt_type", "seq_length", "pack"):
+            _require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
+        eod = _eod(tokenizer, tokenizer.eos_id) if options.append_eod else None
+        return PretrainTokenizer(tokenizer, handler, eod), None, name
+    _require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
+    assert options.prompt_type is not None
+    template = get_template(options.prompt_type, options.enable_thinking)
+    eod = _eod(tokenizer, tokenizer.token_to_id(template.stop_word)) if options.append_eod else None
+    return InstructionTokenizer(tokenizer, handler, template, options.seq_length, eod), template, name
+
+
+def _detect(options: PreprocessOptions, files: Sequence[Path]) -> str:
+    """The handler that fits the first readable row; unreadable ones are reported when their turn comes."""
+    for row in iter_rows(files):
+        try:
+            record = row.parse()
+        except UserError:
+            if options.on_bad == "stop":
+                raise
+            continue
+        try:
+            return detect_handler(record, options.json_keys, options.map_keys)
+        except UserError as error:
+            raise UserError(f"{row.place}: {error}") from None
+    raise UserError(f"{', '.join(map(str, files))}: no readable record")
+
+
+def _eod(tokenizer: Tokenizer, eod: int | None) -> int:
+    if eod is None:
+        raise UserError(f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in its config")
+    return eod
+
+
+def _tokenize_to(
+    prefixes: Mapping[str, str],
+    job: ChunkTokenizer,
+    files: Sequence[Path],
+    options: PreprocessOptions,
+    rejects: _Rejects,
+    progress: Progress | None,
+) -> tuple[Counter[str], Counter[str]]:
+    """Write the columns named by `prefixes`; the counts and the dropped documents by reason."""
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    reported = 0
+    with ExitStack() as stack:
+        writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}
+        for chunk in _run(job, _chunks(iter_rows(files)), options.workers):
+            for reject in chunk.rejects:
+                rejects.add(reject)
+            for key, writer in writers.items():
+                writer.add_documents(*chunk.columns[key])
+            counts += chunk.counts
+            dropped += chunk.dropped
+            if progress and counts["documents"] - reported >= options.log_interval:
+                reported = counts["documents"]
+                progress(reported, counts["text_bytes"])
+        if not counts["kept"]:
+            raise UserError(
+                f"{', '.join(map(str, files))}: nothing kept of {counts['documents']} documents; "
+                f"rejected {rejects.count}, dropped {dict(dropped)}{rejects.first}"
+            )
+        record_path(options.output_prefix).unlink(missing_ok=True)  # an old record must never meet the new data
+    return counts, dropped
+
+
+def _pack(
+    unpacked: Mapping[str, str], prefixes: Mapping[str, str], tokenizer: Tokenizer, options: PreprocessOptions
+) -> None:
+    assert options.seq_length is not None
+    if tokenizer.pad_id is None:
+        raise UserError(f"pack: {tokenizer.folder} names no padding token; set pad_token in its tokenizer_config.json")
+    input_ids, labels = (IndexedDataset(unpacked[key]) for key in ("input_ids", "labels"))
+    with ExitStack() as stack:
+        writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}
+        for row in packed_rows(input_ids, labels, options.seq_length, tokenizer.pad_id, options.neat_pack):
+            for key, writer in writers.items():
+                writer.add_document(row[key])
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += row.size
+        if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_SIZE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _run(job: ChunkTokenizer, chunks: Iterable[list[Row]], workers: int) -> Iterator[TokenizedChunk]:
+    """The chunks tokenised, in order; a bounded number of them is under way."""
+    if workers == 1:
+        with _one_core_each():
+            yield from map(job, chunks)
+        return
+    # A forked child could inherit a lock that a thread of the tokenizer holds.
+    with _one_core_each(), ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,)) as pool:
+        under_way: deque[Future[TokenizedChunk]] = deque()
+        try:
+            for chunk in chunks:
+                under_way.append(pool.submit(_work, chunk))
+                if len(under_way) > 2 * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+_worker_job: ChunkTokenizer
+
+
+def _start_worker(job: ChunkTokenizer) -> None:
+    global _worker_job
+    _worker_job = job
+
+
+def _work(chunk: list[Row]) -> TokenizedChunk:
+    return _worker_job(chunk)
+
+
+@contextmanager
+def _one_core_each() -> Iterator[None]:
+    """Keep the tokenizers library, here and in processes started meanwhile, to one core per worker."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class _Rejects:
+    """`{output_prefix}.rejects.jsonl`: written as rows are rejected, published at the end if there are any."""
+
+    def __init__(self, options: PreprocessOptions) -> None:
+        self.count = 0
+        self.path = f"{options.output_prefix}.rejects.jsonl"
+        self.first = ""  # the first reason, to end an error message with
+        self._stop = options.on_bad == "stop"
+        self._part = _folder(options) / f".{Path(self.path).name}.{os.getpid()}.part"
+
+    def __enter__(self) -> _Rejects:
+        self._file = self._part.open("wb")
+        return self
+
+    def add(self, reject: Reject) -> None:
+        if self._stop:
+            raise UserError(f"{reject.reason} (on_bad=skip leaves such rows out)")
+        self.first = self.first or f"; first: {reject.reason}"
+        self.count += 1
+        content = reject.content.decode(errors="replace") if isinstance(reject.content, bytes) else reject.content
+        self._file.write(orjson.dumps({"reason": reject.reason, "content": content}, default=str) + b"\n")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        Path(self.path).unlink(missing_ok=True)
+        if self.count:
+            os.replace(self._part, self.path)  # also when nothing was kept: the file says why
+        else:
+            self._part.unlink()
+
+
+def _record(
+    options: PreprocessOptions,
+    handler_name: str,
+    tokenizer: Tokenizer,
+    template: PromptTemplate | None,
+    files: Sequence[Path],
+    summary: PreprocessSummary,
+) -> dict[str, Any]:
+    recorded = asdict(options)
+    for name in ("workers", "log_interval"):  # they leave no trace in the data
+        del recorded[name]
+    counts = asdict(summary)
+    del counts["prefixes"], counts["rejects"]
+    return {
+        "files": {key: os.path.basename(prefix) for key, prefix in summary.prefixes.items()},
+        "tokenizer": tokenizer_entry(tokenizer),
+        "template": template_entry(template) if template else None,
+        "options": {**recorded, "handler_name": handler_name},
+        "sources": [source_entry(file) for file in files],
+        "counts": counts,
+    }
+
+
+def _folder(options: PreprocessOptions) -> Path:
+    folder = Path(options.output_prefix).absolute().parent
+    _require(folder.is_dir(), f"output_prefix {options.output_prefix}: the folder {folder} does not exist; create it")
+    return folder
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,129 @@
+"""The record `{prefix}.json` beside a dataset: what made it, so that training can refuse data that does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tandem.data.templates import PromptTemplate
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+FORMAT = "tandem-dataset"
+VERSION = 1
+
+
+def record_path(prefix: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(prefix)}.json")
+
+
+def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What identifies a tokenizer in a record."""
+    return {"sha256": tokenizer.sha256, "length": len(tokenizer), "eos_token_id": tokenizer.eos_id}
+
+
+def template_entry(template: PromptTemplate) -> dict[str, Any]:
+    """What identifies a prompt template, in its thinking mode, in a record."""
+    return {
+        "prompt_type": template.name,
+        "sha256": template.sha256,
+        "enable_thinking": template.enable_thinking,
+    }
+
+
+def source_entry(file: Path) -> dict[str, Any]:
+    """Name, size and hash of an input file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return {"file": str(file), "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def write_record(prefix: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Publish the record in one step."""
+    path = record_path(prefix)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    header = {"format": FORMAT, "version": VERSION}
+    part.write_bytes(orjson.dumps({**header, **content}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    os.replace(part, path)
+
+
+def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
+    """The record of a dataset, by output prefix or by the prefix of one of its `.bin/.idx` pairs; None without one."""
+    for path in _candidates(os.fspath(data_path)):
+        if not path.is_file():
+            continue
+        try:
+            content = orjson.loads(path.read_bytes())
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{path}: not a valid record: {error}; preprocess again, or remove it") from None
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            if content.get("version") != VERSION:
+                raise UserError(
+                    f"{path}: record version {content.get('version')}, this version of tandem reads {VERSION}"
+                )
+            return path, content
+    return None
+
+
+def check_record(
+    data_path: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    template: PromptTemplate | None = None,
+    seq_length: int | None = None,
+) -> str | None:
+    """Compare a dataset's record with the run that is about to use it.
+
+    Args:
+        template: of the run, when it fine-tunes.
+        seq_length: of the run; packed rows must not be longer.
+
+    Returns:
+        A notice when there is no record, as with files that Megatron made; None when all agrees.
+
+    Raises:
+        UserError: names the first field that differs, with both values.
+    """
+    found = read_record(data_path)
+    if found is None:
+        return (
+            f"{os.fspath(data_path)}: no record beside the data, so nothing shows which tokenizer and template made it"
+        )
+    path, record = found
+    _compare(path, "tokenizer", record["tokenizer"], tokenizer_entry(tokenizer))
+    if template is not None:
+        if record["template"] is None:
+            raise UserError(f"{path}: plain text for pretraining; fine-tuning needs data made with a prompt_type")
+        _compare(path, "template", record["template"], template_entry(template))
+    packed_length = record["options"]["seq_length"] if record["options"]["pack"] else None
+    if packed_length is not None and seq_length is not None and packed_length > seq_length:
+        raise UserError(
+            f"{path}: options.seq_length is {packed_length}, this run's seq_length is {seq_length}, so packed "
+            f"rows would be cut; train with seq_length {packed_length} or pack again"
+        )
+    return None
+
+
+def _compare(path: Path, name: str, recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        if recorded.get(key) != value:
+            raise UserError(
+                f"{path}: {name}.{key} is {recorded.get(key)!r}, this run's is {value!r}; preprocess again, or "
+                f"train with what the data was made with"
+            )
+
+
+def _candidates(data_path: str) -> Iterator[Path]:
+    """`free_text_document` belongs to `free.json`: a key may hold underscores, so each shorter name is tried."""
+    folder, name = os.path.split(data_path)
+    yield record_path(data_path)
+    stem = name.removesuffix("_document")
+    while stem != name and "_" in stem:
+        stem = stem.rpartition("_")[0]
+        yield record_path(os.path.join(folder, stem))
