@@ -10,6 +10,7 @@ A file holds `args`, `checkpoint_version` 3.0, `iteration`, and `model`, or `mod
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -419,9 +420,11 @@ def _open_rank(path: Path) -> _Rank:
     keys = sorted((key for key in content if re.fullmatch(r"model\d*", str(key))), key=lambda key: int(key[5:] or 0))
     if keys != [_model_key(chunk, len(keys)) for chunk in range(len(keys))] or not keys:
         raise UserError(f"{path}: expected model, or model0, model1 and so on; found {', '.join(keys) or 'neither'}")
-    args = dict(vars(content["args"])) if "args" in content else {}
+    args = content.get("args", argparse.Namespace())
+    if not isinstance(args, argparse.Namespace):
+        raise UserError(f"{path}: args is a {type(args).__name__}; expected an argparse.Namespace")
     rest = set(content) - {"args", "checkpoint_version", "iteration", *keys}
-    return _Rank(path, args, [_chunk(path, content[key]) for key in keys], tuple(sorted(rest)))
+    return _Rank(path, vars(args), [_chunk(path, content[key]) for key in keys], tuple(sorted(rest)))
 
 
 def _chunk(path: Path, tensors: dict[str, Any]) -> Chunk:

@@ -57,7 +57,6 @@ INERT_GLOBALS = {
     "signal.Signals",
     "torch._C.Generator",
     "torch.device",
-    "types.SimpleNamespace",
 }
 # What a damaged pickle makes the unpickler, or a stand-in that it calls, raise.
 PICKLE_ERRORS = (
@@ -265,6 +264,7 @@ class _Unpickler(pickle.Unpickler):
         self._archive = archive
         self._stand_ins: dict[str, Any] = {
             "argparse.Namespace": _Namespace,
+            "types.SimpleNamespace": _Namespace,
             "collections.OrderedDict": _ordered_dict,
             "collections.defaultdict": _default_dict,
             "builtins.set": frozenset,
