@@ -230,6 +230,8 @@ def archive_with(path: Path, data: bytes, **entries: bytes) -> Path:
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))tR.",
         b"\x80\x02(X\x06\x00\x00\x00moduleNX\x01\x00\x00\x000NK\x01tQ.",
         b"\x80\x02K\x01Q.",
+        # a memo of 16 GB
+        b"\x80\x02K\x01r\x00\x00\x00\x7f.",
         b"\x80\x02]",
         b"",
     ],
@@ -281,6 +283,41 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         (tmp_path / "m.pt").write_bytes(data[:length])
         with pytest.raises(UserError, match=r"m\.pt"):
             load(tmp_path / "m.pt")
+
+
+def test_random_damage_in_the_pickle_raises_nothing_but_user_errors(tmp_path: Path) -> None:
+    """Behind a CRC that fits, as a hostile writer would have it."""
+    write_example(tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        entries = {name.removeprefix("m/").replace("/", "__"): archive.read(name) for name in archive.namelist()}
+    data = entries.pop("data.pkl")
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in random.integers(len(data), size=3):
+            damaged[place] = random.integers(256)
+        try:
+            load(archive_with(tmp_path / "damaged.pt", bytes(damaged), **entries))
+        except UserError:
+            refused += 1
+    assert refused > 200  # the others changed a string or a number
+
+
+def test_random_damage_in_the_directory_raises_nothing_but_user_errors(tmp_path: Path) -> None:
+    tensors = write_example(tmp_path / "m.pt")
+    data = (tmp_path / "m.pt").read_bytes()
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in random.integers(1, 1000, size=3):
+            damaged[-place] = random.integers(256)
+        (tmp_path / "m.pt").write_bytes(damaged)
+        try:
+            for name, tensor in load(tmp_path / "m.pt")["model"].items():
+                assert tensor.read(name).tobytes() == tensors[name].tobytes()
+        except UserError:
+            refused += 1
+    assert refused > 200  # the others changed a time stamp or a permission
 
 
 def test_a_flipped_bit_is_noticed_and_the_tensor_named(tmp_path: Path) -> None:

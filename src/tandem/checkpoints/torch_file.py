@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import io
 import math
+import os
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -232,13 +234,20 @@ class _Archive:
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where an entry's bytes begin: behind its local header, whose length only the header itself tells."""
+        damaged = UserError(f"{self.path}: truncated or damaged: {entry.filename} is not where it should be")
+        if entry.header_offset < 0:
+            raise damaged
         with open(self.path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
             file.seek(entry.header_offset)
             header = file.read(LOCAL_HEADER)
         if len(header) != LOCAL_HEADER or not header.startswith(ZIP_MAGIC):
-            raise UserError(f"{self.path}: truncated or damaged: no entry where {entry.filename} should begin")
+            raise damaged
         name_length, extra_length = struct.unpack_from("<HH", header, LOCAL_HEADER - 4)
-        return entry.header_offset + LOCAL_HEADER + name_length + extra_length
+        start = entry.header_offset + LOCAL_HEADER + name_length + extra_length
+        if start + entry.file_size > size:
+            raise damaged
+        return start
 
 
 class _Dict(dict):
@@ -260,7 +269,9 @@ class _Unpickler(pickle.Unpickler):
     """
 
     def __init__(self, archive: _Archive) -> None:
-        super().__init__(io.BytesIO(archive.read("data.pkl")), encoding="utf-8")
+        data = archive.read("data.pkl")
+        _check_opcodes(data)
+        super().__init__(io.BytesIO(data), encoding="utf-8")
         self._archive = archive
         self._stand_ins: dict[str, Any] = {
             "argparse.Namespace": _Namespace,
@@ -295,6 +306,14 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or dtype is None or type(numel) is not int:
             raise pickle.UnpicklingError(f"unknown storage {identifier!r}")
         return self._archive.storage(str(key), dtype, numel)
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Every opcode is whole, and none makes the unpickler reserve more memory than such a file can need: it grows
+    its memo to whatever index it is given."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
+            raise pickle.UnpicklingError(f"memo index {argument} in {len(data)} bytes")
 
 
 def _ordered_dict() -> dict:
