@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -118,9 +117,7 @@ def _sink(options: ConvertOptions, source: TensorSource, dtype: str) -> tuple[Te
         origin = options.hf_cfg_dir
         if (folder / "config.json").exists():
             origin, folder = origin or str(folder), folder / "mg2hf"
-        if origin:
-            companions = _companions_from(origin, source)
-        return HFSink(folder, source.config, dtype, companions), folder
+        return HFSink(folder, source.config, dtype, companions_for(source, origin)), folder
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--save-dir {folder} is not empty: remove it or choose another place")
     layout = layout_of(options)
@@ -129,16 +126,19 @@ def _sink(options: ConvertOptions, source: TensorSource, dtype: str) -> tuple[Te
     return NativeSink(folder, source.config, layout, {"model": dtype}, MCORE_ITERATION, companions), folder
 
 
-def _companions_from(origin: str, source: TensorSource) -> Companions:
+def companions_for(source: TensorSource, origin: str | None) -> Companions:
+    """The source's companions, or those of the folder `origin`, whose config must describe the same model."""
+    if origin is None:
+        return source.companions
     companions = companions_of(origin)
     config = from_hf(companions.hf_config or {}, where=f"{origin}/config.json")
-    given, actual = (dataclasses.replace(c, init_method_std=0.0) for c in (config, source.config))
-    if given != actual:
-        different = [
-            f"{f.name} {getattr(given, f.name)} there, {getattr(actual, f.name)} in the checkpoint"
-            for f in dataclasses.fields(given)
-            if getattr(given, f.name) != getattr(actual, f.name)
-        ]
+    given, actual = config.to_dict(), source.config.to_dict()
+    different = [
+        f"{name} is {given[name]} there, {actual[name]} in the checkpoint"
+        for name in given
+        if given[name] != actual[name] and name != "init_method_std"
+    ]
+    if different:
         raise UserError(f"{origin}/config.json contradicts {source.location}: {'; '.join(different)}")
     return companions
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.checkpoints.hf import INDEX as HF_INDEX
-from tandem.checkpoints.hf import SINGLE, HFSource
+from tandem.checkpoints.hf import HFSource
 from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.native import INDEX, NativeSource, iteration_folder, read_tracker
+from tandem.checkpoints.megatron import FILE, MegatronSource, find_iteration, is_megatron
+from tandem.checkpoints.native import INDEX, NativeSource
 from tandem.errors import UserError
 
 
@@ -22,7 +22,10 @@ def open_source(folder: str | Path, iteration: int | None = None) -> TensorSourc
         raise UserError(f"{folder} does not exist: expected a Hugging Face folder or a checkpoint folder")
     if (folder / "config.json").exists():
         return HFSource(folder)
-    found = iteration if iteration is not None else read_tracker(folder)
-    if (iteration_folder(folder, found) / INDEX).exists():
-        return NativeSource(folder, found)
-    raise UserError(f"{folder} holds neither {SINGLE} or {HF_INDEX} with config.json, nor a native or torch checkpoint")
+    if (find_iteration(folder, iteration) / INDEX).exists():
+        return NativeSource(folder, iteration)
+    if is_megatron(folder, iteration):
+        return MegatronSource(folder, iteration)
+    raise UserError(
+        f"{find_iteration(folder, iteration)} holds neither {INDEX} (native) nor mp_rank_*/{FILE} (Megatron torch)"
+    )

@@ -41,6 +41,8 @@ def write_companions(folder: Path, companions: Companions, config: ModelConfig, 
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     for path in companions.files:
         shutil.copyfile(path, folder / path.name)
+    for name, text in companions.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 class HFSource:

@@ -42,11 +42,12 @@ class Companions:
     """The small files that travel with weights: Hugging Face's config, and tokenizer and template files.
 
     `hf_config` is the `config.json` that the model came from (None when it never had one); `files` are the other
-    files, to be copied as they are.
+    files, to be copied as they are; `texts` are files to be written with that content instead, by name.
     """
 
     hf_config: dict[str, Any] | None = None
     files: list[Path] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 class TensorSource(Protocol):

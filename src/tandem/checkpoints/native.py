@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tandem.checkpoints.hf import companions_of, write_companions
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape, dtype_name
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, TensorSource, check_names, check_shape, dtype_name
 from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
 from tandem.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from tandem.errors import UserError
@@ -36,6 +36,7 @@ VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = "index.json"
 COMPANIONS = "hf"
+PROMPT_FILE = "prompt.json"  # the template that the weights were fine-tuned on, as the data's record gave it
 
 
 def iteration_folder(folder: str | Path, iteration: int) -> Path:
@@ -262,6 +263,14 @@ class NativeSource:
         if hashlib.sha256(part.view(np.uint8).reshape(-1)).hexdigest() != entry.sha256:
             raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
         return part
+
+
+def prompt_entry(source: TensorSource) -> dict[str, Any] | None:
+    """What a fine-tuned checkpoint says of its template; None for any other source."""
+    if not isinstance(source, NativeSource) or not (source.folder / PROMPT_FILE).exists():
+        return None
+    entry: dict[str, Any] = json.loads(source.document(PROMPT_FILE))
+    return entry
 
 
 def read_tracker(folder: str | Path) -> int:

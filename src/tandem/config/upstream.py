@@ -45,9 +45,30 @@ IGNORED: dict[str, Ignored] = {
     "--handler-name": Ignored(1),
 }
 
+PREPROCESS_IGNORED: dict[str, Ignored] = {
+    "--tokenizer-not-use-fast": ALWAYS_ON,
+    "--overwrite-cache": ALWAYS_ON,
+    "--cache-dir": Ignored(1),
+    "--make-vocab-size-divisible-by": Ignored(1),
+}
 
-def split_ignored(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take the ignored flags out of a command line.
+CONVERT_IGNORED: dict[str, Ignored] = {
+    "--ai-framework": Ignored(1, ("mindspore", "torch", "pytorch")),
+    "--use-mcore-models": ALWAYS_ON,
+    "--spec": IGNORED["--spec"],
+    "--model-type": Ignored(1, ("GPT",)),
+    "--tokenizer-model": Ignored(1),
+    "--transformer-impl": Ignored(1, ("local",)),
+    "--make-vocab-size-divisible-by": Ignored(1, ("1",)),
+    "--target-expert-parallel-size": Ignored(1, ("1",)),
+    "--save-layer-by-layer": ALWAYS_ON,
+    "--load-checkpoint-loosely": ALWAYS_ON,
+    "--no-checking": ALWAYS_ON,
+}
+
+
+def split_ignored(argv: Sequence[str], table: dict[str, Ignored] = IGNORED) -> tuple[list[str], list[str]]:
+    """Take the flags of `table` out of a command line.
 
     Returns:
         The remaining words, and one notice that names what was taken out (none when nothing was).
@@ -61,7 +82,7 @@ def split_ignored(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while words:
         word = words.pop(0)
         flag, equals, inline = word.partition("=")
-        rule = IGNORED.get(flag.replace("_", "-"))
+        rule = table.get(flag.replace("_", "-"))
         if rule is None:
             rest.append(word)
             continue

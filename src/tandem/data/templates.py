@@ -12,8 +12,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.errors import UserError, nearest
 
@@ -146,6 +147,11 @@ def get_template(prompt_type: str, enable_thinking: bool | None = None) -> Promp
             f"prompt type {prompt_type!r}: expected one of {PROMPT_TYPES}{nearest(prompt_type, PROMPT_TYPES)}"
         )
     return dataclasses.replace(_TEMPLATES[prompt_type], enable_thinking=enable_thinking)
+
+
+def template_from_entry(entry: Mapping[str, Any] | None) -> PromptTemplate | None:
+    """The template that a data record or a checkpoint names; None where it names none."""
+    return get_template(entry["prompt_type"], entry["enable_thinking"]) if entry else None
 
 
 def _check_roles(dialogue: Sequence[Message], last: str) -> None:

@@ -79,6 +79,17 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def require_id(self, token: str) -> int:
+        """The id of a token that must exist.
+
+        Raises:
+            UserError: the vocabulary lacks it.
+        """
+        token_id = self.token_to_id(token)
+        if token_id is None:
+            raise UserError(f"{self.folder}: the vocabulary has no token {token!r}")
+        return token_id
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any
     ) -> str:

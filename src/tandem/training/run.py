@@ -6,28 +6,24 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
-from tandem.checkpoints.convert import open_source
+from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import companion_files, companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.publish import write_text_atomically
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import Settings
 from tandem.config.sources import to_yaml
-from tandem.data.gpt_dataset import GPTDataset
-from tandem.data.record import check_record
-from tandem.data.sft_dataset import SFTDataset
-from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
+from tandem.training.inputs import data_identity, open_data, open_tokenizer
 from tandem.training.log import StepRecord
 from tandem.training.schedule import schedule_from
 from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
-from tandem.training.trainer import Dataset, Trainer
+from tandem.training.trainer import Trainer
 
 # Model flags that must equal what the weights' config.json says.
 COMPARED = (
@@ -55,29 +51,27 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     source = open_weights(settings)
     check_model_flags(settings, source.config)
     settings = with_checkpoint_seed(settings, source)
-    tokenizer = open_tokenizer(settings)
-    train_data, valid_data, record = open_data(settings, tokenizer)
+    data = open_data(settings, open_tokenizer(settings, source))
     engine = create_engine(settings.training.ai_framework, source.config, engine_settings(settings, source.config))
     progress, state = restore(engine, source, settings)
     identity = data_identity(settings)
     writer = None
     if settings.checkpoint.save:
         companions = gather_companions(settings, source)
-        prompt = (record or {}).get("prompt")
         folder = Path(settings.checkpoint.save)
-        writer = CheckpointWriter(folder, engine, settings, companions, identity, prompt)
+        writer = CheckpointWriter(folder, engine, settings, companions, identity, data.template)
         write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
     trainer = Trainer(
         engine,
         settings,
         schedule_from(settings),
-        train_data,
-        valid_data,
+        data.train,
+        data.valid,
         progress,
         save=writer.save if writer else None,
         on_step=on_step,
     )
-    print_banner(settings, source, trainer, state, identity)
+    print_banner(settings, source, trainer, state, data.notices)
     trainer.run()
     print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     return trainer
@@ -127,40 +121,6 @@ def with_checkpoint_seed(settings: Settings, source: TensorSource) -> Settings:
     return dataclasses.replace(settings, training=dataclasses.replace(settings.training, seed=state.seed))
 
 
-def open_tokenizer(settings: Settings) -> Tokenizer | None:
-    folder = settings.data.tokenizer_name_or_path
-    return Tokenizer(folder) if folder else None
-
-
-def open_data(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset, Dataset | None, dict[str, Any] | None]:
-    """The training and validation sets, and the data's record (None for files that have none)."""
-    data, training = settings.data, settings.training
-    if len(data.data_path) != 1:
-        raise UserError(f"--data-path {' '.join(data.data_path)}: one prefix is supported, {len(data.data_path)} given")
-    prefix = data.data_path[0]
-    record = check_record(prefix, tokenizer, data.prompt_type)
-    assert training.train_iters is not None
-    kind = SFTDataset if data.is_instruction_dataset else GPTDataset
-    options: dict[str, Any] = {
-        "split": data.split,
-        "seq_length": data.seq_length,
-        "seed": training.seed,
-        "eod_token": tokenizer.eos_id if tokenizer else None,
-        "reset_position_ids": data.reset_position_ids,
-        "reset_attention_mask": data.reset_attention_mask,
-    }
-    if data.is_instruction_dataset:
-        options["shuffle"] = not data.no_shuffle
-    else:
-        options["eod_mask_loss"] = data.eod_mask_loss
-    needed = training.train_iters * settings.global_batch_size
-    train_data = kind(prefix, "train", num_samples=needed, **options)
-    valid_data = None
-    if training.eval_iters and training.eval_interval <= training.train_iters:
-        valid_data = kind(prefix, "valid", num_samples=None, **options)
-    return train_data, valid_data, record
-
-
 def engine_settings(settings: Settings, config: ModelConfig) -> EngineSettings:
     optimizer, training = settings.optimizer, settings.training
     recompute = 0
@@ -186,24 +146,12 @@ def gather_companions(settings: Settings, source: TensorSource) -> Companions:
     return Companions(source.companions.hf_config, sorted(named.values()))
 
 
-def data_identity(settings: Settings) -> dict[str, Any]:
-    """What the order of the samples is a function of, beside the seed."""
-    return {
-        "data_path": list(settings.data.data_path),
-        "split": settings.data.split,
-        "seq_length": settings.data.seq_length,
-        "global_batch_size": settings.global_batch_size,
-        "train_iters": settings.training.train_iters,
-        "is_instruction_dataset": settings.data.is_instruction_dataset,
-    }
-
-
 def print_banner(
     settings: Settings,
     source: TensorSource,
     trainer: Trainer,
     state: TrainerState | None,
-    identity: dict[str, Any],
+    notices: list[str],
 ) -> None:
     """Say what will run: framework, model, weights, data, batch, and what a resumed run has changed."""
     config, engine = source.config, trainer.engine
@@ -217,10 +165,11 @@ def print_banner(
         f"batch {batch} x {settings.data.seq_length} tokens, "
         f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
         *engine.notices,
+        *notices,
     ]
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
-        for name, value in identity.items():
+        for name, value in data_identity(settings).items():
             if state.data.get(name) != value:
                 lines.append(f"changed since the checkpoint: {name} was {state.data.get(name)}, is {value}")
     print("\n".join(f"> {line}" for line in lines), flush=True)

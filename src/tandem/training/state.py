@@ -10,7 +10,7 @@ from typing import Any
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import Companions, Kind, TensorSource
-from tandem.checkpoints.native import NativeSink, NativeSource
+from tandem.checkpoints.native import PROMPT_FILE, NativeSink, NativeSource
 from tandem.config.settings import Settings
 from tandem.config.sources import to_yaml
 from tandem.errors import UserError
@@ -19,7 +19,6 @@ from tandem.training.trainer import Progress
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "settings.yaml"
-PROMPT_FILE = "prompt.json"
 OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 
 
@@ -54,7 +53,7 @@ class CheckpointWriter:
 
     Args:
         data: what defines the order of the samples, to be compared on resuming.
-        prompt: the template the model is trained on (None for plain text); generation uses it.
+        template: the record's entry of the template trained on (None for plain text); generation and export use it.
     """
 
     folder: Path
@@ -62,7 +61,7 @@ class CheckpointWriter:
     settings: Settings
     companions: Companions
     data: dict[str, Any]
-    prompt: dict[str, Any] | None = None
+    template: dict[str, Any] | None = None
 
     def save(self, progress: Progress) -> None:
         """Write one iteration; it becomes visible, and the newest, only when it is whole."""
@@ -74,8 +73,8 @@ class CheckpointWriter:
             data=self.data,
         )
         documents = {STATE_FILE: state.to_json(), SETTINGS_FILE: to_yaml(self.settings)}
-        if self.prompt is not None:
-            documents[PROMPT_FILE] = json.dumps(self.prompt, indent=2) + "\n"
+        if self.template is not None:
+            documents[PROMPT_FILE] = json.dumps(self.template, indent=2) + "\n"
         kinds = self._kinds()
         sink = NativeSink(
             self.folder, self.engine.config, Layout(), kinds, progress.iteration, self.companions, documents

@@ -1,0 +1,19 @@
+"""`tandem export`: a trained checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tandem.cli.convert import print_result
+from tandem.cli.progress import byte_progress
+from tandem.config.sources import parse_dataclass
+from tandem.inference.export import ExportOptions, export
+
+DESCRIPTION = "Write any checkpoint, of any layout, as a Hugging Face folder that AutoModelForCausalLM loads."
+
+
+def run(argv: Sequence[str]) -> None:
+    options = parse_dataclass(ExportOptions, "export", DESCRIPTION, argv)
+    with byte_progress("exporting", total=None) as advance:
+        result = export(options, lambda _, nbytes: advance(nbytes))
+    print_result(result)

@@ -1,0 +1,109 @@
+"""`tandem preprocess`: text or instruction data into .bin/.idx files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tandem.cli.progress import byte_progress
+from tandem.config.sources import parse_dataclass
+from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
+from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.errors import UserError
+
+DESCRIPTION = (
+    "Turn text into PREFIX_text_document.bin/.idx, or instruction data into "
+    "PREFIX_packed_{input_ids,attention_mask,labels}_document.bin/.idx, as Megatron-LM and MindSpeed-LLM read them."
+)
+THINKING = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Options, named as in MindSpeed-LLM's preprocess_data.py."""
+
+    input: tuple[str, ...]
+    """Files (.json, .jsonl, .parquet, ...), folders or patterns."""
+    output_prefix: str
+    """Prefix of the files to write; its folder must exist."""
+    tokenizer_name_or_path: str
+    """Folder of the Hugging Face tokenizer."""
+    tokenizer_type: Literal["PretrainedFromHF"] = "PretrainedFromHF"
+    """Only PretrainedFromHF."""
+    handler_name: str = ""
+    """How a record is read, such as AlpacaStyleInstructionHandler; default: recognised by the first record's fields."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Fields that hold plain text; one pair of files each."""
+    map_keys: str | None = None
+    """Other field names, as JSON: '{"prompt": "question", "response": "answer"}'."""
+    prompt_type: str | None = None
+    """Chat template of instruction data, such as qwen3."""
+    enable_thinking: Literal["true", "false", "none"] = "none"
+    """Thinking mode of the template."""
+    seq_length: int | None = None
+    """Longest conversation; with --pack, the exact length of a row."""
+    append_eod: bool = False
+    """End each document with the end-of-document token."""
+    pack: bool = False
+    """Put several conversations into a row of --seq-length."""
+    neat_pack: bool = False
+    """With --pack: keep the conversations of a row apart in attention."""
+    workers: int = 1
+    """Processes that tokenise; the files do not depend on it."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do with an unusable row; skip writes it to PREFIX.rejects.jsonl."""
+    log_interval: int = 1000
+    """Documents between two signs of progress."""
+
+
+def run(argv: Sequence[str]) -> None:
+    rest, notices = split_ignored(argv, PREPROCESS_IGNORED)
+    flags = parse_dataclass(Flags, "preprocess", DESCRIPTION, rest)
+    for notice in notices:
+        print(f"> {notice}")
+    start = time.perf_counter()
+    with byte_progress("tokenising", total=None) as advance:
+        done = 0
+
+        def progress(documents: int, text_bytes: int) -> None:
+            nonlocal done
+            advance(text_bytes - done)
+            done = text_bytes
+
+        summary = preprocess(options_from(flags), progress)
+    seconds = time.perf_counter() - start
+    dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in summary.dropped.items())
+    print(
+        f"{summary.documents:,} documents: {summary.kept:,} kept, {summary.rejected:,} rejected, "
+        f"{summary.trimmed:,} trimmed{dropped}"
+    )
+    print(
+        f"{summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained; "
+        f"{summary.documents / seconds:,.0f} documents/s, {summary.text_bytes / seconds / 1e6:.1f} MB/s"
+    )
+    for prefix in summary.prefixes.values():
+        print(f"wrote {prefix}.bin and .idx")
+    if summary.rejects:
+        print(f"wrote {summary.rejects}")
+
+
+def options_from(flags: Flags) -> PreprocessOptions:
+    values = {name: value for name, value in vars(flags).items() if name != "tokenizer_type"}
+    return PreprocessOptions(
+        **{**values, "map_keys": _map_keys(flags.map_keys), "enable_thinking": THINKING[flags.enable_thinking]}
+    )
+
+
+def _map_keys(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--map-keys {text!r} is not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--map-keys {text!r}: expected a JSON object of names")
+    return value

@@ -1,0 +1,84 @@
+"""`tandem export`: any checkpoint as a Hugging Face folder that loads, and that stops where its training data stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tandem.checkpoints.convert import Converted, companions_for
+from tandem.checkpoints.copy import Progress, copy
+from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.hf import HFSink
+from tandem.checkpoints.interface import DTYPE_ALIASES, Companions, dtype_name
+from tandem.checkpoints.native import prompt_entry
+from tandem.data.templates import PromptTemplate, template_from_entry
+from tandem.data.tokenizer import Tokenizer
+from tandem.models.tensors import EMBEDDING, tensor_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `tandem export`."""
+
+    load: str
+    """Checkpoint folder, of a training run or of a conversion."""
+    save_dir: str
+    """Folder for the Hugging Face model; must not hold anything yet."""
+    params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Dtype to write; default: the checkpoint's."""
+    ckpt_step: int | None = None
+    """Iteration to export; default: the newest."""
+    hf_cfg_dir: str | None = None
+    """Take config and tokenizer files from this folder instead of the checkpoint."""
+
+
+def export(options: ExportOptions, progress: Progress | None = None) -> Converted:
+    """Write the folder; it appears whole or not at all.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the target exists.
+    """
+    source = open_source(options.load, options.ckpt_step)
+    dtype = DTYPE_ALIASES[options.params_dtype] if options.params_dtype else dtype_name(source.dtype(EMBEDDING))
+    companions = companions_for(source, options.hf_cfg_dir)
+    template = template_from_entry(prompt_entry(source))
+    if template is not None:
+        companions = ending_turns(companions, template)
+    copy(source, HFSink(options.save_dir, source.config, dtype, companions), progress=progress)
+    table = tensor_table(source.config)
+    return Converted(Path(options.save_dir), None, len(table), sum(spec.numel for spec in table.values()))
+
+
+def ending_turns(companions: Companions, template: PromptTemplate) -> Companions:
+    """Make the template's end token the model's, so that `generate()` stops after a turn; a former end token stays
+    as a second one.
+
+    Raises:
+        UserError: the tokenizer lacks the template's end token.
+    """
+    files = {path.name: path for path in companions.files}
+    if "tokenizer.json" not in files or companions.hf_config is None:
+        return companions
+    end = Tokenizer(files["tokenizer.json"].parent).require_id(template.stop_word)
+    generation = _json(files.get("generation_config.json"))
+    former = generation.get("eos_token_id", companions.hf_config.get("eos_token_id"))
+    others = former if isinstance(former, list) else [former]
+    ends = [end, *(token for token in others if token not in (None, end))]
+    tokenizer_config = _json(files["tokenizer_config.json"])
+    tokenizer_config["eos_token"] = template.stop_word
+    texts = {
+        "generation_config.json": {**generation, "eos_token_id": ends if len(ends) > 1 else end},
+        "tokenizer_config.json": tokenizer_config,
+    }
+    return dataclasses.replace(
+        companions,
+        hf_config={**companions.hf_config, "eos_token_id": end},
+        texts={name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in texts.items()},
+    )
+
+
+def _json(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}

@@ -1,0 +1,83 @@
+"""A small world with checkable answers: questions about lists of digits, and plain text about such lists.
+
+Held-out lists occur neither in the text nor in the training questions, so only a model that has learned the
+operations answers them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Digits = tuple[int, ...]
+
+# name -> (question, what the text says of it, the answer's digits)
+OPERATIONS: dict[str, tuple[str, str, Callable[[Digits], Digits]]] = {
+    "copy": ("Repeat {list}.", "Repeated, {list} is {answer}.", lambda digits: digits),
+    "reverse": ("Reverse {list}.", "Reversed, {list} is {answer}.", lambda digits: digits[::-1]),
+    "sort": ("Sort {list}.", "Sorted, {list} is {answer}.", lambda digits: tuple(sorted(digits))),
+    "largest": (
+        "What is the largest digit of {list}?",
+        "The largest digit of {list} is {answer}.",
+        lambda digits: (max(digits),),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """Training text and questions, and held-out questions."""
+
+    text: list[str]
+    train: list[dict[str, str]]
+    held_out: list[dict[str, str]]
+
+
+def make_world(seed: int, lists: int = 3000, held_out_lists: int = 50, lengths: tuple[int, ...] = (2, 3, 4)) -> World:
+    """Draw distinct lists and set some apart; every operation is asked of every list."""
+    generator = random.Random(seed)
+    drawn: dict[Digits, None] = {}
+    while len(drawn) < lists + held_out_lists:
+        drawn[tuple(generator.randrange(10) for _ in range(generator.choice(lengths)))] = None
+    chosen = list(drawn)
+    generator.shuffle(chosen)
+    held_out, train = chosen[:held_out_lists], chosen[held_out_lists:]
+    questions = [question(name, digits) for digits in train for name in OPERATIONS]
+    generator.shuffle(questions)
+    return World(
+        text=[sentence(generator, digits) for digits in train],
+        train=questions,
+        held_out=[question(name, digits) for digits in held_out for name in OPERATIONS],
+    )
+
+
+def question(name: str, digits: Digits) -> dict[str, str]:
+    """One alpaca record."""
+    ask, _, answer = OPERATIONS[name]
+    return {"instruction": ask.format(list=show(digits)), "input": "", "output": show(answer(digits))}
+
+
+def sentence(generator: random.Random, digits: Digits) -> str:
+    """A document that says all there is to say of one list, in some order."""
+    names = list(OPERATIONS)
+    generator.shuffle(names)
+    told = []
+    for name in names:
+        _, tell, answer = OPERATIONS[name]
+        told.append(tell.format(list=show(digits), answer=show(answer(digits))))
+    return " ".join(told)
+
+
+def show(digits: Digits) -> str:
+    return "".join(str(digit) for digit in digits)
+
+
+def write_world(world: World, folder: Path) -> tuple[Path, Path]:
+    """Write `corpus.jsonl` and `instructions.json`; returns their paths."""
+    corpus, instructions = folder / "corpus.jsonl", folder / "instructions.json"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in world.text), encoding="utf-8")
+    instructions.write_text(json.dumps(world.train, indent=0) + "\n", encoding="utf-8")
+    return corpus, instructions

@@ -1,0 +1,88 @@
+"""A toy Qwen3 as a Hugging Face folder: a byte-level BPE tokenizer trained on the spot, and random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tandem.checkpoints.copy import copy
+from tandem.checkpoints.hf import HFSink, companion_files
+from tandem.checkpoints.interface import Companions
+from tandem.checkpoints.publish import publishing
+from tandem.checkpoints.random_init import RandomSource
+from tandem.models.config import ModelConfig, to_hf
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+THINK = ("<think>", "</think>")
+# Qwen's way of cutting text before BPE: words with their space, single digits, punctuation, line ends.
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What `--prompt-type qwen3` renders for a conversation without thoughts.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}"
+)
+
+
+def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
+    """Train a byte-level BPE tokenizer and write its Hugging Face files; returns its number of tokens."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens(list(THINK))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+def toy_config(vocab_size: int) -> ModelConfig:
+    """A million parameters, with every trait of Qwen3: grouped queries, q/k norm, head_dim apart from hidden/heads,
+    tied embeddings, more embedding rows than tokens."""
+    return ModelConfig(
+        model_type="qwen3",
+        num_layers=4,
+        hidden_size=128,
+        ffn_hidden_size=384,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=48,
+        vocab_size=-(-vocab_size // 64) * 64,
+        max_position_embeddings=512,
+        norm_epsilon=1e-6,
+        rotary_base=10000.0,
+        untie_embeddings_and_output_weights=False,
+        init_method_std=0.04,
+    )
+
+
+def write_toy_model(folder: Path, texts: Iterable[str], seed: int, vocab_size: int = 384) -> ModelConfig:
+    """Write config, tokenizer and random weights into `folder`."""
+    with publishing(folder.with_name(f"{folder.name}-tokenizer"), replace=True) as work:
+        config = toy_config(write_tokenizer(work, texts, vocab_size))
+    tokenizer_folder = folder.with_name(f"{folder.name}-tokenizer")
+    companions = Companions(to_hf(config, dtype="float32"), companion_files(tokenizer_folder))
+    copy(RandomSource(config, seed), HFSink(folder, config, "float32", companions))
+    return config

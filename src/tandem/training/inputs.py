@@ -1,0 +1,113 @@
+"""What a run reads beside its weights: tokenizer and data, and the check that they belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.checkpoints.interface import TensorSource
+from tandem.config.settings import Settings
+from tandem.data.gpt_dataset import GPTDataset
+from tandem.data.record import check_record, read_record
+from tandem.data.sft_dataset import SFTDataset
+from tandem.data.templates import get_template
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.training.trainer import Dataset
+
+THINKING = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation sets (None when there is no evaluation), the template that the data's record names
+    (None for plain text, or without a record), and what the user should be told."""
+
+    train: Dataset
+    valid: Dataset | None
+    template: dict[str, Any] | None
+    notices: list[str]
+
+
+def open_tokenizer(settings: Settings, source: TensorSource) -> Tokenizer | None:
+    """The tokenizer that `--tokenizer-name-or-path` names, or the one that lies beside the weights."""
+    if settings.data.tokenizer_name_or_path:
+        return Tokenizer(settings.data.tokenizer_name_or_path)
+    beside = [path for path in source.companions.files if path.name == "tokenizer.json"]
+    return Tokenizer(beside[0].parent) if beside else None
+
+
+def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
+    """Open the datasets and compare their record with the run.
+
+    Raises:
+        UserError: files are missing, or their record names another tokenizer, template or length.
+    """
+    data, training = settings.data, settings.training
+    if len(data.data_path) != 1:
+        raise UserError(f"--data-path {' '.join(data.data_path)}: one prefix is supported, {len(data.data_path)} given")
+    prefix = data.data_path[0]
+    notices, template = _check(prefix, settings, tokenizer)
+    assert training.train_iters is not None
+    needed = training.train_iters * settings.global_batch_size
+    train = _dataset(settings, tokenizer, "train", needed)
+    valid = None
+    if training.eval_iters and training.eval_interval <= training.train_iters:
+        valid = _dataset(settings, tokenizer, "valid", None)
+    return Data(train, valid, template, notices)
+
+
+def data_identity(settings: Settings) -> dict[str, Any]:
+    """What the order of the samples is a function of, beside the seed."""
+    return {
+        "data_path": list(settings.data.data_path),
+        "split": settings.data.split,
+        "seq_length": settings.data.seq_length,
+        "global_batch_size": settings.global_batch_size,
+        "train_iters": settings.training.train_iters,
+        "is_instruction_dataset": settings.data.is_instruction_dataset,
+    }
+
+
+def _check(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
+    """Notices, and the template that the record names."""
+    data = settings.data
+    if tokenizer is None:
+        return [f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
+    template = get_template(data.prompt_type, THINKING[data.enable_thinking]) if data.prompt_type else None
+    notice = check_record(prefix, tokenizer, template, data.seq_length)
+    if notice:
+        return [notice], None
+    found = read_record(prefix)
+    assert found is not None
+    return [], found[1]["template"]
+
+
+def _dataset(settings: Settings, tokenizer: Tokenizer | None, name: str, samples: int | None) -> Dataset:
+    data = settings.data
+    eod = tokenizer.eos_id if tokenizer else None
+    if data.is_instruction_dataset:
+        return SFTDataset(
+            data.data_path[0],
+            name,
+            data.split,
+            samples,
+            data.seq_length,
+            settings.training.seed,
+            eod_token=eod,
+            reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
+            shuffle=not data.no_shuffle,
+        )
+    return GPTDataset(
+        data.data_path[0],
+        name,
+        data.split,
+        samples,
+        data.seq_length,
+        settings.training.seed,
+        eod_token=eod,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+    )
