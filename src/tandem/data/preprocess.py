@@ -20,7 +20,7 @@ from tandem.data.handlers import GeneralPretrainHandler, detect_handler, make_ha
 from tandem.data.indexed import IndexedDataset, IndexedWriter
 from tandem.data.packing import packed_rows
 from tandem.data.readers import Row, expand_input, iter_rows
-from tandem.data.record import record_path, source_entry, template_entry, tokenizer_entry, write_record
+from tandem.data.record import remove_record, require_own, source_entry, template_entry, tokenizer_entry, write_record
 from tandem.data.templates import PromptTemplate, get_template
 from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PretrainTokenizer, Reject, TokenizedChunk
 from tandem.data.tokenizer import Tokenizer
@@ -134,6 +134,7 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
     """
     files = expand_input(options.input)
+    require_own(options.output_prefix)
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     job, template, handler_name = _job(options, files, tokenizer)
     marker = "_packed" if template else ""
@@ -235,7 +236,7 @@ def _tokenize_to(
                 f"{', '.join(map(str, files))}: nothing kept of {counts['documents']} documents; "
                 f"rejected {rejects.count}, dropped {dict(dropped)}{rejects.first}"
             )
-        record_path(options.output_prefix).unlink(missing_ok=True)  # an old record must never meet the new data
+        remove_record(options.output_prefix)  # an old record must never meet the new data
     return counts, dropped
 
 

@@ -16,6 +16,7 @@ from tandem.errors import UserError
 
 FORMAT = "tandem-dataset"
 VERSION = 1
+_BEGINNING = b'{\n  "format": "' + FORMAT.encode()  # as `write_record` writes it
 
 
 def record_path(prefix: str | os.PathLike[str]) -> Path:
@@ -45,6 +46,19 @@ def source_entry(file: Path) -> dict[str, Any]:
     return {"file": str(file), "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def remove_record(prefix: str | os.PathLike[str]) -> None:
+    """Remove the record of an earlier run, before its data are replaced."""
+    require_own(prefix)
+    record_path(prefix).unlink(missing_ok=True)
+
+
+def require_own(prefix: str | os.PathLike[str]) -> None:
+    """Raise UserError if the record's place is taken by another file, such as the input itself."""
+    path = record_path(prefix)
+    if path.exists() and not (path.is_file() and _is_record(path)):
+        raise UserError(f"{path}: the record would go there, but the file is not one; choose another output_prefix")
+
+
 def write_record(prefix: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Publish the record in one step."""
     path = record_path(prefix)
@@ -59,16 +73,15 @@ def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]
     for path in _candidates(os.fspath(data_path)):
         if not path.is_file():
             continue
+        if not _is_record(path):
+            continue
         try:
             content = orjson.loads(path.read_bytes())
         except orjson.JSONDecodeError as error:
             raise UserError(f"{path}: not a valid record: {error}; preprocess again, or remove it") from None
-        if isinstance(content, dict) and content.get("format") == FORMAT:
-            if content.get("version") != VERSION:
-                raise UserError(
-                    f"{path}: record version {content.get('version')}, this version of tandem reads {VERSION}"
-                )
-            return path, content
+        if content.get("version") != VERSION:
+            raise UserError(f"{path}: record version {content.get('version')}, this version of tandem reads {VERSION}")
+        return path, content
     return None
 
 
@@ -117,6 +130,12 @@ def _compare(path: Path, name: str, recorded: Mapping[str, Any], expected: Mappi
                 f"{path}: {name}.{key} is {recorded.get(key)!r}, this run's is {value!r}; preprocess again, or "
                 f"train with what the data was made with"
             )
+
+
+def _is_record(path: Path) -> bool:
+    """By its first bytes: a data file of any size may have the name of a record."""
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
 
 
 def _candidates(data_path: str) -> Iterator[Path]:

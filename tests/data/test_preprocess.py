@@ -1,0 +1,267 @@
+"""Preprocessing end to end: upstream's bytes, any number of workers, bad rows, summaries and records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_toys import byte_tokenizer, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tandem.data.batch import IGNORE
+from tandem.data.indexed import IndexedDataset, merge
+from tandem.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
+from tandem.data.sft_dataset import SFTDataset
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+EOD = 258
+ALPACA = [{"instruction": f"ask {i}", "input": "x" * (i % 5), "output": "answer " * (i % 7)} for i in range(30)]
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    return byte_tokenizer(tmp_path / "tokenizer")
+
+
+def options(source: Path | list[Path], prefix: Path, tokenizer: Path, **changes: object) -> PreprocessOptions:
+    sources = source if isinstance(source, list) else [source]
+    return PreprocessOptions(tuple(map(str, sources)), str(prefix), str(tokenizer), **changes)  # type: ignore[arg-type]
+
+
+def written(summary: PreprocessSummary) -> dict[str, bytes]:
+    return {
+        f"{key}.{suffix}": Path(f"{prefix}.{suffix}").read_bytes()
+        for key, prefix in summary.prefixes.items()
+        for suffix in ("bin", "idx")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_of_run"),
+    [
+        ("think_none", {}),
+        ("think_true", {"enable_thinking": True}),
+        ("pack128_none", {"pack": True, "seq_length": 128}),
+        ("neat128_none", {"pack": True, "neat_pack": True, "seq_length": 128}),
+        ("pretrain", {"append_eod": True}),
+        ("pretrain_noeod", {}),
+    ],
+)
+def test_bytes_equal_upstreams(name: str, settings_of_run: dict, shared_data: Path, tmp_path: Path) -> None:
+    golden = shared_data / "golden"
+    source = golden / ("indexed/tiny4.jsonl" if "pretrain" in name else "sft/alpaca_tiny.json")
+    prompt_type = None if "pretrain" in name else "qwen3"
+    given_options = options(source, tmp_path / name, golden / "tok_tiny", prompt_type=prompt_type, **settings_of_run)
+    summary = preprocess(given_options)
+    for prefix in summary.prefixes.values():
+        for suffix in (".bin", ".idx"):
+            ours = Path(prefix + suffix)
+            assert ours.read_bytes() == (golden / "sft" / ours.name).read_bytes(), ours.name
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "neat"])
+def test_c1_output_does_not_depend_on_the_workers(
+    kind: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.data.preprocess._CHUNK_ROWS", 3)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if kind == "pretrain":
+        source = write_jsonl(tmp_path / "x.jsonl", *({"text": f"document {i} " * (i % 4)} for i in range(40)))
+        changes: dict[str, object] = {"append_eod": True}
+    else:
+        source = write_jsonl(tmp_path / "x.jsonl", *ALPACA)
+        changes = {"prompt_type": "qwen3", "pack": True, "neat_pack": True, "seq_length": 200}
+    results = []
+    for workers in (1, 2, 3):
+        summary = preprocess(options(source, folder / "x", tokenizer_folder, workers=workers, **changes))
+        results.append((summary, written(summary), (folder / "x.json").read_bytes()))
+    assert results[0] == results[1] == results[2]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+texts = st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1, max_size=6).filter(any)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=texts, second=texts)
+def test_c6_merge_equals_preprocessing_both(
+    first: list[str], second: list[str], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    files = [
+        write_jsonl(tmp_path / f"{n}.jsonl", *({"text": t} for t in part)) for n, part in enumerate((first, second))
+    ]
+    parts = [preprocess(options(file, tmp_path / f"part{file.stem}", tokenizer_folder)) for file in files]
+    merge([part.prefixes["text"] for part in parts], tmp_path / "merged")
+    whole = preprocess(options(files, tmp_path / "whole", tokenizer_folder))
+    merged = {f"text.{suffix}": (tmp_path / f"merged.{suffix}").read_bytes() for suffix in ("bin", "idx")}
+    assert merged == written(whole)
+
+
+def test_d5_the_mask_covers_the_answers_and_their_end(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_folder)
+    chat = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nsecond"},
+    ]
+    source = write_jsonl(tmp_path / "x.jsonl", {"messages": chat})
+    preprocess(options(source, tmp_path / "x", tokenizer_folder, prompt_type="qwen3"))
+    sample = SFTDataset(tmp_path / "x", "train", "1", None, 1000, seed=0)[0]
+    trained = sample.labels[sample.labels != IGNORE]
+    assert tokenizer.decode(trained) == "first<|im_end|>\n<think>\nhm\n</think>\n\nsecond<|im_end|>\n"
+    assert tokenizer.decode(sample.tokens) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        "first<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\nhm\n</think>\n\nsecond<|im_end|>\n"
+    )
+
+
+def test_d7_a_cut_answer_gains_no_false_end_and_is_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
+    records = [{"instruction": "q", "output": "a" * 100}, {"instruction": "q", "output": "short"}]
+    source = write_jsonl(tmp_path / "x.jsonl", *records)
+    changes = {"prompt_type": "qwen3", "seq_length": 80, "append_eod": True}
+    summary = preprocess(options(source, tmp_path / "x", tokenizer_folder, **changes))
+    cut, whole = IndexedDataset(summary.prefixes["input_ids"])
+    assert (len(cut), summary.trimmed, summary.kept) == (79, 1, 2)
+    assert EOD not in cut[-5:]
+    assert whole[-3:].tolist() == [EOD, Tokenizer(tokenizer_folder).encode("\n")[0], EOD]
+
+
+def test_d7_nothing_is_written_that_trains_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
+    chat = [{"role": role, "content": "x" * 200} for role in ("user", "assistant")]
+    source = write_jsonl(tmp_path / "x.jsonl", {"messages": chat}, {"messages": [{**chat[0], "content": ""}, chat[1]]})
+    with pytest.raises(
+        UserError, match=r"nothing kept of 2 documents; rejected 0, dropped \{'nothing left to train': 2\}"
+    ):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder, prompt_type="qwen3", seq_length=2))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("x_", ".", "x.json"))] == ["x.jsonl"]
+
+
+def test_e3_packing_loses_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", *ALPACA)
+    plain = preprocess(options(source, tmp_path / "plain", tokenizer_folder, prompt_type="qwen3"))
+    packed = preprocess(
+        options(
+            source, tmp_path / "neat", tokenizer_folder, prompt_type="qwen3", pack=True, neat_pack=True, seq_length=250
+        )
+    )
+    rows = {key: IndexedDataset(prefix) for key, prefix in packed.prefixes.items()}
+    pieces = []
+    for row in range(packed.sequences):
+        ids, mask = rows["input_ids"][row], rows["attention_mask"][row]
+        assert len(ids) == 250
+        assert mask[-1] == 0
+        pieces += [ids[mask == segment].tolist() for segment in range(1, mask.max() + 1)]
+    assert sorted(pieces) == sorted(sequence.tolist() for sequence in IndexedDataset(plain.prefixes["input_ids"]))
+    assert (packed.kept, packed.tokens, packed.trained_tokens) == (30, plain.tokens, plain.trained_tokens)
+
+
+def test_several_json_keys(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"a": "1", "b": "22"}, {"a": "", "b": "3"}, {"a": "", "b": ""})
+    summary = preprocess(options(source, tmp_path / "x", tokenizer_folder, json_keys=("a", "b"), append_eod=True))
+    assert [len(IndexedDataset(summary.prefixes[key])) for key in "ab"] == [1, 2]
+    assert (summary.kept, summary.dropped) == (2, {"empty a": 2, "empty b": 1})
+
+
+BAD_ROWS = [b"", b'{"text": "tru', b'{"text": "\xff"}', b"[1]", b'{"text": 1}', b'{"body": "x"}']
+
+
+def test_c4_a_bad_row_stops_or_is_set_aside(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_bytes(b"\n".join([b'{"text": "good"}', *BAD_ROWS, b'{"text": "fine"}', b""]))
+    with pytest.raises(UserError, match=r"x\.jsonl:2: empty line.*on_bad=skip"):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "x.jsonl"]
+
+    summary = preprocess(options(source, tmp_path / "x", tokenizer_folder, on_bad="skip"))
+    assert (summary.documents, summary.kept, summary.rejected) == (8, 2, 6)
+    assert summary.rejects is not None
+    rejects = [json.loads(line) for line in Path(summary.rejects).read_text().splitlines()]
+    assert [reject["reason"].split(": ")[0] for reject in rejects] == [f"{source}:{n}" for n in range(2, 8)]
+    assert rejects[4]["reason"].endswith("field 'text': expected a string, found int 1")
+    assert rejects[1]["content"] == '{"text": "tru'
+    source.write_bytes(b'{"text": "good"}\n')
+    preprocess(options(source, tmp_path / "x", tokenizer_folder, on_bad="skip"))
+    assert not Path(summary.rejects).exists()  # it belonged to the earlier run
+
+
+def test_c4_bad_rows_are_named_with_several_workers_too(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"text": "a"}, {"text": 5})
+    with pytest.raises(UserError, match=r"x\.jsonl:2: field 'text': expected a string, found int 5"):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder, workers=2))
+
+
+def test_c5_nothing_kept_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"text": ""}, {"text": 1})
+    with pytest.raises(
+        UserError, match=r"nothing kept of 2 documents; rejected 1, dropped \{'empty text': 1\}; first: "
+    ):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder, on_bad="skip"))
+    assert not list(tmp_path.glob("x_text*"))
+
+
+def test_c5_handlers_are_detected_and_options_checked_against_them(tokenizer_folder: Path, tmp_path: Path) -> None:
+    alpaca = write_jsonl(tmp_path / "alpaca.jsonl", *ALPACA)
+    text = write_jsonl(tmp_path / "text.jsonl", {"text": "x"})
+    with pytest.raises(UserError, match="AlpacaStyleInstructionHandler needs prompt_type"):
+        preprocess(options(alpaca, tmp_path / "x", tokenizer_folder))
+    with pytest.raises(UserError, match="prompt_type is for conversations"):
+        preprocess(options(text, tmp_path / "x", tokenizer_folder, prompt_type="qwen3"))
+    with pytest.raises(UserError, match="seq_length is for conversations"):
+        preprocess(options(text, tmp_path / "x", tokenizer_folder, seq_length=8))
+    with pytest.raises(UserError, match=r"alpaca\.jsonl:1: field 'text'"):
+        preprocess(options(alpaca, tmp_path / "x", tokenizer_folder, handler_name="GeneralPretrainHandler"))
+    with pytest.raises(UserError, match=r"alpaca\.jsonl:1: fields .* fit no handler"):
+        preprocess(options(alpaca, tmp_path / "x", tokenizer_folder, map_keys={"prompt": "q"}))
+    with pytest.raises(UserError, match=r"folder .*absent does not exist"):
+        preprocess(options(text, tmp_path / "absent/x", tokenizer_folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": ()}, "input is empty"),
+        ({"json_keys": ()}, "json_keys is empty"),
+        ({"workers": 0}, "workers is 0"),
+        ({"log_interval": 0}, "log_interval is 0"),
+        ({"on_bad": "ignore"}, "on_bad is 'ignore'; expected 'stop' or 'skip'"),
+        ({"seq_length": 1}, "seq_length is 1"),
+        ({"neat_pack": True}, "neat_pack needs pack"),
+        ({"pack": True}, "pack needs seq_length"),
+        ({"enable_thinking": True}, "enable_thinking needs prompt_type"),
+        ({"prompt_type": "qwen"}, "did you mean 'qwen3'"),
+        ({"handler_name": "AlpacaHandler"}, "expected one of"),
+    ],
+)
+def test_options_are_validated(changes: dict, message: str) -> None:
+    valid = PreprocessOptions(("x",), "y", "z")
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(valid, **changes)
+
+
+def test_progress_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.data.preprocess._CHUNK_ROWS", 2)
+    source = write_jsonl(tmp_path / "x.jsonl", *({"text": "abc"} for _ in range(10)))
+    calls: list[tuple[int, int]] = []
+    preprocess(options(source, tmp_path / "x", tokenizer_folder, log_interval=4), lambda *done: calls.append(done))
+    assert calls == [(4, 12), (8, 24)]
+
+
+def test_real_instructions_with_the_real_tokenizer(shared_data: Path, tmp_path: Path) -> None:
+    """C5: the alpaca and the messages form of the same questions give the same bytes; each answer is trained."""
+    results = []
+    for name in ("gsm8k_test_alpaca.json", "gsm8k_test_messages.jsonl"):
+        source = shared_data / "instruct" / name
+        results.append(preprocess(options(source, tmp_path / name, shared_data / "qwen3-0.6b", prompt_type="qwen3")))
+    assert written(results[0]) == written(results[1])
+    assert (results[0].kept, results[0].dropped) == (1319, {})
+    labels = IndexedDataset(results[0].prefixes["labels"])
+    assert all(np.count_nonzero(sequence != IGNORE) > 2 for sequence in labels)
