@@ -5,10 +5,12 @@ Shapes: t tokens, n and k features. Activations are in the parameters' dtype; no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
 # A product for a weight gradient is formed in pieces of at most so many numbers: glibc hands blocks below 32 MiB out
@@ -121,6 +123,50 @@ def rotary_heads(
         Queries [t, groups, queries per group, d], keys and values [t, groups, 1, d]; values are a view of `qkv`.
     """
     return _RotaryHeads.apply(qkv, q_weight, k_weight, eps, cos, sin)
+
+
+def recomputed(cheap: Callable[..., Any], then: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """then(cheap(*inputs)), whose backward pass calls `cheap` again instead of keeping what it gave.
+
+    `cheap` returns a tensor or several; `then` takes them as its arguments.
+    """
+    outputs = _as_tuple(cheap(*inputs))
+    if not torch.is_grad_enabled():
+        return then(*outputs)
+    recipe = _Recipe(cheap, [x.detach() for x in inputs])
+    numbers = {output.untyped_storage().data_ptr(): number for number, output in enumerate(outputs)}
+
+    def pack(saved: torch.Tensor) -> Any:
+        number = numbers.get(saved.untyped_storage().data_ptr())
+        return saved if number is None else (number, saved.size(), saved.stride(), saved.storage_offset())
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        number, *place = packed
+        return recipe.outputs()[number].as_strided(*place)
+
+    with saved_tensors_hooks(pack, unpack):
+        return then(*outputs)
+
+
+class _Recipe:
+    """Outputs made on demand, and kept while autograd holds on to the recipe."""
+
+    def __init__(self, function: Callable[..., Any], inputs: list[torch.Tensor]) -> None:
+        self._function = function
+        self._inputs = inputs
+        self._outputs: tuple[torch.Tensor, ...] | None = None
+
+    @torch.no_grad()
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        if self._outputs is None:
+            self._outputs = _as_tuple(self._function(*self._inputs))
+        return self._outputs
+
+
+def _as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 # A weight is kept as an attribute of the context, not among the saved tensors: recomputation would hand back

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.torch.attention import Run, attention, runs
-from tandem.backends.torch.functional import Weight, embedding, linear, new_weight, rms_norm, rotary_heads, swiglu
+from tandem.backends.torch.functional import (
+    Weight,
+    embedding,
+    linear,
+    new_weight,
+    recomputed,
+    rms_norm,
+    rotary_heads,
+    swiglu,
+)
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.models.rotary import cos_sin
@@ -88,10 +98,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         qkv = self.linear_qkv(x).unflatten(1, self.group_shape)  # [t, groups, queries per group + 2, d]
-        q_weight, k_weight = (norm and norm.weight for norm in (self.q_layernorm, self.k_layernorm))
-        heads = rotary_heads(qkv, q_weight, k_weight, self.eps, inputs.cos, inputs.sin)
-        q, k, v = (x.flatten(1, 2) for x in heads)  # [t, heads, d]
-        return self.linear_proj(attention(q, k, v, inputs.packed))
+        q_weight, k_weight = (
+            norm.weight if norm is not None else None for norm in (self.q_layernorm, self.k_layernorm)
+        )
+
+        def heads(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return rotary_heads(qkv, q_weight, k_weight, self.eps, inputs.cos, inputs.sin)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), inputs.packed)
+
+        return self.linear_proj(recomputed(heads, attend, qkv))
 
 
 class MLP(nn.Module):
@@ -101,7 +118,7 @@ class MLP(nn.Module):
         self.linear_fc2 = Linear(config.ffn_hidden_size, config.hidden_size, dtype, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(x)))
+        return recomputed(swiglu, self.linear_fc2, self.linear_fc1(x))
 
 
 class TransformerLayer(nn.Module):
@@ -113,8 +130,8 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, dtype, device)
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        x = x + self.self_attention(self.input_layernorm(x), inputs)
-        return x + self.mlp(self.pre_mlp_layernorm(x))
+        x = x + recomputed(self.input_layernorm, partial(self.self_attention, inputs=inputs), x)
+        return x + recomputed(self.pre_mlp_layernorm, self.mlp, x)
 
 
 class Decoder(nn.Module):
@@ -127,7 +144,7 @@ class Decoder(nn.Module):
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         for number, layer in enumerate(self.layers):
             if number < self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, inputs, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, inputs, use_reentrant=True, preserve_rng_state=False)
             else:
                 x = layer(x, inputs)
         return x

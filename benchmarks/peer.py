@@ -1,0 +1,55 @@
+"""The peer of the benchmarks: Hugging Face transformers on CPU in fp32, as its users run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import transformers
+
+from tandem.checkpoints.interface import TensorSource
+from tandem.models.config import to_hf
+from tandem.models.tensors import tensor_table
+from tandem.models.weight_map import WeightMap
+
+
+class HuggingFaceTrainer:
+    """sdpa attention, the loss that the model computes from labels, clip_grad_norm_ and AdamW(fused=True)."""
+
+    def __init__(
+        self, source: TensorSource, lr: float, weight_decay: float, clip_grad: float, betas: tuple[float, float]
+    ) -> None:
+        self._model = _model(source)
+        self._clip_grad = clip_grad
+        parameters = list(self._model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+    def step(self, micro_batches: Iterable[dict[str, np.ndarray]], trained_tokens: int) -> float:
+        """Train one step; the loss is the mean over the trained tokens of all micro-batches."""
+        total = 0.0
+        for arrays in micro_batches:
+            inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            loss = self._model(**inputs, num_items_in_batch=trained_tokens, use_cache=False).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return total
+
+
+def _model(source: TensorSource) -> torch.nn.Module:
+    config = transformers.AutoConfig.for_model(**to_hf(source.config, dtype="float32"))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    weight_map = WeightMap(source.config)
+    for name in tensor_table(source.config):
+        for part, array in weight_map.to_hf(name, source.read(name)).items():
+            parameters[part].data.copy_(torch.from_numpy(array))
+    model.train()
+    return model
