@@ -10,7 +10,8 @@ import pytest
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset, IndexedWriter
-from tandem.data.sft_dataset import SFT_KEYS, SFTDataset
+from tandem.data.naming import SFT_KEYS
+from tandem.data.sft_dataset import SFTDataset
 from tandem.data.truncation import infer_seqlen, turn_budgets
 from tandem.errors import UserError
 

@@ -26,6 +26,7 @@ class InstructionHandler:
     """A conversation; `map_keys` renames the fields it is read from, "" leaves one out."""
 
     defaults: ClassVar[dict[str, str]]
+    needed: ClassVar[tuple[str, ...]]  # of the defaults, what every record has
     map_keys: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         "system": "",
         "history": "",
     }
+    needed: ClassVar[tuple[str, ...]] = ("prompt", "response")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         question = [self._required(record, "prompt"), self._optional(record, "query")]
@@ -101,6 +103,7 @@ class OpenAIInstructionHandler(InstructionHandler):
     `reasoning_content`; on request a `system` field."""
 
     defaults: ClassVar[dict[str, str]] = {"messages": "messages", "system": ""}
+    needed: ClassVar[tuple[str, ...]] = ("messages",)
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         column = self._column("messages")
@@ -152,10 +155,8 @@ def detect_handler(record: Mapping[str, Any], json_keys: Sequence[str], map_keys
         UserError: none fits.
     """
     for name, handler in _INSTRUCTION_HANDLERS.items():
-        known = {key: column for key, column in (map_keys or {}).items() if key in handler.defaults}
-        columns = {**handler.defaults, **known}
-        needed = ("prompt", "response") if "prompt" in columns else ("messages",)
-        if all(columns[key] in record for key in needed):
+        columns = {**handler.defaults, **(map_keys or {})}
+        if all(columns[key] in record for key in handler.needed):
             return name
     if all(key in record for key in json_keys):
         return GeneralPretrainHandler.__name__

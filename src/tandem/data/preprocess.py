@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from tandem.data.handlers import GeneralPretrainHandler, detect_handler, make_handler
 from tandem.data.indexed import IndexedDataset, IndexedWriter
+from tandem.data.naming import sft_prefix, text_prefix
 from tandem.data.packing import packed_rows
-from tandem.data.readers import Row, expand_input, iter_rows
+from tandem.data.readers import expand_input, iter_rows
 from tandem.data.record import remove_record, require_own, source_entry, template_entry, tokenizer_entry, write_record
+from tandem.data.rejects import RejectsFile
 from tandem.data.templates import PromptTemplate, get_template
-from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PretrainTokenizer, Reject, TokenizedChunk
+from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PretrainTokenizer
 from tandem.data.tokenizer import Tokenizer
+from tandem.data.workers import tokenize_rows
 from tandem.errors import UserError
 
 Progress = Callable[[int, int], None]
-_CHUNK_ROWS, _CHUNK_SIZE = 512, 1 << 20  # a chunk ends at either
 
 
 @dataclass(frozen=True)
@@ -134,21 +133,21 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
     """
     files = expand_input(options.input)
+    folder = _output_folder(options.output_prefix)
     require_own(options.output_prefix)
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     job, template, handler_name = _job(options, files, tokenizer)
-    marker = "_packed" if template else ""
-    prefixes = {key: f"{options.output_prefix}{marker}_{key}_document" for key in job.output_keys}
+    name = sft_prefix if template else text_prefix
+    prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
 
-    with _Rejects(options) as rejects, ExitStack() as stack:
+    with RejectsFile(options.output_prefix, options.on_bad) as rejects:
         if options.pack:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=_folder(options), prefix=".unpacked-"))
-            unpacked = {key: f"{scratch}/{key}" for key in ("input_ids", "labels")}
-            counts, dropped = _tokenize_to(unpacked, job, files, options, rejects, progress)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacked-") as scratch:
+                unpacked = {key: f"{scratch}/{key}" for key in ("input_ids", "labels")}
+                counts, dropped = _tokenize_to(unpacked, job, files, options, rejects, progress)
+                _pack(unpacked, prefixes, tokenizer, options)
         else:
             counts, dropped = _tokenize_to(prefixes, job, files, options, rejects, progress)
-        if options.pack:
-            _pack(unpacked, prefixes, tokenizer, options)
 
     summary = PreprocessSummary(
         prefixes=prefixes,
@@ -161,7 +160,7 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         tokens=counts["tokens"],
         trained_tokens=counts["trained_tokens"] if template else counts["tokens"],
         text_bytes=counts["text_bytes"],
-        rejects=rejects.path if rejects.count else None,
+        rejects=str(rejects.path) if rejects.count else None,
     )
     write_record(options.output_prefix, _record(options, handler_name, tokenizer, template, files, summary))
     return summary
@@ -212,7 +211,7 @@ def _tokenize_to(
     job: ChunkTokenizer,
     files: Sequence[Path],
     options: PreprocessOptions,
-    rejects: _Rejects,
+    rejects: RejectsFile,
     progress: Progress | None,
 ) -> tuple[Counter[str], Counter[str]]:
     """Write the columns named by `prefixes`; the counts and the dropped documents by reason."""
@@ -221,7 +220,7 @@ def _tokenize_to(
     reported = 0
     with ExitStack() as stack:
         writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}
-        for chunk in _run(job, _chunks(iter_rows(files)), options.workers):
+        for chunk in tokenize_rows(job, iter_rows(files), options.workers):
             for reject in chunk.rejects:
                 rejects.add(reject)
             for key, writer in writers.items():
@@ -232,9 +231,10 @@ def _tokenize_to(
                 reported = counts["documents"]
                 progress(reported, counts["text_bytes"])
         if not counts["kept"]:
+            first = f"; first: {rejects.first_reason}" if rejects.count else ""
             raise UserError(
                 f"{', '.join(map(str, files))}: nothing kept of {counts['documents']} documents; "
-                f"rejected {rejects.count}, dropped {dict(dropped)}{rejects.first}"
+                f"rejected {rejects.count}, dropped {dict(dropped)}{first}"
             )
         remove_record(options.output_prefix)  # an old record must never meet the new data
     return counts, dropped
@@ -252,98 +252,6 @@ def _pack(
         for row in packed_rows(input_ids, labels, options.seq_length, tokenizer.pad_id, options.neat_pack):
             for key, writer in writers.items():
                 writer.add_document(row[key])
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += row.size
-        if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_SIZE:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _run(job: ChunkTokenizer, chunks: Iterable[list[Row]], workers: int) -> Iterator[TokenizedChunk]:
-    """The chunks tokenised, in order; a bounded number of them is under way."""
-    if workers == 1:
-        with _one_core_each():
-            yield from map(job, chunks)
-        return
-    # A forked child could inherit a lock that a thread of the tokenizer holds.
-    with _one_core_each(), ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,)) as pool:
-        under_way: deque[Future[TokenizedChunk]] = deque()
-        try:
-            for chunk in chunks:
-                under_way.append(pool.submit(_work, chunk))
-                if len(under_way) > 2 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            for future in under_way:
-                future.cancel()
-
-
-_worker_job: ChunkTokenizer
-
-
-def _start_worker(job: ChunkTokenizer) -> None:
-    global _worker_job
-    _worker_job = job
-
-
-def _work(chunk: list[Row]) -> TokenizedChunk:
-    return _worker_job(chunk)
-
-
-@contextmanager
-def _one_core_each() -> Iterator[None]:
-    """Keep the tokenizers library, here and in processes started meanwhile, to one core per worker."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-class _Rejects:
-    """`{output_prefix}.rejects.jsonl`: written as rows are rejected, published at the end if there are any."""
-
-    def __init__(self, options: PreprocessOptions) -> None:
-        self.count = 0
-        self.path = f"{options.output_prefix}.rejects.jsonl"
-        self.first = ""  # the first reason, to end an error message with
-        self._stop = options.on_bad == "stop"
-        self._part = _folder(options) / f".{Path(self.path).name}.{os.getpid()}.part"
-
-    def __enter__(self) -> _Rejects:
-        self._file = self._part.open("wb")
-        return self
-
-    def add(self, reject: Reject) -> None:
-        if self._stop:
-            raise UserError(f"{reject.reason} (on_bad=skip leaves such rows out)")
-        self.first = self.first or f"; first: {reject.reason}"
-        self.count += 1
-        content = reject.content.decode(errors="replace") if isinstance(reject.content, bytes) else reject.content
-        self._file.write(orjson.dumps({"reason": reject.reason, "content": content}, default=str) + b"\n")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        Path(self.path).unlink(missing_ok=True)
-        if self.count:
-            os.replace(self._part, self.path)  # also when nothing was kept: the file says why
-        else:
-            self._part.unlink()
 
 
 def _record(
@@ -369,9 +277,9 @@ def _record(
     }
 
 
-def _folder(options: PreprocessOptions) -> Path:
-    folder = Path(options.output_prefix).absolute().parent
-    _require(folder.is_dir(), f"output_prefix {options.output_prefix}: the folder {folder} does not exist; create it")
+def _output_folder(output_prefix: str) -> Path:
+    folder = Path(output_prefix).absolute().parent
+    _require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
     return folder
 
 

@@ -9,12 +9,11 @@ import numpy as np
 
 from tandem.data.batch import IGNORE, Sample
 from tandem.data.indexed import IndexedDataset
+from tandem.data.naming import SFT_KEYS, sft_prefix
 from tandem.data.sample_index import split_position, split_weights
 from tandem.data.segments import lengths_from_ends, restarting_positions
 from tandem.data.truncation import turn_budgets
 from tandem.errors import UserError
-
-SFT_KEYS = ("input_ids", "attention_mask", "labels")
 
 
 class SFTDataset:
@@ -57,9 +56,7 @@ class SFTDataset:
                 "reset_position_ids and reset_attention_mask need the token that ends a document: give eod_token"
             )
         self._prefix = os.fspath(prefix)
-        self._ids, self._mask, self._labels = (
-            IndexedDataset(f"{self._prefix}_packed_{key}_document") for key in SFT_KEYS
-        )
+        self._ids, self._mask, self._labels = (IndexedDataset(sft_prefix(self._prefix, key)) for key in SFT_KEYS)
         for other in (self._mask, self._labels):
             if not np.array_equal(self._ids.lengths, other.lengths):
                 raise UserError(f"{other.prefix}: sequence lengths differ from {self._ids.prefix}; preprocess again")

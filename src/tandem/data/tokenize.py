@@ -11,6 +11,7 @@ import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.handlers import GeneralPretrainHandler, Handler, InstructionHandler
+from tandem.data.naming import SFT_KEYS
 from tandem.data.readers import Row
 from tandem.data.templates import PromptTemplate, Turn
 from tandem.data.tokenizer import Tokenizer
@@ -117,7 +118,7 @@ class InstructionTokenizer(ChunkTokenizer):
     leaves none, so it never gains a false end.
     """
 
-    output_keys = ("input_ids", "attention_mask", "labels")
+    output_keys = SFT_KEYS
 
     def __init__(
         self,
