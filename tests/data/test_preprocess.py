@@ -221,6 +221,11 @@ def test_c5_handlers_are_detected_and_options_checked_against_them(tokenizer_fol
         preprocess(options(alpaca, tmp_path / "x", tokenizer_folder, handler_name="GeneralPretrainHandler"))
     with pytest.raises(UserError, match=r"alpaca\.jsonl:1: fields .* fit no handler"):
         preprocess(options(alpaca, tmp_path / "x", tokenizer_folder, map_keys={"prompt": "q"}))
+    bare = byte_tokenizer(tmp_path / "bare", eos_token=None, pad_token=None)
+    with pytest.raises(UserError, match="names no end-of-sequence token"):
+        preprocess(options(text, tmp_path / "x", bare, append_eod=True))
+    with pytest.raises(UserError, match="names no padding token"):
+        preprocess(options(alpaca, tmp_path / "x", bare, prompt_type="qwen3", pack=True, seq_length=99))
     with pytest.raises(UserError, match=r"folder .*absent does not exist"):
         preprocess(options(text, tmp_path / "absent/x", tokenizer_folder))
 
@@ -265,3 +270,14 @@ def test_real_instructions_with_the_real_tokenizer(shared_data: Path, tmp_path: 
     assert (results[0].kept, results[0].dropped) == (1319, {})
     labels = IndexedDataset(results[0].prefixes["labels"])
     assert all(np.count_nonzero(sequence != IGNORE) > 2 for sequence in labels)
+
+
+def test_a_template_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = byte_tokenizer(tmp_path / "tokenizer")
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_end|>", "</s>"))
+    byte_config = {"eos_token": "</s>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(byte_config))
+    source = write_jsonl(tmp_path / "x.jsonl", *ALPACA)
+    with pytest.raises(UserError, match=r"ends messages with <\|im_end\|>, which is no token of"):
+        preprocess(options(source, tmp_path / "x", folder, prompt_type="qwen3"))

@@ -80,9 +80,15 @@ def test_c4_bad_lines_are_named(line: bytes, reason: str, tmp_path: Path) -> Non
 def test_c4_damaged_files_are_named(tmp_path: Path) -> None:
     whole = gzip.compress(LINES * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(LINES * 1000)[:-10])
     (tmp_path / "b.json").write_text('[{"text": 1},\n{"text"')
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
-    for name, reason in [("a.jsonl.gz", "cannot be read beyond line"), ("b.json", "b.json:2: not a valid JSON array")]:
+    for name, reason in [
+        ("a.jsonl.gz", r"a\.jsonl\.gz: cannot be read beyond line"),
+        ("d.jsonl.zst", r"d\.jsonl\.zst: cannot be read beyond line"),
+        ("b.json", r"b\.json:2: not a valid JSON array"),
+    ]:
         with pytest.raises(UserError, match=reason):
             list(iter_rows([tmp_path / name]))
     pytest.importorskip("pyarrow.parquet")

@@ -175,12 +175,25 @@ def _job(
     if isinstance(handler, GeneralPretrainHandler):
         for option in ("prompt_type", "seq_length", "pack"):
             _require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
-        eod = _eod(tokenizer, tokenizer.eos_id) if options.append_eod else None
-        return PretrainTokenizer(tokenizer, handler, eod), None, name
+        _require(
+            not options.append_eod or tokenizer.eos_id is not None,
+            f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
+        )
+        return PretrainTokenizer(tokenizer, handler, tokenizer.eos_id if options.append_eod else None), None, name
     _require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
     assert options.prompt_type is not None
     template = get_template(options.prompt_type, options.enable_thinking)
-    eod = _eod(tokenizer, tokenizer.token_to_id(template.stop_word)) if options.append_eod else None
+    stop = tokenizer.token_to_id(template.stop_word)
+    _require(
+        stop is not None,
+        f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
+        f"{tokenizer.folder}; choose the prompt_type of this model",
+    )
+    _require(
+        not options.pack or tokenizer.pad_id is not None,
+        f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
+    )
+    eod = stop if options.append_eod else None
     return InstructionTokenizer(tokenizer, handler, template, options.seq_length, eod), template, name
 
 
@@ -198,12 +211,6 @@ def _detect(options: PreprocessOptions, files: Sequence[Path]) -> str:
         except UserError as error:
             raise UserError(f"{row.place}: {error}") from None
     raise UserError(f"{', '.join(map(str, files))}: no readable record")
-
-
-def _eod(tokenizer: Tokenizer, eod: int | None) -> int:
-    if eod is None:
-        raise UserError(f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in its config")
-    return eod
 
 
 def _tokenize_to(
@@ -244,8 +251,7 @@ def _pack(
     unpacked: Mapping[str, str], prefixes: Mapping[str, str], tokenizer: Tokenizer, options: PreprocessOptions
 ) -> None:
     assert options.seq_length is not None
-    if tokenizer.pad_id is None:
-        raise UserError(f"pack: {tokenizer.folder} names no padding token; set pad_token in its tokenizer_config.json")
+    assert tokenizer.pad_id is not None
     input_ids, labels = (IndexedDataset(unpacked[key]) for key in ("input_ids", "labels"))
     with ExitStack() as stack:
         writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}

@@ -123,7 +123,7 @@ def _array_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow.parquet  # here, because importing it takes longer than reading a small file
+    import pyarrow.parquet  # here, because that is slow
 
     number = 0
     try:
@@ -145,11 +145,10 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _open_zstandard(file: Path) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{file}: reading .zst needs the package zstandard; pip install zstandard") from None
-    return io.BufferedReader(zstandard.open(file, "rb"), 1 << 20)
+    # Not the zstandard package: it takes a truncated file for a short one. Imported here, because that is slow.
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 1 << 20)
 
 
 def _is_array(stream: BinaryIO) -> bool:

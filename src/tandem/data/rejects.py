@@ -39,10 +39,11 @@ class RejectsFile:
         self._file = self._part.open("wb")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
-        self.path.unlink(missing_ok=True)  # an earlier run's
         if self.count:
             os.replace(self._part, self.path)  # after an error too: when nothing was kept, the file says why
-        else:
-            self._part.unlink()
+            return
+        self._part.unlink()
+        if kind is None:
+            self.path.unlink(missing_ok=True)  # it belongs to an earlier run, whose data are replaced

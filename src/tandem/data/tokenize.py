@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -184,5 +185,5 @@ class InstructionTokenizer(ChunkTokenizer):
 
 def _column(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
-    tokens = np.fromiter((token for sequence in sequences for token in sequence), np.int32, int(lengths.sum()))
+    tokens = np.fromiter(chain.from_iterable(sequences), np.int32, int(lengths.sum()))
     return tokens, lengths
