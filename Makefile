@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) tandem quickstart
 
 test: $(VENV)/.installed-dev
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN) pytest -m slow

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
+from workspace import Workspace, make_workspace
+
+# Toy products gain nothing from threads, and several test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(os.environ.get("TANDEM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -17,3 +23,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here: golden and real data live beside the project, not in it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A toy job that tests read and do not change."""
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(params=["torch", "mindspore"])
+def framework(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    return require_framework(request.param)
+
+
+def require_framework(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: pip install 'tandem-llm[{name}]'")
+    return name

@@ -10,8 +10,8 @@ from tandem.checkpoints.interface import Kind, TensorSink, TensorSource
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 
-# called after each tensor with its name and the bytes read for it
-Progress = Callable[[str, int], None]
+# called after each tensor with the bytes read so far and in all
+Progress = Callable[[int, int], None]
 
 
 def copy(
@@ -22,14 +22,18 @@ def copy(
     Raises:
         UserError: a tensor holds NaN or infinity, or source or sink refuse it.
     """
+    table = tensor_table(source.config)
+    total = sum(spec.numel * source.dtype(name, kind).itemsize for kind in kinds for name, spec in table.items())
+    done = 0
     try:
         for kind in kinds:
-            for name in tensor_table(source.config):
+            for name in table:
                 tensor = source.read(name, kind)
                 check_finite(source.location, name, tensor)
                 sink.write(name, tensor, kind)
+                done += tensor.nbytes
                 if progress:
-                    progress(name, tensor.nbytes)
+                    progress(done, total)
         sink.close()
     except BaseException:
         sink.abort()

@@ -60,6 +60,11 @@ def cut(tensor: np.ndarray, shard: Shard) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=shard.spec.split.dim)
 
 
+def sha256(tensor: np.ndarray) -> str:
+    """Of the bytes of a contiguous tensor."""
+    return hashlib.sha256(tensor.view(np.uint8).reshape(-1).data).hexdigest()
+
+
 class NativeSink:
     """Write one iteration. Tensors come kind by kind, each kind in the tensor table's order.
 
@@ -98,7 +103,7 @@ class NativeSink:
         slices = []
         for shard in self._unique(self._shards[name]):
             part = np.ascontiguousarray(cut(tensor, shard), dtype=dtype)
-            digest = hashlib.sha256(part.view(np.uint8).reshape(-1)).hexdigest()
+            digest = sha256(part)
             file = self._file(shard, kind)
             self._writers[file].write(key, part)
             slices.append({"file": file, "boxes": shard.boxes, "sha256": digest})
@@ -260,7 +265,7 @@ class NativeSource:
         if key not in file.entries:
             raise UserError(f"{file.path}: tensor {key} is missing; {INDEX} says it is there")
         part = file.read(key)
-        if hashlib.sha256(part.view(np.uint8).reshape(-1)).hexdigest() != entry.sha256:
+        if sha256(part) != entry.sha256:
             raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
         return part
 

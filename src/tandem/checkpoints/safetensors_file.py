@@ -110,7 +110,7 @@ class SafetensorsWriter:
         assert name == expected, f"{self.path}: {name} written where {expected} was announced"
         assert tensor.shape == shape, f"{self.path}: {name} has shape {tensor.shape}, announced {shape}"
         flat = np.ascontiguousarray(tensor, dtype=dtype).reshape(-1)
-        remaining = memoryview(flat.view(np.uint8))
+        remaining = flat.view(np.uint8).data
         while remaining:
             remaining = remaining[self._file.write(remaining) :]
         self._next += 1

@@ -20,8 +20,8 @@ def run(argv: Sequence[str]) -> None:
     options = parse_dataclass(ConvertOptions, "convert", DESCRIPTION, rest)
     for notice in notices:
         print(f"> {notice}")
-    with byte_progress("converting", total=None) as advance:
-        result = convert(options, lambda _, nbytes: advance(nbytes))
+    with byte_progress("converting") as progress:
+        result = convert(options, progress)
     print_result(result)
 
 

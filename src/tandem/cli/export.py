@@ -14,6 +14,6 @@ DESCRIPTION = "Write any checkpoint, of any layout, as a Hugging Face folder tha
 
 def run(argv: Sequence[str]) -> None:
     options = parse_dataclass(ExportOptions, "export", DESCRIPTION, argv)
-    with byte_progress("exporting", total=None) as advance:
-        result = export(options, lambda _, nbytes: advance(nbytes))
+    with byte_progress("exporting") as progress:
+        result = export(options, progress)
     print_result(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from tandem.cli.progress import step_progress
 from tandem.config.sources import parse_settings
 from tandem.training.run import train
 
@@ -18,4 +19,6 @@ def run(argv: Sequence[str]) -> None:
     settings, notices = parse_settings("finetune", DESCRIPTION, argv)
     for notice in notices:
         print(f"> {notice}")
-    train(dataclasses.replace(settings, data=dataclasses.replace(settings.data, is_instruction_dataset=True)))
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, is_instruction_dataset=True))
+    with step_progress(settings.training.train_iters) as on_step:
+        train(settings, on_step)

@@ -65,15 +65,8 @@ def run(argv: Sequence[str]) -> None:
     for notice in notices:
         print(f"> {notice}")
     start = time.perf_counter()
-    with byte_progress("tokenising", total=None) as advance:
-        done = 0
-
-        def progress(documents: int, text_bytes: int) -> None:
-            nonlocal done
-            advance(text_bytes - done)
-            done = text_bytes
-
-        summary = preprocess(options_from(flags), progress)
+    with byte_progress("tokenising") as progress:
+        summary = preprocess(options_from(flags), lambda _, text_bytes: progress(text_bytes, None))
     seconds = time.perf_counter() - start
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in summary.dropped.items())
     print(

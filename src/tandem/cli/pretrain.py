@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tandem.cli.progress import step_progress
 from tandem.config.sources import parse_settings
 from tandem.errors import UserError
 from tandem.training.run import train
@@ -17,4 +18,5 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("--is-instruction-dataset and --stage belong to `tandem finetune`")
     for notice in notices:
         print(f"> {notice}")
-    train(settings)
+    with step_progress(settings.training.train_iters) as on_step:
+        train(settings, on_step)

@@ -1,4 +1,4 @@
-"""Progress on a terminal as a bar, in a log file as a few plain lines."""
+"""Progress: on a terminal a bar, in a log file a plain line now and then."""
 
 from __future__ import annotations
 
@@ -7,40 +7,73 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from tandem.training.log import StepRecord
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 
+# called with what is done and, where it is known, how much there is
+Update = Callable[[int, int | None], None]
+
 
 @contextmanager
-def byte_progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yields a function to be called with the number of bytes just done."""
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task(description, total=total)
-            yield lambda amount: bar.advance(task, amount)
-    else:
-        yield _plain(description, total)
+def byte_progress(description: str) -> Iterator[Update]:
+    """Yields a function to be called with bytes done and bytes in all."""
+    if not sys.stderr.isatty():
+        yield _plain(description)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _plain(description: str, total: int | None) -> Callable[[int], None]:
-    done, printed, start = 0, time.monotonic(), time.monotonic()
+@contextmanager
+def step_progress(train_iters: int | None) -> Iterator[Callable[[StepRecord], None] | None]:
+    """Yields a function to be called with each step on a terminal; nothing elsewhere, where log lines tell enough."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task("", total=train_iters)
 
-    def advance(amount: int) -> None:
-        nonlocal done, printed
-        done += amount
+        def show(record: StepRecord) -> None:
+            speed = record.tokens / record.seconds
+            bar.update(task, completed=record.iteration, description=f"loss {record.loss:.4f}, {speed:,.0f} tokens/s")
+
+        yield show
+
+
+def _plain(description: str) -> Update:
+    start = printed = time.monotonic()
+
+    def update(done: int, total: int | None) -> None:
+        nonlocal printed
         now = time.monotonic()
         if now - printed >= PLAIN_SECONDS:
             printed = now
             of = f" of {total / 1e6:,.0f}" if total else ""
-            speed = done / 1e6 / (now - start)
-            print(f"{description}: {done / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s", file=sys.stderr, flush=True)
+            speed = done / (now - start)
+            left = f", {(total - done) / speed:,.0f} s left" if total and speed else ""
+            print(
+                f"{description}: {done / 1e6:,.0f}{of} MB, {speed / 1e6:,.0f} MB/s{left}", file=sys.stderr, flush=True
+            )
 
-    return advance
+    return update

@@ -34,9 +34,10 @@ def parse_settings(command: str, description: str, argv: Sequence[str]) -> tuple
 def parse_dataclass(kind: type[T], command: str, description: str, argv: Sequence[str], default: T | None = None) -> T:
     """Flags, under their plain names with hyphens or underscores, into a dataclass (nested ones are groups)."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(
+    parsed: T = tyro.cli(  # type: ignore[assignment]
         kind, args=list(argv), prog=f"tandem {command}", description=description, default=default, config=config
     )
+    return parsed
 
 
 def from_yaml(path: str | Path) -> Settings:

@@ -1,0 +1,1 @@
+"""The whole job on a toy model, with a world of checkable questions of its own."""

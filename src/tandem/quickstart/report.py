@@ -1,0 +1,72 @@
+"""How the quickstart's run ends: a table, and the loss curve as an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tandem.training.log import StepRecord
+
+
+@dataclass
+class Stage:
+    """One trained stage: its name, the backend that ran it, its steps, and held-out accuracy after it."""
+
+    name: str
+    backend: str
+    accuracy: float
+    records: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(record.seconds for record in self.records)
+
+
+def print_table(stages: Sequence[Stage], questions: int, seconds: float) -> None:
+    """Steps, times, losses and held-out accuracy of each stage."""
+    table = Table(title=f"Held-out accuracy on {questions} questions; {seconds:.0f} s in all")
+    for column in ("stage", "backend", "steps", "seconds", "first loss", "last loss", "tokens/s", "accuracy"):
+        table.add_column(column, justify="left" if column in ("stage", "backend") else "right")
+    for stage in stages:
+        table.add_row(stage.name, stage.backend, *_numbers(stage), f"{stage.accuracy:.1%}")
+    Console(width=None if Console().is_terminal else 110).print(table)
+
+
+def save_curve(stages: Sequence[Stage], path: Path) -> None:
+    """The loss of every stage, one after the other, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    start = 0
+    for stage in stages:
+        steps = [start + number for number in range(1, len(stage.records) + 1)]
+        losses = [record.loss for record in stage.records]
+        if steps:
+            axes.plot(steps, losses, label=f"{stage.name}, {stage.backend}")
+            start = steps[-1]
+    axes.set(xlabel="step", ylabel="lm loss", title="Tandem quickstart", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _numbers(stage: Stage) -> tuple[str, ...]:
+    if not stage.records:
+        return ("", "", "", "", "")
+    tokens = sum(record.tokens for record in stage.records)
+    return (
+        str(len(stage.records)),
+        f"{stage.seconds:.1f}",
+        f"{stage.records[0].loss:.3f}",
+        f"{stage.records[-1].loss:.3f}",
+        f"{tokens / stage.seconds:,.0f}",
+    )

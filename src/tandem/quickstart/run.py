@@ -1,0 +1,174 @@
+"""The whole job on a toy: convert, preprocess, pretrain, fine-tune, export, ask. Every step is the public command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tandem.checkpoints.convert import ConvertOptions, convert
+from tandem.config.settings import Settings
+from tandem.config.sources import from_dict
+from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.errors import UserError
+from tandem.inference.chat import open_model
+from tandem.inference.export import ExportOptions, export
+from tandem.inference.sampling import Sampling
+from tandem.quickstart.report import Stage, print_table, save_curve
+from tandem.quickstart.tasks import World, make_world, write_world
+from tandem.quickstart.toy_model import write_toy_model
+from tandem.training.log import StepRecord
+from tandem.training.run import train
+
+SEED = 1234
+SEQ_LENGTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartOptions:
+    """Options of `tandem quickstart`."""
+
+    backend: Literal["mindspore", "torch", "both"] = "both"
+    """Which framework trains. With both, MindSpore trains first and PyTorch goes on from its checkpoint."""
+    work_dir: str = "quickstart_run"
+    """Folder for everything that is made; must not hold anything yet."""
+    pretrain_iters: int = 150
+    """Steps of pretraining."""
+    finetune_iters: int = 300
+    """Steps of fine-tuning; with both, each backend does half."""
+    questions: int = 200
+    """Held-out questions to ask."""
+
+
+def quickstart(options: QuickstartOptions) -> list[Stage]:
+    """Run everything and print a table; the loss curve is saved as `loss.png`.
+
+    Returns:
+        The stages, each with its steps and its held-out accuracy.
+    """
+    start = time.perf_counter()
+    work = Path(options.work_dir)
+    if work.exists() and any(work.iterdir()):
+        raise UserError(f"--work-dir {work} is not empty: remove it or choose another")
+    work.mkdir(parents=True, exist_ok=True)
+    backends = ["mindspore", "torch"] if options.backend == "both" else [options.backend]
+
+    world = make_world(SEED)
+    prepare(world, work)
+    held_out = world.held_out[: options.questions]
+    stages = [Stage("before training", backends[0], accuracy(work / "hf", backends[0], held_out))]
+
+    say(f"pretrain on {backends[0]}")
+    records: list[StepRecord] = []
+    train(pretrain_settings(work, backends[0], options), records.append)
+    stages.append(Stage("pretrain", backends[0], accuracy(work / "pretrained", backends[0], held_out), records))
+
+    share = options.finetune_iters // len(backends)
+    for number, backend in enumerate(backends):
+        say(f"fine-tune on {backend}" + (", going on from the other backend's checkpoint" if number else ""))
+        records = []
+        train(finetune_settings(work, backend, options, first=number == 0, stop_after=share), records.append)
+        stages.append(Stage("fine-tune", backend, accuracy(work / "finetuned", backend, held_out), records))
+
+    say("export to Hugging Face, and ask the exported model")
+    export(ExportOptions(load=str(work / "finetuned"), save_dir=str(work / "exported")))
+    stages.append(Stage("exported", backends[-1], accuracy(work / "exported", backends[-1], held_out, show=4)))
+    save_curve(stages, work / "loss.png")
+    print_table(stages, len(held_out), time.perf_counter() - start)
+    print(f"loss curve: {work / 'loss.png'}   model for transformers: {work / 'exported'}")
+    return stages
+
+
+def prepare(world: World, work: Path) -> None:
+    """Text, questions, a toy model in Hugging Face form; converted and preprocessed."""
+    say("write a small world, train a tokenizer on it, make a toy Qwen3 with random weights")
+    corpus, instructions = write_world(world, work)
+    config = write_toy_model(work / "hf", world.text + [item["instruction"] for item in world.train], SEED)
+    print(f"{len(world.text):,} texts, {len(world.train):,} questions, vocabulary {config.vocab_size}")
+    say("convert Hugging Face -> Megatron-core layout, TP 2, PP 2")
+    converted = convert(
+        ConvertOptions(
+            load_dir=str(work / "hf"),
+            save_dir=str(work / "mcore"),
+            target_tensor_parallel_size=2,
+            target_pipeline_parallel_size=2,
+        )
+    )
+    print(f"{converted.tensors} tensors, {converted.parameters:,} parameters")
+    say("preprocess text and questions to .bin/.idx")
+    (work / "text").mkdir()
+    (work / "instructions").mkdir()
+    tokenizer = str(work / "hf")
+    for summary in (
+        preprocess(PreprocessOptions((str(corpus),), str(work / "text" / "alpaca"), tokenizer, append_eod=True)),
+        preprocess(
+            PreprocessOptions(
+                (str(instructions),), str(work / "instructions" / "alpaca"), tokenizer, prompt_type="qwen3"
+            )
+        ),
+    ):
+        print(f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.trained_tokens:,} trained")
+
+
+def pretrain_settings(work: Path, backend: str, options: QuickstartOptions) -> Settings:
+    return from_dict(
+        {
+            "ai_framework": backend,
+            "data_path": str(work / "text" / "alpaca_text_document"),
+            "load": str(work / "mcore"),
+            "save": str(work / "pretrained"),
+            "train_iters": options.pretrain_iters,
+            "log_interval": max(1, options.pretrain_iters // 3),
+            **COMMON,
+        },
+        "quickstart",
+    )
+
+
+def finetune_settings(work: Path, backend: str, options: QuickstartOptions, first: bool, stop_after: int) -> Settings:
+    """The first backend starts from the pretrained weights, a second one resumes the first one's run."""
+    return from_dict(
+        {
+            "ai_framework": backend,
+            "data_path": str(work / "instructions" / "alpaca"),
+            "is_instruction_dataset": True,
+            "load": str(work / ("pretrained" if first else "finetuned")),
+            "finetune": first,
+            "save": str(work / "finetuned"),
+            "train_iters": options.finetune_iters,
+            "exit_interval": stop_after,
+            "log_interval": max(1, options.finetune_iters // 6),
+            **COMMON,
+        },
+        "quickstart",
+    )
+
+
+COMMON = {
+    "seq_length": SEQ_LENGTH,
+    "micro_batch_size": 64,
+    "global_batch_size": 64,
+    "lr": 3e-3,
+    "min_lr": 3e-4,
+    "lr_decay_style": "cosine",
+    "lr_warmup_iters": 10,
+    "adam_beta2": 0.95,
+    "split": "100,0,0",
+    "eval_iters": 0,
+    "seed": SEED,
+}
+
+
+def accuracy(folder: Path, backend: str, questions: Sequence[dict[str, str]], show: int = 0) -> float:
+    """Share of questions that the model in `folder` answers exactly; `show` of them are printed."""
+    model = open_model(str(folder), backend)
+    answers = model.answer([item["instruction"] for item in questions], Sampling(max_new_tokens=8))
+    for item, answer in list(zip(questions, answers))[:show]:
+        print(f"  {item['instruction']:<34} {answer:<8} expected {item['output']}")
+    return sum(answer == item["output"] for item, answer in zip(questions, answers)) / len(questions)
+
+
+def say(step: str) -> None:
+    print(f"\n== {step}", flush=True)
