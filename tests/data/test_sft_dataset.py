@@ -68,8 +68,15 @@ def test_plainly_packed_rows_split_at_eod_only_on_request(tmp_path: Path) -> Non
 
 def test_d4_a_reset_that_would_cut_prompts_from_answers_is_refused(tmp_path: Path) -> None:
     prefix = packed_triple(tmp_path / "x", ([1, EOD, 2, EOD], [1] * 4, [0, 0, 1, 1]))
-    with pytest.raises(UserError, match="preprocess with neat_pack"):
+    with pytest.raises(UserError, match="or preprocess with neat_pack"):
         only(prefix, eod_token=EOD, reset_attention_mask=True)
+
+
+def test_neat_packed_rows_need_no_eod_to_be_reset(tmp_path: Path) -> None:
+    """Upstream asks for --reset-attention-mask with --neat-pack; one sample holds its end twice."""
+    prefix = packed_triple(tmp_path / "x", ([1, EOD, 2, EOD, 0], [1, 1, 1, 1, 0], [0, 0, 1, 1, 0]))
+    sample = only(prefix, eod_token=EOD, reset_attention_mask=True, reset_position_ids=True)
+    assert (sample.lengths, sample.position_ids.tolist()) == ((4,), [0, 1, 2, 3])
 
 
 def test_cutting_follows_upstream(tmp_path: Path) -> None:

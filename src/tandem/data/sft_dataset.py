@@ -82,12 +82,12 @@ class SFTDataset:
     def __getitem__(self, i: int) -> Sample:
         """Sample `i`, with at most `seq_length` positions."""
         epoch, position = divmod(range(len(self))[i], len(self._sequences))
-        ids, labels, segments = self._read(int(self._order(epoch)[position]))
-        is_end = np.append(segments[1:] != segments[:-1], False)
-        packed_plainly = not is_end.any()
-        lengths = lengths_from_ends(is_end)
+        sequence = int(self._order(epoch)[position])
+        ids, labels, segments = self._read(sequence)
+        lengths = lengths_from_ends(np.append(segments[1:] != segments[:-1], False))
         position_ids = restarting_positions(lengths)
-        if packed_plainly and (self._reset_attention_mask or self._reset_position_ids):
+        borders_are_stored = bool((self._mask[sequence] != 1).any())  # a neat-packed row ends in padding, 0
+        if not borders_are_stored and (self._reset_attention_mask or self._reset_position_ids):
             is_eod = ids == self._eod_token
             self._check_eods(is_eod, labels)
             documents = lengths_from_ends(is_eod)
@@ -134,7 +134,7 @@ class SFTDataset:
             raise UserError(
                 f"{self._prefix}: token {self._eod_token} ends prompts as well as answers (position "
                 f"{inside_prompt[0]}), so reset_attention_mask and reset_position_ids would cut prompts from their "
-                f"answers; preprocess with neat_pack, which stores the borders"
+                f"answers; leave both out, or preprocess with neat_pack, which stores the borders"
             )
 
 
