@@ -11,9 +11,10 @@ import pytest
 
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.folders import iteration_folder
 from tandem.checkpoints.hf import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native import NativeSink, NativeSource, iteration_folder
+from tandem.checkpoints.native import NativeSink, NativeSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.safetensors_file import SafetensorsFile
 from tandem.errors import UserError

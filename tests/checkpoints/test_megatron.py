@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from tandem.checkpoints.copy import copy
+from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.hf import HFSource
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.megatron import FILE, MegatronSink, MegatronSource, find_iteration, is_megatron, pad_vocab_size
+from tandem.checkpoints.megatron import FILE, MegatronSink, MegatronSource, is_megatron, pad_vocab_size
 from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.torch_file import load
 from tandem.errors import UserError

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.hf import HFSource
 from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.megatron import FILE, MegatronSource, find_iteration, is_megatron
+from tandem.checkpoints.megatron import FILE, MegatronSource, is_megatron
 from tandem.checkpoints.native import INDEX, NativeSource
 from tandem.errors import UserError
 

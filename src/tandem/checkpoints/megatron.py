@@ -20,19 +20,19 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape, dtype_name
 from tandem.checkpoints.megatron_args import check_agreement, config_from_args, numbers, to_args
-from tandem.checkpoints.native import COMPANIONS, TRACKER, cut, iteration_folder, rank_folder, read_tracker
 from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
 from tandem.checkpoints.torch_file import LazyTensor, PendingTensor, TorchFileWriter, load
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
 from tandem.parallel.layout import Layout, Shard, shards
+from tandem.parallel.slices import cut, paste
 
 FILE = "model_optim_rng.pt"
-RELEASE = "release"
 CHECKPOINT_VERSION = 3.0  # older versions order the rows of linear_qkv differently
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -51,18 +51,6 @@ def pad_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_mo
     """Megatron's padded vocabulary: the next multiple of both numbers' product."""
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
-
-
-def find_iteration(folder: str | Path, iteration: int | None = None) -> Path:
-    """The folder of `iteration`, or of the one that the tracker file names.
-
-    Raises:
-        UserError: there is no tracker file, or it names neither a number nor "release".
-    """
-    tracker = Path(folder) / TRACKER
-    if iteration is None and tracker.exists() and tracker.read_text(encoding="utf-8").strip() == RELEASE:
-        return Path(folder) / RELEASE
-    return iteration_folder(folder, read_tracker(folder) if iteration is None else iteration)
 
 
 def is_megatron(folder: str | Path, iteration: int | None = None) -> bool:
@@ -108,7 +96,9 @@ class MegatronSink:
         assert kind == "model", f"a Megatron checkpoint written here holds no {kind}"
         check_shape("checkpoint to be written", name, tensor.shape, tensor_table(self._config)[name].shape)
         for shard in self._shards[name]:
-            part = cut(tensor, shard)  # slices beyond the vocabulary come out shorter, or empty
+            part = cut(
+                tensor, shard.boxes, shard.spec.split.dim
+            )  # slices beyond the vocabulary come out shorter, or empty
             part = _fill_rows(part, shard.shape[0]) if name in VOCABULARY else part
             self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], part)
         self._unwritten.discard(name)
@@ -232,7 +222,7 @@ class MegatronSource:
         spec = held[0].spec
         tensor = np.empty(spec.shape, self._tensor(held[0]).dtype)
         for shard in held:
-            _paste(tensor, self._read(shard), shard)
+            paste(tensor, self._read(shard), shard.boxes, shard.spec.split.dim)
         return tensor
 
     def _check_head_copy(self, name: str) -> None:
@@ -354,15 +344,6 @@ def _fill_rows(part: np.ndarray, rows: int) -> np.ndarray:
     filled = np.zeros((rows, *part.shape[1:]), part.dtype)
     filled[: part.shape[0]] = part
     return filled
-
-
-def _paste(tensor: np.ndarray, part: np.ndarray, shard: Shard) -> None:
-    """Put a rank's part in its place: the inverse of `cut`."""
-    dim = shard.spec.split.dim
-    assert dim is not None
-    ends = np.cumsum([box[dim][1] - box[dim][0] for box in shard.boxes])[:-1]
-    for box, piece in zip(shard.boxes, np.split(part, ends, axis=dim)):
-        tensor[tuple(slice(*interval) for interval in box)] = piece
 
 
 def _count_layers(chunks: Sequence[Chunk]) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, Kind, TensorSource, check_names, check_shape, dtype_name
 from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
@@ -30,34 +31,17 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Box, Layout, Shard, shards
+from tandem.parallel.slices import cut, paste
 
 FORMAT = "tandem"
 VERSION = 1
-TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = "index.json"
-COMPANIONS = "hf"
 PROMPT_FILE = "prompt.json"  # the template that the weights were fine-tuned on, as the data's record gave it
-
-
-def iteration_folder(folder: str | Path, iteration: int) -> Path:
-    return Path(folder) / f"iter_{iteration:07d}"
-
-
-def rank_folder(layout: Layout, tensor_rank: int, pipeline_rank: int) -> str:
-    """Megatron's name for a rank's folder."""
-    name = f"mp_rank_{tensor_rank:02d}"
-    return name if layout.pipeline_model_parallel_size == 1 else f"{name}_{pipeline_rank:03d}"
 
 
 def key_of(name: str, kind: Kind) -> str:
     """A tensor's name inside a file."""
     return name if kind == "model" else f"{kind}.{name}"
-
-
-def cut(tensor: np.ndarray, shard: Shard) -> np.ndarray:
-    """The part of a global tensor that `shard` describes."""
-    parts = [tensor[tuple(slice(*interval) for interval in box)] for box in shard.boxes]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=shard.spec.split.dim)
 
 
 def sha256(tensor: np.ndarray) -> str:
@@ -102,7 +86,7 @@ class NativeSink:
         key = key_of(name, kind)
         slices = []
         for shard in self._unique(self._shards[name]):
-            part = np.ascontiguousarray(cut(tensor, shard), dtype=dtype)
+            part = np.ascontiguousarray(cut(tensor, shard.boxes, shard.spec.split.dim), dtype=dtype)
             digest = sha256(part)
             file = self._file(shard, kind)
             self._writers[file].write(key, part)
@@ -193,8 +177,7 @@ class NativeSource:
     """
 
     def __init__(self, folder: str | Path, iteration: int | None = None) -> None:
-        self.iteration = read_tracker(folder) if iteration is None else iteration
-        self.folder = iteration_folder(folder, self.iteration)
+        self.folder = find_iteration(folder, iteration)
         self.location = str(self.folder)
         self._index = self._read_index()
         self.config = ModelConfig.from_dict(self._index["model"])
@@ -216,11 +199,7 @@ class NativeSource:
             return self._read_slice(key, slices[0])
         tensor = np.empty(item["shape"], DTYPES[item["dtype"]])
         for entry in slices:
-            part = self._read_slice(key, entry)
-            dim = item["stacked_dim"]
-            ends = np.cumsum([box[dim][1] - box[dim][0] for box in entry.boxes])[:-1]
-            for box, piece in zip(entry.boxes, np.split(part, ends, axis=dim)):
-                tensor[tuple(slice(*interval) for interval in box)] = piece
+            paste(tensor, self._read_slice(key, entry), entry.boxes, item["stacked_dim"])
         return tensor
 
     def document(self, name: str) -> str:
@@ -276,20 +255,3 @@ def prompt_entry(source: TensorSource) -> dict[str, Any] | None:
         return None
     entry: dict[str, Any] = json.loads(source.document(PROMPT_FILE))
     return entry
-
-
-def read_tracker(folder: str | Path) -> int:
-    """The newest iteration that a checkpoint folder holds.
-
-    Raises:
-        UserError: there is no tracker file, or it holds no number.
-    """
-    path = Path(folder) / TRACKER
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder} does not exist: expected a checkpoint folder with {TRACKER}")
-    if not path.exists():
-        raise UserError(f"{folder} has no {TRACKER}: not a checkpoint folder, or its first save never finished")
-    text = path.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise UserError(f"{path} holds {text!r}; expected the number of an iteration")
-    return int(text)

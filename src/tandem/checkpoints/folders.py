@@ -1,0 +1,42 @@
+"""Megatron's names for the folders of a checkpoint, shared by the native and the `torch` format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tandem.errors import UserError
+from tandem.parallel.layout import Layout
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # what the tracker file of a published checkpoint may say instead of a number
+COMPANIONS = "hf"  # inside an iteration: config.json and tokenizer files
+
+
+def iteration_folder(folder: str | Path, iteration: int) -> Path:
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def rank_folder(layout: Layout, tensor_rank: int, pipeline_rank: int) -> str:
+    name = f"mp_rank_{tensor_rank:02d}"
+    return name if layout.pipeline_model_parallel_size == 1 else f"{name}_{pipeline_rank:03d}"
+
+
+def find_iteration(folder: str | Path, iteration: int | None = None) -> Path:
+    """The folder of `iteration`, or of the one that the tracker file names.
+
+    Raises:
+        UserError: there is no tracker file, or it names neither a number nor "release".
+    """
+    if iteration is not None:
+        return iteration_folder(folder, iteration)
+    path = Path(folder) / TRACKER
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} does not exist: expected a checkpoint folder with {TRACKER}")
+    if not path.exists():
+        raise UserError(f"{folder} has no {TRACKER}: not a checkpoint folder, or its first save never finished")
+    text = path.read_text(encoding="utf-8").strip()
+    if text == RELEASE:
+        return Path(folder) / RELEASE
+    if not text.isdigit():
+        raise UserError(f"{path} holds {text!r}; expected the number of an iteration")
+    return iteration_folder(folder, int(text))
