@@ -48,7 +48,7 @@ class Workspace:
 
 
 def make_workspace(root: Path) -> Workspace:
-    world = make_world(seed=7, lists=60, held_out_lists=5)
+    world = make_world(seed=7, lists=30, held_out_lists=5)
     corpus, questions = write_world(world, root)
     write_toy_model(root / "hf", world.text, seed=7)
     tokenizer = str(root / "hf")
