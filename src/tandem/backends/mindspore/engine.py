@@ -12,7 +12,7 @@ from mindspore import Tensor
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.mindspore.device import kernels_for
 from tandem.backends.mindspore.model import Decoder, linear
-from tandem.backends.mindspore.optimizer import AdamW, clip_coefficient, gradient_norm
+from tandem.backends.mindspore.optimizer import AdamW, clip_coefficient, global_norm
 from tandem.backends.mindspore.weight import Weight
 from tandem.checkpoints.interface import Kind, TensorSource, check_shape
 from tandem.data.batch import IGNORE, MicroBatch
@@ -45,11 +45,7 @@ class MindSporeEngine:
         self.param_dtype = "bfloat16" if bf16 else "float32"
         self._weights = {name: self._new_weight(spec.shape, bf16) for name, spec in tensor_table(config).items()}
         self._decoder = Decoder(config, self._weights, self._kernels, settings.recompute_layers)
-        self._optimizer = (
-            AdamW(self._weights, settings.adam_beta1, settings.adam_beta2, settings.adam_eps, self._kernels)
-            if settings.training
-            else None
-        )
+        self._optimizer = AdamW(self._weights, settings, self._kernels) if settings.training else None
 
     def _new_weight(self, shape: tuple[int, ...], bf16: bool) -> Weight:
         master = self._kernels.zeros(shape)
@@ -63,6 +59,9 @@ class MindSporeEngine:
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
         optimizer = self._require_training()
+        absent = {"exp_avg", "exp_avg_sq"} - set(source.kinds())
+        if absent:
+            raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
         for name in self._weights:
             _fill(optimizer.exp_avg[name], source, name, "exp_avg")
             _fill(optimizer.exp_avg_sq[name], source, name, "exp_avg_sq")
@@ -84,21 +83,21 @@ class MindSporeEngine:
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
         optimizer = self._require_training()
         loss, trained_tokens = self._forward_backward(micro_batches)
-        norm = gradient_norm(self._weights.values(), self._kernels)
+        norm = global_norm(self._weights.values(), self._kernels)
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             self.optimizer_step += 1
-            optimizer.step(self.optimizer_step, lr, weight_decay, clip_coefficient(norm, self.settings.clip_grad))
-        self._drop_gradients()
+            optimizer.update(self.optimizer_step, lr, weight_decay, clip_coefficient(norm, self.settings.clip_grad))
         return StepResult(loss, norm, trained_tokens, applied)
 
     def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
         self._require_training()
         loss, _ = self._forward_backward(micro_batches)
-        gradients = {
-            name: weight.gradient.asnumpy() for name, weight in self._weights.items() if weight.gradient is not None
-        }
-        self._drop_gradients()
+        gradients = {}
+        for name, weight in self._weights.items():
+            assert weight.gradient is not None
+            gradients[name] = weight.gradient.asnumpy()
+            weight.gradient = None  # it is the caller's now
         return loss, gradients
 
     def evaluate(self, micro_batch: MicroBatch) -> tuple[float, int]:
@@ -124,7 +123,8 @@ class MindSporeEngine:
         trained_tokens = sum(map(len, rows))
         if not trained_tokens:
             raise ValueError("no label of the global batch is trained: every one of them is masked")
-        self._drop_gradients()
+        for weight in self._weights.values():
+            weight.has_gradient = False
         total = 0.0
         with _non_finite_allowed():
             for micro_batch, trained in zip(micro_batches, rows):
@@ -152,10 +152,6 @@ class MindSporeEngine:
                 f"{what} of a micro-batch span {ids.min()}..{ids.max()}, but the model's vocabulary is "
                 f"0..{self.config.vocab_size - 1}; was the data made with another tokenizer?"
             )
-
-    def _drop_gradients(self) -> None:
-        for weight in self._weights.values():
-            weight.gradient = None
 
     def _require_training(self) -> AdamW:
         if self._optimizer is None:

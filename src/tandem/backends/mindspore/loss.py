@@ -39,16 +39,21 @@ def cross_entropy(
         The sum, and the gradient of `hidden` [n, h] or None.
     """
     rows = hidden.asnumpy()
-    chunk = max(1, LOGITS_CHUNK_BYTES // (4 * head.value.shape[0]))
     d_hidden, d_rows = (None, None) if gradient_scale is None else empty(*rows.shape)
     total = 0.0
-    for start in range(0, len(rows), chunk):
-        part = slice(start, start + chunk)
+    for part in chunks(len(rows), head):
         logits = _Chunk(rows[part], head, labels[part])
         total += logits.loss()
         if gradient_scale is not None and d_rows is not None:
             logits.backward(np.float32(gradient_scale), d_rows[part])
     return total, d_hidden
+
+
+def chunks(rows: int, head: Weight) -> list[slice]:
+    """Even parts of range(rows), of which each one's fp32 logits fit LOGITS_CHUNK_BYTES."""
+    largest = max(1, LOGITS_CHUNK_BYTES // (4 * head.value.shape[0]))
+    count = -(-rows // largest)
+    return [slice(rows * chunk // count, rows * (chunk + 1) // count) for chunk in range(count)]
 
 
 class _Chunk:
@@ -92,10 +97,7 @@ class _Chunk:
     def backward(self, scale: np.float32, d_rows: np.ndarray) -> None:
         """Write the gradient of the rows and accumulate the head's; consumes the pieces."""
         factors = np.exp(self.largest - self.log_sum_exp) * scale
-        fresh = self.head.gradient is None
-        if self.head.gradient is None:
-            self.head.gradient, _ = empty(*self.head.value.shape)
-        d_head = self.head.gradient.asnumpy()
+        d_head = self.head.gradient_rows()
         for index, piece in enumerate(self.pieces):
             d_logits = piece.asnumpy()
             here = self._labelled(index)
@@ -103,7 +105,8 @@ class _Chunk:
             d_logits[here, self.labels[here] - self.ranges[index].start] -= scale
             d_piece = _product(piece, self._weights(index)).asnumpy()
             d_rows[...] = d_piece if index == 0 else d_rows + d_piece
-            _accumulate(d_head[self.ranges[index]], _product_ta(piece, self.hidden).asnumpy(), fresh)
+            _accumulate(d_head[self.ranges[index]], _product_ta(piece, self.hidden).asnumpy(), self.head.has_gradient)
+        self.head.has_gradient = True
 
     def _weights(self, index: int) -> Tensor:
         return Tensor.from_numpy(self.head.value.asnumpy()[self.ranges[index]])
@@ -118,13 +121,11 @@ def _scale_rows(values: np.ndarray, factors: np.ndarray, part: slice) -> None:
     np.multiply(values[part], factors[part], out=values[part])
 
 
-def _accumulate(buffer: np.ndarray, values: np.ndarray, fresh: bool) -> None:
-    """buffer += values, or buffer = values where its contents are `fresh` from the allocator."""
-
+def _accumulate(buffer: np.ndarray, values: np.ndarray, has_contents: bool) -> None:
     def run(part: slice) -> None:
-        if fresh:
-            buffer[part] = values[part]
-        else:
+        if has_contents:
             buffer[part] += values[part]
+        else:
+            buffer[part] = values[part]
 
     split_work(run, len(buffer), buffer.size)

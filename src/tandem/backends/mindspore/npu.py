@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 
 from tandem.backends.mindspore.attention import Documents
-from tandem.backends.mindspore.loss import LOGITS_CHUNK_BYTES
+from tandem.backends.mindspore.loss import chunks
 from tandem.backends.mindspore.weight import Pullback, Weight
 from tandem.models.config import ModelConfig
 
@@ -43,8 +43,8 @@ def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
     index = Tensor(tokens, ms.int32)
 
     def backward(gradient: Tensor) -> Tensor:
-        buffer = zeros(weight.value.shape) if weight.gradient is None else weight.gradient
-        weight.gradient = mint.index_add(buffer, 0, index, gradient.astype(ms.float32))
+        rows = mint.index_add(zeros(weight.value.shape), 0, index, gradient.astype(ms.float32))
+        weight.add_gradient(rows)
         return gradient
 
     return mint.index_select(weight.value, 0, index), backward
@@ -107,10 +107,9 @@ def cross_entropy(
     hidden: Tensor, head: Weight, labels: np.ndarray, gradient_scale: float | None = None
 ) -> tuple[float, Tensor | None]:
     vocabulary = head.value.shape[0]
-    chunk = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
     total, gradients = 0.0, []
-    for start in range(0, len(labels), chunk):
-        rows, targets = hidden[start : start + chunk], Tensor(labels[start : start + chunk], ms.int32)
+    for part in chunks(len(labels), head):
+        rows, targets = hidden[part], Tensor(labels[part], ms.int32)
         logits = mint.matmul(rows, head.value.T).astype(ms.float32)
         log_probabilities = logits - mint.logsumexp(logits, -1, keepdim=True)
         picked = mint.nn.functional.one_hot(targets.astype(ms.int64), vocabulary).astype(ms.float32)

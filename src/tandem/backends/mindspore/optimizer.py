@@ -9,15 +9,16 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from tandem.backends.interface import EngineSettings
 from tandem.backends.mindspore.device import Kernels
 from tandem.backends.mindspore.weight import Weight
 
 _adam = ops.Adam()
 
 
-def gradient_norm(weights: Iterable[Weight], kernels: Kernels) -> float:
+def global_norm(weights: Iterable[Weight], kernels: Kernels) -> float:
     """L2 norm over the gradients of all weights; not finite when any of them is not."""
-    squares = [kernels.sum_of_squares(weight.gradient) for weight in weights if weight.gradient is not None]
+    squares = [kernels.sum_of_squares(weight.gradient) for weight in weights if weight.has_gradient]
     return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.inf
 
 
@@ -33,27 +34,25 @@ class AdamW:
         exp_avg, exp_avg_sq: first and second moments by name, fp32.
     """
 
-    def __init__(
-        self, weights: dict[str, Weight], beta1: float, beta2: float, epsilon: float, kernels: Kernels
-    ) -> None:
+    def __init__(self, weights: dict[str, Weight], settings: EngineSettings, kernels: Kernels) -> None:
         self.weights = weights
         self.kernels = kernels
         # The kernel computes with fp32 betas; the bias corrections must be those of the same numbers.
-        self.beta1, self.beta2 = float(np.float32(beta1)), float(np.float32(beta2))
-        self.epsilon = epsilon
+        self.beta1, self.beta2 = float(np.float32(settings.adam_beta1)), float(np.float32(settings.adam_beta2))
+        self.epsilon = settings.adam_eps
         self.exp_avg = {name: kernels.zeros(weight.value.shape) for name, weight in weights.items()}
         self.exp_avg_sq = {name: kernels.zeros(weight.value.shape) for name, weight in weights.items()}
 
-    def step(self, step: int, lr: float, weight_decay: float, gradient_scale: float) -> None:
-        """Apply the update number `step`, counted from 1, with the gradients times `gradient_scale`."""
+    def update(self, step: int, lr: float, weight_decay: float, coefficient: float) -> None:
+        """Apply update number `step`, counted from 1, with the gradients times `coefficient`."""
         # ops.Adam adds epsilon to the uncorrected sqrt(exp_avg_sq), so both corrections go into lr and epsilon.
         correction = math.sqrt(1 - self.beta2**step)
         corrected_lr = lr * correction / (1 - self.beta1**step)
         scalars = (0.0, 0.0, corrected_lr, self.beta1, self.beta2, self.epsilon * correction)
         arguments = [Tensor(scalar, ms.float32) for scalar in scalars]
         for name, weight in self.weights.items():
-            if gradient_scale != 1:
-                self.kernels.scale(weight.gradient, gradient_scale)
+            if coefficient != 1:
+                self.kernels.scale(weight.gradient, coefficient)
             if weight_decay and len(weight.value.shape) > 1:
                 self.kernels.scale(weight.master, 1 - lr * weight_decay)
             _adam(weight.master, self.exp_avg[name], self.exp_avg_sq[name], *arguments, weight.gradient)

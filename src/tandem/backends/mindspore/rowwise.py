@@ -23,11 +23,12 @@ def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
     np.take(weight.value.asnumpy(), tokens, axis=0, out=rows, mode="clip")
 
     def backward(gradient: Tensor) -> Tensor:
-        if weight.gradient is None:
-            weight.gradient = zeros(weight.value.shape)
-        buffer = weight.gradient.asnumpy()
+        buffer = weight.gradient_rows()
+        if not weight.has_gradient:
+            fill_zero(buffer)
         for token, row in zip(tokens, gradient.asnumpy()):
             buffer[token] += row
+        weight.has_gradient = True
         return gradient
 
     return vectors, backward
@@ -150,8 +151,12 @@ def _over_blocks(function: Callable[[slice], None], rows: int, elements: int) ->
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
     tensor, values = empty(*shape)
-    split_work(lambda part: values[part].fill(0), len(values), values.size)
+    fill_zero(values)
     return tensor
+
+
+def fill_zero(values: np.ndarray) -> None:
+    split_work(lambda part: values[part].fill(0), len(values), values.size)
 
 
 def scale(tensor: Tensor, factor: float) -> None:

@@ -16,22 +16,32 @@ Pullback = Callable[[Tensor], Tensor]
 
 @dataclass
 class Weight:
-    """One tensor of the model.
+    """One tensor of the model, with its gradient.
 
     Attributes:
         value: what the model computes with.
         master: what the optimizer updates, fp32; `value` itself unless that is smaller.
-        gradient: fp32, same shape; None until a backward pass reaches the weight.
+        gradient: fp32, same shape, or None before the first backward pass. It is kept from step to step, so that no
+            activation takes its place in the memory pool.
+        has_gradient: `gradient` holds something of this step.
     """
 
     value: Tensor
     master: Tensor
     gradient: Tensor | None = None
+    has_gradient: bool = False
 
     def add_gradient(self, value: Tensor) -> None:
-        """Accumulate; the first value becomes the buffer itself, which spares a pass over memory."""
+        """Accumulate; the first value of a step becomes the buffer itself, which spares a pass over memory."""
         value = value.astype(ms.float32)
-        self.gradient = value if self.gradient is None else self.gradient + value
+        self.gradient = self.gradient + value if self.has_gradient else value
+        self.has_gradient = True
+
+    def gradient_rows(self) -> np.ndarray:
+        """On CPU, the buffer to write to; its contents are undefined where there is no gradient yet."""
+        if self.gradient is None:
+            self.gradient, _ = empty(*self.value.shape)
+        return self.gradient.asnumpy()
 
     def refresh(self) -> None:
         """Bring `value` up to date with `master`."""
