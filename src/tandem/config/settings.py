@@ -84,8 +84,8 @@ class DataSettings:
     """Folder of the Hugging Face tokenizer."""
     prompt_type: str | None = None
     """Chat template of the instruction data; must agree with the data's record, which names it when this does not."""
-    enable_thinking: Literal["true", "false", "none"] = "none"
-    """Thinking mode of --prompt-type."""
+    enable_thinking: Literal["true", "false", "none"] | None = None
+    """Thinking mode of --prompt-type; must agree with the data's record, which names it when this does not."""
     reset_position_ids: bool = False
     """Restart positions after each end-of-document token."""
     reset_attention_mask: bool = False

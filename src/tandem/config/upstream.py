@@ -43,6 +43,16 @@ IGNORED: dict[str, Ignored] = {
     "--no-shared-storage": ALWAYS_ON,
     "--tokenizer-not-use-fast": ALWAYS_ON,
     "--handler-name": Ignored(1),
+    "--workers": Ignored(1),
+    "--enable-hf2mg-convert": ALWAYS_ON,
+    "--model-type-hf": Ignored(1, ("qwen3",)),
+    "--norm-topk-prob": ALWAYS_ON,
+    "--expert-model-parallel-size": Ignored(1, ("1",)),
+    "--context-parallel-algo": Ignored(1, ("megatron_cp_algo", "ulysses_cp_algo")),
+    "--use-ascend-coc": ALWAYS_ON,
+    "--coc-fused-kernel": ALWAYS_ON,
+    "--use-ascend-mc2": ALWAYS_ON,
+    "--reuse-fp32-param": ALWAYS_ON,
 }
 
 PREPROCESS_IGNORED: dict[str, Ignored] = {

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.checkpoints.interface import TensorSource
-from tandem.config.settings import Settings
+from tandem.config.settings import DataSettings, Settings
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
-from tandem.data.templates import get_template
+from tandem.data.templates import PromptTemplate, get_template
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.trainer import Dataset
@@ -74,13 +74,24 @@ def _check(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tupl
     data = settings.data
     if tokenizer is None:
         return [f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
-    template = get_template(data.prompt_type, THINKING[data.enable_thinking]) if data.prompt_type else None
+    template = _named_template(prefix, data)
     notice = check_record(prefix, tokenizer, template, data.seq_length)
     if notice:
         return [notice], None
     found = read_record(prefix)
     assert found is not None
     return [], found[1]["template"]
+
+
+def _named_template(prefix: str, data: DataSettings) -> PromptTemplate | None:
+    """The template that the flags name, if any; its thinking mode, when they leave it open, is the record's."""
+    if data.prompt_type is None:
+        return None
+    if data.enable_thinking is not None:
+        return get_template(data.prompt_type, THINKING[data.enable_thinking])
+    found = read_record(prefix)
+    recorded = found[1]["template"] if found else None
+    return get_template(data.prompt_type, recorded["enable_thinking"] if recorded else None)
 
 
 def _dataset(settings: Settings, tokenizer: Tokenizer | None, name: str, samples: int | None) -> Dataset:

@@ -19,6 +19,7 @@ from tandem.config.sources import to_yaml
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
+from tandem.parallel.launch import require_single_process
 from tandem.training.inputs import data_identity, open_data, open_tokenizer
 from tandem.training.log import StepRecord
 from tandem.training.schedule import schedule_from
@@ -47,6 +48,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     Raises:
         UserError: something is missing, contradictory or damaged; nothing has been trained then.
     """
+    require_single_process()
     settings.check()
     source = open_weights(settings)
     check_model_flags(settings, source.config)

@@ -1,0 +1,25 @@
+#!/bin/bash
+# Hugging Face weights -> Megatron-core layout. Every variable can be set from the environment.
+set -euo pipefail
+
+LOAD_DIR="${LOAD_DIR:-./model_from_hf/qwen3_hf/}"
+SAVE_DIR="${SAVE_DIR:-./model_weights/qwen3_mcore/}"
+PARAMS_DTYPE="${PARAMS_DTYPE:-bf16}"
+TP="${TP:-1}" # training loads any TP and PP, so these need not be those of the training script
+PP="${PP:-1}"
+EXTRA_ARGS="${EXTRA_ARGS:-}" # further flags of `tandem convert`, such as: --ckpt-format torch
+
+CONVERT_ARGS=(
+    --load-model-type hf
+    --save-model-type mg
+    --target-tensor-parallel-size "$TP"
+    --target-pipeline-parallel-size "$PP"
+    --load-dir "$LOAD_DIR"
+    --save-dir "$SAVE_DIR"
+    --params-dtype "$PARAMS_DTYPE"
+    --model-type-hf qwen3
+)
+
+mkdir -p logs
+# shellcheck disable=SC2086 # EXTRA_ARGS holds several words
+python -m tandem convert "${CONVERT_ARGS[@]}" $EXTRA_ARGS 2>&1 | tee logs/ckpt_convert_qwen3_hf2mcore.log

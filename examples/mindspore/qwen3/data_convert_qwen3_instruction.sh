@@ -1,0 +1,28 @@
+#!/bin/bash
+# Instruction data -> OUTPUT_PREFIX_packed_{input_ids,attention_mask,labels}_document.bin/.idx.
+# Every variable can be set from the environment.
+set -euo pipefail
+
+INPUT="${INPUT:-./dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet}" # a file, a folder or a pattern
+TOKENIZER_PATH="${TOKENIZER_PATH:-./model_from_hf/qwen3_hf/}"
+OUTPUT_PREFIX="${OUTPUT_PREFIX:-./finetune_dataset/alpaca}"
+HANDLER_NAME="${HANDLER_NAME:-AlpacaStyleInstructionHandler}"
+ENABLE_THINKING="${ENABLE_THINKING:-true}"
+WORKERS="${WORKERS:-4}"
+EXTRA_ARGS="${EXTRA_ARGS:-}" # further flags of `tandem preprocess`, such as: --pack --neat-pack --seq-length 4096
+
+DATA_ARGS=(
+    --input "$INPUT"
+    --tokenizer-type PretrainedFromHF
+    --tokenizer-name-or-path "$TOKENIZER_PATH"
+    --handler-name "$HANDLER_NAME"
+    --prompt-type qwen3
+    --enable-thinking "$ENABLE_THINKING"
+    --output-prefix "$OUTPUT_PREFIX"
+    --workers "$WORKERS"
+    --log-interval 1000
+)
+
+mkdir -p logs "$(dirname "$OUTPUT_PREFIX")"
+# shellcheck disable=SC2086 # EXTRA_ARGS holds several words
+python -m tandem preprocess "${DATA_ARGS[@]}" $EXTRA_ARGS 2>&1 | tee logs/data_convert_qwen3_instruction.log

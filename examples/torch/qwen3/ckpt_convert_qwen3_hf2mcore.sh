@@ -1,0 +1,1 @@
+../../mindspore/qwen3/ckpt_convert_qwen3_hf2mcore.sh

@@ -1,0 +1,1 @@
+../../mindspore/qwen3/ckpt_convert_qwen3_mcore2hf.sh

@@ -1,0 +1,178 @@
+"""What the example scripts pass on, by launchers that only print it; and that upstream's own flags are understood."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scripts import EXAMPLES, PRETRAIN, TUNE, Finished, Site
+from tandem.config.settings import Settings
+from tandem.config.sources import parse_settings
+
+SHARED_SCRIPTS = (
+    "ckpt_convert_qwen3_hf2mcore.sh",
+    "ckpt_convert_qwen3_mcore2hf.sh",
+    "data_convert_qwen3_instruction.sh",
+    "data_convert_qwen3_pretrain.sh",
+)
+TRAINING_SCRIPTS = [*PRETRAIN.values(), *TUNE.values()]
+# Of the 0.6B scripts in MindSpeed-LLM's examples/mindspore/qwen3 (M) and examples/mcore/qwen3 (P).
+MODEL = """
+    --use-mcore-models --sequence-parallel --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec
+    --kv-channels 128 --qk-layernorm --num-layers 28 --hidden-size 1024 --num-attention-heads 16
+    --ffn-hidden-size 3072 --max-position-embeddings 32768 --make-vocab-size-divisible-by 1
+    --padded-vocab-size 151936 --rotary-base 1000000 --disable-bias-linear --swiglu --normalization RMSNorm
+    --position-embedding-type rope --use-rotary-position-embeddings --norm-epsilon 1e-6 --group-query-attention
+    --num-query-groups 8 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1
+    --no-gradient-accumulation-fusion --attention-softmax-in-fp32 --no-masked-softmax-fusion --use-flash-attn
+"""
+RUN = """
+    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path TOKENIZER --data-path DATA --split 100,0,0
+    --seq-length 4096 --micro-batch-size 1 --train-iters 2000 --lr 1.25e-6 --min-lr 1.25e-7 --weight-decay 1e-1
+    --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --bf16 --exit-on-missing-checkpoint --no-load-optim
+    --no-load-rng --log-interval 1 --eval-interval 1000 --eval-iters 0 --log-throughput --distributed-backend nccl
+    --load LOAD --save SAVE
+"""
+UPSTREAM = {
+    "M pretrain": """--global-batch-size 8 --attention-dropout 0.0 --hidden-dropout 0.0 --initial-loss-scale 4096
+        --bf16 --no-shared-storage --use-fused-rotary-pos-emb --use-fused-swiglu --use-fused-rmsnorm
+        --use-distributed-optimizer --transformer-impl local --ckpt-format torch --save-interval 1000
+        --ai-framework mindspore""",
+    "M finetune": """--global-batch-size 16 --attention-dropout 0 --hidden-dropout 0 --lr-warmup-fraction 0.01
+        --save-interval 2000 --finetune --stage sft --is-instruction-dataset --prompt-type qwen3
+        --variable-seq-lengths --transformer-impl local --ckpt-format torch --ai-framework mindspore""",
+    "P pretrain": """--global-batch-size 32 --attention-dropout 0.0 --hidden-dropout 0.0 --initial-loss-scale 4096
+        --seed 42 --bf16 --seed 42 --no-shared-storage --use-fused-rotary-pos-emb --use-fused-swiglu
+        --use-fused-rmsnorm --use-distributed-optimizer --transformer-impl local --ckpt-format torch
+        --enable-hf2mg-convert --model-type-hf qwen3 --handler-name GeneralPretrainHandler --save-interval 1000""",
+    "P finetune": """--global-batch-size 16 --attention-dropout 0 --hidden-dropout 0 --lr-warmup-fraction 0.01
+        --seed 42 --save-interval 2000 --finetune --stage sft --is-instruction-dataset --prompt-type qwen3
+        --no-pad-to-seq-lengths --transformer-impl local --ckpt-format torch --enable-hf2mg-convert
+        --model-type-hf qwen3 --handler-name AlpacaStyleInstructionHandler --enable-thinking true --workers 8
+        --tokenizer-not-use-fast""",
+}
+# Flags of the larger sizes' pretraining scripts that the 0.6B ones lack; none changes a result in one process.
+LARGER = """
+    --context-parallel-size 1 --context-parallel-algo megatron_cp_algo --norm-topk-prob --use-ascend-coc
+    --coc-fused-kernel --reuse-fp32-param --overlap-grad-reduce --overlap-param-gather --init-method-std 0.01
+    --lr-decay-style cosine --untie-embeddings-and-output-weights --reset-attention-mask
+"""
+
+
+@pytest.fixture
+def launchers(tmp_path: Path) -> Path:
+    """A folder with an msrun and a torchrun that print their arguments, one a line."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("msrun", "torchrun"):
+        (folder / name).write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def launched(done: Finished) -> tuple[list[str], Settings]:
+    """The launcher's own arguments, and the settings of the training command."""
+    assert done.code == 0, done.output
+    words = done.output.splitlines()
+    start = words.index("tandem")
+    settings, notices = parse_settings(words[start + 1], "", words[start + 2 :])
+    settings.check()
+    assert notices == []
+    return words[:start], settings
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*/*/*.sh")), ids=lambda path: path.stem)
+def test_syntax(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("name", SHARED_SCRIPTS)
+def test_conversion_and_data_are_the_same_for_both_frameworks(name: str) -> None:
+    """B8: one script, seen from both folders."""
+    assert (EXAMPLES / "torch/qwen3" / name).samefile(EXAMPLES / "mindspore/qwen3" / name)
+
+
+@pytest.mark.parametrize("scripts", [PRETRAIN, TUNE], ids=["pretrain", "finetune"])
+def test_both_frameworks_are_told_the_same(site: Site, launchers: Path, scripts: dict[str, str]) -> None:
+    told = {name: launched(site.run(script, launchers=launchers))[1].to_dict() for name, script in scripts.items()}
+    assert {name: values["training"].pop("ai_framework") for name, values in told.items()} == {
+        "mindspore": "mindspore",
+        "torch": "torch",
+    }
+    assert told["mindspore"] == told["torch"]
+
+
+def test_defaults_are_the_guides(site: Site, launchers: Path) -> None:
+    _, settings = launched(site.run(PRETRAIN["mindspore"], launchers=launchers))
+    theirs, _ = parse_settings("pretrain", "", (MODEL + RUN + UPSTREAM["M pretrain"]).split())
+    assert settings.optimizer == theirs.optimizer
+    for name in ("micro_batch_size", "global_batch_size", "train_iters", "seed", "bf16", "log_interval"):
+        assert getattr(settings.training, name) == getattr(theirs.training, name), name
+    assert (settings.data.seq_length, settings.data.split) == (4096, "100,0,0")
+    assert settings.data.data_path == ("./dataset/alpaca_text_document",)
+    assert settings.checkpoint.load == "./model_weights/qwen3_mcore/"
+
+
+def test_variables_reach_their_flags(site: Site, launchers: Path) -> None:
+    variables = {"GBS": 6, "MBS": 3, "SEQ_LENGTH": 77, "TRAIN_ITERS": 5, "DATA_PATH": "my data", "CKPT_SAVE_DIR": "s"}
+    extra = {"CKPT_LOAD_DIR": "l", "TOKENIZER_PATH": "t", "EXTRA_ARGS": "--seed 7 --lr 1e-3"}
+    _, settings = launched(site.run(TUNE["torch"], launchers=launchers, **variables, **extra))
+    assert (settings.training.global_batch_size, settings.training.micro_batch_size) == (6, 3)
+    assert (settings.training.train_iters, settings.training.seed, settings.optimizer.lr) == (5, 7, 1e-3)
+    assert (settings.data.seq_length, settings.data.data_path) == (77, ("my data",))
+    assert (settings.checkpoint.load, settings.checkpoint.save) == ("l", "s")
+    assert settings.data.tokenizer_name_or_path == "t"
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_the_launcher_is_told_the_world(site: Site, launchers: Path, script: str) -> None:
+    world = {"NPUS_PER_NODE": 4, "NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "host", "MASTER_PORT": 6000}
+    words, _ = launched(site.run(script, launchers=launchers, **world))
+    options = dict(itertools.pairwise(words))
+    assert (options["--node_rank"], options["--master_addr"], options["--master_port"]) == ("1", "host", "6000")
+    if script.startswith("mindspore"):
+        assert (options["--worker_num"], options["--local_worker_num"]) == ("8", "4")
+        assert "--join=True" in words
+    else:
+        assert (options["--nnodes"], options["--nproc_per_node"]) == ("2", "4")
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_no_random_weights_unless_asked_for(site: Site, launchers: Path, script: str) -> None:
+    """B10."""
+    done = site.run(script, launchers=launchers, CKPT_LOAD_DIR="")
+    assert done.code != 0
+    assert "CKPT_LOAD_DIR: is empty: name the folder of the initial weights, or set INIT=random" in done.output
+    _, settings = launched(site.run(script, launchers=launchers, CKPT_LOAD_DIR="", INIT="random"))
+    assert (settings.checkpoint.init, settings.checkpoint.load) == ("random", None)
+
+
+def test_flags_of_the_larger_sizes_are_understood() -> None:
+    settings, notices = parse_settings("pretrain", "", (MODEL + RUN + UPSTREAM["P pretrain"] + LARGER).split())
+    settings.check()
+    assert len(notices) == 1
+    assert settings.data.reset_attention_mask
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_upstreams_flags_are_understood(name: str) -> None:
+    """With the program's name and the paths replaced, MindSpeed-LLM's own 0.6B scripts train Qwen3-0.6B here."""
+    command = name.split()[1]
+    settings, notices = parse_settings(command, "", (MODEL + RUN + UPSTREAM[name]).split())
+    settings.check()
+    assert len(notices) == 1
+    assert settings.model.num_query_groups == 8
+    assert settings.optimizer.adam_beta2 == 0.95
+    assert settings.training.bf16
+    assert settings.data.is_instruction_dataset == (command == "finetune")
+    assert settings.checkpoint.load == "LOAD"

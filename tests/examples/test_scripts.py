@@ -1,0 +1,135 @@
+"""The example scripts run unedited, at toy size, from the first to the last step and across the frameworks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import require_framework
+from scripts import (
+    HF,
+    HF2MCORE,
+    INSTRUCTIONS,
+    MCORE,
+    MCORE2HF,
+    PRETRAIN,
+    PRETRAINED,
+    TEXT,
+    TUNE,
+    TUNED,
+    Finished,
+    Site,
+    free_port,
+)
+from tandem.checkpoints.detect import open_source
+from tandem.models.tensors import tensor_table
+from tandem.quickstart.tasks import make_world
+from tandem.quickstart.toy_model import write_toy_model
+
+ALPACA = "dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
+SMALL = {"TRAIN_ITERS": 2, "GBS": 2, "SEQ_LENGTH": 64, "OMP_NUM_THREADS": 1}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The guide's folders, with toys in the places of Qwen3-0.6B and of the alpaca file; converted, preprocessed."""
+    root = tmp_path_factory.mktemp("site")
+    world = make_world(seed=3, lists=60, held_out_lists=5)
+    (root / HF).parent.mkdir()
+    write_toy_model(root / HF, world.text, seed=3)
+    (root / ALPACA).parent.mkdir()
+    records = [{**question, "text": text} for question, text in zip(world.train, world.text * 4)]
+    pq.write_table(pa.Table.from_pylist(records), root / ALPACA)
+    site = Site(root)
+    converted = site.succeed(HF2MCORE, PARAMS_DTYPE="fp32", TP=2, PP=2)
+    assert converted.saved == [(1, Path(MCORE))]
+    assert converted.last_line == "Done!"
+    site.succeed(TEXT)
+    site.succeed(INSTRUCTIONS)
+    return site
+
+
+@pytest.fixture(scope="module")
+def pretrained(site: Site) -> Finished:
+    """Two steps of MindSpore's pretraining script."""
+    require_framework("mindspore")
+    return site.train(PRETRAIN["mindspore"], **SMALL)
+
+
+def test_conversion_keeps_every_bit(site: Site) -> None:
+    done = site.succeed(MCORE2HF, PARAMS_DTYPE="fp32")
+    assert f"saved Hugging Face model to {HF}/mg2hf" in done.output
+    assert done.last_line == "Done!"
+    before, after = open_source(site.root / HF), open_source(site.root / HF / "mg2hf")
+    for name in tensor_table(before.config):
+        np.testing.assert_array_equal(after.read(name), before.read(name))
+
+
+def test_preprocessing_writes_the_guides_files(site: Site) -> None:
+    keys = ("input_ids", "attention_mask", "labels")
+    pairs = {f"alpaca_packed_{key}_document{suffix}" for key in keys for suffix in (".bin", ".idx")}
+    assert {path.name for path in (site.root / "finetune_dataset").iterdir()} == {*pairs, "alpaca.json"}
+    text = {"alpaca_text_document.bin", "alpaca_text_document.idx", "alpaca.json", Path(ALPACA).name}
+    assert {path.name for path in (site.root / "dataset").iterdir()} == text
+
+
+def test_mindspore_pretrains(site: Site, pretrained: Finished) -> None:
+    assert len(pretrained.losses) == 2
+    assert pretrained.saved == [(2, Path(PRETRAINED))]
+    log = (site.root / "logs/train_qwen3_0point6b_ms.log").read_text()
+    assert log == pretrained.output
+
+
+def test_torch_computes_the_same_and_goes_on(site: Site, pretrained: Finished) -> None:
+    """B8: the same weights give the same losses, and MindSpore's run is resumed as it stands."""
+    require_framework("torch")
+    alone = site.train(PRETRAIN["torch"], **SMALL, CKPT_SAVE_DIR="ckpt/torch")
+    # The scripts ask for bf16, which MindSpore does not compute on a CPU.
+    np.testing.assert_allclose(alone.losses, pretrained.losses, rtol=2e-3)
+    resumed = site.train(PRETRAIN["torch"], **{**SMALL, "TRAIN_ITERS": 3}, CKPT_LOAD_DIR=PRETRAINED)
+    assert "resuming at iteration 2, 4 samples consumed" in resumed.output
+    assert len(resumed.losses) == 1
+    assert resumed.saved == [(3, Path(PRETRAINED))]
+
+
+def test_fine_tuning_and_export(site: Site, pretrained: Finished) -> None:
+    """MindSpore fine-tunes the pretrained weights, PyTorch goes on from there, and the result becomes a HF folder."""
+    require_framework("torch")
+    first = site.train(TUNE["mindspore"], **SMALL, CKPT_LOAD_DIR=PRETRAINED)
+    assert len(first.losses) == 2
+    assert first.saved == [(2, Path(TUNED))]
+    second = site.train(TUNE["torch"], **SMALL, CKPT_LOAD_DIR=TUNED, CKPT_SAVE_DIR="ckpt/again")
+    assert f"weights from {TUNED}/iter_0000002" in second.output
+    assert second.saved == [(2, Path("ckpt/again"))]
+    assert site.succeed(MCORE2HF, LOAD_DIR="ckpt/again", SAVE_DIR="exported").last_line == "Done!"
+    assert {"config.json", "tokenizer.json"} < {path.name for path in (site.root / "exported").iterdir()}
+
+
+def test_random_weights_when_asked_for(site: Site) -> None:
+    """B10."""
+    require_framework("torch")
+    done = site.train(PRETRAIN["torch"], **SMALL, INIT="random", CKPT_LOAD_DIR="", CKPT_SAVE_DIR="ckpt/random")
+    assert "weights from random" in done.output
+    assert done.saved == [(2, Path("ckpt/random"))]
+
+
+@pytest.mark.parametrize("framework", PRETRAIN)
+def test_two_processes_are_refused(site: Site, framework: str) -> None:
+    require_framework(framework)
+    done = site.run(PRETRAIN[framework], NPUS_PER_NODE=2, MASTER_PORT=free_port(), CKPT_SAVE_DIR="ckpt/refused")
+    assert done.code != 0
+    assert "training runs in one process so far" in done.output
+    assert not (site.root / "ckpt/refused").exists()
+
+
+@pytest.mark.parametrize("script", [HF2MCORE, MCORE2HF, TEXT, INSTRUCTIONS])
+def test_a_failure_is_a_failure(site: Site, script: str) -> None:
+    """The pipe into the log does not hide the exit code."""
+    nowhere = {"LOAD_DIR": "nowhere", "SAVE_DIR": "never", "INPUT": "nowhere", "OUTPUT_PREFIX": "never/data"}
+    done = site.run(script, **nowhere)
+    assert done.code == 2
+    assert "nowhere" in done.last_line
