@@ -19,11 +19,7 @@ OPERATIONS: dict[str, tuple[str, str, Callable[[Digits], Digits]]] = {
     "copy": ("Repeat {list}.", "Repeated, {list} is {answer}.", lambda digits: digits),
     "reverse": ("Reverse {list}.", "Reversed, {list} is {answer}.", lambda digits: digits[::-1]),
     "sort": ("Sort {list}.", "Sorted, {list} is {answer}.", lambda digits: tuple(sorted(digits))),
-    "largest": (
-        "What is the largest digit of {list}?",
-        "The largest digit of {list} is {answer}.",
-        lambda digits: (max(digits),),
-    ),
+    "largest": ("Which digit of {list} is largest?", "The largest of {list} is {answer}.", lambda d: (max(d),)),
 }
 
 
