@@ -45,7 +45,11 @@ class Site:
         done = subprocess.run(
             ["bash", str(EXAMPLES / script)],
             cwd=self.root,
-            env={"PATH": os.pathsep.join(folders), **{name: str(value) for name, value in variables.items()}},
+            env={
+                **os.environ,
+                "PATH": os.pathsep.join(folders),
+                **{name: str(value) for name, value in variables.items()},
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from scripts import EXAMPLES, PRETRAIN, TUNE, Finished, Site
+from tandem.checkpoints.convert import ConvertOptions
+from tandem.cli.preprocess import Flags, options_from
 from tandem.config.settings import Settings
-from tandem.config.sources import parse_settings
+from tandem.config.sources import parse_dataclass, parse_settings
+from tandem.config.upstream import CONVERT_IGNORED, PREPROCESS_IGNORED, split_ignored
 
 SHARED_SCRIPTS = (
     "ckpt_convert_qwen3_hf2mcore.sh",
@@ -60,6 +63,16 @@ LARGER = """
     --context-parallel-size 1 --context-parallel-algo megatron_cp_algo --norm-topk-prob --use-ascend-coc
     --coc-fused-kernel --reuse-fp32-param --overlap-grad-reduce --overlap-param-gather --init-method-std 0.01
     --lr-decay-style cosine --untie-embeddings-and-output-weights --reset-attention-mask
+"""
+CONVERT = """
+    --use-mcore-models --model-type GPT --load-model-type hf --save-model-type mg --target-tensor-parallel-size 1
+    --target-pipeline-parallel-size 1 --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec --load-dir HF
+    --save-dir MCORE --tokenizer-model HF/tokenizer.json --params-dtype bf16 --model-type-hf qwen3
+    --ai-framework mindspore
+"""
+PREPROCESS = """
+    --input DATA --tokenizer-name-or-path HF --output-prefix PREFIX --tokenizer-type PretrainedFromHF --workers 4
+    --log-interval 1000
 """
 
 
@@ -176,3 +189,23 @@ def test_upstreams_flags_are_understood(name: str) -> None:
     assert settings.training.bf16
     assert settings.data.is_instruction_dataset == (command == "finetune")
     assert settings.checkpoint.load == "LOAD"
+
+
+def test_upstreams_conversion_flags_are_understood() -> None:
+    rest, notices = split_ignored(CONVERT.split(), CONVERT_IGNORED)
+    options = parse_dataclass(ConvertOptions, "convert", "", rest)
+    assert (options.load_model_type, options.save_model_type, options.params_dtype) == ("hf", "mg", "bf16")
+    assert len(notices) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--handler-name GeneralPretrainHandler --json-keys text",
+        "--handler-name AlpacaStyleInstructionHandler --enable-thinking true --prompt-type qwen3",
+    ],
+)
+def test_upstreams_preprocessing_flags_are_understood(more: str) -> None:
+    rest, _ = split_ignored((PREPROCESS + more).split(), PREPROCESS_IGNORED)
+    options = options_from(parse_dataclass(Flags, "preprocess", "", rest))
+    assert (options.workers, options.handler_name) == (4, more.split()[1])

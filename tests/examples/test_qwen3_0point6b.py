@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,13 @@ from tandem.models.tensors import EMBEDDING
 
 pytestmark = pytest.mark.slow
 # A checkpoint with its optimizer would take 7 GB.
-SMALL = {"TRAIN_ITERS": 2, "GBS": 1, "SEQ_LENGTH": 128, "EXTRA_ARGS": "--no-save-optim"}
+SMALL = {
+    "TRAIN_ITERS": 2,
+    "GBS": 1,
+    "SEQ_LENGTH": 128,
+    "EXTRA_ARGS": "--no-save-optim",
+    "OMP_NUM_THREADS": os.cpu_count(),
+}
 
 
 @pytest.fixture(scope="module")

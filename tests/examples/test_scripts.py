@@ -31,7 +31,7 @@ from tandem.quickstart.tasks import make_world
 from tandem.quickstart.toy_model import write_toy_model
 
 ALPACA = "dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
-SMALL = {"TRAIN_ITERS": 2, "GBS": 2, "SEQ_LENGTH": 64, "OMP_NUM_THREADS": 1}
+SMALL = {"TRAIN_ITERS": 2, "GBS": 2, "SEQ_LENGTH": 64}
 
 
 @pytest.fixture(scope="module")
