@@ -153,7 +153,7 @@ COMMON = {
     "lr": 3e-3,
     "min_lr": 3e-4,
     "lr_decay_style": "cosine",
-    "lr_warmup_iters": 10,
+    "lr_warmup_fraction": 0.05,
     "adam_beta2": 0.95,
     "split": "100,0,0",
     "eval_iters": 0,
