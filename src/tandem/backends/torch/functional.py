@@ -13,9 +13,9 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
-# A product for a weight gradient is formed in pieces of at most so many numbers: glibc hands blocks below 32 MiB out
-# again, while larger ones are fresh pages from the kernel each time.
-PIECE = 4 * 2**20
+# A product for a weight gradient is formed in pieces of at most so many numbers, which are added while in cache: glibc
+# hands such blocks out again, while those above 32 MiB are fresh pages from the kernel each time.
+PIECE = 2**20
 
 
 class GradientBuffer:

@@ -23,19 +23,27 @@ def cross_entropy_and_gradient(
 ) -> tuple[float, torch.Tensor]:
     """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [t, h].
 
-    The head's gradient is added to `head.main_grad` on the way: each chunk's probabilities become its gradient
-    while they are there.
+    The head's gradient is added to `head.main_grad` on the way: each chunk's logits become their own gradient while
+    they are there.
     """
-    total, dhidden = 0.0, torch.empty_like(hidden)
-    for rows in _chunks(hidden, head):
-        loss, gradient = _losses_and_probabilities(hidden[rows], head, labels[rows])
-        total += loss
-        gradient.scatter_add_(1, labels[rows, None], gradient.new_full((1, 1), -1.0).expand(len(gradient), 1))
-        gradient = gradient.to(hidden.dtype)
-        if head.main_grad is not None:
-            head.main_grad.add_product(gradient, hidden[rows], scale)
-        torch.mul(matmul(gradient, head.t()), scale, out=dhidden[rows])
-    return total, dhidden
+    dhidden = torch.empty_like(hidden)
+    losses = [
+        _backward_of_chunk(hidden[rows], head, labels[rows], scale, dhidden[rows]) for rows in _chunks(hidden, head)
+    ]
+    return sum(losses), dhidden
+
+
+def _backward_of_chunk(
+    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, scale: float, dhidden: torch.Tensor
+) -> float:
+    """Fill `dhidden`, add to the head's gradient, return the sum of the losses."""
+    loss, probabilities = _losses_and_probabilities(hidden, head, labels)
+    probabilities.scatter_add_(1, labels[:, None], probabilities.new_full((1, 1), -1.0).expand(len(labels), 1))
+    dlogits = probabilities.to(hidden.dtype)
+    if head.main_grad is not None:
+        head.main_grad.add_product(dlogits, hidden, scale)
+    torch.mul(matmul(dlogits, head.t()), scale, out=dhidden)
+    return loss
 
 
 def _chunks(hidden: torch.Tensor, head: Weight) -> Iterator[slice]:
