@@ -9,24 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape
+from tandem.checkpoints.arrays import same_bits
+from tandem.checkpoints.hf_weights import INDEX, SINGLE, TORCH_INDEX, open_weights
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape, dtype_name
 from tandem.checkpoints.publish import Publication, check_free_space
-from tandem.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
+from tandem.checkpoints.safetensors_file import SafetensorsWriter
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf, load_hf_config, to_hf
 from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, WeightMap
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-WEIGHT_INDEXES = (INDEX, "pytorch_model.bin.index.json")
 
 
 def companion_files(folder: str | Path) -> list[Path]:
     """The small files of a Hugging Face folder beside its config and weights: tokenizer, template, generation."""
     files = {path for pattern in COMPANION_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
-    return sorted(path for path in files if path.name not in ("config.json", *WEIGHT_INDEXES))
+    return sorted(path for path in files if path.name not in ("config.json", INDEX, TORCH_INDEX))
 
 
 def companions_of(folder: str | Path) -> Companions:
@@ -46,7 +45,7 @@ def write_companions(folder: Path, companions: Companions, config: ModelConfig, 
 
 
 class HFSource:
-    """Global tensors out of a Hugging Face folder with `.safetensors` weights, single or sharded.
+    """Global tensors out of a Hugging Face folder: `.safetensors` or `pytorch_model*.bin`, single or sharded.
 
     The tensors' names and shapes are checked against the config at once. A tied model may carry an `lm_head`; it
     must then equal the embedding.
@@ -61,7 +60,7 @@ class HFSource:
         self.companions = companions_of(folder)
         self.config = from_hf(self.companions.hf_config or {}, where=str(self.folder / "config.json"))
         self._map = WeightMap(self.config)
-        self._files = self._open_files()
+        self._files = open_weights(self.folder)
         self._check()
 
     def kinds(self) -> tuple[Kind, ...]:
@@ -77,21 +76,6 @@ class HFSource:
             self._check_tied_head(parts[0])
         return self._map.to_mcore(name, parts)
 
-    def _open_files(self) -> dict[str, SafetensorsFile]:
-        """Hugging Face name -> the file that holds it."""
-        index = self.folder / INDEX
-        if index.exists():
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: SafetensorsFile(self.folder / name) for name in sorted(set(weight_map.values()))}
-            for tensor, name in weight_map.items():
-                if tensor not in files[name].entries:
-                    raise UserError(f"{self.folder / name}: {index.name} says it holds {tensor}; it does not")
-            return {tensor: files[name] for tensor, name in weight_map.items()}
-        if (self.folder / SINGLE).exists():
-            file = SafetensorsFile(self.folder / SINGLE)
-            return dict.fromkeys(file.entries, file)
-        raise UserError(f"{self.folder} holds no weights: expected {SINGLE} or {INDEX}")
-
     def _check(self) -> None:
         found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
         expected = self._map.hf_shapes()
@@ -99,10 +83,14 @@ class HFSource:
         for name, shape in expected.items():
             file = self._files[name]
             check_shape(str(file.path), name, file.entries[name].shape, shape)
+        for entry in self._map.entries.values():
+            dtypes = {dtype_name(self._files[part].entries[part].dtype) for part in entry.hf}
+            if len(dtypes) > 1:
+                raise UserError(f"{self.location}: {', '.join(entry.hf)} must be of one dtype, not {sorted(dtypes)}")
 
     def _check_tied_head(self, embedding: np.ndarray) -> None:
         head = self._files[LM_HEAD].read(LM_HEAD)
-        if not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
+        if head.dtype != embedding.dtype or head.shape != embedding.shape or not same_bits(head, embedding):
             raise UserError(
                 f"{self._files[LM_HEAD].path}: config.json says tie_word_embeddings, but {LM_HEAD} differs from "
                 f"{HF_EMBEDDING}: set tie_word_embeddings to false if the head is one of its own"
@@ -124,6 +112,7 @@ class HFSink:
         shard_bytes: int = 5_000_000_000,
     ) -> None:
         self.folder = Path(folder)
+        self.location = str(folder)
         self._config, self._dtype, self._companions = config, dtype, companions
         self._map = WeightMap(config)
         self._shards = self._plan(shard_bytes)

@@ -15,7 +15,6 @@ import numpy as np
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import tensor_table
 
 # "model": the weight, in the dtype it computes in. "master": its fp32 original, when that dtype is smaller.
 # "exp_avg", "exp_avg_sq": Adam's first and second moments, fp32.
@@ -75,6 +74,8 @@ class TensorSource(Protocol):
 class TensorSink(Protocol):
     """Somewhere to write global tensors to, in the tensor table's order."""
 
+    location: str
+
     def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None: ...
 
     def close(self) -> None:
@@ -103,7 +104,3 @@ def check_names(where: str, found: set[str], expected: set[str]) -> None:
             f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("left over", extra)) if names
         ]
         raise UserError(f"{where}: the tensors do not match the config. {'; '.join(parts)}")
-
-
-def expected_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-    return tensor_table(config)[name].shape

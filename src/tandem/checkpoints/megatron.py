@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.arrays import same_bits
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape, dtype_name
@@ -80,6 +81,7 @@ class MegatronSink:
         padded_vocab_size: int | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.location = str(folder)
         self.iteration = iteration
         self._config, self._layout, self._dtype = config, layout, dtype
         self._companions = companions or Companions()
@@ -96,9 +98,7 @@ class MegatronSink:
         assert kind == "model", f"a Megatron checkpoint written here holds no {kind}"
         check_shape("checkpoint to be written", name, tensor.shape, tensor_table(self._config)[name].shape)
         for shard in self._shards[name]:
-            part = cut(
-                tensor, shard.boxes, shard.spec.split.dim
-            )  # slices beyond the vocabulary come out shorter, or empty
+            part = cut(tensor, shard.boxes, shard.spec.split.dim)  # beyond the vocabulary: shorter, or empty
             part = _fill_rows(part, shard.shape[0]) if name in VOCABULARY else part
             self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], part)
         self._unwritten.discard(name)
@@ -207,7 +207,8 @@ class MegatronSource:
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
         held = [shard for shard in self._shards[name] if not _is_head_copy(shard)]
         tensor = self._replicated(held) if held[0].spec.split.dim is None else self._assembled(held)
-        self._check_head_copy(name)
+        for copy in filter(_is_head_copy, self._shards[name]):  # training must have kept it equal
+            self._check_equal(held[copy.tensor_rank], cut(tensor, copy.boxes, copy.spec.split.dim), copy)
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
 
     def _replicated(self, held: list[Shard]) -> np.ndarray:
@@ -225,15 +226,8 @@ class MegatronSource:
             paste(tensor, self._read(shard), shard.boxes, shard.spec.split.dim)
         return tensor
 
-    def _check_head_copy(self, name: str) -> None:
-        """With tied embeddings and several stages the last one holds a copy; training must have kept it equal."""
-        held = {shard.tensor_rank: shard for shard in self._shards[name] if not _is_head_copy(shard)}
-        for copy in filter(_is_head_copy, self._shards[name]):
-            original = held[copy.tensor_rank]
-            self._check_equal(original, self._read(original), copy)
-
     def _check_equal(self, shard: Shard, tensor: np.ndarray, other: Shard) -> None:
-        if not np.array_equal(tensor.view(np.uint8), self._read(other).view(np.uint8)):
+        if not same_bits(tensor, self._read(other)):
             raise UserError(
                 f"{self._file(other)}: {other.local_name} differs from {shard.local_name} in {self._file(shard)}; "
                 f"they are copies of one tensor and must be equal"

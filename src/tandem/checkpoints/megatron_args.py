@@ -65,7 +65,7 @@ def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: 
         "apply_layernorm_1p": False,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": config.add_qkv_bias,
         "untie_embeddings_and_output_weights": config.untie_embeddings_and_output_weights,
         "tie_word_embeddings": config.tied,
         "init_method_std": config.init_method_std,
@@ -94,7 +94,7 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
             supported = f"supported: {allowed[0]!r}" if allowed else "it must not be set"
             raise UserError(f"{where}: args say {key} = {args[key]!r}; {supported}")
     return ModelConfig(
-        model_type=_model_type(args),
+        model_type=_model_type(args, where),
         num_layers=_value(args, where, "num_layers") - len(noop_layers),
         hidden_size=_value(args, where, "hidden_size"),
         ffn_hidden_size=_value(args, where, "ffn_hidden_size", "intermediate_size"),
@@ -158,11 +158,14 @@ def _value(args: Args, where: str, *names: str) -> Any:
     raise UserError(f"{where}: args do not say {names[0]}: give the model's config.json")
 
 
-def _model_type(args: Args) -> str:
+def _model_type(args: Args, where: str) -> str:
     if args.get("model_type_hf") in FAMILIES:
         return args["model_type_hf"]
-    wanted = bool(args.get("qk_layernorm"))
-    return next(name for name, family in FAMILIES.items() if family.qk_layernorm == wanted)
+    wanted = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias"))
+    for name, family in FAMILIES.items():
+        if (family.qk_layernorm, family.add_qkv_bias) == wanted:
+            return name
+    raise UserError(f"{where}: args say qk_layernorm and add_qkv_bias; no supported family has both")
 
 
 def _states_query_groups(args: Args) -> bool:

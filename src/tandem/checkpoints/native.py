@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class NativeSink:
         documents: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.location = str(folder)
         self.iteration = iteration
         self._config, self._layout, self._dtypes, self._companions = config, layout, dict(dtypes), companions
         self._documents = dict(documents or {})
@@ -79,6 +81,7 @@ class NativeSink:
         self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
         self._writers = self._open_writers()
         self._index: dict[str, dict[str, Any]] = {}
+        self._hasher = ThreadPoolExecutor(1)
 
     def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
         check_shape("checkpoint to be written", name, tensor.shape, self._shards[name][0].spec.shape)
@@ -87,10 +90,10 @@ class NativeSink:
         slices = []
         for shard in self._unique(self._shards[name]):
             part = np.ascontiguousarray(cut(tensor, shard.boxes, shard.spec.split.dim), dtype=dtype)
-            digest = sha256(part)
+            digest = self._hasher.submit(sha256, part)
             file = self._file(shard, kind)
             self._writers[file].write(key, part)
-            slices.append({"file": file, "boxes": shard.boxes, "sha256": digest})
+            slices.append({"file": file, "boxes": shard.boxes, "sha256": digest.result()})
         spec = self._shards[name][0].spec
         self._index[key] = {
             "shape": spec.shape,
@@ -108,6 +111,7 @@ class NativeSink:
         ]
         if missing:
             raise UserError(f"{self.folder}: {missing[0]} was never written ({len(missing)} tensors missing)")
+        self._hasher.shutdown()
         for writer in self._writers.values():
             writer.close()
         work = self._publication.work
@@ -119,6 +123,7 @@ class NativeSink:
         write_text_atomically(self.folder / TRACKER, str(self.iteration))
 
     def abort(self) -> None:
+        self._hasher.shutdown()
         for writer in self._writers.values():
             writer.abort()
         self._publication.abort()
@@ -129,13 +134,7 @@ class NativeSink:
             "version": VERSION,
             "iteration": self.iteration,
             "model": self._config.to_dict(),
-            "layout": {
-                "tensor_model_parallel_size": self._layout.tensor_model_parallel_size,
-                "pipeline_model_parallel_size": self._layout.pipeline_model_parallel_size,
-                "num_layers_per_virtual_pipeline_stage": self._layout.num_layers_per_virtual_pipeline_stage,
-                "num_layer_list": self._layout.num_layer_list,
-                "noop_layers": self._layout.noop_layers,
-            },
+            "layout": asdict(self._layout),
             "kinds": self._dtypes,
             "tensors": self._index,
         }
@@ -182,7 +181,9 @@ class NativeSource:
         self._index = self._read_index()
         self.config = ModelConfig.from_dict(self._index["model"])
         self.companions = companions_of(self.folder / COMPANIONS)
-        self.layout: dict[str, Any] = self._index["layout"]
+        self.layout = Layout(
+            **{key: tuple(v) if isinstance(v, list) else v for key, v in self._index["layout"].items()}
+        )
         self._check()
 
     def kinds(self) -> tuple[Kind, ...]:

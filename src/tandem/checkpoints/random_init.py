@@ -15,7 +15,7 @@ from tandem.models.tensors import tensor_table
 
 class RandomSource:
     """Megatron's initialisation: normal(0, init_method_std); the projections that write to the residual stream
-    (`linear_proj`, `linear_fc2`) divided by sqrt(2 * num_layers); norms at one."""
+    (`linear_proj`, `linear_fc2`) divided by sqrt(2 * num_layers); norms at one, biases at zero."""
 
     def __init__(
         self, config: ModelConfig, seed: int, dtype: str = "float32", companions: Companions | None = None
@@ -37,6 +37,8 @@ class RandomSource:
         spec = self._table[name]
         if name.endswith("layernorm.weight"):
             return np.ones(spec.shape, self._dtype)
+        if name.endswith(".bias"):
+            return np.zeros(spec.shape, self._dtype)
         std = self.config.init_method_std
         if "linear_proj" in name or "linear_fc2" in name:
             std /= math.sqrt(2 * self.config.num_layers)

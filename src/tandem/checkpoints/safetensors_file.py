@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -70,14 +71,21 @@ class SafetensorsFile:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{self.path}: the header is not valid JSON; not a safetensors file") from error
+        if not isinstance(header, dict):
+            raise UserError(f"{self.path}: the header is not a JSON object; not a safetensors file")
         header.pop("__metadata__", None)
         return {name: self._entry(name, item, 8 + length, size) for name, item in header.items()}
 
-    def _entry(self, name: str, item: dict, base: int, file_size: int) -> Entry:
-        if item["dtype"] not in NAMES:
-            raise UserError(f"{self.path}: tensor {name} has dtype {item['dtype']}; supported: {', '.join(NAMES)}")
-        start, stop = item["data_offsets"]
-        entry = Entry(DTYPES[NAMES[item["dtype"]]], tuple(item["shape"]), base + start)
+    def _entry(self, name: str, item: Any, base: int, file_size: int) -> Entry:
+        try:
+            code, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self.path}: damaged: the header says {item!r} of tensor {name}") from None
+        if code not in NAMES:
+            raise UserError(f"{self.path}: tensor {name} has dtype {code}; supported: {', '.join(NAMES)}")
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise UserError(f"{self.path}: damaged: the header says {item!r} of tensor {name}")
+        entry = Entry(DTYPES[NAMES[code]], shape, base + start)
         if stop - start != entry.nbytes or base + stop > file_size:
             raise UserError(
                 f"{self.path}: tensor {name} should hold {entry.nbytes} bytes from byte {entry.start}; "

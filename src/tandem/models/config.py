@@ -21,14 +21,16 @@ class Family:
 
     model_type: str  # Hugging Face's `model_type`
     architecture: str  # Hugging Face's class name
-    qk_layernorm: bool
+    qk_layernorm: bool = False  # queries and keys are normalised, head by head
+    add_qkv_bias: bool = False  # queries, keys and values have a bias
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("qwen3", "Qwen3ForCausalLM", qk_layernorm=True),
-        Family("llama", "LlamaForCausalLM", qk_layernorm=False),
+        Family("qwen2", "Qwen2ForCausalLM", add_qkv_bias=True),
+        Family("llama", "LlamaForCausalLM"),
     )
 }
 
@@ -86,6 +88,10 @@ class ModelConfig:
         return self.family.qk_layernorm
 
     @property
+    def add_qkv_bias(self) -> bool:
+        return self.family.add_qkv_bias
+
+    @property
     def tied(self) -> bool:
         """The output head is the embedding."""
         return not self.untie_embeddings_and_output_weights
@@ -135,6 +141,8 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     for key, allowed in ONLY_SUPPORTED.items():
+        if key == "attention_bias" and FAMILIES[model_type].add_qkv_bias:
+            continue  # transformers does not read it in these families: their biases are fixed
         if hf.get(key) not in (*allowed, None):
             raise UserError(f"{where}: {key} = {hf[key]!r} is not supported; supported: {allowed[0]!r}")
     windowed = [kind for kind in hf.get("layer_types") or () if kind != "full_attention"]
@@ -157,7 +165,9 @@ def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = 
     `base` is the config the model came from: its other keys (token ids, layout of transformers 4 or 5) are kept.
     Without it, the older layout is written, which every version reads.
     """
-    hf = dict(base or {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True})
+    hf = dict(base or {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True})
+    if base is None and not config.add_qkv_bias:
+        hf["attention_bias"] = False
     hf["architectures"] = [config.family.architecture]
     hf["model_type"] = config.model_type
     for field, key in HF_KEYS.items():
@@ -192,7 +202,7 @@ def _value(hf: dict[str, Any], key: str, where: str) -> Any:
         return hf[key]
     if key == "num_key_value_heads":
         return _value(hf, "num_attention_heads", where)
-    if key == "head_dim" and hf["model_type"] == "llama":
+    if key == "head_dim" and hf["model_type"] in ("llama", "qwen2"):
         return _value(hf, "hidden_size", where) // _value(hf, "num_attention_heads", where)
     defaults = {"head_dim": 128, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
     if key not in defaults:

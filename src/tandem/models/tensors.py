@@ -77,6 +77,8 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
         ("mlp.linear_fc1.weight", (2 * ffn, hidden), GATE_UP),
         ("mlp.linear_fc2.weight", (hidden, ffn), ROW),
     ]
+    if config.add_qkv_bias:
+        layer_tensors.insert(2, ("self_attention.linear_qkv.bias", ((heads + 2 * groups) * head,), COLUMN))
     if config.qk_layernorm:
         layer_tensors[2:2] = [
             ("self_attention.q_layernorm.weight", (head,), REPLICATED),

@@ -129,13 +129,23 @@ QWEN3_LAYER: tuple[Row, ...] = (
     Rename("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
 )
 
+QWEN2_LAYER: tuple[Row, ...] = (
+    *LLAMA_LAYER,
+    GroupedQKV(
+        "self_attention.linear_qkv.bias",
+        q="self_attn.q_proj.bias",
+        k="self_attn.k_proj.bias",
+        v="self_attn.v_proj.bias",
+    ),
+)
+
 OUTSIDE_LAYERS: tuple[Row, ...] = (
     Rename(EMBEDDING, "model.embed_tokens.weight"),
     Rename(FINAL_NORM, "model.norm.weight"),
     Rename(OUTPUT, "lm_head.weight"),
 )
 
-LAYER_ROWS: dict[str, tuple[Row, ...]] = {"qwen3": QWEN3_LAYER, "llama": LLAMA_LAYER}
+LAYER_ROWS: dict[str, tuple[Row, ...]] = {"qwen3": QWEN3_LAYER, "qwen2": QWEN2_LAYER, "llama": LLAMA_LAYER}
 
 LM_HEAD = "lm_head.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"

@@ -8,6 +8,7 @@ consecutive layers per pipeline stage, or, with virtual stages, chunk `k` of sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -42,6 +43,11 @@ class Layout:
     num_layers_per_virtual_pipeline_stage: int | None = None
     num_layer_list: tuple[int, ...] | None = None
     noop_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Layout:
+        """The inverse of `dataclasses.asdict`, also when JSON has made lists of tuples."""
+        return cls(**{field: tuple(value) if isinstance(value, list) else value for field, value in values.items()})
 
     def stages(self, num_layers: int) -> Stages:
         """Where each of `num_layers` layers goes.
