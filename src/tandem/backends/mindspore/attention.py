@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Tensor, ops
 
+from tandem.backends.mindspore.functional import normalise, normalise_backward
 from tandem.backends.mindspore.parallel import split_work
-from tandem.backends.mindspore.rowwise import normalise, normalise_backward
 from tandem.backends.mindspore.weight import Pullback, Weight, empty
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
@@ -213,6 +213,7 @@ def _forward(heads: _Heads, out: np.ndarray) -> np.ndarray:
 
 
 def _forward_block(block: _Block, out: np.ndarray) -> np.ndarray:
+    """The same for one block: `out` [G, A/G, rows, d], log-sum-exp [G, A/G, rows, 1]."""
     scores_tensor = _product_tb(block.query, block.keys)
     scores = block.unstack(scores_tensor)
     totals = np.empty((*scores.shape[:3], 1), np.float32)

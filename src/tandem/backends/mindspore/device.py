@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import Tensor
 
-from tandem.backends.mindspore import attention, loss, npu, rowwise
+from tandem.backends.mindspore import attention, functional, loss, npu
 from tandem.backends.mindspore.weight import Pullback
 from tandem.errors import UserError
 
@@ -23,6 +23,7 @@ class Kernels:
 
     Attributes:
         bf16: matrix products in bfloat16 exist.
+        fp32_notice: what the user should know when computing in fp32.
     """
 
     embedding: Differentiable
@@ -35,18 +36,19 @@ class Kernels:
     scale: Callable[[Tensor, float], None]
     sum_of_squares: Callable[[Tensor], float]
     bf16: bool
+    fp32_notice: str = ""
 
 
 CPU = Kernels(
-    embedding=rowwise.embedding,
-    select_rows=rowwise.select_rows,
-    rms_norm=rowwise.rms_norm,
-    swiglu=rowwise.swiglu,
+    embedding=functional.embedding,
+    select_rows=functional.select_rows,
+    rms_norm=functional.rms_norm,
+    swiglu=functional.swiglu,
     attention=attention.attention,
     cross_entropy=loss.cross_entropy,
-    zeros=rowwise.zeros,
-    scale=rowwise.scale,
-    sum_of_squares=rowwise.sum_of_squares,
+    zeros=functional.zeros,
+    scale=functional.scale,
+    sum_of_squares=functional.sum_of_squares,
     bf16=False,
 )
 
@@ -61,6 +63,7 @@ NPU = Kernels(
     scale=npu.scale,
     sum_of_squares=npu.sum_of_squares,
     bf16=True,
+    fp32_notice="fp32: flash attention on Ascend computes in bf16; the rest computes in fp32",
 )
 
 _DEVICES = {"cpu": ("CPU", "mccl", CPU), "npu": ("Ascend", "hccl", NPU)}

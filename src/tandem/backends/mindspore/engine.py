@@ -42,6 +42,8 @@ class MindSporeEngine:
         bf16 = settings.bf16 and self._kernels.bf16
         if settings.bf16 and not bf16:
             self.notices.append("bf16: MindSpore multiplies no bf16 matrices on CPU; computing in fp32 instead")
+        if not bf16 and self._kernels.fp32_notice:
+            self.notices.append(self._kernels.fp32_notice)
         self.param_dtype = "bfloat16" if bf16 else "float32"
         self._weights = {name: self._new_weight(spec.shape, bf16) for name, spec in tensor_table(config).items()}
         self._decoder = Decoder(config, self._weights, self._kernels, settings.recompute_layers)

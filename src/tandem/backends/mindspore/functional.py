@@ -1,4 +1,4 @@
-"""Token-wise functions on CPU: embedding, row selection, RMSNorm, SwiGLU.
+"""Everything on CPU that is no product: embedding, RMSNorm, SwiGLU, and what the optimizer does besides Adam.
 
 MindSpore's element-wise CPU kernels broadcast and reduce slowly, so these run in NumPy over the tensors' own memory.
 """
@@ -20,7 +20,7 @@ BLOCK = 64
 def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
     """Rows of weight [v, h] for tokens [t]: [t, h]. The pullback's result is of no use."""
     vectors, rows = empty(len(tokens), weight.value.shape[1])
-    np.take(weight.value.asnumpy(), tokens, axis=0, out=rows, mode="clip")
+    rows[...] = weight.value.asnumpy()[tokens]
 
     def backward(gradient: Tensor) -> Tensor:
         buffer = weight.gradient_rows()
@@ -37,7 +37,7 @@ def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
 def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
     """x [t, h] -> x[rows]; `rows` are distinct."""
     selected, values = empty(len(rows), x.shape[1])
-    np.take(x.asnumpy(), rows, axis=0, out=values, mode="clip")
+    values[...] = x.asnumpy()[rows]
     shape = x.shape
 
     def backward(gradient: Tensor) -> Tensor:
@@ -90,7 +90,8 @@ def normalise_backward(
 
     With y = x * rstd and g = d_normed * gamma: d_x = rstd * (g - y * mean(g * y)).
     """
-    y = x * rstd
+    y = np.empty(x.shape, np.float32)
+    np.multiply(x, rstd, out=y)
     d_gamma: np.ndarray = np.einsum("rn,rn->n", d_normed.reshape(-1, len(gamma)), y.reshape(-1, len(gamma)))
     np.multiply(d_normed, gamma, out=out)
     y *= np.einsum("...n,...n->...", out, y)[..., None] / np.float32(len(gamma))
@@ -150,12 +151,14 @@ def _over_blocks(function: Callable[[slice], None], rows: int, elements: int) ->
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
+    """An fp32 tensor of zeros."""
     tensor, values = empty(*shape)
     fill_zero(values)
     return tensor
 
 
 def fill_zero(values: np.ndarray) -> None:
+    """In place, over all cores."""
     split_work(lambda part: values[part].fill(0), len(values), values.size)
 
 
@@ -166,11 +169,11 @@ def scale(tensor: Tensor, factor: float) -> None:
 
 
 def sum_of_squares(tensor: Tensor) -> float:
+    """Of all elements, in fp32 over short runs and in fp64 over those."""
     values = tensor.asnumpy().reshape(-1)
 
     def run(part: slice) -> float:
         starts = range(part.start, part.stop, 2**16)
-        # fp32 sums over short runs, then exact ones over many
         runs = (values[start : min(start + 2**16, part.stop)] for start in starts)
         return sum(float(np.einsum("n,n->", run, run)) for run in runs)
 
