@@ -104,3 +104,20 @@ def test_a_damaged_or_newer_record_is_named(tmp_path: Path) -> None:
     path.write_text(content[:-20])
     with pytest.raises(UserError, match="not a valid record"):
         check_record(tmp_path / "sft", tokenizer)
+
+
+def test_c3_a_record_speaks_for_its_own_files_only(tmp_path: Path) -> None:
+    """Text and conversations under one output prefix would overwrite each other's record."""
+    tokenizer = conversations(tmp_path)
+    text = write_jsonl(tmp_path / "text.jsonl", {"text": "plain"})
+    with pytest.raises(
+        UserError, match=r"sft\.json: is the record of sft_packed_input_ids_document.*sft_text_document"
+    ):
+        preprocess(PreprocessOptions((str(text),), str(tmp_path / "sft"), str(tmp_path / "tokenizer")))
+    assert not list(tmp_path.glob("sft_text*"))
+    assert read_record(tmp_path / "sft_packed_labels_document") is not None
+    assert read_record(tmp_path / "sft_text_document") is None  # sft.json is not about these files
+    notice = check_record(tmp_path / "sft_text_document", tokenizer)
+    assert notice is not None
+    assert "no record beside the data" in notice
+    conversations(tmp_path)  # the same set of files may be made again

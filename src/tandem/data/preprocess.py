@@ -134,20 +134,21 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     """
     files = expand_input(options.input)
     folder = _output_folder(options.output_prefix)
-    require_own(options.output_prefix)
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     job, template, handler_name = _job(options, files, tokenizer)
     name = sft_prefix if template else text_prefix
     prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
+    names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
+    require_own(options.output_prefix, names)
 
     with RejectsFile(options.output_prefix, options.on_bad) as rejects:
         if options.pack:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacked-") as scratch:
                 unpacked = {key: f"{scratch}/{key}" for key in ("input_ids", "labels")}
-                counts, dropped = _tokenize_to(unpacked, job, files, options, rejects, progress)
+                counts, dropped = _tokenize_to(unpacked, job, files, options, names, rejects, progress)
                 _pack(unpacked, prefixes, tokenizer, options)
         else:
-            counts, dropped = _tokenize_to(prefixes, job, files, options, rejects, progress)
+            counts, dropped = _tokenize_to(prefixes, job, files, options, names, rejects, progress)
 
     summary = PreprocessSummary(
         prefixes=prefixes,
@@ -162,7 +163,7 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         text_bytes=counts["text_bytes"],
         rejects=str(rejects.path) if rejects.count else None,
     )
-    write_record(options.output_prefix, _record(options, handler_name, tokenizer, template, files, summary))
+    write_record(options.output_prefix, names, _record(options, handler_name, tokenizer, template, files, summary))
     return summary
 
 
@@ -218,6 +219,7 @@ def _tokenize_to(
     job: ChunkTokenizer,
     files: Sequence[Path],
     options: PreprocessOptions,
+    names: Mapping[str, str],
     rejects: RejectsFile,
     progress: Progress | None,
 ) -> tuple[Counter[str], Counter[str]]:
@@ -243,7 +245,7 @@ def _tokenize_to(
                 f"{', '.join(map(str, files))}: nothing kept of {counts['documents']} documents; "
                 f"rejected {rejects.count}, dropped {dict(dropped)}{first}"
             )
-        remove_record(options.output_prefix)  # an old record must never meet the new data
+        remove_record(options.output_prefix, names)  # an old record must never meet the new data
     return counts, dropped
 
 
@@ -274,7 +276,6 @@ def _record(
     counts = asdict(summary)
     del counts["prefixes"], counts["rejects"]
     return {
-        "files": {key: os.path.basename(prefix) for key, prefix in summary.prefixes.items()},
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_entry(template) if template else None,
         "options": {**recorded, "handler_name": handler_name},

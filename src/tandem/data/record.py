@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from tandem.data.naming import sft_prefix, text_prefix
 from tandem.data.templates import PromptTemplate
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -46,24 +47,33 @@ def source_entry(file: Path) -> dict[str, Any]:
     return {"file": str(file), "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def remove_record(prefix: str | os.PathLike[str]) -> None:
+def remove_record(prefix: str | os.PathLike[str], files: Mapping[str, str]) -> None:
     """Remove the record of an earlier run, before its data are replaced."""
-    require_own(prefix)
+    require_own(prefix, files)
     record_path(prefix).unlink(missing_ok=True)
 
 
-def require_own(prefix: str | os.PathLike[str]) -> None:
-    """Raise UserError if the record's place is taken by another file, such as the input itself."""
+def require_own(prefix: str | os.PathLike[str], files: Mapping[str, str]) -> None:
+    """Raise UserError if the record's place is taken: by another file, such as the input itself, or by the record of
+    other data. `files` are the names of the `.bin/.idx` pairs, by key."""
     path = record_path(prefix)
-    if path.exists() and not (path.is_file() and _is_record(path)):
+    if not path.exists():
+        return
+    if not (path.is_file() and _is_record(path)):
         raise UserError(f"{path}: the record would go there, but the file is not one; choose another output_prefix")
+    recorded = _load(path)["files"]
+    if recorded != dict(files):
+        raise UserError(
+            f"{path}: is the record of {', '.join(recorded.values())}, and one record cannot speak for "
+            f"{', '.join(files.values())} too; choose another output_prefix"
+        )
 
 
-def write_record(prefix: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Publish the record in one step."""
+def write_record(prefix: str | os.PathLike[str], files: Mapping[str, str], content: Mapping[str, Any]) -> None:
+    """Publish the record of `files` in one step."""
     path = record_path(prefix)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    header = {"format": FORMAT, "version": VERSION}
+    header = {"format": FORMAT, "version": VERSION, "files": dict(files)}
     part.write_bytes(orjson.dumps({**header, **content}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     os.replace(part, path)
 
@@ -71,17 +81,11 @@ def write_record(prefix: str | os.PathLike[str], content: Mapping[str, Any]) -> 
 def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
     """The record of a dataset, by output prefix or by the prefix of one of its `.bin/.idx` pairs; None without one."""
     for path in _candidates(os.fspath(data_path)):
-        if not path.is_file():
+        if not path.is_file() or not _is_record(path):
             continue
-        if not _is_record(path):
-            continue
-        try:
-            content = orjson.loads(path.read_bytes())
-        except orjson.JSONDecodeError as error:
-            raise UserError(f"{path}: not a valid record: {error}; preprocess again, or remove it") from None
-        if content.get("version") != VERSION:
-            raise UserError(f"{path}: record version {content.get('version')}, this version of tandem reads {VERSION}")
-        return path, content
+        content = _load(path)
+        if _speaks_for(content, os.path.basename(os.fspath(data_path))):
+            return path, content
     return None
 
 
@@ -136,6 +140,23 @@ def _is_record(path: Path) -> bool:
     """By its first bytes: a data file of any size may have the name of a record."""
     with path.open("rb") as file:
         return file.read(len(_BEGINNING)) == _BEGINNING
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not a valid record: {error}; preprocess again, or remove it") from None
+    if content.get("version") != VERSION:
+        raise UserError(f"{path}: record version {content.get('version')}, this version of tandem reads {VERSION}")
+    return dict(content)
+
+
+def _speaks_for(record: Mapping[str, Any], name: str) -> bool:
+    """Whether a data path of this name is one of the record's pairs, or their output prefix."""
+    return name in record["files"].values() or all(
+        file in (sft_prefix(name, key), text_prefix(name, key)) for key, file in record["files"].items()
+    )
 
 
 def _candidates(data_path: str) -> Iterator[Path]:

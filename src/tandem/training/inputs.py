@@ -80,7 +80,7 @@ def _check(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tupl
         return [notice], None
     found = read_record(prefix)
     assert found is not None
-    return [], found[1]["template"]
+    return [], found[1]["template"] if data.is_instruction_dataset else None
 
 
 def _named_template(prefix: str, data: DataSettings) -> PromptTemplate | None:
