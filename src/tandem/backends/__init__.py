@@ -16,6 +16,11 @@ from tandem.models.config import ModelConfig
 FRAMEWORKS = {"mindspore": "mindspore", "torch": "torch", "pytorch": "torch"}
 
 
+def installed_frameworks() -> list[str]:
+    """The packages of FRAMEWORKS that can be imported here, PyTorch first."""
+    return [name for name in ("torch", "mindspore") if importlib.util.find_spec(name) is not None]
+
+
 def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> Engine:
     """Build an engine with undefined weights: load some before use.
 

@@ -28,6 +28,6 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def _pieces(tensor: np.ndarray, bits: type) -> Iterator[np.ndarray]:
-    flat = np.ascontiguousarray(tensor).reshape(-1).view(bits)
+    flat: np.ndarray = np.ascontiguousarray(tensor).reshape(-1).view(bits)
     for start in range(0, flat.size, PIECE):
         yield flat[start : start + PIECE]

@@ -1,59 +1,30 @@
-"""`tandem convert` and `tandem export`: choose a source and a sink, and copy."""
+"""`tandem convert`: choose a source and a sink, and copy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from tandem.checkpoints.convert_options import ConvertOptions
 from tandem.checkpoints.copy import Progress, copy
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.hf import HFSink, companions_of
+from tandem.checkpoints.hf import HFSink, HFSource, companions_of
 from tandem.checkpoints.interface import DTYPE_ALIASES, Companions, TensorSink, TensorSource, dtype_name
-from tandem.checkpoints.megatron import MegatronSink
+from tandem.checkpoints.megatron import MegatronSink, pad_vocab_size
 from tandem.checkpoints.native import NativeSink
+from tandem.checkpoints.publish import publishing
 from tandem.checkpoints.random_init import RandomSource
+from tandem.checkpoints.views import Cast, FirstLayers
 from tandem.errors import UserError
-from tandem.models.config import from_hf, hf_dtype
-from tandem.models.tensors import EMBEDDING, tensor_table
-from tandem.parallel.layout import Layout
+from tandem.models.config import ModelConfig, from_hf, hf_dtype
+from tandem.models.tensors import parameter_count, tensor_table
 
 MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as upstream's converters write it
 
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """Options of `tandem convert`, named as the flags of MindSpeed-LLM's converters."""
-
-    load_model_type: Literal["hf", "mg", "random"] = "hf"
-    """What --load-dir holds: hf, mg (native or torch, recognised), or random: random weights for a config.json."""
-    save_model_type: Literal["mg", "hf"] = "mg"
-    """What to write: mg (Megatron-core layout) or hf."""
-    load_dir: str
-    """Source folder; with random, the folder that holds config.json and the tokenizer."""
-    save_dir: str
-    """Target folder; must not hold anything yet. For hf, a folder with a model is taken as the origin of config and
-    tokenizer, and the weights go to its subfolder mg2hf, as upstream does."""
-    target_tensor_parallel_size: int = 1
-    """Tensor-parallel ranks to write for."""
-    target_pipeline_parallel_size: int = 1
-    """Pipeline stages to write for."""
-    num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of a chunk, for interleaved stages."""
-    num_layer_list: str | None = None
-    """Layers of each stage, such as 10,18; excludes virtual stages and noop layers."""
-    noop_layers: str | None = None
-    """Slots left empty, such as 0,29, counted in the stack that they lengthen."""
-    params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Dtype to write; default: the source's."""
-    ckpt_format: Literal["native", "torch"] = "native"
-    """mg layout on disk: native (safetensors) or torch (Megatron-LM's and MindSpeed's pickles)."""
-    model_type_hf: str | None = None
-    """Family that the source must have, such as qwen3."""
-    hf_cfg_dir: str | None = None
-    """For hf: take config and tokenizer files from this folder."""
-    seed: int = 1234
-    """Seed of random weights."""
+# called with what was to be written and with what can be read back, before the result becomes visible
+Check = Callable[[TensorSource, TensorSource], None]
 
 
 @dataclass(frozen=True)
@@ -65,65 +36,47 @@ class Converted:
     tensors: int
     parameters: int
 
+    @classmethod
+    def of(cls, folder: Path, iteration: int | None, config: ModelConfig) -> Converted:
+        return cls(folder, iteration, len(tensor_table(config)), parameter_count(config))
 
-def convert(options: ConvertOptions, progress: Progress | None = None) -> Converted:
+
+def convert(options: ConvertOptions, progress: Progress | None = None, check: Check | None = None) -> Converted:
     """Read the source, write the target; it appears whole or not at all.
+
+    Args:
+        check: what it raises keeps the target from appearing.
 
     Raises:
         UserError: bad options, a source that is incomplete or damaged, or a target that exists.
     """
-    if (options.load_model_type, options.save_model_type) == ("hf", "hf"):
-        raise UserError("--load-model-type hf --save-model-type hf: nothing to convert")
-    source = _open(options)
-    if options.model_type_hf not in (None, source.config.model_type):
-        raise UserError(f"--model-type-hf {options.model_type_hf}: {options.load_dir} holds {source.config.model_type}")
-    dtype = DTYPE_ALIASES[options.params_dtype] if options.params_dtype else dtype_name(source.dtype(EMBEDDING))
-    table = tensor_table(source.config)
-    sink, folder = _sink(options, source, dtype)
-    copy(source, sink, progress=progress)
+    options.check()
+    folder, origin = _target(options)
+    source = _open(options, origin)
+    companions = companions_for(source, origin)
+    if options.num_layers is not None:
+        source = FirstLayers(source, options.num_layers)
+    source = with_one_dtype(source, options.params_dtype)
+    with publishing(folder) as work:
+        copy(source, _sink(work, options, source, companions), progress=progress)
+        if check:
+            check(source, open_source(work))
     iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
-    return Converted(folder, iteration, len(table), sum(spec.numel for spec in table.values()))
+    return Converted.of(folder, iteration, source.config)
 
 
-def layout_of(options: ConvertOptions) -> Layout:
-    """The target layout that the flags describe."""
-    return Layout(
-        tensor_model_parallel_size=options.target_tensor_parallel_size,
-        pipeline_model_parallel_size=options.target_pipeline_parallel_size,
-        num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
-        num_layer_list=_numbers("--num-layer-list", options.num_layer_list),
-        noop_layers=_numbers("--noop-layers", options.noop_layers) or (),
-    )
+def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSource:
+    """The weights of `source` in the dtype asked for, or in its own.
 
-
-def _open(options: ConvertOptions) -> TensorSource:
-    if options.load_model_type == "random":
-        companions = companions_of(options.load_dir)
-        hf: dict[str, Any] = companions.hf_config or {}
-        dtype = DTYPE_ALIASES.get(options.params_dtype or hf_dtype(hf) or "float32", "float32")
-        config = from_hf(hf, where=f"{options.load_dir}/config.json")
-        return RandomSource(config, options.seed, dtype, companions)
-    source = open_source(options.load_dir)
-    is_hf = (Path(options.load_dir) / "config.json").exists()
-    if is_hf != (options.load_model_type == "hf"):
-        found = "a Hugging Face folder" if is_hf else "a Megatron-core checkpoint"
-        raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {found}")
-    return source
-
-
-def _sink(options: ConvertOptions, source: TensorSource, dtype: str) -> tuple[TensorSink, Path]:
-    folder, companions = Path(options.save_dir), source.companions
-    if options.save_model_type == "hf":
-        origin = options.hf_cfg_dir
-        if (folder / "config.json").exists():
-            origin, folder = origin or str(folder), folder / "mg2hf"
-        return HFSink(folder, source.config, dtype, companions_for(source, origin)), folder
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--save-dir {folder} is not empty: remove it or choose another place")
-    layout = layout_of(options)
-    if options.ckpt_format == "torch":
-        return MegatronSink(folder, source.config, layout, dtype, MCORE_ITERATION, companions), folder
-    return NativeSink(folder, source.config, layout, {"model": dtype}, MCORE_ITERATION, companions), folder
+    Raises:
+        UserError: none is asked for and the source has several.
+    """
+    if params_dtype is None:
+        dtypes = sorted({dtype_name(source.dtype(name)) for name in tensor_table(source.config)})
+        if len(dtypes) > 1:
+            raise UserError(f"{source.location} holds {' and '.join(dtypes)}: choose one with --params-dtype")
+        params_dtype = dtypes[0]
+    return Cast(source, DTYPE_ALIASES[params_dtype])
 
 
 def companions_for(source: TensorSource, origin: str | None) -> Companions:
@@ -131,8 +84,7 @@ def companions_for(source: TensorSource, origin: str | None) -> Companions:
     if origin is None:
         return source.companions
     companions = companions_of(origin)
-    config = from_hf(companions.hf_config or {}, where=f"{origin}/config.json")
-    given, actual = config.to_dict(), source.config.to_dict()
+    given, actual = _config_of(origin).to_dict(), source.config.to_dict()
     different = [
         f"{name} is {given[name]} there, {actual[name]} in the checkpoint"
         for name in given
@@ -143,10 +95,71 @@ def companions_for(source: TensorSource, origin: str | None) -> Companions:
     return companions
 
 
-def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{flag} {text!r}: expected numbers separated by commas, such as 4,4") from None
+def _target(options: ConvertOptions) -> tuple[Path, str | None]:
+    """Where to write, and the folder that config and tokenizer come from (None: the source's own)."""
+    folder = Path(options.save_dir)
+    if options.save_model_type == "hf" and (folder / "config.json").exists():
+        return folder / "mg2hf", options.hf_cfg_dir or str(folder)
+    return folder, options.hf_cfg_dir
+
+
+def _open(options: ConvertOptions, origin: str | None) -> TensorSource:
+    source = _open_random(options) if options.load_model_type == "random" else _open_stored(options, origin)
+    if options.model_type_hf not in (None, source.config.model_type):
+        raise UserError(f"--model-type-hf {options.model_type_hf}: {options.load_dir} holds {source.config.model_type}")
+    options.stated.check(source.config, options.load_dir)
+    return source
+
+
+def _open_random(options: ConvertOptions) -> TensorSource:
+    companions = companions_of(options.load_dir)
+    hf: dict[str, Any] = companions.hf_config or {}
+    dtype = DTYPE_ALIASES.get(options.params_dtype or hf_dtype(hf) or "float32", "float32")
+    return RandomSource(_config_of(options.load_dir), options.seed, dtype, companions)
+
+
+def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
+    noop_layers, num_layer_list = options.source_layers()
+    source = open_source(
+        options.load_dir,
+        options.ckpt_step,
+        config=_config_of(origin) if origin else None,
+        noop_layers=noop_layers,
+        num_layer_list=num_layer_list,
+    )
+    is_hf = isinstance(source, HFSource)
+    if is_hf != (options.load_model_type == "hf"):
+        found = "a Hugging Face folder" if is_hf else "a Megatron-core checkpoint"
+        raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {found}")
+    return source
+
+
+def _config_of(folder: str) -> ModelConfig:
+    return from_hf(companions_of(folder).hf_config or {}, where=f"{folder}/config.json")
+
+
+def _sink(work: Path, options: ConvertOptions, source: TensorSource, companions: Companions) -> TensorSink:
+    config = source.config
+    dtype = dtype_name(source.dtype(next(iter(tensor_table(config)))))
+    if options.save_model_type == "hf":
+        return HFSink(work, config, dtype, companions)
+    layout = options.target_layout()
+    if options.ckpt_format == "native":
+        return NativeSink(work, config, layout, {"model": dtype}, MCORE_ITERATION, companions)
+    return MegatronSink(
+        work,
+        config,
+        layout,
+        dtype,
+        MCORE_ITERATION,
+        companions,
+        _padded_vocab_size(options, config),
+        transformer_engine=options.transformer_impl == "transformer_engine",
+    )
+
+
+def _padded_vocab_size(options: ConvertOptions, config: ModelConfig) -> int | None:
+    if options.make_vocab_size_divisible_by is None:
+        return options.padded_vocab_size
+    size = pad_vocab_size(config.vocab_size, options.make_vocab_size_divisible_by, options.target_tensor_parallel_size)
+    return max(size, options.padded_vocab_size or 0)

@@ -6,27 +6,41 @@ from pathlib import Path
 
 from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.hf import HFSource
-from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.interface import TensorSource, check_recorded
 from tandem.checkpoints.megatron import FILE, MegatronSource, is_megatron
 from tandem.checkpoints.native import INDEX, NativeSource
 from tandem.errors import UserError
+from tandem.models.config import ModelConfig
 
 
-def open_source(folder: str | Path, iteration: int | None = None) -> TensorSource:
+def open_source(
+    folder: str | Path,
+    iteration: int | None = None,
+    *,
+    config: ModelConfig | None = None,
+    noop_layers: tuple[int, ...] | None = None,
+    num_layer_list: tuple[int, ...] | None = None,
+) -> TensorSource:
     """Recognise what a folder holds, and open it.
 
+    Args:
+        config, noop_layers, num_layer_list: what a Megatron `torch` checkpoint may leave unsaid.
+
     Raises:
-        UserError: it is missing, or is neither a Hugging Face folder nor a checkpoint.
+        UserError: it is missing, is neither a Hugging Face folder nor a checkpoint, or contradicts what is said of it.
     """
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist: expected a Hugging Face folder or a checkpoint folder")
     if (folder / "config.json").exists():
         return HFSource(folder)
-    if (find_iteration(folder, iteration) / INDEX).exists():
-        return NativeSource(folder, iteration)
     if is_megatron(folder, iteration):
-        return MegatronSource(folder, iteration)
-    raise UserError(
-        f"{find_iteration(folder, iteration)} holds neither {INDEX} (native) nor mp_rank_*/{FILE} (Megatron torch)"
-    )
+        return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
+    if not (find_iteration(folder, iteration) / INDEX).exists():
+        raise UserError(
+            f"{find_iteration(folder, iteration)} holds neither {INDEX} (native) nor mp_rank_*/{FILE} (Megatron torch)"
+        )
+    source = NativeSource(folder, iteration)
+    check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
+    check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)
+    return source

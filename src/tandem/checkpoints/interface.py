@@ -104,3 +104,9 @@ def check_names(where: str, found: set[str], expected: set[str]) -> None:
             f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("left over", extra)) if names
         ]
         raise UserError(f"{where}: the tensors do not match the config. {'; '.join(parts)}")
+
+
+def check_recorded(field: str, given: Any, recorded: Any, where: str) -> None:
+    """Raise UserError, with both values, when what is said of a checkpoint contradicts what it records."""
+    if given is not None and given != recorded:
+        raise UserError(f"{field} {given} contradicts {where}, which records {recorded}")

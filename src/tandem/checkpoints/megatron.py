@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from tandem.checkpoints.arrays import same_bits
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape, dtype_name
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_recorded, check_shape, dtype_name
 from tandem.checkpoints.megatron_args import check_agreement, config_from_args, numbers, to_args
 from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
 from tandem.checkpoints.torch_file import LazyTensor, PendingTensor, TorchFileWriter, load
@@ -65,6 +65,7 @@ class MegatronSink:
     Args:
         padded_vocab_size: rows of embedding and output head, filled up with zeros; None for the vocabulary itself,
             which tensor_model_parallel_size must then divide. `pad_vocab_size` computes Megatron's number.
+        transformer_engine: name the norms as Transformer Engine's fused layers do.
 
     Raises:
         UserError: the model cannot be laid out like this, or the disk is too small.
@@ -79,12 +80,14 @@ class MegatronSink:
         iteration: int = 1,
         companions: Companions | None = None,
         padded_vocab_size: int | None = None,
+        transformer_engine: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.location = str(folder)
         self.iteration = iteration
         self._config, self._layout, self._dtype = config, layout, dtype
         self._companions = companions or Companions()
+        self._fused = {norm: name for name, norm in FUSED_NORMS.items()} if transformer_engine else {}
         self._padded = replace(config, vocab_size=padded_vocab_size or config.vocab_size)
         self._check_vocabulary()
         self._shards = _shards_of(self._padded, layout)
@@ -148,7 +151,7 @@ class MegatronSink:
             for shard in found:
                 if (shard.tensor_rank, shard.pipeline_rank) == (tensor_rank, pipeline_rank):
                     pending = PendingTensor(DTYPES[self._dtype], shard.shape)
-                    self._pending[shard] = models[shard.chunk][shard.local_name] = pending
+                    self._pending[shard] = models[shard.chunk][_renamed(shard.local_name, self._fused)] = pending
         content = {
             "args": to_args(self._config, self._layout, self._dtype, self._padded.vocab_size),
             "checkpoint_version": CHECKPOINT_VERSION,
@@ -189,7 +192,10 @@ class MegatronSource:
         self._ranks = _open_ranks(self.folder)
         first = self._ranks[0, 0]
         self.trainer_state = first.trainer_state
-        noop = numbers(first.args.get("noop_layers")) if noop_layers is None else noop_layers
+        recorded = numbers(first.args.get("noop_layers"))
+        if recorded:
+            check_recorded("noop_layers", noop_layers, recorded, self.location)
+        noop = noop_layers or recorded
         has_companions = (self.folder / COMPANIONS).is_dir()
         self.companions = companions_of(self.folder / COMPANIONS) if has_companions else Companions()
         self.config = self._model(config, noop)
@@ -409,7 +415,13 @@ def _chunk(path: Path, tensors: dict[str, Any]) -> Chunk:
             continue
         if not isinstance(tensor, LazyTensor):
             raise UserError(f"{path}: {name} is a {type(tensor).__name__}; expected a tensor")
-        layer = LAYER.match(name)
-        rest = name[layer.end() :] if layer else name
-        chunk[(layer[0] if layer else "") + FUSED_NORMS.get(rest, rest)] = tensor
+        chunk[_renamed(name, FUSED_NORMS)] = tensor
     return chunk
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """`name` with its part behind the layer number exchanged, if it is one of `names`."""
+    layer = LAYER.match(name)
+    prefix = layer[0] if layer else ""
+    rest = name.removeprefix(prefix)
+    return prefix + names.get(rest, rest)

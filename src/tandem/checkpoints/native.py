@@ -181,9 +181,7 @@ class NativeSource:
         self._index = self._read_index()
         self.config = ModelConfig.from_dict(self._index["model"])
         self.companions = companions_of(self.folder / COMPANIONS)
-        self.layout = Layout(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in self._index["layout"].items()}
-        )
+        self.layout = Layout.from_dict(self._index["layout"])
         self._check()
 
     def kinds(self) -> tuple[Kind, ...]:

@@ -4,25 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tandem.checkpoints.convert import Converted, ConvertOptions, convert
+from tandem.backends import installed_frameworks
+from tandem.checkpoints.convert import Check, Converted, convert
+from tandem.checkpoints.convert_options import ConvertOptions
+from tandem.checkpoints.interface import TensorSource
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import CONVERT_IGNORED, split_ignored
+from tandem.errors import UserError
+from tandem.inference.verify import verify
+from tandem.models.tensors import parameter_count
 
 DESCRIPTION = (
     "Convert weights: Hugging Face -> Megatron-core layout for any TP and PP, back, and from one layout to another. "
     "The training commands load any layout, so one conversion serves all of them."
 )
+VERIFIED_PARAMETERS = 200_000_000  # models up to this size are verified unasked
 
 
 def run(argv: Sequence[str]) -> None:
     rest, notices = split_ignored(argv, CONVERT_IGNORED)
     options = parse_dataclass(ConvertOptions, "convert", DESCRIPTION, rest)
+    if idle := options.without_effect():
+        notices.append(f"accepted, without effect for this target: {' '.join(idle)}")
     for notice in notices:
         print(f"> {notice}")
     with byte_progress("converting") as progress:
-        result = convert(options, progress)
+        result = convert(options, progress, verification(options))
     print_result(result)
+
+
+def verification(options: ConvertOptions) -> Check | None:
+    """The check of logits that the options ask for; None when they forbid it.
+
+    Raises:
+        UserError: it is asked for, and no framework is installed.
+    """
+    frameworks = [options.ai_framework] if options.ai_framework else installed_frameworks()
+    if options.verify and not frameworks:
+        raise UserError("--verify needs torch or mindspore, and neither is installed")
+    if options.no_verify:
+        return None
+
+    def check(source: TensorSource, result: TensorSource) -> None:
+        size = parameter_count(source.config)
+        if not options.verify and (size > VERIFIED_PARAMETERS or not frameworks):
+            reason = f"{size:,} parameters" if frameworks else "neither torch nor mindspore is installed"
+            print(f"logits not compared ({reason}); --verify compares them", flush=True)
+            return
+        print(f"verified with {frameworks[0]}: {verify(source, result, frameworks[0])}", flush=True)
+
+    return check
 
 
 def print_result(result: Converted) -> None:

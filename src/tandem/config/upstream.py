@@ -10,10 +10,12 @@ from tandem.errors import UserError
 
 @dataclass(frozen=True)
 class Ignored:
-    """`values`: how many words follow the flag. `allowed`: what they may be; None for anything."""
+    """`values`: how many words follow the flag. `allowed`: what they may be; None for anything. `refusal`: why the
+    flag is never accepted."""
 
     values: int = 0
     allowed: tuple[str, ...] | None = None
+    refusal: str | None = None
 
 
 ALWAYS_ON = Ignored()
@@ -62,18 +64,43 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--make-vocab-size-divisible-by": Ignored(1),
 }
 
+NO_LORA = Ignored(refusal="LoRA adapters are not converted or merged")
+NO_LEGACY = Ignored(refusal="only Megatron-core's names are read and written")
+# What the converters' other flags ask for does not exist in a dense model, or happens anyway.
 CONVERT_IGNORED: dict[str, Ignored] = {
-    "--ai-framework": Ignored(1, ("mindspore", "torch", "pytorch")),
     "--use-mcore-models": ALWAYS_ON,
     "--spec": IGNORED["--spec"],
     "--model-type": Ignored(1, ("GPT",)),
+    "--loader": Ignored(1),
+    "--saver": Ignored(1),
+    "--max-queue-size": Ignored(1),
     "--tokenizer-model": Ignored(1),
-    "--transformer-impl": Ignored(1, ("local",)),
-    "--make-vocab-size-divisible-by": Ignored(1, ("1",)),
-    "--target-expert-parallel-size": Ignored(1, ("1",)),
+    "--vocab-file": Ignored(1),
+    "--megatron-path": Ignored(1),
+    "--ckpt-cfg-path": Ignored(1),
+    "--load-hf-from-config": ALWAYS_ON,
     "--save-layer-by-layer": ALWAYS_ON,
     "--load-checkpoint-loosely": ALWAYS_ON,
     "--no-checking": ALWAYS_ON,
+    "--group-query-attention": ALWAYS_ON,
+    "--target-expert-parallel-size": Ignored(1, ("1",)),
+    "--expert-tensor-parallel-size": Ignored(1, ("1",)),
+    "--mtp-num-layers": Ignored(1, ("0",)),
+    "--first-k-dense-replace": Ignored(1, ("0",)),
+    "--w-pack": Ignored(1, ("False", "false")),
+    "--moe-grouped-gemm": Ignored(refusal="mixtures of experts are not supported"),
+    "--moe-tp-extend-ep": Ignored(refusal="mixtures of experts are not supported"),
+    "--mla-mm-split": Ignored(refusal="multi-head latent attention is not supported"),
+    "--schedules-method": Ignored(refusal="stages are laid out plainly or interleaved; dualpipev is not supported"),
+    "--add-dense-bias": Ignored(refusal="biases of dense layers are not supported"),
+    "--post-norm": Ignored(refusal="norms behind attention and MLP are not supported"),
+    "--load-from-legacy": NO_LEGACY,
+    "--save-to-legacy": NO_LEGACY,
+    "--lora-load": NO_LORA,
+    "--lora-r": NO_LORA,
+    "--lora-alpha": NO_LORA,
+    "--lora-target-modules": NO_LORA,
+    "--save-lora-to-hf": NO_LORA,
 }
 
 
@@ -96,6 +123,8 @@ def split_ignored(argv: Sequence[str], table: dict[str, Ignored] = IGNORED) -> t
         if rule is None:
             rest.append(word)
             continue
+        if rule.refusal:
+            raise UserError(f"{flag}: {rule.refusal}")
         values = [inline] if equals else [words.pop(0) for _ in range(rule.values) if words]
         wrong = [value for value in values if rule.allowed is not None and value not in rule.allowed]
         if wrong or (len(values) < rule.values and not equals):

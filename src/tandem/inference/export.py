@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.checkpoints.convert import Converted, companions_for
+from tandem.checkpoints.convert import Converted, companions_for, with_one_dtype
 from tandem.checkpoints.copy import Progress, copy
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import HFSink
-from tandem.checkpoints.interface import DTYPE_ALIASES, Companions, dtype_name
+from tandem.checkpoints.interface import Companions, dtype_name
 from tandem.checkpoints.native import prompt_entry
 from tandem.data.templates import PromptTemplate, template_from_entry
 from tandem.data.tokenizer import Tokenizer
-from tandem.models.tensors import EMBEDDING, tensor_table
+from tandem.models.tensors import EMBEDDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +42,14 @@ def export(options: ExportOptions, progress: Progress | None = None) -> Converte
         UserError: the checkpoint is damaged, or the target exists.
     """
     source = open_source(options.load, options.ckpt_step)
-    dtype = DTYPE_ALIASES[options.params_dtype] if options.params_dtype else dtype_name(source.dtype(EMBEDDING))
     companions = companions_for(source, options.hf_cfg_dir)
     template = template_from_entry(prompt_entry(source))
     if template is not None:
         companions = ending_turns(companions, template)
-    copy(source, HFSink(options.save_dir, source.config, dtype, companions), progress=progress)
-    table = tensor_table(source.config)
-    return Converted(Path(options.save_dir), None, len(table), sum(spec.numel for spec in table.values()))
+    source = with_one_dtype(source, options.params_dtype)
+    sink = HFSink(options.save_dir, source.config, dtype_name(source.dtype(EMBEDDING)), companions)
+    copy(source, sink, progress=progress)
+    return Converted.of(sink.folder, None, source.config)
 
 
 def ending_turns(companions: Companions, template: PromptTemplate) -> Companions:

@@ -47,7 +47,8 @@ class Layout:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
         """The inverse of `dataclasses.asdict`, also when JSON has made lists of tuples."""
-        return cls(**{field: tuple(value) if isinstance(value, list) else value for field, value in values.items()})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
 
     def stages(self, num_layers: int) -> Stages:
         """Where each of `num_layers` layers goes.

@@ -1,0 +1,156 @@
+"""What `tandem convert` can be told: the flags of MindSpeed-LLM's two converters, under their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.parallel.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedModel:
+    """Model: read from config.json; a flag that contradicts it stops the conversion."""
+
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the MLP."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads."""
+    kv_channels: int | None = None
+    """Channels of a head (head_dim)."""
+    norm_epsilon: float | None = None
+    """Epsilon of RMSNorm."""
+    rotary_base: float | None = None
+    """Base of the rotary frequencies (rope_theta)."""
+    true_vocab_size: int | None = None
+    """Rows of the embedding, without padding."""
+    qk_layernorm: bool = False
+    """Queries and keys are normalised."""
+    add_qkv_bias: bool = False
+    """Queries, keys and values have a bias."""
+    untie_embeddings_and_output_weights: bool = False
+    """The output head is a tensor of its own."""
+
+    def check(self, config: ModelConfig, where: str) -> None:
+        """Raise UserError, with both values, when a flag contradicts `config`."""
+        for stated in fields(self):
+            given = getattr(self, stated.name)
+            actual = getattr(config, stated.name.removeprefix("true_"))
+            if given not in (None, False) and given != actual:
+                flag = stated.name.replace("_", "-")
+                raise UserError(f"--{flag} {given} contradicts the config of {where}, which has {actual}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Options of `tandem convert`, named as the flags of MindSpeed-LLM's converters."""
+
+    load_model_type: Literal["hf", "mg", "random"] = "hf"
+    """What --load-dir holds: hf, mg (native or torch, recognised), or random: random weights for a config.json."""
+    save_model_type: Literal["mg", "hf"] = "mg"
+    """What to write: mg (Megatron-core layout) or hf."""
+    load_dir: str
+    """Source folder; with random, the folder that holds config.json and the tokenizer."""
+    save_dir: str
+    """Target folder; must not hold anything yet. For hf, a folder with a model is taken as the origin of config and
+    tokenizer, and the weights go to its subfolder mg2hf, as upstream does."""
+    ckpt_step: int | None = None
+    """Iteration of the source; default: the newest."""
+    target_tensor_parallel_size: int = 1
+    """Tensor-parallel ranks to write for."""
+    target_pipeline_parallel_size: int = 1
+    """Pipeline stages to write for."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of a chunk, for interleaved stages."""
+    num_layer_list: str | None = None
+    """Layers of each stage, such as 10,18; excludes virtual stages and noop layers."""
+    noop_layers: str | None = None
+    """Slots left empty, such as 0,29, counted in the stack that they lengthen. For mg -> hf: the source's."""
+    source_num_layer_list: str | None = None
+    """--num-layer-list of a source that does not record it."""
+    source_noop_layers: str | None = None
+    """--noop-layers of a source that does not record them."""
+    num_layers: int | None = None
+    """Keep only the first layers of a Hugging Face model, for debugging; excludes noop layers."""
+    params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Dtype to write; default: the source's."""
+    ckpt_format: Literal["native", "torch"] = "native"
+    """mg layout on disk: native (safetensors) or torch (Megatron-LM's and MindSpeed's pickles)."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """For torch: names of the norms, as Megatron's local layers or Transformer Engine's fused ones have them."""
+    make_vocab_size_divisible_by: int | None = None
+    """For torch: pad the vocabulary to a multiple of this times the tensor-parallel size; default: do not."""
+    padded_vocab_size: int | None = None
+    """For torch: pad the vocabulary to this many rows. Export removes the padding."""
+    model_type_hf: str | None = None
+    """Family that the source must have, such as qwen3."""
+    hf_cfg_dir: str | None = None
+    """Take config and tokenizer files from this folder."""
+    seed: int = 1234
+    """Seed of random weights."""
+    ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
+    """Framework that computes the logits of --verify; default: the one installed. Bytes do not depend on it."""
+    verify: bool = False
+    """Compare the logits of source and result; small models are always compared."""
+    no_verify: bool = False
+    """Never compare the logits."""
+    stated: StatedModel = field(default_factory=StatedModel)
+
+    def check(self) -> None:
+        """Raise UserError where options exclude each other."""
+        if (self.load_model_type, self.save_model_type) == ("hf", "hf"):
+            raise UserError("--load-model-type hf --save-model-type hf: nothing to convert")
+        if self.verify and self.no_verify:
+            raise UserError("--verify and --no-verify exclude each other")
+        if self.num_layers is not None and self.load_model_type == "mg":
+            raise UserError("--num-layers keeps the first layers of a Hugging Face model, not of a checkpoint")
+        if self.num_layers is not None and self.noop_layers:
+            raise UserError("--num-layers and --noop-layers exclude each other")
+        if self.padded_vocab_size is not None and self.make_vocab_size_divisible_by not in (None, 1):
+            raise UserError("--padded-vocab-size and --make-vocab-size-divisible-by exclude each other")
+
+    def target_layout(self) -> Layout:
+        """The layout to write."""
+        return Layout(
+            tensor_model_parallel_size=self.target_tensor_parallel_size,
+            pipeline_model_parallel_size=self.target_pipeline_parallel_size,
+            num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
+            num_layer_list=_numbers("--num-layer-list", self.num_layer_list),
+            noop_layers=_numbers("--noop-layers", self.noop_layers) or (),
+        )
+
+    def source_layers(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """What is said of the source's noop layers and of its layer list; None where nothing is.
+
+        Upstream repeats the target's flags for mg -> hf, where there is no target layout.
+        """
+        noop, uneven = self.source_noop_layers, self.source_num_layer_list
+        if self.save_model_type == "hf":
+            noop, uneven = noop or self.noop_layers, uneven or self.num_layer_list
+        return _numbers("--source-noop-layers", noop), _numbers("--source-num-layer-list", uneven)
+
+    def without_effect(self) -> list[str]:
+        """Flags that were given and do not matter for this target."""
+        idle: list[str] = []
+        if (self.save_model_type, self.ckpt_format) != ("mg", "torch"):
+            idle += ["transformer_impl", "make_vocab_size_divisible_by", "padded_vocab_size"]
+        if self.save_model_type == "hf":
+            idle += ["target_tensor_parallel_size", "target_pipeline_parallel_size"]
+            idle += ["num_layers_per_virtual_pipeline_stage", "ckpt_format"]
+        defaults = {item.name: item.default for item in fields(self)}
+        return [f"--{name.replace('_', '-')}" for name in idle if getattr(self, name) != defaults[name]]
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} {text!r}: expected numbers separated by commas, such as 4,4") from None
