@@ -75,6 +75,16 @@ def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+def departures(settings: Settings) -> dict[str, list[str]]:
+    """By group, `name=value` of the settings that are not at their default."""
+    defaults = Settings().to_dict()
+    found = {
+        group: [f"{name}={value}" for name, value in values.items() if value != defaults[group][name]]
+        for group, values in settings.to_dict().items()
+    }
+    return {group: values for group, values in found.items() if values}
+
+
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     for index, word in enumerate(argv):
         if word.startswith(f"{CONFIG_FLAG}="):

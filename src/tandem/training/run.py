@@ -8,19 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tandem.backends import create_engine
-from tandem.backends.interface import EngineSettings
+from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import companion_files, companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.publish import write_text_atomically
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import Settings
-from tandem.config.sources import to_yaml
+from tandem.config.sources import departures, to_yaml
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
 from tandem.parallel.launch import require_single_process
-from tandem.training.inputs import data_identity, open_data, open_tokenizer
+from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer
 from tandem.training.log import StepRecord
 from tandem.training.schedule import schedule_from
 from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
@@ -50,29 +50,16 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     """
     require_single_process()
     settings.check()
+    schedule = schedule_from(settings)
     source = open_weights(settings)
     check_model_flags(settings, source.config)
     settings = with_checkpoint_seed(settings, source)
     data = open_data(settings, open_tokenizer(settings, source))
     engine = create_engine(settings.training.ai_framework, source.config, engine_settings(settings, source.config))
     progress, state = restore(engine, source, settings)
-    identity = data_identity(settings)
-    writer = None
-    if settings.checkpoint.save:
-        companions = gather_companions(settings, source)
-        folder = Path(settings.checkpoint.save)
-        writer = CheckpointWriter(folder, engine, settings, companions, identity, data.template)
-        write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
-    trainer = Trainer(
-        engine,
-        settings,
-        schedule_from(settings),
-        data.train,
-        data.valid,
-        progress,
-        save=writer.save if writer else None,
-        on_step=on_step,
-    )
+    writer = open_writer(settings, source, engine, data)
+    save = writer.save if writer else None
+    trainer = Trainer(engine, settings, schedule, data.train, data.valid, progress, save, on_step)
     print_banner(settings, source, trainer, state, data.notices)
     trainer.run()
     print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
@@ -140,6 +127,16 @@ def engine_settings(settings: Settings, config: ModelConfig) -> EngineSettings:
     )
 
 
+def open_writer(settings: Settings, source: TensorSource, engine: Engine, data: Data) -> CheckpointWriter | None:
+    """Make the folder of `--save`, with the run's settings in it; None when the run saves nothing."""
+    if settings.checkpoint.save is None:
+        return None
+    folder = Path(settings.checkpoint.save)
+    write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
+    companions = gather_companions(settings, source)
+    return CheckpointWriter(folder, engine, settings, companions, data_identity(settings), data.template)
+
+
 def gather_companions(settings: Settings, source: TensorSource) -> Companions:
     """Config from the weights, tokenizer files from the tokenizer's folder when one is named."""
     folder = settings.data.tokenizer_name_or_path
@@ -157,6 +154,7 @@ def print_banner(
 ) -> None:
     """Say what will run: framework, model, weights, data, batch, and what a resumed run has changed."""
     config, engine = source.config, trainer.engine
+    given = [f"{group}: {' '.join(values)}" for group, values in departures(settings).items()]
     counts = trainer.train_data.describe()
     batch = settings.global_batch_size
     lines = [
@@ -166,6 +164,7 @@ def print_banner(
         + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()),
         f"batch {batch} x {settings.data.seq_length} tokens, "
         f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
+        *given,
         *engine.notices,
         *notices,
     ]
