@@ -31,7 +31,8 @@ class Kernels:
     rms_norm: Differentiable
     swiglu: Differentiable
     attention: Differentiable
-    cross_entropy: Callable[..., tuple[float, Tensor | None]]
+    cross_entropy: Callable[..., float]
+    cross_entropy_and_gradient: Callable[..., tuple[float, Tensor]]
     zeros: Callable[[tuple[int, ...]], Tensor]
     scale: Callable[[Tensor, float], None]
     sum_of_squares: Callable[[Tensor], float]
@@ -46,6 +47,7 @@ CPU = Kernels(
     swiglu=functional.swiglu,
     attention=attention.attention,
     cross_entropy=loss.cross_entropy,
+    cross_entropy_and_gradient=loss.cross_entropy_and_gradient,
     zeros=functional.zeros,
     scale=functional.scale,
     sum_of_squares=functional.sum_of_squares,
@@ -59,6 +61,7 @@ NPU = Kernels(
     swiglu=npu.swiglu,
     attention=npu.attention,
     cross_entropy=npu.cross_entropy,
+    cross_entropy_and_gradient=npu.cross_entropy_and_gradient,
     zeros=npu.zeros,
     scale=npu.scale,
     sum_of_squares=npu.sum_of_squares,

@@ -108,7 +108,7 @@ class MindSporeEngine:
             return 0.0, 0
         with _non_finite_allowed():
             hidden, _ = self._decoder.forward(micro_batch, rows, differentiable=False)
-            loss, _ = self._kernels.cross_entropy(hidden, self._decoder.head, micro_batch.labels[rows])
+            loss = self._kernels.cross_entropy(hidden, self._decoder.head, micro_batch.labels[rows])
         return loss, len(rows)
 
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
@@ -137,8 +137,8 @@ class MindSporeEngine:
     def _accumulate(self, micro_batch: MicroBatch, rows: np.ndarray, scale: float) -> float:
         """Add `scale` times the gradients of one micro-batch's summed loss, which is returned."""
         hidden, backward = self._decoder.forward(micro_batch, rows, differentiable=True)
-        loss, gradient = self._kernels.cross_entropy(hidden, self._decoder.head, micro_batch.labels[rows], scale)
-        assert gradient is not None
+        head, labels = self._decoder.head, micro_batch.labels[rows]
+        loss, gradient = self._kernels.cross_entropy_and_gradient(hidden, head, labels, scale)
         backward(gradient)
         return loss
 

@@ -24,29 +24,26 @@ _product_ta = ops.MatMul(transpose_a=True)
 _product_tb = ops.MatMul(transpose_b=True)
 
 
-def cross_entropy(
-    hidden: Tensor, head: Weight, labels: np.ndarray, gradient_scale: float | None = None
-) -> tuple[float, Tensor | None]:
-    """Sum over rows of -log softmax(hidden @ head^T)[label], and `gradient_scale` times its gradient.
+def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray) -> float:
+    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [n, h], head [v, h], labels [n]."""
+    rows = hidden.asnumpy()
+    return sum(_Chunk(rows[part], head, labels[part]).loss() for part in chunks(len(rows), head))
 
-    Args:
-        hidden: [n, h].
-        head: [v, h]; its gradient is accumulated.
-        labels: [n], all within the vocabulary.
-        gradient_scale: None computes no gradients.
 
-    Returns:
-        The sum, and the gradient of `hidden` [n, h] or None.
+def cross_entropy_and_gradient(hidden: Tensor, head: Weight, labels: np.ndarray, scale: float) -> tuple[float, Tensor]:
+    """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [n, h].
+
+    The head's gradient is accumulated on the way.
     """
     rows = hidden.asnumpy()
-    d_hidden, d_rows = (None, None) if gradient_scale is None else empty(*rows.shape)
-    total = 0.0
-    for part in chunks(len(rows), head):
-        logits = _Chunk(rows[part], head, labels[part])
-        total += logits.loss()
-        if gradient_scale is not None and d_rows is not None:
-            logits.backward(np.float32(gradient_scale), d_rows[part])
-    return total, d_hidden
+    d_hidden, d_rows = empty(*rows.shape)
+
+    def run(part: slice) -> float:
+        chunk = _Chunk(rows[part], head, labels[part])
+        chunk.backward(np.float32(scale), d_rows[part])
+        return chunk.loss()
+
+    return sum(run(part) for part in chunks(len(rows), head)), d_hidden
 
 
 def chunks(rows: int, head: Weight) -> list[slice]:

@@ -103,22 +103,29 @@ def attention(
     return _differentiable(function, qkv, [norm for norm in (q_norm, k_norm) if norm is not None])
 
 
-def cross_entropy(
-    hidden: Tensor, head: Weight, labels: np.ndarray, gradient_scale: float | None = None
-) -> tuple[float, Tensor | None]:
-    vocabulary = head.value.shape[0]
+def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray) -> float:
+    return sum(_loss(hidden[part], head, labels[part])[0] for part in chunks(len(labels), head))
+
+
+def cross_entropy_and_gradient(hidden: Tensor, head: Weight, labels: np.ndarray, scale: float) -> tuple[float, Tensor]:
     total, gradients = 0.0, []
     for part in chunks(len(labels), head):
-        rows, targets = hidden[part], Tensor(labels[part], ms.int32)
-        logits = mint.matmul(rows, head.value.T).astype(ms.float32)
-        log_probabilities = logits - mint.logsumexp(logits, -1, keepdim=True)
-        picked = mint.nn.functional.one_hot(targets.astype(ms.int64), vocabulary).astype(ms.float32)
-        total -= float(mint.sum(log_probabilities * picked).asnumpy())
-        if gradient_scale is not None:
-            d_logits = ((mint.exp(log_probabilities) - picked) * gradient_scale).astype(hidden.dtype)
-            gradients.append(mint.matmul(d_logits, head.value))
-            head.add_gradient(mint.matmul(d_logits.T, rows))
-    return total, mint.cat(gradients, 0) if gradients else None
+        rows = hidden[part]
+        loss, d_logits = _loss(rows, head, labels[part])
+        total += loss
+        d_logits = (d_logits * scale).astype(hidden.dtype)
+        gradients.append(mint.matmul(d_logits, head.value))
+        head.add_gradient(mint.matmul(d_logits.T, rows))
+    return total, mint.cat(gradients, 0)
+
+
+def _loss(rows: Tensor, head: Weight, labels: np.ndarray) -> tuple[float, Tensor]:
+    """The sum of the rows' losses, and its gradient with respect to their logits, fp32."""
+    logits = mint.matmul(rows, head.value.T).astype(ms.float32)
+    log_probabilities = logits - mint.logsumexp(logits, -1, keepdim=True)
+    wanted = mint.nn.functional.one_hot(Tensor(labels, ms.int64), head.value.shape[0]).astype(ms.float32)
+    loss = -float(mint.sum(log_probabilities * wanted).asnumpy())
+    return loss, mint.exp(log_probabilities) - wanted
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
