@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": "Train on instruction data.",
     "export": "Write a trained checkpoint as a Hugging Face folder.",
     "generate": "Ask a model.",
+    "inspect": "Show what a checkpoint holds, and whether it is undamaged.",
     "quickstart": "Run the whole job on a toy model, on one backend or both.",
 }
 

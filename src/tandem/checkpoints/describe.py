@@ -1,0 +1,152 @@
+"""`tandem inspect checkpoint`: what a folder holds, in any of the formats, and whether it is undamaged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.checkpoints.arrays import is_finite
+from tandem.checkpoints.copy import Progress
+from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.hf import HFSource
+from tandem.checkpoints.interface import Kind, TensorSource, dtype_name
+from tandem.checkpoints.megatron import MegatronSource
+from tandem.checkpoints.native import NativeSource
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+from tandem.parallel.layout import Layout
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+BLOCK = 1 << 22  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class Content:
+    """All tensors of one kind and dtype."""
+
+    kind: Kind
+    dtype: str
+    tensors: int
+    numbers: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds.
+
+    Attributes:
+        iteration: name of its folder, `iter_0000001` or `release`; None for Hugging Face.
+        others: further iterations beside it.
+        layout: None for Hugging Face.
+        trainer_state: what a trainer stored beside the model.
+        files: weight files, relative to `folder`, with their sizes in bytes.
+    """
+
+    source: TensorSource
+    format: str
+    folder: Path
+    config: ModelConfig
+    layout: Layout | None
+    iteration: str | None
+    others: tuple[str, ...]
+    contents: tuple[Content, ...]
+    trainer_state: tuple[str, ...]
+    files: dict[str, int]
+
+
+def describe(path: str | Path, iteration: int | None = None) -> Description:
+    """Open a checkpoint and say what it holds; headers and shapes are checked, tensors are not read.
+
+    Raises:
+        UserError: it is none, or it is damaged.
+    """
+    source = open_source(path, iteration)
+    assert isinstance(source, HFSource | NativeSource | MegatronSource)
+    files = sorted(file for file in source.folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES)
+    is_hf = isinstance(source, HFSource)
+    return Description(
+        source,
+        format=_format(source),
+        folder=source.folder,
+        config=source.config,
+        layout=None if isinstance(source, HFSource) else source.layout,
+        iteration=None if is_hf else source.folder.name,
+        others=() if is_hf else _other_iterations(source.folder),
+        contents=_contents(source),
+        trainer_state=_trainer_state(source),
+        files={str(file.relative_to(source.folder)): file.stat().st_size for file in files},
+    )
+
+
+def check_integrity(description: Description, progress: Progress | None = None) -> tuple[str, dict[str, str]]:
+    """Read everything.
+
+    Returns:
+        A sentence that says what was found in order, and the sha256 of each file.
+
+    Raises:
+        UserError: a tensor is damaged, or holds NaN or infinity.
+    """
+    source, done = description.source, 0
+    total = sum(content.bytes for content in description.contents) + sum(description.files.values())
+    for kind in source.kinds():
+        for name in tensor_table(source.config):
+            tensor = source.read(name, kind)
+            if not is_finite(tensor):
+                raise UserError(f"{source.location}: tensor {name} ({kind}) holds NaN or infinity")
+            done += tensor.nbytes
+            if progress:
+                progress(done, total)
+    digests = {}
+    for file, size in description.files.items():
+        digests[file] = _sha256(description.folder / file)
+        done += size
+        if progress:
+            progress(done, total)
+    found = {
+        "native": "every slice has the sha256 that index.json records, and every number is finite",
+        "Megatron torch": "every tensor has the CRC that its file records, and every number is finite",
+    }
+    return found.get(description.format, "this format records no checksums; every number is finite"), digests
+
+
+def _format(source: TensorSource) -> str:
+    if isinstance(source, HFSource):
+        return "Hugging Face"
+    return "native" if isinstance(source, NativeSource) else "Megatron torch"
+
+
+def _contents(source: TensorSource) -> tuple[Content, ...]:
+    found: dict[tuple[Kind, str], list[int]] = defaultdict(list)
+    table = tensor_table(source.config)
+    for kind in source.kinds():
+        for name, spec in table.items():
+            found[kind, dtype_name(source.dtype(name, kind))].append(spec.numel)
+    return tuple(
+        Content(kind, dtype, len(sizes), sum(sizes), sum(sizes) * source.dtype(next(iter(table)), kind).itemsize)
+        for (kind, dtype), sizes in found.items()
+    )
+
+
+def _trainer_state(source: TensorSource) -> tuple[str, ...]:
+    if isinstance(source, MegatronSource):
+        return source.trainer_state
+    if isinstance(source, NativeSource):
+        return tuple(sorted(p.name for p in source.folder.glob("*.*") if p.is_file() and p.name != "index.json"))
+    return ()
+
+
+def _other_iterations(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.parent.glob("iter_*") if path != folder))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

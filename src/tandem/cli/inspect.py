@@ -1,0 +1,94 @@
+"""`tandem inspect checkpoint PATH`: show what is in a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Column, Table
+
+from tandem.checkpoints.describe import Description, check_integrity, describe
+from tandem.cli.progress import byte_progress
+from tandem.config.sources import parse_dataclass
+from tandem.errors import UserError, nearest
+from tandem.models.tensors import parameter_count
+
+DESCRIPTION = "Show what a Hugging Face folder or a checkpoint of any format holds, and whether it is undamaged."
+SUBJECTS = ("checkpoint",)
+PLAIN_WIDTH = 140  # columns where the output is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Options of `tandem inspect checkpoint`."""
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Hugging Face folder or checkpoint folder."""
+    ckpt_step: int | None = None
+    """Iteration; default: the newest."""
+    quick: bool = False
+    """Check headers and shapes only; read no tensor."""
+
+
+def run(argv: Sequence[str]) -> None:
+    subject = argv[0] if argv else ""
+    if subject not in SUBJECTS and subject not in ("-h", "--help"):
+        raise UserError(f"inspect {subject}: expected: inspect checkpoint PATH{nearest(subject, list(SUBJECTS))}")
+    words = argv[1:] if subject in SUBJECTS else argv
+    options = parse_dataclass(InspectOptions, "inspect checkpoint", DESCRIPTION, words)
+    description = describe(options.path, options.ckpt_step)
+    integrity, digests = "headers and shapes are in order; tensors were not read (--quick)", dict[str, str]()
+    if not options.quick:
+        with byte_progress("reading") as progress:
+            integrity, digests = check_integrity(description, progress)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(overview(description, integrity))
+    console.print(contents(description))
+    console.print(files(description, digests))
+
+
+def overview(description: Description, integrity: str) -> Table:
+    config, layout = description.config, description.layout
+    table = Table("", "", show_header=False, title=str(description.folder), title_justify="left")
+    table.add_row("format", description.format)
+    if description.iteration:
+        others = f" (also here: {', '.join(description.others)})" if description.others else ""
+        table.add_row("iteration", description.iteration + others)
+    table.add_row("family", f"{config.model_type}, embeddings {'tied' if config.tied else 'untied'}")
+    table.add_row("parameters", f"{parameter_count(config):,}")
+    table.add_row("layers", str(config.num_layers))
+    table.add_row("hidden, ffn", f"{config.hidden_size}, {config.ffn_hidden_size}")
+    heads = f"{config.num_attention_heads} queries, {config.num_query_groups} keys, {config.kv_channels} channels"
+    table.add_row("heads", heads)
+    table.add_row("vocabulary", f"{config.vocab_size:,}")
+    if layout:
+        table.add_row("layout", ", ".join(f"{name} {value}" for name, value in vars(layout).items() if value))
+    has_optimizer = len(description.source.kinds()) > 1 or "optimizer" in description.trainer_state
+    table.add_row("optimizer", "yes" if has_optimizer else "no")
+    if description.trainer_state:
+        table.add_row("beside it", ", ".join(description.trainer_state))
+    table.add_row("integrity", integrity)
+    return table
+
+
+def contents(description: Description) -> Table:
+    table = Table("tensors of", "dtype", *(_right(title) for title in ("tensors", "numbers", "bytes")))
+    for content in description.contents:
+        counts = (f"{count:,}" for count in (content.tensors, content.numbers, content.bytes))
+        table.add_row(content.kind, content.dtype, *counts)
+    return table
+
+
+def files(description: Description, digests: dict[str, str]) -> Table:
+    table = Table("file", _right("bytes"), *(["sha256"] if digests else []))
+    for file, size in description.files.items():
+        table.add_row(file, f"{size:,}", *([digests[file]] if digests else []))
+    return table
+
+
+def _right(title: str) -> Column:
+    return Column(title, justify="right")
