@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +118,18 @@ def test_random_weights_when_asked_for(site: Site) -> None:
     done = site.train(PRETRAIN["torch"], **SMALL, INIT="random", CKPT_LOAD_DIR="", CKPT_SAVE_DIR="ckpt/random")
     assert "weights from random" in done.output
     assert done.saved == [(2, Path("ckpt/random"))]
+
+
+def test_the_documented_command_for_random_weights(site: Site) -> None:
+    """Config and tokenizer alone become a model folder that every later step takes."""
+    only_config = site.root / "config_dir"
+    only_config.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(site.root / HF / name, only_config)
+    command = "convert --load-model-type random --load-dir config_dir --save-model-type hf --save-dir random_hf"
+    subprocess.run([sys.executable, "-m", "tandem", *command.split()], cwd=site.root, check=True)
+    assert open_source(site.root / "random_hf").config == open_source(site.root / HF).config
+    assert site.succeed(HF2MCORE, LOAD_DIR="random_hf", SAVE_DIR="random_mcore").saved == [(1, Path("random_mcore"))]
 
 
 @pytest.mark.parametrize("framework", PRETRAIN)
