@@ -15,8 +15,13 @@ from toys import TOYS
 
 BACKENDS = Path(tandem.backends.__file__).parent
 
-# Files of one backend alone, with the reason.
-ALONE: dict[str, str] = {"torch/functional.py": "autograd functions, and oneDNN's products"}
+# Files of one backend alone: what the other's framework does itself.
+ALONE = {
+    "mindspore/device.py",  # picks kernels for CPU or NPU
+    "mindspore/npu.py",  # fused operators
+    "mindspore/parallel.py",  # NumPy work over all cores
+    "mindspore/weight.py",  # parameters with gradient buffers, and pullbacks
+}
 
 
 def files(framework: str) -> set[str]:
@@ -37,8 +42,8 @@ def test_the_same_files(both_frameworks: tuple[str, str]) -> None:
     assert torch_files == mindspore_files
 
 
-@pytest.mark.parametrize("module", ["engine", "loss", "model"])
-def test_create_and_its_neighbours_agree(module: str, both_frameworks: tuple[str, str]) -> None:
+@pytest.mark.parametrize("module", ["engine", "loss"])
+def test_functions_of_the_same_name_take_the_same(module: str, both_frameworks: tuple[str, str]) -> None:
     first, second = (public(importlib.import_module(f"tandem.backends.{name}.{module}")) for name in both_frameworks)
     for name in first.keys() & second.keys():
         if inspect.isfunction(first[name]) and inspect.isfunction(second[name]):
