@@ -101,4 +101,4 @@ def check_free_space(folder: str | Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(f"{folder} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free")
+        raise UserError(f"{folder} needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free")
