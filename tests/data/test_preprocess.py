@@ -68,7 +68,7 @@ def test_bytes_equal_upstreams(name: str, settings_of_run: dict, shared_data: Pa
 def test_c1_output_does_not_depend_on_the_workers(
     kind: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tandem.data.workers._CHUNK_ROWS", 3)
+    monkeypatch.setattr("tandem.data.readers._BLOCK_BYTES", 60)
     folder = tmp_path / "out"
     folder.mkdir()
     if kind == "pretrain":
@@ -253,7 +253,7 @@ def test_options_are_validated(changes: dict, message: str) -> None:
 
 
 def test_progress_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.data.workers._CHUNK_ROWS", 2)
+    monkeypatch.setattr("tandem.data.readers._BLOCK_BYTES", 20)
     source = write_jsonl(tmp_path / "x.jsonl", *({"text": "abc"} for _ in range(10)))
     calls: list[tuple[int, int]] = []
     preprocess(options(source, tmp_path / "x", tokenizer_folder, log_interval=4), lambda *done: calls.append(done))

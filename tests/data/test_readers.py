@@ -5,14 +5,22 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tandem.data.readers import expand_input, iter_rows
+from tandem.data.json_array import iter_elements
+from tandem.data.readers import expand_input, iter_blocks, parse_row
 from tandem.errors import UserError
 
 RECORDS = [{"text": "one", "n": 1}, {"text": "中文\u2028 two", "n": 2}, {"text": "", "n": 3}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+def places_and_rows(files: list[Path]) -> list[tuple[str, Any]]:
+    return [(block.place(i), row) for block in iter_blocks(files) for i, row in enumerate(block.rows())]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -21,6 +29,12 @@ def write(folder: Path, name: str) -> Path:
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    elif name.endswith(".arrow"):
+        table = pytest.importorskip("pyarrow").Table.from_pylist(RECORDS)
+        ipc = pytest.importorskip("pyarrow.ipc")
+        new = ipc.new_file if name.startswith("file") else ipc.new_stream
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table)
     elif name.endswith(".gz"):
         path.write_bytes(gzip.compress(LINES[:20]) + gzip.compress(LINES[20:]))  # two members
     elif name.endswith(".zst"):
@@ -33,12 +47,33 @@ def write(folder: Path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "lines.json", "array.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "lines.json", "array.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "file.arrow", "stream.arrow"],
+)
 def test_c9_every_format_gives_the_same_records(name: str, tmp_path: Path) -> None:
-    rows = list(iter_rows([write(tmp_path, name)]))
-    assert [row.parse() for row in rows] == RECORDS
-    separator = "row " if name in ("array.json", "a.parquet") else ""
-    assert [row.place for row in rows] == [f"{tmp_path / name}:{separator}{n}" for n in (1, 2, 3)]
+    rows = places_and_rows([write(tmp_path, name)])
+    assert [parse_row(row) for _, row in rows] == RECORDS
+    separator = "row " if name.endswith(("array.json", "parquet", "arrow")) else ""
+    assert [place for place, _ in rows] == [f"{tmp_path / name}:{separator}{n}" for n in (1, 2, 3)]
+
+
+def test_c9_lines_of_text_and_rows_of_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\r\n\n中文".encode())
+    (tmp_path / "b.csv").write_text('\ufefftext,n\n"two\nlines, ""quoted""",1\nx,\n', encoding="utf-8")
+    rows = places_and_rows([tmp_path / "a.txt", tmp_path / "b.csv"])
+    assert [parse_row(row) for _, row in rows] == [
+        *({"text": text} for text in ("one", "", "中文")),
+        {"text": 'two\nlines, "quoted"', "n": "1"},
+        {"text": "x", "n": ""},
+    ]
+    assert rows[2][0] == f"{tmp_path / 'a.txt'}:3"
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "bad.csv").write_bytes(b"text,n\nx,1\ny\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        parse_row(places_and_rows([tmp_path / "bad.txt"])[0][1])
+    with pytest.raises(UserError, match=r"bad\.csv:3: 1 fields, but the header names 2"):
+        places_and_rows([tmp_path / "bad.csv"])
 
 
 def test_files_directories_and_patterns(tmp_path: Path) -> None:
@@ -48,7 +83,7 @@ def test_files_directories_and_patterns(tmp_path: Path) -> None:
     assert [file.name for file in expand_input([str(tmp_path)])] == names
     assert [file.name for file in expand_input([str(tmp_path / "*.json*")])] == names
     assert [file.name for file in expand_input([tmp_path / "c.json", tmp_path / "b.jsonl"])] == ["c.json", "b.jsonl"]
-    assert len(list(iter_rows(expand_input([tmp_path])))) == 9
+    assert len(places_and_rows(expand_input([tmp_path]))) == 9
     with pytest.raises(UserError, match=r"input '.*absent': no such file"):
         expand_input([str(tmp_path / "absent")])
     with pytest.raises(UserError, match=r"notes\.md: unknown kind of file; expected one of \.json"):
@@ -70,11 +105,11 @@ BAD_LINES = [
 def test_c4_bad_lines_are_named(line: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "also good"}\n')
-    rows = list(iter_rows([path]))
-    assert [rows[0].parse(), rows[2].parse()] == [{"text": "good"}, {"text": "also good"}]
-    with pytest.raises(UserError) as caught:
-        rows[1].parse()
-    assert str(caught.value).startswith(f"{path}:2: {reason}")
+    (_, good), (place, bad), (_, also_good) = places_and_rows([path])
+    assert [parse_row(good), parse_row(also_good)] == [{"text": "good"}, {"text": "also good"}]
+    assert place == f"{path}:2"
+    with pytest.raises(UserError, match=f"^{reason}"):
+        parse_row(bad)
 
 
 def test_c4_damaged_files_are_named(tmp_path: Path) -> None:
@@ -87,19 +122,38 @@ def test_c4_damaged_files_are_named(tmp_path: Path) -> None:
     for name, reason in [
         ("a.jsonl.gz", r"a\.jsonl\.gz: cannot be read beyond line"),
         ("d.jsonl.zst", r"d\.jsonl\.zst: cannot be read beyond line"),
-        ("b.json", r"b\.json:2: not a valid JSON array"),
+        ("b.json", r"b\.json: the JSON array does not end: truncated in row 2"),
     ]:
         with pytest.raises(UserError, match=reason):
-            list(iter_rows([tmp_path / name]))
+            places_and_rows([tmp_path / name])
     pytest.importorskip("pyarrow.parquet")
     with pytest.raises(UserError, match="cannot be read beyond row 0"):
-        list(iter_rows([tmp_path / "c.parquet"]))
+        places_and_rows([tmp_path / "c.parquet"])
 
 
-def test_c9_lines_are_read_one_by_one(tmp_path: Path) -> None:
+def test_c9_a_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.data.readers._BLOCK_BYTES", 10)
     path = tmp_path / "x.jsonl"
-    path.write_bytes(LINES)
-    rows = iter_rows([path])
-    assert next(rows).parse() == RECORDS[0]
-    path.write_bytes(LINES + b"{")  # what comes later has not been looked at
-    assert len(list(rows)) >= 2
+    path.write_bytes(LINES * 3)
+    blocks = list(iter_blocks([path]))
+    assert [(block.first, len(block.rows())) for block in blocks] == [(n, 1) for n in range(1, 10)]
+    assert [parse_row(row) for block in blocks for row in block.rows()] == RECORDS * 3
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.lists(
+        st.recursive(st.text() | st.integers() | st.none(), lambda v: st.lists(v) | st.dictionaries(st.text(), v))
+    ),
+    indent=st.none() | st.integers(0, 2),
+    step=st.integers(1, 40),
+)
+def test_c9_an_array_is_read_in_pieces(
+    values: list[Any], indent: int | None, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.data.json_array._READ_BYTES", step)
+    path = tmp_path / "x.json"
+    path.write_bytes(b" \n" + json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    expected = json.loads(path.read_bytes())
+    with path.open("rb") as stream:
+        assert [json.loads(element) for element in iter_elements(path, stream)] == expected

@@ -75,7 +75,9 @@ def run(argv: Sequence[str]) -> None:
     )
     print(
         f"{summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained; "
-        f"{summary.documents / seconds:,.0f} documents/s, {summary.text_bytes / seconds / 1e6:.1f} MB/s"
+        f"{summary.documents / seconds:,.0f} documents/s, "
+        f"{summary.text_bytes / seconds / 1e6:.1f} MB/s "
+        f"({summary.engine})"
     )
     for prefix in summary.prefixes.values():
         print(f"wrote {prefix}.bin and .idx")

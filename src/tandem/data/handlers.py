@@ -130,7 +130,8 @@ class OpenAIInstructionHandler(InstructionHandler):
         return Message(role, content, reasoning or "")
 
 
-Handler = GeneralPretrainHandler | InstructionHandler
+PretrainHandler = GeneralPretrainHandler
+Handler = PretrainHandler | InstructionHandler
 _INSTRUCTION_HANDLERS: dict[str, type[InstructionHandler]] = {
     handler.__name__: handler for handler in (AlpacaStyleInstructionHandler, OpenAIInstructionHandler)
 }

@@ -94,8 +94,7 @@ class IndexedWriter:
         self._lengths: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._sequences = 0
-        self._bin_path, self._idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
-        self._bin_part, self._idx_part = (_part(path) for path in (self._bin_path, self._idx_path))
+        self._bin_part = _part(Path(f"{self.prefix}.bin"))
         self._bin = self._bin_part.open("wb")
 
     def add_document(self, tokens: np.typing.ArrayLike, lengths: Sequence[int] | None = None) -> None:
@@ -124,25 +123,15 @@ class IndexedWriter:
 
     def publish(self) -> None:
         """Write the index and give both files their final names."""
-        lengths = np.concatenate([*self._lengths, np.empty(0, np.int32)])
-        documents = np.cumsum(np.concatenate(self._documents))
-        with self._idx_part.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, DTYPE_CODES[self.dtype], lengths.size, documents.size))
-            file.write(lengths.astype("<i4").tobytes())
-            file.write(_pointers(lengths, self.dtype.itemsize).astype("<i8").tobytes())
-            file.write(documents.astype("<i8").tobytes())
-            _flush_to_disk(file)
         _flush_to_disk(self._bin)
         self._bin.close()
-        self._idx_path.unlink(missing_ok=True)  # an old index must never meet the new tokens
-        os.replace(self._bin_part, self._bin_path)
-        os.replace(self._idx_part, self._idx_path)
+        lengths = np.concatenate([*self._lengths, np.empty(0, np.int32)])
+        publish(self._bin_part, lengths, self.dtype, self.prefix, np.cumsum(np.concatenate(self._documents)))
 
     def discard(self) -> None:
         """Remove what was written; the final names are left as they were."""
         self._bin.close()
-        for path in (self._bin_part, self._idx_part):
-            path.unlink(missing_ok=True)
+        self._bin_part.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -187,6 +176,40 @@ def merge(prefixes: Iterable[str | os.PathLike[str]], output: str | os.PathLike[
     with IndexedWriter(output, dtype) as writer:
         for prefix in prefixes:
             writer.add_dataset(prefix)
+
+
+def publish(
+    tokens: Path,
+    lengths: np.ndarray,
+    dtype: np.typing.DTypeLike,
+    prefix: str | os.PathLike[str],
+    document_indices: np.ndarray | None = None,
+) -> None:
+    """Make the file `tokens`, whose sequences have `lengths`, the `.bin` of `prefix`, and write its `.idx`, which comes
+    last. `document_indices` as in `write_index`."""
+    bin_path, idx_path = (Path(f"{os.fspath(prefix)}.{suffix}") for suffix in ("bin", "idx"))
+    idx_part = _part(idx_path)
+    try:
+        write_index(idx_part, lengths, dtype, document_indices)
+        idx_path.unlink(missing_ok=True)  # an old index must never meet the new tokens
+        os.replace(tokens, bin_path)
+        os.replace(idx_part, idx_path)
+    finally:
+        idx_part.unlink(missing_ok=True)
+
+
+def write_index(
+    path: Path, lengths: np.ndarray, dtype: np.typing.DTypeLike, document_indices: np.ndarray | None = None
+) -> None:
+    """Write an `.idx` file. `document_indices` int64 [documents + 1]; None: each sequence is a document."""
+    documents = np.arange(len(lengths) + 1) if document_indices is None else document_indices
+    dtype = np.dtype(dtype)
+    with path.open("wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, DTYPE_CODES[dtype], lengths.size, documents.size))
+        file.write(lengths.astype("<i4").tobytes())
+        file.write(_pointers(lengths, dtype.itemsize).astype("<i8").tobytes())
+        file.write(documents.astype("<i8").tobytes())
+        _flush_to_disk(file)
 
 
 def _part(path: Path) -> Path:

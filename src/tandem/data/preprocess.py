@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tandem import __version__
+from tandem.data.engine import TokenizersEngine, choose_engine
 from tandem.data.handlers import GeneralPretrainHandler, detect_handler, make_handler
 from tandem.data.indexed import IndexedDataset, IndexedWriter
 from tandem.data.naming import sft_prefix, text_prefix
 from tandem.data.packing import packed_rows
-from tandem.data.readers import expand_input, iter_rows
+from tandem.data.readers import expand_input, iter_blocks, parse_row
 from tandem.data.record import remove_record, require_own, source_entry, template_entry, tokenizer_entry, write_record
-from tandem.data.rejects import RejectsFile
+from tandem.data.spool import Spool, fingerprint
 from tandem.data.templates import PromptTemplate, get_template
 from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PretrainTokenizer
 from tandem.data.tokenizer import Tokenizer
-from tandem.data.workers import tokenize_rows
+from tandem.data.workers import tokenize_blocks
 from tandem.errors import UserError
 
 Progress = Callable[[int, int], None]
+_SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # of each file; what the engines are compared on
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class PreprocessSummary:
         trained_tokens: those with a label; of plain text all.
         text_bytes: UTF-8 bytes tokenised.
         rejects: file of rejected rows, if any.
+        engine: what tokenised: gigatoken or tokenizers, with the same result.
     """
 
     prefixes: dict[str, str]
@@ -118,6 +121,7 @@ class PreprocessSummary:
     trained_tokens: int
     text_bytes: int
     rejects: str | None
+    engine: str
 
 
 def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessSummary:
@@ -133,35 +137,46 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
     """
     files = expand_input(options.input)
-    folder = _output_folder(options.output_prefix)
+    _require_output_folder(options.output_prefix)
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     job, template, handler_name = _job(options, files, tokenizer)
     name = sft_prefix if template else text_prefix
     prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
     names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
     require_own(options.output_prefix, names)
+    rejects = Path(f"{options.output_prefix}.rejects.jsonl")
 
-    with RejectsFile(options.output_prefix, options.on_bad) as rejects:
+    keys = ("input_ids", "labels") if options.pack else job.output_keys
+    spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, handler_name, files))
+    try:
+        job.engine = choose_engine(tokenizer, job.engine, _sample(job, files))
+        _tokenize(job, files, options, spool, progress)
+        spool.publish_rejects(rejects)
+        _require_kept(spool, files)
+        remove_record(options.output_prefix, names)  # an old record must never meet the new data
         if options.pack:
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacked-") as scratch:
-                unpacked = {key: f"{scratch}/{key}" for key in ("input_ids", "labels")}
-                counts, dropped = _tokenize_to(unpacked, job, files, options, names, rejects, progress)
-                _pack(unpacked, prefixes, tokenizer, options)
+            _pack(spool, prefixes, tokenizer, options)
         else:
-            counts, dropped = _tokenize_to(prefixes, job, files, options, names, rejects, progress)
+            spool.publish(prefixes)
+    except UserError:
+        spool.remove()  # the same run would fail again
+        raise
+    spool.remove()
 
+    counts = spool.counts
     summary = PreprocessSummary(
         prefixes=prefixes,
         documents=counts["documents"],
         kept=counts["kept"],
-        rejected=rejects.count,
+        rejected=spool.rejected,
         trimmed=counts["trimmed"],
-        dropped=dict(dropped),
+        dropped=dict(spool.dropped),
         sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
         tokens=counts["tokens"],
         trained_tokens=counts["trained_tokens"] if template else counts["tokens"],
         text_bytes=counts["text_bytes"],
-        rejects=str(rejects.path) if rejects.count else None,
+        rejects=str(rejects) if spool.rejected else None,
+        engine=job.engine.name,
     )
     write_record(options.output_prefix, names, _record(options, handler_name, tokenizer, template, files, summary))
     return summary
@@ -180,7 +195,8 @@ def _job(
             not options.append_eod or tokenizer.eos_id is not None,
             f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
         )
-        return PretrainTokenizer(tokenizer, handler, tokenizer.eos_id if options.append_eod else None), None, name
+        reference = TokenizersEngine(tokenizer, add_special_tokens=True)
+        return PretrainTokenizer(reference, handler, tokenizer.eos_id if options.append_eod else None), None, name
     _require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
     assert options.prompt_type is not None
     template = get_template(options.prompt_type, options.enable_thinking)
@@ -195,71 +211,104 @@ def _job(
         f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
     )
     eod = stop if options.append_eod else None
-    return InstructionTokenizer(tokenizer, handler, template, options.seq_length, eod), template, name
+    reference = TokenizersEngine(tokenizer, add_special_tokens=False)
+    return InstructionTokenizer(reference, handler, template, options.seq_length, eod), template, name
 
 
 def _detect(options: PreprocessOptions, files: Sequence[Path]) -> str:
     """The handler that fits the first readable row; unreadable ones are reported when their turn comes."""
-    for row in iter_rows(files):
-        try:
-            record = row.parse()
-        except UserError:
-            if options.on_bad == "stop":
-                raise
-            continue
-        try:
-            return detect_handler(record, options.json_keys, options.map_keys)
-        except UserError as error:
-            raise UserError(f"{row.place}: {error}") from None
+    for block in iter_blocks(files):
+        for index, row in enumerate(block.rows()):
+            readable = False
+            try:
+                record = parse_row(row)
+                readable = True
+                return detect_handler(record, options.json_keys, options.map_keys)
+            except UserError as error:
+                if readable or options.on_bad == "stop":
+                    raise UserError(f"{block.place(index)}: {error}") from None
     raise UserError(f"{', '.join(map(str, files))}: no readable record")
 
 
-def _tokenize_to(
-    prefixes: Mapping[str, str],
-    job: ChunkTokenizer,
-    files: Sequence[Path],
-    options: PreprocessOptions,
-    names: Mapping[str, str],
-    rejects: RejectsFile,
-    progress: Progress | None,
-) -> tuple[Counter[str], Counter[str]]:
-    """Write the columns named by `prefixes`; the counts and the dropped documents by reason."""
-    counts: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    reported = 0
-    with ExitStack() as stack:
-        writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}
-        for chunk in tokenize_rows(job, iter_rows(files), options.workers):
-            for reject in chunk.rejects:
-                rejects.add(reject)
-            for key, writer in writers.items():
-                writer.add_documents(*chunk.columns[key])
-            counts += chunk.counts
-            dropped += chunk.dropped
-            if progress and counts["documents"] - reported >= options.log_interval:
-                reported = counts["documents"]
-                progress(reported, counts["text_bytes"])
-        if not counts["kept"]:
-            first = f"; first: {rejects.first_reason}" if rejects.count else ""
-            raise UserError(
-                f"{', '.join(map(str, files))}: nothing kept of {counts['documents']} documents; "
-                f"rejected {rejects.count}, dropped {dict(dropped)}{first}"
-            )
-        remove_record(options.output_prefix, names)  # an old record must never meet the new data
-    return counts, dropped
+def _sample(job: ChunkTokenizer, files: Sequence[Path]) -> list[str]:
+    """Some texts from the beginning of some of the files, as the job sees them."""
+    texts: list[str] = []
+    for file in files[:: -(-len(files) // _SAMPLED_FILES)]:
+        size = 0
+        for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
+            try:
+                found = job.texts(job.read(parse_row(row)))
+            except UserError:
+                continue  # reported when its turn comes
+            texts += found
+            size += sum(map(len, found))
+            if size >= _SAMPLED_CHARACTERS:
+                break
+    return texts
 
 
-def _pack(
-    unpacked: Mapping[str, str], prefixes: Mapping[str, str], tokenizer: Tokenizer, options: PreprocessOptions
+def _tokenize(
+    job: ChunkTokenizer, files: Sequence[Path], options: PreprocessOptions, spool: Spool, progress: Progress | None
 ) -> None:
+    """Bring what is left of the input into the spool."""
+    reported = 0
+    for chunk in tokenize_blocks(job, islice(iter_blocks(files), spool.blocks, None), options.workers):
+        if chunk.rejects and options.on_bad == "stop":
+            raise UserError(f"{chunk.rejects[0].reason} (on_bad=skip leaves such rows out)")
+        spool.add(chunk)
+        documents = spool.counts["documents"]
+        if progress and documents - reported >= options.log_interval:
+            reported = documents
+            progress(documents, spool.counts["text_bytes"])
+
+
+def _require_kept(spool: Spool, files: Sequence[Path]) -> None:
+    first = f"; first: {spool.first_reason}" if spool.rejected else ""
+    _require(
+        bool(spool.counts["kept"]),
+        f"{', '.join(map(str, files))}: nothing kept of {spool.counts['documents']} documents; "
+        f"rejected {spool.rejected}, dropped {dict(spool.dropped)}{first}",
+    )
+
+
+def _pack(spool: Spool, prefixes: Mapping[str, str], tokenizer: Tokenizer, options: PreprocessOptions) -> None:
     assert options.seq_length is not None
     assert tokenizer.pad_id is not None
-    input_ids, labels = (IndexedDataset(unpacked[key]) for key in ("input_ids", "labels"))
+    unpacked = spool.datasets()
+    rows = packed_rows(
+        unpacked["input_ids"], unpacked["labels"], options.seq_length, tokenizer.pad_id, options.neat_pack
+    )
     with ExitStack() as stack:
         writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}
-        for row in packed_rows(input_ids, labels, options.seq_length, tokenizer.pad_id, options.neat_pack):
+        for row in rows:
             for key, writer in writers.items():
                 writer.add_document(row[key])
+
+
+def _identity(
+    options: PreprocessOptions,
+    tokenizer: Tokenizer,
+    template: PromptTemplate | None,
+    handler_name: str,
+    files: Sequence[Path],
+) -> str:
+    """Of all that the output is a function of. Whole inputs are not read for it: size and time stand for them."""
+    return fingerprint(
+        {
+            "version": __version__,
+            "options": _recorded_options(options, handler_name),
+            "tokenizer": tokenizer_entry(tokenizer),
+            "template": template_entry(template) if template else None,
+            "sources": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        }
+    )
+
+
+def _recorded_options(options: PreprocessOptions, handler_name: str) -> dict[str, Any]:
+    recorded = asdict(options)
+    for name in ("workers", "log_interval"):  # they leave no trace in the data
+        del recorded[name]
+    return {**recorded, "handler_name": handler_name}
 
 
 def _record(
@@ -270,24 +319,20 @@ def _record(
     files: Sequence[Path],
     summary: PreprocessSummary,
 ) -> dict[str, Any]:
-    recorded = asdict(options)
-    for name in ("workers", "log_interval"):  # they leave no trace in the data
-        del recorded[name]
     counts = asdict(summary)
-    del counts["prefixes"], counts["rejects"]
+    del counts["prefixes"], counts["rejects"], counts["engine"]
     return {
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_entry(template) if template else None,
-        "options": {**recorded, "handler_name": handler_name},
+        "options": _recorded_options(options, handler_name),
         "sources": [source_entry(file) for file in files],
         "counts": counts,
     }
 
 
-def _output_folder(output_prefix: str) -> Path:
+def _require_output_folder(output_prefix: str) -> None:
     folder = Path(output_prefix).absolute().parent
     _require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
-    return folder
 
 
 def _require(condition: bool, message: str) -> None:

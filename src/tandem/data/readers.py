@@ -1,4 +1,4 @@
-"""Records from files: JSON arrays, JSON lines (plain, gzip, zstandard) and Parquet, one row at a time."""
+"""Records from files, a block of rows at a time: JSON, JSON lines, plain text, CSV, Parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -14,57 +14,64 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from tandem.data.json_array import is_array, iter_elements
+from tandem.data.tables import TABLE_SUFFIXES, iter_table_rows
 from tandem.errors import UserError
 
-_JSON_SUFFIXES = (".json", ".jsonl")
 _COMPRESSIONS = ("", ".gz", ".zst")
-SUFFIXES = (*(json + compression for json in _JSON_SUFFIXES for compression in _COMPRESSIONS), ".parquet")
-_PARQUET_BATCH = 1024  # rows in memory at a time
+_TEXT_SUFFIXES = tuple(".txt" + compression for compression in _COMPRESSIONS)
+_JSON_SUFFIXES = tuple(json + compression for json in (".json", ".jsonl") for compression in _COMPRESSIONS)
+SUFFIXES = (*_JSON_SUFFIXES, *_TEXT_SUFFIXES, *TABLE_SUFFIXES)
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024  # a block ends at either
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One record, not yet looked at.
+class Block:
+    """Rows that lie together in a file, not yet looked at.
 
     Attributes:
-        place: `file:line` of a JSON line, `file:row n` of anything else; both count from 1.
-        content: the line's bytes, or the value that the file format gave.
+        first: number of the first row, from 1.
+        content: whole lines, or a list with the bytes of a JSON value, or the record itself, per row.
+        is_text: a line is a text and not JSON.
     """
 
-    place: str
-    content: Any
+    file: str
+    first: int
+    content: bytes | list[Any]
+    is_text: bool = False
 
-    @property
-    def size(self) -> int:
-        """Bytes of the line, or characters of the texts."""
-        if isinstance(self.content, bytes):
-            return len(self.content)
-        values = self.content.values() if isinstance(self.content, dict) else [self.content]
-        return sum(len(value) for value in values if isinstance(value, str))
+    def rows(self) -> list[Any]:
+        """One entry per row, as `parse_row` takes it."""
+        if isinstance(self.content, list):
+            return self.content
+        lines = self.content.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        return [_TextLine(line) for line in lines] if self.is_text else lines
 
-    def parse(self) -> dict[str, Any]:
-        """The record.
+    def place(self, index: int) -> str:
+        """`file:line`, or `file:row n` where a row is not a line."""
+        word = "" if isinstance(self.content, bytes) else "row "
+        return f"{self.file}:{word}{self.first + index}"
 
-        Raises:
-            UserError: the line is empty, truncated, not UTF-8 or not JSON, or the record is not an object.
-        """
-        value = self._parse_line(self.content) if isinstance(self.content, bytes) else self.content
-        if not isinstance(value, dict):
-            raise UserError(f"{self.place}: expected an object with named fields, found {type(value).__name__}")
-        return value
 
-    def _parse_line(self, line: bytes) -> Any:
-        if not line.strip():
-            raise UserError(f"{self.place}: empty line; expected one JSON object per line")
-        try:
-            return orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            reason = f"not valid JSON, perhaps a truncated line: {error}"
-        try:
-            line.decode()
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8: byte {line[error.start]:#04x} at position {error.start + 1}; convert the file"
-        raise UserError(f"{self.place}: {reason}")
+class _TextLine(bytes):
+    """A line of a text file: a record whose only field is `text`."""
+
+
+def parse_row(row: Any) -> dict[str, Any]:
+    """The record of a row.
+
+    Raises:
+        UserError: without the place: the line is empty, truncated, not UTF-8 or not JSON, or not an object.
+    """
+    if isinstance(row, _TextLine):
+        return {"text": _decode(row.rstrip(b"\r"))}
+    value = _parse_json(row) if isinstance(row, bytes) else row
+    if not isinstance(value, dict):
+        raise UserError(f"expected an object with named fields, found {type(value).__name__}")
+    return value
 
 
 def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -89,51 +96,75 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return files
 
 
-def iter_rows(files: Sequence[Path]) -> Iterator[Row]:
-    """All rows of all files, in order. Memory does not grow with the size of JSON lines and Parquet files; a JSON
-    array is read whole."""
+def iter_blocks(files: Sequence[Path]) -> Iterator[Block]:
+    """All rows of all files, in order; memory does not grow with their size. Where a block ends depends on the files
+    alone."""
     for file in files:
-        if file.name.endswith(".parquet"):
-            yield from _parquet_rows(file)
+        if file.name.endswith(TABLE_SUFFIXES):
+            yield from _row_blocks(file, iter_table_rows(file))
         else:
-            yield from _json_rows(file)
+            yield from _line_blocks(file)
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
+def _line_blocks(file: Path) -> Iterator[Block]:
     """Both `.json` and `.jsonl` may hold an array or lines: the first character tells which."""
+    is_text = file.name.endswith(_TEXT_SUFFIXES)
     line = 0
     try:
         with _open(file) as stream:
-            if _is_array(stream):
-                yield from _array_rows(file, stream)
+            if not is_text and is_array(stream):
+                yield from _row_blocks(file, iter_elements(file, stream))
                 return
-            for line, content in enumerate(stream, start=1):
-                yield Row(f"{file}:{line}", content.rstrip(b"\r\n"))
+            if stream.peek(3).startswith(_BYTE_ORDER_MARK):  # type: ignore[attr-defined]
+                stream.read(3)
+            while content := stream.read(_BLOCK_BYTES):
+                content += stream.readline()
+                yield Block(str(file), line + 1, content, is_text)
+                line += content.count(b"\n")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read beyond line {line}: {error}; the file is damaged") from None
 
 
-def _array_rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
+def _row_blocks(file: Path, rows: Iterator[Any]) -> Iterator[Block]:
+    block: list[Any] = []
+    first, size = 1, 0
+    for row in rows:
+        block.append(row)
+        size += _size(row)
+        if len(block) >= _BLOCK_ROWS or size >= _BLOCK_BYTES:
+            yield Block(str(file), first, block)
+            first += len(block)
+            block, size = [], 0
+    if block:
+        yield Block(str(file), first, block)
+
+
+def _size(row: Any) -> int:
+    """Bytes of a JSON value, or characters of the texts of a record."""
+    if isinstance(row, bytes):
+        return len(row)
+    values = row.values() if isinstance(row, dict) else row
+    return sum(len(value) for value in values if isinstance(value, str))
+
+
+def _parse_json(line: bytes) -> Any:
     try:
-        values = orjson.loads(stream.read())
+        return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not a valid JSON array, perhaps truncated: {error}") from None
-    for number, value in enumerate(values, start=1):
-        yield Row(f"{file}:row {number}", value)
+        reason = f"not valid JSON, perhaps a truncated line: {error}"
+    if not line.strip():
+        raise UserError("empty line; expected one JSON object per line")
+    _decode(line)
+    raise UserError(reason)
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow.parquet  # here, because that is slow
-
-    number = 0
+def _decode(line: bytes) -> str:
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(_PARQUET_BATCH):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{file}:row {number}", value)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read beyond row {number}: {error}; the file is damaged") from None
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"not UTF-8: byte {line[error.start]:#04x} at position {error.start + 1}; convert the file"
+        ) from None
 
 
 def _open(file: Path) -> BinaryIO:
@@ -149,9 +180,3 @@ def _open_zstandard(file: Path) -> BinaryIO:
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 1 << 20)
-
-
-def _is_array(stream: BinaryIO) -> bool:
-    """Whether the first character other than white space is `[`; the stream stays where it is."""
-    start = stream.peek(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n")  # type: ignore[attr-defined]
-    return start.startswith(b"[")

@@ -1,21 +1,20 @@
-"""From rows to tokens, a chunk at a time: what each worker process of preprocessing does."""
+"""From rows to tokens, a block at a time: what each worker of preprocessing does."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from tandem.data.batch import IGNORE
-from tandem.data.handlers import GeneralPretrainHandler, Handler, InstructionHandler
+from tandem.data.engine import Engine
+from tandem.data.handlers import InstructionHandler, PretrainHandler
 from tandem.data.naming import SFT_KEYS
-from tandem.data.readers import Row
+from tandem.data.readers import Block, parse_row
 from tandem.data.templates import PromptTemplate, Turn
-from tandem.data.tokenizer import Tokenizer
 from tandem.data.truncation import turn_budgets
 from tandem.errors import UserError
 
@@ -30,7 +29,7 @@ class Reject:
 
 @dataclass
 class TokenizedChunk:
-    """What a chunk of rows became.
+    """What a block of rows became.
 
     Attributes:
         columns: per output key the tokens int32 [t] of all sequences end to end, and their lengths int64 [sequences].
@@ -46,70 +45,81 @@ class TokenizedChunk:
 
 
 class ChunkTokenizer:
-    """Base of the two kinds of preprocessing: reads the rows, encodes all their texts together.
+    """Base of the kinds of preprocessing: reads the rows, encodes all their texts together.
 
     Attributes:
         output_keys: names of the columns, one `.bin/.idx` pair each.
+        threads_suffice: nearly all time is spent in the engine, which releases Python's lock.
     """
 
     output_keys: tuple[str, ...]
 
-    def __init__(self, tokenizer: Tokenizer, handler: Handler) -> None:
-        self.tokenizer = tokenizer
-        self.handler = handler
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
 
-    def __call__(self, rows: Sequence[Row]) -> TokenizedChunk:
+    @property
+    def threads_suffice(self) -> bool:
+        return False
+
+    def __call__(self, block: Block) -> TokenizedChunk:
         chunk = TokenizedChunk({})
+        rows = block.rows()
         documents = []
-        for row in rows:
+        for index, row in enumerate(rows):
             try:
-                record = row.parse()
+                documents.append(self.read(parse_row(row)))
             except UserError as error:
-                chunk.rejects.append(Reject(str(error), row.content))
-                continue
-            try:
-                documents.append(self._read(record))
-            except UserError as error:
-                chunk.rejects.append(Reject(f"{row.place}: {error}", row.content))
+                chunk.rejects.append(Reject(f"{block.place(index)}: {error}", row))
         chunk.counts["documents"] = len(rows)
         self._tokenize(documents, chunk)
         return chunk
 
-    def _read(self, record: dict[str, Any]) -> Any:
+    def read(self, record: dict[str, Any]) -> Any:
         """The texts of a record; raises UserError without a place."""
+        raise NotImplementedError
+
+    def texts(self, document: Any) -> list[str]:
+        """What is tokenised of a document that `read` gave."""
         raise NotImplementedError
 
     def _tokenize(self, documents: list[Any], chunk: TokenizedChunk) -> None:
         """Fill in the columns and counts."""
         raise NotImplementedError
 
-    def _encode(self, texts: Sequence[str], chunk: TokenizedChunk, add_special_tokens: bool) -> dict[str, list[int]]:
-        """Ids of each distinct text."""
-        distinct = list(dict.fromkeys(texts))
+    def _encode(self, texts: list[str], chunk: TokenizedChunk) -> tuple[np.ndarray, np.ndarray]:
         chunk.counts["text_bytes"] += sum(len(text.encode()) for text in texts)
-        return dict(zip(distinct, self.tokenizer.encode_batch(distinct, add_special_tokens)))
+        return self.engine.encode(texts)
 
 
 class PretrainTokenizer(ChunkTokenizer):
     """A sequence per document and json key: its ids, with the tokenizer's own special tokens, then `eod` if given."""
 
-    def __init__(self, tokenizer: Tokenizer, handler: GeneralPretrainHandler, eod: int | None) -> None:
-        super().__init__(tokenizer, handler)
+    def __init__(self, engine: Engine, handler: PretrainHandler, eod: int | None) -> None:
+        super().__init__(engine)
         self.output_keys = handler.json_keys
-        self._texts = handler.texts
-        self._end = [] if eod is None else [eod]
+        self._handler = handler
+        self._eod = eod
 
-    def _read(self, record: dict[str, Any]) -> list[str]:
-        return self._texts(record)
+    @property
+    def threads_suffice(self) -> bool:
+        return self.engine.name == "gigatoken"
+
+    def read(self, record: dict[str, Any]) -> list[str]:
+        return self._handler.texts(record)
+
+    def texts(self, document: list[str]) -> list[str]:
+        return document
 
     def _tokenize(self, documents: list[list[str]], chunk: TokenizedChunk) -> None:
-        ids_of = self._encode([text for texts in documents for text in texts], chunk, add_special_tokens=True)
         for position, key in enumerate(self.output_keys):
-            texts = [texts[position] for texts in documents]
-            chunk.columns[key] = _column([ids_of[text] + self._end for text in texts if text])
-            chunk.counts["tokens"] += chunk.columns[key][0].size
-            chunk.dropped[f"empty {key}"] += sum(not text for text in texts)
-        chunk.counts["kept"] = sum(any(texts) for texts in documents)
+            texts = [text for document in documents if (text := document[position])]
+            tokens, lengths = self._encode(texts, chunk)
+            if self._eod is not None:
+                tokens, lengths = _with_ends(tokens, lengths, np.ones(len(lengths), bool), self._eod)
+            chunk.columns[key] = tokens, lengths
+            chunk.counts["tokens"] += tokens.size
+            chunk.dropped[f"empty {key}"] += len(documents) - len(texts)
+        chunk.counts["kept"] = sum(map(any, documents))
 
 
 class InstructionTokenizer(ChunkTokenizer):
@@ -123,67 +133,96 @@ class InstructionTokenizer(ChunkTokenizer):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        engine: Engine,
         handler: InstructionHandler,
         template: PromptTemplate,
         seq_length: int | None,
         eod: int | None,
     ) -> None:
-        super().__init__(tokenizer, handler)
+        super().__init__(engine)
         self._messages = handler.messages
         self._template = template
-        self._room = None if seq_length is None else seq_length - 1  # upstream reserves one position
-        self._end = [] if eod is None else [eod]
+        self._room = np.iinfo(np.int64).max if seq_length is None else seq_length - 1  # upstream reserves one position
+        self._eod = eod
 
-    def _read(self, record: dict[str, Any]) -> list[Turn]:
+    def read(self, record: dict[str, Any]) -> list[Turn]:
         return self._template.turns(self._messages(record))
 
+    def texts(self, document: list[Turn]) -> list[str]:
+        return [piece for turn in document for piece in (*turn.source, *turn.target)]
+
     def _tokenize(self, documents: list[list[Turn]], chunk: TokenizedChunk) -> None:
-        pieces = [piece for turns in documents for turn in turns for piece in (*turn.source, *turn.target)]
-        ids_of = self._encode(pieces, chunk, add_special_tokens=False)
-        input_ids, labels = [], []
-        for turns in documents:
-            pairs = [
-                tuple([i for piece in part for i in ids_of[piece]] for part in (t.source, t.target)) for t in turns
-            ]
-            ids, trained = self._sequence(list(self._trimmed(pairs, chunk)))
-            if all(label == IGNORE for label in trained):
-                chunk.dropped["nothing left to train"] += 1
-                continue
-            input_ids.append(ids)
-            labels.append(trained)
-        chunk.columns["input_ids"] = _column(input_ids)
-        chunk.columns["labels"] = _column(labels)
-        tokens, lengths = chunk.columns["input_ids"]
-        chunk.columns["attention_mask"] = (np.ones_like(tokens), lengths)
-        chunk.counts["kept"] = len(input_ids)
-        chunk.counts["tokens"] = tokens.size
-        chunk.counts["trained_tokens"] = int(np.count_nonzero(chunk.columns["labels"][0] != IGNORE))
-
-    def _trimmed(self, pairs: list[Any], chunk: TokenizedChunk) -> Iterator[tuple[list[int], list[int]]]:
-        """The (source, target) ids that the budget leaves of a conversation."""
-        lengths = [(len(source), len(target)) for source, target in pairs]
-        if self._room is None or sum(map(sum, lengths)) <= self._room:
-            yield from pairs
-            return
-        chunk.counts["trimmed"] += 1
-        for (source, target), (source_len, target_len) in zip(pairs, turn_budgets(lengths, self._room)):
-            yield source[:source_len], target[:target_len]
-
-    def _sequence(self, pairs: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation."""
-        ids: list[int] = []
-        labels: list[int] = []
-        for source, target in pairs:
-            ids += source + target
-            labels += [IGNORE] * len(source) + target
-        if self._room is None or len(ids) < self._room:
-            ids += self._end
-            labels += self._end
-        return ids, labels
+        conversations = _Conversations(documents, *self._encode([t for d in documents for t in self.texts(d)], chunk))
+        chunk.counts["trimmed"] = conversations.trim(self._room)
+        chunk.dropped["nothing left to train"] = conversations.drop_untrained()
+        ids, labels, lengths = conversations.ids, conversations.labels, conversations.lengths
+        if self._eod is not None:
+            roomy = lengths < self._room
+            labels, _ = _with_ends(labels, lengths, roomy, self._eod)
+            ids, lengths = _with_ends(ids, lengths, roomy, self._eod)
+        chunk.columns = {
+            "input_ids": (ids, lengths),
+            "attention_mask": (np.ones_like(ids), lengths),
+            "labels": (labels, lengths),
+        }
+        chunk.counts["kept"] = len(lengths)
+        chunk.counts["tokens"] = ids.size
+        chunk.counts["trained_tokens"] = int(np.count_nonzero(labels != IGNORE))
 
 
-def _column(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
-    tokens = np.fromiter(chain.from_iterable(sequences), np.int32, int(lengths.sum()))
-    return tokens, lengths
+class _Conversations:
+    """The tokens of conversations, end to end.
+
+    Attributes:
+        ids, labels: int32 [t]; labels of sources are IGNORE.
+        lengths: int64 [conversations], tokens of each.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[Turn]], ids: np.ndarray, piece_lengths: np.ndarray) -> None:
+        turns = [turn for turns in documents for turn in turns]
+        self._turns_of = np.array([len(turns) for turns in documents], np.int64)
+        sides = [len(side) for turn in turns for side in (turn.source, turn.target)]
+        # Tokens of each turn's source and target, int64 [turns, 2].
+        self._sides = _sums(piece_lengths, np.array(sides, np.int64)).reshape(-1, 2)
+        self.ids = ids
+        is_target = np.tile(np.array([False, True]), len(turns))
+        self.labels = np.where(np.repeat(is_target, self._sides.ravel()), ids, np.int32(IGNORE))
+        self.lengths = _sums(self._sides.sum(axis=1), self._turns_of)
+
+    def trim(self, room: int) -> int:
+        """Cut conversations longer than `room` turn by turn; how many were cut."""
+        long = np.flatnonzero(self.lengths > room)
+        if not len(long):
+            return 0
+        keep = np.ones(len(self.ids), bool)
+        first_turns, starts = (np.cumsum(counts) - counts for counts in (self._turns_of, self.lengths))
+        for conversation in long.tolist():
+            first, begin = int(first_turns[conversation]), int(starts[conversation])
+            sides = self._sides[first : first + int(self._turns_of[conversation])].tolist()
+            budgets = turn_budgets([(source, target) for source, target in sides], room)
+            budgets += [(0, 0)] * (len(sides) - len(budgets))
+            for side, kept in zip(np.ravel(sides).tolist(), np.ravel(budgets).tolist()):
+                keep[begin + kept : begin + side] = False
+                begin += side
+        self.lengths = _sums(keep, self.lengths)
+        self.ids, self.labels = self.ids[keep], self.labels[keep]
+        return len(long)
+
+    def drop_untrained(self) -> int:
+        """Leave out conversations without a trained token; how many there were."""
+        trained = _sums(self.labels != IGNORE, self.lengths) > 0
+        keep = np.repeat(trained, self.lengths)
+        self.ids, self.labels, self.lengths = self.ids[keep], self.labels[keep], self.lengths[trained]
+        return int(np.count_nonzero(~trained))
+
+
+def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 [groups]: sums of groups of `values` that lie end to end, `counts` entries each."""
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    ends = np.cumsum(counts)
+    return totals[ends] - totals[ends - counts]
+
+
+def _with_ends(tokens: np.ndarray, lengths: np.ndarray, chosen: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """`end` put after each sequence that is `chosen`, bool [sequences]."""
+    return np.insert(tokens, np.cumsum(lengths)[chosen], end), lengths + chosen

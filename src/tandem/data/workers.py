@@ -1,35 +1,34 @@
-"""Chunks of rows through worker processes, in order."""
+"""Blocks of rows through workers, in order."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 
-from tandem.data.readers import Row
+from tandem.data.readers import Block
 from tandem.data.tokenize import ChunkTokenizer, TokenizedChunk
 
-_CHUNK_ROWS, _CHUNK_SIZE = 512, 1 << 20  # a chunk ends at either
 
+def tokenize_blocks(job: ChunkTokenizer, blocks: Iterable[Block], workers: int) -> Iterator[TokenizedChunk]:
+    """All blocks tokenised by `job`, in order whatever the number of `workers`; each of them uses one core.
 
-def tokenize_rows(job: ChunkTokenizer, rows: Iterable[Row], workers: int) -> Iterator[TokenizedChunk]:
-    """All rows tokenised by `job`, in order whatever the number of `workers`; each of them uses one core.
-
-    A bounded number of chunks is in memory. One worker is this process itself.
+    A bounded number of blocks is in memory. One worker is this process itself.
     """
     if workers == 1:
         with _one_core_each():
-            yield from map(job, _chunks(rows))
+            yield from map(job, blocks)
         return
-    # Spawned, since a forked child could inherit a lock that a thread of the tokenizers library holds.
-    with _one_core_each(), ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,)) as pool:
+    with _one_core_each(), _pool(job, workers) as pool:
         under_way: deque[Future[TokenizedChunk]] = deque()
         try:
-            for chunk in _chunks(rows):
-                under_way.append(pool.submit(_work, chunk))
+            for block in blocks:
+                under_way.append(
+                    pool.submit(_work, block) if isinstance(pool, ProcessPoolExecutor) else pool.submit(job, block)
+                )
                 if len(under_way) > 2 * workers:
                     yield under_way.popleft().result()
             while under_way:
@@ -39,17 +38,13 @@ def tokenize_rows(job: ChunkTokenizer, rows: Iterable[Row], workers: int) -> Ite
                 future.cancel()
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += row.size
-        if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_SIZE:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _pool(job: ChunkTokenizer, workers: int) -> Executor:
+    """Threads where nearly all time is spent in an engine that releases Python's lock: they share one cache, and
+    nothing has to travel between processes."""
+    if job.threads_suffice:
+        return ThreadPoolExecutor(workers)
+    # Spawned, since a forked child could inherit a lock that a thread of the tokenizers library holds.
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,))
 
 
 _job: ChunkTokenizer  # of this worker process
@@ -60,8 +55,8 @@ def _start(job: ChunkTokenizer) -> None:
     _job = job
 
 
-def _work(chunk: list[Row]) -> TokenizedChunk:
-    return _job(chunk)
+def _work(block: Block) -> TokenizedChunk:
+    return _job(block)
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""What turns texts into ids: the `tokenizers` library, or `gigatoken` where it proves to give the same ids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from tandem.data.tokenizer import Tokenizer
+
+# Beside a sample of the input: what tokenizers are known to disagree on.
+_PROBES = [
+    "",
+    " ",
+    "  two  spaces ",
+    "\n\n \r\n\t\n x\n",
+    "it's I'LL we've",
+    "12345 1,234.5e-6 ٣٤",
+    "e\u0301 \u00e9 \ufb01 \u2126 \uac00 \u1112\u1161\u11ab",  # composed and decomposed
+    "中文，标点。日本語のテキスト",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e8\U0001f1f3 a\u200bb \u00a0 \u3000 \u2028 \ufeff",
+    "def f(x):\n    return {'a': [x ** 2]}  # ok\n",
+    "العربية עברית ไทย हिन्दी Ελληνικά",
+    "\x00\x01\x7f\x80",
+]
+
+
+class Engine(Protocol):
+    """Encodes texts on one core; releases Python's global lock meanwhile."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end, int32 [t], and how many each has, int64 [texts]."""
+        ...
+
+
+class TokenizersEngine:
+    """The reference."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer: Tokenizer, add_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._add_special_tokens = add_special_tokens
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._tokenizer.encode_batch(texts, self._add_special_tokens)
+        lengths = np.array([len(sequence) for sequence in ids], np.int64)
+        return np.fromiter((i for sequence in ids for i in sequence), np.int32, int(lengths.sum())), lengths
+
+
+class GigatokenEngine:
+    """The fast one; never adds special tokens."""
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer_file: str | os.PathLike[str]) -> None:
+        self._file = os.fspath(tokenizer_file)
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if not texts:
+            return np.empty(0, np.int32), np.empty(0, np.int64)
+        layout = self._backend.encode_batch(list(texts), parallel=False).layout
+        offsets = np.asarray(layout.offsets.data)
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return ids.view(np.int32), np.diff(offsets)
+
+    @cached_property
+    def _backend(self) -> Any:
+        import gigatoken  # here, because it is slow to load and need not be installed
+
+        return gigatoken.Tokenizer(self._file)
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"_file": self._file}
+
+
+def choose_engine(tokenizer: Tokenizer, reference: Engine, sample: Sequence[str]) -> Engine:
+    """`gigatoken` when it is installed and gives the ids of `reference` for `sample`, for each added token and for
+    known hard texts; else `reference`."""
+    fast = GigatokenEngine(tokenizer.folder / "tokenizer.json")
+    try:
+        same = all(
+            np.array_equal(ours, theirs)
+            for texts in ([*_PROBES, *tokenizer.added_tokens], sample)
+            for ours, theirs in zip(fast.encode(texts), reference.encode(texts))
+        )
+    except (ImportError, ValueError, TypeError, NotImplementedError, RuntimeError, OSError):
+        return reference  # not installed, or not a kind of tokenizer that it knows
+    return fast if same else reference

@@ -1,0 +1,56 @@
+"""The elements of a JSON array, one at a time, so that a file of any size can be read in little memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from tandem.errors import UserError
+
+_READ_BYTES = 1 << 20
+# A whole string, or what opens, closes or parts elements. A quote alone begins a string that is not all there yet.
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+
+
+def is_array(stream: BinaryIO) -> bool:
+    """Whether the first character other than white space is `[`; the stream stays where it is."""
+    start = stream.peek(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n")  # type: ignore[attr-defined]
+    return start.startswith(b"[")
+
+
+def iter_elements(file: Path, stream: BinaryIO) -> Iterator[bytes]:
+    """The bytes of each element, not yet parsed; `stream` stands before the array.
+
+    Raises:
+        UserError: the array does not end, or something follows it.
+    """
+    while stream.read(1) != b"[":
+        pass
+    buffer = b""
+    begin = position = depth = count = 0
+    while True:
+        match = _TOKEN.search(buffer, position)
+        if match is None or match.group() == b'"':
+            more = stream.read(_READ_BYTES)
+            if not more:
+                raise UserError(f"{file}: the JSON array does not end: truncated in row {count + 1}")
+            resume = len(buffer) if match is None else match.start()
+            position, buffer, begin = resume - begin, buffer[begin:] + more, 0
+            continue
+        token, position = match.group(), match.end()
+        if token in b"[{":
+            depth += 1
+        elif depth and token in b"]}":
+            depth -= 1
+        elif depth == 0 and token in b",]}":
+            element = buffer[begin : match.start()].strip()
+            if element or token == b"," or count:  # nothing at all between the brackets is an empty array
+                count += 1
+                yield element
+            if token != b",":
+                break
+            begin = position
+    if (buffer[position:] + stream.read(_READ_BYTES)).strip():
+        raise UserError(f"{file}: something follows the JSON array, after row {count}; expected one array")

@@ -1,0 +1,159 @@
+"""What preprocessing has tokenised so far, kept so that a run that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tandem.data.indexed import IndexedDataset, publish, write_index
+from tandem.data.tokenize import Reject, TokenizedChunk
+from tandem.errors import UserError
+
+_SECONDS_BETWEEN_SAVES = 5.0
+_REJECTS = "rejects.jsonl"
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """sha256 of all that the output is a function of."""
+    return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
+
+
+class Spool:
+    """The folder `{output_prefix}.unfinished`: per output key a file of tokens and one of lengths, the rejected rows,
+    and `progress.json`, which says how much of each file belongs to whole blocks.
+
+    Args:
+        keys: output keys.
+        identity: `fingerprint` of the run; what another run left is discarded.
+
+    Attributes:
+        blocks: of the input, done so far.
+        counts, dropped: as in `TokenizedChunk`, of all blocks.
+        rejected: rows that could not be used; `first_reason` is that of the first.
+
+    Raises:
+        UserError: another process is writing the same output.
+    """
+
+    def __init__(self, output_prefix: str, keys: Iterable[str], identity: str) -> None:
+        self.folder = Path(f"{output_prefix}.unfinished")
+        self.keys = tuple(keys)
+        self._identity = identity
+        self.folder.mkdir(exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{output_prefix}: another process is writing this output; wait for it") from None
+        names = [f"{key}.{suffix}" for key in self.keys for suffix in ("bin", "lengths")]
+        progress = self._read_progress([*names, _REJECTS])
+        self.blocks: int = progress["blocks"]
+        self.counts, self.dropped = Counter(progress["counts"]), Counter(progress["dropped"])
+        self.rejected: int = progress["rejected"]
+        self.first_reason: str = progress["first_reason"]
+        self._files = {name: _open_at(self.folder / name, size) for name, size in progress["sizes"].items()}
+        self._saved_at = time.monotonic()
+
+    def add(self, chunk: TokenizedChunk) -> None:
+        """Append what the next block became."""
+        for key, (tokens, lengths) in chunk.columns.items():
+            if key in self.keys:
+                self._files[f"{key}.bin"].write(np.ascontiguousarray(tokens, "<i4").data)
+                self._files[f"{key}.lengths"].write(lengths.astype("<i4").data)
+        for reject in chunk.rejects:
+            self._add_reject(reject)
+        self.counts += chunk.counts
+        self.dropped += chunk.dropped
+        self.blocks += 1
+        if time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def save(self) -> None:
+        """Bring everything to the disk, then say so in `progress.json`."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        progress = {
+            "identity": self._identity,
+            "blocks": self.blocks,
+            "counts": self.counts,
+            "dropped": self.dropped,
+            "rejected": self.rejected,
+            "first_reason": self.first_reason,
+            "sizes": {name: file.tell() for name, file in self._files.items()},
+        }
+        part = self.folder / "progress.part"
+        part.write_bytes(orjson.dumps(progress))
+        os.replace(part, self.folder / "progress.json")
+        self._saved_at = time.monotonic()
+
+    def datasets(self) -> dict[str, IndexedDataset]:
+        """The sequences of each key, to be read again."""
+        self.save()
+        for key in self.keys:
+            write_index(self.folder / f"{key}.idx", self._lengths(key), np.int32)
+        return {key: IndexedDataset(self.folder / key) for key in self.keys}
+
+    def publish(self, prefixes: Mapping[str, str]) -> None:
+        """Give the files of each key their final names."""
+        self.save()
+        for key, prefix in prefixes.items():
+            publish(self.folder / f"{key}.bin", self._lengths(key), np.int32, prefix)
+
+    def publish_rejects(self, path: Path) -> None:
+        """The rejected rows, a line `{reason, content}` each; without any, those of an earlier run are removed."""
+        if self.rejected:
+            self._files[_REJECTS].flush()
+            os.replace(self.folder / _REJECTS, path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self.folder)
+        self._lock.close()
+
+    def _add_reject(self, reject: Reject) -> None:
+        self.rejected += 1
+        self.first_reason = self.first_reason or reject.reason
+        content = reject.content.decode(errors="replace") if isinstance(reject.content, bytes) else reject.content
+        self._files[_REJECTS].write(orjson.dumps({"reason": reject.reason, "content": content}, default=str) + b"\n")
+
+    def _lengths(self, key: str) -> np.ndarray:
+        return np.fromfile(self.folder / f"{key}.lengths", "<i4")
+
+    def _read_progress(self, names: list[str]) -> dict[str, Any]:
+        """That of a run of the same identity, if its files are all there; else that of a run that has done nothing."""
+        fresh = {"blocks": 0, "counts": {}, "dropped": {}, "rejected": 0, "first_reason": ""}
+        fresh["sizes"] = dict.fromkeys(names, 0)
+        path = self.folder / "progress.json"
+        if not path.is_file():
+            return fresh
+        progress = orjson.loads(path.read_bytes())
+        if progress["identity"] != self._identity:
+            return fresh
+        for name, size in progress["sizes"].items():
+            file = self.folder / name
+            if not file.is_file() or file.stat().st_size < size:
+                return fresh
+        return dict(progress)
+
+
+def _open_at(path: Path, size: int) -> Any:
+    """For appending, after what lies beyond `size` is cut off."""
+    path.touch()
+    file = path.open("r+b")
+    file.truncate(size)
+    file.seek(size)
+    return file

@@ -1,0 +1,79 @@
+"""Rows of table files: CSV, Parquet, Arrow."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+
+TABLE_SUFFIXES = (".csv", ".parquet", ".arrow")
+_BATCH_ROWS = 1024  # in memory at a time
+
+
+def iter_table_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The records of a table file, one at a time. The values of a CSV file are all texts.
+
+    Raises:
+        UserError: the file is damaged, or a CSV row has not as many fields as the header.
+    """
+    if file.name.endswith(".csv"):
+        return _csv_rows(file)
+    return _arrow_rows(file)
+
+
+def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = next(reader, [])
+            for values in reader:
+                if len(values) != len(header):
+                    raise UserError(
+                        f"{file}:{reader.line_num}: {len(values)} fields, but the header names {len(header)}: {header}"
+                    )
+                yield dict(zip(header, values))
+        except csv.Error as error:
+            raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after line {reader.line_num}; convert it"
+            ) from None
+
+
+def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow  # here, because that is slow
+
+    number = 0
+    try:
+        for batch in _parquet_batches(file) if file.name.endswith(".parquet") else _arrow_batches(file):
+            for begin in range(0, batch.num_rows, _BATCH_ROWS):
+                for value in batch.slice(begin, _BATCH_ROWS).to_pylist():
+                    number += 1
+                    yield value
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read beyond row {number}: {error}; the file is damaged") from None
+
+
+def _parquet_batches(file: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        yield from table.iter_batches(_BATCH_ROWS)
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    """Of both forms of an Arrow file; the one with an index begins with its magic word."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            table = pyarrow.ipc.open_file(source)
+            yield from (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            source.seek(0)
+            yield from pyarrow.ipc.open_stream(source)

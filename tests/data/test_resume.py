@@ -1,0 +1,89 @@
+"""A run that was killed goes on where it stopped, and the files are those of a run that was not (C2)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from data_toys import byte_tokenizer, write_jsonl
+
+from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.readers import Block
+from tandem.data.tokenize import ChunkTokenizer, TokenizedChunk
+from tandem.data.workers import tokenize_blocks
+from tandem.errors import UserError
+
+RECORDS = [{"text": f"document {i} " * (i % 4)} if i % 9 else {"text": i} for i in range(60)]
+
+KILLED = """
+import os, signal, sys
+from tandem.data import readers, spool
+from tandem.data.preprocess import PreprocessOptions, preprocess
+readers._BLOCK_BYTES, spool._SECONDS_BETWEEN_SAVES = 60, -1
+add = spool.Spool.add
+def add_and_die(self, chunk):
+    add(self, chunk)
+    if self.blocks == 7:
+        self._files["text.bin"].write(b"half a block")
+        self._files["text.bin"].flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+spool.Spool.add = add_and_die
+preprocess(PreprocessOptions((sys.argv[1],), sys.argv[2], sys.argv[3], on_bad="skip"))
+"""
+
+
+@pytest.fixture
+def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreprocessOptions:
+    """The options of a run that died after seven blocks."""
+    monkeypatch.setattr("tandem.data.readers._BLOCK_BYTES", 60)
+    source = write_jsonl(tmp_path / "x.jsonl", *RECORDS)
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    words = [str(source), str(tmp_path / "x"), str(tokenizer)]
+    finished = subprocess.run([sys.executable, "-c", KILLED, *words], check=False, env={**os.environ})
+    assert finished.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("x_text*"))
+    return PreprocessOptions((words[0],), words[1], words[2], on_bad="skip")
+
+
+def files(prefix: str) -> dict[str, bytes]:
+    return {end: Path(prefix + end).read_bytes() for end in ("_text_document.bin", "_text_document.idx", ".json")}
+
+
+def test_c2_only_what_is_left_is_done(
+    killed: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejects = Path(f"{killed.output_prefix}.rejects.jsonl")
+    chunks = []
+
+    def counting(job: ChunkTokenizer, blocks: Iterable[Block], workers: int) -> Iterator[TokenizedChunk]:
+        for chunk in tokenize_blocks(job, blocks, workers):
+            chunks.append(chunk)
+            yield chunk
+
+    monkeypatch.setattr("tandem.data.preprocess.tokenize_blocks", counting)
+    preprocess(killed)
+    resumed = files(killed.output_prefix), rejects.read_bytes()
+    assert not Path(f"{killed.output_prefix}.unfinished").exists()
+    blocks_after_the_kill = len(chunks)
+    chunks.clear()
+    preprocess(killed)  # nothing is left of the first run: this one does everything
+    assert (files(killed.output_prefix), rejects.read_bytes()) == resumed
+    assert len(chunks) == blocks_after_the_kill + 7
+
+
+def test_c2_another_input_starts_over(killed: PreprocessOptions, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", {"text": "quite different"})
+    assert preprocess(killed).documents == 1
+
+
+def test_two_runs_do_not_write_the_same_output(killed: PreprocessOptions) -> None:
+    with (Path(f"{killed.output_prefix}.unfinished") / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing this output"):
+            preprocess(killed)
