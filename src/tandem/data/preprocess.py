@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -150,7 +151,9 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, handler_name, files))
     try:
         job.engine = choose_engine(tokenizer, job.engine, _sample(job, files))
-        _tokenize(job, files, options, spool, progress)
+        with ThreadPoolExecutor(1) as background:
+            sources = background.submit(lambda: [source_entry(file) for file in files])
+            _tokenize(job, files, options, spool, progress)
         spool.publish_rejects(rejects)
         _require_kept(spool, files)
         remove_record(options.output_prefix, names)  # an old record must never meet the new data
@@ -178,7 +181,9 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         rejects=str(rejects) if spool.rejected else None,
         engine=job.engine.name,
     )
-    write_record(options.output_prefix, names, _record(options, handler_name, tokenizer, template, files, summary))
+    write_record(
+        options.output_prefix, names, _record(options, handler_name, tokenizer, template, sources.result(), summary)
+    )
     return summary
 
 
@@ -316,7 +321,7 @@ def _record(
     handler_name: str,
     tokenizer: Tokenizer,
     template: PromptTemplate | None,
-    files: Sequence[Path],
+    sources: list[dict[str, Any]],
     summary: PreprocessSummary,
 ) -> dict[str, Any]:
     counts = asdict(summary)
@@ -325,7 +330,7 @@ def _record(
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_entry(template) if template else None,
         "options": _recorded_options(options, handler_name),
-        "sources": [source_entry(file) for file in files],
+        "sources": sources,
         "counts": counts,
     }
 

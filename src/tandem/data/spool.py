@@ -19,7 +19,7 @@ from tandem.data.indexed import IndexedDataset, publish, write_index
 from tandem.data.tokenize import Reject, TokenizedChunk
 from tandem.errors import UserError
 
-_SECONDS_BETWEEN_SAVES = 5.0
+_SECONDS_BETWEEN_SAVES = 20.0
 _REJECTS = "rejects.jsonl"
 
 

@@ -39,8 +39,7 @@ def tokenize_blocks(job: ChunkTokenizer, blocks: Iterable[Block], workers: int) 
 
 
 def _pool(job: ChunkTokenizer, workers: int) -> Executor:
-    """Threads where nearly all time is spent in an engine that releases Python's lock: they share one cache, and
-    nothing has to travel between processes."""
+    """Threads share the engine's cache, and nothing has to travel; processes where the engine is slow."""
     if job.threads_suffice:
         return ThreadPoolExecutor(workers)
     # Spawned, since a forked child could inherit a lock that a thread of the tokenizers library holds.
