@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from tandem.data.handlers import (
+from tandem.data.handlers import detect_handler, make_handler
+from tandem.data.instruction_handlers import (
     AlpacaStyleInstructionHandler,
-    GeneralPretrainHandler,
     OpenAIInstructionHandler,
-    detect_handler,
-    make_handler,
+    SharegptStyleInstructionHandler,
 )
-from tandem.data.templates import Message
+from tandem.data.pretrain_handlers import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
+from tandem.data.templates import Message, ToolCall
 from tandem.errors import UserError
 
 ALPACA = {"instruction": "I", "input": "", "output": "O"}
@@ -59,9 +60,93 @@ def test_openai() -> None:
     assert OpenAIInstructionHandler({"messages": "chat"}).messages({"chat": record["messages"]}) == expected
 
 
+CALL = {"name": "add", "arguments": {"a": 1, "b": "é"}}
+TOOL = {"type": "function", "function": {"name": "add"}}
+
+
+def test_openai_tools() -> None:
+    record = {
+        "tools": [TOOL],
+        "messages": [
+            {"role": "user", "content": "1+2?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "3", "reasoning_content": "so"},
+        ],
+    }
+    handler = OpenAIInstructionHandler()
+    assert handler.messages(record) == [
+        Message("user", "1+2?"),
+        Message("assistant", "", "", (ToolCall("add", '{"a": 1, "b": "é"}'),)),
+        Message("tool", "3"),
+        Message("assistant", "3", "so"),
+    ]
+    assert handler.tools(record) == ('{"type": "function", "function": {"name": "add"}}',)
+    assert handler.tools({**record, "tools": None}) == handler.tools({"messages": []}) == ()
+    with pytest.raises(UserError, match="field 'tools': expected a list of tools"):
+        handler.tools({"tools": {"a": 1}})
+
+
+def test_sharegpt() -> None:
+    turns = [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "1+2?"},
+        {"from": "function_call", "value": "<think>\nhm\n</think>\n\n" + json.dumps([CALL])},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "3"},
+    ]
+    record = {"conversations": turns, "tools": json.dumps([TOOL]), "prompt": "from the field"}
+    messages = [
+        Message("system", "S"),
+        Message("user", "1+2?"),
+        Message("assistant", "", "hm", (ToolCall("add", '{"a": 1, "b": "é"}'),)),
+        Message("tool", "3"),
+        Message("assistant", "3"),
+    ]
+    handler = SharegptStyleInstructionHandler({"tools": "tools", "system": "prompt"})
+    assert handler.messages(record) == messages
+    assert handler.messages({**record, "conversations": turns[1:]})[0] == Message("system", "from the field")
+    assert handler.tools(record) == (json.dumps(TOOL),)
+    assert SharegptStyleInstructionHandler().tools(record) == ()  # as upstream: only when mapped
+    with pytest.raises(UserError, match="'conversations', turn 1: not valid JSON"):
+        handler.messages({**record, "conversations": [{"from": "function_call", "value": "add"}]})
+
+
+def test_sharegpt_tags() -> None:
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    handler = SharegptStyleInstructionHandler({"messages": "chat", "tags": tags})
+    chat = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    assert handler.messages({"chat": chat}) == [Message("user", "U"), Message("assistant", "A")]
+    with pytest.raises(UserError, match=r"turn 1: role is 'human', expected one of"):
+        handler.messages({"chat": [{"role": "human", "content": "U"}]})
+    with pytest.raises(UserError, match=r"no tag 'usr_tag'.*did you mean 'user_tag'"):
+        SharegptStyleInstructionHandler({"tags": {"usr_tag": "x"}})
+    for bad, reason in (
+        ("x", "expected an object with from and value"),
+        ({"from": "gpt", "value": 1}, "value: expected"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            SharegptStyleInstructionHandler().messages({"conversations": [bad]})
+
+
+def test_pretrain_wrappers() -> None:
+    (text,) = AlpacaPretrainHandler().texts({"instruction": "I", "input": "x", "output": "O"})
+    assert text.endswith("request.\n\n### Instruction:\nI\n\n### Input:\nx\n\n### Response: ASSISTANT: O")
+    (bare,) = AlpacaPretrainHandler().texts({"instruction": "I", "output": "O"})
+    assert bare.endswith("### Instruction:\nI\n\n### Response: ASSISTANT: O")
+    turns = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert SharegptPretrainHandler().texts(turns) == ["ab"]
+    with pytest.raises(UserError, match="expected a list of turns, found str"):
+        SharegptPretrainHandler().texts({"conversations": "x"})
+
+
 def test_c5_detection() -> None:
     assert detect_handler(ALPACA, ("text",), None) == "AlpacaStyleInstructionHandler"
     assert detect_handler({"messages": []}, ("text",), None) == "OpenAIInstructionHandler"
+    sharegpt = {"conversations": [{"from": "human", "value": "x"}]}
+    assert detect_handler(sharegpt, ("text",), None) == "SharegptStyleInstructionHandler"
+    assert detect_handler({"c": sharegpt["conversations"]}, ("text",), {"messages": "c"}).startswith("Sharegpt")
+    assert detect_handler({"c": [{"role": "user"}]}, ("text",), {"messages": "c"}).startswith("OpenAI")
     assert detect_handler({"text": "x"}, ("text",), None) == "GeneralPretrainHandler"
     assert detect_handler({"q": 1, "a": 2}, ("text",), {"prompt": "q", "response": "a"}).startswith("Alpaca")
     with pytest.raises(UserError, match=r"fields \['body'\] fit no handler"):
@@ -87,9 +172,10 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ("hi", "field 'messages': expected a list of messages, found str 'hi'"),
     ([], r"expected a list of messages, found list \[\]"),
     (["hi"], "'messages', message 1: expected an object with role and content"),
-    ([{"role": "bot", "content": "x"}], "'messages', message 1: role is 'bot', expected 'system', 'user' or"),
+    ([{"role": "bot", "content": "x"}], "'messages', message 1: role is 'bot', expected 'system', 'user', 'a"),
     ([{"role": "user", "content": [1]}], "'messages', message 1: content: expected a string, found list"),
-    ([{"role": "assistant", "content": "", "tool_calls": [1]}], "has tool_calls, which are not supported"),
+    ([{"role": "assistant", "content": "", "tool_calls": [1]}], "expected a call with name and arguments, found int 1"),
+    ([{"role": "assistant", "content": "", "tool_calls": 1}], "tool_calls: expected a list, found int 1"),
     ([{"role": "assistant", "content": "", "reasoning_content": 1}], "reasoning_content: expected a string, found int"),
 ]
 

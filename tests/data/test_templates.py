@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tandem.data.templates import Message, Turn, get_template
+from tandem.data.templates import Message, ToolCall, Turn, get_template, trained_on_last
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -88,6 +89,43 @@ def test_d6_generation_prompt_with_history_equals_the_models_template(shared_dat
     for mode in (True, False):
         ours = "".join(get_template("qwen3", mode).generation_prompt(messages))
         assert ours == tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=mode)
+
+
+CALLS = (ToolCall("add", '{"a": 1}'), ToolCall("mul", '{"b": "é"}'))
+TOOLS = ({"type": "function", "function": {"name": "add", "description": "Sum: {a}"}}, {"name": "mul"})
+
+
+@pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")]])
+@pytest.mark.parametrize("said", ["", "Let me see."])
+def test_d6_tools_equal_the_models_template(system: list[Message], said: str, shared_data: Path) -> None:
+    """Each answer of a conversation with calls, results and thoughts, beside the model's own rendering."""
+    tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
+    messages = [*system, user(), Message("assistant", said, "hm", CALLS), Message("tool", "1"), Message("tool", "2")]
+    messages.append(assistant("3", "so"))
+    chat: list[dict[str, Any]] = []
+    for m in messages:
+        chat.append({"role": m.role, "content": m.content})
+        if m.reasoning:
+            chat[-1]["reasoning_content"] = m.reasoning
+        if m.tool_calls:
+            chat[-1]["tool_calls"] = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in m.tool_calls]
+    tools = [json.dumps(tool, ensure_ascii=False) for tool in TOOLS]
+    turns = get_template("qwen3", True).turns(messages, tools)
+    assert "".join("".join((*turn.source, *turn.target)) for turn in turns) == tokenizer.apply_chat_template(
+        chat, tools=list(TOOLS)
+    )
+    assert "<tool_call>" in turns[0].target[0]
+    assert "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>" in turns[1].source[0]
+
+
+def test_d5_only_the_last_answer() -> None:
+    messages = [user("1"), assistant("A"), user("2"), assistant("B")]
+    turns = get_template("qwen3").turns(messages)
+    last = trained_on_last(turns)
+    assert [turn.target for turn in last] == [(), ("B<|im_end|>\n",)]
+    assert "".join("".join((*t.source, *t.target)) for t in last) == "".join(
+        "".join((*t.source, *t.target)) for t in turns
+    )
 
 
 def test_upstream_differs_from_the_models_template_on_earlier_turns(shared_data: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
@@ -43,6 +43,8 @@ class Flags:
     """Chat template of instruction data, such as qwen3."""
     enable_thinking: Literal["true", "false", "none"] = "none"
     """Thinking mode of the template."""
+    train_turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained."""
     seq_length: int | None = None
     """Longest conversation; with --pack, the exact length of a row."""
     append_eod: bool = False
@@ -92,7 +94,7 @@ def options_from(flags: Flags) -> PreprocessOptions:
     )
 
 
-def _map_keys(text: str | None) -> dict[str, str] | None:
+def _map_keys(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:

@@ -45,6 +45,7 @@ class PreprocessOptions:
         map_keys: other field names for an instruction handler.
         prompt_type: the template of fine-tuning data.
         enable_thinking: thinking mode of that template.
+        train_turns: which answers of a conversation are trained: "all" or only the "last".
         seq_length: fine-tuning: conversations are cut to one token less, and packed rows have exactly this length.
             None cuts nothing.
         append_eod: put the end-of-document token after each document.
@@ -60,9 +61,10 @@ class PreprocessOptions:
     tokenizer_name_or_path: str
     handler_name: str = ""
     json_keys: tuple[str, ...] = ("text",)
-    map_keys: Mapping[str, str] | None = None
+    map_keys: Mapping[str, Any] | None = None
     prompt_type: str | None = None
     enable_thinking: bool | None = None
+    train_turns: str = "all"
     seq_length: int | None = None
     append_eod: bool = False
     pack: bool = False
@@ -80,6 +82,7 @@ class PreprocessOptions:
         _require(bool(self.json_keys), "json_keys is empty; name at least one field, usually text")
         _require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
         _require(self.log_interval >= 1, f"log_interval is {self.log_interval}; expected 1 or more")
+        _require(self.train_turns in ("all", "last"), f"train_turns is {self.train_turns!r}; expected 'all' or 'last'")
         _require(self.on_bad in ("stop", "skip"), f"on_bad is {self.on_bad!r}; expected 'stop' or 'skip'")
         _require(
             self.seq_length is None or self.seq_length >= 2, f"seq_length is {self.seq_length}; expected 2 or more"
@@ -217,7 +220,11 @@ def _job(
     )
     eod = stop if options.append_eod else None
     reference = TokenizersEngine(tokenizer, add_special_tokens=False)
-    return InstructionTokenizer(reference, handler, template, options.seq_length, eod), template, name
+    return (
+        InstructionTokenizer(reference, handler, template, options.seq_length, eod, options.train_turns),
+        template,
+        name,
+    )
 
 
 def _detect(options: PreprocessOptions, files: Sequence[Path]) -> str:

@@ -14,22 +14,34 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tandem.errors import UserError, nearest
 
 
-@dataclass(frozen=True)
-class Message:
-    """One message; `reasoning` is an assistant's thought when the data keeps it apart from the content."""
+class ToolCall(NamedTuple):
+    """A call that an assistant makes; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class Message(NamedTuple):
+    """One message.
+
+    Attributes:
+        role: system, user, assistant, or tool for the result of a call.
+        reasoning: an assistant's thought, when the data keeps it apart from the content.
+        tool_calls: that an assistant makes after the content.
+    """
 
     role: str
     content: str
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A prompt and the answer to it, as pieces of text that are tokenised one by one.
 
     Attributes:
@@ -47,6 +59,9 @@ class PromptTemplate:
 
     Attributes:
         system, user, assistant: the text of a message; `{content}` is what it says.
+        tool_results: that of the results of calls, which stand where a user's message would; each is a `tool_result`.
+        tool_call: an assistant's call, `{name}` with `{arguments}`.
+        tools: follows the system prompt when tools are offered; `{tools}` is a line for each.
         stop_word: the token that ends a message; the end-of-document token of fine-tuning data.
         thought_words: what begins and ends a thought.
         enable_thinking: for an answer without a thought, an empty one is written: True trains it; None and False put it
@@ -57,6 +72,10 @@ class PromptTemplate:
     system: str
     user: str
     assistant: str
+    tool_results: str
+    tool_result: str
+    tool_call: str
+    tools: str
     stop_word: str
     thought_words: tuple[str, str]
     enable_thinking: bool | None = None
@@ -67,18 +86,20 @@ class PromptTemplate:
         texts = {**dataclasses.asdict(self), "enable_thinking": None}
         return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
-    def turns(self, messages: Sequence[Message]) -> list[Turn]:
-        """The trained form of a conversation: [system], then user and assistant in turn.
+    def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """The trained form of a conversation: [system], then user (or results of tools) and assistant in turn.
+
+        Args:
+            tools: the JSON text of each tool that is offered.
 
         Raises:
             UserError: the roles do not follow each other so.
         """
-        prefix, dialogue = self._split_system(messages)
-        _check_roles(dialogue, "assistant")
+        prefix, prompts, answers = self._parts(messages, tools, "assistant")
         turns = []
-        for user, assistant in zip(dialogue[0::2], dialogue[1::2]):
+        for prompt, assistant in zip(prompts, answers):
             answer = self._answer(assistant)
-            source = (*prefix, self.user.format(content=user.content))
+            source = (*prefix, prompt)
             target: tuple[str, ...] = (self.assistant.format(content=answer),)
             if not self._has_thought(answer):
                 if self.enable_thinking:
@@ -89,32 +110,56 @@ class PromptTemplate:
             prefix = ()
         return turns
 
-    def generation_prompt(self, messages: Sequence[Message]) -> tuple[str, ...]:
+    def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
         """The pieces before the answer to a conversation that ends with the user; earlier thoughts are left out."""
-        prefix, dialogue = self._split_system(messages)
-        _check_roles(dialogue, "user")
-        pieces = list(prefix)
-        for message in dialogue:
-            if message.role == "user":
-                pieces.append(self.user.format(content=message.content))
-            else:
-                pieces.append(self.assistant.format(content=self._without_thought(message.content)))
+        prefix, prompts, answers = self._parts(messages, tools, "user")
+        pieces = [*prefix, prompts[0]]
+        for answer, prompt in zip(answers, prompts[1:]):
+            content = self._without_thought(answer.content) + self._calls(answer)
+            pieces += [self.assistant.format(content=content), prompt]
         return tuple(pieces) if self.enable_thinking else (*pieces, self._empty_thought)
 
     @property
     def _empty_thought(self) -> str:
         return "".join(self.thought_words)
 
-    def _split_system(self, messages: Sequence[Message]) -> tuple[tuple[str, ...], Sequence[Message]]:
+    def _parts(
+        self, messages: Sequence[Message], tools: Sequence[str], last: str
+    ) -> tuple[tuple[str, ...], list[str], list[Message]]:
+        """System text, the text before each answer, and the answers."""
+        system, dialogue = "", messages
         if messages and messages[0].role == "system":
-            system = messages[0].content
-            return ((self.system.format(content=system),) if system else ()), messages[1:]
-        return (), messages
+            system, dialogue = messages[0].content, messages[1:]
+        if tools:
+            offer = self.tools.format(tools="".join("\n" + tool for tool in tools))
+            system = f"{system}\n\n{offer}" if system else offer
+        prefix = (self.system.format(content=system),) if system else ()
+        prompts: list[str] = []
+        answers: list[Message] = []
+        for role, group in grouped(dialogue, last):
+            if role == "assistant":
+                answers += group
+            elif role == "user":
+                prompts.append(self.user.format(content=group[0].content))
+            else:
+                results = "\n".join(self.tool_result.format(content=result.content) for result in group)
+                prompts.append(self.tool_results.format(content=results))
+        return prefix, prompts, answers
 
     def _answer(self, message: Message) -> str:
         begin, end = self.thought_words
         content = f"{begin}{message.reasoning}{end}{message.content}" if message.reasoning else message.content
-        return self._without_thought(content) if self.enable_thinking is False else content
+        content = self._without_thought(content) if self.enable_thinking is False else content
+        return content + self._calls(message)
+
+    def _calls(self, message: Message) -> str:
+        """The calls of an answer, parted from its content by a new line."""
+        if not message.tool_calls:
+            return ""
+        calls = "\n".join(
+            self.tool_call.format(name=call.name, arguments=call.arguments) for call in message.tool_calls
+        )
+        return f"\n{calls}" if self._without_thought(message.content) else calls
 
     def _has_thought(self, answer: str) -> bool:
         return any(word in answer for word in self.thought_words)
@@ -132,6 +177,17 @@ _TEMPLATES = {
             system="<|im_start|>system\n{content}<|im_end|>\n",
             user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
             assistant="{content}<|im_end|>\n",
+            tool_results="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
+            tool_result="<tool_response>\n{content}\n</tool_response>",
+            tool_call='<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>',
+            tools=(
+                "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+                "You are provided with function signatures within <tools></tools> XML tags:\n"
+                "<tools>{tools}\n</tools>\n\n"
+                "For each function call, return a json object with function name and arguments within "
+                "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+                '{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
+            ),
             stop_word="<|im_end|>",
             thought_words=("<think>\n", "\n</think>\n\n"),
         ),
@@ -154,13 +210,38 @@ def template_from_entry(entry: Mapping[str, Any] | None) -> PromptTemplate | Non
     return get_template(entry["prompt_type"], entry["enable_thinking"]) if entry else None
 
 
-def _check_roles(dialogue: Sequence[Message], last: str) -> None:
-    for number, message in enumerate(dialogue, start=1):
+def grouped(dialogue: Sequence[Message], last: str) -> list[tuple[str, list[Message]]]:
+    """Turns of a conversation as (role, messages): user or results of tools, then assistant, again and again.
+
+    Results that follow each other are one turn.
+
+    Raises:
+        UserError: the roles do not follow each other so, or the last turn is not `last`.
+    """
+    turns: list[tuple[str, list[Message]]] = []
+    for message in dialogue:
+        if message.role == "tool" and turns and turns[-1][0] == "tool":
+            turns[-1][1].append(message)
+            continue
+        number = len(turns) + 1
         expected = "user" if number % 2 else "assistant"
-        if message.role != expected:
+        if message.role != expected and not (message.role == "tool" and expected == "user" and turns):
             raise UserError(
                 f"turn {number} has role {message.role!r}, expected {expected!r}; user and assistant alternate"
             )
-    if not dialogue or dialogue[-1].role != last:
-        found = f"ends with {dialogue[-1].role!r}" if dialogue else "has no turns"
+        turns.append((message.role, [message]))
+    if not turns or (turns[-1][0] == "assistant") != (last == "assistant"):
+        found = f"ends with {turns[-1][0]!r}" if turns else "has no turns"
         raise UserError(f"the conversation {found}, expected it to end with {last!r}")
+    return turns
+
+
+def split_thought(answer: str) -> tuple[str, str]:
+    """Thought and content of an answer that begins with `<think>`; no thought if it does not."""
+    match = re.match(r"\s*<think>\n*(.*?)\n*</think>\n*", answer, re.DOTALL)
+    return (match.group(1), answer[match.end() :]) if match else ("", answer)
+
+
+def trained_on_last(turns: Sequence[Turn]) -> list[Turn]:
+    """The same text, of which only the last answer is trained."""
+    return [*(Turn((*turn.source, *turn.target), ()) for turn in turns[:-1]), *turns[-1:]]

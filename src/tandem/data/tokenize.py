@@ -14,7 +14,7 @@ from tandem.data.engine import Engine
 from tandem.data.handlers import InstructionHandler, PretrainHandler
 from tandem.data.naming import SFT_KEYS
 from tandem.data.readers import Block, parse_row
-from tandem.data.templates import PromptTemplate, Turn
+from tandem.data.templates import PromptTemplate, Turn, trained_on_last
 from tandem.data.truncation import turn_budgets
 from tandem.errors import UserError
 
@@ -121,6 +121,7 @@ class PretrainTokenizer(ChunkTokenizer):
 class InstructionTokenizer(ChunkTokenizer):
     """A sequence per conversation: prompts masked, answers trained, cut to fewer than `seq_length` tokens.
 
+    `train_turns` is "all", or "last" to train only the last answer.
     The end-of-document token, if given, follows a conversation that leaves room for it; an answer that had to be cut
     leaves none, so it never gains a false end.
     """
@@ -134,15 +135,18 @@ class InstructionTokenizer(ChunkTokenizer):
         template: PromptTemplate,
         seq_length: int | None,
         eod: int | None,
+        train_turns: str = "all",
     ) -> None:
         super().__init__(engine)
-        self._messages = handler.messages
+        self._handler = handler
         self._template = template
+        self._train_turns = train_turns
         self._room = np.iinfo(np.int64).max if seq_length is None else seq_length - 1  # upstream reserves one position
         self._eod = eod
 
     def read(self, record: dict[str, Any]) -> list[Turn]:
-        return self._template.turns(self._messages(record))
+        turns = self._template.turns(self._handler.messages(record), self._handler.tools(record))
+        return trained_on_last(turns) if self._train_turns == "last" else turns
 
     def texts(self, document: list[Turn]) -> list[str]:
         return [piece for turn in document for piece in (*turn.source, *turn.target)]
