@@ -20,5 +20,5 @@ def run(argv: Sequence[str]) -> None:
     for notice in notices:
         print(f"> {notice}")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, is_instruction_dataset=True))
-    with step_progress(settings.training.train_iters) as on_step:
+    with step_progress() as on_step:
         train(settings, on_step)

@@ -18,5 +18,5 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("--is-instruction-dataset and --stage belong to `tandem finetune`")
     for notice in notices:
         print(f"> {notice}")
-    with step_progress(settings.training.train_iters) as on_step:
+    with step_progress() as on_step:
         train(settings, on_step)

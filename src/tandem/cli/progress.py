@@ -45,18 +45,23 @@ def byte_progress(description: str) -> Iterator[Update]:
 
 
 @contextmanager
-def step_progress(train_iters: int | None) -> Iterator[Callable[[StepRecord], None] | None]:
+def step_progress() -> Iterator[Callable[[StepRecord], None] | None]:
     """Yields a function to be called with each step on a terminal; nothing elsewhere, where log lines tell enough."""
     if not sys.stdout.isatty():
         yield None
         return
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("", total=train_iters)
+        task = bar.add_task("", total=None)
 
         def show(record: StepRecord) -> None:
             speed = record.tokens / record.seconds
-            bar.update(task, completed=record.iteration, description=f"loss {record.loss:.4f}, {speed:,.0f} tokens/s")
+            bar.update(
+                task,
+                completed=record.iteration,
+                total=record.train_iters,
+                description=f"loss {record.loss:.4f}, {speed:,.0f} tokens/s",
+            )
 
         yield show
 

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tandem.config.batch_size import BatchSizes
 from tandem.errors import UserError
 
 
@@ -112,18 +113,34 @@ class OptimizerSettings:
     """Peak learning rate."""
     min_lr: float = 0.0
     """Floor of the schedule."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay."""
     lr_decay_iters: int | None = None
     """Iterations over which the rate decays; default: --train-iters."""
+    lr_decay_samples: int | None = None
+    """With --train-samples: samples over which the rate decays; default: --train-samples."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """With WSD: shape of the annealing at the end."""
+    lr_wsd_decay_iters: int | None = None
+    """With WSD: iterations of annealing, the last of the decay iterations."""
+    lr_wsd_decay_samples: int | None = None
+    """With WSD and --train-samples: samples of annealing."""
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up."""
+    lr_warmup_samples: int = 0
+    """With --train-samples: samples of linear warm-up."""
     lr_warmup_fraction: float | None = None
-    """Warm-up as a fraction of the decay iterations; excludes --lr-warmup-iters."""
+    """Warm-up as a fraction of the decay; excludes --lr-warmup-iters and --lr-warmup-samples."""
     lr_warmup_init: float = 0.0
     """Rate at which warm-up begins."""
     weight_decay: float = 0.01
     """Decoupled weight decay; not applied to 1-D tensors."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the weight decay's way from --start-weight-decay to --end-weight-decay over the whole run."""
+    start_weight_decay: float | None = None
+    """Weight decay of the first step, when it changes."""
+    end_weight_decay: float | None = None
+    """Weight decay at the end of the run, when it changes."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
@@ -146,8 +163,12 @@ class TrainingSettings:
     """Samples of one forward pass."""
     global_batch_size: int | None = None
     """Samples of one step; default: --micro-batch-size."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """With --train-samples: first batch size, increment, and the samples over which it grows to the global one."""
     train_iters: int | None = None
     """Steps of the whole run."""
+    train_samples: int | None = None
+    """Samples of the whole run, in place of --train-iters."""
     exit_interval: int | None = None
     """Save and leave after an iteration that is a multiple of this."""
     seed: int = 1234
@@ -220,29 +241,101 @@ class Settings:
     def global_batch_size(self) -> int:
         return self.training.global_batch_size or self.training.micro_batch_size
 
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        final = self.global_batch_size
+        return BatchSizes(final, *(self.training.rampup_batch_size or (final,)))
+
+    @property
+    def total_iters(self) -> int:
+        """Steps of the whole run."""
+        if self.training.train_iters is not None:
+            return self.training.train_iters
+        assert self.training.train_samples is not None
+        return self.batch_sizes.iterations(self.training.train_samples)[0]
+
+    @property
+    def total_samples(self) -> int:
+        """Samples that the whole run consumes."""
+        if self.training.train_iters is not None:
+            return self.training.train_iters * self.global_batch_size
+        assert self.training.train_samples is not None
+        return self.batch_sizes.iterations(self.training.train_samples)[1]
+
     def check(self) -> None:
         """Raise UserError where settings are missing, out of range, or contradict each other."""
         training, optimizer, checkpoint = self.training, self.optimizer, self.checkpoint
-        for flag, value in (("--train-iters", training.train_iters), ("--lr", optimizer.lr)):
-            if value is None:
-                raise UserError(f"{flag} is required")
+        if training.train_iters is None and training.train_samples is None:
+            raise UserError("--train-iters is required, or --train-samples")
+        if optimizer.lr is None:
+            raise UserError("--lr is required")
         if not self.data.data_path:
             raise UserError("--data-path is required: the prefix that `tandem preprocess` wrote")
         if (checkpoint.load is None) == (checkpoint.init is None):
             raise UserError(
                 "give either --load FOLDER with initial weights, or --init random to start from random ones"
             )
-        if self.global_batch_size % training.micro_batch_size:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {training.micro_batch_size}"
-            )
-        if optimizer.lr is not None and optimizer.min_lr > optimizer.lr:
+        if optimizer.min_lr > optimizer.lr:
             raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}")
-        if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
-            raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other")
+        if optimizer.lr_warmup_fraction is not None and (optimizer.lr_warmup_iters or optimizer.lr_warmup_samples):
+            raise UserError(
+                "--lr-warmup-fraction and --lr-warmup-iters or --lr-warmup-samples exclude each other: give one"
+            )
+        self._check_unit_of_length()
+        self._check_batch_size()
+        self._check_weight_decay()
         self._check_not_implemented()
         self._check_recompute()
+
+    def _check_unit_of_length(self) -> None:
+        """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit."""
+        training, optimizer = self.training, self.optimizer
+        by_iterations = {
+            "--train-iters": training.train_iters,
+            "--lr-decay-iters": optimizer.lr_decay_iters,
+            "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
+            "--lr-warmup-iters": optimizer.lr_warmup_iters or None,
+        }
+        by_samples = {
+            "--train-samples": training.train_samples,
+            "--lr-decay-samples": optimizer.lr_decay_samples,
+            "--lr-wsd-decay-samples": optimizer.lr_wsd_decay_samples,
+            "--lr-warmup-samples": optimizer.lr_warmup_samples or None,
+            "--rampup-batch-size": training.rampup_batch_size,
+        }
+        wrong, unit = (by_samples, "iters") if training.train_iters is not None else (by_iterations, "samples")
+        if given := [flag for flag, value in wrong.items() if value is not None]:
+            raise UserError(f"{' '.join(given)}: a run counted with --train-{unit} takes no such length")
+        wsd = optimizer.lr_wsd_decay_iters if unit == "iters" else optimizer.lr_wsd_decay_samples
+        if optimizer.lr_decay_style == "WSD" and wsd is None:
+            raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}")
+
+    def _check_batch_size(self) -> None:
+        micro, final = self.training.micro_batch_size, self.global_batch_size
+        if final % micro:
+            raise UserError(f"--global-batch-size {final} is not a multiple of --micro-batch-size {micro}")
+        if self.training.rampup_batch_size is None:
+            return
+        start, increment, samples = self.training.rampup_batch_size
+        if not 0 < start <= final or increment <= 0 or samples < 0 or (final - start) % increment:
+            raise UserError(
+                f"--rampup-batch-size {start} {increment} {samples}: whole increments must lead from the first size "
+                f"to --global-batch-size {final}"
+            )
+        if start % micro or increment % micro:
+            raise UserError(f"--rampup-batch-size {start} {increment}: not multiples of --micro-batch-size {micro}")
+
+    def _check_weight_decay(self) -> None:
+        optimizer = self.optimizer
+        ends = (optimizer.start_weight_decay, optimizer.end_weight_decay)
+        if optimizer.weight_decay_incr_style == "constant":
+            if ends != (None, None):
+                raise UserError("--start-weight-decay and --end-weight-decay need --weight-decay-incr-style")
+        elif None in ends or not 0 <= ends[0] <= ends[1]:  # type: ignore[operator]
+            raise UserError(
+                f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and an "
+                f"--end-weight-decay that is not smaller; given {ends[0]} and {ends[1]}"
+            )
 
     def _check_not_implemented(self) -> None:
         for name in ("attention_dropout", "hidden_dropout"):

@@ -122,7 +122,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
             return value
         if typing.get_origin(option) is tuple:
-            return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
+            items = value if isinstance(value, list) else [value]
+            kinds = typing.get_args(option)
+            if kinds[-1] is not Ellipsis and len(items) != len(kinds):
+                continue
+            return tuple(_coerce(item, kinds[0], where) if kinds[0] is not str else str(item) for item in items)
         if option is bool and isinstance(value, bool):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):

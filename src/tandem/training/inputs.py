@@ -10,7 +10,7 @@ from tandem.config.settings import DataSettings, Settings
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
-from tandem.data.templates import PromptTemplate, get_template
+from tandem.data.templates import Template, get_template
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.trainer import Dataset
@@ -48,11 +48,9 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
         raise UserError(f"--data-path {' '.join(data.data_path)}: one prefix is supported, {len(data.data_path)} given")
     prefix = data.data_path[0]
     notices, template = _check(prefix, settings, tokenizer)
-    assert training.train_iters is not None
-    needed = training.train_iters * settings.global_batch_size
-    train = _dataset(settings, tokenizer, "train", needed)
+    train = _dataset(settings, tokenizer, "train", settings.total_samples)
     valid = None
-    if training.eval_iters and training.eval_interval <= training.train_iters:
+    if training.eval_iters and training.eval_interval <= settings.total_iters:
         valid = _dataset(settings, tokenizer, "valid", None)
     return Data(train, valid, template, notices)
 
@@ -65,6 +63,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "seq_length": settings.data.seq_length,
         "global_batch_size": settings.global_batch_size,
         "train_iters": settings.training.train_iters,
+        "train_samples": settings.training.train_samples,
         "is_instruction_dataset": settings.data.is_instruction_dataset,
     }
 
@@ -74,7 +73,7 @@ def _check(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tupl
     data = settings.data
     if tokenizer is None:
         return [f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
-    template = _named_template(prefix, data)
+    template = _named_template(prefix, data, tokenizer)
     notice = check_record(prefix, tokenizer, template, data.seq_length)
     if notice:
         return [notice], None
@@ -83,15 +82,15 @@ def _check(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tupl
     return [], found[1]["template"] if data.is_instruction_dataset else None
 
 
-def _named_template(prefix: str, data: DataSettings) -> PromptTemplate | None:
+def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:
     """The template that the flags name, if any; its thinking mode, when they leave it open, is the record's."""
     if data.prompt_type is None:
         return None
     if data.enable_thinking is not None:
-        return get_template(data.prompt_type, THINKING[data.enable_thinking])
+        return get_template(data.prompt_type, THINKING[data.enable_thinking], tokenizer)
     found = read_record(prefix)
     recorded = found[1]["template"] if found else None
-    return get_template(data.prompt_type, recorded["enable_thinking"] if recorded else None)
+    return get_template(data.prompt_type, recorded["enable_thinking"] if recorded else None, tokenizer)
 
 
 def _dataset(settings: Settings, tokenizer: Tokenizer | None, name: str, samples: int | None) -> Dataset:

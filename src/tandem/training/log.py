@@ -18,7 +18,9 @@ class StepRecord:
     """
 
     iteration: int
+    train_iters: int
     consumed_samples: int
+    batch_size: int
     loss: float
     grad_norm: float
     lr: float
@@ -32,10 +34,8 @@ class StepRecord:
 class IterationLog:
     """Gathers steps and prints one line every `interval`."""
 
-    def __init__(
-        self, interval: int, train_iters: int, global_batch_size: int, log_throughput: bool, write: Print = print
-    ) -> None:
-        self._interval, self._train_iters, self._batch = interval, train_iters, global_batch_size
+    def __init__(self, interval: int, log_throughput: bool, write: Print = print) -> None:
+        self._interval = interval
         self._log_throughput, self._write = log_throughput, write
         self._window: list[StepRecord] = []
 
@@ -51,14 +51,14 @@ class IterationLog:
         seconds = sum(record.seconds for record in self._window) / steps
         loss = sum(record.loss for record in self._window) / steps
         line = f" [{time.strftime('%Y-%m-%d %H:%M:%S')}]"
-        line += f" iteration {last.iteration:8d}/{self._train_iters:8d} |"
+        line += f" iteration {last.iteration:8d}/{last.train_iters:8d} |"
         line += f" consumed samples: {last.consumed_samples:12d} |"
         line += f" elapsed time per iteration (ms): {seconds * 1000:.1f} |"
         if self._log_throughput:
             flops = sum(record.flops for record in self._window) / steps
             line += f" throughput per GPU (TFLOP/s/GPU): {flops / seconds / 1e12:.1f} |"
         line += f" learning rate: {last.next_lr:.6E} |"
-        line += f" global batch size: {self._batch:5d} |"
+        line += f" global batch size: {last.batch_size:5d} |"
         line += f" lm loss: {loss:.6E} |"
         line += " loss scale: 1.0 |"
         line += f" grad norm: {last.grad_norm:.3f} |"

@@ -54,16 +54,14 @@ class Trainer:
         save: Callable[[Progress], None] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
-        assert settings.training.train_iters is not None
         self.engine, self.settings, self.schedule = engine, settings, schedule
         self.train_data, self.valid_data = train_data, valid_data
         self.progress = progress
-        self.train_iters = settings.training.train_iters
+        self.train_iters = settings.total_iters
         self._save, self._on_step = save, on_step
         training = settings.training
-        self._log = IterationLog(
-            training.log_interval, self.train_iters, settings.global_batch_size, training.log_throughput
-        )
+        self._batch_sizes = settings.batch_sizes
+        self._log = IterationLog(training.log_interval, training.log_throughput)
 
     def run(self) -> None:
         """Train to the last iteration, or to the exit interval.
@@ -93,10 +91,12 @@ class Trainer:
     def step(self) -> StepRecord:
         """One optimizer step over the next global batch."""
         start = time.perf_counter()
-        progress, batch = self.progress, self.settings.global_batch_size
+        progress = self.progress
+        batch = self._batch_sizes.at(progress.consumed_train_samples)
         lr = self.schedule.lr(progress.consumed_train_samples)
+        weight_decay = self.schedule.weight_decay(progress.consumed_train_samples)
         micro_batches = list(self._micro_batches(self.train_data, progress.consumed_train_samples, batch))
-        result = self.engine.train_step(micro_batches, lr, self.settings.optimizer.weight_decay)
+        result = self.engine.train_step(micro_batches, lr, weight_decay)
         if not result.applied:
             raise UserError(
                 f"iteration {progress.iteration + 1}: loss {result.loss}, gradient norm {result.grad_norm}: "
@@ -107,7 +107,9 @@ class Trainer:
         progress.consumed_train_samples += batch
         return StepRecord(
             iteration=progress.iteration,
+            train_iters=self.train_iters,
             consumed_samples=progress.consumed_train_samples,
+            batch_size=batch,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,

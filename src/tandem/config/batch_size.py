@@ -1,0 +1,38 @@
+"""Global batch size over a run: constant, or ramped up as Megatron's `--rampup-batch-size` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The size grows from `start` to `final` in steps of `increment`, evenly over the first `ramp_samples` samples.
+
+    Source: `RampupBatchsizeNumMicroBatchesCalculator` of Megatron-core.
+    """
+
+    final: int
+    start: int
+    increment: int = 1
+    ramp_samples: int = 0
+
+    def at(self, consumed_samples: int) -> int:
+        """Samples of the step that begins after `consumed_samples`."""
+        increments = (self.final - self.start) // self.increment
+        if not increments or consumed_samples > self.ramp_samples or not self.ramp_samples:
+            return self.final
+        return self.start + int(consumed_samples / (self.ramp_samples / increments)) * self.increment
+
+    def iterations(self, train_samples: int) -> tuple[int, int]:
+        """Steps of a run of about `train_samples`, and the samples that they consume.
+
+        Source: `update_train_iters` of Megatron-LM: whole steps of the final size after the ramp.
+        """
+        iterations = consumed = 0
+        if self.start != self.final:
+            while consumed <= min(self.ramp_samples, train_samples):
+                consumed += self.at(consumed)
+                iterations += 1
+        rest = max(0, train_samples - consumed) // self.final
+        return iterations + rest, consumed + rest * self.final
