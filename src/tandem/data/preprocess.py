@@ -22,7 +22,7 @@ from tandem.data.packing import packed_rows
 from tandem.data.readers import expand_input, iter_blocks, parse_row
 from tandem.data.record import remove_record, require_own, source_entry, template_entry, tokenizer_entry, write_record
 from tandem.data.spool import Spool, fingerprint
-from tandem.data.templates import PromptTemplate, get_template
+from tandem.data.templates import Template, check_prompt_type, get_template
 from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PretrainTokenizer
 from tandem.data.tokenizer import Tokenizer
 from tandem.data.workers import tokenize_blocks
@@ -77,7 +77,7 @@ class PreprocessOptions:
         if self.handler_name:
             make_handler(self.handler_name, self.json_keys, self.map_keys)
         if self.prompt_type is not None:
-            get_template(self.prompt_type)
+            check_prompt_type(self.prompt_type)
         _require(bool(self.input), "input is empty; name at least one file, directory or pattern")
         _require(bool(self.json_keys), "json_keys is empty; name at least one field, usually text")
         _require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
@@ -192,7 +192,7 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
 
 def _job(
     options: PreprocessOptions, files: Sequence[Path], tokenizer: Tokenizer
-) -> tuple[ChunkTokenizer, PromptTemplate | None, str]:
+) -> tuple[ChunkTokenizer, Template | None, str]:
     """What the workers do, the template if conversations are rendered, and the handler's name."""
     name = options.handler_name or _detect(options, files)
     handler = make_handler(name, options.json_keys, options.map_keys)
@@ -207,7 +207,7 @@ def _job(
         return PretrainTokenizer(reference, handler, tokenizer.eos_id if options.append_eod else None), None, name
     _require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
     assert options.prompt_type is not None
-    template = get_template(options.prompt_type, options.enable_thinking)
+    template = get_template(options.prompt_type, options.enable_thinking, tokenizer)
     stop = tokenizer.token_to_id(template.stop_word)
     _require(
         stop is not None,
@@ -300,7 +300,7 @@ def _pack(spool: Spool, prefixes: Mapping[str, str], tokenizer: Tokenizer, optio
 def _identity(
     options: PreprocessOptions,
     tokenizer: Tokenizer,
-    template: PromptTemplate | None,
+    template: Template | None,
     handler_name: str,
     files: Sequence[Path],
 ) -> str:
@@ -327,7 +327,7 @@ def _record(
     options: PreprocessOptions,
     handler_name: str,
     tokenizer: Tokenizer,
-    template: PromptTemplate | None,
+    template: Template | None,
     sources: list[dict[str, Any]],
     summary: PreprocessSummary,
 ) -> dict[str, Any]:

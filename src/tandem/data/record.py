@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from tandem.data.naming import sft_prefix, text_prefix
-from tandem.data.templates import PromptTemplate
+from tandem.data.templates import Template
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -29,7 +29,7 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"sha256": tokenizer.sha256, "length": len(tokenizer), "eos_token_id": tokenizer.eos_id}
 
 
-def template_entry(template: PromptTemplate) -> dict[str, Any]:
+def template_entry(template: Template) -> dict[str, Any]:
     """What identifies a prompt template, in its thinking mode, in a record."""
     return {
         "prompt_type": template.name,
@@ -92,7 +92,7 @@ def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]
 def check_record(
     data_path: str | os.PathLike[str],
     tokenizer: Tokenizer,
-    template: PromptTemplate | None = None,
+    template: Template | None = None,
     seq_length: int | None = None,
 ) -> str | None:
     """Compare a dataset's record with the run that is about to use it.

@@ -14,9 +14,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tandem.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from tandem.data.tokenizer import Tokenizer
 
 
 class ToolCall(NamedTuple):
@@ -51,6 +54,31 @@ class Turn(NamedTuple):
 
     source: tuple[str, ...]
     target: tuple[str, ...]
+
+
+class Template(Protocol):
+    """A prompt type in one thinking mode.
+
+    Attributes:
+        stop_word: the token that ends a message; the end-of-document token of fine-tuning data.
+        sha256: identity of its texts, whatever the thinking mode.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def enable_thinking(self) -> bool | None: ...
+
+    @property
+    def stop_word(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]: ...
+
+    def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -193,21 +221,33 @@ _TEMPLATES = {
         ),
     ]
 }
-PROMPT_TYPES = sorted(_TEMPLATES)
+CHAT_TEMPLATE = "chat_template"  # the prompt type that is the model's own template
+PROMPT_TYPES = sorted([*_TEMPLATES, CHAT_TEMPLATE])
 
 
-def get_template(prompt_type: str, enable_thinking: bool | None = None) -> PromptTemplate:
-    """The template of a `--prompt-type`; an unknown name is an error."""
-    if prompt_type not in _TEMPLATES:
+def check_prompt_type(prompt_type: str) -> None:
+    """An unknown name is an error."""
+    if prompt_type not in PROMPT_TYPES:
         raise UserError(
             f"prompt type {prompt_type!r}: expected one of {PROMPT_TYPES}{nearest(prompt_type, PROMPT_TYPES)}"
         )
-    return dataclasses.replace(_TEMPLATES[prompt_type], enable_thinking=enable_thinking)
 
 
-def template_from_entry(entry: Mapping[str, Any] | None) -> PromptTemplate | None:
+def get_template(prompt_type: str, enable_thinking: bool | None = None, tokenizer: Tokenizer | None = None) -> Template:
+    """The template of a `--prompt-type`; an unknown name is an error. `chat_template` is that of `tokenizer`."""
+    from tandem.data.model_template import ModelTemplate  # which builds on this module
+
+    check_prompt_type(prompt_type)
+    if prompt_type != CHAT_TEMPLATE:
+        return dataclasses.replace(_TEMPLATES[prompt_type], enable_thinking=enable_thinking)
+    if tokenizer is None:
+        raise UserError(f"prompt type {CHAT_TEMPLATE} is the tokenizer's, and no tokenizer is known; name its folder")
+    return ModelTemplate(tokenizer, enable_thinking)
+
+
+def template_from_entry(entry: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> Template | None:
     """The template that a data record or a checkpoint names; None where it names none."""
-    return get_template(entry["prompt_type"], entry["enable_thinking"]) if entry else None
+    return get_template(entry["prompt_type"], entry["enable_thinking"], tokenizer) if entry else None
 
 
 def grouped(dialogue: Sequence[Message], last: str) -> list[tuple[str, list[Message]]]:

@@ -14,7 +14,7 @@ from tandem.data.engine import Engine
 from tandem.data.handlers import InstructionHandler, PretrainHandler
 from tandem.data.naming import SFT_KEYS
 from tandem.data.readers import Block, parse_row
-from tandem.data.templates import PromptTemplate, Turn, trained_on_last
+from tandem.data.templates import Template, Turn, trained_on_last
 from tandem.data.truncation import turn_budgets
 from tandem.errors import UserError
 
@@ -132,7 +132,7 @@ class InstructionTokenizer(ChunkTokenizer):
         self,
         engine: Engine,
         handler: InstructionHandler,
-        template: PromptTemplate,
+        template: Template,
         seq_length: int | None,
         eod: int | None,
         train_turns: str = "all",

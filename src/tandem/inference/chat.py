@@ -10,7 +10,7 @@ from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.native import prompt_entry
-from tandem.data.templates import Message, PromptTemplate, template_from_entry
+from tandem.data.templates import Message, Template, template_from_entry
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.inference.generate import generate
@@ -28,7 +28,7 @@ class Model:
 
     engine: Engine
     tokenizer: Tokenizer
-    template: PromptTemplate | None
+    template: Template | None
 
     def answer(
         self, questions: Sequence[str], sampling: Sampling, on_text: Callable[[str], None] | None = None
@@ -78,7 +78,7 @@ def open_model(
     engine.load_weights(source)
     if raw:
         tokenizer.chat_template = None
-    return Model(engine, tokenizer, None if raw else template_from_entry(prompt_entry(source)))
+    return Model(engine, tokenizer, None if raw else template_from_entry(prompt_entry(source), tokenizer))
 
 
 def _folder_of_tokenizer(source: TensorSource) -> str:

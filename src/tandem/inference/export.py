@@ -14,7 +14,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import HFSink
 from tandem.checkpoints.interface import Companions, dtype_name
 from tandem.checkpoints.native import prompt_entry
-from tandem.data.templates import PromptTemplate, template_from_entry
+from tandem.data.templates import template_from_entry
 from tandem.data.tokenizer import Tokenizer
 from tandem.models.tensors import EMBEDDING
 
@@ -39,36 +39,32 @@ def export(options: ExportOptions, progress: Progress | None = None) -> Converte
     """Write the folder; it appears whole or not at all.
 
     Raises:
-        UserError: the checkpoint is damaged, or the target exists.
+        UserError: the checkpoint is damaged, the target exists, or the tokenizer lacks the template's end token.
     """
     source = open_source(options.load, options.ckpt_step)
     companions = companions_for(source, options.hf_cfg_dir)
-    template = template_from_entry(prompt_entry(source))
-    if template is not None:
-        companions = ending_turns(companions, template)
+    tokenizer = _tokenizer(companions)
+    template = template_from_entry(prompt_entry(source), tokenizer)
+    if template is not None and tokenizer is not None:
+        companions = ending_turns(companions, tokenizer.require_id(template.stop_word), template.stop_word)
     source = with_one_dtype(source, options.params_dtype)
     sink = HFSink(options.save_dir, source.config, dtype_name(source.dtype(EMBEDDING)), companions)
     copy(source, sink, progress=progress)
     return Converted.of(sink.folder, None, source.config)
 
 
-def ending_turns(companions: Companions, template: PromptTemplate) -> Companions:
+def ending_turns(companions: Companions, end: int, stop_word: str) -> Companions:
     """Make the template's end token the model's, so that `generate()` stops after a turn; a former end token stays
-    as a second one.
-
-    Raises:
-        UserError: the tokenizer lacks the template's end token.
-    """
+    as a second one."""
     files = {path.name: path for path in companions.files}
-    if "tokenizer.json" not in files or companions.hf_config is None:
+    if companions.hf_config is None:
         return companions
-    end = Tokenizer(files["tokenizer.json"].parent).require_id(template.stop_word)
     generation = _json(files.get("generation_config.json"))
     former = generation.get("eos_token_id", companions.hf_config.get("eos_token_id"))
     others = former if isinstance(former, list) else [former]
     ends = [end, *(token for token in others if token not in (None, end))]
     tokenizer_config = _json(files["tokenizer_config.json"])
-    tokenizer_config["eos_token"] = template.stop_word
+    tokenizer_config["eos_token"] = stop_word
     texts = {
         "generation_config.json": {**generation, "eos_token_id": ends if len(ends) > 1 else end},
         "tokenizer_config.json": tokenizer_config,
@@ -78,6 +74,11 @@ def ending_turns(companions: Companions, template: PromptTemplate) -> Companions
         hf_config={**companions.hf_config, "eos_token_id": end},
         texts={name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in texts.items()},
     )
+
+
+def _tokenizer(companions: Companions) -> Tokenizer | None:
+    folders = [path.parent for path in companions.files if path.name == "tokenizer.json"]
+    return Tokenizer(folders[0]) if folders else None
 
 
 def _json(path: Path | None) -> dict[str, Any]:

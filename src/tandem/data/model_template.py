@@ -1,0 +1,169 @@
+"""The prompt type `chat_template`: conversations as the model's own Jinja template writes them, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from tandem.data.templates import CHAT_TEMPLATE, Message, Turn, grouped, split_thought
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+_MARK = re.compile("\ue000(\\d+)\ue001")  # characters of private use: no text of a template
+
+
+class ModelTemplate:
+    """A prompt type that renders with the tokenizer's chat template.
+
+    Which characters are trained is found by construction. The conversation is rendered twice: as it is, and with a mark
+    in place of each text that someone said. Between the marks stands what the template itself writes: there each answer
+    begins after the generation prompt and ends with the end token. The marks are then replaced, in order, by what
+    stands in the first rendering, which must be used up exactly.
+
+    An answer is trained from its thought, or from its content where it has no thought: an empty thought that the
+    template inserts is not trained.
+
+    Attributes:
+        stop_word: the tokenizer's end-of-sequence token, which ends an answer.
+    """
+
+    name = CHAT_TEMPLATE
+
+    def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None) -> None:
+        if tokenizer.chat_template is None or tokenizer.eos_id is None:
+            raise UserError(
+                f"{tokenizer.folder}: prompt_type {self.name} needs the model's chat template (chat_template.jinja or "
+                f"in tokenizer_config.json) and its eos_token; choose a named prompt_type"
+            )
+        self.enable_thinking = enable_thinking
+        self.sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        self.stop_word = tokenizer.decode([tokenizer.eos_id])
+        self._tokenizer = tokenizer
+
+    def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """As `PromptTemplate.turns`; what follows the last end token is a turn without a target.
+
+        Raises:
+            UserError: the roles do not follow each other, or the template changes a text so that its place cannot be
+                found.
+        """
+        grouped(messages[1:] if messages and messages[0].role == "system" else messages, "assistant")
+        said = [_Said(message) for message in messages]
+        full = self._render([entry.as_it_is() for entry in said], tools)
+        marked = self._render([entry.marked(2 * number) for number, entry in enumerate(said)], tools)
+        pieces = _aligned(marked, full, [text for entry in said for text in (entry.reasoning, entry.content)])
+        turns = []
+        done = 0
+        for entry in said:
+            if entry.message.role != "assistant":
+                continue
+            begin, end = self._answer(marked, done, thinks=bool(entry.reasoning))
+            turns.append(Turn((_replaced(marked[done:begin], pieces),), (_replaced(marked[begin:end], pieces),)))
+            done = end
+        rest = _replaced(marked[done:], pieces)
+        return [*turns, Turn((rest,), ())] if rest else turns
+
+    def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
+        """The text before the answer to a conversation that ends with the user."""
+        return (self._render([_Said(message).as_it_is() for message in messages], tools, add_generation_prompt=True),)
+
+    def _answer(self, marked: str, begin: int, thinks: bool) -> tuple[int, int]:
+        """Where the next answer stands in the marked rendering, from `begin` on."""
+        opening, opening_without_thought = self._openings
+        start = marked.find(opening, begin)
+        if start >= 0:
+            skips_empty_thought = not thinks and marked.startswith(opening_without_thought, start)
+            start += len(opening_without_thought if skips_empty_thought else opening)
+            end = marked.find(self.stop_word, start)
+            if end >= 0:
+                return start, end + len(self.stop_word)
+        raise UserError(
+            f"the chat template begins no answer with {opening!r} or ends it without {self.stop_word!r}, so it cannot "
+            f"be told what to train; choose a named prompt_type"
+        )
+
+    @cached_property
+    def _openings(self) -> tuple[str, str]:
+        """What the template writes before an answer, and before one that shall not think."""
+        question = [{"role": "user", "content": "x"}]
+        without = self._tokenizer.apply_chat_template(question)
+        openings = [
+            self._tokenizer.apply_chat_template(question, add_generation_prompt=True, enable_thinking=mode)
+            for mode in (True, False)
+        ]
+        return openings[0].removeprefix(without), openings[1].removeprefix(without)
+
+    def _render(self, messages: list[dict[str, Any]], tools: Sequence[str], add_generation_prompt: bool = False) -> str:
+        mode = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt, tools=[json.loads(tool) for tool in tools] or None, **mode
+        )
+
+
+class _Said:
+    """A message, with its thought apart from its content."""
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+        self.reasoning, self.content = message.reasoning, message.content
+        if message.role == "assistant" and not self.reasoning:
+            self.reasoning, self.content = split_thought(message.content)
+
+    def as_it_is(self) -> dict[str, Any]:
+        """The message as transformers takes it."""
+        return self._with(self.message.reasoning, self.message.content)
+
+    def marked(self, number: int) -> dict[str, Any]:
+        """The same with marks `number` and `number + 1` for thought and content; empty ones stay empty."""
+        return self._with(
+            f"\ue000{number}\ue001" if self.reasoning else "", f"\ue000{number + 1}\ue001" if self.content else ""
+        )
+
+    def _with(self, reasoning: str, content: str) -> dict[str, Any]:
+        fields: dict[str, Any] = {"role": self.message.role, "content": content}
+        if reasoning:
+            fields["reasoning_content"] = reasoning
+        if self.message.tool_calls:
+            fields["tool_calls"] = [
+                {"type": "function", "function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+                for call in self.message.tool_calls
+            ]
+        return fields
+
+
+def _arguments(text: str) -> Any:
+    """Templates take an object; text that is none stays text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:
+    """What stands in `full` at each mark; templates may strip white space from a text."""
+    parts = _MARK.split(marked)  # text, number, text, number, ..., text
+    found: dict[str, str] = {}
+    place = len(parts[0])
+    matches = full.startswith(parts[0])
+    for number, following in zip(parts[1::2], parts[2::2]):
+        text = texts[int(number)]
+        forms = (text, text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"), text.strip())
+        form = next((form for form in forms if full.startswith(form + following, place)), None)
+        if form is None or found.setdefault(number, form) != form:
+            matches = False
+            break
+        place += len(form) + len(following)
+    if not matches or place != len(full):
+        raise UserError(
+            "the chat template writes this conversation differently when its texts differ, so it cannot be told what "
+            "to train; choose a named prompt_type"
+        )
+    return found
+
+
+def _replaced(marked: str, texts: dict[str, str]) -> str:
+    return _MARK.sub(lambda match: texts[match.group(1)], marked)

@@ -1,0 +1,121 @@
+"""The prompt type `chat_template`: the model's own template, byte for byte, and what of it is trained (D5, D6)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_toys import byte_tokenizer, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tandem.data.batch import IGNORE
+from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.sft_dataset import SFTDataset
+from tandem.data.templates import Message, Template, ToolCall, Turn, get_template, template_from_entry
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared_data: Path) -> Tokenizer:
+    return Tokenizer(shared_data / "qwen3-0.6b")
+
+
+def text_of(turns: list[Turn]) -> str:
+    return "".join(piece for turn in turns for piece in (*turn.source, *turn.target))
+
+
+def chat(messages: list[Message]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for m in messages:
+        calls = [{"function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in m.tool_calls]
+        entries.append({"role": m.role, "content": m.content})
+        entries[-1] |= {"reasoning_content": m.reasoning} if m.reasoning else {}
+        entries[-1] |= {"tool_calls": calls} if calls else {}
+    return entries
+
+
+def trained(template: Template, *messages: Message) -> list[str]:
+    return ["".join(turn.target) for turn in template.turns(messages) if turn.target]
+
+
+def test_d5_what_is_trained(tokenizer: Tokenizer) -> None:
+    template = get_template("chat_template", tokenizer=tokenizer)
+    one, two = Message("user", "1"), Message("user", "2")
+    assert trained(template, one, Message("assistant", "A")) == ["A<|im_end|>"]  # the inserted empty thought is not
+    assert trained(template, one, Message("assistant", "A", "hm")) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
+    inline = Message("assistant", "<think>\nhm\n</think>\n\nA")
+    assert trained(template, one, inline) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
+    assert trained(template, one, inline, two, Message("assistant", "B")) == ["A<|im_end|>", "B<|im_end|>"]
+    call = Message("assistant", "", "", (ToolCall("f", '{"a": 1}'),))
+    answers = trained(template, one, call, Message("tool", "3"), Message("assistant", "B"))
+    assert answers == ['<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>', "B<|im_end|>"]
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\ue000\ue001<"), max_size=12)
+thoughts = st.sampled_from(["", "hm", "so\n\nthen"])
+turns_of_chat = st.lists(st.tuples(words, thoughts, words, st.booleans()), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(system=words, turns=turns_of_chat, mode=st.sampled_from([None, True, False]), offers_tools=st.booleans())
+def test_d6_equals_apply_chat_template(
+    system: str,
+    turns: list[tuple[str, str, str, bool]],
+    mode: bool | None,
+    offers_tools: bool,
+    tokenizer: Tokenizer,
+) -> None:
+    messages = [Message("system", system)] if system else []
+    for question, thought, answer, calls in turns:
+        messages.append(Message("user", question))
+        if calls:
+            messages += [Message("assistant", answer, thought, (ToolCall("f", '{"a": "é"}'),)), Message("tool", "r")]
+        messages.append(Message("assistant", answer, thought))
+    tools = [{"name": "f", "description": "x"}] if offers_tools else None
+    template = get_template("chat_template", mode, tokenizer)
+    ours = template.turns(messages, [json.dumps(tool) for tool in tools or []])
+    flags = {} if mode is None else {"enable_thinking": mode}
+    assert text_of(ours) == tokenizer.apply_chat_template(chat(messages), tools=tools, **flags)
+    targets = ["".join(turn.target) for turn in ours if turn.target]
+    assert len(targets) == sum(message.role == "assistant" for message in messages)
+    assert all(target.endswith("<|im_end|>") and target.count("<|im_end|>") == 1 for target in targets)
+    prompt = tokenizer.apply_chat_template(chat(messages[:-1]), add_generation_prompt=True, **flags)
+    assert template.generation_prompt(messages[:-1]) == (prompt,)
+
+
+def test_preprocessed_and_named_in_the_record(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]}
+    source = write_jsonl(tmp_path / "x.jsonl", record)
+    options = PreprocessOptions((str(source),), str(tmp_path / "x"), str(tokenizer.folder), prompt_type="chat_template")
+    preprocess(options)
+    sample = SFTDataset(tmp_path / "x", "train", "1", None, 100, seed=0)[0]
+    whole = tokenizer.encode(tokenizer.apply_chat_template(record["messages"]))
+    assert sample.tokens.tolist() == whole[: len(sample.tokens)]
+    assert tokenizer.decode(sample.labels[sample.labels != IGNORE].tolist()) == "A<|im_end|>"
+    entry = json.loads((tmp_path / "x.json").read_text())["template"]
+    again = template_from_entry(entry, tokenizer)
+    assert again is not None
+    assert (again.name, again.sha256) == ("chat_template", entry["sha256"])
+    with pytest.raises(UserError, match="no tokenizer is known"):
+        template_from_entry(entry, None)
+
+
+def test_templates_that_cannot_tell_are_refused(tmp_path: Path) -> None:
+    folder = byte_tokenizer(tmp_path / "tokenizer")
+    messages = [Message("user", "U"), Message("assistant", "A")]
+    with pytest.raises(UserError, match="needs the model's chat template"):
+        get_template("chat_template", tokenizer=Tokenizer(folder))
+    for source, reason in [
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "writes this conversation differently"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' if add_generation_prompt }}",
+            "begins no answer with",
+        ),
+    ]:
+        (folder / "chat_template.jinja").write_text(source)
+        with pytest.raises(UserError, match=reason):
+            get_template("chat_template", tokenizer=Tokenizer(folder)).turns([Message("user", "u"), *messages[1:]])
