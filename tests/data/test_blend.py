@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.data.blend import BlendedDataset, blend_indices, blend_sizes
+from tandem.data.blend import BlendedDataset, blend_indices, blend_sizes, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.sample_index import SPLIT_NAMES
 from tandem.errors import UserError
@@ -45,3 +45,14 @@ def test_c8_extreme_weights_and_tiny_sets() -> None:
     for weights in ([], [0.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0]):
         with pytest.raises(UserError, match="expected positive numbers"):
             blend_indices(weights, 1)
+
+
+def test_data_path_is_one_prefix_several_or_weights_and_prefixes() -> None:
+    assert parse_blend(["a"]) == (["a"], None)
+    assert parse_blend(["a", "b"]) == (["a", "b"], None)
+    assert parse_blend(["0.3", "a", "7", "b"]) == (["a", "b"], [0.3, 7.0])
+    for words in (["0.3", "a", "b"], ["a", "0.7"], ["0.3", "0.7"]):
+        with pytest.raises(UserError, match="stands where a prefix is expected"):
+            parse_blend(words)
+    with pytest.raises(UserError, match="--data-path is required"):
+        parse_blend([])

@@ -74,7 +74,8 @@ class DataSettings:
     """Data."""
 
     data_path: tuple[str, ...] = ()
-    """Prefix of the preprocessed files: PREFIX.bin/.idx for pretraining, PREFIX_packed_*_document for instructions."""
+    """Prefix of the preprocessed files: PREFIX.bin/.idx for pretraining, PREFIX_packed_*_document for instructions.
+    Several are blended by their sizes, or by weights: WEIGHT PREFIX WEIGHT PREFIX."""
     split: str = "969,30,1"
     """Proportions of train, validation and test."""
     seq_length: int = 4096
@@ -169,6 +170,8 @@ class TrainingSettings:
     """Steps of the whole run."""
     train_samples: int | None = None
     """Samples of the whole run, in place of --train-iters."""
+    epochs: float | None = None
+    """Passes over the training samples, in place of --train-iters; a fraction is allowed."""
     exit_interval: int | None = None
     """Save and leave after an iteration that is a multiple of this."""
     seed: int = 1234
@@ -266,7 +269,7 @@ class Settings:
         """Raise UserError where settings are missing, out of range, or contradict each other."""
         training, optimizer, checkpoint = self.training, self.optimizer, self.checkpoint
         if training.train_iters is None and training.train_samples is None:
-            raise UserError("--train-iters is required, or --train-samples")
+            raise UserError("--train-iters is required, or --train-samples or --epochs")
         if optimizer.lr is None:
             raise UserError("--lr is required")
         if not self.data.data_path:

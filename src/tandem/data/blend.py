@@ -19,6 +19,26 @@ class Samples(Protocol):
 
     def __getitem__(self, i: int) -> Sample: ...
 
+    def describe(self) -> dict[str, int]: ...
+
+
+def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of a `--data-path`: one prefix, several (weights None: by size), or weight, prefix, ..."""
+    if not data_path:
+        raise UserError("--data-path is required: the prefix that `tandem preprocess` wrote")
+    try:
+        weights = [float(word) for word in data_path[0::2]] if len(data_path) % 2 == 0 else None
+    except ValueError:
+        weights = None
+    prefixes = list(data_path if weights is None else data_path[1::2])
+    for prefix in prefixes:
+        if prefix.replace(".", "", 1).isdigit():
+            raise UserError(
+                f"--data-path {' '.join(data_path)}: {prefix} stands where a prefix is expected; give prefixes alone, "
+                f"or a weight before each"
+            )
+    return prefixes, weights
+
 
 def normalized(weights: Sequence[float]) -> list[float]:
     """Weights divided by their sum."""
@@ -61,6 +81,7 @@ class BlendedDataset:
         if len(datasets) != len(weights):
             raise UserError(f"{len(datasets)} datasets and {len(weights)} weights; expected one weight per dataset")
         self.datasets = list(datasets)
+        self.weights = normalized(weights)
         _, size = blend_sizes(weights, num_samples)
         self.dataset_index, self.dataset_sample_index = blend_indices(weights, size)
         needed = np.bincount(self.dataset_index, minlength=len(datasets)).tolist()
@@ -73,3 +94,20 @@ class BlendedDataset:
 
     def __getitem__(self, i: int) -> Sample:
         return self.datasets[int(self.dataset_index[i])][int(self.dataset_sample_index[i])]
+
+    def describe(self) -> dict[str, int]:
+        """Counts for a start banner; those of an epoch are sums over the datasets."""
+        parts = [dataset.describe() for dataset in self.datasets]
+        counts = {name: sum(part[name] for part in parts) for name in ("sequences", "tokens", "samples_per_epoch")}
+        return {**counts, "samples": len(self)}
+
+    def sources(self) -> list[str]:
+        """For each dataset its weight, its size, and how often the blend goes through it (C8)."""
+        lines = []
+        for number, (dataset, weight) in enumerate(zip(self.datasets, self.weights)):
+            counts, used = dataset.describe(), int(np.count_nonzero(self.dataset_index == number))
+            lines.append(
+                f"weight {weight:.4g}, {counts['tokens']:,} tokens, {counts['samples_per_epoch']:,} samples per epoch, "
+                f"{used:,} used ({used / max(1, counts['samples_per_epoch']):.2f} epochs)"
+            )
+        return lines

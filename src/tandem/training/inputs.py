@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import DataSettings, Settings
+from tandem.data.blend import BlendedDataset, blend_sizes, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
@@ -43,16 +46,47 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
     Raises:
         UserError: files are missing, or their record names another tokenizer, template or length.
     """
-    data, training = settings.data, settings.training
-    if len(data.data_path) != 1:
-        raise UserError(f"--data-path {' '.join(data.data_path)}: one prefix is supported, {len(data.data_path)} given")
-    prefix = data.data_path[0]
-    notices, template = _check(prefix, settings, tokenizer)
+    training = settings.training
+    prefixes, _ = parse_blend(settings.data.data_path)
+    checks = [_check(prefix, settings, tokenizer) for prefix in prefixes]
+    templates = [template for _, template in checks]
+    if any(template != templates[0] for template in templates):
+        raise UserError(
+            f"--data-path {' '.join(settings.data.data_path)}: the records name different templates: {templates}; "
+            f"preprocess all with the same --prompt-type and --enable-thinking"
+        )
     train = _dataset(settings, tokenizer, "train", settings.total_samples)
     valid = None
     if training.eval_iters and training.eval_interval <= settings.total_iters:
         valid = _dataset(settings, tokenizer, "valid", None)
-    return Data(train, valid, template, notices)
+    notices = [notice for notices, _ in checks for notice in notices]
+    sources = train.sources() if isinstance(train, BlendedDataset) else []
+    lines = [f"{prefix}: {source}" for prefix, source in zip(prefixes, sources)]
+    return Data(train, valid, templates[0], [*lines, *notices])
+
+
+def with_epochs(settings: Settings) -> Settings:
+    """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
+
+    Raises:
+        UserError: a length is given in another way too, or the epochs are not positive.
+    """
+    training = settings.training
+    if training.epochs is None:
+        return settings
+    if training.train_iters is not None or training.train_samples is not None:
+        raise UserError(f"--epochs {training.epochs} and --train-iters or --train-samples exclude each other: give one")
+    if training.epochs <= 0:
+        raise UserError(f"--epochs {training.epochs}: expected a positive number")
+    prefixes, _ = parse_blend(settings.data.data_path)
+    # The number of samples depends on none of the flags that need a tokenizer.
+    plain = dataclasses.replace(
+        settings.data, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
+    )
+    counted = dataclasses.replace(settings, data=plain)
+    samples = sum(len(_single(counted, None, prefix, "train", None)) for prefix in prefixes)
+    iters = max(1, math.ceil(training.epochs * samples / settings.global_batch_size))
+    return dataclasses.replace(settings, training=dataclasses.replace(training, epochs=None, train_iters=iters))
 
 
 def data_identity(settings: Settings) -> dict[str, Any]:
@@ -94,11 +128,26 @@ def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Te
 
 
 def _dataset(settings: Settings, tokenizer: Tokenizer | None, name: str, samples: int | None) -> Dataset:
+    """The dataset of a split, or the blend of several; `samples` None is one epoch of each."""
+    prefixes, weights = parse_blend(settings.data.data_path)
+    if len(prefixes) == 1:
+        return _single(settings, tokenizer, prefixes[0], name, samples)
+    epochs = [len(_single(settings, tokenizer, prefix, name, None)) for prefix in prefixes]
+    weights = weights or [float(epoch) for epoch in epochs]
+    samples = sum(epochs) if samples is None else samples
+    sizes, _ = blend_sizes(weights, samples)
+    parts = [_single(settings, tokenizer, prefix, name, size) for prefix, size in zip(prefixes, sizes)]
+    return BlendedDataset(parts, weights, samples)
+
+
+def _single(
+    settings: Settings, tokenizer: Tokenizer | None, prefix: str, name: str, samples: int | None
+) -> GPTDataset | SFTDataset:
     data = settings.data
     eod = tokenizer.eos_id if tokenizer else None
     if data.is_instruction_dataset:
         return SFTDataset(
-            data.data_path[0],
+            prefix,
             name,
             data.split,
             samples,
@@ -110,7 +159,7 @@ def _dataset(settings: Settings, tokenizer: Tokenizer | None, name: str, samples
             shuffle=not data.no_shuffle,
         )
     return GPTDataset(
-        data.data_path[0],
+        prefix,
         name,
         data.split,
         samples,

@@ -20,7 +20,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
 from tandem.parallel.launch import require_single_process
-from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer
+from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
 from tandem.training.log import StepRecord
 from tandem.training.schedule import schedule_from
 from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
@@ -49,6 +49,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         UserError: something is missing, contradictory or damaged; nothing has been trained then.
     """
     require_single_process()
+    settings = with_epochs(settings)
     settings.check()
     schedule = schedule_from(settings)
     source = open_weights(settings)
