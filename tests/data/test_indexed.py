@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.data.indexed import DTYPE_CODES, IndexedDataset, IndexedWriter, merge
+from tandem.data.merge_groups import merge_groups
 from tandem.errors import UserError
 
 
@@ -159,3 +160,19 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         IndexedWriter(tmp_path / "absent" / "x")
     with pytest.raises(UserError, match="only equal dtypes can be merged"):
         merge([write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[1]]], "int64")], tmp_path / "c")
+
+
+def test_c6_groups_are_merged_by_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("b_text_document", "a_text_document", "a_code_document")):
+        with IndexedWriter(tmp_path / name) as writer:
+            writer.add_document([number] * (number + 1))
+    assert merge_groups(tmp_path, ["text"], str(tmp_path / "all")) == [f"{tmp_path}/all_text"]
+    expected = [[1, 1], [0]]
+    assert [sequence.tolist() for sequence in IndexedDataset(tmp_path / "all_text")] == expected
+    merge_groups(tmp_path, ["text"], str(tmp_path / "all"))  # again: its own output is no part
+    assert [sequence.tolist() for sequence in IndexedDataset(tmp_path / "all_text")] == expected
+    with pytest.raises(UserError, match=r"no \.bin/\.idx pair"):
+        merge_groups(tmp_path, ["maths"], str(tmp_path / "all"))
+    (tmp_path / "c_text_document.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"its \.idx is missing"):
+        merge_groups(tmp_path, ["text"], str(tmp_path / "all"))

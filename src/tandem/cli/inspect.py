@@ -1,4 +1,4 @@
-"""`tandem inspect checkpoint PATH`: show what is in a folder."""
+"""`tandem inspect checkpoint PATH`: show what is in a folder. `tandem inspect data PREFIX` is in `inspect_data`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tandem.checkpoints.describe import Description, check_integrity, describe
+from tandem.cli import inspect_data
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.errors import UserError, nearest
 from tandem.models.tensors import parameter_count
 
 DESCRIPTION = "Show what a Hugging Face folder or a checkpoint of any format holds, and whether it is undamaged."
-SUBJECTS = ("checkpoint",)
+SUBJECTS = ("checkpoint", "data")
 PLAIN_WIDTH = 140  # columns where the output is no terminal
 
 
@@ -37,7 +38,13 @@ class InspectOptions:
 def run(argv: Sequence[str]) -> None:
     subject = argv[0] if argv else ""
     if subject not in SUBJECTS and subject not in ("-h", "--help"):
-        raise UserError(f"inspect {subject}: expected: inspect checkpoint PATH{nearest(subject, list(SUBJECTS))}")
+        raise UserError(
+            f"inspect {subject}: expected: inspect checkpoint PATH, or inspect data PREFIX"
+            f"{nearest(subject, list(SUBJECTS))}"
+        )
+    if subject == "data":
+        inspect_data.run(argv[1:])
+        return
     words = argv[1:] if subject in SUBJECTS else argv
     options = parse_dataclass(InspectOptions, "inspect checkpoint", DESCRIPTION, words)
     description = describe(options.path, options.ckpt_step)

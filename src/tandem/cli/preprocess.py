@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tandem.cli.inspect_data import make_console, show_samples
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
+from tandem.data.merge_groups import merge_groups
 from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.statistics import DataView
+from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
 DESCRIPTION = (
     "Turn text into PREFIX_text_document.bin/.idx, or instruction data into "
     "PREFIX_packed_{input_ids,attention_mask,labels}_document.bin/.idx, as Megatron-LM and MindSpeed-LLM read them."
 )
+MERGE_DESCRIPTION = "Merge .bin/.idx files that were preprocessed in parts."
 THINKING = {"true": True, "false": False, "none": None}
 
 
@@ -57,12 +62,29 @@ class Flags:
     """Processes that tokenise; the files do not depend on it."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What to do with an unusable row; skip writes it to PREFIX.rejects.jsonl."""
+    show: int = 0
+    """Print so many samples of the result as text, with what is trained marked."""
     log_interval: int = 1000
     """Documents between two signs of progress."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeFlags:
+    """Options of the merge of datasets that were preprocessed in parts."""
+
+    input: str
+    """Folder with the parts."""
+    output_prefix: str
+    """Each group becomes OUTPUT_PREFIX_KEY.bin/.idx."""
+    merge_group_keys: tuple[str, ...]
+    """Merge all pairs of files whose names hold the key, for each key."""
+
+
 def run(argv: Sequence[str]) -> None:
     rest, notices = split_ignored(argv, PREPROCESS_IGNORED)
+    if any(word.split("=")[0].replace("_", "-") == "--merge-group-keys" for word in rest):
+        run_merge(rest)
+        return
     flags = parse_dataclass(Flags, "preprocess", DESCRIPTION, rest)
     for notice in notices:
         print(f"> {notice}")
@@ -85,10 +107,19 @@ def run(argv: Sequence[str]) -> None:
         print(f"wrote {prefix}.bin and .idx")
     if summary.rejects:
         print(f"wrote {summary.rejects}")
+    if flags.show:
+        path = flags.output_prefix if "input_ids" in summary.prefixes else next(iter(summary.prefixes.values()))
+        show_samples(make_console(), DataView(path), Tokenizer(flags.tokenizer_name_or_path), flags.show)
+
+
+def run_merge(argv: Sequence[str]) -> None:
+    flags = parse_dataclass(MergeFlags, "preprocess", MERGE_DESCRIPTION, argv)
+    for prefix in merge_groups(flags.input, flags.merge_group_keys, flags.output_prefix):
+        print(f"wrote {prefix}.bin and .idx")
 
 
 def options_from(flags: Flags) -> PreprocessOptions:
-    values = {name: value for name, value in vars(flags).items() if name != "tokenizer_type"}
+    values = {name: value for name, value in vars(flags).items() if name not in ("tokenizer_type", "show")}
     return PreprocessOptions(
         **{**values, "map_keys": _map_keys(flags.map_keys), "enable_thinking": THINKING[flags.enable_thinking]}
     )

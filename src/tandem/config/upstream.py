@@ -58,6 +58,8 @@ IGNORED: dict[str, Ignored] = {
 }
 
 PREPROCESS_IGNORED: dict[str, Ignored] = {
+    "--streaming": ALWAYS_ON,
+    "--n-subs": Ignored(1),  # upstream's parts are merged into the same files
     "--tokenizer-not-use-fast": ALWAYS_ON,
     "--overwrite-cache": ALWAYS_ON,
     "--cache-dir": Ignored(1),

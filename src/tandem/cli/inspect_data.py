@@ -1,0 +1,95 @@
+"""`tandem inspect data PREFIX`: what a preprocessed dataset holds, and some of its samples as text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tandem.config.sources import parse_dataclass
+from tandem.data.record import read_record
+from tandem.data.statistics import DataView, Statistics
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+DESCRIPTION = "Show what preprocessed data hold: counts, lengths, and samples in which trained text is green."
+PLAIN_WIDTH = 140  # columns where the output is no terminal
+BAR_WIDTH = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectDataOptions:
+    """Options of `tandem inspect data`."""
+
+    prefix: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREFIX")]
+    """The data path: PREFIX_text_document, or the output prefix of instruction data."""
+    tokenizer_name_or_path: str | None = None
+    """Folder of the tokenizer; default: the one that the data's record names."""
+    show: int = 3
+    """How many samples to print."""
+
+
+def run(argv: Sequence[str]) -> None:
+    options = parse_dataclass(InspectDataOptions, "inspect data", DESCRIPTION, argv)
+    console = make_console()
+    view = DataView(options.prefix)
+    console.print(overview(options.prefix, view.statistics()))
+    if options.show:
+        show_samples(console, view, _tokenizer(options), options.show)
+
+
+def make_console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def overview(prefix: str, statistics: Statistics) -> Table:
+    table = Table("", "", show_header=False, title=prefix, title_justify="left")
+    table.add_row("sequences", f"{statistics.sequences:,}")
+    if statistics.documents != statistics.sequences:
+        table.add_row("documents in them", f"{statistics.documents:,}")
+    table.add_row("tokens", f"{statistics.tokens:,}")
+    share = statistics.trained_tokens / max(1, statistics.tokens)
+    table.add_row("trained tokens", f"{statistics.trained_tokens:,} ({share:.1%})")
+    table.add_row("fill rate", f"{statistics.fill_rate:.2%}")
+    most = max((count for *_, count in statistics.histogram), default=1)
+    for first, last, count in statistics.histogram:
+        bar = "#" * round(BAR_WIDTH * count / max(1, most))
+        table.add_row(f"{first:,} .. {last:,} tokens", f"{bar} {count:,}")
+    return table
+
+
+def show_samples(console: Console, view: DataView, tokenizer: Tokenizer, count: int) -> None:
+    """Print the first samples. Trained text is green, and set in [[ ]] where there are no colours."""
+    coloured = console.color_system is not None
+    for index in range(min(count, len(view))):
+        text = Text()
+        for span in view.spans(index, tokenizer):
+            marked = view.is_instruction_dataset and span.trained
+            shown = f"[[{span.text}]]" if marked and not coloured else span.text
+            text.append(shown, style="green" if marked else "")
+        console.rule(f"sample {index}", align="left")
+        console.print(text, soft_wrap=True)
+
+
+def _tokenizer(options: InspectDataOptions) -> Tokenizer:
+    if options.tokenizer_name_or_path:
+        return Tokenizer(options.tokenizer_name_or_path)
+    found = read_record(options.prefix)
+    if found is None:
+        raise UserError(
+            f"{options.prefix}: no record beside the data names its tokenizer; give "
+            f"--tokenizer-name-or-path, or --show 0"
+        )
+    path, record = found
+    tokenizer = Tokenizer(record["options"]["tokenizer_name_or_path"])
+    if tokenizer.sha256 != record["tokenizer"]["sha256"]:
+        raise UserError(
+            f"{path}: {tokenizer.folder} is no longer the tokenizer that made these data; name the right one"
+        )
+    return tokenizer
