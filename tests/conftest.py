@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
+from frameworks import require_framework
 from workspace import Workspace, make_workspace
 
 # Toy products gain nothing from threads, and several test processes share the cores.
@@ -35,9 +35,3 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def framework(request: pytest.FixtureRequest) -> str:
     """Each backend in turn."""
     return require_framework(request.param)
-
-
-def require_framework(name: str) -> str:
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: pip install 'tandem-llm[{name}]'")
-    return name

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from reference import assert_close_gradients, toy_batch, toy_weights
 
-from conftest import require_backend
+from frameworks import require_framework
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.errors import UserError
@@ -20,7 +20,7 @@ from toys import TOYS
 
 @pytest.fixture(autouse=True)
 def _mindspore() -> None:
-    require_backend("mindspore")
+    require_framework("mindspore")
 
 
 @pytest.mark.parametrize("toy", TOYS)

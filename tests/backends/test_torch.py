@@ -120,7 +120,7 @@ def test_a_step_leaves_no_tensor_behind() -> None:
 
     def tensors_after_a_step() -> int:
         engine.train_step([toy_batch(source.config, RAGGED)], 1e-3, 0.1)
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # proxies may be dead
 
     gc.collect()
     gc.disable()  # cycles must not be what frees activations

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import require_framework
+from frameworks import require_framework
 from scripts import HF, HF2MCORE, INSTRUCTIONS, MCORE, MCORE2HF, PRETRAIN, PRETRAINED, TEXT, TUNE, TUNED, Site
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import DTYPES

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import require_framework
+from frameworks import require_framework
 from scripts import (
     HF,
     HF2MCORE,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import require_framework
+from frameworks import require_framework
 from tandem.errors import UserError
 from tandem.quickstart.run import QuickstartOptions, quickstart
 from tandem.quickstart.tasks import OPERATIONS, make_world

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import require_framework
+from frameworks import require_framework
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import KINDS
 from tandem.checkpoints.native import NativeSource
