@@ -1,8 +1,9 @@
-"""Checks of large arrays, in pieces that stay in the processor's cache: no copy of the whole is made."""
+"""Large arrays: read from a file at full speed, and checked in pieces that stay in the processor's cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +14,23 @@ EXPONENTS = {
     "bfloat16": (np.uint16, 0x7F80),
     "float16": (np.uint16, 0x7C00),
 }
+
+
+def read_array(path: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray | None:
+    """`count` numbers from byte `start` of a file, 1-D; None when the file ends before.
+
+    `numpy.fromfile` reads through stdio, at a third of the speed.
+    """
+    array = np.empty(count, dtype)
+    remaining = array.view(np.uint8).data
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while remaining:
+            done = file.readinto(remaining)
+            if not done:
+                return None
+            remaining = remaining[done:]
+    return array
 
 
 def is_finite(tensor: np.ndarray) -> bool:

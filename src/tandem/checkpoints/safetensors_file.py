@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.arrays import read_array
 from tandem.checkpoints.interface import DTYPES, dtype_name
 from tandem.errors import UserError
 
@@ -52,8 +53,8 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in memory of its own."""
         entry = self.entries[name]
-        flat = np.fromfile(self.path, dtype=entry.dtype, count=math.prod(entry.shape), offset=entry.start)
-        if flat.size != math.prod(entry.shape):
+        flat = read_array(self.path, entry.dtype, math.prod(entry.shape), entry.start)
+        if flat is None:
             raise UserError(f"{self.path}: tensor {name} is cut short")
         return flat.reshape(entry.shape)
 

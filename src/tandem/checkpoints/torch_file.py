@@ -26,6 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tandem.checkpoints.arrays import read_array
 from tandem.errors import UserError
 
 STORAGES: dict[str, np.dtype] = {
@@ -96,8 +97,8 @@ class Storage:
 
     def read(self, first: int, count: int, name: str) -> np.ndarray:
         """`count` numbers from number `first`; what is read whole is checked against the stored CRC."""
-        flat = np.fromfile(self.path, self.dtype, count, offset=self.start + first * self.dtype.itemsize)
-        if flat.size != count:
+        flat = read_array(self.path, self.dtype, count, self.start + first * self.dtype.itemsize)
+        if flat is None:
             raise UserError(f"{self.path}: tensor {name} is cut short")
         if count == self.numel and self.crc not in (0, zlib.crc32(flat.view(np.uint8).data)):
             raise UserError(f"{self.path}: tensor {name} is damaged: its CRC differs from the one in the file")
