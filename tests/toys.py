@@ -29,11 +29,10 @@ def toy_config(**changes: object) -> ModelConfig:
 TOYS = {
     "qwen3-tied": toy_config(),
     "qwen3-untied": toy_config(untie_embeddings_and_output_weights=True),
+    # Qwen2.5: a bias on queries, keys and values; Hugging Face's config has no head_dim of its own
+    "qwen2": toy_config(model_type="qwen2", kv_channels=8),
     "llama": toy_config(model_type="llama", rotary_base=1e4, untie_embeddings_and_output_weights=True),
 }
-
-# Qwen2.5: a bias on queries, keys and values; no head_dim of its own in Hugging Face's config.
-QWEN2 = toy_config(model_type="qwen2", kv_channels=8)
 
 # Qwen3's dense sizes: layers, hidden, ffn, query heads, tied.
 QWEN3_SIZES = {

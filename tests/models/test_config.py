@@ -9,7 +9,7 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, RotaryScaling, from_hf, to_hf
-from toys import TOYS, toy_config
+from toys import QWEN3_SIZES, TOYS, qwen3_config, toy_config
 
 OLD = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -84,14 +84,14 @@ def test_what_cannot_be_expressed_is_refused_by_name(change: dict, named: str) -
         from_hf(OLD | change)
 
 
-# layers, hidden, ffn, heads, tied, and the parameters by the hand count of `count_by_hand`
-QWEN3 = {
-    "0.6B": (28, 1024, 3072, 16, True, 596_049_920),
-    "1.7B": (28, 2048, 6144, 16, True, 1_720_574_976),
-    "4B": (36, 2560, 9728, 32, True, 4_022_468_096),
-    "8B": (36, 4096, 12288, 32, False, 8_190_735_360),
-    "14B": (40, 5120, 17408, 40, False, 14_768_307_200),
-    "32B": (64, 5120, 25600, 64, False, 32_762_123_264),
+# parameters by the hand count of `count_by_hand`
+PARAMETERS = {
+    "0.6B": 596_049_920,
+    "1.7B": 1_720_574_976,
+    "4B": 4_022_468_096,
+    "8B": 8_190_735_360,
+    "14B": 14_768_307_200,
+    "32B": 32_762_123_264,
 }
 
 
@@ -101,19 +101,36 @@ def count_by_hand(layers: int, hidden: int, ffn: int, heads: int, tied: bool) ->
     return layers * layer + hidden + 151936 * hidden * (1 if tied else 2)
 
 
-@pytest.mark.parametrize("size", QWEN3)
+@pytest.mark.parametrize("size", QWEN3_SIZES)
 def test_parameter_count(size: str) -> None:
     from tandem.models.tensors import parameter_count
 
-    layers, hidden, ffn, heads, tied, published = QWEN3[size]
-    config = toy_config(
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=8,
-        kv_channels=128,
-        vocab_size=151936,
-        untie_embeddings_and_output_weights=not tied,
-    )
-    assert parameter_count(config) == count_by_hand(layers, hidden, ffn, heads, tied) == published
+    assert parameter_count(qwen3_config(size)) == count_by_hand(*QWEN3_SIZES[size]) == PARAMETERS[size]
+
+
+def test_qwen2_has_biases_and_no_head_dim_of_its_own() -> None:
+    """Qwen2.5-7B's config.json, as published."""
+    published = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "model_type": "qwen2",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    }
+    config = from_hf(published)
+    assert (config.kv_channels, config.add_qkv_bias, config.qk_layernorm) == (128, True, False)
+    assert from_hf(to_hf(config, base=published)) == from_hf(to_hf(config)) == config

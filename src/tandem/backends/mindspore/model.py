@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
@@ -32,15 +33,19 @@ def linear(x: Tensor, weight: Weight) -> tuple[Tensor, Pullback]:
     return _product_tb(x, weight.value), backward
 
 
-def linear_after(function: Layer, x: Tensor, weight: Weight) -> tuple[Tensor, Pullback]:
-    """`linear` of function(x), keeping x alone: the cheap function is computed again in the backward pass."""
+def linear_after(function: Layer, x: Tensor, weight: Weight, bias: Weight | None = None) -> tuple[Tensor, Pullback]:
+    """`linear` of function(x), plus bias [o] where there is one, keeping x alone: the cheap function is computed
+    again in the backward pass."""
 
     def backward(gradient: Tensor) -> Tensor:
         value, pull = function(x)
         weight.add_gradient(_product_ta(gradient, value))
+        if bias is not None:
+            bias.add_gradient(gradient.astype(ms.float32).sum(axis=0))
         return pull(_product(gradient, weight.value))
 
-    return _product_tb(function(x)[0], weight.value), backward
+    product = _product_tb(function(x)[0], weight.value)
+    return product if bias is None else product + bias.value, backward
 
 
 def recomputed(layer: Layer) -> Layer:
@@ -109,7 +114,10 @@ class Decoder:
         weights, kernels = self.weights, self.kernels
 
         qkv, pull_qkv = linear_after(
-            self._norm(prefix + "input_layernorm.weight"), x, weights[attention + "linear_qkv.weight"]
+            self._norm(prefix + "input_layernorm.weight"),
+            x,
+            weights[attention + "linear_qkv.weight"],
+            weights.get(attention + "linear_qkv.bias"),
         )
         q_norm, k_norm = weights.get(attention + "q_layernorm.weight"), weights.get(attention + "k_layernorm.weight")
         mixed, pull_mixed = kernels.attention(qkv, q_norm, k_norm, documents, self.config)

@@ -86,9 +86,9 @@ def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """x [t, k] -> [t, n] with weight [n, k]."""
-    return _Linear.apply(x, weight)
+def linear(x: torch.Tensor, weight: Weight, bias: Weight | None = None) -> torch.Tensor:
+    """x [t, k] -> [t, n] with weight [n, k], and bias [n] where there is one."""
+    return _Linear.apply(x, weight, bias)
 
 
 def embedding(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -175,17 +175,20 @@ def _as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: Weight, bias: Weight | None) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.weight = weight
-        return matmul(x, weight)
+        ctx.weight, ctx.bias = weight, bias
+        product = matmul(x, weight)
+        return product if bias is None else product.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (x,) = ctx.saved_tensors
         if ctx.weight.main_grad is not None:
             ctx.weight.main_grad.add_product(gradient, x)
-        return matmul(gradient, ctx.weight.t()), None
+        if ctx.bias is not None and ctx.bias.main_grad is not None:
+            ctx.bias.main_grad.add(gradient.sum(0, dtype=torch.float32))
+        return matmul(gradient, ctx.weight.t()), None, None
 
 
 class _Embedding(Function):

@@ -1,4 +1,4 @@
-"""The decoder: Qwen3 and Llama, for one process, under Megatron-core's names.
+"""The decoder of every family, for one process, under Megatron-core's names.
 
 Shapes: t tokens of documents laid end to end, h hidden size. Head counts are read off the weights, so that a module
 whose weights are a slice computes that slice.
@@ -57,12 +57,13 @@ def prepare(config: ModelConfig, batch: MicroBatch, dtype: torch.dtype, device: 
 
 
 class Linear(nn.Module):
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, bias: bool = False) -> None:
         super().__init__()
         self.weight = new_weight(outputs, inputs, dtype=dtype, device=device)
+        self.bias = new_weight(outputs, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -90,7 +91,8 @@ class SelfAttention(nn.Module):
         head, heads, groups = config.kv_channels, config.num_attention_heads, config.num_query_groups
         self.group_shape = (-1, heads // groups + 2, head)
         self.eps = config.norm_epsilon
-        self.linear_qkv = Linear(config.hidden_size, (heads + 2 * groups) * head, dtype, device)
+        qkv = (heads + 2 * groups) * head
+        self.linear_qkv = Linear(config.hidden_size, qkv, dtype, device, bias=config.add_qkv_bias)
         self.linear_proj = Linear(heads * head, config.hidden_size, dtype, device)
         self.q_layernorm, self.k_layernorm = (
             RMSNorm(head, self.eps, dtype, device) if config.qk_layernorm else None for _ in range(2)
