@@ -8,7 +8,7 @@ import torch
 
 from tandem.backends.torch.functional import Weight, matmul
 
-LOGITS_CHUNK_BYTES = 128 * 2**20
+LOGITS_CHUNK_BYTES = 64 * 2**20
 
 
 @torch.no_grad()

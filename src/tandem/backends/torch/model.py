@@ -132,8 +132,8 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, dtype, device)
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        x = x + recomputed(self.input_layernorm, partial(self.self_attention, inputs=inputs), x)
-        return x + recomputed(self.pre_mlp_layernorm, self.mlp, x)
+        x = recomputed(self.input_layernorm, partial(self.self_attention, inputs=inputs), x).add_(x)
+        return recomputed(self.pre_mlp_layernorm, self.mlp, x).add_(x)
 
 
 class Decoder(nn.Module):
