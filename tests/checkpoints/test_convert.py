@@ -35,6 +35,13 @@ from toys import QWEN3_SIZES, TOYS, qwen3_config, toy_config
 SINGLE = "model.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def emptied(tmp_path: Path) -> Iterator[None]:
+    """pytest keeps the folders of its last runs, and these would be gigabytes."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
 class Biased(RandomSource):
     """Random weights whose norms and biases are random as well."""
 
@@ -86,22 +93,15 @@ def test_every_qwen3_shape_returns_bit_identical(size: str, tp: int, pp: int, ck
     assert_round_trip(tmp_path, config, ckpt_format=ckpt_format, **parallel)
 
 
-@pytest.fixture
-def large_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is emptied at once: pytest keeps the folders of its last runs, and these are gigabytes."""
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ckpt_format", ["native", "torch"])
 @pytest.mark.parametrize("size", QWEN3_SIZES)
-def test_every_qwen3_shape_at_full_width(size: str, ckpt_format: str, large_folder: Path) -> None:
+def test_every_qwen3_shape_at_full_width(size: str, ckpt_format: str, tmp_path: Path) -> None:
     """B4: real widths and vocabulary up to 4B, real widths beyond."""
     vocab_size = 151936 if size in ("0.6B", "1.7B", "4B") else 1024
     config = qwen3_config(size, num_layers=2, vocab_size=vocab_size)
     parallel = {"target_tensor_parallel_size": 4, "target_pipeline_parallel_size": 2}
-    assert_round_trip(large_folder, config, ckpt_format=ckpt_format, **parallel)
+    assert_round_trip(tmp_path, config, ckpt_format=ckpt_format, **parallel)
 
 
 LAYERS = [
