@@ -19,7 +19,7 @@ BACKENDS = Path(tandem.backends.__file__).parent
 ALONE = {
     "mindspore/device.py",  # picks kernels for CPU or NPU
     "mindspore/npu.py",  # fused operators
-    "mindspore/parallel.py",  # NumPy work over all cores
+    "mindspore/threads.py",  # NumPy work over all cores
     "mindspore/weight.py",  # parameters with gradient buffers, and pullbacks
 }
 

@@ -24,6 +24,7 @@ from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.interface import TensorSource
 from tandem.data.batch import IGNORE, MicroBatch, collate
+from tandem.errors import UserError
 from tandem.models.config import RotaryScaling
 from tandem.models.tensors import tensor_table
 from toys import TOYS, toy_config
@@ -126,6 +127,20 @@ def test_evaluate_equals_the_training_loss(framework: str) -> None:
     total, count = build(framework, source, training=False).evaluate(batch)
     assert count == batch.trained_tokens
     assert total / count == pytest.approx(build(framework, source).loss_and_gradients([batch])[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("field", ["tokens", "labels"])
+@pytest.mark.parametrize("wrong", [-1, 211])
+def test_ids_beyond_the_vocabulary_are_named(framework: str, field: str, wrong: int) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batch = toy_batch(source.config, RAGGED)
+    ids = getattr(batch, field).copy()
+    ids[3] = wrong
+    damaged = dataclasses.replace(batch, **{field: ids})
+    engine = build(framework, source)
+    for use in (engine.evaluate, engine.logits, lambda batch: engine.train_step([batch], 1e-3, 0.0)):
+        with pytest.raises(UserError, match=f"{field} of a micro-batch span .*another tokenizer"):
+            use(damaged)
 
 
 def test_evaluate_without_trained_tokens_is_zero(framework: str) -> None:

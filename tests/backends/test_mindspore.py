@@ -25,7 +25,7 @@ def _mindspore() -> None:
 
 @pytest.mark.parametrize("toy", TOYS)
 def test_blocks_pieces_and_threads_change_nothing(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.backends.mindspore import attention, functional, loss, parallel
+    from tandem.backends.mindspore import attention, functional, loss, threads
 
     source = toy_weights(TOYS[toy])
     engine = create_engine("mindspore", source.config, EngineSettings(device="cpu"))
@@ -35,7 +35,7 @@ def test_blocks_pieces_and_threads_change_nothing(toy: str, monkeypatch: pytest.
     monkeypatch.setattr(attention, "BLOCK", 16)
     monkeypatch.setattr(functional, "BLOCK", 7)
     monkeypatch.setattr(loss, "PIECE", 50)
-    monkeypatch.setattr(parallel, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
     found_loss, found = engine.loss_and_gradients(batches)
     assert found_loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close_gradients(found, expected, rtol=1e-5)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tandem.errors import UserError
+
 IGNORE = -100  # a label that is not trained
 
 
@@ -50,6 +52,15 @@ class MicroBatch:
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int32 [documents]."""
         return np.diff(self.cu_seqlens)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise UserError when a token or a trained label is no row of an embedding of `vocab_size` rows."""
+        for what, ids in (("tokens", self.tokens), ("labels", self.labels[self.labels != IGNORE])):
+            if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+                raise UserError(
+                    f"{what} of a micro-batch span {ids.min()}..{ids.max()}, but the model's vocabulary is "
+                    f"0..{vocab_size - 1}; was the data made with another tokenizer?"
+                )
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:

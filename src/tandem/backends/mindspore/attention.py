@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from tandem.backends.mindspore.functional import normalise, normalise_backward
-from tandem.backends.mindspore.parallel import split_work
+from tandem.backends.mindspore.threads import split_work
 from tandem.backends.mindspore.weight import Pullback, Weight, empty
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig

@@ -112,7 +112,7 @@ class MindSporeEngine:
         return loss, len(rows)
 
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
-        self._check_tokens("tokens", micro_batch.tokens)
+        micro_batch.check_vocabulary(self.config.vocab_size)
         rows = np.arange(len(micro_batch.tokens)) if rows is None else rows
         with _non_finite_allowed():
             hidden, _ = self._decoder.forward(micro_batch, rows, differentiable=False)
@@ -144,16 +144,8 @@ class MindSporeEngine:
 
     def _trained_rows(self, micro_batch: MicroBatch) -> np.ndarray:
         rows = np.flatnonzero(micro_batch.labels != IGNORE)
-        self._check_tokens("tokens", micro_batch.tokens)
-        self._check_tokens("labels", micro_batch.labels[rows])
+        micro_batch.check_vocabulary(self.config.vocab_size)
         return rows
-
-    def _check_tokens(self, what: str, ids: np.ndarray) -> None:
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
-            raise UserError(
-                f"{what} of a micro-batch span {ids.min()}..{ids.max()}, but the model's vocabulary is "
-                f"0..{self.config.vocab_size - 1}; was the data made with another tokenizer?"
-            )
 
     def _require_training(self) -> AdamW:
         if self._optimizer is None:

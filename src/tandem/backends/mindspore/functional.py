@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.mindspore.parallel import split_work
+from tandem.backends.mindspore.threads import split_work
 from tandem.backends.mindspore.weight import Pullback, Weight, empty
 
 # Rows worked on at a time, so that intermediate results stay in a core's cache.

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from mindspore import Tensor, ops
 
-from tandem.backends.mindspore.parallel import split_work
+from tandem.backends.mindspore.threads import split_work
 from tandem.backends.mindspore.weight import Weight, empty
 
 # Logits held at a time.

@@ -134,6 +134,7 @@ class TorchEngine:
         return total / trained, trained
 
     def _hidden(self, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:
+        batch.check_vocabulary(self.config.vocab_size)
         return self._model(prepare(self.config, batch, self._dtype, self._device), rows)
 
     def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
