@@ -72,7 +72,8 @@ def test_help_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "--load-dir", "x", "--save-dir", "y", "--target-tensor-paralel-size", "2"], "--target-tensor-par"),
         (["convert", "--load-dir", "/no/such", "--save-dir", "y"], "/no/such does not exist"),
         (["pretrain", "--spec", "other", "layer_spec"], "--spec"),
-        (["pretrain", "--ai-framework", "jax", "--lr", "1"], "--train-iters is required"),
+        (["pretrain", "--ai-framework", "torch", "--lr", "1"], "--train-iters is required"),
+        (["pretrain", "--ai-framework", "jax", "--lr", "1"], "expected one of ['mindspore', 'torch', 'pytorch']"),
     ],
 )
 def test_bad_input_exits_with_2_and_says_why(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,7 @@ def changed(**values: object) -> object:
         (changed(global_batch_size=3), "multiple"),
         (changed(data_path="/no/such/data"), "/no/such/data"),
         (changed(lr=None), "--lr is required"),
+        (changed(ai_framework="tensorflow"), "tensorflow"),
         (changed(instructions=True, prompt_type="qwen4"), "qwen3"),
         (changed(instructions=True, prompt_type="qwen3", enable_thinking="true"), "enable_thinking"),
     ],
@@ -234,3 +235,12 @@ def test_random_weights_only_when_asked_and_equal_on_both(workspace: Workspace) 
     options = {"init": "random", "hf_cfg_dir": str(workspace.hf), "train_iters": 3, "lr_warmup_iters": 0}
     one, other = (run(workspace, name, **options) for name in OTHER)
     assert losses(one) == pytest.approx(losses(other), abs=1e-4)
+
+
+def test_a_script_that_asks_for_torch_checkpoints_is_told(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(workspace, "torch", train_iters=1, lr_warmup_iters=0, save=str(tmp_path / "a"), ckpt_format="torch")
+    assert "training saves native checkpoints" in capsys.readouterr().out
+    run(workspace, "torch", train_iters=1, lr_warmup_iters=0, save=str(tmp_path / "b"))
+    assert "training saves native checkpoints" not in capsys.readouterr().out

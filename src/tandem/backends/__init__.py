@@ -21,8 +21,8 @@ def installed_frameworks() -> list[str]:
     return [name for name in ("torch", "mindspore") if importlib.util.find_spec(name) is not None]
 
 
-def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> Engine:
-    """Build an engine with undefined weights: load some before use.
+def check_framework(ai_framework: str) -> str:
+    """The package under tandem.backends that `--ai-framework` names.
 
     Raises:
         UserError: the name is unknown, or the framework is not installed.
@@ -35,6 +35,16 @@ def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettin
         raise UserError(
             f"--ai-framework {ai_framework}: {package} is not installed; pip install 'tandem-llm[{package}]'"
         )
+    return package
+
+
+def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> Engine:
+    """Build an engine with undefined weights: load some before use.
+
+    Raises:
+        UserError: the name is unknown, the framework is not installed, or the device is not there.
+    """
+    package = check_framework(ai_framework)
     module = importlib.import_module(f"tandem.backends.{package}.engine")
     engine: Engine = module.create(config, settings)
     return engine

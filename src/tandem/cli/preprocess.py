@@ -15,6 +15,7 @@ from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
 from tandem.data.merge_groups import merge_groups
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.statistics import DataView
+from tandem.data.templates import THINKING_MODES
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -23,7 +24,6 @@ DESCRIPTION = (
     "PREFIX_packed_{input_ids,attention_mask,labels}_document.bin/.idx, as Megatron-LM and MindSpeed-LLM read them."
 )
 MERGE_DESCRIPTION = "Merge .bin/.idx files that were preprocessed in parts."
-THINKING = {"true": True, "false": False, "none": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def run_merge(argv: Sequence[str]) -> None:
 def options_from(flags: Flags) -> PreprocessOptions:
     values = {name: value for name, value in vars(flags).items() if name not in ("tokenizer_type", "show")}
     return PreprocessOptions(
-        **{**values, "map_keys": _map_keys(flags.map_keys), "enable_thinking": THINKING[flags.enable_thinking]}
+        **{**values, "map_keys": _map_keys(flags.map_keys), "enable_thinking": THINKING_MODES[flags.enable_thinking]}
     )
 
 

@@ -21,6 +21,9 @@ from tandem.errors import UserError, nearest
 if TYPE_CHECKING:
     from tandem.data.tokenizer import Tokenizer
 
+# Spelling of --enable-thinking -> a template's thinking mode
+THINKING_MODES = {"true": True, "false": False, "none": None}
+
 
 class ToolCall(NamedTuple):
     """A call that an assistant makes; `arguments` is JSON text."""

@@ -13,12 +13,10 @@ from tandem.data.blend import BlendedDataset, blend_sizes, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
-from tandem.data.templates import Template, get_template
+from tandem.data.templates import THINKING_MODES, Template, get_template
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.trainer import Dataset
-
-THINKING = {"true": True, "false": False, "none": None}
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Te
     if data.prompt_type is None:
         return None
     if data.enable_thinking is not None:
-        return get_template(data.prompt_type, THINKING[data.enable_thinking], tokenizer)
+        return get_template(data.prompt_type, THINKING_MODES[data.enable_thinking], tokenizer)
     found = read_record(prefix)
     recorded = found[1]["template"] if found else None
     return get_template(data.prompt_type, recorded["enable_thinking"] if recorded else None, tokenizer)

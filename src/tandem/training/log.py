@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 Print = Callable[[str], None]
+print_now: Print = partial(print, flush=True)  # a log file read while the run goes on must not lag
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StepRecord:
 class IterationLog:
     """Gathers steps and prints one line every `interval`."""
 
-    def __init__(self, interval: int, log_throughput: bool, write: Print = print) -> None:
+    def __init__(self, interval: int, log_throughput: bool, write: Print = print_now) -> None:
         self._interval = interval
         self._log_throughput, self._write = log_throughput, write
         self._window: list[StepRecord] = []

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tandem.backends import create_engine
+from tandem.backends import check_framework, create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import companion_files, companions_of
@@ -49,6 +49,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         UserError: something is missing, contradictory or damaged; nothing has been trained then.
     """
     require_single_process()
+    check_framework(settings.training.ai_framework)
     settings = with_epochs(settings)
     settings.check()
     schedule = schedule_from(settings)
@@ -146,6 +147,16 @@ def gather_companions(settings: Settings, source: TensorSource) -> Companions:
     return Companions(source.companions.hf_config, sorted(named.values()))
 
 
+def format_notice(settings: Settings) -> list[str]:
+    """What to say when a script asks for checkpoints in a format that training does not write."""
+    if settings.checkpoint.save is None or settings.checkpoint.ckpt_format == "native":
+        return []
+    return [
+        f"--ckpt-format {settings.checkpoint.ckpt_format}: training saves native checkpoints; "
+        f"`tandem convert --ckpt-format torch` turns one into Megatron's"
+    ]
+
+
 def print_banner(
     settings: Settings,
     source: TensorSource,
@@ -168,6 +179,7 @@ def print_banner(
         *given,
         *engine.notices,
         *notices,
+        *format_notice(settings),
     ]
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")

@@ -129,6 +129,8 @@ class Trainer:
         for micro_batch in self._micro_batches(dataset, 0, count):
             loss, trained = self.engine.evaluate(micro_batch)
             total, tokens = total + loss, tokens + trained
+        if not tokens:
+            raise UserError(f"the validation set has no trained token in its first {count} samples")
         return total / tokens
 
     def _micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
