@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,34 @@ def test_core_imports_no_framework() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# A room imports only from rooms that stand below it; rooms of one row do not import each other.
+ROWS = (
+    {"cli"},
+    {"quickstart"},
+    {"training", "inference"},
+    {"backends"},
+    {"checkpoints", "data"},
+    {"parallel"},
+    {"models", "config"},
+)
+
+
+def test_dependencies_go_one_way() -> None:
+    level = {room: number for number, row in enumerate(ROWS) for room in row}
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0]
+        if room not in level:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tandem."):
+                other = (node.module or "").split(".")[1]
+                if other in level and other != room and level[other] <= level[room]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {node.module}")
+    assert not wrong
+    assert set(level) == {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
 def test_help_needs_no_framework() -> None:
