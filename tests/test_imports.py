@@ -41,9 +41,9 @@ ROWS = (
     {"quickstart"},
     {"training", "inference"},
     {"backends"},
-    {"checkpoints", "data"},
+    {"checkpoints", "data", "config"},
     {"parallel"},
-    {"models", "config"},
+    {"models"},
 )
 
 

@@ -15,6 +15,7 @@ from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig, to_hf
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
+from tandem.parallel.slices import Part, cut
 
 
 class MemorySource:
@@ -36,6 +37,9 @@ class MemorySource:
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._tensors[kind][name]
 
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        return cut(self.read(name, kind), part)
+
 
 def toy_weights(config: ModelConfig, seed: int = 0) -> MemorySource:
     """Random weights with norms away from one, so that a forgotten norm weight shows."""
@@ -52,8 +56,8 @@ def toy_weights(config: ModelConfig, seed: int = 0) -> MemorySource:
 def snapshot(engine: Engine) -> MemorySource:
     """A copy of everything that a checkpoint of `engine` would hold."""
     tensors: dict[Kind, dict[str, np.ndarray]] = {}
-    for kind, name, array in engine.tensors():
-        tensors.setdefault(kind, {})[name] = array.copy()
+    for kind, shard, array in engine.tensors():
+        tensors.setdefault(kind, {})[shard.spec.name] = array.copy()
     return MemorySource(engine.config, tensors)
 
 

@@ -124,7 +124,7 @@ def test_logits_of_some_rows(framework: str) -> None:
 def test_evaluate_equals_the_training_loss(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-untied"])
     batch = toy_batch(source.config, RAGGED, trained=0.5)
-    total, count = build(framework, source, training=False).evaluate(batch)
+    total, count = build(framework, source, training=False).evaluate([batch])
     assert count == batch.trained_tokens
     assert total / count == pytest.approx(build(framework, source).loss_and_gradients([batch])[0], rel=1e-6)
 
@@ -138,7 +138,11 @@ def test_ids_beyond_the_vocabulary_are_named(framework: str, field: str, wrong: 
     ids[3] = wrong
     damaged = dataclasses.replace(batch, **{field: ids})
     engine = build(framework, source)
-    for use in (engine.evaluate, engine.logits, lambda batch: engine.train_step([batch], 1e-3, 0.0)):
+    for use in (
+        lambda batch: engine.evaluate([batch]),
+        engine.logits,
+        lambda batch: engine.train_step([batch], 1e-3, 0.0),
+    ):
         with pytest.raises(UserError, match=f"{field} of a micro-batch span .*another tokenizer"):
             use(damaged)
 
@@ -146,7 +150,7 @@ def test_ids_beyond_the_vocabulary_are_named(framework: str, field: str, wrong: 
 def test_evaluate_without_trained_tokens_is_zero(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-untied"])
     batch = collate([untrained(sample) for sample in toy_samples(source.config, (5, 3))])
-    assert build(framework, source, training=False).evaluate(batch) == (0.0, 0)
+    assert build(framework, source, training=False).evaluate([batch]) == (0.0, 0)
 
 
 @pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-untied"])
@@ -164,6 +168,7 @@ def test_e2_chunked_loss_equals_unchunked(framework: str, toy: str, monkeypatch:
 
 PEAK_OF_A_STEP = """
 import sys
+from collections.abc import Callable
 import numpy as np
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
@@ -330,10 +335,10 @@ def test_save_and_restore_is_bitwise(framework: str) -> None:
 def test_tensors_follow_the_table(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-untied"])
     table = tensor_table(source.config)
-    entries = [(kind, name, array.shape) for kind, name, array in build(framework, source).tensors()]
+    entries = [(kind, shard.spec.name, array.shape) for kind, shard, array in build(framework, source).tensors()]
     kinds = ("model", "exp_avg", "exp_avg_sq")
     assert entries == [(kind, name, spec.shape) for kind in kinds for name, spec in table.items()]
-    inference = [(kind, name) for kind, name, _ in build(framework, source, training=False).tensors()]
+    inference = [(kind, shard.spec.name) for kind, shard, _ in build(framework, source, training=False).tensors()]
     assert inference == [("model", name) for name in table]
 
 
@@ -343,7 +348,7 @@ def test_gradients_and_evaluation_change_no_state(framework: str) -> None:
     plain, watched = build(framework, source), build(framework, source)
     for _ in range(2):
         watched.loss_and_gradients([toy_batch(source.config, (9, 9), seed=5)])
-        watched.evaluate(batch)
+        watched.evaluate([batch])
         watched.logits(batch)
         step = (plain.train_step([batch], 1e-3, 0.1), watched.train_step([batch], 1e-3, 0.1))
         assert step[0] == step[1]

@@ -52,7 +52,7 @@ def test_e2_no_product_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -
     batch = toy_batch(source.config, (400, 100))
     with LargestTensor() as largest:
         engine.train_step([batch], 1e-3, 0.1)
-        engine.evaluate(batch)
+        engine.evaluate([batch])
     embedding = source.config.vocab_size * source.config.hidden_size
     activations = 500 * 2 * source.config.ffn_hidden_size
     assert largest.numel <= max(chunk, embedding, activations) < 500 * source.config.vocab_size
@@ -140,7 +140,7 @@ def test_bf16_trains_near_fp32_and_keeps_fp32_masters(monkeypatch: pytest.Monkey
         assert half.train_step(batches, 1e-3, 0.1).loss == pytest.approx(
             full.train_step(batches, 1e-3, 0.1).loss, rel=1e-2
         )
-    held = {(kind, name): array.copy() for kind, name, array in half.tensors()}
+    held = {(kind, shard.spec.name): array.copy() for kind, shard, array in half.tensors()}
     assert {kind for kind, _ in held} == {"model", "master", "exp_avg", "exp_avg_sq"}
     for (kind, name), array in held.items():
         assert array.dtype.name == ("bfloat16" if kind == "model" else "float32")

@@ -135,7 +135,9 @@ def test_the_documented_command_for_random_weights(site: Site) -> None:
 @pytest.mark.parametrize("framework", PRETRAIN)
 def test_two_processes_are_refused(site: Site, framework: str) -> None:
     require_framework(framework)
-    done = site.run(PRETRAIN[framework], NPUS_PER_NODE=2, MASTER_PORT=free_port(), CKPT_SAVE_DIR="ckpt/refused")
+    done = site.run(
+        PRETRAIN[framework], NPUS_PER_NODE=2, MASTER_PORT=free_port(), SEQ_LENGTH=16, CKPT_SAVE_DIR="ckpt/refused"
+    )
     assert done.code != 0
     assert "training runs in one process so far" in done.output
     assert not (site.root / "ckpt/refused").exists()

@@ -72,7 +72,7 @@ def test_slices_tile_every_tensor(tp: int, pp: int, tied: bool) -> None:
     covered = {name: np.zeros(spec.shape, int) for name, spec in tensor_table(config).items()}
     for shard in shards(config, layout, tied_head_copy=False):
         assert shard.shape[0] > 0
-        for box in shard.boxes:
+        for box in shard.part.boxes:
             covered[shard.spec.name][tuple(slice(*interval) for interval in box)] += 1
     for name, spec in tensor_table(config).items():
         assert (covered[name] == (1 if spec.split.dim is not None else tp)).all(), name
@@ -82,7 +82,7 @@ def test_gate_and_up_are_cut_separately() -> None:
     config = toy_config(ffn_hidden_size=8)
     name = "decoder.layers.0.mlp.linear_fc1.weight"
     found = [
-        shard.boxes
+        shard.part.boxes
         for shard in shards(config, Layout(tensor_model_parallel_size=2), tied_head_copy=False)
         if shard.spec.name == name
     ]

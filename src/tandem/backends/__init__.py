@@ -11,6 +11,7 @@ import importlib.util
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.errors import UserError, nearest
 from tandem.models.config import ModelConfig
+from tandem.parallel.world import Communicator, SingleProcess, World
 
 # Accepted spelling of --ai-framework -> package under tandem.backends
 FRAMEWORKS = {"mindspore": "mindspore", "torch": "torch", "pytorch": "torch"}
@@ -36,6 +37,26 @@ def check_framework(ai_framework: str) -> str:
             f"--ai-framework {ai_framework}: {package} is not installed; pip install 'tandem-llm[{package}]'"
         )
     return package
+
+
+def connect(ai_framework: str, world: World, device: str | None, timeout_minutes: float) -> Communicator:
+    """Join the framework's own process group: before an engine of several processes is built, and once.
+
+    Args:
+        timeout_minutes: how long a collective waits for a process that is late.
+
+    Raises:
+        UserError: the framework is not installed, the device is not there, or the others did not come.
+    """
+    package = check_framework(ai_framework)
+    if world.size == 1:
+        return SingleProcess()
+    name = f"tandem.backends.{package}.communication"
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{world.size} processes: training runs in one process so far on {package} (docs/limits.md)")
+    module = importlib.import_module(name)
+    communicator: Communicator = module.connect(world, device, timeout_minutes)
+    return communicator
 
 
 def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> Engine:

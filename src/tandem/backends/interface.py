@@ -8,7 +8,7 @@ function names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy as np
 from tandem.checkpoints.interface import Kind, TensorSource
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
+from tandem.parallel.grid import Grid
+from tandem.parallel.layout import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,10 @@ class EngineSettings:
             pass and are computed again in the backward pass.
         training: allocate gradients and optimizer state.
         device: "cpu", "cuda", "npu"; None takes the best one present.
+        grid, rank: all processes of the job, and which of them this one is. With more than one, `connect` comes first.
+        sequence_parallel: between tensor ranks, split norms and residuals along the tokens.
+        use_distributed_optimizer: each data rank keeps the rows of masters and moments that `even_rows` gives it.
+        use_torch_fsdp2: shard weights and gradients, too (PyTorch's `fully_shard`).
     """
 
     adam_beta1: float = 0.9
@@ -39,11 +45,16 @@ class EngineSettings:
     recompute_layers: int = 0
     training: bool = True
     device: str | None = None
+    grid: Grid = field(default_factory=Grid)
+    rank: int = 0
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    use_torch_fsdp2: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports.
+    """What one optimizer step reports, the same on every rank.
 
     Attributes:
         loss: mean over the trained tokens of the whole global batch.
@@ -59,7 +70,11 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """One rank's share of a model with its optimizer."""
+    """One rank's share of a model with its optimizer.
+
+    With several ranks every method but `tensors` is collective: all ranks call it, in the same order, and a rank's
+    micro-batches are those of its data rank.
+    """
 
     config: ModelConfig
     notices: list[str]  # what the user should be told once, such as a fall-back
@@ -67,24 +82,24 @@ class Engine(Protocol):
     optimizer_step: int  # updates applied so far (Adam's t)
 
     def load_weights(self, source: TensorSource) -> None:
-        """Take every weight; from the source's "master" kind where it has one."""
+        """Take this rank's slice of every weight; from the source's "master" kind where it has one."""
         ...
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
-        """Take Adam's moments."""
+        """Take this rank's share of Adam's moments."""
         ...
 
-    def tensors(self) -> Iterator[tuple[Kind, str, np.ndarray]]:
-        """Everything a checkpoint must hold, as (kind, global name, host array), in the tensor table's order
-        within each kind. An array is valid until the next one is asked for."""
+    def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+        """Everything a checkpoint must hold of this rank, as (kind, which part of which tensor, host array): what
+        `saved_shards` lists, "model" first. An array is valid until the next one is asked for."""
         ...
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
         """Forward and backward over all micro-batches, clip, AdamW.
 
-        The loss is the sum over trained tokens of all micro-batches divided by their number, so the split into
-        micro-batches does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv 1711.05101), bias
-        corrected, no decay on 1-D tensors.
+        The loss is the sum over trained tokens of all ranks' micro-batches divided by their number, so the split into
+        micro-batches and over data ranks does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv
+        1711.05101), bias corrected, no decay on 1-D tensors.
 
         Raises:
             ValueError: no label of the global batch is trained.
@@ -92,13 +107,16 @@ class Engine(Protocol):
         ...
 
     def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
-        """The loss and gradients that `train_step` would use, before clipping; changes no state."""
+        """The loss, and the gradients that `train_step` would use, before clipping, of the shards that this rank
+        holds, by global name; changes no state."""
         ...
 
-    def evaluate(self, micro_batch: MicroBatch) -> tuple[float, int]:
-        """Sum of the trained tokens' losses, and their number."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Sum of the losses of the trained tokens of all ranks' micro-batches, and their number. Data ranks may bring
+        different numbers of micro-batches."""
         ...
 
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
-        """Logits, fp32 [len(rows), vocabulary], of the given positions of the micro-batch (all when None)."""
+        """Logits, fp32 [len(rows), vocabulary], of the given positions of the micro-batch (all when None). One
+        process only."""
         ...

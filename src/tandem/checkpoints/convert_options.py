@@ -7,7 +7,7 @@ from typing import Literal
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.parallel.layout import Layout
+from tandem.parallel.layout import Layout, parse_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,8 @@ class ConvertOptions:
             tensor_model_parallel_size=self.target_tensor_parallel_size,
             pipeline_model_parallel_size=self.target_pipeline_parallel_size,
             num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
-            num_layer_list=_numbers("--num-layer-list", self.num_layer_list),
-            noop_layers=_numbers("--noop-layers", self.noop_layers) or (),
+            num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
+            noop_layers=parse_layers("--noop-layers", self.noop_layers) or (),
         )
 
     def source_layers(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -133,7 +133,7 @@ class ConvertOptions:
         noop, uneven = self.source_noop_layers, self.source_num_layer_list
         if self.save_model_type == "hf":
             noop, uneven = noop or self.noop_layers, uneven or self.num_layer_list
-        return _numbers("--source-noop-layers", noop), _numbers("--source-num-layer-list", uneven)
+        return parse_layers("--source-noop-layers", noop), parse_layers("--source-num-layer-list", uneven)
 
     def without_effect(self) -> list[str]:
         """Flags that were given and do not matter for this target."""
@@ -145,12 +145,3 @@ class ConvertOptions:
             idle += ["num_layers_per_virtual_pipeline_stage", "ckpt_format"]
         defaults = {item.name: item.default for item in fields(self)}
         return [f"--{name.replace('_', '-')}" for name in idle if getattr(self, name) != defaults[name]]
-
-
-def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{flag} {text!r}: expected numbers separated by commas, such as 4,4") from None

@@ -18,6 +18,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf, load_hf_config, to_hf
 from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, WeightMap
+from tandem.parallel.slices import Part, cut
 
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
@@ -75,6 +76,9 @@ class HFSource:
         if name == EMBEDDING and self.config.tied and LM_HEAD in self._files:
             self._check_tied_head(parts[0])
         return self._map.to_mcore(name, parts)
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        return cut(self.read(name, kind), part)
 
     def _check(self) -> None:
         found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}

@@ -15,6 +15,7 @@ import numpy as np
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.parallel.slices import Part
 
 # "model": the weight, in the dtype it computes in. "master": its fp32 original, when that dtype is smaller.
 # "exp_avg", "exp_avg_sq": Adam's first and second moments, fp32.
@@ -67,6 +68,14 @@ class TensorSource(Protocol):
 
         Raises:
             UserError: it is missing, mis-shaped or damaged; the file and the tensor are named.
+        """
+        ...
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        """Part of a global tensor, without reading more of the others than the format makes necessary.
+
+        Raises:
+            UserError: as `read`.
         """
         ...
 

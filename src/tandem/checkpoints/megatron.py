@@ -31,7 +31,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
 from tandem.parallel.layout import Layout, Shard, shards
-from tandem.parallel.slices import cut, paste
+from tandem.parallel.slices import Part, cut, paste
 
 FILE = "model_optim_rng.pt"
 CHECKPOINT_VERSION = 3.0  # older versions order the rows of linear_qkv differently
@@ -101,7 +101,7 @@ class MegatronSink:
         assert kind == "model", f"a Megatron checkpoint written here holds no {kind}"
         check_shape("checkpoint to be written", name, tensor.shape, tensor_table(self._config)[name].shape)
         for shard in self._shards[name]:
-            part = cut(tensor, shard.boxes, shard.spec.split.dim)  # beyond the vocabulary: shorter, or empty
+            part = cut(tensor, shard.part)  # beyond the vocabulary: shorter, or empty
             part = _fill_rows(part, shard.shape[0]) if name in VOCABULARY else part
             self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], part)
         self._unwritten.discard(name)
@@ -214,8 +214,11 @@ class MegatronSource:
         held = [shard for shard in self._shards[name] if not _is_head_copy(shard)]
         tensor = self._replicated(held) if held[0].spec.split.dim is None else self._assembled(held)
         for copy in filter(_is_head_copy, self._shards[name]):  # training must have kept it equal
-            self._check_equal(held[copy.tensor_rank], cut(tensor, copy.boxes, copy.spec.split.dim), copy)
+            self._check_equal(held[copy.tensor_rank], cut(tensor, copy.part), copy)
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        return cut(self.read(name, kind), part)
 
     def _replicated(self, held: list[Shard]) -> np.ndarray:
         tensor = self._read(held[0])
@@ -229,7 +232,7 @@ class MegatronSource:
         spec = held[0].spec
         tensor = np.empty(spec.shape, self._tensor(held[0]).dtype)
         for shard in held:
-            paste(tensor, self._read(shard), shard.boxes, shard.spec.split.dim)
+            paste(tensor, self._read(shard), shard.part)
         return tensor
 
     def _check_equal(self, shard: Shard, tensor: np.ndarray, other: Shard) -> None:

@@ -31,8 +31,8 @@ from tandem.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWrit
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
-from tandem.parallel.layout import Box, Layout, Shard, shards
-from tandem.parallel.slices import cut, paste
+from tandem.parallel.layout import Layout, Shard, shards
+from tandem.parallel.slices import Part, cut, paste
 
 FORMAT = "tandem"
 VERSION = 1
@@ -89,11 +89,11 @@ class NativeSink:
         key = key_of(name, kind)
         slices = []
         for shard in self._unique(self._shards[name]):
-            part = np.ascontiguousarray(cut(tensor, shard.boxes, shard.spec.split.dim), dtype=dtype)
+            part = np.ascontiguousarray(cut(tensor, shard.part), dtype=dtype)
             digest = self._hasher.submit(sha256, part)
             file = self._file(shard, kind)
             self._writers[file].write(key, part)
-            slices.append({"file": file, "boxes": shard.boxes, "sha256": digest.result()})
+            slices.append({"file": file, "boxes": shard.part.boxes, "sha256": digest.result()})
         spec = self._shards[name][0].spec
         self._index[key] = {
             "shape": spec.shape,
@@ -161,7 +161,7 @@ class NativeSink:
 @dataclass(frozen=True)
 class _Slice:
     file: str
-    boxes: tuple[Box, ...]
+    part: Part
     sha256: str
 
 
@@ -193,13 +193,16 @@ class NativeSource:
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         key = key_of(name, kind)
         item = self._index["tensors"][key]
-        slices = [self._slice(entry) for entry in item["slices"]]
+        slices = [self._slice(entry, item["stacked_dim"]) for entry in item["slices"]]
         if len(slices) == 1:
             return self._read_slice(key, slices[0])
         tensor = np.empty(item["shape"], DTYPES[item["dtype"]])
         for entry in slices:
-            paste(tensor, self._read_slice(key, entry), entry.boxes, item["stacked_dim"])
+            paste(tensor, self._read_slice(key, entry), entry.part)
         return tensor
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        return cut(self.read(name, kind), part)
 
     def document(self, name: str) -> str:
         """A text file that the trainer stored with the checkpoint.
@@ -234,9 +237,9 @@ class NativeSource:
         self._files = {file: SafetensorsFile(self.folder / file) for file in sorted(files)}
 
     @staticmethod
-    def _slice(entry: dict[str, Any]) -> _Slice:
+    def _slice(entry: dict[str, Any], dim: int) -> _Slice:
         boxes = tuple(tuple((start, stop) for start, stop in box) for box in entry["boxes"])
-        return _Slice(entry["file"], boxes, entry["sha256"])
+        return _Slice(entry["file"], Part(boxes, dim), entry["sha256"])
 
     def _read_slice(self, key: str, entry: _Slice) -> np.ndarray:
         file = self._files[entry.file]

@@ -11,6 +11,7 @@ import numpy as np
 from tandem.checkpoints.interface import DTYPES, Companions, Kind
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
+from tandem.parallel.slices import Part, cut
 
 
 class RandomSource:
@@ -46,3 +47,6 @@ class RandomSource:
         values = generator.standard_normal(spec.shape, dtype=np.float32)
         values *= np.float32(std)
         return values.astype(self._dtype, copy=False)
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        return cut(self.read(name, kind), part)

@@ -9,6 +9,7 @@ import numpy as np
 from tandem.checkpoints.arrays import is_finite
 from tandem.checkpoints.interface import DTYPES, Kind, TensorSource
 from tandem.errors import UserError
+from tandem.parallel.slices import Part
 
 
 class Cast:
@@ -29,7 +30,12 @@ class Cast:
         return self._dtype
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
-        tensor = self._source.read(name, kind)
+        return self._cast(name, self._source.read(name, kind))
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        return self._cast(name, self._source.read_part(name, part, kind))
+
+    def _cast(self, name: str, tensor: np.ndarray) -> np.ndarray:
         if tensor.dtype.name == self._dtype.name:
             return tensor
         with np.errstate(over="ignore"):  # found, and named, below
@@ -60,3 +66,6 @@ class FirstLayers:
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._source.read(name, kind)
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        return self._source.read_part(name, part, kind)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from tandem.config.batch_size import BatchSizes
 from tandem.errors import UserError
+from tandem.parallel.grid import Grid
+from tandem.parallel.layout import Layout, parse_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +62,21 @@ class ParallelSettings:
     pipeline_model_parallel_size: int = 1
     """Stages of layers."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of a chunk, for interleaved stages."""
+    """Layers of a chunk, for interleaved stages (PyTorch only)."""
+    num_layer_list: str | None = None
+    """Layers of each stage, such as 10,18; excludes virtual stages and noop layers."""
+    noop_layers: str | None = None
+    """Slots left empty, such as 0,29, counted in the stack that they lengthen."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence."""
+    """Only 1."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence; without effect when tensor_model_parallel_size is 1."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks; without effect on one rank."""
+    use_torch_fsdp2: bool = False
+    """Shard weights and gradients over data-parallel ranks, too (PyTorch only)."""
+    distributed_timeout_minutes: int = 10
+    """How long ranks wait for one that is late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +251,17 @@ class Settings:
         }
 
     @property
+    def layout(self) -> Layout:
+        parallel = self.parallel
+        return Layout(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
+            num_layer_list=parse_layers("--num-layer-list", parallel.num_layer_list),
+            noop_layers=parse_layers("--noop-layers", parallel.noop_layers) or (),
+        )
+
+    @property
     def global_batch_size(self) -> int:
         return self.training.global_batch_size or self.training.micro_batch_size
 
@@ -328,6 +349,19 @@ class Settings:
         if start % micro or increment % micro:
             raise UserError(f"--rampup-batch-size {start} {increment}: not multiples of --micro-batch-size {micro}")
 
+    def check_grid(self, grid: Grid) -> None:
+        """Raise UserError when the batch sizes do not divide over the data ranks of `grid`."""
+        whole = self.training.micro_batch_size * grid.data_size
+        sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (self.global_batch_size,)}
+        if self.training.rampup_batch_size is not None:
+            sizes["--rampup-batch-size"] = self.training.rampup_batch_size[:2]
+        for flag, values in sizes.items():
+            if any(value % whole for value in values):
+                raise UserError(
+                    f"{flag} {' '.join(map(str, values))}: expected multiples of --micro-batch-size "
+                    f"{self.training.micro_batch_size} x {grid.data_size} data-parallel ranks = {whole}"
+                )
+
     def _check_weight_decay(self) -> None:
         optimizer = self.optimizer
         ends = (optimizer.start_weight_decay, optimizer.end_weight_decay)
@@ -344,12 +378,8 @@ class Settings:
         for name in ("attention_dropout", "hidden_dropout"):
             if getattr(self.model, name):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self.model, name)} is not supported; only 0 is")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self.parallel, name) != 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self.parallel, name)}: training runs in one process so far "
-                    f"(docs/limits.md); any checkpoint layout can be loaded"
-                )
+        if self.parallel.context_parallel_size != 1:
+            raise UserError(f"--context-parallel-size {self.parallel.context_parallel_size}: only 1 is supported")
         if self.data.tokenizer_type != "PretrainedFromHF":
             raise UserError(f"--tokenizer-type {self.data.tokenizer_type}: only PretrainedFromHF is supported")
 

@@ -12,10 +12,8 @@ from typing import Any
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, Split, TensorSpec, layer_prefix, tensor_table
-
-# Half-open ranges, one per dimension, within a global tensor.
-Box = tuple[tuple[int, int], ...]
+from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, TensorSpec, layer_prefix, tensor_table
+from tandem.parallel.slices import Part
 
 
 @dataclass(frozen=True)
@@ -120,36 +118,52 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of one global tensor that one rank holds.
-
-    `boxes` are the parts of the global tensor, to be stacked along `split.dim`; `local_name` is the rank's own
-    name for it, with the layer number counted inside the chunk.
-    """
+    """The part of one global tensor that one rank holds; `local_name` is the rank's own name for it, with the layer
+    number counted inside the chunk."""
 
     spec: TensorSpec
     local_name: str
     tensor_rank: int
     pipeline_rank: int
     chunk: int
-    boxes: tuple[Box, ...]
+    part: Part
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = [stop - start for start, stop in self.boxes[0]]
-        if self.spec.split.dim is not None:
-            dim = self.spec.split.dim
-            shape[dim] = sum(box[dim][1] - box[dim][0] for box in self.boxes)
-        return tuple(shape)
+        return self.part.shape
+
+    @property
+    def is_copy(self) -> bool:
+        """The last stage's copy of a tied embedding."""
+        return self.spec.name == EMBEDDING and self.local_name == OUTPUT
 
 
-def boxes(spec: TensorSpec, world: int, rank: int) -> tuple[Box, ...]:
-    """The boxes of `spec` that tensor rank `rank` of `world` holds."""
-    split: Split = spec.split
-    full = tuple((0, size) for size in spec.shape)
-    if split.dim is None:
-        return (full,)
-    dim = split.dim
-    return tuple((*full[:dim], cut, *full[dim + 1 :]) for cut in split.ranges(spec.shape[dim], world, rank))
+def part_of(spec: TensorSpec, world: int, rank: int) -> Part:
+    """The part of `spec` that tensor rank `rank` of `world` holds."""
+    whole = Part.whole(spec.shape)
+    dim = spec.split.dim
+    if dim is None:
+        return whole
+    (full,) = whole.boxes
+    ranges = spec.split.ranges(spec.shape[dim], world, rank)
+    return Part(tuple((*full[:dim], cut, *full[dim + 1 :]) for cut in ranges), dim)
+
+
+def even_rows(rows: int, world: int, rank: int) -> tuple[int, int]:
+    """The half-open range of `rows` that `rank` of `world` keeps when state is sharded by rows: chunks of equal size,
+    the last ones shorter or empty (the rule of `torch.chunk`, which PyTorch's `fully_shard` follows)."""
+    step = -(-rows // world)
+    return min(rank * step, rows), min((rank + 1) * step, rows)
+
+
+def parse_layers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    """Numbers separated by commas, as `--num-layer-list` and `--noop-layers` give them; None for None."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} {text!r}: expected numbers separated by commas, such as 4,4") from None
 
 
 def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool) -> list[Shard]:
@@ -178,6 +192,6 @@ def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool) -> list
             homes.append((*last, OUTPUT))
         for stage, chunk, local_name in homes:
             for rank in range(layout.tensor_model_parallel_size):
-                cut = boxes(spec, layout.tensor_model_parallel_size, rank)
-                result.append(Shard(spec, local_name, rank, stage, chunk, cut))
+                part = part_of(spec, layout.tensor_model_parallel_size, rank)
+                result.append(Shard(spec, local_name, rank, stage, chunk, part))
     return result

@@ -16,7 +16,7 @@ class StepRecord:
     """One finished step, as metrics keep it.
 
     `next_lr` is the rate of the step to come: Megatron prints that one. `seconds` is the step's wall time;
-    `flops` the floating-point operations it needed.
+    `flops` the floating-point operations it needed, on all `devices` together.
     """
 
     iteration: int
@@ -31,6 +31,7 @@ class StepRecord:
     trained_tokens: int
     seconds: float
     flops: float
+    devices: int = 1
 
 
 class IterationLog:
@@ -58,7 +59,7 @@ class IterationLog:
         line += f" elapsed time per iteration (ms): {seconds * 1000:.1f} |"
         if self._log_throughput:
             flops = sum(record.flops for record in self._window) / steps
-            line += f" throughput per GPU (TFLOP/s/GPU): {flops / seconds / 1e12:.1f} |"
+            line += f" throughput per GPU (TFLOP/s/GPU): {flops / seconds / last.devices / 1e12:.1f} |"
         line += f" learning rate: {last.next_lr:.6E} |"
         line += f" global batch size: {last.batch_size:5d} |"
         line += f" lm loss: {loss:.6E} |"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tandem.backends import check_framework, create_engine
+from tandem.backends import check_framework, connect, create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import companion_files, companions_of
@@ -19,7 +19,8 @@ from tandem.config.sources import departures, to_yaml
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
-from tandem.parallel.launch import require_single_process
+from tandem.parallel.grid import Grid
+from tandem.parallel.world import Communicator, World
 from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
 from tandem.training.log import StepRecord
 from tandem.training.schedule import schedule_from
@@ -48,23 +49,32 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     Raises:
         UserError: something is missing, contradictory or damaged; nothing has been trained then.
     """
-    require_single_process()
-    check_framework(settings.training.ai_framework)
+    world = World.from_environment()
+    framework = check_framework(settings.training.ai_framework)
     settings = with_epochs(settings)
     settings.check()
+    grid = Grid(settings.layout, world.size)
+    settings.check_grid(grid)
     schedule = schedule_from(settings)
     source = open_weights(settings)
     check_model_flags(settings, source.config)
+    grid.layout.check(source.config)
     settings = with_checkpoint_seed(settings, source)
+    communicator = connect(framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes)
     data = open_data(settings, open_tokenizer(settings, source))
-    engine = create_engine(settings.training.ai_framework, source.config, engine_settings(settings, source.config))
+    engine = create_engine(framework, source.config, engine_settings(settings, source.config, grid, world.rank))
     progress, state = restore(engine, source, settings)
-    writer = open_writer(settings, source, engine, data)
+    writer = open_writer(settings, source, engine, data, communicator)
     save = writer.save if writer else None
-    trainer = Trainer(engine, settings, schedule, data.train, data.valid, progress, save, on_step)
-    print_banner(settings, source, trainer, state, data.notices)
+    trainer = Trainer(
+        engine, settings, schedule, data.train, data.valid, progress, grid, communicator, save=save, on_step=on_step
+    )
+    if trainer.is_first_rank:
+        print_banner(settings, source, trainer, state, data.notices)
     trainer.run()
-    print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    communicator.close()
+    if trainer.is_first_rank:
+        print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     return trainer
 
 
@@ -108,11 +118,13 @@ def with_checkpoint_seed(settings: Settings, source: TensorSource) -> Settings:
     state = TrainerState.from_source(source)
     if state is None or state.seed == settings.training.seed:
         return settings
-    print(f"seed {state.seed} from the checkpoint replaces --seed {settings.training.seed} (--no-load-rng keeps yours)")
+    if World.from_environment().rank == 0:
+        kept = f"seed {state.seed} from the checkpoint replaces --seed {settings.training.seed}"
+        print(f"{kept} (--no-load-rng keeps yours)")
     return dataclasses.replace(settings, training=dataclasses.replace(settings.training, seed=state.seed))
 
 
-def engine_settings(settings: Settings, config: ModelConfig) -> EngineSettings:
+def engine_settings(settings: Settings, config: ModelConfig, grid: Grid, rank: int) -> EngineSettings:
     optimizer, training = settings.optimizer, settings.training
     recompute = 0
     if training.recompute_granularity == "full":
@@ -126,15 +138,23 @@ def engine_settings(settings: Settings, config: ModelConfig) -> EngineSettings:
         bf16=training.bf16,
         recompute_layers=recompute,
         device=training.device,
+        grid=grid,
+        rank=rank,
+        sequence_parallel=settings.parallel.sequence_parallel,
+        use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+        use_torch_fsdp2=settings.parallel.use_torch_fsdp2,
     )
 
 
-def open_writer(settings: Settings, source: TensorSource, engine: Engine, data: Data) -> CheckpointWriter | None:
+def open_writer(
+    settings: Settings, source: TensorSource, engine: Engine, data: Data, communicator: Communicator
+) -> CheckpointWriter | None:
     """Make the folder of `--save`, with the run's settings in it; None when the run saves nothing."""
     if settings.checkpoint.save is None:
         return None
     folder = Path(settings.checkpoint.save)
-    write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
+    if communicator.world.rank == 0:
+        write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
     companions = gather_companions(settings, source)
     return CheckpointWriter(folder, engine, settings, companions, data_identity(settings), data.template)
 

@@ -80,9 +80,9 @@ class CheckpointWriter:
             self.folder, self.engine.config, Layout(), kinds, progress.iteration, self.companions, documents
         )
         try:
-            for kind, name, tensor in self.engine.tensors():
+            for kind, shard, tensor in self.engine.tensors():
                 if kind in kinds:
-                    sink.write(name, tensor, kind)
+                    sink.write(shard.spec.name, tensor, kind)
             sink.close()
         except BaseException:
             sink.abort()

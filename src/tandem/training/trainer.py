@@ -13,6 +13,8 @@ from tandem.config.settings import Settings
 from tandem.data.batch import MicroBatch, Sample, collate
 from tandem.errors import UserError
 from tandem.models.flops import training_flops
+from tandem.parallel.grid import Grid
+from tandem.parallel.world import Communicator, SingleProcess
 from tandem.training.log import IterationLog, StepRecord
 from tandem.training.schedule import Schedule
 
@@ -39,6 +41,8 @@ class Trainer:
     """Runs steps from wherever `progress` stands.
 
     Args:
+        grid: all processes of the job; every one runs a trainer, over the samples of its data rank.
+        communicator: how they agree.
         save: called with the progress when a checkpoint is due; None when the run saves nothing.
         on_step: called with each step's record.
     """
@@ -51,12 +55,17 @@ class Trainer:
         train_data: Dataset,
         valid_data: Dataset | None,
         progress: Progress,
+        grid: Grid | None = None,
+        communicator: Communicator | None = None,
         save: Callable[[Progress], None] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         self.engine, self.settings, self.schedule = engine, settings, schedule
         self.train_data, self.valid_data = train_data, valid_data
         self.progress = progress
+        self.grid, self.communicator = grid or Grid(), communicator or SingleProcess()
+        self.is_first_rank = self.communicator.world.rank == 0
+        self._data_rank = self.grid.place(self.communicator.world.rank).data
         self.train_iters = settings.total_iters
         self._save, self._on_step = save, on_step
         training = settings.training
@@ -72,9 +81,10 @@ class Trainer:
         saved_at = self.progress.iteration
         while self.progress.iteration < self.train_iters:
             record = self.step()
-            self._log.step(record)
-            if self._on_step:
-                self._on_step(record)
+            if self.is_first_rank:
+                self._log.step(record)
+                if self._on_step:
+                    self._on_step(record)
             iteration = self.progress.iteration
             if self._due(self.settings.training.eval_interval):
                 self._evaluate_and_print()
@@ -83,7 +93,7 @@ class Trainer:
                 self._save(self.progress)
                 saved_at = iteration
             if leaving:
-                print(f"exiting program at iteration {iteration}", flush=True)
+                self._print(f"exiting program at iteration {iteration}")
                 break
         if self._save and saved_at != self.progress.iteration:
             self._save(self.progress)
@@ -105,6 +115,7 @@ class Trainer:
             )
         progress.iteration += 1
         progress.consumed_train_samples += batch
+        tokens, flops = self._totals(micro_batches)
         return StepRecord(
             iteration=progress.iteration,
             train_iters=self.train_iters,
@@ -114,28 +125,37 @@ class Trainer:
             grad_norm=result.grad_norm,
             lr=lr,
             next_lr=self.schedule.lr(progress.consumed_train_samples),
-            tokens=sum(len(micro_batch.tokens) for micro_batch in micro_batches),
+            tokens=tokens,
             trained_tokens=result.trained_tokens,
             seconds=time.perf_counter() - start,
-            flops=training_flops(
-                self.engine.config, [int(n) for micro_batch in micro_batches for n in micro_batch.lengths]
-            ),
+            flops=flops,
+            devices=self.grid.size,
         )
+
+    def _totals(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
+        """Tokens of the global batch, and the floating-point operations that they need."""
+        lengths = [int(length) for micro_batch in micro_batches for length in micro_batch.lengths]
+        own = (sum(lengths), training_flops(self.engine.config, lengths))
+        found = self.communicator.all_gather(own)
+        ranks = self.grid.group("data", self.grid.place(0))  # the other ranks of a model have the same samples
+        return sum(found[rank][0] for rank in ranks), sum(found[rank][1] for rank in ranks)
 
     def evaluate(self, dataset: Dataset) -> float:
         """Token-weighted mean loss over the first `eval_iters` global batches, at most the whole set."""
         count = min(len(dataset), self.settings.training.eval_iters * self.settings.global_batch_size)
         total, tokens = 0.0, 0
-        for micro_batch in self._micro_batches(dataset, 0, count):
-            loss, trained = self.engine.evaluate(micro_batch)
+        for first in range(0, count, self.settings.global_batch_size):
+            batch = min(self.settings.global_batch_size, count - first)
+            loss, trained = self.engine.evaluate(list(self._micro_batches(dataset, first, batch)))
             total, tokens = total + loss, tokens + trained
         if not tokens:
             raise UserError(f"the validation set has no trained token in its first {count} samples")
         return total / tokens
 
     def _micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
-        size = self.settings.training.micro_batch_size
-        for first in range(start, start + count, size):
+        """This data rank's share of `count` samples: every n-th micro-batch, as Megatron deals them."""
+        size, step = self.settings.training.micro_batch_size, self.grid.data_size
+        for first in range(start + self._data_rank * size, start + count, step * size):
             yield collate([dataset[index] for index in range(first, min(first + size, start + count))])
 
     def _due(self, interval: int | None) -> bool:
@@ -150,4 +170,8 @@ class Trainer:
             f" validation loss at iteration {self.progress.iteration} | lm loss value: {loss:.6E} | "
             f"lm loss PPL: {perplexity:.6E} | "
         )
-        print("-" * len(line), line, "-" * len(line), sep="\n", flush=True)
+        self._print("\n".join(["-" * len(line), line, "-" * len(line)]))
+
+    def _print(self, text: str) -> None:
+        if self.is_first_rank:
+            print(text, flush=True)

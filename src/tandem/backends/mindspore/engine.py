@@ -19,6 +19,8 @@ from tandem.data.batch import IGNORE, MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
+from tandem.parallel.grid import saved_shards
+from tandem.parallel.layout import Shard
 
 
 def create(config: ModelConfig, settings: EngineSettings) -> MindSporeEngine:
@@ -46,6 +48,7 @@ class MindSporeEngine:
             self.notices.append(self._kernels.fp32_notice)
         self.param_dtype = "bfloat16" if bf16 else "float32"
         self._weights = {name: self._new_weight(spec.shape, bf16) for name, spec in tensor_table(config).items()}
+        self._saved = saved_shards(config, settings.grid, settings.grid.place(settings.rank), by_rows=False)
         self._decoder = Decoder(config, self._weights, self._kernels, settings.recompute_layers)
         self._optimizer = AdamW(self._weights, settings, self._kernels) if settings.training else None
 
@@ -69,18 +72,15 @@ class MindSporeEngine:
             _fill(optimizer.exp_avg_sq[name], source, name, "exp_avg_sq")
         self.optimizer_step = optimizer_step
 
-    def tensors(self) -> Iterator[tuple[Kind, str, np.ndarray]]:
-        for name, weight in self._weights.items():
-            yield "model", name, weight.value.asnumpy()
-        if self._optimizer is None:
-            return
-        if self.param_dtype != "float32":
-            for name, weight in self._weights.items():
-                yield "master", name, weight.master.asnumpy()
-        for name, moment in self._optimizer.exp_avg.items():
-            yield "exp_avg", name, moment.asnumpy()
-        for name, moment in self._optimizer.exp_avg_sq.items():
-            yield "exp_avg_sq", name, moment.asnumpy()
+    def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+        kinds: list[tuple[Kind, dict[str, Tensor]]] = [("model", {n: w.value for n, w in self._weights.items()})]
+        if self._optimizer is not None:
+            if self.param_dtype != "float32":
+                kinds.append(("master", {name: weight.master for name, weight in self._weights.items()}))
+            kinds += [("exp_avg", self._optimizer.exp_avg), ("exp_avg_sq", self._optimizer.exp_avg_sq)]
+        for kind, tensors in kinds:
+            for shard in self._saved:
+                yield kind, shard, tensors[shard.spec.name].asnumpy()
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
         optimizer = self._require_training()
@@ -102,14 +102,16 @@ class MindSporeEngine:
             weight.gradient = None  # it is the caller's now
         return loss, gradients
 
-    def evaluate(self, micro_batch: MicroBatch) -> tuple[float, int]:
-        rows = self._trained_rows(micro_batch)
-        if not len(rows):
-            return 0.0, 0
-        with _non_finite_allowed():
-            hidden, _ = self._decoder.forward(micro_batch, rows, differentiable=False)
-            loss = self._kernels.cross_entropy(hidden, self._decoder.head, micro_batch.labels[rows])
-        return loss, len(rows)
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        total, trained = 0.0, 0
+        for micro_batch in micro_batches:
+            rows = self._trained_rows(micro_batch)
+            if len(rows):
+                with _non_finite_allowed():
+                    hidden, _ = self._decoder.forward(micro_batch, rows, differentiable=False)
+                    total += self._kernels.cross_entropy(hidden, self._decoder.head, micro_batch.labels[rows])
+            trained += len(rows)
+        return total, trained
 
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
         micro_batch.check_vocabulary(self.config.vocab_size)

@@ -20,6 +20,8 @@ from tandem.data.batch import IGNORE, MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
+from tandem.parallel.grid import saved_shards
+from tandem.parallel.layout import Shard
 
 DEVICES = ("npu", "cuda", "cpu")  # best first
 
@@ -50,6 +52,7 @@ class TorchEngine:
         self._model = GPTModel(config, settings.recompute_layers, self._dtype, self._device)
         by_name = dict(self._model.weights())
         self._weights: dict[str, Weight] = {name: by_name[name] for name in tensor_table(config)}
+        self._saved = saved_shards(config, settings.grid, settings.grid.place(settings.rank), by_rows=False)
         self._buffers: dict[str, GradientBuffer] = {}
         self._adamw: AdamW | None = None
         if settings.training:
@@ -79,15 +82,15 @@ class TorchEngine:
             adamw.exp_avg_sq[name].copy_(_read(source, name, "exp_avg_sq", tuple(weight.shape)))
         adamw.step = optimizer_step
 
-    def tensors(self) -> Iterator[tuple[Kind, str, np.ndarray]]:
+    def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
         kinds: list[tuple[Kind, dict[str, torch.Tensor]]] = [("model", dict(self._weights))]
         if self._adamw:
             if self._dtype != torch.float32:
                 kinds.append(("master", self._adamw.master))
             kinds += [("exp_avg", self._adamw.exp_avg), ("exp_avg_sq", self._adamw.exp_avg_sq)]
         for kind, tensors in kinds:
-            for name, tensor in tensors.items():
-                yield kind, name, _to_numpy(tensor)
+            for shard in self._saved:
+                yield kind, shard, _to_numpy(tensors[shard.spec.name])
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
         adamw = self._require_training()
@@ -104,11 +107,13 @@ class TorchEngine:
         return loss, {name: buffer.value.cpu().numpy().copy() for name, buffer in self._buffers.items()}
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: MicroBatch) -> tuple[float, int]:
-        if not micro_batch.trained_tokens:
-            return 0.0, 0
-        rows, labels = self._trained(micro_batch)
-        return cross_entropy(self._hidden(micro_batch, rows), self._model.head, labels), len(labels)
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        total = 0.0
+        for batch in micro_batches:
+            if batch.trained_tokens:
+                rows, labels = self._trained(batch)
+                total += cross_entropy(self._hidden(batch, rows), self._model.head, labels)
+        return total, sum(batch.trained_tokens for batch in micro_batches)
 
     @torch.no_grad()
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:

@@ -1,0 +1,112 @@
+"""Which rank does what: Megatron's grid of tensor, data and pipeline ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.parallel.layout import Layout, Shard, even_rows, shards
+
+Axis = Literal["tensor", "data", "pipeline"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's position on each axis of the grid."""
+
+    tensor: int = 0
+    data: int = 0
+    pipeline: int = 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`size` ranks: tensor ranks are neighbours, then come data ranks, pipeline stages are furthest apart
+    (Megatron-core's order `tp-cp-ep-dp-pp`).
+
+    Raises:
+        UserError: the ranks do not divide into whole models.
+    """
+
+    layout: Layout = field(default_factory=Layout)
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        model = self.tensor_size * self.pipeline_size
+        if self.size % model:
+            raise UserError(
+                f"{self.size} processes are no multiple of --tensor-model-parallel-size {self.tensor_size} x "
+                f"--pipeline-model-parallel-size {self.pipeline_size} = {model}: start {model} processes or a multiple"
+            )
+
+    @property
+    def tensor_size(self) -> int:
+        return self.layout.tensor_model_parallel_size
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.layout.pipeline_model_parallel_size
+
+    @property
+    def data_size(self) -> int:
+        return self.size // (self.tensor_size * self.pipeline_size)
+
+    def place(self, rank: int) -> Place:
+        rest, tensor = divmod(rank, self.tensor_size)
+        pipeline, data = divmod(rest, self.data_size)
+        return Place(tensor, data, pipeline)
+
+    def rank(self, place: Place) -> int:
+        return (place.pipeline * self.data_size + place.data) * self.tensor_size + place.tensor
+
+    def group(self, axis: Axis, place: Place) -> list[int]:
+        """The ranks that differ from `place` along `axis` only, itself among them, in the axis's order."""
+        size = {"tensor": self.tensor_size, "data": self.data_size, "pipeline": self.pipeline_size}[axis]
+        return [self.rank(replace(place, **{axis: position})) for position in range(size)]
+
+    def groups(self, axis: Axis) -> list[list[int]]:
+        """All groups along `axis`; each rank is in exactly one."""
+        found = {tuple(self.group(axis, self.place(rank))) for rank in range(self.size)}
+        return [list(group) for group in sorted(found)]
+
+    def is_first_stage(self, place: Place) -> bool:
+        return place.pipeline == 0
+
+    def is_last_stage(self, place: Place) -> bool:
+        return place.pipeline == self.pipeline_size - 1
+
+
+def held_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
+    """The weights that a rank computes with, its copy of a tied embedding for the head among them."""
+    return [
+        shard
+        for shard in shards(config, grid.layout, tied_head_copy=True)
+        if (shard.tensor_rank, shard.pipeline_rank) == (place.tensor, place.pipeline)
+    ]
+
+
+def counted_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
+    """Of the held shards, those that count here: over tensor ranks and stages, each element of each tensor once.
+
+    Replicated tensors count on the first tensor rank, a tied embedding on the first stage.
+    """
+    return [
+        shard
+        for shard in held_shards(config, grid, place)
+        if not shard.is_copy and (shard.spec.split.dim is not None or place.tensor == 0)
+    ]
+
+
+def saved_shards(config: ModelConfig, grid: Grid, place: Place, *, by_rows: bool) -> list[Shard]:
+    """What a checkpoint takes from a rank: over all ranks, each element once, in the tensor table's order.
+
+    `by_rows`: the state is sharded by rows over data ranks (`even_rows`), and each gives its own; otherwise the first
+    data rank gives everything.
+    """
+    counted = counted_shards(config, grid, place)
+    if not by_rows:
+        return counted if place.data == 0 else []
+    cut = [replace(s, part=s.part.rows(*even_rows(s.shape[0], grid.data_size, place.data))) for s in counted]
+    return [shard for shard in cut if 0 not in shard.shape]
