@@ -23,7 +23,7 @@ from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, World
 from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
 from tandem.training.log import StepRecord
-from tandem.training.schedule import schedule_from
+from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
 from tandem.training.trainer import Trainer
 
@@ -50,24 +50,27 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         UserError: something is missing, contradictory or damaged; nothing has been trained then.
     """
     world = World.from_environment()
-    framework = check_framework(settings.training.ai_framework)
-    settings = with_epochs(settings)
-    settings.check()
-    grid = Grid(settings.layout, world.size)
-    settings.check_grid(grid)
-    schedule = schedule_from(settings)
-    source = open_weights(settings)
-    check_model_flags(settings, source.config)
-    grid.layout.check(source.config)
-    settings = with_checkpoint_seed(settings, source)
-    communicator = connect(framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes)
+    start = prepare(settings, world.size)
+    settings, source, grid = start.settings, start.source, start.grid
+    communicator = connect(
+        start.framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes
+    )
     data = open_data(settings, open_tokenizer(settings, source))
-    engine = create_engine(framework, source.config, engine_settings(settings, source.config, grid, world.rank))
+    engine = create_engine(start.framework, source.config, engine_settings(settings, source.config, grid, world.rank))
     progress, state = restore(engine, source, settings)
     writer = open_writer(settings, source, engine, data, communicator)
     save = writer.save if writer else None
     trainer = Trainer(
-        engine, settings, schedule, data.train, data.valid, progress, grid, communicator, save=save, on_step=on_step
+        engine,
+        settings,
+        start.schedule,
+        data.train,
+        data.valid,
+        progress,
+        grid,
+        communicator,
+        save=save,
+        on_step=on_step,
     )
     if trainer.is_first_rank:
         print_banner(settings, source, trainer, state, data.notices)
@@ -76,6 +79,35 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     if trainer.is_first_rank:
         print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     return trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run begins with, checked as far as one can without a device and without the other processes."""
+
+    framework: str
+    settings: Settings
+    grid: Grid
+    schedule: Schedule
+    source: TensorSource
+
+
+def prepare(settings: Settings, processes: int) -> Start:
+    """Check the settings against each other, the number of processes and the weights' config.
+
+    Raises:
+        UserError: something is missing or contradictory.
+    """
+    framework = check_framework(settings.training.ai_framework)
+    settings = with_epochs(settings)
+    settings.check()
+    grid = Grid(settings.layout, processes)
+    settings.check_grid(grid)
+    schedule = schedule_from(settings)
+    source = open_weights(settings)
+    check_model_flags(settings, source.config)
+    grid.layout.check(source.config)
+    return Start(framework, with_checkpoint_seed(settings, source), grid, schedule, source)
 
 
 def open_weights(settings: Settings) -> TensorSource:

@@ -1,0 +1,54 @@
+"""`--dry-run` finds what would stop a run, before anything is loaded, and says what would run (F2)."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from tandem.errors import UserError
+from tandem.training.dry_run import dry_run
+from workspace import Workspace
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_good_run_is_described(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = workspace.settings(
+        "torch", tensor_model_parallel_size=2, pipeline_model_parallel_size=2, global_batch_size=8, save=str(tmp_path)
+    )
+    dry_run(settings, 8)
+    text = capsys.readouterr().out
+    assert "8 processes: tensor 2 x pipeline 2 x data 2; a rank holds" in text
+    assert "global batch 8 = 2 data ranks x 2 micro-batches x 2 samples" in text
+    assert "20 steps over 160 samples" in text
+    assert "nothing was trained" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "processes", "expected"),
+    [
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple of --tensor-model-parallel-size 3"),
+        ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
+        ({"pipeline_model_parallel_size": 7}, 7, "do not divide over pipeline_model_parallel_size 7"),
+        ({"global_batch_size": 6}, 2, "--global-batch-size 6: expected multiples of --micro-batch-size 2 x 2"),
+        ({"data_path": "/no/such/data"}, 1, "/no/such/data"),
+        ({"context_parallel_size": 2}, 2, "--context-parallel-size 2: only 1"),
+    ],
+)
+def test_what_cannot_run_is_said(
+    workspace: Workspace, values: dict[str, object], processes: int, expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        dry_run(workspace.settings("torch", **values), processes)
+
+
+def test_a_disk_too_small_for_one_checkpoint_is_said(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match="the disk has 0 MB free"):
+        dry_run(workspace.settings("torch", save=str(tmp_path)), 1)
