@@ -41,7 +41,7 @@ ROWS = (
     {"quickstart"},
     {"training", "inference"},
     {"backends"},
-    {"checkpoints", "data", "config"},
+    {"checkpoints", "data", "config", "planning"},
     {"parallel"},
     {"models"},
 )

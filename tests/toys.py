@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from tandem.models import qwen3
 from tandem.models.config import ModelConfig
 
 
@@ -34,29 +37,15 @@ TOYS = {
     "llama": toy_config(model_type="llama", rotary_base=1e4, untie_embeddings_and_output_weights=True),
 }
 
-# Qwen3's dense sizes: layers, hidden, ffn, query heads, tied.
-QWEN3_SIZES = {
-    "0.6B": (28, 1024, 3072, 16, True),
-    "1.7B": (28, 2048, 6144, 16, True),
-    "4B": (36, 2560, 9728, 32, True),
-    "8B": (36, 4096, 12288, 32, False),
-    "14B": (40, 5120, 17408, 40, False),
-    "32B": (64, 5120, 25600, 64, False),
-}
-
 
 def qwen3_config(size: str, *, num_layers: int | None = None, vocab_size: int = 151936, shrink: int = 1) -> ModelConfig:
     """A published size; `shrink` divides its widths and keeps its heads."""
-    layers, hidden, ffn, heads, tied = QWEN3_SIZES[size]
-    return toy_config(
-        num_layers=num_layers or layers,
-        hidden_size=hidden // shrink,
-        ffn_hidden_size=ffn // shrink,
-        num_attention_heads=heads,
-        num_query_groups=8,
-        kv_channels=128 // shrink,
+    published = qwen3.qwen3_config(size)
+    return dataclasses.replace(
+        published,
+        num_layers=num_layers or published.num_layers,
+        hidden_size=published.hidden_size // shrink,
+        ffn_hidden_size=published.ffn_hidden_size // shrink,
+        kv_channels=published.kv_channels // shrink,
         vocab_size=vocab_size,
-        max_position_embeddings=40960,
-        untie_embeddings_and_output_weights=not tied,
-        init_method_std=0.02,
     )

@@ -28,9 +28,10 @@ from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.torch_file import load
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.models.qwen3 import QWEN3_SIZES
 from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.parallel.layout import Layout
-from toys import QWEN3_SIZES, TOYS, qwen3_config, toy_config
+from toys import TOYS, qwen3_config, toy_config
 
 SINGLE = "model.safetensors"
 

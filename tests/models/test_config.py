@@ -9,7 +9,8 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, RotaryScaling, from_hf, to_hf
-from toys import QWEN3_SIZES, TOYS, qwen3_config, toy_config
+from tandem.models.qwen3 import QWEN3_SIZES
+from toys import TOYS, qwen3_config, toy_config
 
 OLD = {
     "architectures": ["Qwen3ForCausalLM"],

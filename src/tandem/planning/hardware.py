@@ -1,0 +1,110 @@
+"""Devices to plan for: what their makers say, and what is assumed about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB, GIB, TERA = 1e9, 2**30, 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of device, its node, and the network between nodes.
+
+    Attributes:
+        memory: bytes of one device.
+        usable: share of it that a plan may fill; the rest is for the framework's context, communication buffers and
+            fragmentation. Assumed, not measured.
+        retained: freed bytes that the allocator keeps.
+        bf16_flops, fp32_flops: peak FLOP/s of dense matrix products.
+        efficiency: share of the peak that matrix products and attention reach. Assumed.
+        memory_bandwidth: bytes/s, peak.
+        devices_per_node: devices joined by the fast links.
+        node_bandwidth: bytes/s that a device sends over them, one direction, all links together.
+        mesh: a link goes to one neighbour, so that a group of n devices uses n - 1 of them.
+        network_bandwidth: bytes/s that a device sends to other nodes, one direction.
+        source: where the figures come from.
+    """
+
+    memory: float
+    usable: float = 0.9
+    retained: float = 0
+    bf16_flops: float
+    fp32_flops: float
+    efficiency: float = 0.6
+    memory_bandwidth: float
+    devices_per_node: int
+    node_bandwidth: float
+    mesh: bool = False
+    network_bandwidth: float
+    source: str
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that a plan may fill."""
+        return self.memory * self.usable
+
+    def flops(self, bf16: bool) -> float:
+        return self.bf16_flops if bf16 else self.fp32_flops
+
+    def bandwidth(self, group: int, stride: int) -> float:
+        """Bytes/s that a rank sends in a ring over `group` ranks that lie `stride` ranks apart.
+
+        Within a node this is the fast links'. A ring that leaves the node shares the network links of all its ranks
+        there, since it crosses each node's border once.
+        """
+        links = (group - 1) / (self.devices_per_node - 1) if self.mesh else 1.0
+        if group * stride <= self.devices_per_node:
+            return self.node_bandwidth * links
+        together = max(1, self.devices_per_node // stride)
+        return min(self.node_bandwidth, self.network_bandwidth * min(together, group))
+
+
+HARDWARE = {
+    "h100": Hardware(
+        memory=80 * GIB,
+        bf16_flops=989.4 * TERA,
+        fp32_flops=66.9 * TERA,
+        memory_bandwidth=3350 * GB,
+        devices_per_node=8,
+        node_bandwidth=450 * GB,
+        network_bandwidth=50 * GB,
+        source="NVIDIA H100 SXM5 data sheet (dense, half of the sparse figures); DGX H100: NVLink 900 GB/s both ways, "
+        "one 400 Gb/s adapter per GPU",
+    ),
+    "910b": Hardware(
+        memory=64 * GIB,
+        bf16_flops=376 * TERA,
+        fp32_flops=94 * TERA,
+        memory_bandwidth=1600 * GB,
+        devices_per_node=8,
+        node_bandwidth=196 * GB,
+        mesh=True,
+        network_bandwidth=25 * GB,
+        source="Ascend 910B2 of an Atlas 800T A2, as Huawei's open simulators list it (376 TFLOP/s, 64 GB, 1.6 TB/s, "
+        "seven HCCS links, 196 GB/s one way); fp32 a quarter (87 TFLOP/s measured by others); 200 Gb/s RoCE each",
+    ),
+    "a3": Hardware(
+        memory=64 * GIB,
+        bf16_flops=376 * TERA,
+        fp32_flops=94 * TERA,
+        memory_bandwidth=1600 * GB,
+        devices_per_node=768,
+        node_bandwidth=196 * GB,
+        network_bandwidth=25 * GB,
+        source="one die of an Ascend 910C in an Atlas 900 A3 SuperPoD: 384 chips, 768 dies on one non-blocking fabric "
+        "(arXiv 2506.12708), 200 Gb/s RDMA each beyond it",
+    ),
+    "cpu": Hardware(
+        memory=24 * GIB,
+        retained=64 * 2**20,
+        bf16_flops=0.4 * TERA,
+        fp32_flops=0.4 * TERA,
+        memory_bandwidth=20 * GB,
+        devices_per_node=1,
+        node_bandwidth=5 * GB,
+        network_bandwidth=1 * GB,
+        source="the machine of docs/performance.md, two cores; glibc keeps 64 MiB of freed memory (mallopt(3): "
+        "M_TRIM_THRESHOLD is twice the largest M_MMAP_THRESHOLD)",
+    ),
+}

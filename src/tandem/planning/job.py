@@ -1,0 +1,98 @@
+"""What is to be planned: a model, how it is spread over ranks, and the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.parallel.layout import Layout, Stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training run as far as its memory and its speed depend on it. Field names are Megatron's.
+
+    Attributes:
+        recompute_layers: how many of a rank's layers, from the first, keep only their input for the backward pass.
+        bf16: compute in bfloat16 with fp32 masters; otherwise everything is fp32.
+    """
+
+    config: ModelConfig
+    layout: Layout = field(default_factory=Layout)
+    data_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    seq_length: int = 4096
+    recompute_layers: int = 0
+    bf16: bool = False
+    ai_framework: str = "torch"
+
+    @property
+    def tensor_size(self) -> int:
+        return self.layout.tensor_model_parallel_size
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.layout.pipeline_model_parallel_size
+
+    @property
+    def devices(self) -> int:
+        return self.tensor_size * self.pipeline_size * self.data_parallel_size
+
+    @property
+    def layers_of_stages(self) -> list[int]:
+        return [sum(len(chunk) for chunk in stage) for stage in _stages(self.layout, self.config.num_layers)]
+
+    @property
+    def chunks(self) -> int:
+        """Virtual stages of each pipeline stage; 1 when they are not interleaved."""
+        return len(_stages(self.layout, self.config.num_layers)[0])
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, on each data-parallel rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.seq_length
+
+    @property
+    def sequence_split(self) -> int:
+        """Into how many parts tensor ranks split what lies between the tensor-parallel regions."""
+        return self.tensor_size if self.sequence_parallel else 1
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight that computes, and of an activation."""
+        return 2 if self.bf16 else 4
+
+    def check(self) -> None:
+        """Raise UserError where the parts do not divide, or exceed the model."""
+        self.layout.check(self.config)
+        whole = self.micro_batch_size * self.data_parallel_size
+        if self.global_batch_size % whole:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {self.data_parallel_size} data-parallel ranks = {whole}"
+            )
+        if self.seq_length > self.config.max_position_embeddings:
+            raise UserError(
+                f"seq_length {self.seq_length} is above the model's max_position_embeddings "
+                f"{self.config.max_position_embeddings}"
+            )
+        if self.chunks > 1 and self.micro_batches % self.pipeline_size:
+            raise UserError(
+                f"interleaved stages need a multiple of pipeline_model_parallel_size {self.pipeline_size} "
+                f"micro-batches, and a step has {self.micro_batches}"
+            )
+
+
+@lru_cache(maxsize=256)
+def _stages(layout: Layout, num_layers: int) -> Stages:
+    return layout.stages(num_layers)

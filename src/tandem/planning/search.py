@@ -1,0 +1,99 @@
+"""Layouts for a number of devices: those that fit, fastest first, and why the others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tandem.errors import UserError
+from tandem.parallel.layout import Layout
+from tandem.planning.hardware import Hardware
+from tandem.planning.job import Job
+from tandem.planning.memory import peak_memory
+from tandem.planning.speed import Speed, estimate
+
+MICRO_BATCH_SIZES = (1, 2, 4, 8)
+CHUNKS = (1, 2, 4)  # virtual stages of a pipeline stage
+INTERLEAVING = ("torch",)  # backends that run interleaved stages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that fits, with what it takes."""
+
+    job: Job
+    peak: float
+    speed: Speed
+
+
+def suggest(base: Job, hardware: Hardware, devices: int) -> tuple[list[Plan], dict[str, list[tuple[int, int]]]]:
+    """The fastest plan of each tensor and pipeline size, fastest first; and by reason the sizes that have none.
+
+    The model, the global batch and the precision are `base`'s. Layout, micro-batch size and recomputation are tried,
+    with sequence parallelism and the distributed optimizer on.
+    """
+    plans: list[Plan] = []
+    rejected: dict[str, list[tuple[int, int]]] = {}
+    for tensor_size, pipeline_size in _sizes(devices):
+        try:
+            plans.append(_best(base, hardware, devices, tensor_size, pipeline_size))
+        except UserError as error:
+            rejected.setdefault(str(error), []).append((tensor_size, pipeline_size))
+    return sorted(plans, key=lambda plan: plan.speed.step), rejected
+
+
+def _sizes(devices: int) -> Iterator[tuple[int, int]]:
+    """Tensor sizes that are powers of two, with every pipeline size, that divide the devices."""
+    tensor_size = 1
+    while devices % tensor_size == 0 and tensor_size <= devices:
+        for pipeline_size in range(1, devices // tensor_size + 1):
+            if devices // tensor_size % pipeline_size == 0:
+                yield tensor_size, pipeline_size
+        tensor_size *= 2
+
+
+def _best(base: Job, hardware: Hardware, devices: int, tensor_size: int, pipeline_size: int) -> Plan:
+    """Raises UserError, with the reason, when there is none."""
+    if tensor_size > hardware.devices_per_node:
+        raise UserError(f"tensor ranks exchange every layer and would leave the node of {hardware.devices_per_node}")
+    if pipeline_size > base.config.num_layers:
+        raise UserError(f"more stages than the {base.config.num_layers} layers")
+    candidates, reasons = [], []
+    for job in _variants(base, devices, tensor_size, pipeline_size):
+        try:
+            job.check()
+        except UserError as error:
+            reasons.append(str(error))
+        else:
+            candidates.append(job)
+    if not candidates:
+        raise UserError(reasons[0])
+    measured = [(peak_memory(job, hardware), job) for job in candidates]
+    fitting = [(peak, job) for peak, job in measured if peak <= hardware.capacity]
+    if not fitting:
+        smallest = min(peak for peak, _ in measured)
+        raise UserError(f"needs {smallest / 2**30:.0f} GiB, and {hardware.capacity / 2**30:.0f} may be used")
+    return min((Plan(job, peak, estimate(job, hardware)) for peak, job in fitting), key=lambda plan: plan.speed.step)
+
+
+def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> Iterator[Job]:
+    layers = base.config.num_layers // pipeline_size
+    interleaved = base.ai_framework in INTERLEAVING and pipeline_size > 1
+    for chunks in (count for count in CHUNKS if count == 1 or (interleaved and layers % count == 0)):
+        layout = Layout(
+            tensor_model_parallel_size=tensor_size,
+            pipeline_model_parallel_size=pipeline_size,
+            num_layers_per_virtual_pipeline_stage=None if chunks == 1 else layers // chunks,
+        )
+        for micro_batch_size in MICRO_BATCH_SIZES:
+            for recompute_layers in sorted({0, layers // 2, layers}):
+                yield dataclasses.replace(
+                    base,
+                    layout=layout,
+                    data_parallel_size=devices // (tensor_size * pipeline_size),
+                    sequence_parallel=tensor_size > 1,
+                    use_distributed_optimizer=True,
+                    micro_batch_size=micro_batch_size,
+                    recompute_layers=recompute_layers,
+                )

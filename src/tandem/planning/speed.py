@@ -1,0 +1,103 @@
+"""An estimate of a step's time, from peak rates and stated assumptions. It ranks layouts; it promises nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from tandem.models.config import ModelConfig
+from tandem.models.flops import training_flops
+from tandem.planning.hardware import Hardware
+from tandem.planning.job import Job
+from tandem.planning.memory import layer_activations, stage_memories
+from tandem.planning.traffic import stage_traffic
+
+# How often a step moves what a layer keeps between memory and the cores, outside of matrix products. Assumed.
+ACTIVATION_PASSES = 6
+
+ASSUMPTIONS = (
+    "matrix products and attention run at `efficiency` of the peak; element-wise work moves a layer's kept activations "
+    f"{ACTIVATION_PASSES} times; no communication overlaps with computation; every stage takes as long as the slowest"
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one step, and what they come to.
+
+    Attributes:
+        compute, tensor, pipeline: of the slowest stage, over all micro-batches: arithmetic, communication between
+            tensor ranks, and between stages.
+        bubble: waiting for the pipeline to fill and to drain.
+        data: summing gradients, and gathering weights, over data-parallel ranks.
+        optimizer: reading and writing weights, gradients and moments.
+        tokens_per_second: of all devices together.
+        mfu: the model's FLOPs without recomputation (`models.flops`) over the peak of all devices.
+    """
+
+    compute: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    data: float
+    optimizer: float
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+
+
+def bubble_share(job: Job) -> float:
+    """Of the time of a pipeline's micro-batches, how much it adds: (p - 1) / (v m) (arXiv 2104.04473, 2.2)."""
+    return (job.pipeline_size - 1) / (job.chunks * job.micro_batches)
+
+
+def estimate(job: Job, hardware: Hardware) -> Speed:
+    stages = range(job.pipeline_size)
+    traffic = [stage_traffic(job, stage) for stage in stages]
+    tensor_bandwidth = hardware.bandwidth(job.tensor_size, 1)
+    pipeline_bandwidth = hardware.bandwidth(job.pipeline_size, job.devices // job.pipeline_size)
+    data_bandwidth = hardware.bandwidth(job.data_parallel_size, job.tensor_size)
+
+    def parts(stage: int) -> tuple[float, float, float]:
+        sent = traffic[stage]
+        pipeline = sent.pipeline / pipeline_bandwidth if sent.pipeline else 0.0
+        return _compute(job, hardware, stage), (sent.tensor / tensor_bandwidth if sent.tensor else 0.0), pipeline
+
+    compute, tensor, pipeline = max(map(parts, stages), key=sum)
+    data = max(sent.data for sent in traffic)
+    memories = stage_memories(job, hardware)
+    optimizer = max(memory.gradients + 2 * memory.optimizer + memory.weights for memory in memories)
+    speed = Speed(
+        compute=compute,
+        tensor=tensor,
+        pipeline=pipeline,
+        bubble=(compute + tensor + pipeline) * bubble_share(job),
+        data=data / data_bandwidth if data else 0.0,
+        optimizer=optimizer / hardware.memory_bandwidth,
+        tokens_per_second=0.0,
+        mfu=0.0,
+    )
+    tokens = job.global_batch_size * job.seq_length
+    flops = job.global_batch_size * training_flops(job.config, [job.seq_length])
+    rate = flops / speed.step / job.devices
+    return dataclasses.replace(speed, tokens_per_second=tokens / speed.step, mfu=rate / hardware.flops(job.bf16))
+
+
+def _compute(job: Job, hardware: Hardware, stage: int) -> float:
+    """Seconds of a stage's arithmetic in one step."""
+    layers = job.layers_of_stages[stage]
+    repeated = min(job.recompute_layers, layers) / 3  # a forward pass is a third of a layer's work
+    layer, head = _flops(job.config, job.seq_length)
+    flops = job.global_batch_size / job.data_parallel_size / job.tensor_size
+    flops *= (layers + repeated) * layer + (head if stage == job.pipeline_size - 1 else 0)
+    moved = job.micro_batches * ACTIVATION_PASSES * (layers + repeated) * layer_activations(job)
+    return flops / (hardware.flops(job.bf16) * hardware.efficiency) + moved / hardware.memory_bandwidth
+
+
+def _flops(config: ModelConfig, seq_length: int) -> tuple[float, float]:
+    """Of one sequence, forward and backward: a layer's, and the head's."""
+    head = training_flops(dataclasses.replace(config, num_layers=0), [seq_length])
+    return training_flops(dataclasses.replace(config, num_layers=1), [seq_length]) - head, head

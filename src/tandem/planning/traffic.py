@@ -1,0 +1,65 @@
+"""Bytes that one rank sends in a step, by the axis of the grid that they travel along.
+
+Collectives are counted as rings: of a tensor of S bytes, each of n ranks sends (n - 1) / n S for an all-gather or a
+reduce-scatter, and twice that for an all-reduce, which is both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tandem.planning.job import Job
+from tandem.planning.memory import stage_shapes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank of one stage sends in a step, along each axis."""
+
+    tensor: float
+    pipeline: float
+    data: float
+
+
+def stage_traffic(job: Job, stage: int) -> Traffic:
+    return Traffic(_tensor(job, stage), _pipeline(job, stage), _data(job, stage))
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _tensor(job: Job, stage: int) -> float:
+    """Passes over the hidden states of a micro-batch, each an all-gather or a reduce-scatter of [t, h].
+
+    A layer has two before and two after its tensor-parallel halves (arXiv 2205.05198, figure 5), as many in the
+    backward pass, and with sequence parallelism two more there, which gather again what was kept split. A recomputed
+    layer runs its forward pass twice. The embedding scatters, the head gathers, and both go back.
+    """
+    layers = job.layers_of_stages[stage]
+    recomputed = min(job.recompute_layers, layers)
+    passes = layers * (10 if job.sequence_parallel else 8) + 4 * recomputed
+    passes += 2 * (stage == 0) + 2 * (stage == job.pipeline_size - 1)
+    hidden = job.tokens * job.config.hidden_size * job.element_bytes
+    return job.micro_batches * passes * hidden * _ring(job.tensor_size)
+
+
+def _pipeline(job: Job, stage: int) -> float:
+    """Outputs to the next stage and gradients to the one before; and a tied embedding's gradient, summed over the two
+    stages that hold it."""
+    if job.pipeline_size == 1:
+        return 0.0
+    is_first, is_last = stage == 0, stage == job.pipeline_size - 1
+    sends = job.micro_batches * (2 * job.chunks - is_first - is_last)
+    sent = sends * job.tokens * job.config.hidden_size * job.element_bytes / job.sequence_split
+    if job.config.tied and (is_first or is_last):
+        sent += 4 * job.config.vocab_size * job.config.hidden_size / job.tensor_size
+    return sent
+
+
+def _data(job: Job, stage: int) -> float:
+    """Gradients in fp32, summed; with the distributed optimizer scattered, and the new weights gathered."""
+    parameters = sum(math.prod(shape) for shape in stage_shapes(job)[stage])
+    passes = (4 + job.element_bytes) if job.use_distributed_optimizer else 2 * 4
+    return parameters * passes * _ring(job.data_parallel_size)

@@ -1,0 +1,58 @@
+"""`tandem plan`: one layout in full, suggestions, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tandem.__main__ import main
+from tandem.models.config import to_hf
+from toys import toy_config
+
+
+def test_one_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "2", "--data-parallel-size", "2"]
+    more = ["--global-batch-size", "64", "--bf16", "--sequence-parallel", "--hardware", "910b"]
+    assert main(["plan", "qwen3-8b", *layout, *more]) == 0
+    output = capsys.readouterr().out
+    assert "8.19 billion parameters, on 16 x 910b: bf16, sequences of 4,096 tokens, global batch 64" in output
+    for expected in ("gradients", "optimizer", "activations", "logits", "fits:", "bubble", "MFU", "Assumed: "):
+        assert expected in output
+
+
+def test_suggestions_end_in_a_command_that_works(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "qwen3-4B", "--hardware", "a3", "--devices", "8", "--global-batch-size", "32", "--bf16"]
+    assert main(given) == 0
+    suggested = capsys.readouterr().out
+    command = re.search(r"The first one: tandem (.*)", suggested)
+    assert command
+    assert main(shlex.split(command[1])) == 0
+    assert "on 8 x a3" in capsys.readouterr().out
+
+
+def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(toy_config())))
+    assert main(["plan", str(tmp_path), "--hardware", "cpu", "--seq-length", "128"]) == 0
+    assert "on 1 x cpu: fp32, sequences of 128 tokens, global batch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["qwen3-9B"], "Qwen3 has no dense size '9B'"),
+        (["gpt2"], "gpt2: no such folder, and no published model; published: qwen3-0.6B, "),
+        (["qwen3-8B", "--tensor-model-parallel-size", "3"], "num_query_groups 8 is not a multiple"),
+        (["qwen3-8B", "--data-parallel-size", "0"], "--data-parallel-size 0: expected at least 1"),
+        (["qwen3-8B", "--devices", "8"], "--devices needs --global-batch-size"),
+        (["qwen3-8B", "--devices", "8", "--micro-batch-size", "2"], "--micro-batch-size would fix it"),
+        (["qwen3-8B", "--efficiency", "60"], "--efficiency 60.0: expected a share"),
+        (["qwen3-32B", "--devices", "1", "--global-batch-size", "8"], "no layout of 1 x h100 fits"),
+    ],
+)
+def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err

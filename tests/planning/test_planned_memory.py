@@ -1,0 +1,127 @@
+"""E1: what the plan counts is what the layout gives, and what a train step really holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from frameworks import require_framework
+from tandem.backends import create_engine
+from tandem.backends.interface import EngineSettings
+from tandem.checkpoints.random_init import RandomSource
+from tandem.data.batch import Sample, collate
+from tandem.models.qwen3 import qwen3_config
+from tandem.models.tensors import parameter_count
+from tandem.parallel.layout import Layout
+from tandem.planning.hardware import HARDWARE
+from tandem.planning.job import Job
+from tandem.planning.memory import LOGITS_CHUNK_BYTES, PIECE, layer_activations, stage_memories
+from toys import TOYS, toy_config
+
+CPU = HARDWARE["cpu"]
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_stages_hold_the_whole_model(name: str) -> None:
+    config = dataclasses.replace(TOYS[name], num_layers=4)
+    job = Job(config=config, layout=Layout(pipeline_model_parallel_size=2))
+    copy = config.vocab_size * config.hidden_size if config.tied else 0
+    assert sum(memory.parameters for memory in stage_memories(job, CPU)) == parameter_count(config) + copy
+
+
+def test_state_of_a_published_model() -> None:
+    """18 bytes per parameter in bf16, of which the 12 of masters and moments are shared (Megatron-LM's rule)."""
+    config = qwen3_config("8B")
+    alone = Job(config=config, bf16=True)
+    (memory,) = stage_memories(alone, CPU)
+    assert memory.parameters == parameter_count(config) == 8_190_735_360
+    assert memory.weights + memory.gradients + memory.optimizer == 18 * memory.parameters
+    shared = dataclasses.replace(alone, data_parallel_size=8, global_batch_size=8, use_distributed_optimizer=True)
+    (shared_memory,) = stage_memories(shared, CPU)
+    assert shared_memory.optimizer == pytest.approx(memory.optimizer / 8, rel=1e-6)
+    assert (shared_memory.weights, shared_memory.gradients) == (memory.weights, memory.gradients)
+
+
+def test_activations_of_a_layer_by_hand() -> None:
+    config = toy_config()
+    job = Job(config=config, seq_length=10, layout=Layout(tensor_model_parallel_size=2), bf16=True)
+    halves = 2 * (6 + 2 + 2 + 6) * 16 // 2 + 2 * 2 * 80 // 2  # query, key, value and output heads; gate and up
+    scales = 4 * (6 / 2 + 2)
+    assert layer_activations(job) == 10 * (2 * 2 * 48 + halves + scales)
+    split = dataclasses.replace(job, sequence_parallel=True)
+    assert layer_activations(split) == 10 * (2 * 2 * 48 / 2 + halves + 4 * (6 / 2 + 2 / 2))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "micro_batches", "layers_kept"),
+    [
+        (1, 8, [4 * 8, 3 * 8, 2 * 8, 1 * 8]),  # 1F1B
+        (1, 2, [2 * 8, 2 * 8, 2 * 8, 1 * 8]),  # fewer micro-batches than stages
+        (2, 8, [11 * 4, 9 * 4, 7 * 4, 5 * 4]),  # warm-up chunks 2 (p - 1 - s) + (v - 1) p, and one
+    ],
+)
+def test_micro_batches_in_flight(chunks: int, micro_batches: int, layers_kept: list[int]) -> None:
+    config = toy_config(num_layers=32, untie_embeddings_and_output_weights=True)
+    layout = Layout(
+        pipeline_model_parallel_size=4,
+        num_layers_per_virtual_pipeline_stage=8 // chunks if chunks > 1 else None,
+    )
+    job = Job(config=config, layout=layout, global_batch_size=micro_batches, seq_length=32)
+    residual = 32 * config.hidden_size * 4
+    for memory, kept in zip(stage_memories(job, CPU)[:-1], layers_kept):
+        assert memory.activations == pytest.approx(kept * layer_activations(job) + kept / 8 * residual)
+
+
+def test_recomputed_layers_keep_their_input() -> None:
+    config = toy_config(num_layers=4)
+    job = Job(config=config, seq_length=100, recompute_layers=3)
+    (memory,) = stage_memories(job, CPU)
+    residual = 100 * config.hidden_size * 4
+    assert memory.activations == 3 * residual + layer_activations(job) + residual + 2 * residual
+
+
+def test_constants_are_the_backends() -> None:
+    for name in ("torch", "mindspore"):
+        require_framework(name)
+    from tandem.backends.mindspore import loss as mindspore_loss
+    from tandem.backends.torch import functional
+    from tandem.backends.torch import loss as torch_loss
+
+    assert LOGITS_CHUNK_BYTES["torch"] == torch_loss.LOGITS_CHUNK_BYTES
+    assert LOGITS_CHUNK_BYTES["mindspore"] == mindspore_loss.LOGITS_CHUNK_BYTES
+    assert PIECE == functional.PIECE
+
+
+@pytest.mark.parametrize("recompute_layers", [0, 4])
+@pytest.mark.parametrize("seq_length", [256, 512])
+def test_a_train_step_allocates_what_is_planned(seq_length: int, recompute_layers: int, tmp_path: Path) -> None:
+    """Beyond weights, gradients and moments, the most that is alive at once, as PyTorch's profiler counts it."""
+    require_framework("torch")
+    from torch.profiler import ProfilerActivity, profile
+
+    config = toy_config(
+        num_layers=4,
+        hidden_size=256,
+        ffn_hidden_size=768,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=32,
+        vocab_size=1024,
+    )
+    engine = create_engine("torch", config, EngineSettings(device="cpu", recompute_layers=recompute_layers))
+    engine.load_weights(RandomSource(config, 0))
+    tokens = np.arange(seq_length, dtype=np.int32)
+    batch = [collate([Sample(tokens, tokens, tokens, (seq_length,))])]
+    engine.train_step(batch, 1e-4, 0.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine.train_step(batch, 1e-4, 0.0)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    alive = np.cumsum([change for _, change in changes]).max()
+    (memory,) = stage_memories(Job(config=config, seq_length=seq_length, recompute_layers=recompute_layers), CPU)
+    assert memory.activations + max(memory.logits, memory.workspace) == pytest.approx(alive, rel=0.15)

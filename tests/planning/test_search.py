@@ -1,0 +1,48 @@
+"""E1: suggested layouts fit, come fastest first, and every other size has its reason."""
+
+from __future__ import annotations
+
+from tandem.models.qwen3 import qwen3_config
+from tandem.planning.hardware import HARDWARE
+from tandem.planning.job import Job
+from tandem.planning.memory import peak_memory
+from tandem.planning.search import suggest
+
+
+def test_suggestions_fit_and_are_ordered() -> None:
+    hardware = HARDWARE["910b"]
+    plans, rejected = suggest(Job(config=qwen3_config("8B"), global_batch_size=64, bf16=True), hardware, 16)
+    steps = [plan.speed.step for plan in plans]
+    assert plans
+    assert steps == sorted(steps)
+    for plan in plans:
+        plan.job.check()
+        assert plan.job.devices == 16
+        assert plan.peak == peak_memory(plan.job, hardware) <= hardware.capacity
+    sizes = {(plan.job.tensor_size, plan.job.pipeline_size) for plan in plans}
+    refused = {size for sizes in rejected.values() for size in sizes}
+    dividing = [1, 2, 4, 8, 16]
+    assert sizes | refused == {(t, p) for t in dividing for p in dividing if t * p <= 16}
+    assert not sizes & refused
+
+
+def test_reasons() -> None:
+    _, rejected = suggest(Job(config=qwen3_config("8B"), global_batch_size=8, bf16=True), HARDWARE["910b"], 128)
+    reason_of = {size: reason for reason, sizes in rejected.items() for size in sizes}
+    assert "36 layers" in reason_of[1, 8]
+    assert "do not divide" in reason_of[1, 8]
+    assert reason_of[1, 128] == "more stages than the 36 layers"
+    assert "would leave the node of 8" in reason_of[16, 1]
+    assert "global_batch_size 8 is no multiple" in reason_of[1, 1]
+    plans, rejected = suggest(Job(config=qwen3_config("32B"), global_batch_size=2, bf16=True), HARDWARE["h100"], 1)
+    assert not plans
+    assert list(rejected.values()) == [[(1, 1)]]
+    assert "GiB, and 72 may be used" in next(iter(rejected))
+
+
+def test_mindspore_gets_no_interleaved_stages() -> None:
+    base = Job(config=qwen3_config("4B"), global_batch_size=64, bf16=True)
+    for framework, interleaved in (("torch", True), ("mindspore", False)):
+        job = Job(**{**vars(base), "ai_framework": framework})
+        plans, _ = suggest(job, HARDWARE["a3"], 8)
+        assert any(plan.job.chunks > 1 for plan in plans) is interleaved

@@ -1,0 +1,95 @@
+"""Bytes between ranks and the estimated step, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tandem.errors import UserError
+from tandem.models.flops import training_flops
+from tandem.models.tensors import parameter_count
+from tandem.parallel.layout import Layout
+from tandem.planning.hardware import GB, HARDWARE
+from tandem.planning.job import Job
+from tandem.planning.speed import bubble_share, estimate
+from tandem.planning.traffic import stage_traffic
+from toys import toy_config
+
+CONFIG = toy_config(num_layers=4)
+HIDDEN = 100 * 48 * 2  # bytes of the hidden states of 100 tokens in bf16
+
+
+def test_one_rank_sends_nothing() -> None:
+    traffic = stage_traffic(Job(config=CONFIG), 0)
+    assert (traffic.tensor, traffic.pipeline, traffic.data) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sequence_parallel", "recompute_layers", "passes"), [(False, 0, 32), (True, 0, 40), (True, 4, 56)]
+)
+def test_tensor_parallel(sequence_parallel: bool, recompute_layers: int, passes: int) -> None:
+    job = Job(
+        config=CONFIG,
+        layout=Layout(tensor_model_parallel_size=2),
+        sequence_parallel=sequence_parallel,
+        recompute_layers=recompute_layers,
+        global_batch_size=3,
+        seq_length=100,
+        bf16=True,
+    )
+    assert stage_traffic(job, 0).tensor == 3 * (passes + 4) * HIDDEN / 2  # and 4 for embedding and head
+
+
+def test_pipeline_parallel() -> None:
+    layout = Layout(pipeline_model_parallel_size=4)
+    job = Job(config=CONFIG, layout=layout, global_batch_size=8, seq_length=100, bf16=True)
+    embedding = 4 * CONFIG.vocab_size * CONFIG.hidden_size
+    sent = [stage_traffic(job, stage).pipeline for stage in range(4)]
+    assert sent == [8 * HIDDEN + embedding, 16 * HIDDEN, 16 * HIDDEN, 8 * HIDDEN + embedding]
+
+
+@pytest.mark.parametrize(("distributed", "passes"), [(False, 8), (True, 6)])
+def test_data_parallel(distributed: bool, passes: int) -> None:
+    job = Job(
+        config=CONFIG, data_parallel_size=4, global_batch_size=4, use_distributed_optimizer=distributed, bf16=True
+    )
+    assert stage_traffic(job, 0).data == passes * parameter_count(CONFIG) * 3 / 4
+
+
+def test_bubble() -> None:
+    """(p - 1) / m, and divided by the number of virtual stages (arXiv 2104.04473, 2.2)."""
+    config = toy_config(num_layers=16)
+    plain = Job(config=config, layout=Layout(pipeline_model_parallel_size=4), global_batch_size=8)
+    interleaved = Layout(pipeline_model_parallel_size=4, num_layers_per_virtual_pipeline_stage=2)
+    assert bubble_share(plain) == 3 / 8
+    assert bubble_share(dataclasses.replace(plain, layout=interleaved)) == 3 / 16
+
+
+def test_speed_of_one_device_is_bounded_by_its_peak() -> None:
+    hardware = dataclasses.replace(HARDWARE["h100"], memory_bandwidth=1e30, efficiency=0.5)
+    speed = estimate(Job(config=CONFIG, bf16=True, global_batch_size=2, seq_length=512), hardware)
+    flops = 2 * training_flops(CONFIG, [512])
+    assert speed.step == pytest.approx(flops / (0.5 * hardware.bf16_flops))
+    assert speed.mfu == pytest.approx(0.5)
+    recomputed = estimate(Job(config=CONFIG, bf16=True, seq_length=512, recompute_layers=4), hardware)
+    assert 0.5 * 3 / 4 < recomputed.mfu < 0.5  # a fourth pass, but not of the head
+
+
+def test_bandwidth_of_groups() -> None:
+    h100, mesh = HARDWARE["h100"], HARDWARE["910b"]
+    assert h100.bandwidth(8, 1) == 450 * GB
+    assert h100.bandwidth(16, 1) == 8 * 50 * GB  # the ring leaves the node over all its adapters
+    assert h100.bandwidth(4, 8) == 50 * GB
+    assert mesh.bandwidth(2, 1) == pytest.approx(28 * GB)  # one link of seven
+    assert mesh.bandwidth(8, 1) == 196 * GB
+
+
+def test_batches_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="global_batch_size 3 is no multiple of micro_batch_size 1 x 2"):
+        Job(config=CONFIG, data_parallel_size=2, global_batch_size=3, seq_length=64).check()
+    with pytest.raises(UserError, match="seq_length 4096 is above the model's max_position_embeddings 512"):
+        Job(config=CONFIG).check()
+    layout = Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
+    with pytest.raises(UserError, match=r"interleaved stages need a multiple .* 2 micro-batches, and a step has 3"):
+        Job(config=CONFIG, layout=layout, global_batch_size=3, seq_length=64).check()
