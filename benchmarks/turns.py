@@ -51,14 +51,14 @@ def _turn(side: Side, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     step = side(arguments)
     step(0)
-    _reset_peak()
+    reset_peak()
     seconds, results = [], []
     for number in range(1, arguments.steps + 1):
         start = time.perf_counter()
         results.append(step(number))
         seconds.append(time.perf_counter() - start)
     rates = [result["tokens"] / second for result, second in zip(results, seconds)]
-    return {"seconds": seconds, "rates": rates, "losses": [result["loss"] for result in results], "peak": _peak()}
+    return {"seconds": seconds, "rates": rates, "losses": [result["loss"] for result in results], "peak": peak()}
 
 
 def _child(side: str) -> dict[str, Any]:
@@ -76,12 +76,21 @@ def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rate": statistics.median(rates), "peak": max(turn["peak"] for turn in turns)}
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Start VmHWM anew: building a model is not what is measured."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
-    """The largest resident memory since `_reset_peak`, bytes."""
+def peak() -> int:
+    """The largest resident memory since `reset_peak`, bytes."""
+    return _status("VmHWM")
+
+
+def resident() -> int:
+    """Resident memory now, bytes."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

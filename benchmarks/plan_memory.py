@@ -1,0 +1,133 @@
+"""`tandem plan`'s memory against training steps on CPU, one process.
+
+Each case trains two steps in a process of its own. Measured is the largest resident memory, less that of the process
+when its framework is loaded and an engine of the smallest model has taken a step. `live` is the same run with every
+block of 128 KiB and more returned to the system at once (`MALLOC_MMAP_THRESHOLD_`): what the engine holds, without the
+holes that glibc's heap keeps. The plan counts `live` and a heap's 64 MiB of retained memory.
+
+    python benchmarks/plan_memory.py
+    python benchmarks/plan_memory.py --framework mindspore
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import turns
+
+from tandem.models.config import ModelConfig
+from tandem.models.qwen3 import qwen3_config
+from tandem.planning.hardware import HARDWARE
+from tandem.planning.job import Job
+from tandem.planning.memory import peak_memory
+
+MIB = 2**20
+VOCABULARY = 16384  # so that the state leaves room for activations in 3 GB
+SMALLEST = dataclasses.replace(
+    qwen3_config("0.6B"), num_layers=1, hidden_size=64, ffn_hidden_size=64, num_attention_heads=8, vocab_size=64
+)
+
+
+def model(layers: int, width: int) -> ModelConfig:
+    """Qwen3-0.6B with fewer layers and all its widths in proportion."""
+    published = qwen3_config("0.6B")
+    return dataclasses.replace(
+        published,
+        num_layers=layers,
+        hidden_size=width,
+        ffn_hidden_size=published.ffn_hidden_size * width // published.hidden_size,
+        kv_channels=published.kv_channels * width // published.hidden_size,
+        vocab_size=VOCABULARY,
+    )
+
+
+# layers, width, tokens of a sequence, sequences of a micro-batch, micro-batches, recomputed layers
+CASES = [
+    (8, 512, 1024, 1, 1, 0),
+    (8, 512, 2048, 1, 1, 0),
+    (8, 512, 2048, 1, 1, 8),
+    (8, 512, 1024, 2, 2, 0),
+    (8, 512, 4096, 1, 1, 8),
+    (5, 1024, 512, 1, 1, 0),
+    (5, 1024, 1024, 1, 1, 0),
+    (5, 1024, 1024, 1, 1, 5),
+    (5, 1024, 2048, 1, 1, 3),
+    (2, 2048, 1024, 1, 1, 0),
+]
+
+
+def job_of(case: tuple[int, ...], framework: str) -> Job:
+    layers, width, seq_length, samples, micro_batches, recompute_layers = case
+    return Job(
+        config=model(layers, width),
+        seq_length=seq_length,
+        micro_batch_size=samples,
+        global_batch_size=samples * micro_batches,
+        recompute_layers=recompute_layers,
+        ai_framework=framework,
+    )
+
+
+def measure(job: Job) -> float:
+    """Bytes above the floor, in this process."""
+    train(dataclasses.replace(job, config=SMALLEST, seq_length=16, recompute_layers=0), reset=False)
+    floor = turns.resident()
+    train(job, reset=True)
+    return turns.peak() - floor
+
+
+def train(job: Job, reset: bool) -> None:
+    from tandem.backends import create_engine
+    from tandem.backends.interface import EngineSettings
+    from tandem.checkpoints.random_init import RandomSource
+    from tandem.data.batch import Sample, collate
+
+    settings = EngineSettings(device="cpu", recompute_layers=job.recompute_layers)
+    engine = create_engine(job.ai_framework, job.config, settings)
+    engine.load_weights(RandomSource(job.config, 0))
+    if reset:
+        turns.reset_peak()
+    tokens = np.arange(job.seq_length, dtype=np.int32)
+    words = tokens % job.config.vocab_size
+    samples = [Sample(words, words, tokens, (job.seq_length,))] * job.micro_batch_size
+    for _ in range(2):
+        engine.train_step([collate(samples)] * job.micro_batches, 1e-4, 0.1)
+
+
+def in_child(case: tuple[int, ...], framework: str, live: bool) -> float:
+    limits = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if live else {}
+    command = [sys.executable, __file__, "--framework", framework, "--case", json.dumps(case)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | limits)
+    return float(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", default="torch", choices=("torch", "mindspore"))
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(measure(job_of(tuple(arguments.case), arguments.framework)))
+        return
+    print("layers width  tokens  micro-batches  recomputed  plan MiB  measured  ratio      live  ratio")
+    for case in CASES:
+        layers, width, seq_length, samples, micro_batches, recompute_layers = case
+        hardware, job = HARDWARE["cpu"], job_of(case, arguments.framework)
+        plan = peak_memory(job, hardware)
+        batch = f"{samples} x {seq_length:4} {micro_batches:14}"
+        line = f"{layers:6} {width:5} {batch} {recompute_layers:11} {plan / MIB:9.0f}"
+        for live in (False, True):
+            measured = in_child(case, arguments.framework, live)
+            planned = plan - (hardware.retained if live else 0)
+            line += f" {measured / MIB:9.0f} {planned / measured:6.2f}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
