@@ -31,7 +31,8 @@ class Flags:
     """Options, named as in MindSpeed-LLM's preprocess_data.py."""
 
     input: tuple[str, ...]
-    """Files (.json, .jsonl, .parquet, ...), folders or patterns."""
+    """Files (.json, .jsonl, .parquet, ...), folders or patterns; with LlamaFactoryInstructionHandler names in
+    dataset_info.json, parted by commas."""
     output_prefix: str
     """Prefix of the files to write; its folder must exist."""
     tokenizer_name_or_path: str
@@ -44,6 +45,16 @@ class Flags:
     """Fields that hold plain text; one pair of files each."""
     map_keys: str | None = None
     """Other field names, as JSON: '{"prompt": "question", "response": "answer"}'."""
+    dataset_dir: str | None = None
+    """With LlamaFactoryInstructionHandler: folder of dataset_info.json and its files."""
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    """How the datasets of LlamaFactoryInstructionHandler are mixed: in turn until one is used up, or until all are."""
+    interleave_probs: str | None = None
+    """With interleaving: how often each dataset is next, as '0.7,0.3'; default: in turn."""
+    max_samples: int | None = None
+    """Read only so many rows, of each dataset."""
+    seed: int = 1234
+    """Seed of --interleave-probs."""
     prompt_type: str | None = None
     """Chat template of instruction data, such as qwen3."""
     enable_thinking: Literal["true", "false", "none"] = "none"
@@ -52,6 +63,8 @@ class Flags:
     """Which answers of a conversation are trained."""
     seq_length: int | None = None
     """Longest conversation; with --pack, the exact length of a row."""
+    pad_to_multiple_of: int = 1
+    """Plain text: pad each document to a multiple of this, with the id that follows the tokenizer's last one."""
     append_eod: bool = False
     """End each document with the end-of-document token."""
     pack: bool = False
@@ -120,9 +133,17 @@ def run_merge(argv: Sequence[str]) -> None:
 
 def options_from(flags: Flags) -> PreprocessOptions:
     values = {name: value for name, value in vars(flags).items() if name not in ("tokenizer_type", "show")}
-    return PreprocessOptions(
-        **{**values, "map_keys": _map_keys(flags.map_keys), "enable_thinking": THINKING_MODES[flags.enable_thinking]}
-    )
+    values["map_keys"] = _map_keys(flags.map_keys)
+    values["enable_thinking"] = THINKING_MODES[flags.enable_thinking]
+    values["interleave_probs"] = _probabilities(flags.interleave_probs)
+    return PreprocessOptions(**values)
+
+
+def _probabilities(text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--interleave-probs {text!r}: expected numbers parted by commas, as 0.7,0.3") from None
 
 
 def _map_keys(text: str | None) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from tandem.data.instruction_handlers import (
     AlpacaStyleInstructionHandler,
@@ -11,11 +11,15 @@ from tandem.data.instruction_handlers import (
     OpenAIInstructionHandler,
     SharegptStyleInstructionHandler,
 )
+from tandem.data.pairwise_handlers import (
+    AlpacaStylePairwiseHandler,
+    SharegptStylePairwiseHandler,
+)
 from tandem.data.pretrain_handlers import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
 from tandem.errors import UserError, nearest
 
 PretrainHandler = GeneralPretrainHandler
-Handler = PretrainHandler | InstructionHandler
+Handler = PretrainHandler | InstructionHandler  # a PairwiseHandler is of the latter kind
 
 _WRAPPED_TEXT: dict[str, type[GeneralPretrainHandler]] = {
     handler.__name__: handler for handler in (AlpacaPretrainHandler, SharegptPretrainHandler)
@@ -24,30 +28,45 @@ _INSTRUCTIONS: dict[str, type[InstructionHandler]] = {
     handler.__name__: handler
     for handler in (AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler, OpenAIInstructionHandler)
 }
-HANDLER_NAMES = [GeneralPretrainHandler.__name__, *_WRAPPED_TEXT, *_INSTRUCTIONS]
+_PAIRS: dict[str, type[InstructionHandler]] = {
+    handler.__name__: handler for handler in (AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler)
+}
+_CONVERSATIONS = {**_PAIRS, **_INSTRUCTIONS}  # a record that fits several is what comes first
+LLAMA_FACTORY = "LlamaFactoryInstructionHandler"  # whose datasets each have a handler of their own
+HANDLER_NAMES = [GeneralPretrainHandler.__name__, *_WRAPPED_TEXT, *_INSTRUCTIONS, *_PAIRS, LLAMA_FACTORY]
 
 
 def make_handler(name: str, json_keys: Sequence[str] = ("text",), map_keys: Mapping[str, Any] | None = None) -> Handler:
     """The handler of a `--handler-name`; an unknown name is an error."""
-    if name not in HANDLER_NAMES:
-        raise UserError(f"handler {name!r}: expected one of {HANDLER_NAMES}{nearest(name, HANDLER_NAMES)}")
-    if name in _INSTRUCTIONS:
-        return _INSTRUCTIONS[name](dict(map_keys or {}))
+    check_handler_name(name)
+    if name in _CONVERSATIONS:
+        return _CONVERSATIONS[name](dict(map_keys or {}))
     if map_keys:
         raise UserError(f"map_keys: {name} reads fixed fields or those of json_keys and renames none")
     return _WRAPPED_TEXT[name]() if name in _WRAPPED_TEXT else GeneralPretrainHandler(tuple(json_keys))
 
 
+def is_pairwise(handler: Handler) -> TypeGuard[AlpacaStylePairwiseHandler | SharegptStylePairwiseHandler]:
+    """Whether its records are preferences."""
+    return type(handler).__name__ in _PAIRS
+
+
+def check_handler_name(name: str) -> None:
+    """An unknown name is an error."""
+    if name not in HANDLER_NAMES:
+        raise UserError(f"handler {name!r}: expected one of {HANDLER_NAMES}{nearest(name, HANDLER_NAMES)}")
+
+
 def detect_handler(record: Mapping[str, Any], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None) -> str:
-    """The name of the handler whose fields `record` has: instructions before plain text.
+    """The name of the handler whose fields `record` has: preferences before instructions, these before plain text.
 
     Raises:
         UserError: none fits.
     """
-    for name, handler in _INSTRUCTIONS.items():
+    for name, handler in _CONVERSATIONS.items():
         columns = {**handler.defaults, **(map_keys or {})}
         if all(columns[key] in record for key in handler.needed):
-            return _by_tags(record, columns, map_keys) if "messages" in handler.needed else name
+            return _by_tags(record, columns, map_keys) if handler.needed == ("messages",) else name
     if all(key in record for key in json_keys):
         return GeneralPretrainHandler.__name__
     raise UserError(

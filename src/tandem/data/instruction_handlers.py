@@ -96,15 +96,13 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
     needed: ClassVar[tuple[str, ...]] = ("prompt", "response")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
+        return [*self._prompt(record), Message("assistant", self._required(record, "response"))]
+
+    def _prompt(self, record: Mapping[str, Any]) -> list[Message]:
+        """All before the answer."""
         question = [self._required(record, "prompt"), self._optional(record, "query")]
-        return self._with_system(
-            record,
-            [
-                *self._history(record),
-                Message("user", "\n".join(part for part in question if part)),
-                Message("assistant", self._required(record, "response")),
-            ],
-        )
+        user = Message("user", "\n".join(part for part in question if part))
+        return self._with_system(record, [*self._history(record), user])
 
     def _history(self, record: Mapping[str, Any]) -> list[Message]:
         column = self._column("history")
@@ -151,6 +149,11 @@ class SharegptStyleInstructionHandler(InstructionHandler):
                 )
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
+        column = self._column("messages")
+        entries = enumerate(self._entries(record), start=1)
+        return self._with_system(record, [self._message(f"{column!r}, turn {n}", entry) for n, entry in entries])
+
+    def _message(self, place: str, entry: Any) -> Message:
         tags = {**self.tags, **self.map_keys.get("tags", {})}
         roles = {
             tags["user_tag"]: "user",
@@ -159,21 +162,17 @@ class SharegptStyleInstructionHandler(InstructionHandler):
             tags["function_tag"]: "function",
             tags["system_tag"]: "system",
         }
-        messages = []
-        for number, entry in enumerate(self._entries(record), start=1):
-            place = f"{self._column('messages')!r}, turn {number}"
-            if not isinstance(entry, dict):
-                raise UserError(
-                    f"field {place}: expected an object with {tags['role_tag']} and {tags['content_tag']}, "
-                    f"found {kind(entry)}"
-                )
-            tag, value = entry.get(tags["role_tag"]), entry.get(tags["content_tag"])
-            if tag not in roles:
-                raise UserError(f"field {place}: {tags['role_tag']} is {tag!r}, expected one of {sorted(roles)}")
-            if not isinstance(value, str):
-                raise UserError(f"field {place}: {tags['content_tag']}: expected a string, found {kind(value)}")
-            messages.append(_function_call(value, place) if roles[tag] == "function" else Message(roles[tag], value))
-        return self._with_system(record, messages)
+        if not isinstance(entry, dict):
+            raise UserError(
+                f"field {place}: expected an object with {tags['role_tag']} and {tags['content_tag']}, "
+                f"found {kind(entry)}"
+            )
+        tag, value = entry.get(tags["role_tag"]), entry.get(tags["content_tag"])
+        if not isinstance(tag, str) or tag not in roles:
+            raise UserError(f"field {place}: {tags['role_tag']} is {tag!r}, expected one of {sorted(roles)}")
+        if not isinstance(value, str):
+            raise UserError(f"field {place}: {tags['content_tag']}: expected a string, found {kind(value)}")
+        return _function_call(value, place) if roles[tag] == "function" else Message(roles[tag], value)
 
     @staticmethod
     def _groups() -> tuple[str, ...]:

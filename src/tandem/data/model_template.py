@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from tandem.data.templates import CHAT_TEMPLATE, Message, Turn, grouped, split_thought
+from tandem.data.templates import CHAT_TEMPLATE, Message, Turn, grouped, split_thought, trained_on_last
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -66,6 +66,10 @@ class ModelTemplate:
             done = end
         rest = _replaced(marked[done:], pieces)
         return [*turns, Turn((rest,), ())] if rest else turns
+
+    def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """The same text with only the last answer trained."""
+        return trained_on_last(self.turns(messages, tools))
 
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
         """The text before the answer to a conversation that ends with the user."""

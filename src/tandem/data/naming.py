@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 SFT_KEYS = ("input_ids", "attention_mask", "labels")
+PAIR_KEYS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 
 
 def text_prefix(output_prefix: str, key: str) -> str:
@@ -11,5 +12,5 @@ def text_prefix(output_prefix: str, key: str) -> str:
 
 
 def sft_prefix(output_prefix: str, key: str) -> str:
-    """Prefix of the `.bin/.idx` pair of one of `SFT_KEYS`; "packed" stands there with and without packing."""
+    """Prefix of the pair of one of `SFT_KEYS` or `PAIR_KEYS`; "packed" stands there with and without packing."""
     return f"{output_prefix}_packed_{key}_document"

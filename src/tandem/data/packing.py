@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from tandem.data.batch import IGNORE
-from tandem.data.indexed import IndexedDataset
 
 
 def greedy_knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -36,8 +36,17 @@ def greedy_knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+class Sequences(Protocol):
+    """As `IndexedDataset`."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
 def packed_rows(
-    input_ids: IndexedDataset, labels: IndexedDataset, seq_length: int, pad_id: int, neat: bool
+    input_ids: Sequences, labels: Sequences, seq_length: int, pad_id: int, neat: bool
 ) -> Iterator[dict[str, np.ndarray]]:
     """Rows `{input_ids, attention_mask, labels}`, each int32 [seq_length].
 

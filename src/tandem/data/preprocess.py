@@ -15,84 +15,27 @@ import numpy as np
 
 from tandem import __version__
 from tandem.data.engine import TokenizersEngine, choose_engine
-from tandem.data.handlers import GeneralPretrainHandler, detect_handler, make_handler
+from tandem.data.handlers import GeneralPretrainHandler, InstructionHandler, is_pairwise
 from tandem.data.indexed import IndexedDataset, IndexedWriter
+from tandem.data.mixing import Selection, interleaved
 from tandem.data.naming import sft_prefix, text_prefix
-from tandem.data.packing import packed_rows
-from tandem.data.readers import expand_input, iter_blocks, parse_row
+from tandem.data.options import PreprocessOptions, require
+from tandem.data.packing import Sequences, packed_rows
+from tandem.data.readers import iter_blocks, parse_row
 from tandem.data.record import remove_record, require_own, source_entry, template_entry, tokenizer_entry, write_record
+from tandem.data.sources import Source, iter_source_blocks, open_sources
 from tandem.data.spool import Spool, fingerprint
-from tandem.data.templates import Template, check_prompt_type, get_template
-from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PretrainTokenizer
+from tandem.data.statistics import DataView
+from tandem.data.templates import Template, get_template
+from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PairTokenizer, PretrainTokenizer
 from tandem.data.tokenizer import Tokenizer
 from tandem.data.workers import tokenize_blocks
 from tandem.errors import UserError
 
+__all__ = ["PreprocessOptions", "PreprocessSummary", "preprocess"]
+
 Progress = Callable[[int, int], None]
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # of each file; what the engines are compared on
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """Settings of `preprocess`, by upstream's flag names.
-
-    Attributes:
-        input: files, directories and glob patterns.
-        output_prefix: of the files written; its folder must exist.
-        tokenizer_name_or_path: a Hugging Face folder.
-        handler_name: how a record is read; "" looks at the fields of the first record.
-        json_keys: fields of plain text, one `.bin/.idx` pair each.
-        map_keys: other field names for an instruction handler.
-        prompt_type: the template of fine-tuning data.
-        enable_thinking: thinking mode of that template.
-        train_turns: which answers of a conversation are trained: "all" or only the "last".
-        seq_length: fine-tuning: conversations are cut to one token less, and packed rows have exactly this length.
-            None cuts nothing.
-        append_eod: put the end-of-document token after each document.
-        pack: fill rows of seq_length with several conversations.
-        neat_pack: and number them in the attention mask, so that they do not see each other.
-        workers: processes that tokenise; the output does not depend on it.
-        on_bad: "stop" at the first unusable row, or "skip" it into `{output_prefix}.rejects.jsonl`.
-        log_interval: documents between calls of the progress callback.
-    """
-
-    input: tuple[str, ...]
-    output_prefix: str
-    tokenizer_name_or_path: str
-    handler_name: str = ""
-    json_keys: tuple[str, ...] = ("text",)
-    map_keys: Mapping[str, Any] | None = None
-    prompt_type: str | None = None
-    enable_thinking: bool | None = None
-    train_turns: str = "all"
-    seq_length: int | None = None
-    append_eod: bool = False
-    pack: bool = False
-    neat_pack: bool = False
-    workers: int = 1
-    on_bad: str = "stop"
-    log_interval: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.handler_name:
-            make_handler(self.handler_name, self.json_keys, self.map_keys)
-        if self.prompt_type is not None:
-            check_prompt_type(self.prompt_type)
-        _require(bool(self.input), "input is empty; name at least one file, directory or pattern")
-        _require(bool(self.json_keys), "json_keys is empty; name at least one field, usually text")
-        _require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
-        _require(self.log_interval >= 1, f"log_interval is {self.log_interval}; expected 1 or more")
-        _require(self.train_turns in ("all", "last"), f"train_turns is {self.train_turns!r}; expected 'all' or 'last'")
-        _require(self.on_bad in ("stop", "skip"), f"on_bad is {self.on_bad!r}; expected 'stop' or 'skip'")
-        _require(
-            self.seq_length is None or self.seq_length >= 2, f"seq_length is {self.seq_length}; expected 2 or more"
-        )
-        _require(not self.neat_pack or self.pack, "neat_pack needs pack; give both")
-        _require(not self.pack or self.seq_length is not None, "pack needs seq_length, the length of a packed row")
-        _require(
-            self.enable_thinking is None or self.prompt_type is not None,
-            "enable_thinking needs prompt_type, the template whose thoughts it governs",
-        )
 
 
 @dataclass(frozen=True)
@@ -129,8 +72,10 @@ class PreprocessSummary:
 
 
 def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessSummary:
-    """Write `{output_prefix}_{key}_document.bin/.idx` per json key, or for conversations the triple
-    `{output_prefix}_packed_{input_ids,attention_mask,labels}_document.bin/.idx`, and the record `{output_prefix}.json`.
+    """Write `{output_prefix}_{key}_document.bin/.idx` per json key, or for conversations
+    `{output_prefix}_packed_{input_ids,attention_mask,labels}_document.bin/.idx`, for pairs
+    `{output_prefix}_packed_{chosen,rejected}_{input_ids,labels}_document.bin/.idx`, and the record
+    `{output_prefix}.json`.
 
     Nothing appears under a final name before all is tokenised; the record comes last.
 
@@ -140,28 +85,33 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     Raises:
         UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
     """
-    files = expand_input(options.input)
     _require_output_folder(options.output_prefix)
+    skip_bad = options.on_bad == "skip"
+    sources = open_sources(
+        options.input, options.handler_name, options.json_keys, options.map_keys, options.dataset_dir, skip_bad
+    )
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
-    job, template, handler_name = _job(options, files, tokenizer)
+    job, template = _job(options, sources, tokenizer)
     name = sft_prefix if template else text_prefix
     prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
     names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
     require_own(options.output_prefix, names)
     rejects = Path(f"{options.output_prefix}.rejects.jsonl")
+    files = [file for source in sources for file in source.files]
 
     keys = ("input_ids", "labels") if options.pack else job.output_keys
-    spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, handler_name, files))
+    spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
     try:
-        job.engine = choose_engine(tokenizer, job.engine, _sample(job, files))
+        job.engine = choose_engine(tokenizer, job.engine, _sample(job, sources))
         with ThreadPoolExecutor(1) as background:
-            sources = background.submit(lambda: [source_entry(file) for file in files])
-            _tokenize(job, files, options, spool, progress)
+            hashes = background.submit(lambda: [source_entry(file) for file in files])
+            _tokenize(job, sources, options, spool, progress)
         spool.publish_rejects(rejects)
-        _require_kept(spool, files)
+        _require_kept(spool, sources)
+        order = _order(spool, sources, options)
         remove_record(options.output_prefix, names)  # an old record must never meet the new data
-        if options.pack:
-            _pack(spool, prefixes, tokenizer, options)
+        if options.pack or order is not None:
+            _rewrite(spool, order, prefixes, tokenizer, options)
         else:
             spool.publish(prefixes)
     except UserError:
@@ -170,6 +120,10 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     spool.remove()
 
     counts = spool.counts
+    if order is not None:  # samples were left out or repeated
+        written = DataView(options.output_prefix).statistics()
+        counts.update(tokens=written.tokens - counts["tokens"])
+        counts.update(trained_tokens=written.trained_tokens - counts["trained_tokens"])
     summary = PreprocessSummary(
         prefixes=prefixes,
         documents=counts["documents"],
@@ -184,72 +138,71 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         rejects=str(rejects) if spool.rejected else None,
         engine=job.engine.name,
     )
-    write_record(
-        options.output_prefix, names, _record(options, handler_name, tokenizer, template, sources.result(), summary)
-    )
+    write_record(options.output_prefix, names, _record(options, sources, tokenizer, template, hashes.result(), summary))
     return summary
 
 
 def _job(
-    options: PreprocessOptions, files: Sequence[Path], tokenizer: Tokenizer
-) -> tuple[ChunkTokenizer, Template | None, str]:
-    """What the workers do, the template if conversations are rendered, and the handler's name."""
-    name = options.handler_name or _detect(options, files)
-    handler = make_handler(name, options.json_keys, options.map_keys)
+    options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer
+) -> tuple[ChunkTokenizer, Template | None]:
+    """What the workers do, and the template if conversations are rendered."""
+    handler, name = sources[0].handler, sources[0].handler_name
     if isinstance(handler, GeneralPretrainHandler):
-        for option in ("prompt_type", "seq_length", "pack"):
-            _require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
-        _require(
-            not options.append_eod or tokenizer.eos_id is not None,
-            f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
-        )
-        reference = TokenizersEngine(tokenizer, add_special_tokens=True)
-        return PretrainTokenizer(reference, handler, tokenizer.eos_id if options.append_eod else None), None, name
-    _require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
+        return _pretrain_job(options, handler, name, tokenizer), None
+    require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
+    require(options.pad_to_multiple_of == 1, f"pad_to_multiple_of is for plain text, but {name} reads conversations")
     assert options.prompt_type is not None
     template = get_template(options.prompt_type, options.enable_thinking, tokenizer)
     stop = tokenizer.token_to_id(template.stop_word)
-    _require(
+    require(
         stop is not None,
         f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
         f"{tokenizer.folder}; choose the prompt_type of this model",
     )
-    _require(
+    reference = TokenizersEngine(tokenizer, add_special_tokens=False)
+    if is_pairwise(handler):
+        for option in ("pack", "append_eod"):
+            require(not getattr(options, option), f"{option}: the pairs of {name} stay as they are; leave it out")
+        return PairTokenizer(reference, handler, template, options.seq_length), template
+    require(
         not options.pack or tokenizer.pad_id is not None,
         f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
     )
     eod = stop if options.append_eod else None
-    reference = TokenizersEngine(tokenizer, add_special_tokens=False)
+    handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
     return (
-        InstructionTokenizer(reference, handler, template, options.seq_length, eod, options.train_turns),
+        InstructionTokenizer(reference, handlers, template, options.seq_length, eod, options.train_turns),
         template,
-        name,
     )
 
 
-def _detect(options: PreprocessOptions, files: Sequence[Path]) -> str:
-    """The handler that fits the first readable row; unreadable ones are reported when their turn comes."""
-    for block in iter_blocks(files):
-        for index, row in enumerate(block.rows()):
-            readable = False
-            try:
-                record = parse_row(row)
-                readable = True
-                return detect_handler(record, options.json_keys, options.map_keys)
-            except UserError as error:
-                if readable or options.on_bad == "stop":
-                    raise UserError(f"{block.place(index)}: {error}") from None
-    raise UserError(f"{', '.join(map(str, files))}: no readable record")
+def _pretrain_job(
+    options: PreprocessOptions, handler: GeneralPretrainHandler, name: str, tokenizer: Tokenizer
+) -> PretrainTokenizer:
+    for option in ("prompt_type", "seq_length", "pack"):
+        require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
+    require(
+        not options.append_eod or tokenizer.eos_id is not None,
+        f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
+    )
+    return PretrainTokenizer(
+        TokenizersEngine(tokenizer, add_special_tokens=True),
+        handler,
+        tokenizer.eos_id if options.append_eod else None,
+        options.pad_to_multiple_of,
+        pad=len(tokenizer),  # upstream's choice
+    )
 
 
-def _sample(job: ChunkTokenizer, files: Sequence[Path]) -> list[str]:
+def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
     """Some texts from the beginning of some of the files, as the job sees them."""
+    files = [(number, file) for number, source in enumerate(sources) for file in source.files]
     texts: list[str] = []
-    for file in files[:: -(-len(files) // _SAMPLED_FILES)]:
+    for number, file in files[:: -(-len(files) // _SAMPLED_FILES)]:
         size = 0
         for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
             try:
-                found = job.texts(job.read(parse_row(row)))
+                found = job.texts(job.read(parse_row(row), number))
             except UserError:
                 continue  # reported when its turn comes
             texts += found
@@ -260,11 +213,12 @@ def _sample(job: ChunkTokenizer, files: Sequence[Path]) -> list[str]:
 
 
 def _tokenize(
-    job: ChunkTokenizer, files: Sequence[Path], options: PreprocessOptions, spool: Spool, progress: Progress | None
+    job: ChunkTokenizer, sources: Sequence[Source], options: PreprocessOptions, spool: Spool, progress: Progress | None
 ) -> None:
     """Bring what is left of the input into the spool."""
     reported = 0
-    for chunk in tokenize_blocks(job, islice(iter_blocks(files), spool.blocks, None), options.workers):
+    blocks = iter_source_blocks(sources, options.max_samples)
+    for chunk in tokenize_blocks(job, islice(blocks, spool.blocks, None), options.workers):
         if chunk.rejects and options.on_bad == "stop":
             raise UserError(f"{chunk.rejects[0].reason} (on_bad=skip leaves such rows out)")
         spool.add(chunk)
@@ -274,22 +228,55 @@ def _tokenize(
             progress(documents, spool.counts["text_bytes"])
 
 
-def _require_kept(spool: Spool, files: Sequence[Path]) -> None:
+def _require_kept(spool: Spool, sources: Sequence[Source]) -> None:
     first = f"; first: {spool.first_reason}" if spool.rejected else ""
-    _require(
+    require(
         bool(spool.counts["kept"]),
-        f"{', '.join(map(str, files))}: nothing kept of {spool.counts['documents']} documents; "
+        f"{_files(sources)}: nothing kept of {spool.counts['documents']} documents; "
         f"rejected {spool.rejected}, dropped {dict(spool.dropped)}{first}",
     )
 
 
-def _pack(spool: Spool, prefixes: Mapping[str, str], tokenizer: Tokenizer, options: PreprocessOptions) -> None:
-    assert options.seq_length is not None
-    assert tokenizer.pad_id is not None
-    unpacked = spool.datasets()
-    rows = packed_rows(
-        unpacked["input_ids"], unpacked["labels"], options.seq_length, tokenizer.pad_id, options.neat_pack
+def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) -> np.ndarray | None:
+    """Which sequence of the spool comes next, when sources are interleaved; None as they lie there."""
+    if options.mix_strategy == "concat" or len(sources) == 1:
+        return None
+    kept = [spool.kept_of[str(number)] for number in range(len(sources))]
+    for source, count in zip(sources, kept):
+        require(count > 0, f"{_files([source])}: nothing kept, so it cannot be interleaved")
+    probabilities = options.interleave_probs
+    require(
+        probabilities is None or len(probabilities) == len(sources),
+        f"interleave_probs {probabilities}: expected one for each of the {len(sources)} datasets",
     )
+    return interleaved(kept, probabilities, options.seed, options.mix_strategy == "interleave_over")
+
+
+def _files(sources: Sequence[Source]) -> str:
+    return ", ".join(str(file) for source in sources for file in source.files)
+
+
+def _rewrite(
+    spool: Spool,
+    order: np.ndarray | None,
+    prefixes: Mapping[str, str],
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+) -> None:
+    """Write the sequences in another order, packed or not."""
+    stored = spool.datasets()
+    columns: Mapping[str, Sequences] = stored
+    if order is not None:
+        columns = {key: Selection(dataset, order) for key, dataset in stored.items()}
+    if options.pack:
+        assert options.seq_length is not None
+        assert tokenizer.pad_id is not None
+        rows = packed_rows(
+            columns["input_ids"], columns["labels"], options.seq_length, tokenizer.pad_id, options.neat_pack
+        )
+    else:
+        count = len(columns["input_ids"].lengths)
+        rows = ({key: columns[key][index] for key in columns} for index in range(count))
     with ExitStack() as stack:
         writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}
         for row in rows:
@@ -298,17 +285,15 @@ def _pack(spool: Spool, prefixes: Mapping[str, str], tokenizer: Tokenizer, optio
 
 
 def _identity(
-    options: PreprocessOptions,
-    tokenizer: Tokenizer,
-    template: Template | None,
-    handler_name: str,
-    files: Sequence[Path],
+    options: PreprocessOptions, tokenizer: Tokenizer, template: Template | None, sources: Sequence[Source]
 ) -> str:
     """Of all that the output is a function of. Whole inputs are not read for it: size and time stand for them."""
+    files = [file for source in sources for file in source.files]
     return fingerprint(
         {
             "version": __version__,
-            "options": _recorded_options(options, handler_name),
+            "options": _recorded_options(options, sources),
+            "handlers": [str(source.handler) for source in sources],
             "tokenizer": tokenizer_entry(tokenizer),
             "template": template_entry(template) if template else None,
             "sources": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
@@ -316,19 +301,19 @@ def _identity(
     )
 
 
-def _recorded_options(options: PreprocessOptions, handler_name: str) -> dict[str, Any]:
+def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
     recorded = asdict(options)
     for name in ("workers", "log_interval"):  # they leave no trace in the data
         del recorded[name]
-    return {**recorded, "handler_name": handler_name}
+    return {**recorded, "handler_name": options.handler_name or sources[0].handler_name}
 
 
 def _record(
     options: PreprocessOptions,
-    handler_name: str,
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
     template: Template | None,
-    sources: list[dict[str, Any]],
+    hashes: list[dict[str, Any]],
     summary: PreprocessSummary,
 ) -> dict[str, Any]:
     counts = asdict(summary)
@@ -336,17 +321,12 @@ def _record(
     return {
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_entry(template) if template else None,
-        "options": _recorded_options(options, handler_name),
-        "sources": sources,
+        "options": _recorded_options(options, sources),
+        "sources": hashes,
         "counts": counts,
     }
 
 
 def _require_output_folder(output_prefix: str) -> None:
     folder = Path(output_prefix).absolute().parent
-    _require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+    require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import gzip
 import io
@@ -34,12 +35,14 @@ class Block:
         first: number of the first row, from 1.
         content: whole lines, or a list with the bytes of a JSON value, or the record itself, per row.
         is_text: a line is a text and not JSON.
+        source: which of several sources the file belongs to.
     """
 
     file: str
     first: int
     content: bytes | list[Any]
     is_text: bool = False
+    source: int = 0
 
     def rows(self) -> list[Any]:
         """One entry per row, as `parse_row` takes it."""
@@ -49,6 +52,12 @@ class Block:
         if not lines[-1]:
             lines.pop()
         return [_TextLine(line) for line in lines] if self.is_text else lines
+
+    def head(self, count: int) -> Block:
+        """The same block with its first `count` rows only."""
+        rows = self.rows()[:count]
+        content = rows if isinstance(self.content, list) else b"".join(row + b"\n" for row in rows)
+        return dataclasses.replace(self, content=content)
 
     def place(self, index: int) -> str:
         """`file:line`, or `file:row n` where a row is not a line."""

@@ -39,6 +39,7 @@ class Spool:
     Attributes:
         blocks: of the input, done so far.
         counts, dropped: as in `TokenizedChunk`, of all blocks.
+        kept_of: kept documents, by the number of their source.
         rejected: rows that could not be used; `first_reason` is that of the first.
 
     Raises:
@@ -59,6 +60,7 @@ class Spool:
         progress = self._read_progress([*names, _REJECTS])
         self.blocks: int = progress["blocks"]
         self.counts, self.dropped = Counter(progress["counts"]), Counter(progress["dropped"])
+        self.kept_of = Counter(progress["kept_of"])
         self.rejected: int = progress["rejected"]
         self.first_reason: str = progress["first_reason"]
         self._files = {name: _open_at(self.folder / name, size) for name, size in progress["sizes"].items()}
@@ -74,6 +76,7 @@ class Spool:
             self._add_reject(reject)
         self.counts += chunk.counts
         self.dropped += chunk.dropped
+        self.kept_of[str(chunk.source)] += chunk.counts["kept"]
         self.blocks += 1
         if time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
             self.save()
@@ -88,6 +91,7 @@ class Spool:
             "blocks": self.blocks,
             "counts": self.counts,
             "dropped": self.dropped,
+            "kept_of": self.kept_of,
             "rejected": self.rejected,
             "first_reason": self.first_reason,
             "sizes": {name: file.tell() for name, file in self._files.items()},
@@ -135,7 +139,7 @@ class Spool:
 
     def _read_progress(self, names: list[str]) -> dict[str, Any]:
         """That of a run of the same identity, if its files are all there; else that of a run that has done nothing."""
-        fresh = {"blocks": 0, "counts": {}, "dropped": {}, "rejected": 0, "first_reason": ""}
+        fresh = {"blocks": 0, "counts": {}, "dropped": {}, "kept_of": {}, "rejected": 0, "first_reason": ""}
         fresh["sizes"] = dict.fromkeys(names, 0)
         path = self.folder / "progress.json"
         if not path.is_file():

@@ -81,6 +81,8 @@ class Template(Protocol):
 
     def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]: ...
 
+    def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]: ...
+
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]: ...
 
 
@@ -128,31 +130,41 @@ class PromptTemplate:
         """
         prefix, prompts, answers = self._parts(messages, tools, "assistant")
         turns = []
-        for prompt, assistant in zip(prompts, answers):
-            answer = self._answer(assistant)
-            source = (*prefix, prompt)
-            target: tuple[str, ...] = (self.assistant.format(content=answer),)
-            if not self._has_thought(answer):
-                if self.enable_thinking:
-                    target = (self._empty_thought, *target)
-                else:
-                    source = (*source, self._empty_thought)
-            turns.append(Turn(source, target))
+        for prompt, answer in zip(prompts, answers):
+            turns.append(self._turn((*prefix, prompt), answer))
             prefix = ()
         return turns
 
+    def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """The same with only the last answer trained and earlier thoughts left out, as upstream's pairwise data have
+        it."""
+        return [self._turn(self._history(messages[:-1], tools), messages[-1])]
+
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
         """The pieces before the answer to a conversation that ends with the user; earlier thoughts are left out."""
+        pieces = self._history(messages, tools)
+        return pieces if self.enable_thinking else (*pieces, self._empty_thought)
+
+    @property
+    def _empty_thought(self) -> str:
+        return "".join(self.thought_words)
+
+    def _history(self, messages: Sequence[Message], tools: Sequence[str]) -> tuple[str, ...]:
         prefix, prompts, answers = self._parts(messages, tools, "user")
         pieces = [*prefix, prompts[0]]
         for answer, prompt in zip(answers, prompts[1:]):
             content = self._without_thought(answer.content) + self._calls(answer)
             pieces += [self.assistant.format(content=content), prompt]
-        return tuple(pieces) if self.enable_thinking else (*pieces, self._empty_thought)
+        return tuple(pieces)
 
-    @property
-    def _empty_thought(self) -> str:
-        return "".join(self.thought_words)
+    def _turn(self, source: tuple[str, ...], message: Message) -> Turn:
+        answer = self._answer(message)
+        target = (self.assistant.format(content=answer),)
+        if self._has_thought(answer):
+            return Turn(source, target)
+        if self.enable_thinking:
+            return Turn(source, (self._empty_thought, *target))
+        return Turn((*source, self._empty_thought), target)
 
     def _parts(
         self, messages: Sequence[Message], tools: Sequence[str], last: str
@@ -287,4 +299,5 @@ def split_thought(answer: str) -> tuple[str, str]:
 
 def trained_on_last(turns: Sequence[Turn]) -> list[Turn]:
     """The same text, of which only the last answer is trained."""
-    return [*(Turn((*turn.source, *turn.target), ()) for turn in turns[:-1]), *turns[-1:]]
+    last = max(number for number, turn in enumerate(turns) if turn.target)
+    return [turn if number == last else Turn((*turn.source, *turn.target), ()) for number, turn in enumerate(turns)]

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from tandem.data.batch import IGNORE
+from tandem.data.conversations import Conversations, with_ends
 from tandem.data.engine import Engine
 from tandem.data.handlers import InstructionHandler, PretrainHandler
-from tandem.data.naming import SFT_KEYS
+from tandem.data.naming import PAIR_KEYS, SFT_KEYS
+from tandem.data.pairwise_handlers import PairwiseHandler
 from tandem.data.readers import Block, parse_row
 from tandem.data.templates import Template, Turn, trained_on_last
-from tandem.data.truncation import turn_budgets
 from tandem.errors import UserError
 
 
@@ -36,12 +37,14 @@ class TokenizedChunk:
         counts: documents, kept, trimmed, tokens, trained_tokens, text_bytes.
         dropped: documents left out, by reason.
         rejects: rows that could not be used, in order.
+        source: which of several sources the block came from.
     """
 
     columns: dict[str, tuple[np.ndarray, np.ndarray]]
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
+    source: int = 0
 
 
 class ChunkTokenizer:
@@ -62,20 +65,20 @@ class ChunkTokenizer:
         return self.engine.name == "gigatoken"
 
     def __call__(self, block: Block) -> TokenizedChunk:
-        chunk = TokenizedChunk({})
+        chunk = TokenizedChunk({}, source=block.source)
         rows = block.rows()
         documents = []
         for index, row in enumerate(rows):
             try:
-                documents.append(self.read(parse_row(row)))
+                documents.append(self.read(parse_row(row), block.source))
             except UserError as error:
                 chunk.rejects.append(Reject(f"{block.place(index)}: {error}", row))
         chunk.counts["documents"] = len(rows)
         self._tokenize(documents, chunk)
         return chunk
 
-    def read(self, record: dict[str, Any]) -> Any:
-        """The texts of a record; raises UserError without a place."""
+    def read(self, record: dict[str, Any], source: int) -> Any:
+        """The texts of a record of a source; raises UserError without a place."""
         raise NotImplementedError
 
     def texts(self, document: Any) -> list[str]:
@@ -92,15 +95,22 @@ class ChunkTokenizer:
 
 
 class PretrainTokenizer(ChunkTokenizer):
-    """A sequence per document and json key: its ids, with the tokenizer's own special tokens, then `eod` if given."""
+    """A sequence per document and json key: its ids, with the tokenizer's own special tokens, then `eod` if given.
 
-    def __init__(self, engine: Engine, handler: PretrainHandler, eod: int | None) -> None:
+    With `pad_to_multiple_of` above 1, one `pad` or more stand before `eod`, so that the length is a multiple of it.
+    """
+
+    def __init__(
+        self, engine: Engine, handler: PretrainHandler, eod: int | None, pad_to_multiple_of: int = 1, pad: int = 0
+    ) -> None:
         super().__init__(engine)
         self.output_keys = handler.json_keys
         self._handler = handler
         self._eod = eod
+        self._multiple = pad_to_multiple_of
+        self._pad = pad
 
-    def read(self, record: dict[str, Any]) -> list[str]:
+    def read(self, record: dict[str, Any], source: int) -> list[str]:
         return self._handler.texts(record)
 
     def texts(self, document: list[str]) -> list[str]:
@@ -110,8 +120,12 @@ class PretrainTokenizer(ChunkTokenizer):
         for position, key in enumerate(self.output_keys):
             texts = [text for document in documents if (text := document[position])]
             tokens, lengths = self._encode(texts, chunk)
+            if self._multiple > 1:
+                # As upstream: a document that fits already gains a whole multiple, unless its eod is that token.
+                missing = self._multiple - lengths % self._multiple - (self._eod is not None)
+                tokens, lengths = with_ends(tokens, lengths, missing, self._pad)
             if self._eod is not None:
-                tokens, lengths = _with_ends(tokens, lengths, np.ones(len(lengths), bool), self._eod)
+                tokens, lengths = with_ends(tokens, lengths, np.ones_like(lengths), self._eod)
             chunk.columns[key] = tokens, lengths
             chunk.counts["tokens"] += tokens.size
             chunk.dropped[f"empty {key}"] += len(documents) - len(texts)
@@ -121,7 +135,7 @@ class PretrainTokenizer(ChunkTokenizer):
 class InstructionTokenizer(ChunkTokenizer):
     """A sequence per conversation: prompts masked, answers trained, cut to fewer than `seq_length` tokens.
 
-    `train_turns` is "all", or "last" to train only the last answer.
+    `handlers` are those of the sources. `train_turns` is "all", or "last" to train only the last answer.
     The end-of-document token, if given, follows a conversation that leaves room for it; an answer that had to be cut
     leaves none, so it never gains a false end.
     """
@@ -131,35 +145,36 @@ class InstructionTokenizer(ChunkTokenizer):
     def __init__(
         self,
         engine: Engine,
-        handler: InstructionHandler,
+        handlers: Sequence[InstructionHandler],
         template: Template,
         seq_length: int | None,
         eod: int | None,
         train_turns: str = "all",
     ) -> None:
         super().__init__(engine)
-        self._handler = handler
+        self._handlers = handlers
         self._template = template
         self._train_turns = train_turns
-        self._room = np.iinfo(np.int64).max if seq_length is None else seq_length - 1  # upstream reserves one position
+        self._room = room_for(seq_length)
         self._eod = eod
 
-    def read(self, record: dict[str, Any]) -> list[Turn]:
-        turns = self._template.turns(self._handler.messages(record), self._handler.tools(record))
+    def read(self, record: dict[str, Any], source: int) -> list[Turn]:
+        handler = self._handlers[source]
+        turns = self._template.turns(handler.messages(record), handler.tools(record))
         return trained_on_last(turns) if self._train_turns == "last" else turns
 
     def texts(self, document: list[Turn]) -> list[str]:
-        return [piece for turn in document for piece in (*turn.source, *turn.target)]
+        return texts_of(document)
 
     def _tokenize(self, documents: list[list[Turn]], chunk: TokenizedChunk) -> None:
-        conversations = _Conversations(documents, *self._encode([t for d in documents for t in self.texts(d)], chunk))
+        conversations = Conversations(documents, *self._encode([t for d in documents for t in texts_of(d)], chunk))
         chunk.counts["trimmed"] = conversations.trim(self._room)
         chunk.dropped["nothing left to train"] = conversations.drop_untrained()
         ids, labels, lengths = conversations.ids, conversations.labels, conversations.lengths
         if self._eod is not None:
             roomy = lengths < self._room
-            labels, _ = _with_ends(labels, lengths, roomy, self._eod)
-            ids, lengths = _with_ends(ids, lengths, roomy, self._eod)
+            labels, _ = with_ends(labels, lengths, roomy, self._eod)
+            ids, lengths = with_ends(ids, lengths, roomy, self._eod)
         chunk.columns = {
             "input_ids": (ids, lengths),
             "attention_mask": (np.ones_like(ids), lengths),
@@ -170,59 +185,45 @@ class InstructionTokenizer(ChunkTokenizer):
         chunk.counts["trained_tokens"] = int(np.count_nonzero(labels != IGNORE))
 
 
-class _Conversations:
-    """The tokens of conversations, end to end.
+class PairTokenizer(ChunkTokenizer):
+    """Two sequences per preference: the prompt, masked, with the chosen answer, and with the rejected one. A pair of
+    which either is too long for `seq_length` is left out, as upstream does."""
 
-    Attributes:
-        ids, labels: int32 [t]; labels of sources are IGNORE.
-        lengths: int64 [conversations], tokens of each.
-    """
+    output_keys = PAIR_KEYS
 
-    def __init__(self, documents: Sequence[Sequence[Turn]], ids: np.ndarray, piece_lengths: np.ndarray) -> None:
-        turns = [turn for turns in documents for turn in turns]
-        self._turns_of = np.array([len(turns) for turns in documents], np.int64)
-        sides = [len(side) for turn in turns for side in (turn.source, turn.target)]
-        # Tokens of each turn's source and target, int64 [turns, 2].
-        self._sides = _sums(piece_lengths, np.array(sides, np.int64)).reshape(-1, 2)
-        self.ids = ids
-        is_target = np.tile(np.array([False, True]), len(turns))
-        self.labels = np.where(np.repeat(is_target, self._sides.ravel()), ids, np.int32(IGNORE))
-        self.lengths = _sums(self._sides.sum(axis=1), self._turns_of)
+    def __init__(self, engine: Engine, handler: PairwiseHandler, template: Template, seq_length: int | None) -> None:
+        super().__init__(engine)
+        self._handler = handler
+        self._template = template
+        self._room = room_for(seq_length)
 
-    def trim(self, room: int) -> int:
-        """Cut conversations longer than `room` turn by turn; how many were cut."""
-        long = np.flatnonzero(self.lengths > room)
-        if not len(long):
-            return 0
-        keep = np.ones(len(self.ids), bool)
-        first_turns, starts = (np.cumsum(counts) - counts for counts in (self._turns_of, self.lengths))
-        for conversation in long.tolist():
-            first, begin = int(first_turns[conversation]), int(starts[conversation])
-            sides = self._sides[first : first + int(self._turns_of[conversation])].tolist()
-            budgets = turn_budgets([(source, target) for source, target in sides], room)
-            budgets += [(0, 0)] * (len(sides) - len(budgets))
-            for side, kept in zip(np.ravel(sides).tolist(), np.ravel(budgets).tolist()):
-                keep[begin + kept : begin + side] = False
-                begin += side
-        self.lengths = _sums(keep, self.lengths)
-        self.ids, self.labels = self.ids[keep], self.labels[keep]
-        return len(long)
+    def read(self, record: dict[str, Any], source: int) -> tuple[list[Turn], list[Turn]]:
+        tools = self._handler.tools(record)
+        chosen, rejected = self._handler.pair(record)
+        return self._template.last_answer(chosen, tools), self._template.last_answer(rejected, tools)
 
-    def drop_untrained(self) -> int:
-        """Leave out conversations without a trained token; how many there were."""
-        trained = _sums(self.labels != IGNORE, self.lengths) > 0
-        keep = np.repeat(trained, self.lengths)
-        self.ids, self.labels, self.lengths = self.ids[keep], self.labels[keep], self.lengths[trained]
-        return int(np.count_nonzero(~trained))
+    def texts(self, document: tuple[list[Turn], list[Turn]]) -> list[str]:
+        return [text for turns in document for text in texts_of(turns)]
+
+    def _tokenize(self, documents: list[tuple[list[Turn], list[Turn]]], chunk: TokenizedChunk) -> None:
+        texts = [text for document in documents for text in self.texts(document)]
+        both = Conversations([turns for document in documents for turns in document], *self._encode(texts, chunk))
+        short = (both.lengths.reshape(-1, 2) <= self._room).all(axis=1)
+        both.keep_only(np.repeat(short, 2))
+        chunk.dropped["longer than seq_length"] = int(np.count_nonzero(~short))
+        for position, name in enumerate(("chosen", "rejected")):
+            ids, labels, lengths = both.every_other(position)
+            chunk.columns[f"{name}_input_ids"] = ids, lengths
+            chunk.columns[f"{name}_labels"] = labels, lengths
+        chunk.counts["kept"] = int(np.count_nonzero(short))
+        chunk.counts["tokens"] = both.ids.size
+        chunk.counts["trained_tokens"] = int(np.count_nonzero(both.labels != IGNORE))
 
 
-def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64 [groups]: sums of groups of `values` that lie end to end, `counts` entries each."""
-    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    ends = np.cumsum(counts)
-    return totals[ends] - totals[ends - counts]
+def room_for(seq_length: int | None) -> int:
+    """Tokens that a conversation may have: upstream reserves one position of `seq_length`."""
+    return int(np.iinfo(np.int64).max) if seq_length is None else seq_length - 1
 
 
-def _with_ends(tokens: np.ndarray, lengths: np.ndarray, chosen: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """`end` put after each sequence that is `chosen`, bool [sequences]."""
-    return np.insert(tokens, np.cumsum(lengths)[chosen], end), lengths + chosen
+def texts_of(turns: Sequence[Turn]) -> list[str]:
+    return [piece for turn in turns for piece in (*turn.source, *turn.target)]
