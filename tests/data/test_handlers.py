@@ -13,6 +13,7 @@ from tandem.data.instruction_handlers import (
     OpenAIInstructionHandler,
     SharegptStyleInstructionHandler,
 )
+from tandem.data.pairwise_handlers import AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler
 from tandem.data.pretrain_handlers import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
 from tandem.data.templates import Message, ToolCall
 from tandem.errors import UserError
@@ -127,6 +128,45 @@ def test_sharegpt_tags() -> None:
     ):
         with pytest.raises(UserError, match=reason):
             SharegptStyleInstructionHandler().messages({"conversations": [bad]})
+
+
+PREFERENCE = {"instruction": "I", "input": "x", "chosen": "good", "rejected": "bad"}
+
+
+def test_pairwise_alpaca() -> None:
+    handler = AlpacaStylePairwiseHandler()
+    user = Message("user", "I\nx")
+    expected = ([user, Message("assistant", "good")], [user, Message("assistant", "bad")])
+    assert handler.pair(PREFERENCE) == expected
+    lists = {**PREFERENCE, "chosen": ["good", "bad"], "rejected": ["good", "bad"]}
+    assert handler.pair(lists) == expected  # upstream takes the first of one and the second of the other
+    renamed = AlpacaStylePairwiseHandler({"prompt": "q", "query": "", "system": "s", "chosen": "c", "rejected": "r"})
+    chosen, rejected = renamed.pair({"q": "Q", "s": "S", "c": "1", "r": "2"})
+    assert [m.content for m in chosen + rejected] == ["S", "Q", "1", "S", "Q", "2"]
+    for bad, reason in (("rejected", "field 'rejected'.*is missing"), ("chosen", "field 'chosen'.*is missing")):
+        with pytest.raises(UserError, match=reason):
+            handler.pair({name: value for name, value in PREFERENCE.items() if name != bad})
+    with pytest.raises(UserError, match=r"or a list with one at place 1, found list \['bad'\]"):
+        handler.pair({**PREFERENCE, "rejected": ["bad"]})
+
+
+def test_pairwise_sharegpt() -> None:
+    turn = {"from": "human", "value": "U"}
+    record = {
+        "conversations": [turn],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    }
+    handler = SharegptStylePairwiseHandler()
+    user = Message("user", "U")
+    expected = ([user, Message("assistant", "good")], [user, Message("assistant", "bad")])
+    assert handler.pair(record) == expected
+    with pytest.raises(UserError, match="field 'rejected': expected a turn of the assistant, found one of 'user'"):
+        handler.pair({**record, "rejected": turn})
+    with pytest.raises(UserError, match="field 'chosen': expected an object with from and value, found str"):
+        handler.pair({**record, "chosen": "good"})
+    assert detect_handler(record, ("text",), None) == "SharegptStylePairwiseHandler"
+    assert detect_handler({**PREFERENCE, "output": "O"}, ("text",), None) == "AlpacaStylePairwiseHandler"
 
 
 def test_pretrain_wrappers() -> None:

@@ -55,6 +55,14 @@ def test_d5_what_is_trained(tokenizer: Tokenizer) -> None:
     assert answers == ['<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>', "B<|im_end|>"]
 
 
+def test_d5_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) -> None:
+    template = get_template("chat_template", tokenizer=tokenizer)
+    messages = [Message("user", "1"), Message("assistant", "A"), Message("user", "2"), Message("assistant", "B")]
+    turns = template.last_answer(messages)
+    assert ["".join(turn.target) for turn in turns if turn.target] == ["B<|im_end|>"]
+    assert text_of(turns) == text_of(template.turns(messages))
+
+
 words = st.text(st.characters(codec="utf-8", exclude_characters="\ue000\ue001<"), max_size=12)
 thoughts = st.sampled_from(["", "hm", "so\n\nthen"])
 turns_of_chat = st.lists(st.tuples(words, thoughts, words, st.booleans()), min_size=1, max_size=4)

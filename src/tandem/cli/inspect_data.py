@@ -73,7 +73,7 @@ def show_samples(console: Console, view: DataView, tokenizer: Tokenizer, count: 
             marked = view.is_instruction_dataset and span.trained
             shown = f"[[{span.text}]]" if marked and not coloured else span.text
             text.append(shown, style="green" if marked else "")
-        console.rule(f"sample {index}", align="left")
+        console.rule(view.title(index), align="left")
         console.print(text, soft_wrap=True)
 
 

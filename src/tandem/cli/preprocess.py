@@ -121,7 +121,7 @@ def run(argv: Sequence[str]) -> None:
     if summary.rejects:
         print(f"wrote {summary.rejects}")
     if flags.show:
-        path = flags.output_prefix if "input_ids" in summary.prefixes else next(iter(summary.prefixes.values()))
+        path = next(iter(summary.prefixes.values())) if flags.prompt_type is None else flags.output_prefix
         show_samples(make_console(), DataView(path), Tokenizer(flags.tokenizer_name_or_path), flags.show)
 
 

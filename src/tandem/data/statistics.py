@@ -47,48 +47,80 @@ class Span:
 
 
 class DataView:
-    """A dataset by its data path: a `.bin/.idx` pair of plain text, or the output prefix of conversations."""
+    """A dataset by its data path: a `.bin/.idx` pair of plain text, or the output prefix of conversations or of
+    preferences. The two sequences of a preference are samples of their own.
+
+    Attributes:
+        is_instruction_dataset: only a part of each sequence is trained.
+    """
 
     def __init__(self, data_path: str | os.PathLike[str]) -> None:
         self.data_path = os.fspath(data_path)
-        self.is_instruction_dataset = Path(f"{sft_prefix(self.data_path, 'input_ids')}.idx").exists()
-        if self.is_instruction_dataset:
-            keys = ("input_ids", "labels", "attention_mask")
-            self._ids, self._labels, self._mask = (IndexedDataset(sft_prefix(self.data_path, key)) for key in keys)
-        else:
-            self._ids = IndexedDataset(self.data_path)
+        self._columns = _columns(self.data_path)
+        self.is_instruction_dataset = self._columns[0].labels is not None
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return sum(len(column.ids) for column in self._columns)
+
+    def title(self, index: int) -> str:
+        number, column = divmod(index, len(self._columns))
+        return f"sample {number} {self._columns[column].name}".rstrip()
 
     def spans(self, index: int, tokenizer: Tokenizer) -> list[Span]:
-        """Sequence `index` decoded; without the padding at its end."""
-        ids = self._ids[index]
-        if not self.is_instruction_dataset:
+        """Sample `index` decoded; without the padding at its end."""
+        number, which = divmod(index, len(self._columns))
+        column = self._columns[which]
+        ids = column.ids[number]
+        if column.labels is None:
             return [Span(tokenizer.decode(ids.tolist()), True)]
-        trained = self._labels[index] != IGNORE
-        stop = self._unpadded_length(index)
-        runs = groupby(range(stop), key=lambda position: bool(trained[position]))
+        trained = column.labels[number] != IGNORE
+        runs = groupby(range(column.unpadded_length(number)), key=lambda position: bool(trained[position]))
         return [Span(tokenizer.decode(ids[list(positions)].tolist()), is_trained) for is_trained, positions in runs]
 
     def statistics(self) -> Statistics:
         """One pass over the data, in little memory."""
-        stored = self._ids.num_tokens
-        tokens = trained = stored
-        documents = len(self)
-        if self.is_instruction_dataset:
-            tokens = trained = documents = 0
-            for index in range(len(self)):
-                tokens += self._unpadded_length(index)
-                trained += int(np.count_nonzero(self._labels[index] != IGNORE))
-                documents += int(self._mask[index].max(initial=1))
-        lengths = self._ids.lengths
+        lengths = np.concatenate([column.ids.lengths for column in self._columns])
+        stored = sum(column.ids.num_tokens for column in self._columns)
+        documents, tokens, trained = (sum(counts) for counts in zip(*(column.counts() for column in self._columns)))
         return Statistics(len(self), documents, tokens, trained, tokens / max(1, stored), _histogram(lengths))
 
-    def _unpadded_length(self, index: int) -> int:
+
+@dataclass(frozen=True)
+class _Column:
+    """Sequences with their labels, if only a part is trained, and their segments, if they may be packed."""
+
+    name: str
+    ids: IndexedDataset
+    labels: IndexedDataset | None = None
+    mask: IndexedDataset | None = None
+
+    def counts(self) -> tuple[int, int, int]:
+        """Documents, tokens, trained tokens."""
+        if self.labels is None:
+            return len(self.ids), self.ids.num_tokens, self.ids.num_tokens
+        documents = tokens = trained = 0
+        for index in range(len(self.ids)):
+            tokens += self.unpadded_length(index)
+            trained += int(np.count_nonzero(self.labels[index] != IGNORE))
+            documents += 1 if self.mask is None else int(self.mask[index].max(initial=1))
+        return documents, tokens, trained
+
+    def unpadded_length(self, index: int) -> int:
         """Up to the last token that is trained; the stored length where none is. Padding is never trained."""
-        trained = np.flatnonzero(self._labels[index] != IGNORE)
-        return int(trained[-1]) + 1 if len(trained) else len(self._labels[index])
+        assert self.labels is not None
+        trained = np.flatnonzero(self.labels[index] != IGNORE)
+        return int(trained[-1]) + 1 if len(trained) else len(self.labels[index])
+
+
+def _columns(data_path: str) -> list[_Column]:
+    def stored(key: str) -> IndexedDataset:
+        return IndexedDataset(sft_prefix(data_path, key))
+
+    if Path(f"{sft_prefix(data_path, 'input_ids')}.idx").exists():
+        return [_Column("", stored("input_ids"), stored("labels"), stored("attention_mask"))]
+    if Path(f"{sft_prefix(data_path, 'chosen_input_ids')}.idx").exists():
+        return [_Column(name, stored(f"{name}_input_ids"), stored(f"{name}_labels")) for name in ("chosen", "rejected")]
+    return [_Column("", IndexedDataset(data_path))]
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
