@@ -72,12 +72,13 @@ class StepResult:
 class Engine(Protocol):
     """One rank's share of a model with its optimizer.
 
-    With several ranks every method but `tensors` is collective: all ranks call it, in the same order, and a rank's
-    micro-batches are those of its data rank.
+    With several ranks every method but `tensors` and `peak_memory` is collective: all ranks call it, in the same
+    order, and a rank's micro-batches are those of its data rank.
     """
 
     config: ModelConfig
     notices: list[str]  # what the user should be told once, such as a fall-back
+    device_name: str  # as the framework calls it; "cpu"
     param_dtype: str  # dtype of the "model" kind, a key of tandem.checkpoints.interface.DTYPES
     optimizer_step: int  # updates applied so far (Adam's t)
 
@@ -114,6 +115,11 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Sum of the losses of the trained tokens of all ranks' micro-batches, and their number. Data ranks may bring
         different numbers of micro-batches."""
+        ...
+
+    def peak_memory(self) -> int:
+        """Bytes of this rank's device that were in use at the worst moment so far; on CPU, of its process. Not
+        collective."""
         ...
 
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:

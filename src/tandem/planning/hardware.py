@@ -60,6 +60,18 @@ class Hardware:
         return min(self.node_bandwidth, self.network_bandwidth * min(together, group))
 
 
+def peak_flops(device_name: str, bf16: bool) -> float | None:
+    """Peak FLOP/s of a device by the name that its framework gives it; None where the name is not known."""
+    for part, key in DEVICE_NAMES.items():
+        if part in device_name:
+            return HARDWARE[key].flops(bf16)
+    return None
+
+
+# Part of a framework's device name -> key of HARDWARE. Other variants (H100 PCIe, 910B3) have other peaks, and a
+# CPU's depends on its cores.
+DEVICE_NAMES = {"H100 80GB HBM3": "h100", "Ascend910B2": "910b", "Ascend910_93": "a3"}
+
 HARDWARE = {
     "h100": Hardware(
         memory=80 * GIB,

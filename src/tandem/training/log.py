@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 Print = Callable[[str], None]
@@ -13,10 +13,17 @@ print_now: Print = partial(print, flush=True)  # a log file read while the run g
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step, as metrics keep it.
+    """One finished step, as the logs keep it.
 
-    `next_lr` is the rate of the step to come: Megatron prints that one. `seconds` is the step's wall time;
-    `flops` the floating-point operations it needed, on all `devices` together.
+    Attributes:
+        lr, next_lr: the step's rate, and that of the step to come: Megatron prints that one.
+        epoch: passes over the training samples so far.
+        tokens, trained_tokens: of the global batch; padding is never among them.
+        seconds: wall time of the step.
+        flops: floating-point operations that the step needed, on all `devices` together.
+        peak_flops: a device's peak per second, where it is known.
+        memory: peak bytes of the first rank's device so far; on CPU, of its process.
+        validation: mean loss of each validation set, when the step ended with an evaluation.
     """
 
     iteration: int
@@ -27,11 +34,24 @@ class StepRecord:
     grad_norm: float
     lr: float
     next_lr: float
+    epoch: float
     tokens: int
     trained_tokens: int
     seconds: float
     flops: float
-    devices: int = 1
+    devices: int
+    peak_flops: float | None
+    memory: int
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tflops_per_device(self) -> float:
+        return self.flops / self.seconds / self.devices / 1e12
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation ("PaLM", arXiv 2204.02311, appendix B): needed operations over the peak's."""
+        return self.tflops_per_device * 1e12 / self.peak_flops if self.peak_flops else None
 
 
 class IterationLog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from tandem.backends import check_framework, connect, create_engine
@@ -23,6 +24,7 @@ from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, World
 from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
 from tandem.training.log import StepRecord
+from tandem.training.loggers import step_loggers
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
 from tandem.training.trainer import Trainer
@@ -60,23 +62,25 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     progress, state = restore(engine, source, settings)
     writer = open_writer(settings, source, engine, data, communicator)
     save = writer.save if writer else None
-    trainer = Trainer(
-        engine,
-        settings,
-        start.schedule,
-        data.train,
-        data.valid,
-        progress,
-        grid,
-        communicator,
-        save=save,
-        on_step=on_step,
-    )
-    if trainer.is_first_rank:
-        print_banner(settings, source, trainer, state, data.notices)
-    trainer.run()
+    first = world.rank == 0
+    with step_loggers(settings, progress.iteration, on_step) if first else nullcontext() as log_step:
+        trainer = Trainer(
+            engine,
+            settings,
+            start.schedule,
+            data.train,
+            data.valid,
+            progress,
+            grid,
+            communicator,
+            save=save,
+            on_step=log_step,
+        )
+        if first:
+            print_banner(settings, source, trainer, state, data.notices)
+        trainer.run()
     communicator.close()
-    if trainer.is_first_rank:
+    if first:
         print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     return trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tandem.backends.interface import Engine
@@ -15,6 +15,7 @@ from tandem.errors import UserError
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, SingleProcess
+from tandem.planning.hardware import peak_flops
 from tandem.training.log import IterationLog, StepRecord
 from tandem.training.schedule import Schedule
 
@@ -44,7 +45,7 @@ class Trainer:
         grid: all processes of the job; every one runs a trainer, over the samples of its data rank.
         communicator: how they agree.
         save: called with the progress when a checkpoint is due; None when the run saves nothing.
-        on_step: called with each step's record.
+        on_step: called on the first rank with each step's record, after the evaluation that the step ends with.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Trainer:
         self._save, self._on_step = save, on_step
         training = settings.training
         self._batch_sizes = settings.batch_sizes
+        self._samples_per_epoch = max(1, train_data.describe()["samples_per_epoch"])
+        self._peak_flops = peak_flops(engine.device_name, engine.param_dtype == "bfloat16")
         self._log = IterationLog(training.log_interval, training.log_throughput)
 
     def run(self) -> None:
@@ -83,11 +86,11 @@ class Trainer:
             record = self.step()
             if self.is_first_rank:
                 self._log.step(record)
-                if self._on_step:
-                    self._on_step(record)
             iteration = self.progress.iteration
             if self._due(self.settings.training.eval_interval):
-                self._evaluate_and_print()
+                record = replace(record, validation=self._evaluate_and_print())
+            if self.is_first_rank and self._on_step:
+                self._on_step(record)
             leaving = self._due(self.settings.training.exit_interval)
             if self._save and (self._due(self.settings.checkpoint.save_interval) or leaving):
                 self._save(self.progress)
@@ -125,11 +128,14 @@ class Trainer:
             grad_norm=result.grad_norm,
             lr=lr,
             next_lr=self.schedule.lr(progress.consumed_train_samples),
+            epoch=progress.consumed_train_samples / self._samples_per_epoch,
             tokens=tokens,
             trained_tokens=result.trained_tokens,
             seconds=time.perf_counter() - start,
             flops=flops,
             devices=self.grid.size,
+            peak_flops=self._peak_flops,
+            memory=self.engine.peak_memory(),
         )
 
     def _totals(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
@@ -161,9 +167,9 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
-    def _evaluate_and_print(self) -> None:
+    def _evaluate_and_print(self) -> dict[str, float]:
         if not self.valid_data or self.settings.training.eval_iters == 0:
-            return
+            return {}
         loss = self.evaluate(self.valid_data)
         perplexity = math.exp(min(20.0, loss))
         line = (
@@ -171,6 +177,7 @@ class Trainer:
             f"lm loss PPL: {perplexity:.6E} | "
         )
         self._print("\n".join(["-" * len(line), line, "-" * len(line)]))
+        return {"validation": loss}
 
     def _print(self, text: str) -> None:
         if self.is_first_rank:

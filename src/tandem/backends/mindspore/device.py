@@ -90,6 +90,11 @@ def kernels_for(device: str | None) -> Kernels:
     return _DEVICES[device][2]
 
 
+def device_name() -> str:
+    """Of the device that `kernels_for` has prepared."""
+    return "cpu" if ms.get_context("device_target") == "CPU" else str(ms.hal.get_device_name(0))
+
+
 @functools.cache
 def _prepare(device: str) -> None:
     """Once per process: MindSpore accepts these settings only once."""

@@ -10,7 +10,8 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.interface import EngineSettings, StepResult
-from tandem.backends.mindspore.device import kernels_for
+from tandem.backends.memory import process_peak
+from tandem.backends.mindspore.device import device_name, kernels_for
 from tandem.backends.mindspore.model import Decoder, linear
 from tandem.backends.mindspore.optimizer import AdamW, clip_coefficient, global_norm
 from tandem.backends.mindspore.weight import Weight
@@ -41,6 +42,7 @@ class MindSporeEngine:
         self.notices: list[str] = []
         self.optimizer_step = 0
         self._kernels = kernels_for(settings.device)
+        self.device_name = device_name()
         bf16 = settings.bf16 and self._kernels.bf16
         if settings.bf16 and not bf16:
             self.notices.append("bf16: MindSpore multiplies no bf16 matrices on CPU; computing in fp32 instead")
@@ -120,6 +122,9 @@ class MindSporeEngine:
             hidden, _ = self._decoder.forward(micro_batch, rows, differentiable=False)
             logits, _ = linear(hidden, self._decoder.head)
         return logits.astype(ms.float32).asnumpy()
+
+    def peak_memory(self) -> int:
+        return process_peak() if self.device_name == "cpu" else int(ms.runtime.max_memory_allocated())
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Loss over the global batch and its trained tokens; leaves the gradients in the weights."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tandem.backends.interface import EngineSettings, StepResult
+from tandem.backends.memory import process_peak
 from tandem.backends.torch.functional import GradientBuffer, Weight, matmul
 from tandem.backends.torch.loss import cross_entropy, cross_entropy_and_gradient
 from tandem.backends.torch.model import GPTModel, prepare
@@ -43,6 +44,7 @@ class TorchEngine:
         self.notices: list[str] = []
         self._settings = settings
         self._device = choose_device(settings.device)
+        self.device_name = _name(self._device)
         self._dtype = torch.float32
         if settings.bf16 and has_native_bf16(self._device):
             self._dtype = torch.bfloat16
@@ -121,6 +123,11 @@ class TorchEngine:
         logits = matmul(self._hidden(micro_batch, chosen), self._model.head)
         return logits.float().cpu().numpy()
 
+    def peak_memory(self) -> int:
+        if self._device.type == "cpu":
+            return process_peak()
+        return int(getattr(torch, self._device.type).max_memory_allocated(self._device))
+
     def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Fill the gradient buffers. Returns the mean loss, and the number of trained tokens that it is over."""
         trained = sum(batch.trained_tokens for batch in micro_batches)
@@ -173,6 +180,10 @@ def has_native_bf16(device: torch.device) -> bool:
         flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
         return bool(flags & {"avx512_bf16", "amx_bf16"})
     return True
+
+
+def _name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else str(getattr(torch, device.type).get_device_name(device))
 
 
 def _is_present(device: str) -> bool:

@@ -1,0 +1,52 @@
+"""Who is told of each step: the files and services that a run's settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from tandem.config.settings import Settings
+from tandem.training.log import StepRecord
+from tandem.training.metrics import METRICS_FILE, MetricsFile
+
+OnStep = Callable[[StepRecord], None]
+
+
+class StepLogger(Protocol):
+    """Follows a run on its first rank."""
+
+    def on_step(self, record: StepRecord) -> None: ...
+
+    def close(self) -> None:
+        """Called once, also when the run ends with an error."""
+        ...
+
+
+@contextmanager
+def step_loggers(settings: Settings, iteration: int, on_step: OnStep | None) -> Iterator[OnStep]:
+    """Open every logger of a run that stands at `iteration`; yields the function that tells them, and `on_step`, of a
+    step.
+
+    Raises:
+        UserError: a file cannot be written, or a library is not installed.
+    """
+    with ExitStack() as stack:
+        listeners = [on_step] if on_step else []
+        for open_logger in _openers(settings):
+            logger = open_logger(iteration)
+            stack.callback(logger.close)
+            listeners.append(logger.on_step)
+
+        def tell(record: StepRecord) -> None:
+            for listener in listeners:
+                listener(record)
+
+        yield tell
+
+
+def _openers(settings: Settings) -> Iterator[Callable[[int], StepLogger]]:
+    save = settings.checkpoint.save
+    if save is not None:
+        yield lambda iteration: MetricsFile(Path(save) / METRICS_FILE, iteration)
