@@ -15,7 +15,8 @@ from tandem.backends.interface import EngineSettings
 from tandem.backends.torch import engine as engine_module
 from tandem.backends.torch import functional, loss
 from tandem.backends.torch.attention import Run, runs
-from tandem.backends.torch.engine import TorchEngine, choose_device, create
+from tandem.backends.torch.device import choose_device
+from tandem.backends.torch.engine import TorchEngine, create
 from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError
 from toys import TOYS, toy_config

@@ -22,21 +22,37 @@ class GradientBuffer:
     """The gradient of one weight, fp32, summed over the micro-batches of a step.
 
     The first contribution after `clear` overwrites, so nothing is ever filled with zeros beforehand.
+
+    Args:
+        room: rows to allocate, of which the gradient takes the first; default: the weight's.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._value = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    def __init__(self, weight: torch.Tensor, room: int | None = None) -> None:
+        rows = len(weight)
+        self._storage = torch.empty((room or rows, *weight.shape[1:]), dtype=torch.float32, device=weight.device)
+        self._storage[rows:] = 0.0
+        self._value = self._storage[:rows]
         self._empty = True
 
     @property
     def value(self) -> torch.Tensor:
         if self._empty:
-            self._value.zero_()
-            self._empty = False
+            self._fill_with_zeros()
         return self._value
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """The gradient, and the rows of padding below it."""
+        if self._empty:
+            self._fill_with_zeros()
+        return self._storage
 
     def clear(self) -> None:
         self._empty = True
+
+    def _fill_with_zeros(self) -> None:
+        self._value.zero_()
+        self._empty = False
 
     def add(self, gradient: torch.Tensor) -> None:
         self._add_to(self._value, gradient, 1.0)
@@ -91,9 +107,9 @@ def linear(x: torch.Tensor, weight: Weight, bias: Weight | None = None) -> torch
     return _Linear.apply(x, weight, bias)
 
 
-def embedding(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """tokens [t] -> their rows of weight, [t, k]."""
-    return _Embedding.apply(tokens, weight)
+def embedding(tokens: torch.Tensor, weight: Weight, absent: torch.Tensor | None = None) -> torch.Tensor:
+    """tokens [t] -> their rows of weight, [t, k]; zeros for those marked in `absent` [t]."""
+    return _Embedding.apply(tokens, weight, absent)
 
 
 def rms_norm(x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
@@ -193,17 +209,19 @@ class _Linear(Function):
 
 class _Embedding(Function):
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
-        ctx.save_for_backward(tokens)
+    def forward(ctx: Any, tokens: torch.Tensor, weight: Weight, absent: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(tokens, absent)
         ctx.weight = weight
-        return torch.nn.functional.embedding(tokens, weight)
+        rows = torch.nn.functional.embedding(tokens, weight)
+        return rows if absent is None else rows.masked_fill_(absent[:, None], 0.0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
-        (tokens,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        tokens, absent = ctx.saved_tensors
         if ctx.weight.main_grad is not None:
-            ctx.weight.main_grad.add_rows(tokens, gradient)
-        return None, None
+            present = gradient if absent is None else gradient.masked_fill(absent[:, None], 0.0)
+            ctx.weight.main_grad.add_rows(tokens, present)
+        return None, None, None
 
 
 class _RMSNorm(Function):

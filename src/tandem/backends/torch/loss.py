@@ -7,59 +7,91 @@ from collections.abc import Iterator
 import torch
 
 from tandem.backends.torch.functional import Weight, matmul
+from tandem.backends.torch.tensor_parallel import TensorParallel
 
 LOGITS_CHUNK_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
-def cross_entropy(hidden: torch.Tensor, head: Weight, labels: torch.Tensor) -> float:
-    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [t, h], head [vocabulary, h], labels [t]."""
-    return sum(_losses_and_probabilities(hidden[rows], head, labels[rows])[0] for rows in _chunks(hidden, head))
+def cross_entropy(
+    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, tensor: TensorParallel | None = None
+) -> float:
+    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [t, h], head [vocabulary, h], labels [t].
+
+    With `tensor`, `head` is this rank's slice of the vocabulary, and all its ranks get the sum.
+    """
+    return sum(
+        _losses_and_gradient(hidden[rows], head, labels[rows], tensor)[0] for rows in _chunks(hidden, head, tensor)
+    )
 
 
 @torch.no_grad()
 def cross_entropy_and_gradient(
-    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, scale: float
+    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, scale: float, tensor: TensorParallel | None = None
 ) -> tuple[float, torch.Tensor]:
     """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [t, h].
 
-    The head's gradient is added to `head.main_grad` on the way: each chunk's logits become their own gradient while
-    they are there.
+    With `tensor`, the gradient is this rank's part of a sum over ranks. The head's gradient is added to
+    `head.main_grad` on the way: each chunk's logits become their own gradient while they are there.
     """
     dhidden = torch.empty_like(hidden)
     losses = [
-        _backward_of_chunk(hidden[rows], head, labels[rows], scale, dhidden[rows]) for rows in _chunks(hidden, head)
+        _backward_of_chunk(hidden[rows], head, labels[rows], scale, dhidden[rows], tensor)
+        for rows in _chunks(hidden, head, tensor)
     ]
     return sum(losses), dhidden
 
 
 def _backward_of_chunk(
-    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, scale: float, dhidden: torch.Tensor
+    hidden: torch.Tensor,
+    head: Weight,
+    labels: torch.Tensor,
+    scale: float,
+    dhidden: torch.Tensor,
+    tensor: TensorParallel | None,
 ) -> float:
     """Fill `dhidden`, add to the head's gradient, return the sum of the losses."""
-    loss, probabilities = _losses_and_probabilities(hidden, head, labels)
-    probabilities.scatter_add_(1, labels[:, None], probabilities.new_full((1, 1), -1.0).expand(len(labels), 1))
-    dlogits = probabilities.to(hidden.dtype)
+    loss, dlogits = _losses_and_gradient(hidden, head, labels, tensor)
+    dlogits = dlogits.to(hidden.dtype)
     if head.main_grad is not None:
         head.main_grad.add_product(dlogits, hidden, scale)
     torch.mul(matmul(dlogits, head.t()), scale, out=dhidden)
     return loss
 
 
-def _chunks(hidden: torch.Tensor, head: Weight) -> Iterator[slice]:
-    """Rows whose fp32 logits fit LOGITS_CHUNK_BYTES, evenly divided."""
-    limit = max(1, LOGITS_CHUNK_BYTES // (4 * head.shape[0]))
+def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -> Iterator[slice]:
+    """Rows whose fp32 logits fit LOGITS_CHUNK_BYTES, evenly divided; the same on all tensor ranks."""
+    vocabulary = head.shape[0] if tensor is None else tensor.vocabulary_rows
+    limit = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
     chunks = -(-len(hidden) // limit)
     for chunk in range(chunks):
         yield slice(chunk * len(hidden) // chunks, (chunk + 1) * len(hidden) // chunks)
 
 
-def _losses_and_probabilities(hidden: torch.Tensor, head: Weight, labels: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The sum of the rows' losses, and softmax(hidden head^T), fp32."""
+def _losses_and_gradient(
+    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, tensor: TensorParallel | None
+) -> tuple[float, torch.Tensor]:
+    """The sum of the rows' losses, and its gradient with respect to the logits, fp32 (softmax - onehot)."""
     logits = matmul(hidden, head).float()
+    if tensor is not None:
+        return _over_ranks(logits, labels, tensor)
     wanted = logits.gather(1, labels[:, None])
     peak, where = logits.max(dim=1, keepdim=True)
     probabilities = torch.softmax(logits, dim=1, out=logits)
     # log sum exp(logits) = peak - log softmax(peak), which is exact to rounding: the peak's share is never tiny.
     losses = peak - probabilities.gather(1, where).log_() - wanted
+    probabilities.scatter_add_(1, labels[:, None], probabilities.new_full((1, 1), -1.0).expand(len(labels), 1))
+    return losses.sum(dtype=torch.float64).item(), probabilities
+
+
+def _over_ranks(logits: torch.Tensor, labels: torch.Tensor, tensor: TensorParallel) -> tuple[float, torch.Tensor]:
+    """The same, of logits [t, this rank's rows of the vocabulary], which are overwritten."""
+    labels, absent = tensor.outside(labels, logits.shape[1])
+    logits.sub_(tensor.maximum(logits.max(dim=1, keepdim=True).values))
+    wanted = logits.gather(1, labels[:, None]).masked_fill_(absent[:, None], 0.0)
+    exponentials = logits.exp_()
+    totals, wanted = tensor.sum(torch.cat([exponentials.sum(1, keepdim=True), wanted], dim=1)).split(1, dim=1)
+    losses = totals.log() - wanted
+    probabilities = exponentials.div_(totals)
+    probabilities.scatter_add_(1, labels[:, None], absent[:, None].to(probabilities.dtype).sub_(1.0))
     return losses.sum(dtype=torch.float64).item(), probabilities

@@ -1,12 +1,12 @@
-"""The decoder of every family, for one process, under Megatron-core's names.
+"""The decoder of every family, or one pipeline chunk and tensor slice of it, under Megatron-core's names.
 
-Shapes: t tokens of documents laid end to end, h hidden size. Head counts are read off the weights, so that a module
-whose weights are a slice computes that slice.
+Shapes: t tokens of documents laid end to end, h hidden size. The config that modules are built from counts this rank's
+heads and channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +26,8 @@ from tandem.backends.torch.functional import (
     rotary_heads,
     swiglu,
 )
-from tandem.data.batch import MicroBatch
+from tandem.backends.torch.tensor_parallel import TensorParallel
+from tandem.data.batch import IGNORE, MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.models.rotary import cos_sin
 
@@ -39,21 +40,67 @@ class Inputs:
         tokens: [t].
         cos, sin: of each token's rotary angles, [t, 1, kv_channels / 2].
         packed: the documents, equal lengths joined.
+        real: tokens of the batch; what follows is padding.
     """
 
     tokens: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     packed: list[Run]
+    real: int
 
 
-def prepare(config: ModelConfig, batch: MicroBatch, dtype: torch.dtype, device: torch.device) -> Inputs:
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive layers on one pipeline stage: their numbers in it; whether it begins and ends the model."""
+
+    slots: tuple[int, ...]
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Build:
+    """What every module is built from: the config of this rank's slice, dtype, device, and the tensor ranks."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    tensor: TensorParallel | None
+
+    def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
+        return Linear(inputs, outputs, self.dtype, self.device, bias)
+
+    def norm(self, size: int) -> RMSNorm:
+        return RMSNorm(size, self.config.norm_epsilon, self.dtype, self.device)
+
+
+def prepare(
+    config: ModelConfig, batch: MicroBatch, dtype: torch.dtype, device: torch.device, tensor: TensorParallel | None
+) -> Inputs:
+    real = len(batch.tokens)
+    if tensor is not None and tensor.sequence:
+        batch = padded(batch, tensor.size)
     half = config.kv_channels // 2
     cos, sin = (
         torch.from_numpy(np.ascontiguousarray(angles[:, None, :half])).to(device, dtype)
         for angles in cos_sin(config, batch.position_ids)
     )
-    return Inputs(torch.from_numpy(batch.tokens).to(device), cos, sin, runs(batch.lengths.tolist()))
+    return Inputs(torch.from_numpy(batch.tokens).to(device), cos, sin, runs(batch.lengths.tolist()), real)
+
+
+def padded(batch: MicroBatch, multiple: int) -> MicroBatch:
+    """The batch with a document without labels at its end, so that its tokens divide."""
+    missing = -len(batch.tokens) % multiple
+    if not missing:
+        return batch
+    padding = np.arange(missing, dtype=np.int32)
+    return MicroBatch(
+        tokens=np.concatenate([batch.tokens, np.zeros_like(padding)]),
+        labels=np.concatenate([batch.labels, np.full_like(padding, IGNORE)]),
+        position_ids=np.concatenate([batch.position_ids, padding]),
+        cu_seqlens=np.append(batch.cu_seqlens, batch.cu_seqlens[-1] + missing).astype(np.int32),
+    )
 
 
 class Linear(nn.Module):
@@ -77,26 +124,29 @@ class RMSNorm(nn.Module):
 
 
 class WordEmbeddings(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.weight = new_weight(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        rows, hidden = build.config.vocab_size, build.config.hidden_size
+        self.weight = new_weight(rows, hidden, dtype=build.dtype, device=build.device)
+        self.tensor = build.tensor
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return embedding(tokens, self.weight)
+        if self.tensor is None:
+            return embedding(tokens, self.weight)
+        rows, absent = self.tensor.outside(tokens, len(self.weight))
+        return self.tensor.leave(embedding(rows, self.weight, absent))
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
+        config = build.config
         head, heads, groups = config.kv_channels, config.num_attention_heads, config.num_query_groups
         self.group_shape = (-1, heads // groups + 2, head)
         self.eps = config.norm_epsilon
-        qkv = (heads + 2 * groups) * head
-        self.linear_qkv = Linear(config.hidden_size, qkv, dtype, device, bias=config.add_qkv_bias)
-        self.linear_proj = Linear(heads * head, config.hidden_size, dtype, device)
-        self.q_layernorm, self.k_layernorm = (
-            RMSNorm(head, self.eps, dtype, device) if config.qk_layernorm else None for _ in range(2)
-        )
+        self.linear_qkv = build.linear(config.hidden_size, (heads + 2 * groups) * head, bias=config.add_qkv_bias)
+        self.linear_proj = build.linear(heads * head, config.hidden_size)
+        self.q_layernorm, self.k_layernorm = (build.norm(head) if config.qk_layernorm else None for _ in range(2))
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         qkv = self.linear_qkv(x).unflatten(1, self.group_shape)  # [t, groups, queries per group + 2, d]
@@ -114,37 +164,47 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.linear_fc1 = Linear(config.hidden_size, 2 * config.ffn_hidden_size, dtype, device)
-        self.linear_fc2 = Linear(config.ffn_hidden_size, config.hidden_size, dtype, device)
+        hidden, ffn = build.config.hidden_size, build.config.ffn_hidden_size
+        self.linear_fc1 = build.linear(hidden, 2 * ffn)
+        self.linear_fc2 = build.linear(ffn, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return recomputed(swiglu, self.linear_fc2, self.linear_fc1(x))
 
 
 class TransformerLayer(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon, dtype, device)
-        self.self_attention = SelfAttention(config, dtype, device)
-        self.pre_mlp_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon, dtype, device)
-        self.mlp = MLP(config, dtype, device)
+        self.input_layernorm = build.norm(build.config.hidden_size)
+        self.self_attention = SelfAttention(build)
+        self.pre_mlp_layernorm = build.norm(build.config.hidden_size)
+        self.mlp = MLP(build)
+        self.tensor = build.tensor
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        x = recomputed(self.input_layernorm, partial(self.self_attention, inputs=inputs), x).add_(x)
-        return recomputed(self.pre_mlp_layernorm, self.mlp, x).add_(x)
+        x = self._block(self.input_layernorm, partial(self.self_attention, inputs=inputs), x)
+        return self._block(self.pre_mlp_layernorm, self.mlp, x)
+
+    def _block(self, norm: RMSNorm, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """x + block(norm(x)); between tensor ranks the norm's tokens are gathered, the block's parts summed."""
+        tensor = self.tensor
+        if tensor is None:
+            return recomputed(norm, block, x).add_(x)
+        return tensor.leave(recomputed(lambda x: tensor.enter(norm(x)), block, x)).add_(x)
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, recompute_layers: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, build: Build, chunk: Chunk, recompute_layers: int) -> None:
         super().__init__()
         self.recompute_layers = recompute_layers
-        self.layers = nn.ModuleList(TransformerLayer(config, dtype, device) for _ in range(config.num_layers))
-        self.final_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon, dtype, device)
+        # Slots without a layer keep their number: it is part of the names.
+        self.layers = nn.ModuleDict({str(slot): TransformerLayer(build) for slot in chunk.slots})
+        self.final_layernorm = build.norm(build.config.hidden_size) if chunk.last else None
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers.values()):
             if number < self.recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, x, inputs, use_reentrant=True, preserve_rng_state=False)
             else:
@@ -153,29 +213,49 @@ class Decoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        self.word_embeddings = WordEmbeddings(config, dtype, device)
+        self.word_embeddings = WordEmbeddings(build)
 
 
 class GPTModel(nn.Module):
-    """A decoder without its loss. Its parameters bear the names of `tandem.models.tensors`."""
+    """A chunk of a decoder, without its loss. Its parameters bear the local names of `tandem.parallel.layout`.
 
-    def __init__(self, config: ModelConfig, recompute_layers: int, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        recompute_layers: of the chunk, from its first.
+    """
+
+    def __init__(self, build: Build, chunk: Chunk, recompute_layers: int) -> None:
         super().__init__()
-        self.embedding = Embedding(config, dtype, device)
-        self.decoder = Decoder(config, recompute_layers, dtype, device)
-        self.output_layer = None if config.tied else Linear(config.hidden_size, config.vocab_size, dtype, device)
+        config = build.config
+        self.tensor = build.tensor
+        self.embedding = Embedding(build) if chunk.first else None
+        self.decoder = Decoder(build, chunk, recompute_layers)
+        shared = config.tied and chunk.first
+        self.output_layer = build.linear(config.hidden_size, config.vocab_size) if chunk.last and not shared else None
 
     @property
     def head(self) -> Weight:
-        """The output head's weight [vocabulary, h]: the embedding's when they are tied."""
-        return (self.output_layer or self.embedding.word_embeddings).weight
+        """The output head's weight [vocabulary, h] of the last chunk: the embedding's when they are tied and here."""
+        if self.output_layer is not None:
+            return self.output_layer.weight
+        assert self.embedding is not None
+        return self.embedding.word_embeddings.weight
 
-    def forward(self, inputs: Inputs, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised hidden states, ready for the head, of `rows` (all when None): [len(rows), h]."""
-        x = self.decoder(self.embedding.word_embeddings(inputs.tokens), inputs)
-        return self.decoder.final_layernorm(x if rows is None else x.index_select(0, rows))
+    def forward(self, inputs: Inputs, x: torch.Tensor | None, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The chunk's output, [t, h], of the chunk before it (None for the first chunk). Of the last chunk: normalised
+        hidden states, ready for the head, of `rows` (all when None), [len(rows), h]."""
+        if self.embedding is not None:
+            x = self.embedding.word_embeddings(inputs.tokens)
+        assert x is not None
+        x = self.decoder(x, inputs)
+        norm = self.decoder.final_layernorm
+        if norm is None:
+            return x
+        if self.tensor is None:
+            return norm(x if rows is None else x.index_select(0, rows))
+        x = self.tensor.enter(norm(x))
+        return x[: inputs.real] if rows is None else x.index_select(0, rows)
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         for name, parameter in self.named_parameters():

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from tandem.backends.interface import EngineSettings
-from tandem.backends.torch.functional import GradientBuffer, Weight
 
 
-def global_norm(buffers: Iterable[GradientBuffer]) -> float:
+def norm_of(gradients: Iterable[torch.Tensor]) -> float:
     """L2 norm over all gradients. Row by row first: a plain fp32 sum over 10^8 squares would lose digits."""
-    rows = [torch.linalg.vector_norm(buffer.value, dim=-1).flatten() for buffer in buffers]
-    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item()
+    rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
+    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item() if rows else 0.0
 
 
 def clip_coefficient(norm: float, clip_grad: float) -> float:
@@ -24,45 +23,48 @@ def clip_coefficient(norm: float, clip_grad: float) -> float:
 class AdamW:
     """Decoupled weight decay, bias corrected (arXiv 1711.05101); fp32 moments and weights, no decay on 1-D tensors.
 
+    Args:
+        weights: what is updated, by name: whole weights, or some of their rows; views of the model's own.
+        gradients: fp32 gradients of the same shapes.
+
     Attributes:
         step: updates applied so far.
         master: the fp32 weights that are updated: the model's own, or copies when the model computes in less.
         exp_avg, exp_avg_sq: the moments. All three are keyed by name.
     """
 
-    def __init__(self, weights: dict[str, Weight], settings: EngineSettings) -> None:
+    def __init__(
+        self, weights: dict[str, torch.Tensor], gradients: Callable[[str], torch.Tensor], settings: EngineSettings
+    ) -> None:
         self.step = 0
         self.weights = weights
         self.settings = settings
+        self._gradients = gradients
         self.master = {
-            name: weight.data if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
+            name: weight if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
             for name, weight in weights.items()
         }
         self.exp_avg = {name: torch.zeros_like(master) for name, master in self.master.items()}
         self.exp_avg_sq = {name: torch.zeros_like(master) for name, master in self.master.items()}
 
     def update(self, lr: float, weight_decay: float, coefficient: float) -> None:
-        """One step over the gradients in the weights' buffers times `coefficient`; the buffers are used up."""
+        """One step over the gradients times `coefficient`; they are used up."""
         self.step += 1
         for decay, names in (
             (weight_decay, [name for name, weight in self.weights.items() if weight.ndim > 1]),
             (0.0, [name for name, weight in self.weights.items() if weight.ndim == 1]),
         ):
-            self._update(names, lr, decay, coefficient)
+            if names:
+                self._update(names, lr, decay, coefficient)
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:
-                weight.data.copy_(self.master[name])
+                weight.copy_(self.master[name])
 
     def _update(self, names: list[str], lr: float, weight_decay: float, coefficient: float) -> None:
         device = self.master[names[0]].device
-        gradients = []
-        for name in names:
-            buffer = self.weights[name].main_grad
-            assert buffer is not None
-            gradients.append(buffer.value)
         torch._fused_adamw_(
             [self.master[name] for name in names],
-            gradients,
+            [self._gradients(name) for name in names],
             [self.exp_avg[name] for name in names],
             [self.exp_avg_sq[name] for name in names],
             [],

@@ -1,0 +1,144 @@
+"""torch.distributed: joining a job, and the groups of ranks in it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tandem.backends.torch.device import choose_device
+from tandem.errors import UserError
+from tandem.parallel.grid import Grid, Place
+from tandem.parallel.pipeline import after, before
+from tandem.parallel.world import World
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+Group = dist.ProcessGroup
+
+
+class TorchCommunicator:
+    """`tandem.parallel.world.Communicator` over the job's default group of CPU processes."""
+
+    def __init__(self, world: World, group: Group) -> None:
+        self.world = world
+        self._group = group
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._group)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world.size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def close(self) -> None:
+        self.barrier()
+        dist.destroy_process_group()
+
+
+def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCommunicator:
+    """Join the process group that torchrun announces.
+
+    Raises:
+        UserError: torchrun's variables are missing, or the other processes did not come.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not set: start the {world.size} processes with torchrun")
+    chosen = choose_device(device)
+    if chosen.type != "cpu":
+        getattr(torch, chosen.type).set_device(world.local_rank)
+    # Numbers that steer the run travel between CPUs, so that no device waits for them.
+    backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{BACKENDS[chosen.type]}"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"rank {world.rank} of {world.size} found no job at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {error}"
+        ) from error
+    assert dist.group.WORLD is not None
+    return TorchCommunicator(world, dist.group.WORLD)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks along one axis; `group` is None when it is alone there."""
+
+    group: Group | None = None
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Who this rank talks with.
+
+    Attributes:
+        tied: the first and the last stage's ranks that hold the same slice of a tied embedding.
+        channels: (from rank, to rank, whether it carries activations) -> a group of those two. Each carries messages in
+            one direction, in the order in which both sides of the schedule come to them.
+    """
+
+    everyone: Ranks
+    tensor: Ranks
+    data: Ranks
+    tied: Ranks
+    channels: dict[tuple[int, int, bool], Group]
+
+
+def make_groups(grid: Grid, rank: int, *, tied: bool, chunks: int) -> Groups:
+    """Create the groups of `rank`; every rank calls this at the same time."""
+    if grid.size == 1:
+        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), {})
+    place = grid.place(rank)
+    ends = [grid.rank(Place(place.tensor, place.data, stage)) for stage in (0, grid.pipeline_size - 1)]
+    has_tied = tied and grid.pipeline_size > 1 and rank in ends
+    return Groups(
+        Ranks(dist.group.WORLD, rank, grid.size),
+        _ranks(grid.group("tensor", place), rank),
+        _ranks(grid.group("data", place), rank),
+        _ranks(ends, rank) if has_tied else Ranks(),
+        _channels(grid, place, chunks),
+    )
+
+
+def sum_over(ranks: Ranks, values: list[float]) -> list[float]:
+    """The sums of a few numbers over `ranks`, in double precision on the CPU."""
+    if ranks.group is None:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=ranks.group)
+    return tensor.tolist()
+
+
+def _ranks(members: list[int], rank: int) -> Ranks:
+    if len(members) == 1:
+        return Ranks()
+    return Ranks(_group(members), members.index(rank), len(members))
+
+
+def _group(members: list[int]) -> Group:
+    group = dist.new_group(members, use_local_synchronization=True)
+    assert isinstance(group, Group)
+    return group
+
+
+def _channels(grid: Grid, place: Place, chunks: int) -> dict[tuple[int, int, bool], Group]:
+    """Both ends of a channel create it: in the sorted order of channels, which is the same everywhere."""
+    stages, own = grid.pipeline_size, grid.rank(place)
+    wanted = set()
+    for chunk in range(chunks):
+        for link, outward in (
+            (after(place.pipeline, chunk, stages, chunks), True),
+            (before(place.pipeline, chunk, stages), False),
+        ):
+            if link is not None:
+                other = grid.rank(Place(place.tensor, place.data, link.stage))
+                ends = (own, other) if outward else (other, own)
+                wanted |= {(*ends, True), (*ends[::-1], False)}
+    return {ends: _group(sorted(ends[:2])) for ends in sorted(wanted)}

@@ -1,0 +1,127 @@
+"""Forward and backward passes of micro-batches through this rank's chunks of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tandem.backends.torch.loss import cross_entropy, cross_entropy_and_gradient
+from tandem.backends.torch.model import GPTModel, Inputs, prepare
+from tandem.backends.torch.pipeline import Pipeline
+from tandem.data.batch import IGNORE, MicroBatch
+from tandem.models.config import ModelConfig
+from tandem.parallel.pipeline import Action
+
+
+@dataclass
+class _InFlight:
+    """A chunk's forward pass that waits for its backward pass. `gradient` is the output's, where it is known."""
+
+    x: torch.Tensor | None
+    output: torch.Tensor
+    gradient: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The chunks and their neighbours. `config` is the whole model's."""
+
+    config: ModelConfig
+    chunks: list[GPTModel]
+    pipeline: Pipeline
+    dtype: torch.dtype
+    device: torch.device
+
+    def accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
+        """Add the gradients of `scale` times the batches' summed losses to the weights' buffers.
+
+        Returns:
+            The sum of the losses; 0 where the last chunk is elsewhere.
+        """
+        total = 0.0
+        in_flight: dict[tuple[int, int], _InFlight] = {}
+        for action in self.pipeline.schedule(len(batches)):
+            key = (action.chunk, action.micro_batch)
+            if action.forward:
+                total += self._forward(action, batches[action.micro_batch], scale, in_flight)
+            else:
+                self._backward(action, in_flight.pop(key))
+        self.pipeline.finish()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """The sum of the losses; 0 where the last chunk is elsewhere."""
+        total = 0.0
+        for batch in batches:
+            for number, chunk in enumerate(self.chunks):
+                rows, labels = self._trained(batch)
+                output = self._output(number, batch, rows)
+                if (target := self.pipeline.target(number)) is None:
+                    total += cross_entropy(output, chunk.head, labels, chunk.tensor)
+                else:
+                    self.pipeline.send(target, True, output)
+        self.pipeline.finish()
+        return total
+
+    @torch.no_grad()
+    def hidden(self, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:
+        """What the head is given, of a model that is whole here."""
+        return self._output(0, batch, rows)
+
+    def _forward(
+        self, action: Action, batch: MicroBatch, scale: float, in_flight: dict[tuple[int, int], _InFlight]
+    ) -> float:
+        chunk, target = self.chunks[action.chunk], self.pipeline.target(action.chunk)
+        rows, labels = self._trained(batch)
+        inputs = self._prepare(batch)
+        x = self._receive(action.chunk, inputs)
+        output = chunk(inputs, x, rows)
+        loss, gradient = 0.0, None
+        if target is None:
+            loss, gradient = cross_entropy_and_gradient(output.detach(), chunk.head, labels, scale, chunk.tensor)
+        else:
+            self.pipeline.send(target, True, output.detach())
+        in_flight[action.chunk, action.micro_batch] = _InFlight(x, output, gradient)
+        return loss
+
+    def _backward(self, action: Action, done: _InFlight) -> None:
+        gradient = done.gradient
+        if gradient is None:
+            target = self.pipeline.target(action.chunk)
+            assert target is not None
+            gradient = self.pipeline.receive(target, False, torch.empty_like(done.output))
+        done.output.backward(gradient)
+        if done.x is not None:
+            source = self.pipeline.source(action.chunk)
+            assert source is not None
+            assert done.x.grad is not None
+            self.pipeline.send(source, False, done.x.grad)
+
+    def _output(self, number: int, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:
+        inputs = self._prepare(batch)
+        output: torch.Tensor = self.chunks[number](inputs, self._receive(number, inputs), rows)
+        return output
+
+    def _receive(self, number: int, inputs: Inputs) -> torch.Tensor | None:
+        """The output of the chunk before, whose gradient is wanted where any is; None for the first chunk."""
+        source = self.pipeline.source(number)
+        if source is None:
+            return None
+        tensor = self.chunks[number].tensor
+        tokens = len(inputs.tokens) // (tensor.size if tensor is not None and tensor.sequence else 1)
+        x = torch.empty(tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return self.pipeline.receive(source, True, x).requires_grad_(torch.is_grad_enabled())
+
+    def _prepare(self, batch: MicroBatch) -> Inputs:
+        batch.check_vocabulary(self.config.vocab_size)
+        return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor)
+
+    def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The positions whose labels count (None for all), and those labels."""
+        rows = np.flatnonzero(batch.labels != IGNORE)
+        labels = torch.from_numpy(batch.labels[rows].astype(np.int64)).to(self.device)
+        return (None if len(rows) == len(batch.labels) else torch.from_numpy(rows).to(self.device)), labels

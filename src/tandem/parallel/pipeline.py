@@ -1,0 +1,75 @@
+"""In which order a pipeline stage computes: one forward, one backward (1F1B), plain or interleaved.
+
+Pure functions; both backends follow the same list. Source: "Efficient Large-Scale Language Model Training on GPU
+Clusters Using Megatron-LM" (arXiv 2104.04473), section 2.2, and Megatron-core's `pipeline_parallel/schedules.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from tandem.errors import UserError
+
+
+@dataclass(frozen=True)
+class Action:
+    """The forward or backward pass of one micro-batch through one of the stage's chunks."""
+
+    forward: bool
+    chunk: int
+    micro_batch: int
+
+
+def one_forward_one_backward(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Action]:
+    """What `stage` of `stages` does with `chunks` chunks of layers, in order.
+
+    Raises:
+        UserError: interleaved stages, and micro-batches that are no multiple of the stages.
+    """
+    if chunks > 1 and micro_batches % stages:
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage: {micro_batches} micro-batches of a data rank are no multiple of "
+            f"the {stages} pipeline stages; change --global-batch-size or --micro-batch-size"
+        )
+    total = micro_batches * chunks
+    ahead = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    warm_up = min(ahead, total)
+    forward = [Action(True, *_position(step, stages, chunks)) for step in range(total)]
+    backward = []
+    for step in range(total):
+        chunk, micro_batch = _position(step, stages, chunks)
+        backward.append(Action(False, chunks - 1 - chunk, micro_batch))
+    steady: Iterator[Action] = chain.from_iterable(zip(forward[warm_up:], backward))
+    return [*forward[:warm_up], *steady, *backward[total - warm_up :]]
+
+
+def _position(step: int, stages: int, chunks: int) -> tuple[int, int]:
+    """Chunk and micro-batch of the `step`-th forward pass: `stages` micro-batches a chunk, then the next."""
+    if chunks == 1:
+        return 0, step
+    round_, within = divmod(step, stages * chunks)
+    return within // stages, round_ * stages + within % stages
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where a chunk's output goes, or its input comes from: another stage's chunk."""
+
+    stage: int
+    chunk: int
+
+
+def before(stage: int, chunk: int, stages: int) -> Link | None:
+    """The chunk whose output is this one's input; None for the first of the model."""
+    if stage > 0:
+        return Link(stage - 1, chunk)
+    return Link(stages - 1, chunk - 1) if chunk > 0 else None
+
+
+def after(stage: int, chunk: int, stages: int, chunks: int) -> Link | None:
+    """The chunk whose input is this one's output; None for the last of the model."""
+    if stage < stages - 1:
+        return Link(stage + 1, chunk)
+    return Link(0, chunk + 1) if chunk < chunks - 1 else None

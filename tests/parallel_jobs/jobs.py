@@ -1,0 +1,211 @@
+"""Layouts to train toys in, and what a job of several processes must agree with: the same steps in one process."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from reference import MemorySource, toy_samples, toy_weights
+
+from scripts import free_port
+from tandem.backends import create_engine
+from tandem.backends.interface import EngineSettings
+from tandem.data.batch import MicroBatch, collate
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+from tandem.parallel.grid import Grid
+from tandem.parallel.layout import Layout
+from tandem.parallel.slices import Part, paste
+from toys import toy_config
+
+JOB = Path(__file__).with_name("layout_job.py")
+STEPS = 10
+MICRO_BATCHES = 8  # of a step, over all data ranks
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A toy, its data, and how it is spread."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vpp: int | None = None
+    noop_layers: tuple[int, ...] = ()
+    num_layer_list: tuple[int, ...] | None = None
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    use_torch_fsdp2: bool = False
+    recompute_layers: int = 0
+    family: str = "qwen3"
+    tied: bool = True
+    packed: bool = False
+    lr: float = 1e-3
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Case:
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    @property
+    def name(self) -> str:
+        changed = {name: value for name, value in asdict(self).items() if value != getattr(Case(), name)}
+        words = [f"{name}{value}" for name, value in changed.items()]
+        return "-".join(words).translate(str.maketrans("", "", "(), ")) or "plain"
+
+    @property
+    def processes(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            num_layers_per_virtual_pipeline_stage=self.vpp,
+            noop_layers=self.noop_layers,
+            num_layer_list=self.num_layer_list,
+        )
+
+    @property
+    def work(self) -> tuple[str, bool, bool, float]:
+        """What must not depend on the layout."""
+        return self.family, self.tied, self.packed, self.lr
+
+
+def toy_source(case: Case) -> MemorySource:
+    """Four layers, eight query heads in four groups; the vocabulary is a prime, so that slices are uneven."""
+    return toy_weights(
+        toy_config(
+            model_type=case.family,
+            num_layers=4,
+            num_attention_heads=8,
+            num_query_groups=4,
+            untie_embeddings_and_output_weights=not case.tied,
+        )
+    )
+
+
+def engine_settings(case: Case, grid: Grid, rank: int) -> EngineSettings:
+    return EngineSettings(
+        device="cpu",
+        grid=grid,
+        rank=rank,
+        sequence_parallel=case.sequence_parallel,
+        use_distributed_optimizer=case.use_distributed_optimizer,
+        use_torch_fsdp2=case.use_torch_fsdp2,
+        recompute_layers=case.recompute_layers,
+    )
+
+
+def micro_batches(case: Case, config: ModelConfig) -> list[list[MicroBatch]]:
+    """For each step, the micro-batches of all data ranks: windows of one length, or packed answers of many."""
+    generator = np.random.default_rng(5)
+    steps = []
+    for step in range(STEPS):
+        batches = []
+        for number in range(MICRO_BATCHES):
+            lengths = generator.integers(1, 9, 4) if case.packed else (16,)
+            trained = 0.4 if case.packed else 1.0
+            samples = toy_samples(config, [int(n) for n in lengths], seed=100 * step + number, trained=trained)
+            batches.append(collate(samples))
+        steps.append(batches)
+    return steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training ended with: numbers per step, and every tensor of a checkpoint, whole."""
+
+    evaluated: list[float]
+    first_loss: float
+    losses: list[float]
+    norms: list[float]
+    trained: list[int]
+    tensors: dict[str, np.ndarray]
+
+
+@functools.cache
+def one_process(framework: str, family: str, tied: bool, packed: bool, lr: float) -> Outcome:
+    case = Case(family=family, tied=tied, packed=packed, lr=lr)
+    source = toy_source(case)
+    engine = create_engine(framework, source.config, engine_settings(case, Grid(), 0))
+    engine.load_weights(source)
+    steps = micro_batches(case, source.config)
+    evaluated = engine.evaluate(steps[0])
+    first_loss, _ = engine.loss_and_gradients(steps[0])
+    results = [engine.train_step(batches, lr=lr, weight_decay=0.1) for batches in steps]
+    return Outcome(
+        list(evaluated),
+        first_loss,
+        [result.loss for result in results],
+        [result.grad_norm for result in results],
+        [result.trained_tokens for result in results],
+        {f"{kind} {shard.spec.name}": array.copy() for kind, shard, array in engine.tensors()},
+    )
+
+
+def run_job(
+    framework: str, processes: int, cases: list[Case], folder: Path, timeout: float = 300
+) -> dict[str, Outcome]:
+    """Train every case in one job of so many processes."""
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
+    command = launcher(framework, processes, folder)
+    arguments = [str(JOB), framework, str(folder / "cases.json"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return {case.name: gather(case, folder) for case in cases}
+
+
+def launcher(framework: str, processes: int, folder: Path) -> list[str]:
+    port = str(free_port())
+    if framework == "torch":
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        return [*torchrun, "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", port]
+    msrun = [str(Path(sys.executable).with_name("msrun"))]
+    workers = ["--worker_num", str(processes), "--local_worker_num", str(processes), "--join", "True"]
+    return [*msrun, *workers, "--master_port", port, "--log_dir", str(folder / "msrun_log")]
+
+
+def gather(case: Case, folder: Path) -> Outcome:
+    """Put the ranks' parts together; every number of every tensor must come from exactly one rank."""
+    table = tensor_table(toy_source(case).config)
+    tensors: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
+    outcomes = []
+    for rank in range(case.processes):
+        outcome = json.loads((folder / f"{case.name}-{rank}.json").read_text(encoding="utf-8"))
+        with np.load(folder / f"{case.name}-{rank}.npz") as arrays:
+            for number, (kind, name, boxes, dim) in enumerate(outcome.pop("parts")):
+                key, shape = f"{kind} {name}", table[name].shape
+                part = Part(tuple(tuple((start, stop) for start, stop in box) for box in boxes), dim)
+                paste(tensors.setdefault(key, np.full(shape, np.nan, np.float32)), arrays[str(number)], part)
+                count = counts.setdefault(key, np.zeros(shape, int))
+                paste(count, np.ones(part.shape, int), part)
+        outcomes.append(outcome)
+    assert all(outcome == outcomes[0] for outcome in outcomes), f"{case.name}: ranks report different numbers"
+    assert all((count == 1).all() for count in counts.values()), f"{case.name}: not each number once"
+    return Outcome(**outcomes[0], tensors=tensors)
+
+
+def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> None:
+    """D3: losses, gradient norms and every final tensor within TOLERANCE of one process's."""
+    expected = one_process(framework, *case.work)
+    assert found.trained == expected.trained, case.name
+    np.testing.assert_allclose(found.evaluated, expected.evaluated, rtol=1e-5, err_msg=case.name)
+    np.testing.assert_allclose(found.first_loss, expected.first_loss, rtol=1e-5, err_msg=case.name)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=TOLERANCE, err_msg=case.name)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=TOLERANCE, err_msg=case.name)
+    assert found.tensors.keys() == expected.tensors.keys(), case.name
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_allclose(found.tensors[name], tensor, atol=TOLERANCE, rtol=0, err_msg=f"{case.name}: {name}")

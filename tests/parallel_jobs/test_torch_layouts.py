@@ -1,0 +1,75 @@
+"""Any layout gives the losses, norms and weights of one process (D3): PyTorch, under torchrun."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from jobs import Case, assert_equal_to_one_process, run_job
+
+from frameworks import require_framework
+
+SHORT = {
+    2: [
+        Case(tp=2, sequence_parallel=True, packed=True),
+        # Key biases have almost no gradient, and Adam makes steps of rounding errors: a smaller rate keeps them small.
+        Case(tp=2, family="qwen2", recompute_layers=2, lr=2e-4),
+        Case(tp=2, tied=False, family="llama"),
+        Case(pp=2, packed=True),
+        Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
+        Case(pp=2, noop_layers=(0, 5)),
+        Case(pp=2, vpp=1, packed=True),
+        Case(dp=2, packed=True),
+        Case(dp=2, use_distributed_optimizer=True, tied=False),
+    ],
+    4: [
+        Case(tp=2, pp=2, sequence_parallel=True, packed=True),
+        Case(tp=2, dp=2, use_distributed_optimizer=True, sequence_parallel=True),
+        Case(pp=2, dp=2, use_distributed_optimizer=True, packed=True),
+        Case(pp=2, dp=2, vpp=1),
+        Case(tp=4, tied=False, packed=True),
+    ],
+}
+
+
+@pytest.mark.parametrize("processes", list(SHORT))
+def test_some_layouts_equal_one_process(processes: int, tmp_path: Path) -> None:
+    require_framework("torch")
+    check(processes, SHORT[processes], tmp_path)
+
+
+def matrix(processes: int) -> list[Case]:
+    """Every TP{1,2,4} x PP{1,2,4} x DP{1,2} of so many processes, with every switch that matters there."""
+    cases = []
+    for tp, pp, dp in product((1, 2, 4), (1, 2, 4), (1, 2)):
+        if tp * pp * dp != processes:
+            continue
+        for sequence, sharded, tied, packed in product((False, True), repeat=4):
+            if (sequence and tp == 1) or (sharded and dp == 1):
+                continue
+            cases.append(
+                Case(
+                    tp=tp,
+                    pp=pp,
+                    dp=dp,
+                    sequence_parallel=sequence,
+                    use_distributed_optimizer=sharded,
+                    tied=tied,
+                    packed=packed,
+                )
+            )
+    return cases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_the_layout_matrix_equals_one_process(processes: int, tmp_path: Path) -> None:
+    require_framework("torch")
+    check(processes, matrix(processes), tmp_path, timeout=1200)
+
+
+def check(processes: int, cases: list[Case], folder: Path, timeout: float = 300) -> None:
+    outcomes = run_job("torch", processes, cases, folder, timeout)
+    for case in cases:
+        assert_equal_to_one_process(case, outcomes[case.name], "torch")
