@@ -49,6 +49,7 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["qwen3-8B", "--data-parallel-size", "0"], "--data-parallel-size 0: expected at least 1"),
         (["qwen3-8B", "--devices", "8"], "--devices needs --global-batch-size"),
         (["qwen3-8B", "--devices", "8", "--micro-batch-size", "2"], "--micro-batch-size would fix it"),
+        (["qwen3-8B", "--hardware", "cpu", "--bf16"], "--bf16: this device does not compute in bfloat16"),
         (["qwen3-8B", "--efficiency", "60"], "--efficiency 60.0: expected a share"),
         (["qwen3-32B", "--devices", "1", "--global-batch-size", "8"], "no layout of 1 x h100 fits"),
     ],

@@ -18,7 +18,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf, load_hf_config
 from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config
 from tandem.models.tensors import parameter_count
-from tandem.parallel.layout import Layout
+from tandem.parallel.layout import Layout, parse_layers
 from tandem.planning.hardware import GIB, HARDWARE, Hardware
 from tandem.planning.job import Job
 from tandem.planning.memory import StageMemory, stage_memories
@@ -50,8 +50,8 @@ class PlanOptions:
     """Stages of layers."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of a chunk, for interleaved stages."""
-    num_layer_list: tuple[int, ...] | None = None
-    """Layers of each stage, when they are uneven."""
+    num_layer_list: str | None = None
+    """Layers of each stage, such as 10,18."""
     data_parallel_size: int = 1
     """Ranks that share a global batch."""
     sequence_parallel: bool = False
@@ -61,7 +61,8 @@ class PlanOptions:
     micro_batch_size: int = 1
     """Samples of one forward pass."""
     recompute_num_layers: int = 0
-    """Layers of a rank, from the first, that keep only their input."""
+    """Layers of a rank, from the first, that keep only their input (in training, with --recompute-granularity full and
+    --recompute-method block)."""
     global_batch_size: int | None = None
     """Samples of one step; default: one micro-batch on each data-parallel rank. Needed with --devices."""
     seq_length: int = 4096
@@ -92,13 +93,15 @@ def run(argv: Sequence[str]) -> None:
     options = parse_dataclass(PlanOptions, "plan", DESCRIPTION, argv)
     hardware = chosen_hardware(options)
     job = requested_job(options)
+    hardware.flops(job.bf16)  # ends here where there is no bf16
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     if options.devices is None:
         job.check()
         show_job(console, options, job, hardware)
     else:
         show_suggestions(console, options, job, hardware)
-    console.print(f"Assumed: efficiency {hardware.efficiency:.0%}; {ASSUMPTIONS}.")
+    console.print(f"Assumed: products and attention run at {hardware.efficiency:.0%} of the peak; {ASSUMPTIONS}.")
+    console.print(f"Figures of {options.hardware}: {hardware.source}.")
 
 
 def chosen_hardware(options: PlanOptions) -> Hardware:
@@ -131,7 +134,7 @@ def requested_job(options: PlanOptions) -> Job:
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
-        num_layer_list=options.num_layer_list,
+        num_layer_list=parse_layers("--num-layer-list", options.num_layer_list),
     )
     return Job(
         config=model_config(options.model),
@@ -177,7 +180,11 @@ def show_job(console: Console, options: PlanOptions, job: Job, hardware: Hardwar
         f"({hardware.usable:.0%} of {gib(hardware.memory)} GiB)\n"
     )
     console.print(traffic_table(job))
-    console.print(speed_table(job, speed))
+    console.print(speed_table(speed))
+    console.print(
+        f"{speed.tokens_per_second:,.0f} tokens/s; micro-batches of a rank: {job.micro_batches}, "
+        f"to which the bubble adds {bubble_share(job):.1%}\n"
+    )
 
 
 def memory_table(memories: Sequence[StageMemory]) -> Table:
@@ -208,16 +215,12 @@ def traffic_table(job: Job) -> Table:
     return table
 
 
-def speed_table(job: Job, speed: Speed) -> Table:
+def speed_table(speed: Speed) -> Table:
     table = Table("part", _right("seconds"), _right("share"), title="Estimated step")
     for name in ("compute", "tensor", "pipeline", "bubble", "data", "optimizer"):
         seconds = getattr(speed, name)
         table.add_row(name, f"{seconds:.3g}", f"{seconds / speed.step:.1%}")
     table.add_row("step", f"{speed.step:.3g}", f"MFU {speed.mfu:.1%}")
-    table.caption = (
-        f"{speed.tokens_per_second:,.0f} tokens/s; {job.micro_batches} micro-batches, "
-        f"the pipeline's bubble adds {bubble_share(job):.1%}"
-    )
     return table
 
 
@@ -248,7 +251,7 @@ def plan_cells(plan: Plan) -> list[str]:
     sizes = (job.tensor_size, job.pipeline_size, chunk or "-", job.data_parallel_size, job.micro_batch_size)
     return [
         *map(str, sizes),
-        f"{job.recompute_layers} of {job.layers_of_stages[0]}",
+        f"{job.recompute_layers} of {max(job.layers_of_stages)}",
         gib(plan.peak),
         f"{speed.step:.3g}",
         f"{speed.tokens_per_second:,.0f}",
@@ -265,12 +268,13 @@ def rejected_table(rejected: dict[str, list[tuple[int, int]]]) -> Table:
 
 
 def command(options: PlanOptions, job: Job) -> str:
-    """The command that shows one suggestion in full; its flags are training's, too."""
+    """The command that shows one suggestion in full."""
     words = ["tandem plan", options.model, "--hardware", options.hardware]
     values = {
         "tensor-model-parallel-size": job.tensor_size,
         "pipeline-model-parallel-size": job.pipeline_size,
         "num-layers-per-virtual-pipeline-stage": job.layout.num_layers_per_virtual_pipeline_stage,
+        "num-layer-list": ",".join(map(str, job.layout.num_layer_list or ())),
         "data-parallel-size": job.data_parallel_size,
         "micro-batch-size": job.micro_batch_size,
         "recompute-num-layers": job.recompute_layers,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.errors import UserError
+
 GB, GIB, TERA = 1e9, 2**30, 1e12
 
 
@@ -16,7 +18,7 @@ class Hardware:
         usable: share of it that a plan may fill; the rest is for the framework's context, communication buffers and
             fragmentation. Assumed, not measured.
         retained: freed bytes that the allocator keeps.
-        bf16_flops, fp32_flops: peak FLOP/s of dense matrix products.
+        bf16_flops, fp32_flops: peak FLOP/s of dense matrix products; None where the engines do not compute in bf16.
         efficiency: share of the peak that matrix products and attention reach. Assumed.
         memory_bandwidth: bytes/s, peak.
         devices_per_node: devices joined by the fast links.
@@ -29,7 +31,7 @@ class Hardware:
     memory: float
     usable: float = 0.9
     retained: float = 0
-    bf16_flops: float
+    bf16_flops: float | None = None
     fp32_flops: float
     efficiency: float = 0.6
     memory_bandwidth: float
@@ -45,7 +47,12 @@ class Hardware:
         return self.memory * self.usable
 
     def flops(self, bf16: bool) -> float:
-        return self.bf16_flops if bf16 else self.fp32_flops
+        """Raises UserError when the engines do not compute in bf16 there."""
+        if not bf16:
+            return self.fp32_flops
+        if self.bf16_flops is None:
+            raise UserError("--bf16: this device does not compute in bfloat16; training falls back to fp32 there")
+        return self.bf16_flops
 
     def bandwidth(self, group: int, stride: int) -> float:
         """Bytes/s that a rank sends in a ring over `group` ranks that lie `stride` ranks apart.
@@ -110,13 +117,13 @@ HARDWARE = {
     "cpu": Hardware(
         memory=24 * GIB,
         retained=64 * 2**20,
-        bf16_flops=0.4 * TERA,
-        fp32_flops=0.4 * TERA,
-        memory_bandwidth=20 * GB,
+        fp32_flops=0.46 * TERA,
+        memory_bandwidth=40 * GB,
         devices_per_node=1,
         node_bandwidth=5 * GB,
         network_bandwidth=1 * GB,
-        source="the machine of docs/performance.md, two cores; glibc keeps 64 MiB of freed memory (mallopt(3): "
-        "M_TRIM_THRESHOLD is twice the largest M_MMAP_THRESHOLD)",
+        source="the machine of docs/performance.md: two cores, of which one multiplied 2048 x 2048 by 2048 x 4096 at "
+        "0.23 TFLOP/s and copied 40 GB/s; bandwidths between processes are guesses. glibc keeps 64 MiB of freed memory "
+        "(mallopt(3): M_TRIM_THRESHOLD is twice the largest M_MMAP_THRESHOLD)",
     ),
 }

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from tandem.errors import UserError
 from tandem.parallel.layout import Layout
-from tandem.planning.hardware import Hardware
+from tandem.planning.hardware import GIB, Hardware
 from tandem.planning.job import Job
 from tandem.planning.memory import peak_memory
 from tandem.planning.speed import Speed, estimate
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
-CHUNKS = (1, 2, 4)  # virtual stages of a pipeline stage
+CHUNKS = (2, 4)  # virtual stages of an interleaved pipeline stage
 INTERLEAVING = ("torch",)  # backends that run interleaved stages
 
 
@@ -73,19 +73,13 @@ def _best(base: Job, hardware: Hardware, devices: int, tensor_size: int, pipelin
     fitting = [(peak, job) for peak, job in measured if peak <= hardware.capacity]
     if not fitting:
         smallest = min(peak for peak, _ in measured)
-        raise UserError(f"needs {smallest / 2**30:.0f} GiB, and {hardware.capacity / 2**30:.0f} may be used")
+        raise UserError(f"needs {smallest / GIB:.1f} GiB at least, and {hardware.capacity / GIB:.1f} may be used")
     return min((Plan(job, peak, estimate(job, hardware)) for peak, job in fitting), key=lambda plan: plan.speed.step)
 
 
 def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> Iterator[Job]:
-    layers = base.config.num_layers // pipeline_size
-    interleaved = base.ai_framework in INTERLEAVING and pipeline_size > 1
-    for chunks in (count for count in CHUNKS if count == 1 or (interleaved and layers % count == 0)):
-        layout = Layout(
-            tensor_model_parallel_size=tensor_size,
-            pipeline_model_parallel_size=pipeline_size,
-            num_layers_per_virtual_pipeline_stage=None if chunks == 1 else layers // chunks,
-        )
+    layers = -(-base.config.num_layers // pipeline_size)
+    for layout in _layouts(base, tensor_size, pipeline_size):
         for micro_batch_size in MICRO_BATCH_SIZES:
             for recompute_layers in sorted({0, layers // 2, layers}):
                 yield dataclasses.replace(
@@ -97,3 +91,22 @@ def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> 
                     micro_batch_size=micro_batch_size,
                     recompute_layers=recompute_layers,
                 )
+
+
+def _layouts(base: Job, tensor_size: int, pipeline_size: int) -> Iterator[Layout]:
+    plain = Layout(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
+    layers, rest = divmod(base.config.num_layers, pipeline_size)
+    if rest:
+        yield dataclasses.replace(plain, num_layer_list=_uneven(layers, rest, pipeline_size))
+        return
+    yield plain
+    if base.ai_framework in INTERLEAVING and pipeline_size > 1:
+        for chunks in CHUNKS:
+            if layers % chunks == 0:
+                yield dataclasses.replace(plain, num_layers_per_virtual_pipeline_stage=layers // chunks)
+
+
+def _uneven(layers: int, rest: int, stages: int) -> tuple[int, ...]:
+    """`layers` on each stage, and one more on `rest` of them: the last, which has the head, never gets one, and the
+    first, which keeps most activations, is the last to get one."""
+    return tuple(layers + (stages - 1 - rest <= stage < stages - 1) for stage in range(stages))

@@ -16,8 +16,8 @@ from tandem.planning.traffic import stage_traffic
 ACTIVATION_PASSES = 6
 
 ASSUMPTIONS = (
-    "matrix products and attention run at `efficiency` of the peak; element-wise work moves a layer's kept activations "
-    f"{ACTIVATION_PASSES} times; no communication overlaps with computation; every stage takes as long as the slowest"
+    f"element-wise work moves a layer's kept activations {ACTIVATION_PASSES} times; "
+    "no communication overlaps with computation; every stage takes as long as the slowest"
 )
 
 
