@@ -104,6 +104,11 @@ class DataSettings:
     """No attention across end-of-document tokens."""
     eod_mask_loss: bool = False
     """Do not train the prediction of end-of-document tokens' successors."""
+    pack: bool = False
+    """Fill samples of instruction data up to --seq-length with several conversations, which do not see each other. Data
+    that `tandem preprocess --pack` wrote are packed already and taken as they are."""
+    neat_pack: bool = False
+    """Accepted for scripts that pass it: conversations are kept apart by --pack, and where the data say so."""
     no_shuffle: bool = False
     """Take instruction data in file order."""
     no_pad_to_seq_lengths: bool = False

@@ -63,12 +63,24 @@ class MicroBatch:
                 )
 
 
+def join(samples: Sequence[Sample]) -> Sample:
+    """Samples end to end; their documents stay apart."""
+    if len(samples) == 1:
+        return samples[0]
+    return Sample(
+        tokens=np.concatenate([sample.tokens for sample in samples]),
+        labels=np.concatenate([sample.labels for sample in samples]),
+        position_ids=np.concatenate([sample.position_ids for sample in samples]),
+        lengths=tuple(length for sample in samples for length in sample.lengths),
+    )
+
+
 def collate(samples: Sequence[Sample]) -> MicroBatch:
     """Lay samples end to end; their documents stay apart."""
-    lengths = [length for sample in samples for length in sample.lengths]
+    joined = join(samples)
     return MicroBatch(
-        tokens=np.concatenate([sample.tokens for sample in samples]).astype(np.int32, copy=False),
-        labels=np.concatenate([sample.labels for sample in samples]).astype(np.int32, copy=False),
-        position_ids=np.concatenate([sample.position_ids for sample in samples]).astype(np.int32, copy=False),
-        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        tokens=joined.tokens.astype(np.int32, copy=False),
+        labels=joined.labels.astype(np.int32, copy=False),
+        position_ids=joined.position_ids.astype(np.int32, copy=False),
+        cu_seqlens=np.cumsum([0, *joined.lengths], dtype=np.int32),
     )

@@ -97,6 +97,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "train_iters": settings.training.train_iters,
         "train_samples": settings.training.train_samples,
         "is_instruction_dataset": settings.data.is_instruction_dataset,
+        "pack": settings.data.pack,
     }
 
 
@@ -123,6 +124,12 @@ def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Te
     found = read_record(prefix)
     recorded = found[1]["template"] if found else None
     return get_template(data.prompt_type, recorded["enable_thinking"] if recorded else None, tokenizer)
+
+
+def _is_packed(prefix: str) -> bool:
+    """Whether preprocessing packed these data, as far as their record tells."""
+    found = read_record(prefix)
+    return found is not None and bool(found[1]["options"]["pack"])
 
 
 def _dataset(settings: Settings, tokenizer: Tokenizer | None, name: str, samples: int | None) -> Dataset:
@@ -155,6 +162,7 @@ def _single(
             reset_position_ids=data.reset_position_ids,
             reset_attention_mask=data.reset_attention_mask,
             shuffle=not data.no_shuffle,
+            pack=data.pack and not _is_packed(prefix),
         )
     return GPTDataset(
         prefix,
