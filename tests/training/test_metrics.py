@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from steps import step_record
 from tandem.errors import UserError
 from tandem.planning.hardware import peak_flops
 from tandem.training.log import StepRecord
@@ -17,37 +18,14 @@ from tandem.training.run import train
 from workspace import Workspace
 
 
-def record(iteration: int = 1, **changes: object) -> StepRecord:
-    values: dict[str, object] = {
-        "iteration": iteration,
-        "train_iters": 100,
-        "consumed_samples": 8 * iteration,
-        "batch_size": 8,
-        "loss": 5.0 / iteration,
-        "grad_norm": 1.5,
-        "lr": 1e-3,
-        "next_lr": 9e-4,
-        "epoch": 0.25,
-        "tokens": 1000,
-        "trained_tokens": 600,
-        "seconds": 0.5,
-        "flops": 4e12,
-        "devices": 2,
-        "peak_flops": 8e12,
-        "memory": 1 << 30,
-        **changes,
-    }
-    return StepRecord(**values)  # type: ignore[arg-type]
-
-
 def test_rates_are_counted_as_documented() -> None:
     """H2: trained tokens, and FLOP/s of one device against its peak."""
-    values = metrics_of(record())
+    values = metrics_of(step_record())
     assert values["tokens_per_second"] == 2000
     assert values["trained_tokens_per_second"] == 1200
     assert values["tflops_per_device"] == 4.0
     assert values["mfu"] == 0.5
-    assert metrics_of(record(peak_flops=None))["mfu"] is None
+    assert metrics_of(step_record(peak_flops=None))["mfu"] is None
 
 
 def test_peaks_are_those_of_the_named_devices() -> None:
@@ -60,7 +38,7 @@ def test_peaks_are_those_of_the_named_devices() -> None:
 def test_each_step_is_on_disk_at_once(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl", 0)
     for iteration in (1, 2):
-        file.on_step(record(iteration))
+        file.on_step(step_record(iteration))
         assert [line["iteration"] for line in read_metrics(tmp_path / "m.jsonl")] == list(range(1, iteration + 1))
     file.close()
 
@@ -72,7 +50,7 @@ def test_a_resume_drops_what_was_not_saved(tmp_path: Path, resumed_at: int, torn
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({"iteration": n}) + "\n" for n in (1, 2, 3)) + torn)
     file = MetricsFile(path, resumed_at)
-    file.on_step(record(resumed_at + 1))
+    file.on_step(step_record(resumed_at + 1))
     file.close()
     expected = [n for n in (1, 2, 3) if n <= resumed_at] + [resumed_at + 1]
     assert [line["iteration"] for line in read_metrics(path)] == expected
@@ -116,6 +94,6 @@ def test_the_cost_of_a_line_is_small(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl", 0)
     start = time.perf_counter()
     for iteration in range(1, 101):
-        file.on_step(record(iteration))
+        file.on_step(step_record(iteration))
     assert (time.perf_counter() - start) / 100 < 0.01
     file.close()

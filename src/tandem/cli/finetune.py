@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from tandem.cli.progress import step_progress
 from tandem.config.sources import parse_settings
 from tandem.training.run import train
 
@@ -20,5 +19,4 @@ def run(argv: Sequence[str]) -> None:
     for notice in notices:
         print(f"> {notice}")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, is_instruction_dataset=True))
-    with step_progress() as on_step:
-        train(settings, on_step)
+    train(settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tandem.cli.progress import step_progress
 from tandem.config.sources import parse_settings
 from tandem.errors import UserError
 from tandem.training.run import train
@@ -18,5 +17,4 @@ def run(argv: Sequence[str]) -> None:
         raise UserError("--is-instruction-dataset and --stage belong to `tandem finetune`")
     for notice in notices:
         print(f"> {notice}")
-    with step_progress() as on_step:
-        train(settings, on_step)
+    train(settings)

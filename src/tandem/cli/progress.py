@@ -11,14 +11,11 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-
-from tandem.training.log import StepRecord
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 
@@ -42,28 +39,6 @@ def byte_progress(description: str) -> Iterator[Update]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def step_progress() -> Iterator[Callable[[StepRecord], None] | None]:
-    """Yields a function to be called with each step on a terminal; nothing elsewhere, where log lines tell enough."""
-    if not sys.stdout.isatty():
-        yield None
-        return
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(record: StepRecord) -> None:
-            speed = record.tokens / record.seconds
-            bar.update(
-                task,
-                completed=record.iteration,
-                total=record.train_iters,
-                description=f"loss {record.loss:.4f}, {speed:,.0f} tokens/s",
-            )
-
-        yield show
 
 
 def _plain(description: str) -> Update:

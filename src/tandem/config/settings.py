@@ -199,14 +199,34 @@ class TrainingSettings:
     """uniform recomputes every layer, block the first --recompute-num-layers."""
     recompute_num_layers: int | None = None
     """With block: how many layers recompute."""
-    log_interval: int = 100
-    """Steps between log lines."""
-    log_throughput: bool = False
-    """Add TFLOP/s to the log line."""
     eval_interval: int = 1000
     """Steps between evaluations on the validation split."""
     eval_iters: int = 100
     """Global batches of one evaluation, at most the whole split; 0 turns evaluation off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSettings:
+    """Logs, beside the metrics.jsonl that --save keeps."""
+
+    log_interval: int = 100
+    """Steps between log lines."""
+    log_throughput: bool = False
+    """Add TFLOP/s to the log line."""
+    no_live_view: bool = False
+    """Plain lines only, on a terminal, too."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard's files, under Megatron's tags."""
+    tensorboard_log_interval: int = 1
+    """Steps between TensorBoard's points."""
+    wandb_project: str | None = None
+    """Project on Weights & Biases; without it nothing is sent there."""
+    wandb_exp_name: str | None = None
+    """Name of the run there; default: theirs."""
+    wandb_entity: str | None = None
+    """User or team there; default: the one that is logged in."""
+    wandb_save_dir: str | None = None
+    """Folder for its local files; default: wandb in --save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +267,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Groups of plain values, as YAML and JSON hold them."""
@@ -310,6 +331,8 @@ class Settings:
             raise UserError(
                 "--lr-warmup-fraction and --lr-warmup-iters or --lr-warmup-samples exclude each other: give one"
             )
+        if self.logging.log_interval < 1 or self.logging.tensorboard_log_interval < 1:
+            raise UserError("--log-interval and --tensorboard-log-interval: expected 1 or more")
         self._check_unit_of_length()
         self._check_batch_size()
         self._check_weight_decay()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from tandem.config.settings import Settings
+from tandem.training.live import LiveView
 from tandem.training.log import StepRecord
 from tandem.training.metrics import METRICS_FILE, MetricsFile
+from tandem.training.tensorboard import TensorBoardWriter
+from tandem.training.wandb import WandbRun
 
 OnStep = Callable[[StepRecord], None]
 
@@ -47,6 +51,13 @@ def step_loggers(settings: Settings, iteration: int, on_step: OnStep | None) -> 
 
 
 def _openers(settings: Settings) -> Iterator[Callable[[int], StepLogger]]:
-    save = settings.checkpoint.save
+    save, logging = settings.checkpoint.save, settings.logging
+    tensorboard = logging.tensorboard_dir
     if save is not None:
         yield lambda iteration: MetricsFile(Path(save) / METRICS_FILE, iteration)
+    if tensorboard is not None:
+        yield lambda iteration: TensorBoardWriter(tensorboard, logging.tensorboard_log_interval, iteration)
+    if logging.wandb_project is not None:
+        yield lambda _: WandbRun(settings)
+    if sys.stdout.isatty() and not logging.no_live_view:
+        yield lambda _: LiveView()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, SingleProcess
 from tandem.planning.hardware import peak_flops
 from tandem.training.log import IterationLog, StepRecord
+from tandem.training.scalars import perplexity
 from tandem.training.schedule import Schedule
 
 
@@ -69,11 +69,10 @@ class Trainer:
         self._data_rank = self.grid.place(self.communicator.world.rank).data
         self.train_iters = settings.total_iters
         self._save, self._on_step = save, on_step
-        training = settings.training
         self._batch_sizes = settings.batch_sizes
         self._samples_per_epoch = max(1, train_data.describe()["samples_per_epoch"])
         self._peak_flops = peak_flops(engine.device_name, engine.param_dtype == "bfloat16")
-        self._log = IterationLog(training.log_interval, training.log_throughput)
+        self._log = IterationLog(settings.logging.log_interval, settings.logging.log_throughput)
 
     def run(self) -> None:
         """Train to the last iteration, or to the exit interval.
@@ -171,10 +170,9 @@ class Trainer:
         if not self.valid_data or self.settings.training.eval_iters == 0:
             return {}
         loss = self.evaluate(self.valid_data)
-        perplexity = math.exp(min(20.0, loss))
         line = (
             f" validation loss at iteration {self.progress.iteration} | lm loss value: {loss:.6E} | "
-            f"lm loss PPL: {perplexity:.6E} | "
+            f"lm loss PPL: {perplexity(loss):.6E} | "
         )
         self._print("\n".join(["-" * len(line), line, "-" * len(line)]))
         return {"validation": loss}

@@ -1,0 +1,191 @@
+"""TensorBoard, W&B and the live view: what they show, and that they are closed whatever happens."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import io
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from steps import step_record
+from tandem.config.settings import LoggingSettings, Settings
+from tandem.errors import UserError
+from tandem.training.live import LiveView, sparkline
+from tandem.training.loggers import step_loggers
+from tandem.training.run import train
+from tandem.training.scalars import scalars
+from tandem.training.tensorboard import TensorBoardWriter
+from tandem.training.wandb import WandbRun
+from workspace import Workspace
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard itself reads."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_scalars_have_megatrons_tags() -> None:
+    values = scalars(step_record(validation={"validation": 2.0, "code": 1.0}))
+    assert {"lm loss", "learning-rate", "batch-size", "grad-norm", "loss-scale", "iteration-time", "throughput"} <= set(
+        values
+    )
+    assert values["lm loss validation ppl"] == pytest.approx(7.389, abs=1e-3)
+    assert values["lm loss validation code"] == 1.0
+    assert "mfu" not in scalars(step_record(peak_flops=None))
+
+
+def test_tensorboard_reads_a_run_and_forgets_unsaved_steps(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for start, stop in ((0, 5), (3, 6)):
+        writer = TensorBoardWriter(str(tmp_path), 1, start)
+        for iteration in range(start + 1, stop + 1):
+            writer.on_step(step_record(iteration, loss=float(iteration + 10 * start)))
+        writer.close()
+    assert points(tmp_path)["lm loss"] == [(1, 1), (2, 2), (3, 3), (4, 34), (5, 35), (6, 36)]
+
+
+def test_tensorboard_interval_keeps_every_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    writer = TensorBoardWriter(str(tmp_path), 4, 0)
+    for iteration in range(1, 9):
+        writer.on_step(step_record(iteration, validation={"validation": 2.0} if iteration == 6 else {}))
+    writer.close()
+    assert [step for step, _ in points(tmp_path)["lm loss"]] == [4, 6, 8]
+
+
+def test_a_run_writes_what_it_is_asked_for(workspace: Workspace, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    records: list = []
+    folder = str(tmp_path / "tb")
+    train(workspace.settings("torch", train_iters=3, lr_warmup_iters=0, tensorboard_dir=folder), records.append)
+    assert points(tmp_path / "tb")["lm loss"] == [(r.iteration, pytest.approx(r.loss)) for r in records]
+
+
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("tensorboard", lambda: TensorBoardWriter("x", 1, 0)),
+        ("wandb", lambda: WandbRun(Settings(logging=LoggingSettings(wandb_project="p")))),
+    ],
+)
+def test_a_missing_library_is_named_with_its_command(
+    package: str, make: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.split(".")[0] == package:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=rf"pip install 'tandem-llm\[{package}\]'"):
+        make()
+
+
+class FakeWandb(types.ModuleType):
+    """As much of wandb as is called; keeps what it is told."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls: list = []
+        self.fails = False
+
+    def init(self, **options: object) -> FakeWandb:
+        if self.fails:
+            raise self.Error("api key not configured")
+        self.calls.append(("init", options))
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self.calls.append(("log", step, values["lm loss"]))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_settings_and_steps(wandb: FakeWandb, workspace: Workspace) -> None:
+    settings = workspace.settings("torch", train_iters=2, lr_warmup_iters=0, wandb_project="p", wandb_exp_name="n")
+    records: list = []
+    train(settings, records.append)
+    (_, options), *rest = wandb.calls
+    assert (options["project"], options["name"], options["config"]["training"]["train_iters"]) == ("p", "n", 2)
+    assert rest == [("log", 1, records[0].loss), ("log", 2, records[1].loss), ("finish",)]
+
+
+def test_wandb_that_refuses_ends_the_run_before_it_begins(wandb: FakeWandb, workspace: Workspace) -> None:
+    wandb.fails = True
+    with pytest.raises(UserError, match="--wandb-project p: api key"):
+        train(workspace.settings("torch", train_iters=1, lr_warmup_iters=0, wandb_project="p"))
+
+
+def test_loggers_are_closed_when_a_step_fails(wandb: FakeWandb) -> None:
+    settings = Settings(logging=LoggingSettings(wandb_project="p", no_live_view=True))
+    with pytest.raises(RuntimeError), step_loggers(settings, 0, None):
+        raise RuntimeError
+    assert wandb.calls[-1] == ("finish",)
+
+
+def test_the_live_view_shows_where_the_run_stands() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    view = LiveView(console)
+    view.on_step(step_record(7, validation={"code": 2.0}))
+    view.on_step(step_record(8, loss=0.625))
+    view.close()
+    plain = Console(file=io.StringIO(), width=100)
+    plain.print(view.render())
+    shown = plain.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("step 8 of 100", "loss 0.6250", "2,000 tokens/s", "1,200 trained", "MFU 50.0%", "perplexity 7.389"):
+        assert part in shown, shown
+    assert "0:00:46 left" in shown  # 92 steps of half a second
+
+
+@pytest.mark.parametrize(
+    ("terminal", "off", "shown"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_the_live_view_is_for_terminals_and_can_be_turned_off(
+    terminal: bool, off: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list = []
+
+    class View:
+        def __init__(self) -> None:
+            opened.append(self)
+
+        def on_step(self, record: object) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("tandem.training.loggers.LiveView", View)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    settings = dataclasses.replace(Settings(), logging=LoggingSettings(no_live_view=off))
+    with step_loggers(settings, 0, None):
+        pass
+    assert bool(opened) == shown
+
+
+def test_sparkline_means_stretches() -> None:
+    assert sparkline([0.0, 1.0], 10) == "▁█"
+    assert sparkline([0, 0, 7, 7], 2) == "▁█"
+    assert sparkline([3.0, 3.0], 2) == "▁▁"
