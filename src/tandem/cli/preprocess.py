@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tandem.cli.inspect_data import make_console, show_samples
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
 from tandem.data.merge_groups import merge_groups
-from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.options import PreprocessOptions, parse_map_keys
+from tandem.data.preprocess import preprocess
 from tandem.data.statistics import DataView
 from tandem.data.templates import THINKING_MODES
 from tandem.data.tokenizer import Tokenizer
@@ -133,7 +133,7 @@ def run_merge(argv: Sequence[str]) -> None:
 
 def options_from(flags: Flags) -> PreprocessOptions:
     values = {name: value for name, value in vars(flags).items() if name not in ("tokenizer_type", "show")}
-    values["map_keys"] = _map_keys(flags.map_keys)
+    values["map_keys"] = parse_map_keys(flags.map_keys)
     values["enable_thinking"] = THINKING_MODES[flags.enable_thinking]
     values["interleave_probs"] = _probabilities(flags.interleave_probs)
     return PreprocessOptions(**values)
@@ -144,15 +144,3 @@ def _probabilities(text: str | None) -> tuple[float, ...] | None:
         return None if text is None else tuple(float(word) for word in text.split(","))
     except ValueError:
         raise UserError(f"--interleave-probs {text!r}: expected numbers parted by commas, as 0.7,0.3") from None
-
-
-def _map_keys(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--map-keys {text!r} is not valid JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"--map-keys {text!r}: expected a JSON object of names")
-    return value

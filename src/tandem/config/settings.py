@@ -85,7 +85,20 @@ class DataSettings:
 
     data_path: tuple[str, ...] = ()
     """Prefix of the preprocessed files: PREFIX.bin/.idx for pretraining, PREFIX_packed_*_document for instructions.
-    Several are blended by their sizes, or by weights: WEIGHT PREFIX WEIGHT PREFIX."""
+    Several are blended by their sizes, or by weights: WEIGHT PREFIX WEIGHT PREFIX. Raw files (.jsonl, .parquet, ...),
+    folders and patterns are preprocessed first, and found in a cache the next time."""
+    data_cache_path: str | None = None
+    """Folder for what raw files become; default: beside them."""
+    handler_name: str = ""
+    """How the records of raw files are read; default: recognised by the first one's fields."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Field of raw text files; one."""
+    map_keys: str | None = None
+    """Other field names of raw instruction data, as JSON."""
+    append_eod: bool = False
+    """End each document of raw files with the end-of-document token."""
+    workers: int = 1
+    """Processes that tokenise raw files."""
     split: str = "969,30,1"
     """Proportions of train, validation and test."""
     seq_length: int = 4096

@@ -48,8 +48,6 @@ IGNORED: dict[str, Ignored] = {
     "--tensorboard-queue-size": Ignored(1),
     "--no-shared-storage": ALWAYS_ON,
     "--tokenizer-not-use-fast": ALWAYS_ON,
-    "--handler-name": Ignored(1),
-    "--workers": Ignored(1),
     "--enable-hf2mg-convert": ALWAYS_ON,
     "--model-type-hf": Ignored(1, ("qwen3",)),
     "--norm-topk-prob": ALWAYS_ON,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,19 @@ class PreprocessOptions:
             min(probabilities, default=0) > 0 and abs(sum(probabilities) - 1) < 1e-6,
             f"interleave_probs {probabilities}: expected positive numbers whose sum is 1",
         )
+
+
+def parse_map_keys(text: str | None) -> dict[str, Any] | None:
+    """`--map-keys` as it is written on a command line."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--map-keys {text!r} is not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--map-keys {text!r}: expected a JSON object of names")
+    return value
 
 
 def require(condition: bool, message: str) -> None:

@@ -28,6 +28,10 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
 
 
+class BusyError(UserError):
+    """Another process is writing the same output."""
+
+
 class Spool:
     """The folder `{output_prefix}.unfinished`: per output key a file of tokens and one of lengths, the rejected rows,
     and `progress.json`, which says how much of each file belongs to whole blocks.
@@ -43,7 +47,7 @@ class Spool:
         rejected: rows that could not be used; `first_reason` is that of the first.
 
     Raises:
-        UserError: another process is writing the same output.
+        BusyError: another process is writing the same output.
     """
 
     def __init__(self, output_prefix: str, keys: Iterable[str], identity: str) -> None:
@@ -55,7 +59,7 @@ class Spool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{output_prefix}: another process is writing this output; wait for it") from None
+            raise BusyError(f"{output_prefix}: another process is writing this output; wait for it") from None
         names = [f"{key}.{suffix}" for key in self.keys for suffix in ("bin", "lengths")]
         progress = self._read_progress([*names, _REJECTS])
         self.blocks: int = progress["blocks"]

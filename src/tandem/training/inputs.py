@@ -7,10 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import DataSettings, Settings
 from tandem.data.blend import BlendedDataset, blend_sizes, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
+from tandem.data.options import PreprocessOptions, parse_map_keys
+from tandem.data.raw import Wait, is_raw, preprocess_once, wait_for
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.templates import THINKING_MODES, Template, get_template
@@ -61,6 +64,51 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
     sources = train.sources() if isinstance(train, BlendedDataset) else []
     lines = [f"{prefix}: {source}" for prefix, source in zip(prefixes, sources)]
     return Data(train, valid, templates[0], [*lines, *notices])
+
+
+def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait_for) -> Settings:
+    """Raw files in `--data-path` as the prefixes of what they become, preprocessed now unless they were before.
+
+    Args:
+        leader: whether this process may do it; the first of each machine, while the others `wait` for its record.
+
+    Raises:
+        UserError: as preprocessing.
+    """
+    data = settings.data
+    if not any(map(is_raw, data.data_path)):
+        return settings
+    if len(data.json_keys) != 1:
+        raise UserError(f"--json-keys {' '.join(data.json_keys)}: training on raw files reads one field")
+    options = PreprocessOptions(
+        input=("",),
+        output_prefix="",
+        tokenizer_name_or_path=_tokenizer_folder(settings),
+        handler_name=data.handler_name,
+        json_keys=data.json_keys,
+        map_keys=parse_map_keys(data.map_keys),
+        prompt_type=data.prompt_type,
+        enable_thinking=THINKING_MODES[data.enable_thinking or "none"],
+        append_eod=data.append_eod,
+        workers=data.workers,
+    )
+    data_path = tuple(
+        preprocess_once(dataclasses.replace(options, input=(path,)), data.data_cache_path, leader, wait)
+        if is_raw(path)
+        else path
+        for path in data.data_path
+    )
+    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=data_path))
+
+
+def _tokenizer_folder(settings: Settings) -> str:
+    if settings.data.tokenizer_name_or_path:
+        return settings.data.tokenizer_name_or_path
+    source = open_source(settings.checkpoint.load, settings.checkpoint.ckpt_step) if settings.checkpoint.load else None
+    tokenizer = open_tokenizer(settings, source) if source else None
+    if tokenizer is None:
+        raise UserError("raw files as --data-path need --tokenizer-name-or-path, the folder of the tokenizer")
+    return str(tokenizer.folder)
 
 
 def with_epochs(settings: Settings) -> Settings:

@@ -22,7 +22,7 @@ from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, World
-from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
+from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs, with_preprocessed
 from tandem.training.log import StepRecord
 from tandem.training.loggers import step_loggers
 from tandem.training.schedule import Schedule, schedule_from
@@ -52,7 +52,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         UserError: something is missing, contradictory or damaged; nothing has been trained then.
     """
     world = World.from_environment()
-    start = prepare(settings, world.size)
+    start = prepare(settings, world.size, leader=world.local_rank == 0)
     settings, source, grid = start.settings, start.source, start.grid
     communicator = connect(
         start.framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes
@@ -96,14 +96,15 @@ class Start:
     source: TensorSource
 
 
-def prepare(settings: Settings, processes: int) -> Start:
-    """Check the settings against each other, the number of processes and the weights' config.
+def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
+    """Check the settings against each other, the number of processes and the weights' config; raw data are preprocessed
+    by the `leader` of each machine.
 
     Raises:
         UserError: something is missing or contradictory.
     """
     framework = check_framework(settings.training.ai_framework)
-    settings = with_epochs(settings)
+    settings = with_epochs(with_preprocessed(settings, leader))
     settings.check()
     grid = Grid(settings.layout, processes)
     settings.check_grid(grid)

@@ -1,0 +1,96 @@
+"""Raw files where preprocessed ones are wanted: preprocessed once into a cache, found there ever after."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tandem.data.naming import sft_prefix
+from tandem.data.options import PreprocessOptions
+from tandem.data.preprocess import preprocess
+from tandem.data.readers import expand_input
+from tandem.data.record import read_record, record_path, source_entry, template_entry, tokenizer_entry
+from tandem.data.spool import BusyError, fingerprint
+from tandem.data.templates import get_template
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+_WITHOUT_TRACE = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
+_SECONDS_BETWEEN_LOOKS = 0.5
+Wait = Callable[[Path], None]
+
+
+def is_raw(data_path: str) -> bool:
+    """Whether a data path names files to be preprocessed, and not the prefix of files that were."""
+    names = (f"{data_path}.idx", f"{sft_prefix(data_path, 'input_ids')}.idx")
+    if read_record(data_path) is not None or any(map(os.path.exists, names)):
+        return False
+    return os.path.exists(data_path) or bool(glob.glob(data_path, recursive=True))
+
+
+def wait_for(record: Path) -> None:
+    """Return when another process has written `record`. It comes last and its name says what is in it, so looking for
+    it is enough; nothing times out while a slow preprocessing goes on."""
+    while not record.is_file():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool = True, wait: Wait = wait_for) -> str:
+    """Preprocess one raw data path, unless that was done before, into `{cache}/{name}.preprocessed/{key}`.
+
+    The key is a hash of the bytes of all files, of the tokenizer, of the template and of the options, so that whatever
+    differs lies elsewhere, and what is the same is found also on another machine.
+
+    Args:
+        options: `input` is the raw data path; `output_prefix` is not used.
+        cache: folder; None is that of the raw files.
+        leader: whether this process does the work; each machine (or shared disk) needs one. The others wait.
+        wait: called with the record that the leader writes; returns when it is there.
+
+    Returns:
+        What `--data-path` takes.
+
+    Raises:
+        UserError: as `preprocess`, or the cache cannot be written.
+    """
+    (raw,) = options.input
+    name = Path(os.path.abspath(raw)).name.replace("*", "_").replace("?", "_")
+    folder = Path(cache or Path(os.path.abspath(raw)).parent) / f"{name}.preprocessed" / _key(options)
+    options = replace(options, output_prefix=str(folder / "data"))
+    record = record_path(options.output_prefix)
+    if leader and not record.is_file():
+        print(f"> preprocessing {raw} into {folder}", flush=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}; give a folder of yours with --data-cache-path") from None
+        try:
+            preprocess(options)
+        except BusyError:  # another job does it
+            wait(record)
+    elif not leader:
+        wait(record)
+    found = read_record(options.output_prefix)
+    if found is None:
+        raise UserError(f"{record}: the process that preprocesses {raw} did not write it; see its messages")
+    (first, *others) = found[1]["files"].values()
+    return options.output_prefix if others else str(folder / first)  # conversations have several files, text has one
+
+
+def _key(options: PreprocessOptions) -> str:
+    tokenizer = Tokenizer(options.tokenizer_name_or_path)
+    template = None
+    if options.prompt_type is not None:
+        template = template_entry(get_template(options.prompt_type, options.enable_thinking, tokenizer))
+    sources = [source_entry(file) for file in expand_input(options.input)]
+    identity = {
+        "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_TRACE},
+        "tokenizer": tokenizer_entry(tokenizer),
+        "template": template,
+        "sources": [(Path(entry["file"]).name, entry["sha256"]) for entry in sources],
+    }
+    return fingerprint(identity)[:16]

@@ -1,0 +1,121 @@
+"""Raw files as --data-path: preprocessed once, found again, by one process of a machine (C3, C7)."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from tandem.config.settings import Settings
+from tandem.data.indexed import IndexedDataset
+from tandem.data.raw import is_raw, preprocess_once
+from tandem.data.spool import BusyError
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.training.inputs import open_data, with_epochs, with_preprocessed
+from workspace import Workspace
+
+
+def settings_for(workspace: Workspace, raw: object, cache: Path, **values: object) -> Settings:
+    return workspace.settings("torch", data_path=str(raw), data_cache_path=str(cache), **values)
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No preprocessing may happen."""
+    monkeypatch.setattr("tandem.data.raw.preprocess", lambda *_: 1 / 0)
+
+
+def test_raw_text_is_preprocessed_once(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path, append_eod=True)
+    ready = with_preprocessed(raw)
+    assert "preprocessing" in capsys.readouterr().out
+    (prefix,) = ready.data.data_path
+    by_hand = Path(f"{workspace.text}_text_document.bin").read_bytes()
+    assert Path(f"{prefix}.bin").read_bytes() == by_hand
+    assert with_preprocessed(ready) is ready
+    assert len(open_data(ready, Tokenizer(workspace.hf)).train) > 0
+    monkeypatch.setattr("tandem.data.raw.preprocess", lambda *_: 1 / 0)
+    os.utime(workspace.corpus)  # the bytes count, not the time
+    assert with_preprocessed(raw) == ready
+    assert with_preprocessed(raw, leader=False) == ready
+    for change in ({"append_eod": False}, {"tokenizer_name_or_path": str(tmp_path)}):
+        other = dataclasses.replace(raw, data=dataclasses.replace(raw.data, **change))
+        with pytest.raises((ZeroDivisionError, UserError)):
+            with_preprocessed(other)
+
+
+def test_raw_conversations_with_epochs_and_packing(workspace: Workspace, tmp_path: Path) -> None:
+    values = {"instructions": True, "train_iters": None, "epochs": 1, "pack": True, "seq_length": 128}
+    raw = settings_for(workspace, workspace.questions, tmp_path, prompt_type="qwen3", **values)
+    ready = with_epochs(with_preprocessed(raw))
+    assert open_data(ready, Tokenizer(workspace.hf)).template["prompt_type"] == "qwen3"  # type: ignore[index]
+    with pytest.raises(UserError, match="needs prompt_type"):
+        with_preprocessed(settings_for(workspace, workspace.questions, tmp_path, **values))
+
+
+def test_what_is_raw(workspace: Workspace, tmp_path: Path) -> None:
+    assert is_raw(str(workspace.corpus))
+    assert is_raw(str(workspace.root))
+    assert is_raw(f"{workspace.root}/*.jsonl") or is_raw(f"{workspace.root}/*.json")
+    for prefix in (f"{workspace.text}_text_document", str(workspace.instructions), str(tmp_path / "absent"), "0.3"):
+        assert not is_raw(prefix)
+
+
+def test_a_blend_of_raw_and_ready(workspace: Workspace, tmp_path: Path) -> None:
+    data_path = ["0.3", str(workspace.corpus), "0.7", f"{workspace.text}_text_document"]
+    raw = workspace.settings("torch", data_path=data_path, data_cache_path=str(tmp_path))
+    ready = with_preprocessed(raw)
+    assert [ready.data.data_path[i] for i in (0, 2, 3)] == [data_path[i] for i in (0, 2, 3)]
+    assert IndexedDataset(ready.data.data_path[1]).num_documents > 0
+
+
+def test_the_others_wait_for_the_leader(workspace: Workspace, tmp_path: Path) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path)
+    waiting = multiprocessing.get_context("fork").Process(target=with_preprocessed, args=(raw, False))
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive()
+    with_preprocessed(raw)
+    waiting.join(20)
+    assert waiting.exitcode == 0
+
+    with pytest.raises(UserError, match="did not write it"):
+        with_preprocessed(settings_for(workspace, workspace.questions.parent, tmp_path), False, wait=lambda _: None)
+
+
+def test_a_second_job_waits_for_the_first(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path)
+    real = preprocess_once.__globals__["preprocess"]
+
+    def busy(*_: object) -> None:
+        raise BusyError("another process is writing")
+
+    monkeypatch.setattr("tandem.data.raw.preprocess", busy)
+    waited: list[Path] = []
+
+    def first_job_finishes(record: Path) -> None:
+        waited.append(record)
+        monkeypatch.setattr("tandem.data.raw.preprocess", real)
+        with_preprocessed(raw)
+
+    with_preprocessed(raw, wait=first_job_finishes)
+    assert len(waited) == 1
+
+
+def test_errors(workspace: Workspace, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="give a folder of yours with --data-cache-path"):
+        with_preprocessed(settings_for(workspace, workspace.corpus, file))
+    with pytest.raises(UserError, match="--json-keys a b: training on raw files reads one field"):
+        with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, json_keys=["a", "b"]))
+    with pytest.raises(UserError, match="need --tokenizer-name-or-path"):
+        with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, init="random"))
