@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": "Train on instruction data.",
     "export": "Write a trained checkpoint as a Hugging Face folder.",
     "generate": "Ask a model.",
+    "evaluate": "Loss and perplexity of a model on data.",
     "inspect": "Show what a checkpoint holds, and whether it is undamaged.",
     "plan": "Plan memory, traffic and speed of a run; find layouts that fit a number of devices.",
     "quickstart": "Run the whole job on a toy model, on one backend or both.",

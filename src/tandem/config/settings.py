@@ -99,6 +99,8 @@ class DataSettings:
     """End each document of raw files with the end-of-document token."""
     workers: int = 1
     """Processes that tokenise raw files."""
+    valid_data_path: tuple[str, ...] = ()
+    """Validation sets in place of the split's: NAME=PREFIX ..., reported separately, or one PREFIX alone."""
     split: str = "969,30,1"
     """Proportions of train, validation and test."""
     seq_length: int = 4096
@@ -214,8 +216,8 @@ class TrainingSettings:
     """With block: how many layers recompute."""
     eval_interval: int = 1000
     """Steps between evaluations on the validation split."""
-    eval_iters: int = 100
-    """Global batches of one evaluation, at most the whole split; 0 turns evaluation off."""
+    eval_iters: int | Literal["full"] = 100
+    """Global batches of one evaluation, at most the whole set; full takes all of it, and 0 turns evaluation off."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,17 @@ from tandem.data.sft_dataset import SFTDataset
 from tandem.data.templates import THINKING_MODES, Template, get_template
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.trainer import Dataset
+from tandem.training.evaluation import Dataset
+from tandem.training.log import VALIDATION
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation sets (None when there is no evaluation), the template that the data's record names
+    """Training set, validation sets by name (none when nothing is evaluated), the template that the data's record names
     (None for plain text, or without a record), and what the user should be told."""
 
     train: Dataset
-    valid: Dataset | None
+    valid: dict[str, Dataset]
     template: dict[str, Any] | None
     notices: list[str]
 
@@ -49,7 +51,8 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
     """
     training = settings.training
     prefixes, _ = parse_blend(settings.data.data_path)
-    checks = [_check(prefix, settings, tokenizer) for prefix in prefixes]
+    named = named_sets(settings.data.valid_data_path)
+    checks = [check_data(prefix, settings, tokenizer) for prefix in [*prefixes, *named.values()]]
     templates = [template for _, template in checks]
     if any(template != templates[0] for template in templates):
         raise UserError(
@@ -57,9 +60,11 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
             f"preprocess all with the same --prompt-type and --enable-thinking"
         )
     train = _dataset(settings, tokenizer, "train", settings.total_samples)
-    valid = None
+    valid: dict[str, Dataset] = {}
     if training.eval_iters and training.eval_interval <= settings.total_iters:
-        valid = _dataset(settings, tokenizer, "valid", None)
+        valid = {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()} or {
+            VALIDATION: _dataset(settings, tokenizer, "valid", None)
+        }
     notices = [notice for notices, _ in checks for notice in notices]
     sources = train.sources() if isinstance(train, BlendedDataset) else []
     lines = [f"{prefix}: {source}" for prefix, source in zip(prefixes, sources)]
@@ -111,6 +116,31 @@ def _tokenizer_folder(settings: Settings) -> str:
     return str(tokenizer.folder)
 
 
+def named_sets(paths: Sequence[str]) -> dict[str, str]:
+    """Prefixes by name, from words NAME=PREFIX; a single PREFIX alone has the name of the split's own set.
+
+    Raises:
+        UserError: a name is missing or given twice.
+    """
+    if len(paths) == 1 and "=" not in paths[0]:
+        return {VALIDATION: paths[0]}
+    found: dict[str, str] = {}
+    for word in paths:
+        name, equals, prefix = word.partition("=")
+        if not equals or not name or not prefix:
+            raise UserError(f"--valid-data-path {word}: expected NAME=PREFIX, or one PREFIX alone")
+        if name in found:
+            raise UserError(f"--valid-data-path: two sets have the name {name!r}")
+        found[name] = prefix
+    return found
+
+
+def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> Dataset:
+    """All samples of a prefix once, as a validation set."""
+    whole = dataclasses.replace(settings, data=dataclasses.replace(settings.data, split="0,1,0"))
+    return _single(whole, tokenizer, prefix, "valid", None)
+
+
 def with_epochs(settings: Settings) -> Settings:
     """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
 
@@ -149,7 +179,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _check(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
+def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
     """Notices, and the template that the record names."""
     data = settings.data
     if tokenizer is None:
@@ -223,4 +253,5 @@ def _single(
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
+        drop_last_partial_sequence=not (name == "valid" and settings.training.eval_iters == "full"),
     )

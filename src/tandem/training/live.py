@@ -13,8 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tandem.training.log import StepRecord
-from tandem.training.scalars import perplexity
+from tandem.training.log import StepRecord, perplexity
 
 BARS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # steps whose mean gives speed and the time left

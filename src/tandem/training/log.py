@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 Print = Callable[[str], None]
+VALIDATION = "validation"  # the name of the validation set, when there is only the split's
 print_now: Print = partial(print, flush=True)  # a log file read while the run goes on must not lag
 
 
@@ -54,6 +56,11 @@ class StepRecord:
         return self.tflops_per_device * 1e12 / self.peak_flops if self.peak_flops else None
 
 
+def perplexity(loss: float) -> float:
+    """Of a mean loss; bounded as Megatron's is, e^20."""
+    return math.exp(min(20.0, loss))
+
+
 class IterationLog:
     """Gathers steps and prints one line every `interval`."""
 
@@ -88,3 +95,13 @@ class IterationLog:
         line += " number of skipped iterations:   0 |"
         line += " number of nan iterations:   0 |"
         return line
+
+
+def evaluation_line(iteration: int, name: str, loss: float) -> str:
+    """Megatron's lines after an evaluation; a set other than the split's own is named."""
+    on = "" if name == VALIDATION else f" on {name}"
+    line = (
+        f" validation loss at iteration {iteration}{on} | lm loss value: {loss:.6E} | "
+        f"lm loss PPL: {perplexity(loss):.6E} | "
+    )
+    return "\n".join(["-" * len(line), line, "-" * len(line)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from tandem.training.log import StepRecord
+from tandem.training.log import VALIDATION, StepRecord, perplexity
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
@@ -27,12 +25,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "epoch": record.epoch,
     }
     for name, loss in record.validation.items():
-        tag = "lm loss validation" if name == "validation" else f"lm loss validation {name}"
+        tag = "lm loss validation" if name == VALIDATION else f"lm loss validation {name}"
         values[tag] = loss
         values[f"{tag} ppl"] = perplexity(loss)
     return {tag: float(value) for tag, value in values.items() if value is not None}
-
-
-def perplexity(loss: float) -> float:
-    """Of a mean loss; bounded as Megatron's is, e^20."""
-    return math.exp(min(20.0, loss))

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from tandem.backends.interface import Engine
 from tandem.config.settings import Settings
-from tandem.data.batch import MicroBatch, Sample, collate
+from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, SingleProcess
 from tandem.planning.hardware import peak_flops
-from tandem.training.log import IterationLog, StepRecord
-from tandem.training.scalars import perplexity
+from tandem.training.evaluation import Dataset, Share, evaluate
+from tandem.training.log import IterationLog, StepRecord, evaluation_line
 from tandem.training.schedule import Schedule
-
-
-class Dataset(Protocol):
-    """Samples in training order: sample `i` is the `i`-th that the run consumes, so that any position is at hand."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def describe(self) -> dict[str, int]: ...
 
 
 @dataclass
@@ -54,7 +43,7 @@ class Trainer:
         settings: Settings,
         schedule: Schedule,
         train_data: Dataset,
-        valid_data: Dataset | None,
+        valid_data: Mapping[str, Dataset],
         progress: Progress,
         grid: Grid | None = None,
         communicator: Communicator | None = None,
@@ -66,7 +55,8 @@ class Trainer:
         self.progress = progress
         self.grid, self.communicator = grid or Grid(), communicator or SingleProcess()
         self.is_first_rank = self.communicator.world.rank == 0
-        self._data_rank = self.grid.place(self.communicator.world.rank).data
+        data_rank = self.grid.place(self.communicator.world.rank).data
+        self._share = Share(settings.training.micro_batch_size, self.grid.data_size, data_rank)
         self.train_iters = settings.total_iters
         self._save, self._on_step = save, on_step
         self._batch_sizes = settings.batch_sizes
@@ -107,7 +97,7 @@ class Trainer:
         batch = self._batch_sizes.at(progress.consumed_train_samples)
         lr = self.schedule.lr(progress.consumed_train_samples)
         weight_decay = self.schedule.weight_decay(progress.consumed_train_samples)
-        micro_batches = list(self._micro_batches(self.train_data, progress.consumed_train_samples, batch))
+        micro_batches = list(self._share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
         result = self.engine.train_step(micro_batches, lr, weight_decay)
         if not result.applied:
             raise UserError(
@@ -145,37 +135,19 @@ class Trainer:
         ranks = self.grid.group("data", self.grid.place(0))  # the other ranks of a model have the same samples
         return sum(found[rank][0] for rank in ranks), sum(found[rank][1] for rank in ranks)
 
-    def evaluate(self, dataset: Dataset) -> float:
-        """Token-weighted mean loss over the first `eval_iters` global batches, at most the whole set."""
-        count = min(len(dataset), self.settings.training.eval_iters * self.settings.global_batch_size)
-        total, tokens = 0.0, 0
-        for first in range(0, count, self.settings.global_batch_size):
-            batch = min(self.settings.global_batch_size, count - first)
-            loss, trained = self.engine.evaluate(list(self._micro_batches(dataset, first, batch)))
-            total, tokens = total + loss, tokens + trained
-        if not tokens:
-            raise UserError(f"the validation set has no trained token in its first {count} samples")
-        return total / tokens
-
-    def _micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
-        """This data rank's share of `count` samples: every n-th micro-batch, as Megatron deals them."""
-        size, step = self.settings.training.micro_batch_size, self.grid.data_size
-        for first in range(start + self._data_rank * size, start + count, step * size):
-            yield collate([dataset[index] for index in range(first, min(first + size, start + count))])
-
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
     def _evaluate_and_print(self) -> dict[str, float]:
-        if not self.valid_data or self.settings.training.eval_iters == 0:
-            return {}
-        loss = self.evaluate(self.valid_data)
-        line = (
-            f" validation loss at iteration {self.progress.iteration} | lm loss value: {loss:.6E} | "
-            f"lm loss PPL: {perplexity(loss):.6E} | "
-        )
-        self._print("\n".join(["-" * len(line), line, "-" * len(line)]))
-        return {"validation": loss}
+        """Mean loss of each validation set."""
+        training = self.settings.training
+        batches = None if training.eval_iters == "full" else training.eval_iters
+        losses = {}
+        for name, dataset in self.valid_data.items():
+            found = evaluate(self.engine, dataset, name, self._share, self.settings.global_batch_size, batches)
+            losses[name] = found.loss
+            self._print(evaluation_line(self.progress.iteration, name, found.loss))
+        return losses
 
     def _print(self, text: str) -> None:
         if self.is_first_rank:

@@ -1,0 +1,55 @@
+"""`tandem evaluate`: the loss and perplexity of weights on data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tandem.config.settings import Settings
+from tandem.config.sources import parse_settings
+from tandem.parallel.world import World
+from tandem.training.evaluate_weights import evaluate_weights
+from tandem.training.evaluation import Evaluation
+
+DESCRIPTION = (
+    "tandem evaluate CHECKPOINT DATA... [OPTIONS]: loss, perplexity and tokens of a checkpoint or a Hugging Face "
+    "folder on data that `tandem preprocess` made. DATA is PREFIX, or NAME=PREFIX for several sets. Whole sets are "
+    "taken; --eval-iters takes less. Runs at any layout under torchrun or msrun."
+)
+WIDTH = 100  # of the table where there is no terminal
+
+
+def run(argv: Sequence[str]) -> None:
+    words = list(argv)
+    places = []
+    while words and not words[0].startswith("-"):
+        places.append(words.pop(0))
+    settings, notices = parse_settings("evaluate", DESCRIPTION, ["--eval-iters", "full", *words])
+    found, more = evaluate_weights(with_places(settings, places))
+    if World.from_environment().rank == 0:
+        for notice in [*notices, *more]:
+            print(f"> {notice}")
+        print_table(found)
+
+
+def with_places(settings: Settings, places: Sequence[str]) -> Settings:
+    """The words before the first flag: the checkpoint, then the data."""
+    data, checkpoint = settings.data, settings.checkpoint
+    if places:
+        checkpoint = dataclasses.replace(checkpoint, load=places[0])
+    if places[1:]:
+        data = dataclasses.replace(data, valid_data_path=tuple(places[1:]))
+    return dataclasses.replace(settings, data=data, checkpoint=checkpoint)
+
+
+def print_table(found: dict[str, Evaluation]) -> None:
+    table = Table()
+    table.add_column("set")
+    for column in ("loss", "perplexity", "tokens"):
+        table.add_column(column, justify="right")
+    for name, result in found.items():
+        table.add_row(name, f"{result.loss:.6f}", f"{result.perplexity:.4f}", f"{result.tokens:,}")
+    Console(width=None if Console().is_terminal else WIDTH).print(table)

@@ -1,0 +1,68 @@
+"""The loss on data that is not trained: a mean over tokens, whatever the layout and the batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from tandem.backends.interface import Engine
+from tandem.data.batch import MicroBatch, Sample, collate
+from tandem.errors import UserError
+from tandem.training.log import perplexity
+
+
+class Dataset(Protocol):
+    """Samples in training order: sample `i` is the `i`-th that the run consumes, so that any position is at hand."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def describe(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one data rank takes of every batch: each n-th micro-batch, as Megatron deals them."""
+
+    micro_batch_size: int
+    data_size: int = 1
+    data_rank: int = 0
+
+    def micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
+        """Of the samples from `start`, `count` in all; the last micro-batch may be smaller."""
+        size = self.micro_batch_size
+        for first in range(start + self.data_rank * size, start + count, self.data_size * size):
+            yield collate([dataset[index] for index in range(first, min(first + size, start + count))])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` is the mean over the `tokens` that count."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+
+def evaluate(
+    engine: Engine, dataset: Dataset, name: str, share: Share, batch_size: int, batches: int | None
+) -> Evaluation:
+    """Sum over the first `batches` batches (None: the whole set), at most the whole set. Collective.
+
+    Raises:
+        UserError: none of these tokens counts; `name` says of which set.
+    """
+    count = len(dataset) if batches is None else min(len(dataset), batches * batch_size)
+    total, tokens = 0.0, 0
+    for first in range(0, count, batch_size):
+        micro_batches = list(share.micro_batches(dataset, first, min(batch_size, count - first)))
+        loss, trained = engine.evaluate(micro_batches)
+        total, tokens = total + loss, tokens + trained
+    if not tokens:
+        raise UserError(f"{name}: no token of its first {count} samples is trained, so there is no loss to report")
+    return Evaluation(total / tokens, tokens)
