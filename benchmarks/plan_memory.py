@@ -23,11 +23,13 @@ import turns
 
 from tandem.models.config import ModelConfig
 from tandem.models.qwen3 import qwen3_config
+from tandem.parallel.grid import Grid
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
 from tandem.planning.memory import peak_memory
 
 MIB = 2**20
+STEPS = 2
 VOCABULARY = 16384  # so that the state leaves room for activations in 3 GB
 SMALLEST = dataclasses.replace(
     qwen3_config("0.6B"), num_layers=1, hidden_size=64, ffn_hidden_size=64, num_attention_heads=8, vocab_size=64
@@ -76,19 +78,27 @@ def job_of(case: tuple[int, ...], framework: str) -> Job:
 
 def measure(job: Job) -> float:
     """Bytes above the floor, in this process."""
-    train(dataclasses.replace(job, config=SMALLEST, seq_length=16, recompute_layers=0), reset=False)
+    train(dataclasses.replace(job, config=SMALLEST, seq_length=16, recompute_layers=0), Grid(), 0, reset=False)
     floor = turns.resident()
-    train(job, reset=True)
+    train(job, Grid(), 0, reset=True)
     return turns.peak() - floor
 
 
-def train(job: Job, reset: bool) -> None:
+def train(job: Job, grid: Grid, rank: int, *, reset: bool) -> None:
+    """Some steps of one rank. `reset`: the peak begins when the weights are there."""
     from tandem.backends import create_engine
     from tandem.backends.interface import EngineSettings
     from tandem.checkpoints.random_init import RandomSource
     from tandem.data.batch import Sample, collate
 
-    settings = EngineSettings(device="cpu", recompute_layers=job.recompute_layers)
+    settings = EngineSettings(
+        device="cpu",
+        recompute_layers=job.recompute_layers,
+        grid=grid,
+        rank=rank,
+        sequence_parallel=job.sequence_parallel,
+        use_distributed_optimizer=job.use_distributed_optimizer,
+    )
     engine = create_engine(job.ai_framework, job.config, settings)
     engine.load_weights(RandomSource(job.config, 0))
     if reset:
@@ -96,14 +106,18 @@ def train(job: Job, reset: bool) -> None:
     tokens = np.arange(job.seq_length, dtype=np.int32)
     words = tokens % job.config.vocab_size
     samples = [Sample(words, words, tokens, (job.seq_length,))] * job.micro_batch_size
-    for _ in range(2):
+    for _ in range(STEPS):
         engine.train_step([collate(samples)] * job.micro_batches, 1e-4, 0.1)
 
 
+def allocator(live: bool) -> dict[str, str]:
+    """The environment in which resident memory is live memory."""
+    return {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if live else {}
+
+
 def in_child(case: tuple[int, ...], framework: str, live: bool) -> float:
-    limits = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if live else {}
     command = [sys.executable, __file__, "--framework", framework, "--case", json.dumps(case)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | limits)
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | allocator(live))
     return float(child.stdout.splitlines()[-1])
 
 

@@ -9,6 +9,8 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.parallel.layout import Layout, Stages
 
+INTERLEAVING = ("torch",)  # backends that run interleaved stages
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -86,6 +88,8 @@ class Job:
                 f"seq_length {self.seq_length} is above the model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}"
             )
+        if self.chunks > 1 and self.ai_framework not in INTERLEAVING:
+            raise UserError(f"interleaved stages run on {' or '.join(INTERLEAVING)} only, not on {self.ai_framework}")
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:
             raise UserError(
                 f"interleaved stages need a multiple of pipeline_model_parallel_size {self.pipeline_size} "

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from tandem.models.config import ModelConfig
 from tandem.parallel.layout import Layout, even_rows, shards
+from tandem.parallel.pipeline import one_forward_one_backward
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
 
@@ -99,16 +101,16 @@ def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
 
 
 def _in_flight(job: Job, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at most, before its first backward pass.
+    """Micro-batches whose activations a stage holds at most; parts of one where stages are interleaved."""
+    # Once a pipeline is full, more micro-batches change nothing.
+    micro_batches = min(job.micro_batches, 2 * job.pipeline_size)
+    return _chunks_in_flight(stage, job.pipeline_size, job.chunks, micro_batches) / job.chunks
 
-    1F1B: one for each stage from here on ("Efficient Large-Scale Language Model Training on GPU Clusters Using
-    Megatron-LM", arXiv 2104.04473, 2.2.1). Interleaved: Megatron-core's number of warm-up chunks, and one.
-    """
-    after = job.pipeline_size - stage - 1
-    if job.chunks == 1:
-        return min(after + 1, job.micro_batches)
-    chunks = 2 * after + (job.chunks - 1) * job.pipeline_size + 1
-    return min(chunks, job.micro_batches * job.chunks) / job.chunks
+
+@lru_cache(maxsize=4096)
+def _chunks_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> int:
+    steps = one_forward_one_backward(stage, stages, chunks, micro_batches)
+    return max(accumulate(1 if step.forward else -1 for step in steps))
 
 
 def _kept(job: Job, layers: int) -> float:

@@ -15,7 +15,6 @@ from tandem.planning.speed import Speed, estimate
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 CHUNKS = (2, 4)  # virtual stages of an interleaved pipeline stage
-INTERLEAVING = ("torch",)  # backends that run interleaved stages
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _layouts(base: Job, tensor_size: int, pipeline_size: int) -> Iterator[Layout
         yield dataclasses.replace(plain, num_layer_list=_uneven(layers, rest, pipeline_size))
         return
     yield plain
-    if base.ai_framework in INTERLEAVING and pipeline_size > 1:
+    if pipeline_size > 1:
         for chunks in CHUNKS:
             if layers % chunks == 0:
                 yield dataclasses.replace(plain, num_layers_per_virtual_pipeline_stage=layers // chunks)

@@ -47,14 +47,15 @@ def _tensor(job: Job, stage: int) -> float:
 
 def _pipeline(job: Job, stage: int) -> float:
     """Outputs to the next stage and gradients to the one before; and a tied embedding's gradient, summed over the two
-    stages that hold it."""
+    stages that hold it, of the rows that a data rank updates."""
     if job.pipeline_size == 1:
         return 0.0
     is_first, is_last = stage == 0, stage == job.pipeline_size - 1
     sends = job.micro_batches * (2 * job.chunks - is_first - is_last)
     sent = sends * job.tokens * job.config.hidden_size * job.element_bytes / job.sequence_split
     if job.config.tied and (is_first or is_last):
-        sent += 4 * job.config.vocab_size * job.config.hidden_size / job.tensor_size
+        rows = job.tensor_size * (job.data_parallel_size if job.use_distributed_optimizer else 1)
+        sent += 4 * job.config.vocab_size * job.config.hidden_size / rows
     return sent
 
 
