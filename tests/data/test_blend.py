@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tandem.data.blend import BlendedDataset, blend_indices, blend_sizes, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
@@ -19,21 +21,44 @@ WEIGHTS = [0.3, 0.7]
 @pytest.mark.parametrize("split_name", SPLIT_NAMES)
 def test_blend_equals_megatrons(split_name: str, shared_data: Path) -> None:
     golden = shared_data / "golden/gpt_dataset"
-    settings = json.loads((golden / "blend_weights.json").read_text())
+    facts = json.loads((golden / "blend_weights.json").read_text())
     arrays = np.load(golden / "blend_weights.npz")
-    wanted = settings["sizes"][SPLIT_NAMES.index(split_name)]
+    wanted = facts["sizes"][SPLIT_NAMES.index(split_name)]
     sizes, _ = blend_sizes(WEIGHTS, wanted)
     datasets = [
-        GPTDataset(golden / f"{name}_text_document", split_name, settings["split"], size, settings["seq"], 1234)
+        GPTDataset(golden / f"{name}_text_document", split_name, facts["split"], size, facts["seq"], 1234)
         for name, size in zip(("small200", "small120"), sizes)
     ]
     blend = BlendedDataset(datasets, WEIGHTS, wanted)
-    assert len(blend) == settings[split_name]["len"]
+    assert len(blend) == facts[split_name]["len"]
     np.testing.assert_array_equal(blend.dataset_index, arrays[f"{split_name}_dataset_index"])
     np.testing.assert_array_equal(blend.dataset_sample_index, arrays[f"{split_name}_dataset_sample_index"])
-    for row, i in enumerate(settings[split_name]["sample_ids"]):
+    for row, i in enumerate(facts[split_name]["sample_ids"]):
         np.testing.assert_array_equal(blend[i].tokens, arrays[f"{split_name}_tokens"][row])
         np.testing.assert_array_equal(blend[i].labels, arrays[f"{split_name}_labels"][row])
+
+
+def one_by_one(weights: list[float], size: int) -> list[int]:
+    shares = [weight / sum(weights) for weight in weights]
+    counts, chosen = [0] * len(shares), []
+    for i in range(size):
+        lags = [share * max(i, 1) - count for share, count in zip(shares, counts)]
+        chosen.append(lags.index(max(lags)))
+        counts[chosen[-1]] += 1
+    return chosen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.one_of(st.floats(1e-6, 1), st.sampled_from([0.1, 0.25, 0.5, 1.0])), min_size=1, max_size=6),
+    size=st.integers(1, 3000),
+)
+def test_side_by_side_equals_one_by_one(weights: list[float], size: int) -> None:
+    dataset_index, sample_index = blend_indices(weights, size)
+    assert dataset_index.tolist() == one_by_one(weights, size)
+    for dataset in range(len(weights)):
+        mine = sample_index[dataset_index == dataset]
+        assert mine.tolist() == list(range(len(mine)))
 
 
 def test_c8_extreme_weights_and_tiny_sets() -> None:
