@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.data.blend import BlendedDataset, blend_indices, blend_sizes, parse_blend
+from tandem.data.blend import (
+    BlendedDataset,
+    ChainedDataset,
+    Segment,
+    blend_indices,
+    blend_sizes,
+    parse_blend,
+    segment_indices,
+)
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.sample_index import SPLIT_NAMES
 from tandem.errors import UserError
@@ -24,12 +32,12 @@ def test_blend_equals_megatrons(split_name: str, shared_data: Path) -> None:
     facts = json.loads((golden / "blend_weights.json").read_text())
     arrays = np.load(golden / "blend_weights.npz")
     wanted = facts["sizes"][SPLIT_NAMES.index(split_name)]
-    sizes, _ = blend_sizes(WEIGHTS, wanted)
+    sizes, length = blend_sizes(WEIGHTS, wanted)
     datasets = [
         GPTDataset(golden / f"{name}_text_document", split_name, facts["split"], size, facts["seq"], 1234)
         for name, size in zip(("small200", "small120"), sizes)
     ]
-    blend = BlendedDataset(datasets, WEIGHTS, wanted)
+    blend = BlendedDataset(datasets, [Segment(0, tuple(WEIGHTS))], length)
     assert len(blend) == facts[split_name]["len"]
     np.testing.assert_array_equal(blend.dataset_index, arrays[f"{split_name}_dataset_index"])
     np.testing.assert_array_equal(blend.dataset_sample_index, arrays[f"{split_name}_dataset_sample_index"])
@@ -66,10 +74,26 @@ def test_c8_extreme_weights_and_tiny_sets() -> None:
     assert np.bincount(dataset_index).tolist() == [2, 1998]
     assert sample_index[dataset_index == 1].tolist() == list(range(1998))
     with pytest.raises(UserError, match="dataset 0 of the blend has 0 samples, but its share is 1"):
-        BlendedDataset([[], [1, 2]], [0.5, 0.5], 2)  # type: ignore[list-item]
+        BlendedDataset([[], [1, 2]], [Segment(0, (0.5, 0.5))], 2)  # type: ignore[list-item]
     for weights in ([], [0.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0]):
         with pytest.raises(UserError, match="expected positive numbers"):
             blend_indices(weights, 1)
+
+
+def test_c8_each_segment_goes_on_where_a_dataset_was_left() -> None:
+    segments = [Segment(0, (0.5, 0.5, 0.0)), Segment(10, (0.9, 0.0, 0.1)), Segment(40, (0.2, 0.8, 0.0))]
+    which, within = segment_indices(segments, 100)
+    for dataset in range(3):
+        mine = within[which == dataset]
+        assert mine.tolist() == list(range(len(mine)))
+    assert np.bincount(which[:10]).tolist() == [5, 5]
+    assert np.bincount(which[10:40]).tolist() == [27, 0, 3]
+    assert np.bincount(which[40:]).tolist() == [12, 48]
+
+
+def test_chained_datasets() -> None:
+    chain = ChainedDataset([[1, 2], [], [3]])  # type: ignore[list-item]
+    assert [chain[i] for i in range(len(chain))] == [1, 2, 3]
 
 
 def test_data_path_is_one_prefix_several_or_weights_and_prefixes() -> None:

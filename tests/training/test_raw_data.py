@@ -15,7 +15,8 @@ from tandem.data.raw import is_raw, preprocess_once
 from tandem.data.spool import BusyError
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.inputs import open_data, with_epochs, with_preprocessed
+from tandem.training.inputs import open_data, with_epochs
+from tandem.training.raw_data import with_preprocessed
 from workspace import Workspace
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -99,44 +100,96 @@ def _rounded(totals: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return whole + (rank < (totals - whole.sum(axis=1))[:, None])
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A part of a run in which the weights stay as they are: from sample `begin` on, a weight per dataset, 0 for one
+    that is not taken from."""
+
+    begin: int
+    weights: tuple[float, ...]
+
+
+def segment_indices(segments: Sequence[Segment], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `blend_indices`, over segments of which each goes on in every dataset where those before it stopped."""
+    dataset_index, dataset_sample_index = np.empty(size, np.int16), np.empty(size, np.int64)
+    cursors = np.zeros(len(segments[0].weights), np.int64)
+    ends = [*(segment.begin for segment in segments[1:]), size]
+    for segment, end in zip(segments, ends):
+        part = slice(segment.begin, end)
+        taken_from = np.flatnonzero(segment.weights)
+        which, within = blend_indices([segment.weights[i] for i in taken_from], end - segment.begin)
+        dataset_index[part] = taken_from[which]
+        dataset_sample_index[part] = within + cursors[taken_from[which]]
+        cursors += np.bincount(dataset_index[part], minlength=len(cursors))
+    return dataset_index, dataset_sample_index
+
+
 class BlendedDataset:
-    """Datasets mixed by weight; each must be built for its part of `blend_sizes`.
+    """Datasets mixed by weight, `size` samples in all.
+
+    Args:
+        datasets: each as long as its part of the blend; None for one that the last segment does not take from.
 
     Raises:
         UserError: a dataset is shorter than its share.
     """
 
-    def __init__(self, datasets: Sequence[Samples], weights: Sequence[float], num_samples: int) -> None:
-        if len(datasets) != len(weights):
-            raise UserError(f"{len(datasets)} datasets and {len(weights)} weights; expected one weight per dataset")
+    def __init__(self, datasets: Sequence[Samples | None], segments: Sequence[Segment], size: int) -> None:
+        assert all(len(segment.weights) == len(datasets) for segment in segments)
         self.datasets = list(datasets)
-        self.weights = normalized(weights)
-        _, size = blend_sizes(weights, num_samples)
-        self.dataset_index, self.dataset_sample_index = blend_indices(weights, size)
-        needed = np.bincount(self.dataset_index, minlength=len(datasets)).tolist()
-        for number, (dataset, count) in enumerate(zip(datasets, needed)):
-            if len(dataset) < count:
+        self.weights = segments[-1].weights
+        self.dataset_index, self.dataset_sample_index = segment_indices(segments, size)
+        for number, (dataset, count) in enumerate(zip(datasets, self.counts())):
+            if dataset is not None and len(dataset) < count:
                 raise UserError(f"dataset {number} of the blend has {len(dataset)} samples, but its share is {count}")
 
     def __len__(self) -> int:
         return len(self.dataset_index)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.datasets[int(self.dataset_index[i])][int(self.dataset_sample_index[i])]
+        dataset = self.datasets[int(self.dataset_index[i])]
+        assert dataset is not None
+        return dataset[int(self.dataset_sample_index[i])]
+
+    def counts(self) -> list[int]:
+        """Samples taken of each dataset."""
+        return list(np.bincount(self.dataset_index, minlength=len(self.datasets)).tolist())
 
     def describe(self) -> dict[str, int]:
         """Counts for a start banner; those of an epoch are sums over the datasets."""
-        parts = [dataset.describe() for dataset in self.datasets]
+        parts = [dataset.describe() for dataset in self.datasets if dataset is not None]
         counts = {name: sum(part[name] for part in parts) for name in ("sequences", "tokens", "samples_per_epoch")}
         return {**counts, "samples": len(self)}
 
     def sources(self) -> list[str]:
         """For each dataset its weight, its size, and how often the blend goes through it (C8)."""
         lines = []
-        for number, (dataset, weight) in enumerate(zip(self.datasets, self.weights)):
-            counts, used = dataset.describe(), int(np.count_nonzero(self.dataset_index == number))
+        for dataset, weight, used in zip(self.datasets, self.weights, self.counts()):
+            if dataset is None:
+                lines.append(f"no longer taken from, {used:,} used")
+                continue
+            counts = dataset.describe()
             lines.append(
                 f"weight {weight:.4g}, {counts['tokens']:,} tokens, {counts['samples_per_epoch']:,} samples per epoch, "
                 f"{used:,} used ({used / max(1, counts['samples_per_epoch']):.2f} epochs)"
             )
         return lines
+
+
+class ChainedDataset:
+    """Datasets of the same files, one after the other: what a run goes on with beyond what it was first built for."""
+
+    def __init__(self, parts: Sequence[Samples]) -> None:
+        self.parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> Sample:
+        part = int(np.searchsorted(self._ends, i, side="right"))
+        return self.parts[part][i - int(self._ends[part]) + len(self.parts[part])]
+
+    def describe(self) -> dict[str, int]:
+        """Counts for a start banner."""
+        return {**self.parts[0].describe(), "samples": len(self)}

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import DataSettings, Settings
-from tandem.data.blend import BlendedDataset, blend_sizes, parse_blend
+from tandem.data.blend import BlendedDataset, Segment, blend_sizes, normalized, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
-from tandem.data.options import PreprocessOptions, parse_map_keys
-from tandem.data.raw import Wait, is_raw, preprocess_once, wait_for
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.templates import THINKING_MODES, Template, get_template
@@ -22,17 +19,24 @@ from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.evaluation import Dataset
 from tandem.training.log import VALIDATION
+from tandem.training.mixture import Mixture
+from tandem.training.state import TrainerState
+
+# Of `data_identity`: what each dataset's own order depends on, beside the seed. Where it changed, a new order begins.
+_ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack")
 
 
 @dataclass(frozen=True)
 class Data:
     """Training set, validation sets by name (none when nothing is evaluated), the template that the data's record names
-    (None for plain text, or without a record), and what the user should be told."""
+    (None for plain text, or without a record), what the user should be told, and what the order of the samples is a
+    function of, to be kept in checkpoints."""
 
     train: Dataset
     valid: dict[str, Dataset]
     template: dict[str, Any] | None
     notices: list[str]
+    identity: dict[str, Any]
 
 
 def open_tokenizer(settings: Settings, source: TensorSource) -> Tokenizer | None:
@@ -43,8 +47,8 @@ def open_tokenizer(settings: Settings, source: TensorSource) -> Tokenizer | None
     return Tokenizer(beside[0].parent) if beside else None
 
 
-def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
-    """Open the datasets and compare their record with the run.
+def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None = None) -> Data:
+    """Open the datasets and compare their record with the run, which goes on from `resumed` if given.
 
     Raises:
         UserError: files are missing, or their record names another tokenizer, template or length.
@@ -59,61 +63,18 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None) -> Data:
             f"--data-path {' '.join(settings.data.data_path)}: the records name different templates: {templates}; "
             f"preprocess all with the same --prompt-type and --enable-thinking"
         )
-    train = _dataset(settings, tokenizer, "train", settings.total_samples)
+    train, mixture = _training(settings, tokenizer, resumed)
     valid: dict[str, Dataset] = {}
     if training.eval_iters and training.eval_interval <= settings.total_iters:
         valid = {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()} or {
-            VALIDATION: _dataset(settings, tokenizer, "valid", None)
+            VALIDATION: _validation(settings, tokenizer)
         }
     notices = [notice for notices, _ in checks for notice in notices]
     sources = train.sources() if isinstance(train, BlendedDataset) else []
-    lines = [f"{prefix}: {source}" for prefix, source in zip(prefixes, sources)]
-    return Data(train, valid, templates[0], [*lines, *notices])
-
-
-def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait_for) -> Settings:
-    """Raw files in `--data-path` as the prefixes of what they become, preprocessed now unless they were before.
-
-    Args:
-        leader: whether this process may do it; the first of each machine, while the others `wait` for its record.
-
-    Raises:
-        UserError: as preprocessing.
-    """
-    data = settings.data
-    if not any(map(is_raw, data.data_path)):
-        return settings
-    if len(data.json_keys) != 1:
-        raise UserError(f"--json-keys {' '.join(data.json_keys)}: training on raw files reads one field")
-    options = PreprocessOptions(
-        input=("",),
-        output_prefix="",
-        tokenizer_name_or_path=_tokenizer_folder(settings),
-        handler_name=data.handler_name,
-        json_keys=data.json_keys,
-        map_keys=parse_map_keys(data.map_keys),
-        prompt_type=data.prompt_type,
-        enable_thinking=THINKING_MODES[data.enable_thinking or "none"],
-        append_eod=data.append_eod,
-        workers=data.workers,
+    lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, sources)]
+    return Data(
+        train, valid, templates[0], [*lines, *notices], {**data_identity(settings), "mixture": mixture.to_dict()}
     )
-    data_path = tuple(
-        preprocess_once(dataclasses.replace(options, input=(path,)), data.data_cache_path, leader, wait)
-        if is_raw(path)
-        else path
-        for path in data.data_path
-    )
-    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=data_path))
-
-
-def _tokenizer_folder(settings: Settings) -> str:
-    if settings.data.tokenizer_name_or_path:
-        return settings.data.tokenizer_name_or_path
-    source = open_source(settings.checkpoint.load, settings.checkpoint.ckpt_step) if settings.checkpoint.load else None
-    tokenizer = open_tokenizer(settings, source) if source else None
-    if tokenizer is None:
-        raise UserError("raw files as --data-path need --tokenizer-name-or-path, the folder of the tokenizer")
-    return str(tokenizer.folder)
 
 
 def named_sets(paths: Sequence[str]) -> dict[str, str]:
@@ -210,23 +171,53 @@ def _is_packed(prefix: str) -> bool:
     return found is not None and bool(found[1]["options"]["pack"])
 
 
-def _dataset(settings: Settings, tokenizer: Tokenizer | None, name: str, samples: int | None) -> Dataset:
-    """The dataset of a split, or the blend of several; `samples` None is one epoch of each."""
+def _validation(settings: Settings, tokenizer: Tokenizer | None) -> Dataset:
+    """One epoch of the validation split of each prefix, mixed as the training data are."""
     prefixes, weights = parse_blend(settings.data.data_path)
-    if len(prefixes) == 1:
-        return _single(settings, tokenizer, prefixes[0], name, samples)
-    epochs = [len(_single(settings, tokenizer, prefix, name, None)) for prefix in prefixes]
+    parts = [_single(settings, tokenizer, prefix, "valid", None) for prefix in prefixes]
+    if len(parts) == 1:
+        return parts[0]
+    epochs = [len(part) for part in parts]
     weights = weights or [float(epoch) for epoch in epochs]
-    samples = sum(epochs) if samples is None else samples
-    sizes, _ = blend_sizes(weights, samples)
-    parts = [_single(settings, tokenizer, prefix, name, size) for prefix, size in zip(prefixes, sizes)]
-    return BlendedDataset(parts, weights, samples)
+    sizes, length = blend_sizes(weights, sum(epochs))
+    parts = [_single(settings, tokenizer, prefix, "valid", size) for prefix, size in zip(prefixes, sizes)]
+    return BlendedDataset(parts, [Segment(0, tuple(normalized(weights)))], length)
+
+
+def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None) -> tuple[Dataset, Mixture]:
+    """The training samples, going on in each prefix where `resumed` stopped, and the mixture that they are."""
+    prefixes, weights = parse_blend(settings.data.data_path)
+    if weights is None and len(prefixes) > 1:
+        weights = [float(len(_single(settings, tokenizer, prefix, "train", None))) for prefix in prefixes]
+    earlier, consumed = None, 0
+    if resumed is not None and _keeps_its_order(settings, resumed):
+        earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
+    mixture = Mixture.of(prefixes, weights or [1.0], settings.total_samples, earlier, consumed)
+
+    def build(prefix: str, size: int, number: int) -> Dataset:
+        return _single(settings, tokenizer, prefix, "train", size, settings.training.seed + number)
+
+    return mixture.open(build, grows=settings.data.is_instruction_dataset)
+
+
+def _keeps_its_order(settings: Settings, resumed: TrainerState) -> bool:
+    """Whether each dataset's own order is still that of the checkpoint."""
+    identity = data_identity(settings)
+    same = all(resumed.data.get(name) == identity[name] for name in _ORDERING)
+    return same and resumed.seed == settings.training.seed
 
 
 def _single(
-    settings: Settings, tokenizer: Tokenizer | None, prefix: str, name: str, samples: int | None
+    settings: Settings,
+    tokenizer: Tokenizer | None,
+    prefix: str,
+    name: str,
+    samples: int | None,
+    seed: int | None = None,
 ) -> GPTDataset | SFTDataset:
+    """The samples of one prefix; `samples` None is one epoch, `seed` None the run's."""
     data = settings.data
+    seed = settings.training.seed if seed is None else seed
     eod = tokenizer.eos_id if tokenizer else None
     if data.is_instruction_dataset:
         return SFTDataset(
@@ -235,7 +226,7 @@ def _single(
             data.split,
             samples,
             data.seq_length,
-            settings.training.seed,
+            seed,
             eod_token=eod,
             reset_position_ids=data.reset_position_ids,
             reset_attention_mask=data.reset_attention_mask,
@@ -248,7 +239,7 @@ def _single(
         data.split,
         samples,
         data.seq_length,
-        settings.training.seed,
+        seed,
         eod_token=eod,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,

@@ -22,9 +22,10 @@ from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, World
-from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs, with_preprocessed
+from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
 from tandem.training.log import StepRecord
 from tandem.training.loggers import step_loggers
+from tandem.training.raw_data import with_preprocessed
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
 from tandem.training.trainer import Trainer
@@ -57,7 +58,8 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     communicator = connect(
         start.framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes
     )
-    data = open_data(settings, open_tokenizer(settings, source))
+    resumed = None if settings.checkpoint.finetune else TrainerState.from_source(source)
+    data = open_data(settings, open_tokenizer(settings, source), resumed)
     engine = create_engine(start.framework, source.config, engine_settings(settings, source.config, grid, world.rank))
     progress, state = restore(engine, source, settings)
     writer = open_writer(settings, source, engine, data, communicator)
@@ -193,7 +195,7 @@ def open_writer(
     if communicator.world.rank == 0:
         write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
     companions = gather_companions(settings, source)
-    return CheckpointWriter(folder, engine, settings, companions, data_identity(settings), data.template)
+    return CheckpointWriter(folder, engine, settings, companions, data.identity, data.template)
 
 
 def gather_companions(settings: Settings, source: TensorSource) -> Companions:

@@ -1,0 +1,58 @@
+"""Raw files in `--data-path`: what training needs is made of them first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tandem.checkpoints.detect import open_source
+from tandem.config.settings import Settings
+from tandem.data.options import PreprocessOptions, parse_map_keys
+from tandem.data.raw import Wait, is_raw, preprocess_once, wait_for
+from tandem.data.templates import THINKING_MODES
+from tandem.errors import UserError
+from tandem.training.inputs import open_tokenizer
+
+
+def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait_for) -> Settings:
+    """Raw files in `--data-path` as the prefixes of what they become, preprocessed now unless they were before.
+
+    Args:
+        leader: whether this process may do it; the first of each machine, while the others `wait` for its record.
+
+    Raises:
+        UserError: as preprocessing.
+    """
+    data = settings.data
+    if not any(map(is_raw, data.data_path)):
+        return settings
+    if len(data.json_keys) != 1:
+        raise UserError(f"--json-keys {' '.join(data.json_keys)}: training on raw files reads one field")
+    options = PreprocessOptions(
+        input=("",),
+        output_prefix="",
+        tokenizer_name_or_path=_tokenizer_folder(settings),
+        handler_name=data.handler_name,
+        json_keys=data.json_keys,
+        map_keys=parse_map_keys(data.map_keys),
+        prompt_type=data.prompt_type,
+        enable_thinking=THINKING_MODES[data.enable_thinking or "none"],
+        append_eod=data.append_eod,
+        workers=data.workers,
+    )
+    data_path = tuple(
+        preprocess_once(dataclasses.replace(options, input=(path,)), data.data_cache_path, leader, wait)
+        if is_raw(path)
+        else path
+        for path in data.data_path
+    )
+    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=data_path))
+
+
+def _tokenizer_folder(settings: Settings) -> str:
+    if settings.data.tokenizer_name_or_path:
+        return settings.data.tokenizer_name_or_path
+    source = open_source(settings.checkpoint.load, settings.checkpoint.ckpt_step) if settings.checkpoint.load else None
+    tokenizer = open_tokenizer(settings, source) if source else None
+    if tokenizer is None:
+        raise UserError("raw files as --data-path need --tokenizer-name-or-path, the folder of the tokenizer")
+    return str(tokenizer.folder)

@@ -1,0 +1,126 @@
+"""Resuming with other weights, sources or lengths: every source goes on where it was left (C8)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tandem.config.settings import Settings
+from tandem.data.blend import BlendedDataset
+from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.training.inputs import Data, open_data
+from tandem.training.run import train
+from tandem.training.state import TrainerState
+from workspace import Workspace
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def second(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same text as `workspace.text`, without end-of-document tokens, under a name of its own."""
+    prefix = tmp_path_factory.mktemp("second") / "text"
+    preprocess(PreprocessOptions((str(workspace.corpus),), str(prefix), str(workspace.hf)))
+    return f"{prefix}_text_document"
+
+
+def settings_for(workspace: Workspace, data_path: list[str], iters: int = 10, **values: object) -> Settings:
+    return workspace.settings("torch", data_path=data_path, train_iters=iters, global_batch_size=BATCH, **values)
+
+
+def after(data: Data, settings: Settings, iterations: int) -> TrainerState:
+    """What a checkpoint says after some iterations, as it comes back from the disk."""
+    state = TrainerState(iterations, iterations * BATCH, iterations, settings.training.seed, data.identity)
+    return TrainerState(**json.loads(state.to_json()))
+
+
+def taken(data: Data, number: int, upto: int | None = None) -> list[int]:
+    """Which samples of a source are taken, in order."""
+    assert isinstance(data.train, BlendedDataset)
+    mine = data.train.dataset_index[:upto] == number
+    return list(data.train.dataset_sample_index[:upto][mine].tolist())
+
+
+def tokens(data: Data, begin: int, end: int) -> list[bytes]:
+    return [data.train[i].tokens.tobytes() for i in range(begin, end)]
+
+
+def test_changed_weights_go_on_from_each_sources_own_cursor(workspace: Workspace, second: str) -> None:
+    first, tokenizer = f"{workspace.text}_text_document", Tokenizer(workspace.hf)
+    before = settings_for(workspace, ["0.5", first, "0.5", second])
+    old = open_data(before, tokenizer)
+    state = after(old, before, 5)
+    new = open_data(settings_for(workspace, ["0.9", first, "0.1", second]), tokenizer, state)
+    assert tokens(new, 0, 20) == tokens(old, 0, 20)
+    for number, share in ((0, 10 + 18), (1, 10 + 2)):
+        assert taken(new, number) == list(range(share))  # none twice, none left out
+    assert isinstance(new.train, BlendedDataset)
+    assert "weight 0.9," in new.notices[0]
+
+    again = after(new, before, 7)
+    for weights in (["0.9", first, "0.1", second], ["9", first, "1", second]):
+        same = open_data(settings_for(workspace, weights), tokenizer, again)
+        assert tokens(same, 0, 40) == tokens(new, 0, 40)
+    assert json.loads(again.to_json())["data"]["mixture"]["segments"][1]["begin"] == 20
+
+
+def test_sources_come_and_go(workspace: Workspace, second: str, tmp_path: Path) -> None:
+    first, tokenizer = f"{workspace.text}_text_document", Tokenizer(workspace.hf)
+    alone = settings_for(workspace, [first])
+    old = open_data(alone, tokenizer)
+    both = settings_for(workspace, ["0.5", first, "0.5", second])
+    new = open_data(both, tokenizer, after(old, alone, 4))
+    assert tokens(new, 0, 16) == tokens(old, 0, 16)
+    assert (taken(new, 0), taken(new, 1)) == (list(range(16 + 12)), list(range(12)))
+    only_second = open_data(settings_for(workspace, [second]), tokenizer, after(new, both, 6))
+    assert taken(only_second, 1) == list(range(4 + 16))
+    assert "no longer taken from" in only_second.notices[0]
+
+
+def test_a_longer_run_finishes_the_order_it_began(workspace: Workspace) -> None:
+    """Megatron's order depends on the length of the run; what a run began is kept, and more follows."""
+    path, tokenizer = [f"{workspace.text}_text_document"], Tokenizer(workspace.hf)
+    short = settings_for(workspace, path, iters=10)
+    old = open_data(short, tokenizer)
+    longer = open_data(settings_for(workspace, path, iters=400), tokenizer, after(old, short, 10))
+    assert tokens(longer, 0, 40) == tokens(old, 0, 40)
+    assert tokens(longer, 0, 40) != tokens(open_data(settings_for(workspace, path, iters=400), tokenizer), 0, 40)
+    assert len(longer.train) >= 1600
+    again = open_data(settings_for(workspace, path, iters=400), tokenizer, after(longer, short, 50))
+    assert tokens(again, 300, 320) == tokens(longer, 300, 320)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_longer_fine_tuning_is_the_unbroken_one(workspace: Workspace, pack: bool) -> None:
+    path, tokenizer = [str(workspace.instructions)], Tokenizer(workspace.hf)
+    values = {"instructions": True, "pack": pack, "seq_length": 64}
+    short, long = (settings_for(workspace, path, iters=iters, **values) for iters in (10, 200))
+    old = open_data(short, tokenizer)
+    resumed = open_data(long, tokenizer, after(old, short, 10))
+    assert tokens(resumed, 0, 800) == tokens(open_data(long, tokenizer), 0, 800)
+
+
+def test_another_order_begins_where_the_samples_are_others(workspace: Workspace) -> None:
+    path, tokenizer = [f"{workspace.text}_text_document"], Tokenizer(workspace.hf)
+    short = settings_for(workspace, path)
+    state = after(open_data(short, tokenizer), short, 5)
+    other = settings_for(workspace, path, iters=300, seq_length=16)
+    assert tokens(open_data(other, tokenizer, state), 0, 9) == tokens(open_data(other, tokenizer), 0, 9)
+    with pytest.raises(UserError, match="a prefix is named twice"):
+        open_data(settings_for(workspace, path * 2), tokenizer)
+
+
+def test_a_resumed_run_keeps_its_mixture(workspace: Workspace, second: str, tmp_path: Path) -> None:
+    first = f"{workspace.text}_text_document"
+    save = {"save": str(tmp_path / "run"), "save_interval": 2}
+    train(settings_for(workspace, ["1", first, "1", second], iters=4, **save))
+    trainer = train(settings_for(workspace, ["3", first, "1", second], iters=6, **{**save, "load": save["save"]}))
+    data = trainer.train_data
+    assert isinstance(data, BlendedDataset)
+    assert data.counts() == [8 + 6, 8 + 2]
+    state = json.loads((tmp_path / "run/iter_0000006/trainer_state.json").read_text())
+    assert [segment["begin"] for segment in state["data"]["mixture"]["segments"]] == [0, 16]
