@@ -59,6 +59,11 @@ def connect(ai_framework: str, world: World, device: str | None, timeout_minutes
     return communicator
 
 
+def make_deterministic(package: str) -> None:
+    """Ask a framework for the same bits each time; before `connect` and before an engine is built."""
+    importlib.import_module(f"tandem.backends.{package}.determinism").make_deterministic()
+
+
 def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> Engine:
     """Build an engine with undefined weights: load some before use.
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from tandem.config.batch_size import BatchSizes
 from tandem.errors import UserError
@@ -206,6 +208,8 @@ class TrainingSettings:
     """Save and leave after an iteration that is a multiple of this."""
     seed: int = 1234
     """Seed of random weights and of the order of the data."""
+    deterministic_mode: Annotated[bool, tyro.conf.arg(aliases=("--deterministic", "--npu-deterministic"))] = False
+    """The same bits each time on the same devices, at the price of speed; a CPU computes so anyway."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights, where the device computes bfloat16."""
     recompute_granularity: Literal["full"] | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from tandem.errors import UserError
+from tandem.training.jsonl import parse_line, read_json_lines
 from tandem.training.log import StepRecord
 
 METRICS_FILE = "metrics.jsonl"
@@ -70,12 +71,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing, or a line is not one of metrics.
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+    return read_json_lines(Path(path), "iteration", int)
 
 
 def _end_of(path: Path, iteration: int) -> int:
@@ -83,17 +79,7 @@ def _end_of(path: Path, iteration: int) -> int:
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n") or _parse(path, number, line)["iteration"] > iteration:
+            if not line.endswith(b"\n") or parse_line(path, number, line, "iteration", int)["iteration"] > iteration:
                 break
             end += len(line)
     return end
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        values = orjson.loads(line)
-        if isinstance(values, dict) and isinstance(values.get("iteration"), int):
-            return values
-    except orjson.JSONDecodeError:
-        pass
-    raise UserError(f"{path}:{number}: expected a JSON object with an iteration; move the file away and start again")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from tandem.backends import check_framework, connect, create_engine
+from tandem.backends import check_framework, connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import companion_files, companions_of
@@ -22,10 +22,12 @@ from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, World
+from tandem.training.events import EventLog
 from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
 from tandem.training.log import StepRecord
 from tandem.training.loggers import step_loggers
 from tandem.training.raw_data import with_preprocessed
+from tandem.training.run_record import append_start, describe_start
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
 from tandem.training.trainer import Trainer
@@ -55,6 +57,8 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     world = World.from_environment()
     start = prepare(settings, world.size, leader=world.local_rank == 0)
     settings, source, grid = start.settings, start.source, start.grid
+    if settings.training.deterministic_mode:
+        make_deterministic(start.framework)
     communicator = connect(
         start.framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes
     )
@@ -63,8 +67,12 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     engine = create_engine(start.framework, source.config, engine_settings(settings, source.config, grid, world.rank))
     progress, state = restore(engine, source, settings)
     writer = open_writer(settings, source, engine, data, communicator)
-    save = writer.save if writer else None
     first = world.rank == 0
+    folder = Path(settings.checkpoint.save) if settings.checkpoint.save and first else None
+    if folder:
+        append_start(folder, describe_start(settings, source, engine, progress.iteration, world.size))
+    events = EventLog(folder)
+    save = events.timing_saves(writer.save) if writer else None
     with step_loggers(settings, progress.iteration, on_step) if first else nullcontext() as log_step:
         trainer = Trainer(
             engine,
@@ -80,7 +88,8 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         )
         if first:
             print_banner(settings, source, trainer, state, data.notices)
-        trainer.run()
+        with events.around(progress):
+            trainer.run()
     communicator.close()
     if first:
         print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)

@@ -1,0 +1,16 @@
+"""`--deterministic-mode` on MindSpore."""
+
+from __future__ import annotations
+
+import functools
+
+import mindspore as ms
+
+
+@functools.cache
+def make_deterministic() -> None:
+    """Before the device is used, once per process: Ascend's operators and collectives add in a fixed order.
+
+    Without effect on the CPU, whose operations are deterministic at the same number of threads.
+    """
+    ms.set_deterministic(True)

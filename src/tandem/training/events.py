@@ -1,0 +1,62 @@
+"""`events.jsonl`: what happened to a run beside its steps. It only grows: a resumed run adds to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+from tandem.training.jsonl import read_json_lines
+from tandem.training.trainer import Progress
+
+EVENTS_FILE = "events.jsonl"
+T = TypeVar("T")
+
+
+class EventLog:
+    """Appends one JSON object per event, with its time.
+
+    Args:
+        folder: of the run; None keeps nothing, as on every rank but the first.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = folder / EVENTS_FILE if folder else None
+
+    def add(self, event: str, **values: Any) -> None:
+        if self._path is None:
+            return
+        line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **values}
+        with self._path.open("ab", buffering=0) as file:
+            file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def timing_saves(self, save: Callable[[Progress], None]) -> Callable[[Progress], None]:
+        """`save`, with an event for each call that says how long training waited for it."""
+
+        def timed(progress: Progress) -> None:
+            start = time.perf_counter()
+            save(progress)
+            self.add("saved", iteration=progress.iteration, seconds=round(time.perf_counter() - start, 3))
+
+        return timed
+
+    @contextmanager
+    def around(self, progress: Progress) -> Iterator[None]:
+        """Tells when a run starts, and whether it finishes or is stopped by an error."""
+        self.add("started", iteration=progress.iteration)
+        try:
+            yield
+        except BaseException as error:
+            self.add("stopped", iteration=progress.iteration, reason=f"{type(error).__name__}: {error}")
+            raise
+        self.add("finished", iteration=progress.iteration)
+
+
+def read_events(folder: str | Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; none when it kept no record of them."""
+    path = Path(folder) / EVENTS_FILE
+    return read_json_lines(path, "event", str) if path.exists() else []

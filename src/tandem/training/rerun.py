@@ -1,0 +1,128 @@
+"""`tandem rerun`: a recorded run once more, its losses compared step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.config.settings import LoggingSettings, Settings
+from tandem.config.sources import from_dict
+from tandem.data.record import read_record
+from tandem.errors import UserError
+from tandem.parallel.world import World
+from tandem.training.log import StepRecord
+from tandem.training.metrics import METRICS_FILE, read_metrics
+from tandem.training.run import train
+from tandem.training.run_record import code_version, read_starts, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerunOptions:
+    """Options."""
+
+    save: str | None = None
+    """Folder for the new run; default: nothing is kept."""
+    tolerance: float = 0.0
+    """How far a loss may be from the recorded one; 0 asks for the same bits."""
+    deterministic_mode: bool = False
+    """Run with --deterministic-mode, also where the recorded run did not."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`worst` is the iteration whose loss is furthest off, by `difference`; 0 when all are equal to the bit."""
+
+    steps: int
+    worst: int
+    difference: float
+
+
+def rerun(folder: str, options: RerunOptions) -> Comparison:
+    """Train again with the settings of a run's first start, from its weights and data, over its recorded steps.
+
+    Raises:
+        UserError: the folder records no run, its data or weights are not as they were, or a loss is further off than
+            the tolerance.
+    """
+    starts = read_starts(folder)
+    start = starts[0]
+    recorded = {line["iteration"]: line["loss"] for line in read_metrics(Path(folder) / METRICS_FILE)}
+    if not recorded:
+        raise UserError(f"{folder}/{METRICS_FILE} holds no step to compare with")
+    save = os.path.abspath(options.save) if options.save else None
+    if save == os.path.abspath(folder):
+        raise UserError(f"--save {options.save} is the run itself: choose another folder")
+    if World.from_environment().rank == 0:
+        for notice in differences(starts):
+            print(f"> {notice}")
+    found: dict[int, float] = {}
+
+    def keep(record: StepRecord) -> None:
+        found[record.iteration] = record.loss
+
+    os.chdir(start["directory"])  # the settings' paths are relative to it
+    check_data(start)
+    train(settings_again(start, save, max(recorded), options.deterministic_mode), keep)
+    return compare(recorded, found, options.tolerance) if found else Comparison(0, 0, 0.0)
+
+
+def settings_again(start: dict[str, Any], save: str | None, last: int, deterministic: bool) -> Settings:
+    """The recorded settings, from the same weights, up to iteration `last`, with no log but the new folder's."""
+    settings = from_dict(start["settings"], "run.json")
+    training = dataclasses.replace(
+        settings.training,
+        exit_interval=last if last < settings.total_iters else None,
+        deterministic_mode=settings.training.deterministic_mode or deterministic,
+    )
+    checkpoint = dataclasses.replace(settings.checkpoint, save=save, ckpt_step=start["weights"]["ckpt_step"])
+    logging = LoggingSettings(
+        log_interval=settings.logging.log_interval, log_throughput=settings.logging.log_throughput
+    )
+    return dataclasses.replace(settings, training=training, checkpoint=checkpoint, logging=logging)
+
+
+def differences(starts: list[dict[str, Any]]) -> Iterator[str]:
+    """What is not as it was when the run began."""
+    start = starts[0]
+    if len(starts) > 1:
+        resumed = ", ".join(str(other["iteration"]) for other in starts[1:])
+        yield f"the run was resumed at iteration {resumed}; it is run again without stopping, with its first settings"
+    now = versions()
+    for name in sorted({*start["versions"], *now}):
+        if start["versions"].get(name) != now.get(name):
+            yield f"{name} was {start['versions'].get(name)}, is {now.get(name)}"
+    if start["code"] != code_version():
+        yield f"the code was {start['code']}, is {code_version()}"
+    if start["processes"] != World.from_environment().size:
+        yield f"processes were {start['processes']}, are {World.from_environment().size}"
+
+
+def check_data(start: dict[str, Any]) -> None:
+    """Raise UserError when a record beside the data is another than the run had."""
+    for prefix, record in start["data"].items():
+        found = read_record(prefix)
+        if (found[1] if found else None) != record:
+            raise UserError(f"{prefix}: its record is not the one that the run had: the data were made again since")
+
+
+def compare(recorded: dict[int, float], found: dict[int, float], tolerance: float) -> Comparison:
+    """The losses of the steps that both have.
+
+    Raises:
+        UserError: one is further off than `tolerance`; the first such step is named.
+    """
+    both = sorted(recorded.keys() & found.keys())
+    off = {iteration: abs(recorded[iteration] - found[iteration]) for iteration in both}
+    for iteration in both:
+        if not off[iteration] <= tolerance:
+            raise UserError(
+                f"iteration {iteration}: the loss was {recorded[iteration]!r}, is {found[iteration]!r}, further off "
+                f"than --tolerance {tolerance}. Other devices, layouts or thread counts add in another order: give a "
+                f"tolerance; on the same device, --deterministic-mode in both runs"
+            )
+    worst = max(both, key=lambda iteration: off[iteration])
+    return Comparison(len(both), worst, off[worst])

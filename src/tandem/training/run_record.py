@@ -1,0 +1,126 @@
+"""`run.json`: all that is needed to run a training again, and to know what it was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tandem
+from tandem.backends.interface import Engine
+from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.publish import write_text_atomically
+from tandem.config.settings import Settings
+from tandem.data.blend import parse_blend
+from tandem.data.record import read_record
+from tandem.errors import UserError
+from tandem.models.tensors import parameter_count
+from tandem.training.inputs import named_sets
+
+RUN_FILE = "run.json"
+FORMAT = {"format": "tandem-run", "version": 1}
+# Packages whose version may change what a run computes.
+PACKAGES = ("torch", "torch_npu", "mindspore", "numpy", "tokenizers", "gigatoken", "pyarrow")
+# What of the environment may: the number of threads, and the launchers' and the collectives' own variables.
+ENVIRONMENT = ("OMP_", "MKL_", "CUDA_", "NCCL_", "CUBLAS_", "ASCEND_", "HCCL_", "PYTORCH_", "MS_", "TASK_QUEUE_")
+
+
+def describe_start(
+    settings: Settings, source: TensorSource, engine: Engine, iteration: int, processes: int
+) -> dict[str, Any]:
+    """One start of a run: resolved settings, the command, and everything around them that losses may depend on."""
+    return {
+        "iteration": iteration,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "command": shlex.join(sys.argv),
+        "directory": os.getcwd(),
+        "processes": processes,
+        "settings": settings.to_dict(),
+        "weights": {"location": source.location, "ckpt_step": _iteration_of(source.location)},
+        "model": {**source.config.to_dict(), "parameters": parameter_count(source.config)},
+        "data": {prefix: _record_of(prefix) for prefix in _prefixes(settings)},
+        "versions": versions(),
+        "code": code_version(),
+        "device": engine.device_name,
+        "param_dtype": engine.param_dtype,
+        "platform": {"system": platform.platform(), "host": platform.node(), "cpus": os.cpu_count()},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)},
+    }
+
+
+def append_start(folder: Path, start: dict[str, Any]) -> None:
+    """Add a start to the record of a run. Earlier ones stay as far as steps of theirs do."""
+    path = folder / RUN_FILE
+    earlier = read_starts(folder) if path.exists() else []
+    kept = [other for other in earlier if other["iteration"] < start["iteration"]]
+    write_text_atomically(path, json.dumps({**FORMAT, "starts": [*kept, start]}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_starts(folder: str | Path) -> list[dict[str, Any]]:
+    """Every start of a run, oldest first.
+
+    Raises:
+        UserError: there is no record, or it is not one.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: expected the --save folder of a training run") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or {name: content.get(name) for name in FORMAT} != FORMAT:
+        raise UserError(f"{path}: expected {FORMAT}")
+    starts: list[dict[str, Any]] = content["starts"]
+    return starts
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this package, and of the packages that are installed."""
+    found = {"python": platform.python_version(), "tandem": tandem.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_version() -> dict[str, Any] | None:
+    """Commit of this package's code, and whether files differ from it; None when it is not a git checkout."""
+    folder = Path(tandem.__file__).parent
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # installed, perhaps into the folder of a project that is a checkout itself
+    return {"commit": _git(folder, "rev-parse", "HEAD"), "modified": bool(_git(folder, "status", "--porcelain", "."))}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _iteration_of(location: str) -> int | None:
+    """The iteration of a checkpoint's folder; None for a folder that is no iteration's."""
+    found = re.fullmatch(r"iter_(\d+)", Path(location).name)
+    return int(found.group(1)) if found else None
+
+
+def _prefixes(settings: Settings) -> list[str]:
+    prefixes, _ = parse_blend(settings.data.data_path)
+    return [*prefixes, *named_sets(settings.data.valid_data_path).values()]
+
+
+def _record_of(prefix: str) -> dict[str, Any] | None:
+    found = read_record(prefix)
+    return found[1] if found else None

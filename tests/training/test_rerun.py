@@ -1,0 +1,125 @@
+"""run.json, events.jsonl, and `tandem rerun`: the same settings give the same losses (I3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tandem.__main__ import main
+from tandem.config.settings import Settings
+from tandem.config.sources import from_dict, parse_settings
+from tandem.errors import UserError
+from tandem.training.events import read_events
+from tandem.training.log import StepRecord
+from tandem.training.metrics import METRICS_FILE, read_metrics
+from tandem.training.rerun import RerunOptions, compare, rerun
+from tandem.training.run import train
+from tandem.training.run_record import RUN_FILE, read_starts
+from workspace import Workspace
+
+
+def short(workspace: Workspace, folder: Path, framework: str = "torch", **values: object) -> Settings:
+    return workspace.settings(
+        framework, **{"save": str(folder), "train_iters": 6, "lr_warmup_iters": 1, "save_interval": 2, **values}
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / METRICS_FILE)]
+
+
+def test_i3_a_rerun_gives_the_same_losses(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    train(short(workspace, tmp_path / "a", framework))
+    found = rerun(str(tmp_path / "a"), RerunOptions(save=str(tmp_path / "b"), deterministic_mode=True))
+    assert (found.steps, found.difference) == (6, 0.0)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_resumed_run_is_run_again_whole(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second start is recorded beside the first, and only recorded steps are run again."""
+    train(short(workspace, tmp_path, exit_interval=2))
+    train(short(workspace, tmp_path, load=str(tmp_path), exit_interval=4))
+    assert [start["iteration"] for start in read_starts(tmp_path)] == [0, 2]
+    assert main(["rerun", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "resumed at iteration 2" in out
+    assert "losses of 4 steps: identical" in out
+
+
+def test_a_run_that_resumes_elsewhere_starts_from_the_same_iteration(workspace: Workspace, tmp_path: Path) -> None:
+    """The folder it began from has newer checkpoints by now."""
+    train(short(workspace, tmp_path / "a", exit_interval=2))
+    train(short(workspace, tmp_path / "b", load=str(tmp_path / "a")))
+    train(short(workspace, tmp_path / "a", load=str(tmp_path / "a")))
+    assert rerun(str(tmp_path / "b"), RerunOptions()).steps == 4
+
+
+def test_a_record_says_what_the_run_was(workspace: Workspace, tmp_path: Path) -> None:
+    settings = short(workspace, tmp_path)
+    train(settings)
+    (start,) = read_starts(tmp_path)
+    assert from_dict(start["settings"], "run.json") == settings
+    assert {"python", "tandem", "numpy", "torch"} <= start["versions"].keys()
+    assert start["code"] is None or len(start["code"]["commit"]) == 40
+    (record,) = start["data"].values()
+    assert len(record["sources"][0]["sha256"]) == 64
+    assert start["device"] == "cpu"
+    assert start["model"]["parameters"] > 0
+
+
+def test_events_outlive_a_resume(workspace: Workspace, tmp_path: Path) -> None:
+    settings = short(workspace, tmp_path)
+
+    def stop(record: StepRecord) -> None:
+        if record.iteration == 3:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        train(settings, stop)
+    train(dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, load=str(tmp_path))))
+    events = [(event["event"], event["iteration"]) for event in read_events(tmp_path)]
+    assert events == [
+        ("started", 0),
+        ("saved", 2),
+        ("stopped", 3),
+        ("started", 2),
+        ("saved", 4),
+        ("saved", 6),
+        ("finished", 6),
+    ]
+    assert read_events(tmp_path)[2]["reason"] == "RuntimeError: power cut"
+
+
+def test_changed_data_are_not_run_again(workspace: Workspace, tmp_path: Path) -> None:
+    train(short(workspace, tmp_path))
+    path = tmp_path / RUN_FILE
+    content = json.loads(path.read_text())
+    (record,) = content["starts"][0]["data"].values()
+    record["sources"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the data were made again"):
+        rerun(str(tmp_path), RerunOptions())
+
+
+def test_a_loss_that_is_off_is_named() -> None:
+    with pytest.raises(UserError, match=r"iteration 2: the loss was 1\.0, is 1\.5"):
+        compare({1: 2.0, 2: 1.0, 3: 1.0}, {1: 2.0, 2: 1.5}, 0.1)
+    with pytest.raises(UserError, match="iteration 1"):
+        compare({1: 2.0}, {1: float("nan")}, 0.1)
+    assert compare({1: 2.0, 2: 1.0}, {1: 2.0, 2: 1.25}, 0.5).worst == 2
+
+
+@pytest.mark.parametrize(("words", "named"), [([], "which run"), (["/no/run"], "/no/run/run.json")])
+def test_a_folder_without_a_run_is_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rerun", *words]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--deterministic-mode", "--deterministic", "--npu-deterministic"])
+def test_deterministic_under_each_of_its_names(flag: str) -> None:
+    assert parse_settings("pretrain", "", [flag])[0].training.deterministic_mode
