@@ -154,7 +154,7 @@ def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:
     place = len(parts[0])
     matches = full.startswith(parts[0])
     for number, following in zip(parts[1::2], parts[2::2]):
-        text = texts[int(number)]
+        text = texts[int(number)] if int(number) < len(texts) else ""  # a mark that the conversation itself holds
         forms = (text, text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"), text.strip())
         form = next((form for form in forms if full.startswith(form + following, place)), None)
         if form is None or found.setdefault(number, form) != form:

@@ -21,7 +21,7 @@ from tandem.data.mixing import Selection, interleaved
 from tandem.data.naming import sft_prefix, text_prefix
 from tandem.data.options import PreprocessOptions, require
 from tandem.data.packing import Sequences, packed_rows
-from tandem.data.readers import iter_blocks, parse_row
+from tandem.data.readers import iter_blocks
 from tandem.data.record import remove_record, require_own, source_entry, template_entry, tokenizer_entry, write_record
 from tandem.data.sources import Source, iter_source_blocks, open_sources
 from tandem.data.spool import Spool, fingerprint
@@ -202,7 +202,7 @@ def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
         size = 0
         for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
             try:
-                found = job.texts(job.read(parse_row(row), number))
+                found = job.texts(job.read_row(row, number))
             except UserError:
                 continue  # reported when its turn comes
             texts += found

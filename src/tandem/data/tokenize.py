@@ -70,12 +70,19 @@ class ChunkTokenizer:
         documents = []
         for index, row in enumerate(rows):
             try:
-                documents.append(self.read(parse_row(row), block.source))
+                documents.append(self.read_row(row, block.source))
             except UserError as error:
                 chunk.rejects.append(Reject(f"{block.place(index)}: {error}", row))
         chunk.counts["documents"] = len(rows)
         self._tokenize(documents, chunk)
         return chunk
+
+    def read_row(self, row: Any, source: int) -> Any:
+        """The texts of a row of a source; raises UserError without a place."""
+        try:
+            return self.read(parse_row(row), source)
+        except RecursionError:
+            raise UserError("nested too deeply") from None
 
     def read(self, record: dict[str, Any], source: int) -> Any:
         """The texts of a record of a source; raises UserError without a place."""
