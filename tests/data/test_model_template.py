@@ -63,6 +63,36 @@ def test_d5_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) ->
     assert text_of(turns) == text_of(template.turns(messages))
 
 
+GENERATION = (
+    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{%- generation -%}{{ m.content }}!"
+    "{% if loop.last %}<|im_end|>{% endif %}{% endgeneration %}\n{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    "{%- endfor %}"
+)
+
+
+def test_d5_the_templates_own_generation_tags_say_what_is_trained(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=GENERATION))
+    template = get_template("chat_template", tokenizer=tokenizer)
+    talk = [("user", "1"), ("assistant", "\ue002A"), ("user", "2"), ("assistant", " B")]
+    messages = [Message(role, content) for role, content in talk]
+    assert trained(template, *messages) == ["\ue002A!", " B!<|im_end|>"]
+    assert text_of(template.turns(messages)) == tokenizer.apply_chat_template(chat(messages))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer").apply_chat_template(
+        chat(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = [tokenizer.encode(piece) for turn in template.turns(messages) for piece in (*turn.source, *turn.target)]
+    mask = [
+        flag
+        for turn in template.turns(messages)
+        for flag, side in ((0, turn.source), (1, turn.target))
+        for piece in side
+        for _ in tokenizer.encode(piece)
+    ]
+    assert [i for piece in ids for i in piece] == theirs["input_ids"]
+    assert mask == theirs["assistant_masks"]
+
+
 words = st.text(st.characters(codec="utf-8", exclude_characters="\ue000\ue001<"), max_size=12)
 thoughts = st.sampled_from(["", "hm", "so\n\nthen"])
 turns_of_chat = st.lists(st.tuples(words, thoughts, words, st.booleans()), min_size=1, max_size=4)

@@ -8,14 +8,23 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import UserError
 
+GENERATION_MARKS = "\ue002", "\ue003"  # of private use: no characters of a template
+MARK_GENERATION = "tandem_marks_generation"  # the variable that asks for them
+
 
 def render_chat_template(source: str, **variables: Any) -> str:
     """The text of a chat template for these `variables` (`messages`, `add_generation_prompt`, ...).
+
+    With the variable `MARK_GENERATION`, what stands between `{% generation %}` and `{% endgeneration %}`, the part that
+    a model writes, is set between `GENERATION_MARKS`.
 
     Raises:
         UserError: the template is malformed, or refuses the messages (`raise_exception`).
@@ -26,9 +35,27 @@ def render_chat_template(source: str, **variables: Any) -> str:
         raise UserError(f"the chat template cannot render these messages: {error}") from None
 
 
+class _Generation(Extension):
+    """The tag with which transformers marks answers."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_marked", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _marked(self, context: Context, caller: Macro) -> str:
+        begin, end = GENERATION_MARKS if context.get(MARK_GENERATION) else ("", "")
+        return f"{begin}{caller()}{end}"
+
+
 @lru_cache
 def _compile(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
+from tandem.data.chat_template import GENERATION_MARKS, MARK_GENERATION
 from tandem.data.templates import CHAT_TEMPLATE, Message, Turn, grouped, split_thought, trained_on_last
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 _MARK = re.compile("\ue000(\\d+)\ue001")  # characters of private use: no text of a template
 
 
@@ -21,8 +24,8 @@ class ModelTemplate:
 
     Which characters are trained is found by construction. The conversation is rendered twice: as it is, and with a mark
     in place of each text that someone said. Between the marks stands what the template itself writes: there each answer
-    begins after the generation prompt and ends with the end token. The marks are then replaced, in order, by what
-    stands in the first rendering, which must be used up exactly.
+    begins after the generation prompt and ends with the end token, or where the template's own `{% generation %}` tags
+    say. The marks are then replaced, in order, by what stands in the first rendering, which must be used up exactly.
 
     An answer is trained from its thought, or from its content where it has no thought: an empty thought that the
     template inserts is not trained.
@@ -42,6 +45,7 @@ class ModelTemplate:
         self.enable_thinking = enable_thinking
         self.sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
         self.stop_word = tokenizer.decode([tokenizer.eos_id])
+        self._has_tags = _GENERATION_TAG.search(tokenizer.chat_template) is not None
         self._tokenizer = tokenizer
 
     def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
@@ -54,14 +58,12 @@ class ModelTemplate:
         grouped(messages[1:] if messages and messages[0].role == "system" else messages, "assistant")
         said = [_Said(message) for message in messages]
         full = self._render([entry.as_it_is() for entry in said], tools)
-        marked = self._render([entry.marked(2 * number) for number, entry in enumerate(said)], tools)
+        marks = [entry.marked(2 * number) for number, entry in enumerate(said)]
+        marked, tagged = _generated(self._render(marks, tools, variables={MARK_GENERATION: True}))
         pieces = _aligned(marked, full, [text for entry in said for text in (entry.reasoning, entry.content)])
         turns = []
         done = 0
-        for entry in said:
-            if entry.message.role != "assistant":
-                continue
-            begin, end = self._answer(marked, done, thinks=bool(entry.reasoning))
+        for begin, end in tagged if self._has_tags else self._answers(marked, said):
             turns.append(Turn((_replaced(marked[done:begin], pieces),), (_replaced(marked[begin:end], pieces),)))
             done = end
         rest = _replaced(marked[done:], pieces)
@@ -74,6 +76,15 @@ class ModelTemplate:
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
         """The text before the answer to a conversation that ends with the user."""
         return (self._render([_Said(message).as_it_is() for message in messages], tools, add_generation_prompt=True),)
+
+    def _answers(self, marked: str, said: Sequence[_Said]) -> list[tuple[int, int]]:
+        """Where each answer stands in the marked rendering."""
+        answers: list[tuple[int, int]] = []
+        for entry in said:
+            if entry.message.role == "assistant":
+                done = answers[-1][1] if answers else 0
+                answers.append(self._answer(marked, done, thinks=bool(entry.reasoning)))
+        return answers
 
     def _answer(self, marked: str, begin: int, thinks: bool) -> tuple[int, int]:
         """Where the next answer stands in the marked rendering, from `begin` on."""
@@ -101,10 +112,19 @@ class ModelTemplate:
         ]
         return openings[0].removeprefix(without), openings[1].removeprefix(without)
 
-    def _render(self, messages: list[dict[str, Any]], tools: Sequence[str], add_generation_prompt: bool = False) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[str],
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         mode = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt, tools=[json.loads(tool) for tool in tools] or None, **mode
+            messages,
+            add_generation_prompt,
+            tools=[json.loads(tool) for tool in tools] or None,
+            **{**mode, **(variables or {})},
         )
 
 
@@ -167,6 +187,13 @@ def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:
             "to train; choose a named prompt_type"
         )
     return found
+
+
+def _generated(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of generation, and what stood between them."""
+    parts = re.split("|".join(GENERATION_MARKS), marked)  # outside, inside, outside, ..
+    ends = list(accumulate(map(len, parts)))
+    return "".join(parts), list(zip(ends[0::2], ends[1::2]))
 
 
 def _replaced(marked: str, texts: dict[str, str]) -> str:
