@@ -9,7 +9,7 @@ from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid, Place, held_shards, saved_shards
 from tandem.parallel.layout import Layout, even_rows
-from tandem.parallel.slices import Part, cut, paste
+from tandem.parallel.slices import Part, cut, overlaps, paste, transfer
 from tandem.parallel.world import World
 from toys import toy_config
 
@@ -85,3 +85,16 @@ def test_launchers_are_understood(environment: dict[str, str], expected: World) 
 def test_a_world_without_a_rank_is_refused() -> None:
     with pytest.raises(UserError, match="WORLD_SIZE=2, but RANK and LOCAL_RANK is not set"):
         World.from_environment({"WORLD_SIZE": "2"})
+
+
+def test_any_part_is_put_together_from_any_slices() -> None:
+    tensor = np.arange(24 * 6).reshape(24, 6)
+    slices = [Part((((r * 4, r * 4 + 4), (0, 6)), ((12 + r * 4, 16 + r * 4), (0, 6)))) for r in range(3)]  # gate and up
+    wanted = [Part((((2, 9), (1, 5)), ((14, 21), (1, 5)))), Part((((0, 24), (2, 4)),), dim=1), Part.whole((24, 6))]
+    for part in wanted:
+        found = np.full(part.shape, -1)
+        for piece in slices:
+            transfer(cut(tensor, piece), piece, found, part)
+        np.testing.assert_array_equal(found, cut(tensor, part))
+    assert not overlaps(slices[0], slices[1])
+    assert overlaps(slices[0], wanted[0])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +30,11 @@ from tandem.checkpoints.publish import Publication, check_free_space, write_text
 from tandem.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import tensor_table
+from tandem.models.tensors import parameter_count, tensor_table
+from tandem.parallel.grid import Grid, saved_shards
 from tandem.parallel.layout import Layout, Shard, shards
-from tandem.parallel.slices import Part, cut, paste
+from tandem.parallel.slices import Part, cut, overlaps, transfer
+from tandem.parallel.world import Communicator
 
 FORMAT = "tandem"
 VERSION = 1
@@ -48,6 +50,99 @@ def key_of(name: str, kind: Kind) -> str:
 def sha256(tensor: np.ndarray) -> str:
     """Of the bytes of a contiguous tensor."""
     return hashlib.sha256(tensor.view(np.uint8).reshape(-1).data).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A slice that will be written: which part of which tensor, in which file."""
+
+    file: str
+    kind: Kind
+    shard: Shard
+
+    @property
+    def key(self) -> str:
+        return key_of(self.shard.spec.name, self.kind)
+
+
+class _SliceFiles:
+    """The files that one process writes, each made when its first slice comes, and their entries in the index."""
+
+    def __init__(self, work: Path, plan: Sequence[_Planned], dtypes: Mapping[Kind, str]) -> None:
+        self._work = work
+        self._entries: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
+        for item in plan:
+            self._entries.setdefault(item.file, {})[item.key] = (DTYPES[dtypes[item.kind]], item.shard.shape)
+        self._writers: dict[str, SafetensorsWriter] = {}
+        self._hasher = ThreadPoolExecutor(1)
+        self.index: dict[str, dict[str, Any]] = {}
+
+    def write(self, item: _Planned, values: np.ndarray, dtype: np.dtype) -> None:
+        values = np.ascontiguousarray(values, dtype=dtype)
+        digest = self._hasher.submit(sha256, values)
+        if item.file not in self._writers:
+            self._writers[item.file] = SafetensorsWriter(self._work / item.file, self._entries[item.file])
+        self._writers[item.file].write(item.key, values)
+        spec = item.shard.spec
+        entry = self.index.setdefault(
+            item.key,
+            {"shape": spec.shape, "dtype": dtype_name(dtype), "stacked_dim": spec.split.dim or 0, "slices": []},
+        )
+        entry["slices"].append({"file": item.file, "boxes": item.shard.part.boxes, "sha256": digest.result()})
+
+    def close(self) -> None:
+        assert self._writers.keys() == self._entries.keys(), "a file was announced and nothing written to it"
+        self._hasher.shutdown()
+        for writer in self._writers.values():
+            writer.close()
+
+    def abort(self) -> None:
+        self._hasher.shutdown()
+        for writer in self._writers.values():
+            writer.abort()
+
+
+@dataclass(frozen=True)
+class _Iteration:
+    """What every native checkpoint says of itself, beside its slices."""
+
+    config: ModelConfig
+    layout: Layout
+    dtypes: Mapping[Kind, str]
+    number: int
+    companions: Companions
+    documents: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return parameter_count(self.config) * sum(DTYPES[dtype].itemsize for dtype in self.dtypes.values())
+
+    def check_complete(self, where: Path, index: Mapping[str, Any]) -> None:
+        missing = [
+            key_of(name, kind)
+            for kind in self.dtypes
+            for name in tensor_table(self.config)
+            if key_of(name, kind) not in index
+        ]
+        if missing:
+            raise UserError(f"{where}: {missing[0]} was never written ({len(missing)} tensors missing)")
+
+    def describe(self, work: Path, index: Mapping[str, Any], *, elsewhere: bool) -> None:
+        """Write all but the slices into `work`. `elsewhere`: other machines hold some of the files."""
+        write_companions(work / COMPANIONS, self.companions, self.config, self.dtypes["model"])
+        for name, text in self.documents.items():
+            (work / name).write_text(text, encoding="utf-8")
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "iteration": self.number,
+            "model": self.config.to_dict(),
+            "layout": asdict(self.layout),
+            "kinds": dict(self.dtypes),
+            **({"elsewhere": True} if elsewhere else {}),
+            "tensors": index,
+        }
+        (work / INDEX).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 class NativeSink:
@@ -70,92 +165,173 @@ class NativeSink:
     ) -> None:
         self.folder = Path(folder)
         self.location = str(folder)
-        self.iteration = iteration
-        self._config, self._layout, self._dtypes, self._companions = config, layout, dict(dtypes), companions
-        self._documents = dict(documents or {})
+        self._dtypes = dict(dtypes)
+        self._iteration = _Iteration(config, layout, self._dtypes, iteration, companions, dict(documents or {}))
         self._shards: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
         for shard in shards(config, layout, tied_head_copy=False):
-            self._shards[shard.spec.name].append(shard)
-        total = sum(spec.numel for spec in tensor_table(config).values())
-        check_free_space(self.folder, sum(total * DTYPES[dtype].itemsize for dtype in self._dtypes.values()))
+            # Replicated tensors are stored once, by the first tensor rank.
+            if shard.spec.split.dim is not None or shard.tensor_rank == 0:
+                self._shards[shard.spec.name].append(shard)
+        check_free_space(self.folder, self._iteration.nbytes)
         self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
-        self._writers = self._open_writers()
-        self._index: dict[str, dict[str, Any]] = {}
-        self._hasher = ThreadPoolExecutor(1)
+        self._files = _SliceFiles(self._publication.work, self._plan(), self._dtypes)
 
     def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
         check_shape("checkpoint to be written", name, tensor.shape, self._shards[name][0].spec.shape)
-        dtype = DTYPES[self._dtypes[kind]]
-        key = key_of(name, kind)
-        slices = []
-        for shard in self._unique(self._shards[name]):
-            part = np.ascontiguousarray(cut(tensor, shard.part), dtype=dtype)
-            digest = self._hasher.submit(sha256, part)
-            file = self._file(shard, kind)
-            self._writers[file].write(key, part)
-            slices.append({"file": file, "boxes": shard.part.boxes, "sha256": digest.result()})
-        spec = self._shards[name][0].spec
-        self._index[key] = {
-            "shape": spec.shape,
-            "dtype": dtype_name(dtype),
-            "stacked_dim": spec.split.dim or 0,
-            "slices": slices,
-        }
+        for shard in self._shards[name]:
+            self._files.write(self._planned(kind, shard), cut(tensor, shard.part), DTYPES[self._dtypes[kind]])
 
     def close(self) -> None:
-        missing = [
-            key_of(name, kind)
-            for kind in self._dtypes
-            for name in self._shards
-            if key_of(name, kind) not in self._index
-        ]
-        if missing:
-            raise UserError(f"{self.folder}: {missing[0]} was never written ({len(missing)} tensors missing)")
-        self._hasher.shutdown()
-        for writer in self._writers.values():
-            writer.close()
-        work = self._publication.work
-        write_companions(work / COMPANIONS, self._companions, self._config, self._dtypes["model"])
-        for file_name, text in self._documents.items():
-            (work / file_name).write_text(text, encoding="utf-8")
-        (work / INDEX).write_text(json.dumps(self._describe()) + "\n", encoding="utf-8")
+        self._iteration.check_complete(self.folder, self._files.index)
+        self._files.close()
+        self._iteration.describe(self._publication.work, self._files.index, elsewhere=False)
         self._publication.commit()
-        write_text_atomically(self.folder / TRACKER, str(self.iteration))
+        write_text_atomically(self.folder / TRACKER, str(self._iteration.number))
 
     def abort(self) -> None:
-        self._hasher.shutdown()
-        for writer in self._writers.values():
-            writer.abort()
+        self._files.abort()
         self._publication.abort()
 
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "iteration": self.iteration,
-            "model": self._config.to_dict(),
-            "layout": asdict(self._layout),
-            "kinds": self._dtypes,
-            "tensors": self._index,
+    def _plan(self) -> list[_Planned]:
+        return [
+            self._planned(kind, shard) for kind in self._dtypes for found in self._shards.values() for shard in found
+        ]
+
+    def _planned(self, kind: Kind, shard: Shard) -> _Planned:
+        folder = rank_folder(self._iteration.layout, shard.tensor_rank, shard.pipeline_rank)
+        return _Planned(f"{folder}/{'model' if kind == 'model' else 'optimizer'}.safetensors", kind, shard)
+
+
+class NativeRankSink:
+    """One rank's part in writing an iteration: each rank writes its own slices, none gathers the others'.
+
+    Making it and `publish` are collective. Between them a rank calls `write_part` for what `saved_shards` lists, in
+    order, and `finish`; neither waits for other ranks, so a thread of its own may do that.
+
+    Args:
+        by_rows: masters and moments are sharded by rows over data ranks.
+        shared_storage: False when every machine has a disk of its own: each then gets a folder with its own ranks'
+            files and the whole index.
+
+    Raises:
+        UserError: on every rank, when the folder cannot be made on one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ModelConfig,
+        grid: Grid,
+        dtypes: Mapping[Kind, str],
+        iteration: int,
+        companions: Companions,
+        documents: Mapping[str, str],
+        communicator: Communicator,
+        *,
+        by_rows: bool,
+        shared_storage: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self._dtypes, self._communicator = dict(dtypes), communicator
+        self._iteration = _Iteration(config, grid.layout, self._dtypes, iteration, companions, dict(documents))
+        self._elsewhere = not shared_storage
+        world, place = communicator.world, grid.place(communicator.world.rank)
+        self._rank_folder = rank_folder(grid.layout, place.tensor, place.pipeline)
+        self._data_rank = place.data
+        self._leads = world.leads(shared_storage=shared_storage)
+        self._publication: Publication | None = None
+        try:
+            self._together(self._make_folder)
+        except BaseException:
+            if self._publication is not None:
+                self._publication.abort()
+            raise
+        plan = [
+            self._planned(kind, shard)
+            for kind in self._dtypes
+            for shard in saved_shards(config, grid, place, by_rows=by_rows and kind != "model")
+        ]
+        self._files = _SliceFiles(Publication.working_folder(self._final), plan, self._dtypes)
+
+    def write_part(self, kind: Kind, shard: Shard, values: np.ndarray) -> None:
+        assert values.shape == shard.shape, f"{shard.spec.name}: {values.shape} where {shard.shape} is laid out"
+        self._files.write(self._planned(kind, shard), values, DTYPES[self._dtypes[kind]])
+
+    def finish(self) -> None:
+        """All of this rank's files are whole and on the disk."""
+        self._files.close()
+
+    def publish(self, error: BaseException | None = None) -> None:
+        """Make the iteration visible, and the newest, when every rank has finished.
+
+        Args:
+            error: what kept this rank from finishing.
+
+        Raises:
+            UserError: on every rank, when one has failed; nothing is visible then.
+        """
+        try:
+            found = self._communicator.all_gather([_say(error), None if error else self._files.index])
+            failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text]
+            if failures:
+                raise UserError(f"{self._final} was not saved: {'; '.join(failures)}")
+            self._together(lambda: self._publish([index for _, index in found]))
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        self._files.abort()
+        if self._publication is not None:
+            self._publication.abort()
+
+    @property
+    def _final(self) -> Path:
+        return iteration_folder(self.folder, self._iteration.number)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Leaders act while the others wait; what fails on one fails on all."""
+        failure: Exception | None = None
+        if self._leads:
+            try:
+                act()
+            except (UserError, OSError) as error:
+                failure = error
+        texts = self._communicator.all_gather(_say(failure))
+        if failed := [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]:
+            raise UserError(f"{self._final} was not saved: {'; '.join(failed)}") from failure
+
+    def _make_folder(self) -> None:
+        world = self._communicator.world
+        # Without shared storage a machine holds what its ranks write; how many they are is not known to be equal.
+        check_free_space(self.folder, self._iteration.nbytes // (world.size if self._elsewhere else 1))
+        self._publication = Publication(self._final, replace=True)
+
+    def _publish(self, fragments: Sequence[Mapping[str, Any]]) -> None:
+        assert self._publication is not None
+        index: dict[str, Any] = {
+            key: {**entry, "slices": []} for fragment in fragments for key, entry in fragment.items()
         }
+        for fragment in fragments:
+            for key, entry in fragment.items():
+                index[key]["slices"] += entry["slices"]
+        self._iteration.check_complete(self._final, index)
+        self._iteration.describe(self._publication.work, index, elsewhere=self._elsewhere)
+        self._publication.commit()
+        write_text_atomically(self.folder / TRACKER, str(self._iteration.number))
 
-    def _file(self, shard: Shard, kind: Kind) -> str:
-        folder = rank_folder(self._layout, shard.tensor_rank, shard.pipeline_rank)
-        return f"{folder}/{'model' if kind == 'model' else 'optimizer'}.safetensors"
+    def _planned(self, kind: Kind, shard: Shard) -> _Planned:
+        suffix = f"_{self._data_rank:03d}" if self._data_rank else ""  # data ranks share a folder
+        return _Planned(
+            f"{self._rank_folder}/{'model' if kind == 'model' else 'optimizer'}{suffix}.safetensors", kind, shard
+        )
 
-    @staticmethod
-    def _unique(found: list[Shard]) -> list[Shard]:
-        """Replicated tensors are stored once, by the first tensor rank."""
-        return [shard for shard in found if shard.spec.split.dim is not None or shard.tensor_rank == 0]
 
-    def _open_writers(self) -> dict[str, SafetensorsWriter]:
-        entries: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
-        for kind, dtype in self._dtypes.items():
-            for name, found in self._shards.items():
-                for shard in self._unique(found):
-                    file = entries.setdefault(self._file(shard, kind), {})
-                    file[key_of(name, kind)] = (DTYPES[dtype], shard.shape)
-        return {file: SafetensorsWriter(self._publication.work / file, table) for file, table in entries.items()}
+def _say(error: BaseException | None) -> str | None:
+    """An error in words that travel between ranks."""
+    if error is None:
+        return None
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -191,18 +367,20 @@ class NativeSource:
         return DTYPES[self._index["kinds"][kind]]
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        return self.read_part(name, Part.whole(tuple(self._index["tensors"][key_of(name, kind)]["shape"])), kind)
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""
         key = key_of(name, kind)
         item = self._index["tensors"][key]
         slices = [self._slice(entry, item["stacked_dim"]) for entry in item["slices"]]
-        if len(slices) == 1:
-            return self._read_slice(key, slices[0])
-        tensor = np.empty(item["shape"], DTYPES[item["dtype"]])
-        for entry in slices:
-            paste(tensor, self._read_slice(key, entry), entry.part)
-        return tensor
-
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
-        return cut(self.read(name, kind), part)
+        needed = [entry for entry in slices if overlaps(entry.part, part)]
+        if len(needed) == 1 and needed[0].part.boxes == part.boxes:
+            return self._read_slice(key, needed[0])
+        values = np.empty(part.shape, DTYPES[item["dtype"]])
+        for entry in needed:
+            transfer(self._read_slice(key, entry), entry.part, values, part)
+        return values
 
     def document(self, name: str) -> str:
         """A text file that the trainer stored with the checkpoint.
@@ -234,7 +412,9 @@ class NativeSource:
         expected = {key_of(name, kind) for kind in self.kinds() for name in tensor_table(self.config)}
         check_names(self.location, set(self._index["tensors"]), expected)
         files = {entry["file"] for item in self._index["tensors"].values() for entry in item["slices"]}
-        self._files = {file: SafetensorsFile(self.folder / file) for file in sorted(files)}
+        elsewhere = self._index.get("elsewhere", False)
+        present = [file for file in sorted(files) if not elsewhere or (self.folder / file).exists()]
+        self._files = {file: SafetensorsFile(self.folder / file) for file in present}
 
     @staticmethod
     def _slice(entry: dict[str, Any], dim: int) -> _Slice:
@@ -242,6 +422,11 @@ class NativeSource:
         return _Slice(entry["file"], Part(boxes, dim), entry["sha256"])
 
     def _read_slice(self, key: str, entry: _Slice) -> np.ndarray:
+        if entry.file not in self._files:
+            raise UserError(
+                f"{self.folder}: tensor {key} is in {entry.file}, which another machine holds: the checkpoint was "
+                f"saved with --no-shared-storage; copy that folder here, too"
+            )
         file = self._files[entry.file]
         if key not in file.entries:
             raise UserError(f"{file.path}: tensor {key} is missing; {INDEX} says it is there")

@@ -28,12 +28,17 @@ class Publication:
         self.replace = replace
         if not replace and self.final.exists() and (not self.final.is_dir() or any(self.final.iterdir())):
             raise UserError(f"{self.final} exists and is not an empty folder: remove it or choose another place")
-        self.work = self.final.parent / f"{TEMPORARY}{self.final.name}"
+        self.work = self.working_folder(self.final)
         shutil.rmtree(self.work, ignore_errors=True)
         try:
             self.work.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"cannot write to {self.final.parent}: {error.strerror}") from error
+
+    @staticmethod
+    def working_folder(final: Path) -> Path:
+        """Where the folder is built."""
+        return final.parent / f"{TEMPORARY}{final.name}"
 
     def commit(self) -> None:
         sync_tree(self.work)

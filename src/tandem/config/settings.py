@@ -272,6 +272,8 @@ class CheckpointSettings:
     """Do not save the optimizer."""
     exit_on_missing_checkpoint: bool = False
     """Accepted for scripts that pass it: a missing checkpoint always ends the run."""
+    no_shared_storage: bool = False
+    """Every machine has a disk of its own: each prepares its data and keeps its ranks' part of a checkpoint."""
     ckpt_format: Literal["native", "torch"] = "native"
     """Layout of saved checkpoints. Training always saves native; torch is written by `tandem convert`."""
 

@@ -46,7 +46,6 @@ IGNORED: dict[str, Ignored] = {
     "--log-memory-to-tensorboard": ALWAYS_ON,
     "--log-world-size-to-tensorboard": ALWAYS_ON,
     "--tensorboard-queue-size": Ignored(1),
-    "--no-shared-storage": ALWAYS_ON,
     "--tokenizer-not-use-fast": ALWAYS_ON,
     "--enable-hf2mg-convert": ALWAYS_ON,
     "--model-type-hf": Ignored(1, ("qwen3",)),

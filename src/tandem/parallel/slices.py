@@ -54,6 +54,41 @@ def paste(tensor: np.ndarray, values: np.ndarray, part: Part) -> None:
         tensor[_index(box)] = piece
 
 
+def overlaps(one: Part, other: Part) -> bool:
+    """Whether two parts of the same tensor share any number."""
+    return any(_common(a, b) is not None for a in one.boxes for b in other.boxes)
+
+
+def transfer(values: np.ndarray, part: Part, target: np.ndarray, wanted: Part) -> None:
+    """Copy what `part` and `wanted` share from the values of the one into those of the other."""
+    for box, place in zip(part.boxes, _places(part)):
+        for other, place_there in zip(wanted.boxes, _places(wanted)):
+            common = _common(box, other)
+            if common is not None:
+                target[_within(common, other, place_there)] = values[_within(common, box, place)]
+
+
+def _common(one: Box, other: Box) -> Box | None:
+    box = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(one, other))
+    return box if all(start < stop for start, stop in box) else None
+
+
+def _places(part: Part) -> list[tuple[int, ...]]:
+    """Where each box begins in the part's own values."""
+    places, along = [], 0
+    for box in part.boxes:
+        places.append(tuple(along if dim == part.dim else 0 for dim in range(len(box))))
+        along += box[part.dim][1] - box[part.dim][0]
+    return places
+
+
+def _within(common: Box, box: Box, place: tuple[int, ...]) -> tuple[slice, ...]:
+    """The numbers of `common`, a piece of `box`, in values where `box` begins at `place`."""
+    return tuple(
+        slice(at + start - first, at + stop - first) for (start, stop), (first, _), at in zip(common, box, place)
+    )
+
+
 def _narrow(box: Box, start: int, stop: int) -> Box:
     """The box's own rows `start` to `stop`."""
     return ((box[0][0] + start, box[0][0] + stop), *box[1:])

@@ -18,6 +18,10 @@ class World:
     size: int = 1
     local_rank: int = 0
 
+    def leads(self, *, shared_storage: bool) -> bool:
+        """Whether this process does what is done once per disk."""
+        return self.rank == 0 if shared_storage else self.local_rank == 0
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """As torchrun or msrun says it; a single process without either.

@@ -66,7 +66,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     data = open_data(settings, open_tokenizer(settings, source), resumed)
     engine = create_engine(start.framework, source.config, engine_settings(settings, source.config, grid, world.rank))
     progress, state = restore(engine, source, settings)
-    writer = open_writer(settings, source, engine, data, communicator)
+    writer = open_writer(settings, source, engine, data, grid, communicator)
     first = world.rank == 0
     folder = Path(settings.checkpoint.save) if settings.checkpoint.save and first else None
     if folder:
@@ -195,16 +195,16 @@ def engine_settings(settings: Settings, config: ModelConfig, grid: Grid, rank: i
 
 
 def open_writer(
-    settings: Settings, source: TensorSource, engine: Engine, data: Data, communicator: Communicator
+    settings: Settings, source: TensorSource, engine: Engine, data: Data, grid: Grid, communicator: Communicator
 ) -> CheckpointWriter | None:
     """Make the folder of `--save`, with the run's settings in it; None when the run saves nothing."""
     if settings.checkpoint.save is None:
         return None
     folder = Path(settings.checkpoint.save)
-    if communicator.world.rank == 0:
+    if communicator.world.leads(shared_storage=not settings.checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
     companions = gather_companions(settings, source)
-    return CheckpointWriter(folder, engine, settings, companions, data.identity, data.template)
+    return CheckpointWriter(folder, engine, settings, grid, communicator, companions, data.identity, data.template)
 
 
 def gather_companions(settings: Settings, source: TensorSource) -> Companions:

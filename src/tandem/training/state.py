@@ -10,11 +10,12 @@ from typing import Any
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import Companions, Kind, TensorSource
-from tandem.checkpoints.native import PROMPT_FILE, NativeSink, NativeSource
+from tandem.checkpoints.native import PROMPT_FILE, NativeRankSink, NativeSource
 from tandem.config.settings import Settings
 from tandem.config.sources import to_yaml
 from tandem.errors import UserError
-from tandem.parallel.layout import Layout
+from tandem.parallel.grid import Grid
+from tandem.parallel.world import Communicator
 from tandem.training.trainer import Progress
 
 STATE_FILE = "trainer_state.json"
@@ -52,6 +53,7 @@ class CheckpointWriter:
     """Saves a run as native checkpoints.
 
     Args:
+        grid, communicator: every rank has a writer, and all save at the same time.
         data: what defines the order of the samples, to be compared on resuming.
         template: the record's entry of the template trained on (None for plain text); generation and export use it.
     """
@@ -59,6 +61,8 @@ class CheckpointWriter:
     folder: Path
     engine: Engine
     settings: Settings
+    grid: Grid
+    communicator: Communicator
     companions: Companions
     data: dict[str, Any]
     template: dict[str, Any] | None = None
@@ -76,18 +80,34 @@ class CheckpointWriter:
         if self.template is not None:
             documents[PROMPT_FILE] = json.dumps(self.template, indent=2) + "\n"
         kinds = self._kinds()
-        sink = NativeSink(
-            self.folder, self.engine.config, Layout(), kinds, progress.iteration, self.companions, documents
+        sink = NativeRankSink(
+            self.folder,
+            self.engine.config,
+            self.grid,
+            kinds,
+            progress.iteration,
+            self.companions,
+            documents,
+            self.communicator,
+            by_rows=self.settings.parallel.use_distributed_optimizer,
+            shared_storage=not self.settings.checkpoint.no_shared_storage,
         )
+        failure: Exception | None = None
         try:
             for kind, shard, tensor in self.engine.tensors():
                 if kind in kinds:
-                    sink.write(shard.spec.name, tensor, kind)
-            sink.close()
+                    sink.write_part(kind, shard, tensor)
+            sink.finish()
+        except (UserError, OSError) as error:  # told to the other ranks, and raised on all of them
+            failure = error
         except BaseException:
             sink.abort()
             raise
-        print(f"  successfully saved checkpoint from iteration {progress.iteration:7d} to {self.folder}", flush=True)
+        sink.publish(failure)
+        if self.communicator.world.rank == 0:
+            print(
+                f"  successfully saved checkpoint from iteration {progress.iteration:7d} to {self.folder}", flush=True
+            )
 
     def _kinds(self) -> dict[Kind, str]:
         kinds: dict[Kind, str] = {"model": self.engine.param_dtype}

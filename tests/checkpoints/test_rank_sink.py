@@ -1,0 +1,141 @@
+"""Many ranks save one iteration: each its own slices, all of it or none; any layout reads it back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandem.checkpoints.interface import Companions, Kind
+from tandem.checkpoints.native import NativeRankSink, NativeSource
+from tandem.checkpoints.random_init import RandomSource
+from tandem.errors import UserError
+from tandem.models.tensors import tensor_table
+from tandem.parallel.grid import Grid, saved_shards
+from tandem.parallel.layout import Layout
+from tandem.parallel.slices import cut
+from tandem.parallel.world import World
+from toys import toy_config
+
+KINDS: dict[Kind, str] = {"model": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"}
+CONFIG = toy_config(num_layers=4)
+GRID = Grid(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), size=8)
+
+
+class Room:
+    """Threads that talk as ranks do."""
+
+    def __init__(self, size: int) -> None:
+        self.values: list[Any] = [None] * size
+        self.gate = threading.Barrier(size, timeout=20)
+
+    def communicator(self, rank: int, per_machine: int) -> Communicator:
+        return Communicator(self, World(rank, len(self.values), rank % per_machine))
+
+
+class Communicator:
+    def __init__(self, room: Room, world: World) -> None:
+        self.world, self._room = world, room
+
+    def barrier(self) -> None:
+        self.all_gather(None)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self._room.gate.wait()
+        self._room.values[self.world.rank] = value
+        self._room.gate.wait()
+        return list(self._room.values)
+
+    def close(self) -> None:
+        pass
+
+
+def value_of(kind: Kind, name: str) -> np.ndarray:
+    return RandomSource(CONFIG, {"model": 1, "master": 2, "exp_avg": 3, "exp_avg_sq": 4}[kind]).read(name)
+
+
+def save(
+    folder: Callable[[int], Path], *, by_rows: bool, per_machine: int = 8, break_rank: int | None = None
+) -> list[BaseException | None]:
+    """All ranks save; the error that each ended with."""
+    room = Room(GRID.size)
+
+    def rank_saves(rank: int) -> BaseException | None:
+        communicator = room.communicator(rank, per_machine)
+        try:
+            sink = NativeRankSink(
+                folder(rank),
+                CONFIG,
+                GRID,
+                KINDS,
+                7,
+                Companions(),
+                {"note.json": "{}"},
+                communicator,
+                by_rows=by_rows,
+                shared_storage=per_machine == GRID.size,
+            )
+            failure: Exception | None = None
+            try:
+                for kind in KINDS:
+                    sharded = by_rows and kind != "model"
+                    for shard in saved_shards(CONFIG, GRID, GRID.place(rank), by_rows=sharded):
+                        if rank == break_rank and kind == "exp_avg":
+                            raise OSError(28, "No space left on device")
+                        sink.write_part(kind, shard, cut(value_of(kind, shard.spec.name), shard.part))
+                sink.finish()
+            except OSError as error:
+                failure = error
+            sink.publish(failure)
+        except UserError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(GRID.size) as pool:
+        return list(pool.map(rank_saves, range(GRID.size)))
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_what_ranks_save_is_read_whole(tmp_path: Path, by_rows: bool) -> None:
+    assert save(lambda rank: tmp_path, by_rows=by_rows) == [None] * GRID.size
+    source = NativeSource(tmp_path)
+    assert source.layout == GRID.layout
+    for kind in KINDS:
+        for name in tensor_table(CONFIG):
+            np.testing.assert_array_equal(source.read(name, kind), value_of(kind, name), err_msg=f"{kind} {name}")
+    files = {path.name for path in (tmp_path / "iter_0000007/mp_rank_01_001").iterdir()}
+    assert files == {"model.safetensors", "optimizer.safetensors"} | (
+        {"optimizer_001.safetensors"} if by_rows else set()
+    )
+
+
+def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+    errors = save(lambda rank: tmp_path, by_rows=True, break_rank=5)
+    assert all("rank 5: OSError: [Errno 28] No space left on device" in str(error) for error in errors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_fails_on_all(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    errors = save(lambda rank: tmp_path / "file", by_rows=False)
+    assert all("rank 0: cannot write to" in str(error) for error in errors)
+
+
+def test_without_shared_storage_a_machine_keeps_its_own_slices(tmp_path: Path) -> None:
+    """Two machines of four ranks: the first holds stage 0, the second stage 1; each can resume with what it has."""
+    machines = [tmp_path / "a", tmp_path / "b"]
+    assert save(lambda rank: machines[rank // 4], by_rows=True, per_machine=4) == [None] * GRID.size
+    for rank in range(GRID.size):
+        source = NativeSource(machines[rank // 4])
+        for kind in KINDS:
+            for shard in saved_shards(CONFIG, GRID, GRID.place(rank), by_rows=kind != "model"):
+                name = shard.spec.name
+                found = source.read_part(name, shard.part, kind)
+                np.testing.assert_array_equal(found, cut(value_of(kind, name), shard.part), err_msg=name)
+    with pytest.raises(UserError, match="another machine holds"):
+        NativeSource(machines[0]).read("decoder.final_layernorm.weight")
