@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "Loss and perplexity of a model on data.",
     "inspect": "Show what a checkpoint holds, and whether it is undamaged.",
     "plan": "Plan memory, traffic and speed of a run; find layouts that fit a number of devices.",
+    "report": "Show one or several runs on an HTML page.",
     "rerun": "Run a recorded training again and compare its losses.",
     "quickstart": "Run the whole job on a toy model, on one backend or both.",
 }

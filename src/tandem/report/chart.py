@@ -1,0 +1,132 @@
+"""Line charts as inline SVG: no script is needed to see them, none is fetched."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 250
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 30
+POINTS = 600  # of a line; more are averaged over equal stretches
+TICKS = 5
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. `run` chooses its colour; `faint` draws it thin and without marks, as background of a smoother one."""
+
+    name: str
+    run: int
+    points: Sequence[tuple[float, float]]
+    faint: bool = False
+    dots: bool = False
+
+
+def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
+    """A figure with one chart; an empty string when no series has a point.
+
+    The figure carries its points as data, from which the page's script shows the values under the pointer.
+    """
+    drawn = [thinned(one) for one in series if one.points]
+    if not drawn:
+        return ""
+    visible = [point for one in drawn for point in one.points]
+    x_low, x_high = _range([x for x, _ in visible], pad=0.0)
+    y_low, y_high = _range([y for one in drawn if not one.faint or len(drawn) == 1 for _, y in one.points], pad=0.06)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for tick in ticks(y_low, y_high):
+        _, y = place(x_low, tick)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+    for tick in ticks(x_low, x_high, whole=True):
+        x, _ = place(tick, y_low)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{number(tick)}</text>')
+    for one in drawn:
+        corners = [place(x, y) for x, y in one.points]
+        look = f"run{one.run}{' faint' if one.faint else ''}"
+        parts.append(f'<path class="line {look}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in corners)}"/>')
+        if one.dots or len(corners) == 1:
+            parts += [f'<circle class="dot {look}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in corners]
+    hover = [
+        {
+            "name": one.name,
+            "run": one.run,
+            "points": [(x, float(f"{y:.6g}"), *(round(c, 1) for c in place(x, y))) for x, y in one.points],
+        }
+        for one in drawn
+        if not one.faint
+    ]
+    caption = f"<figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>"
+    clip = "clip-" + re.sub(r"\W+", "-", title)
+    lines, axes = _of_class(parts, "line", "dot"), _of_class(parts, "grid", "tick")
+    return (
+        f'<figure data-series="{escape(json.dumps(hover, separators=(",", ":")))}">{caption}'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"><clipPath id="{clip}">'
+        f'<rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT + 6}" height="{HEIGHT - TOP - BOTTOM + 8}"/>'
+        f'</clipPath>{axes}<g clip-path="url(#{clip})">{lines}</g>'
+        f'<path class="cursor" d=""/></svg><output></output></figure>'
+    )
+
+
+def thinned(series: Series) -> Series:
+    """At most POINTS points: the means of equal stretches, each at its last x."""
+    points = [(x, y) for x, y in series.points if math.isfinite(y)]
+    stretch = -(-len(points) // POINTS)
+    if stretch > 1:
+        parts = [points[i : i + stretch] for i in range(0, len(points), stretch)]
+        points = [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+    return Series(series.name, series.run, points, series.faint, series.dots)
+
+
+def smoothed(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
+    """Exponential moving average, corrected for its start as Adam's moments are."""
+    mean, total, found = 0.0, 0.0, []
+    for x, y in points:
+        if math.isfinite(y):
+            mean = weight * mean + (1 - weight) * y
+            total = weight * total + (1 - weight)
+            found.append((x, mean / total))
+    return found
+
+
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """About TICKS round numbers from `low` to `high`: multiples of 1, 2, 2.5 or 5 times a power of ten."""
+    rough = (high - low) / TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
+    if whole:
+        step = max(1.0, step)
+    first = math.ceil(low / step - 1e-9)
+    return [round(count * step, 12) for count in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """Short and readable: 12k, 3.5M, 0.002, 1e-6."""
+    for bound, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= bound:
+            return f"{value / (1e3 if sign == 'k' else bound):.4g}{sign}"
+    if value and abs(value) < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-")
+    return f"{value:.4g}"
+
+
+def _range(values: Sequence[float], pad: float) -> tuple[float, float]:
+    """From the smallest to the largest value and a little further; never empty."""
+    low, high = min(values), max(values)
+    if low == high:
+        spread = abs(low) * 0.1 or 1.0
+        return low - spread, high + spread
+    return low - pad * (high - low), high + pad * (high - low)
+
+
+def _of_class(parts: Sequence[str], *names: str) -> str:
+    return "".join(part for part in parts if any(f'class="{name}' in part for name in names))

@@ -1,0 +1,270 @@
+"""The report: one self-contained HTML page about one or several runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from tandem import __version__
+from tandem.config.settings import Settings
+from tandem.report.chart import Series, line_chart, number, smoothed
+from tandem.report.run_folder import Run
+from tandem.report.style import SCRIPT, STYLE
+
+SMOOTH_PARTS = 60  # the smooth loss curve forgets over a run's length divided by this; shorter runs stay as they are
+COLOURS = 6  # that the style sheet has
+
+SUMMARY = (
+    *("", "model", "backend", "state", "steps", "tokens", "loss", "validation"),
+    *("tokens/s", "TFLOP/s", "MFU", "time"),
+)
+
+Row = Sequence[str]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page. It fetches nothing: style, script and data are in it."""
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    sections = [
+        ("Summary", summary(runs)),
+        ("Curves", curves(runs)),
+        ("Settings", settings(runs)),
+        ("Data", data(runs)),
+        ("Time by module", profiles(runs)),
+        ("Checkpoints", checkpoints(runs)),
+        ("Events", events(runs)),
+        ("Made with", provenance(runs)),
+    ]
+    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
+    made = f"tandem {__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · Tandem</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<header><h1>{escape(title)}</h1><p>{made}</p></header><main>{body}</main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """A row per run: what it is, how far it came, how well and how fast."""
+    return table(SUMMARY, [_summary_row(number, run) for number, run in enumerate(runs)])
+
+
+def _summary_row(place: int, run: Run) -> Row:
+    start, steps = run.last_start, run.steps
+    last = steps[-1] if steps else {}
+    best = [f"{name} {min(y for _, y in run.validation_points(name)):.4f}" for name in run.validation_sets()]
+    devices = "" if start["processes"] == 1 else f" × {start['processes']}"
+    model = f"{start['model']['model_type']} {number(start['model']['parameters'])}"
+    backend = f"{run.settings['training']['ai_framework']}, {start['device']}{devices}, {start['param_dtype']}"
+    total = run.settings["training"]["train_iters"]
+    mfu = run.typical("mfu")
+    return (
+        swatch(place, run),
+        escape(model),
+        escape(backend),
+        escape(run.state()),
+        f"{last.get('iteration', 0):,}" + (f" of {total:,}" if total else ""),
+        number(sum(step["tokens"] for step in steps)),
+        f"{last['loss']:.4f}" if last.get("loss") is not None else "",
+        escape(", ".join(best)),
+        _amount(run.typical("tokens_per_second"), "{:,.0f}"),
+        _amount(run.typical("tflops_per_device"), "{:.2f}"),
+        _amount(mfu, "{:.1%}"),
+        duration(sum(step["seconds"] for step in steps)),
+    )
+
+
+def curves(runs: Sequence[Run]) -> str:
+    charts = [
+        line_chart("Loss", [line for place, run in enumerate(runs) for line in _loss(place, run)], "lm loss by step"),
+        line_chart("Validation loss", [line for place, run in enumerate(runs) for line in _validation(place, run)]),
+        _chart(runs, "Gradient norm", "grad_norm", "before clipping"),
+        _chart(runs, "Learning rate", "lr"),
+        _chart(runs, "Tokens per second", "tokens_per_second", "over all devices, without padding"),
+        _chart(runs, "Seconds per step", "seconds", "without evaluation and saving"),
+        _chart(runs, "Model FLOPs utilisation", "mfu"),
+        _chart(runs, "Peak memory", "memory", "GB of the first rank so far", lambda value: value / 1e9),
+        _chart(runs, "Batch size", "global_batch_size") if _changes(runs, "global_batch_size") else "",
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _loss(place: int, run: Run) -> list[Series]:
+    points = run.points("loss")
+    if len(points) <= SMOOTH_PARTS:
+        return [Series(run.name, _colour(place), points)]
+    return [
+        Series(run.name, _colour(place), points, faint=True),
+        Series(run.name, _colour(place), smoothed(points, 1 - SMOOTH_PARTS / len(points))),
+    ]
+
+
+def _validation(place: int, run: Run) -> list[Series]:
+    several = len(run.validation_sets()) > 1
+    return [
+        Series(f"{run.name}: {name}" if several else run.name, _colour(place), run.validation_points(name), dots=True)
+        for name in run.validation_sets()
+    ]
+
+
+def _chart(
+    runs: Sequence[Run], title: str, key: str, note: str = "", scale: Callable[[float], float] = lambda value: value
+) -> str:
+    series = [
+        Series(run.name, _colour(place), [(x, scale(y)) for x, y in run.points(key)]) for place, run in enumerate(runs)
+    ]
+    return line_chart(title, series, note)
+
+
+def _changes(runs: Sequence[Run], key: str) -> bool:
+    return any(len({y for _, y in run.points(key)}) > 1 for run in runs)
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """What is not at its default in any of the runs; rows in which they differ are marked."""
+    defaults = Settings().to_dict()
+    rows = []
+    for group, names in defaults.items():
+        for name, default in names.items():
+            values = [run.settings.get(group, {}).get(name, default) for run in runs]
+            if any(value != default for value in values):
+                mark = "<b>{}</b>" if any(value != values[0] for value in values) else "{}"
+                rows.append((mark.format(name), *(escape(_plain(value)) for value in values)))
+    return table(("", *(swatch(place, run) for place, run in enumerate(runs))), rows, kind="settings")
+
+
+def data(runs: Sequence[Run]) -> str:
+    head = ("set", "documents", "tokens", "trained", "template", "made from")
+    rows: dict[str, Row] = {}
+    for run in runs:
+        for prefix, record in run.last_start["data"].items():
+            rows.setdefault(prefix, _data_row(prefix, record))
+    return table(head, list(rows.values()))
+
+
+def _data_row(prefix: str, record: dict[str, Any] | None) -> Row:
+    if record is None:
+        return (escape(prefix), "", "", "", "", "no record beside the data")
+    counts, template = record["counts"], record["template"]
+    sources = [f"{escape(source['file'])} <small>{source['sha256'][:12]}</small>" for source in record["sources"]]
+    return (
+        escape(prefix),
+        f"{counts['documents']:,}",
+        f"{counts['tokens']:,}",
+        f"{counts['trained_tokens']:,}",
+        escape(template["prompt_type"]) if template else "",
+        "<br>".join(sources),
+    )
+
+
+def profiles(runs: Sequence[Run]) -> str:
+    """Bars of the profiled seconds by module."""
+    parts = []
+    for place, run in enumerate(runs):
+        for profile in run.profiles:
+            total = sum(profile["seconds"].values()) or 1.0
+            ordered = sorted(profile["seconds"].items(), key=lambda item: -item[1])
+            rows = [
+                (
+                    escape(name),
+                    f"{seconds:.4f} s",
+                    f"{seconds / total:.1%}",
+                    f'<span class="bar run{_colour(place)}" style="width:{200 * seconds / total:.0f}px"></span>',
+                )
+                for name, seconds in ordered
+            ]
+            title = f"{swatch(place, run)} steps {profile['first']} to {profile['last']}"
+            note = f"trace: {escape(profile['trace'])}"
+            parts.append(f"<h3>{title}</h3>{table(('', 'time', 'share', ''), rows)}<p><small>{note}</small></p>")
+    return "".join(parts)
+
+
+def checkpoints(runs: Sequence[Run]) -> str:
+    rows = [
+        (
+            swatch(place, run),
+            f"{save['iteration']:,}",
+            escape(save["time"].replace("T", " ")),
+            f"{save['seconds']:.2f} s",
+            "on disk" if save["present"] else "removed",
+        )
+        for place, run in enumerate(runs)
+        for save in run.saves()
+    ]
+    return table(("", "step", "saved", "training waited", ""), rows)
+
+
+def events(runs: Sequence[Run]) -> str:
+    """Everything that happened but saves, which have a table of their own."""
+    rows = [
+        (
+            swatch(place, run),
+            escape(event["time"].replace("T", " ")),
+            escape(event["event"]),
+            f"{event['iteration']:,}" if "iteration" in event else "",
+            escape(", ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "event", "iteration"))),
+        )
+        for place, run in enumerate(runs)
+        for event in run.events
+        if event["event"] != "saved"
+    ]
+    return table(("", "time", "event", "step", ""), rows)
+
+
+def provenance(runs: Sequence[Run]) -> str:
+    """Versions, code, machine and command of each run's last start."""
+    columns = [_provenance(run.last_start) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(escape(name), *(escape(column.get(name, "")) for column in columns)) for name in names]
+    return table(("", *(swatch(place, run) for place, run in enumerate(runs))), rows, kind="settings")
+
+
+def _provenance(start: dict[str, Any]) -> dict[str, str]:
+    code = start["code"]
+    modified = " with changes" if code and code["modified"] else ""
+    return {
+        "command": start["command"],
+        "directory": start["directory"],
+        "weights": start["weights"]["location"],
+        "code": f"{code['commit']}{modified}" if code else "installed package",
+        **start["versions"],
+        "system": f"{start['platform']['system']}, {start['platform']['cpus']} CPUs",
+        **start["environment"],
+    }
+
+
+def table(head: Row, rows: Sequence[Row], kind: str = "") -> str:
+    """Cells are HTML already. An empty string when there are no rows; columns without any text are left out."""
+    if not rows:
+        return ""
+    kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    titles = "".join(f"<th>{head[column]}</th>" for column in kept)
+    lines = "".join("<tr>" + "".join(f"<td>{row[column]}</td>" for column in kept) + "</tr>" for row in rows)
+    head_row = f"<thead><tr>{titles}</tr></thead>"
+    return f'<div class="scroll"><table class="{kind}">{head_row}<tbody>{lines}</tbody></table></div>'
+
+
+def swatch(place: int, run: Run) -> str:
+    return f'<span class="swatch run{_colour(place)}"></span>{escape(run.name)}'
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _colour(place: int) -> int:
+    return place % COLOURS
+
+
+def _amount(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else str(value)

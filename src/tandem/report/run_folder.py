@@ -1,0 +1,102 @@
+"""What a run's folder tells, gathered for the report."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.checkpoints.folders import iteration_folder
+from tandem.errors import UserError
+from tandem.training.events import read_events
+from tandem.training.metrics import METRICS_FILE, read_metrics
+from tandem.training.profile_summary import read_profiles
+from tandem.training.run_record import read_starts
+
+WARM_UP = 3  # steps that speed is not judged by, when there are more
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: `name` is unique among those of a page; `steps` are its lines of metrics.jsonl."""
+
+    name: str
+    folder: Path
+    starts: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    profiles: list[dict[str, Any]]
+
+    @property
+    def last_start(self) -> dict[str, Any]:
+        return self.starts[-1]
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        settings: dict[str, dict[str, Any]] = self.last_start["settings"]
+        return settings
+
+    def points(self, key: str) -> list[tuple[float, float]]:
+        """(iteration, value) of each step that has the value."""
+        return [(step["iteration"], step[key]) for step in self.steps if step.get(key) is not None]
+
+    def validation_sets(self) -> list[str]:
+        return sorted({name for step in self.steps for name in step["validation"]})
+
+    def validation_points(self, name: str) -> list[tuple[float, float]]:
+        return [(s["iteration"], s["validation"][name]) for s in self.steps if s["validation"].get(name) is not None]
+
+    def typical(self, key: str) -> float | None:
+        """Median over the steps, without the first few."""
+        values = [value for _, value in self.points(key)]
+        return statistics.median(values[WARM_UP:] or values) if values else None
+
+    def state(self) -> str:
+        """How the run stands, by its last event that tells."""
+        telling = [event for event in self.events if event["event"] in ("started", "finished", "stopped")]
+        if not telling:
+            return "unknown"
+        return {"started": "running, or killed"}.get(telling[-1]["event"], telling[-1]["event"])
+
+    def saves(self) -> list[dict[str, Any]]:
+        """The events of saving, with whether the checkpoint is still there."""
+        return [
+            {**event, "present": iteration_folder(self.folder, event["iteration"]).is_dir()}
+            for event in self.events
+            if event["event"] == "saved"
+        ]
+
+
+def read_runs(folders: list[str]) -> list[Run]:
+    """The runs in these `--save` folders, under the shortest names that tell them apart.
+
+    Raises:
+        UserError: a folder holds no run, or is given twice.
+    """
+    if not folders:
+        raise UserError("which run? Give one or more --save folders: tandem report RUN_DIR ...")
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    if len(set(paths)) != len(paths):
+        raise UserError(f"a folder is given twice: {' '.join(folders)}")
+    return [
+        Run(
+            name,
+            path,
+            read_starts(path),
+            read_metrics(path / METRICS_FILE),
+            read_events(path),
+            read_profiles(path),
+        )
+        for name, path in zip(_names(paths), paths)
+    ]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes."""
+    for count in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
