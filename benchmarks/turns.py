@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Step = Callable[[int], dict[str, float]]  # number of the step -> {"tokens": what counts as speed, "loss": ...}
+# number of the step -> {"tokens": what counts as speed, "loss": ..., and what else a benchmark wants of its last step}
+Step = Callable[[int], dict[str, float]]
 Side = Callable[[argparse.Namespace], Step]
 
 MARK = "turn: "
@@ -58,7 +59,8 @@ def _turn(side: Side, arguments: argparse.Namespace) -> dict[str, Any]:
         results.append(step(number))
         seconds.append(time.perf_counter() - start)
     rates = [result["tokens"] / second for result, second in zip(results, seconds)]
-    return {"seconds": seconds, "rates": rates, "losses": [result["loss"] for result in results], "peak": peak()}
+    losses = [result["loss"] for result in results]
+    return {"seconds": seconds, "rates": rates, "losses": losses, "peak": peak(), "last": results[-1]}
 
 
 def _child(side: str) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def _child(side: str) -> dict[str, Any]:
 
 def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     rates = [rate for turn in turns for rate in turn["rates"]]
-    return {"rate": statistics.median(rates), "peak": max(turn["peak"] for turn in turns)}
+    return {"rate": statistics.median(rates), "peak": max(turn["peak"] for turn in turns), "last": turns[-1]["last"]}
 
 
 def reset_peak() -> None:

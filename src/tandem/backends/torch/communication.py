@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.torch.device import choose_device
 from tandem.errors import UserError
@@ -114,6 +116,38 @@ def sum_over(ranks: Ranks, values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, group=ranks.group)
     return tensor.tolist()
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts the bytes that this process sends while it is entered, for tests and benchmarks: it slows every operation.
+
+    Collectives count as rings, as in `tandem.planning.traffic`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d" and function._opname in _SENDS:
+            which, passes = _SENDS[function._opname]
+            tensors = args[which] if isinstance(args[which], list) else [args[which]]
+            group = next(Group.unbox(value) for value in args if isinstance(value, torch.ScriptObject))
+            self.total += passes(group.size()) * sum(tensor.nbytes for tensor in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+# c10d's operations -> which argument is the whole tensor, and how often a rank of n sends that
+_SENDS: dict[str, tuple[int, Callable[[int], float]]] = {
+    "allreduce_": (0, lambda ranks: 2 * _ring(ranks)),
+    "_allgather_base_": (0, _ring),
+    "_reduce_scatter_base_": (1, _ring),
+    "send": (0, lambda ranks: 1.0),
+}
 
 
 def _ranks(members: list[int], rank: int) -> Ranks:
