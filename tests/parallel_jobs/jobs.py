@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference import MemorySource, toy_samples, toy_weights
+from reference import MemorySource, toy_samples, toy_weights, untrained
 
 from scripts import free_port
 from tandem.backends import create_engine
@@ -115,6 +115,8 @@ def micro_batches(case: Case, config: ModelConfig) -> list[list[MicroBatch]]:
             lengths = generator.integers(1, 9, 4) if case.packed else (16,)
             trained = 0.4 if case.packed else 1.0
             samples = toy_samples(config, [int(n) for n in lengths], seed=100 * step + number, trained=trained)
+            if case.packed and number == 2:
+                samples = [untrained(sample) for sample in samples]  # on one data rank only
             batches.append(collate(samples))
         steps.append(batches)
     return steps
@@ -139,7 +141,7 @@ def one_process(framework: str, family: str, tied: bool, packed: bool, lr: float
     engine = create_engine(framework, source.config, engine_settings(case, Grid(), 0))
     engine.load_weights(source)
     steps = micro_batches(case, source.config)
-    evaluated = engine.evaluate(steps[0])
+    evaluated = engine.evaluate(steps[0][:-1])
     first_loss, _ = engine.loss_and_gradients(steps[0])
     results = [engine.train_step(batches, lr=lr, weight_decay=0.1) for batches in steps]
     return Outcome(

@@ -31,7 +31,8 @@ def main(framework: str, cases: str, folder: str) -> None:
         engine.load_weights(source)
         share = micro_batches(case, source.config)
         own = [step[grid.place(world.rank).data :: grid.data_size] for step in share]
-        evaluated = engine.evaluate(own[0])
+        # Data ranks may bring different numbers of micro-batches.
+        evaluated = engine.evaluate(share[0][:-1][grid.place(world.rank).data :: grid.data_size])
         first_loss, _ = engine.loss_and_gradients(own[0])
         results = [engine.train_step(batches, lr=case.lr, weight_decay=0.1) for batches in own]
         arrays, parts = {}, []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -116,6 +116,45 @@ def sum_over(ranks: Ranks, values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, group=ranks.group)
     return tensor.tolist()
+
+
+def maximum_over(ranks: Ranks, value: int) -> int:
+    """The largest of a number over `ranks`."""
+    if ranks.group is None:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=ranks.group)
+    return int(tensor)
+
+
+def all_gather(whole: torch.Tensor, rows: torch.Tensor, group: Group | None) -> dist.Work:
+    """Start to fill `whole` with the `rows` of every rank of a group, equally many each."""
+    return _started(_all_gather(whole, rows, group=group, async_op=True))
+
+
+def reduce_scatter(rows: torch.Tensor, whole: torch.Tensor, group: Group | None) -> dist.Work:
+    """Start to fill `rows` with this rank's of the sum of the ranks' `whole`, of which they may be a view."""
+    return _started(_reduce_scatter(rows, whole, group=group, async_op=True))
+
+
+def all_reduce(x: torch.Tensor, group: Group | None) -> dist.Work:
+    """Start to replace x by its sum over a group."""
+    return _started(dist.all_reduce(x, group=group, async_op=True))
+
+
+def wait_for(works: Iterable[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this process is not of the group"
+    return work
+
+
+# As PyTorch 2.13 calls them, and as older ones do.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class SentBytes(TorchDispatchMode):

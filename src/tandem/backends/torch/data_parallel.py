@@ -6,59 +6,144 @@ stage 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
-from tandem.backends.torch.communication import Ranks
+from tandem.backends.torch.communication import Ranks, all_gather, all_reduce, reduce_scatter, wait_for
 from tandem.backends.torch.functional import GradientBuffer, Weight
 from tandem.parallel.layout import even_rows
 
 
-@dataclass(frozen=True)
-class DataParallel:
-    """The ranks that hold the same slices. `by_rows`: each updates its rows of every weight (`even_rows`) and gives
-    them to the others; otherwise all update everything."""
+class Sharing(Protocol):
+    """How data ranks share a model's state.
+
+    Attributes:
+        weights_by_rows: a rank keeps its own rows (`even_rows`) of each weight only.
+        by_rows: it updates, and keeps optimizer state of, its own rows only.
+    """
 
     ranks: Ranks
+    weights_by_rows: bool
     by_rows: bool
 
-    def own(self, rows: int) -> tuple[int, int]:
-        """The rows that this rank updates."""
-        return even_rows(rows, self.ranks.size, self.ranks.rank) if self.by_rows else (0, rows)
+    def prepare(self, weights: Sequence[Weight], *, training: bool) -> None:
+        """Allocate what is kept of weights of undefined values, and of their gradients."""
+        ...
 
-    def room(self, rows: int) -> int:
-        """Rows to allocate, so that every rank's are equally many."""
-        return -(-rows // self.ranks.size) * self.ranks.size if self.by_rows else rows
+    def begin(self, *, gradients: bool) -> None:
+        """Before the passes of a step: make weights usable, and all gradients zero."""
+        ...
 
-    def make_room(self, weight: Weight) -> None:
-        """Give a weight of undefined values the rows of padding that `share` needs."""
-        if self.by_rows:
-            storage = torch.zeros(self.room(len(weight)), *weight.shape[1:], dtype=weight.dtype, device=weight.device)
-            weight.data = storage[: len(weight)]
+    def end(self) -> None:
+        """After the passes of a step."""
+        ...
 
-    def reduce(self, buffers: Iterable[GradientBuffer], *, everywhere: bool = False) -> None:
-        """Sum over the ranks: each rank's own rows, or `everywhere` all of them."""
+    def reduce(self) -> None:
+        """After `end`: sum gradients over the ranks, as far as this rank needs them."""
+        ...
+
+    def share(self) -> None:
+        """Give the other ranks what this one has updated, as far as they keep it."""
+        ...
+
+    def kept(self, weight: Weight) -> torch.Tensor:
+        """What stays here of a weight: all of it, or this rank's rows."""
+        ...
+
+    def updated(self, weight: Weight) -> torch.Tensor:
+        """What this rank updates of a weight: all of it, or its rows; possibly none."""
+        ...
+
+    def gradient(self, weight: Weight) -> torch.Tensor:
+        """The gradient of what this rank updates, fp32."""
+        ...
+
+    def whole_gradient(self, weight: Weight) -> torch.Tensor:
+        """The gradient of a whole weight, on every rank."""
+        ...
+
+
+def own_rows(ranks: Ranks, rows: int, *, by_rows: bool) -> tuple[int, int]:
+    """The half-open range of `rows` that belongs to this rank: all of them unless `by_rows`."""
+    return even_rows(rows, ranks.size, ranks.rank) if by_rows else (0, rows)
+
+
+def padded_rows(ranks: Ranks, rows: int) -> int:
+    """The least number, not below `rows`, of which every rank can have equally many."""
+    return -(-rows // ranks.size) * ranks.size
+
+
+def chunk(ranks: Ranks, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of something that has `padded_rows`."""
+    step = len(whole) // ranks.size
+    return whole[ranks.rank * step : (ranks.rank + 1) * step]
+
+
+class Replicated:
+    """`Sharing` of ranks that all keep all weights. `by_rows`: each updates its own rows of every weight and gives
+    them to the others; otherwise all update everything."""
+
+    weights_by_rows = False
+
+    def __init__(self, ranks: Ranks, *, by_rows: bool) -> None:
+        self.ranks, self.by_rows = ranks, by_rows
+        self._weights: list[Weight] = []
+        self._buffers: dict[Weight, GradientBuffer] = {}
+
+    def prepare(self, weights: Sequence[Weight], *, training: bool) -> None:
+        self._weights = list(weights)
+        if not training:
+            return
+        for weight in weights:
+            room = self._room(weight)
+            if room > len(weight):
+                weight.data = weight.data.new_zeros(room, *weight.shape[1:])[: len(weight)]
+            self._buffers[weight] = weight.main_grad = GradientBuffer(weight, room)
+
+    def begin(self, *, gradients: bool) -> None:
+        if gradients:
+            for buffer in self._buffers.values():
+                buffer.clear()
+
+    def end(self) -> None:
+        pass
+
+    def reduce(self) -> None:
         group = self.ranks.group
         if group is None:
             return
-        for buffer in buffers:
-            storage = buffer.whole
-            if self.by_rows and not everywhere:
-                dist.reduce_scatter_tensor(self._chunk(storage), storage, group=group)
-            else:
-                dist.all_reduce(storage, group=group)
+        wholes = [buffer.whole for buffer in self._buffers.values()]
+        if self.by_rows:
+            wait_for([reduce_scatter(chunk(self.ranks, whole), whole, group) for whole in wholes])
+        else:
+            wait_for([all_reduce(whole, group) for whole in wholes])
 
-    def share(self, weights: Iterable[Weight]) -> None:
-        """Give the other ranks the rows that this one has updated."""
+    def share(self) -> None:
         if self.ranks.group is None or not self.by_rows:
             return
-        for weight in weights:
-            whole = weight.data.as_strided((self.room(len(weight)), *weight.shape[1:]), weight.stride())
-            dist.all_gather_into_tensor(whole, self._chunk(whole), group=self.ranks.group)
+        wholes = [w.data.as_strided((self._room(w), *w.shape[1:]), w.stride()) for w in self._weights]
+        wait_for([all_gather(whole, chunk(self.ranks, whole), self.ranks.group) for whole in wholes])
 
-    def _chunk(self, storage: torch.Tensor) -> torch.Tensor:
-        step = len(storage) // self.ranks.size
-        return storage[self.ranks.rank * step : (self.ranks.rank + 1) * step]
+    def kept(self, weight: Weight) -> torch.Tensor:
+        return weight.data
+
+    def updated(self, weight: Weight) -> torch.Tensor:
+        return self._own(weight.data)
+
+    def gradient(self, weight: Weight) -> torch.Tensor:
+        return self._own(self._buffers[weight].value)
+
+    def whole_gradient(self, weight: Weight) -> torch.Tensor:
+        buffer = self._buffers[weight]
+        if self.ranks.group is not None and self.by_rows:
+            all_gather(buffer.whole, chunk(self.ranks, buffer.whole), self.ranks.group).wait()
+        return buffer.value
+
+    def _room(self, weight: Weight) -> int:
+        return padded_rows(self.ranks, len(weight)) if self.by_rows else len(weight)
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        start, stop = own_rows(self.ranks, len(tensor), by_rows=self.by_rows)
+        return tensor[start:stop]

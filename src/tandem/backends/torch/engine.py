@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import ml_dtypes
 import numpy as np
@@ -13,23 +14,32 @@ import torch.distributed as dist
 
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.memory import process_peak
-from tandem.backends.torch.communication import Groups, make_groups, sum_over
-from tandem.backends.torch.data_parallel import DataParallel
+from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
+from tandem.backends.torch.data_parallel import Replicated, Sharing, own_rows
 from tandem.backends.torch.device import choose_device, device_name, has_native_bf16
-from tandem.backends.torch.functional import GradientBuffer, Weight, matmul
-from tandem.backends.torch.model import Build, Chunk, GPTModel
+from tandem.backends.torch.fully_sharded import FullySharded
+from tandem.backends.torch.functional import Weight, matmul
+from tandem.backends.torch.model import Build, Chunk, GPTModel, own_weights
 from tandem.backends.torch.optimizer import AdamW, clip_coefficient, norm_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.tensor_parallel import TensorParallel
 from tandem.checkpoints.interface import Kind, TensorSource, check_shape
-from tandem.data.batch import MicroBatch
+from tandem.data.batch import IGNORE, MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.parallel.grid import counted_shards, held_shards, saved_shards
 from tandem.parallel.layout import Shard, part_of
 from tandem.parallel.slices import Part
+
+# One token that predicts nothing.
+UNTRAINED = MicroBatch(
+    tokens=np.zeros(1, np.int32),
+    labels=np.full(1, IGNORE, np.int32),
+    position_ids=np.zeros(1, np.int32),
+    cu_seqlens=np.array([0, 1], np.int32),
+)
 
 
 def create(config: ModelConfig, settings: EngineSettings) -> TorchEngine:
@@ -61,20 +71,22 @@ class TorchEngine:
         stage = self._grid.layout.stages(config.num_layers)[self._place.pipeline]
         self._groups = make_groups(self._grid, settings.rank, tied=config.tied, chunks=len(stage))
         self._tensor = make_tensor_parallel(config, settings, self._groups)
-        self._data = DataParallel(self._groups.data, by_rows=settings.use_distributed_optimizer)
+        sharded = FullySharded(self._groups.data) if settings.use_torch_fsdp2 and self._grid.data_size > 1 else None
+        self._sharing: Sharing = sharded or Replicated(self._groups.data, by_rows=settings.use_distributed_optimizer)
         pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.channels)
         slots = [tuple(slot.local for slot in chunk) for chunk in stage]
         chunks = [
             Chunk(own, pipeline.source(number) is None, pipeline.target(number) is None)
             for number, own in enumerate(slots)
         ]
-        build = Build(self._local_config(), self._dtype, self._device, self._tensor)
-        models = [GPTModel(build, chunk, settings.recompute_layers) for chunk in chunks]
+        build = Build(self._local_config(), self._dtype, self._device, self._tensor, sharded)
+        counts = recompute_counts(slots, settings.recompute_layers)
+        models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
         self._passes = Passes(config, models, pipeline, self._dtype, self._device)
         self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
         self._weights = self._name_weights(models)
-        self._buffers: dict[str, GradientBuffer] = {}
-        self._adamw = self._prepare_training() if settings.training else None
+        self._sharing.prepare(list(self._weights.values()), training=settings.training)
+        self._adamw = self._make_adamw() if settings.training else None
 
     @property
     def optimizer_step(self) -> int:
@@ -83,10 +95,13 @@ class TorchEngine:
     def load_weights(self, source: TensorSource) -> None:
         kind: Kind = "master" if "master" in source.kinds() else "model"
         for name, weight in self._weights.items():
-            values = _read(source, name, kind, self._shards[name].part)
-            weight.data.copy_(values)
+            part = self._shards[name].part
+            own = own_rows(self._sharing.ranks, part.shape[0], by_rows=self._sharing.by_rows)
+            values = _read(source, name, kind, part.rows(*own) if self._sharing.weights_by_rows else part)
+            self._sharing.kept(weight).copy_(values)
             if self._adamw and name in self._adamw.master:
-                self._adamw.master[name].copy_(self._own(values))
+                updated = values if self._sharing.weights_by_rows else values[slice(*own)]
+                self._adamw.master[name].copy_(updated)
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
         adamw = self._require_training()
@@ -95,21 +110,21 @@ class TorchEngine:
             raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
         for name in adamw.master:
             part = self._shards[name].part
-            own = part.rows(*self._data.own(part.shape[0]))
+            own = part.rows(*own_rows(self._sharing.ranks, part.shape[0], by_rows=self._sharing.by_rows))
             adamw.exp_avg[name].copy_(_read(source, name, "exp_avg", own))
             adamw.exp_avg_sq[name].copy_(_read(source, name, "exp_avg_sq", own))
         adamw.step = optimizer_step
 
     def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
-        for shard in saved_shards(self.config, self._grid, self._place, by_rows=False):
-            yield "model", shard, _to_numpy(self._weights[shard.spec.name])
+        for shard in saved_shards(self.config, self._grid, self._place, by_rows=self._sharing.weights_by_rows):
+            yield "model", shard, _to_numpy(self._sharing.kept(self._weights[shard.spec.name]))
         if self._adamw is None:
             return
         kinds: list[tuple[Kind, dict[str, torch.Tensor]]] = []
         if self._dtype != torch.float32:
             kinds.append(("master", self._adamw.master))
         kinds += [("exp_avg", self._adamw.exp_avg), ("exp_avg_sq", self._adamw.exp_avg_sq)]
-        saved = saved_shards(self.config, self._grid, self._place, by_rows=self._data.by_rows)
+        saved = saved_shards(self.config, self._grid, self._place, by_rows=self._sharing.by_rows)
         for kind, tensors in kinds:
             for shard in saved:
                 yield kind, shard, _to_numpy(tensors[shard.spec.name])
@@ -117,23 +132,26 @@ class TorchEngine:
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
         adamw = self._require_training()
         loss, trained = self._accumulate(micro_batches)
-        self._sum_gradients(everywhere=False)
+        self._sum_gradients()
         loss, norm = self._loss_and_norm(loss)
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             adamw.update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad))
-            self._data.share(self._weights.values())
+            self._sharing.share()
         return StepResult(loss / trained, norm, trained, applied)
 
     def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
         self._require_training()
         loss, trained = self._accumulate(micro_batches)
-        self._sum_gradients(everywhere=True)
+        self._sum_gradients()
         (loss,) = sum_over(self._groups.everyone, [loss])
-        return loss / trained, {name: buffer.value.cpu().numpy().copy() for name, buffer in self._buffers.items()}
+        gradients = {name: self._sharing.whole_gradient(weight) for name, weight in self._weights.items()}
+        return loss / trained, {name: gradient.cpu().numpy().copy() for name, gradient in gradients.items()}
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        total = self._reported(self._passes.evaluate([batch for batch in micro_batches if batch.trained_tokens]))
+        self._sharing.begin(gradients=False)
+        total = self._reported(self._passes.evaluate(self._to_run(micro_batches)))
+        self._sharing.end()
         total, trained = sum_over(self._groups.everyone, [total, self._counted_tokens(micro_batches)])
         return total, int(trained)
 
@@ -162,48 +180,48 @@ class TorchEngine:
 
     def _name_weights(self, models: Sequence[GPTModel]) -> dict[str, Weight]:
         """Weights by global name, in the tensor table's order."""
-        built = {(number, name): weight for number, model in enumerate(models) for name, weight in model.weights()}
+        built = {
+            (number, name): weight for number, model in enumerate(models) for name, weight in own_weights(model).items()
+        }
         named = {name: built.pop((shard.chunk, shard.local_name)) for name, shard in self._shards.items()}
         assert not built, f"not laid out: {sorted(built)}"
         for name, weight in named.items():
             assert weight.shape == self._shards[name].shape, name
         return named
 
-    def _prepare_training(self) -> AdamW:
-        for name, weight in self._weights.items():
-            self._data.make_room(weight)
-            self._buffers[name] = weight.main_grad = GradientBuffer(weight, self._data.room(len(weight)))
-        own = {name: self._own(weight.data) for name, weight in self._weights.items()}
+    def _make_adamw(self) -> AdamW:
+        updated = {name: self._sharing.updated(weight) for name, weight in self._weights.items()}
         return AdamW(
-            {name: rows for name, rows in own.items() if len(rows)},
-            lambda name: self._own(self._buffers[name].value),
+            {name: rows for name, rows in updated.items() if len(rows)},
+            lambda name: self._sharing.gradient(self._weights[name]),
             self._settings,
         )
-
-    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of a weight, or of anything of its shape, that this rank updates."""
-        start, stop = self._data.own(len(tensor))
-        return tensor[start:stop]
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Fill the gradient buffers. Returns this rank's part of the summed loss, and all ranks' trained tokens."""
         (trained,) = sum_over(self._groups.everyone, [self._counted_tokens(micro_batches)])
         if not trained:
             raise ValueError(f"none of the {len(micro_batches)} micro-batches has a trained token")
-        for buffer in self._buffers.values():
-            buffer.clear()
-        # Interleaved stages need whole rounds of micro-batches, trained or not.
-        batches = [b for b in micro_batches if b.trained_tokens or len(self._passes.chunks) > 1]
-        return self._reported(self._passes.accumulate(batches, 1 / trained)), int(trained)
+        self._sharing.begin(gradients=True)
+        loss = self._reported(self._passes.accumulate(self._to_run(micro_batches), 1 / trained))
+        self._sharing.end()
+        return loss, int(trained)
 
-    def _sum_gradients(self, *, everywhere: bool) -> None:
-        """Add up what several ranks hold parts of; of data ranks' sums each gets its own rows, or `everywhere` all."""
+    def _to_run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Those with something to train. But interleaved stages need whole rounds of micro-batches, and ranks that
+        gather weights from each other must run equally many."""
+        batches = [batch for batch in micro_batches if batch.trained_tokens or len(self._passes.chunks) > 1]
+        if self._sharing.weights_by_rows:
+            batches += [UNTRAINED] * (maximum_over(self._sharing.ranks, len(batches)) - len(batches))
+        return batches
+
+    def _sum_gradients(self) -> None:
+        """Add up what several ranks hold parts of, for what this rank updates."""
+        self._sharing.reduce()
         if self._tensor is not None:
-            self._tensor.sum_all(self._buffers[name].value for name in self._partial_names())
-        self._data.reduce(self._buffers.values(), everywhere=everywhere)
+            self._tensor.sum_all(self._sharing.gradient(self._weights[name]) for name in self._partial_names())
         if self._groups.tied.group is not None:
-            gradient = self._buffers[EMBEDDING].value
-            dist.all_reduce(gradient if everywhere else self._own(gradient), group=self._groups.tied.group)
+            dist.all_reduce(self._sharing.gradient(self._weights[EMBEDDING]), group=self._groups.tied.group)
 
     def _partial_names(self) -> list[str]:
         """Replicated weights whose gradient on a tensor rank is a part of the sum: those that see only its heads, and,
@@ -218,11 +236,11 @@ class TorchEngine:
     def _loss_and_norm(self, loss: float) -> tuple[float, float]:
         """The summed loss of all ranks, and the norm of the whole model's gradient, each number of it counted once."""
         if self._grid.size == 1:
-            return loss, norm_of(buffer.value for buffer in self._buffers.values())
+            return loss, norm_of(self._sharing.gradient(weight) for weight in self._weights.values())
         counted = [shard.spec.name for shard in counted_shards(self.config, self._grid, self._place)]
-        if not self._data.by_rows and self._place.data > 0:
+        if not self._sharing.by_rows and self._place.data > 0:
             counted = []
-        gradients = [self._own(self._buffers[name].value) for name in counted]
+        gradients = [self._sharing.gradient(self._weights[name]) for name in counted]
         norm = norm_of(gradient for gradient in gradients if len(gradient))
         total, squares = sum_over(self._groups.everyone, [loss, norm**2])
         return total, math.sqrt(squares) if squares >= 0 else math.nan
@@ -242,6 +260,12 @@ class TorchEngine:
         return self._adamw
 
 
+def recompute_counts(chunks: Sequence[Sequence[int]], layers: int) -> list[int]:
+    """How many layers of each chunk belong to the first `layers` of this rank."""
+    starts = accumulate((len(chunk) for chunk in chunks), initial=0)
+    return [min(max(layers - start, 0), len(chunk)) for start, chunk in zip(starts, chunks)]
+
+
 def make_tensor_parallel(config: ModelConfig, settings: EngineSettings, groups: Groups) -> TensorParallel | None:
     ranks = groups.tensor
     if ranks.group is None:
@@ -251,6 +275,8 @@ def make_tensor_parallel(config: ModelConfig, settings: EngineSettings, groups: 
 
 
 def _read(source: TensorSource, name: str, kind: Kind, part: Part) -> torch.Tensor:
+    if 0 in part.shape:
+        return torch.empty(part.shape)
     values = source.read_part(name, part, kind)
     check_shape(source.location, name, values.shape, part.shape)
     return torch.from_numpy(np.require(values, dtype=np.float32, requirements=["C", "W"]))

@@ -6,7 +6,7 @@ heads and channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.torch.attention import Run, attention, runs
+from tandem.backends.torch.fully_sharded import FullySharded
 from tandem.backends.torch.functional import (
     Weight,
     embedding,
@@ -61,12 +62,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Build:
-    """What every module is built from: the config of this rank's slice, dtype, device, and the tensor ranks."""
+    """What every module is built from: the config of this rank's slice, dtype, device, the tensor ranks, and what
+    shards weights as they are built."""
 
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
     tensor: TensorParallel | None
+    sharded: FullySharded | None = None
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
         return Linear(inputs, outputs, self.dtype, self.device, bias)
@@ -101,6 +104,15 @@ def padded(batch: MicroBatch, multiple: int) -> MicroBatch:
         position_ids=np.concatenate([batch.position_ids, padding]),
         cu_seqlens=np.append(batch.cu_seqlens, batch.cu_seqlens[-1] + missing).astype(np.int32),
     )
+
+
+def own_weights(module: nn.Module) -> dict[str, Weight]:
+    """The weights of a module and of the modules in it, by name."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        assert isinstance(parameter, Weight)
+        found[name] = parameter
+    return found
 
 
 class Linear(nn.Module):
@@ -182,6 +194,7 @@ class TransformerLayer(nn.Module):
         self.pre_mlp_layernorm = build.norm(build.config.hidden_size)
         self.mlp = MLP(build)
         self.tensor = build.tensor
+        self.unit = None if build.sharded is None else build.sharded.add_layer(own_weights(self).values())
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         x = self._block(self.input_layernorm, partial(self.self_attention, inputs=inputs), x)
@@ -205,10 +218,11 @@ class Decoder(nn.Module):
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         for number, layer in enumerate(self.layers.values()):
+            run: Callable[..., torch.Tensor] = layer
             if number < self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, inputs, use_reentrant=True, preserve_rng_state=False)
-            else:
-                x = layer(x, inputs)
+                run = partial(checkpoint, layer, use_reentrant=True, preserve_rng_state=False)
+            assert isinstance(layer, TransformerLayer)
+            x = run(x, inputs) if layer.unit is None else layer.unit.around(run, x, inputs)
         return x
 
 
@@ -233,6 +247,8 @@ class GPTModel(nn.Module):
         self.decoder = Decoder(build, chunk, recompute_layers)
         shared = config.tied and chunk.first
         self.output_layer = build.linear(config.hidden_size, config.vocab_size) if chunk.last and not shared else None
+        if build.sharded is not None:
+            build.sharded.end_chunk(own_weights(self).values())
 
     @property
     def head(self) -> Weight:
@@ -256,8 +272,3 @@ class GPTModel(nn.Module):
             return norm(x if rows is None else x.index_select(0, rows))
         x = self.tensor.enter(norm(x))
         return x[: inputs.real] if rows is None else x.index_select(0, rows)
-
-    def weights(self) -> Iterator[tuple[str, Weight]]:
-        for name, parameter in self.named_parameters():
-            assert isinstance(parameter, Weight)
-            yield name, parameter

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd import Function
 
-from tandem.backends.torch.communication import Group
+from tandem.backends.torch.communication import Group, all_gather, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class TensorParallel:
 
     def gather_tokens(self, x: torch.Tensor) -> torch.Tensor:
         gathered = x.new_empty(x.shape[0] * self.size, *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
+        all_gather(gathered, x.contiguous(), self.group).wait()
         return gathered
 
     def scatter_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens of the sum over ranks."""
         scattered = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(scattered, x.contiguous(), group=self.group)
+        reduce_scatter(scattered, x.contiguous(), self.group).wait()
         return scattered
 
 
