@@ -15,8 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import plan_memory
 import turns
@@ -57,56 +56,21 @@ def job_of(case: tuple[int, ...], layers: int, width: int, seq_length: int) -> J
     )
 
 
-class Counter:
-    """Bytes that this rank sends, by the kind of call, while it is `on`."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.sent = 0.0
-
-    def watch(self, module: Any, name: str, share: Callable[[Any, tuple[Any, ...], int], float]) -> None:
-        """Count calls of `module.name`; `share(tensor, arguments, ranks)` is what one sends of its first tensor."""
-        original = getattr(module, name)
-
-        def counted(tensor: Any, *arguments: Any, **options: Any) -> Any:
-            if self.on:
-                ranks = module.get_world_size(options.get("group"))
-                self.sent += share(tensor, arguments, ranks)
-            return original(tensor, *arguments, **options)
-
-        setattr(module, name, counted)
-
-
-def count_collectives() -> Counter:
-    import torch.distributed as dist
-
-    def size(tensor: Any) -> float:
-        return tensor.numel() * tensor.element_size()
-
-    counter = Counter()
-    counter.watch(dist, "all_reduce", lambda tensor, _, ranks: 2 * size(tensor) * (ranks - 1) / ranks)
-    counter.watch(dist, "all_gather_into_tensor", lambda whole, _, ranks: size(whole) * (ranks - 1) / ranks)
-    counter.watch(dist, "reduce_scatter_tensor", lambda _, rest, ranks: size(rest[0]) * (ranks - 1) / ranks)
-    counter.watch(dist, "isend", lambda tensor, _, ranks: size(tensor))
-    return counter
-
-
 def measure(job: Job) -> dict[str, float]:
     """Of this rank: its stage, bytes above the floor, and bytes sent in a step."""
     from tandem.backends import connect
+    from tandem.backends.torch.communication import SentBytes
 
     world = World.from_environment()
     grid = Grid(job.layout, world.size)
     communicator = connect("torch", world, "cpu", 5)
-    counter = count_collectives()
     smallest = dataclasses.replace(plan_memory.SMALLEST, num_layers=job.pipeline_size)
     plan_memory.train(dataclasses.replace(job, config=smallest, seq_length=16), grid, world.rank, reset=False)
     floor = turns.resident()
-    counter.on = True
-    plan_memory.train(job, grid, world.rank, reset=True)
-    counter.on = False
+    with SentBytes() as sent:
+        plan_memory.train(job, grid, world.rank, reset=True)
     found = {"stage": grid.place(world.rank).pipeline, "memory": turns.peak() - floor}
-    found["sent"] = counter.sent / plan_memory.STEPS
+    found["sent"] = sent.total / plan_memory.STEPS
     communicator.close()
     return found
 

@@ -22,12 +22,16 @@ SHORT = {
         Case(pp=2, vpp=1, packed=True),
         Case(dp=2, packed=True),
         Case(dp=2, use_distributed_optimizer=True, tied=False),
+        Case(dp=2, use_torch_fsdp2=True, packed=True, recompute_layers=2),
     ],
     4: [
         Case(tp=2, pp=2, sequence_parallel=True, packed=True),
         Case(tp=2, dp=2, use_distributed_optimizer=True, sequence_parallel=True),
         Case(pp=2, dp=2, use_distributed_optimizer=True, packed=True),
         Case(pp=2, dp=2, vpp=1),
+        Case(dp=4, use_torch_fsdp2=True, tied=False),
+        Case(tp=2, dp=2, use_torch_fsdp2=True, sequence_parallel=True),
+        Case(pp=2, dp=2, use_torch_fsdp2=True, packed=True, vpp=1),
         Case(tp=4, tied=False, packed=True),
     ],
 }
@@ -45,8 +49,8 @@ def matrix(processes: int) -> list[Case]:
     for tp, pp, dp in product((1, 2, 4), (1, 2, 4), (1, 2)):
         if tp * pp * dp != processes:
             continue
-        for sequence, sharded, tied, packed in product((False, True), repeat=4):
-            if (sequence and tp == 1) or (sharded and dp == 1):
+        for sequence, sharded, fully, tied, packed in product((False, True), repeat=5):
+            if (sequence and tp == 1) or ((sharded or fully) and dp == 1) or (sharded and fully):
                 continue
             cases.append(
                 Case(
@@ -55,6 +59,7 @@ def matrix(processes: int) -> list[Case]:
                     dp=dp,
                     sequence_parallel=sequence,
                     use_distributed_optimizer=sharded,
+                    use_torch_fsdp2=fully,
                     tied=tied,
                     packed=packed,
                 )
