@@ -34,7 +34,8 @@ class EngineSettings:
         grid, rank: all processes of the job, and which of them this one is. With more than one, `connect` comes first.
         sequence_parallel: between tensor ranks, split norms and residuals along the tokens.
         use_distributed_optimizer: each data rank keeps the rows of masters and moments that `even_rows` gives it.
-        use_torch_fsdp2: shard weights and gradients, too (PyTorch's `fully_shard`).
+        use_torch_fsdp2: a data rank keeps these rows of everything, weights and gradients, too, and has a layer's whole
+            weights only while it computes (as PyTorch's `fully_shard`).
     """
 
     adam_beta1: float = 0.9
@@ -92,7 +93,7 @@ class Engine(Protocol):
 
     def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
         """Everything a checkpoint must hold of this rank, as (kind, which part of which tensor, host array): what
-        `saved_shards` lists, "model" first. An array is valid until the next one is asked for."""
+        `saved_shards` lists for what is kept by rows and what is not, "model" first. An array is valid until the next one is asked for."""
         ...
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
