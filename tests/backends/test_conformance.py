@@ -21,6 +21,7 @@ ALONE = {
     "mindspore/npu.py",  # fused operators
     "mindspore/threads.py",  # NumPy work over all cores
     "mindspore/weight.py",  # parameters with gradient buffers, and pullbacks
+    "torch/fully_sharded.py",  # --use-torch-fsdp2
 }
 
 
