@@ -93,7 +93,8 @@ class Engine(Protocol):
 
     def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
         """Everything a checkpoint must hold of this rank, as (kind, which part of which tensor, host array): what
-        `saved_shards` lists for what is kept by rows and what is not, "model" first. An array is valid until the next one is asked for."""
+        `saved_shards` lists, by rows where the settings shard that kind, "model" first. An array is valid until the
+        next one is asked for."""
         ...
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
