@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import sft_prefix
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.statistics import DataView
+from tandem.data.tokenizer import Tokenizer
 from workspace import Workspace
 
 
@@ -56,3 +61,81 @@ def test_preprocess_shows_samples(workspace: Workspace, tmp_path: Path, capsys: 
     words = ["--input", str(workspace.corpus), "--output-prefix", str(tmp_path / "x")]
     assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf), "--show", "2"]) == 0
     assert "sample 1" in capsys.readouterr().out
+
+
+class Page(HTMLParser):
+    """Text of each sample, what is marked in it, and every attribute that would fetch something."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.samples: list[str] = []
+        self.marked: list[str] = []
+        self.fetched: list[str] = []
+        self._open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.fetched += [name for name, _ in attributes if name in ("src", "href", "srcset")]
+        self._open.append(tag)
+        if tag == "pre":
+            self.samples.append("")
+        if tag == "mark":
+            self.marked.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, text: str) -> None:
+        if "pre" in self._open:
+            self.samples[-1] += text
+        if "mark" in self._open:
+            self.marked[-1] += text
+
+
+def write_page(workspace: Workspace, path: Path) -> str:
+    words = ["inspect", "data", str(workspace.instructions), "--show", "2", "--html", str(path)]
+    assert main(words) == 0
+    return path.read_text(encoding="utf-8")
+
+
+def test_html_page_stands_alone_and_shows_what_is_trained(workspace: Workspace, tmp_path: Path) -> None:
+    text = write_page(workspace, tmp_path / "page.html")
+    page = Page(text)
+    view, tokenizer = DataView(workspace.instructions), Tokenizer(workspace.hf)
+    spans = [view.spans(index, tokenizer) for index in range(2)]
+    assert [sample.removeprefix("\n") for sample in page.samples] == ["".join(s.text for s in some) for some in spans]
+    assert page.marked == [span.text for some in spans for span in some if span.trained]
+    assert page.fetched == []
+    assert f"{view.statistics().tokens:,}" in text
+    assert "prompt type" in text
+
+
+def test_preprocess_writes_a_page_of_hostile_text(workspace: Workspace, tmp_path: Path) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_text(json.dumps({"text": "\n<script>alert(1)</script> & </pre>"}) + "\n")
+    words = ["--input", str(source), "--output-prefix", str(tmp_path / "x"), "--html", str(tmp_path / "x.html")]
+    assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf), "--show", "1"]) == 0
+    page = Page((tmp_path / "x.html").read_text())
+    assert len(page.samples) == 1
+    assert page.samples[0].startswith("\n\n<script>")
+    assert page.samples[0].endswith("& </pre>")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_html_page_in_a_browser(workspace: Workspace, tmp_path: Path) -> None:
+    write_page(workspace, tmp_path / "page.html")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--dump-dom",
+    ]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'page.html'}"]
+    done = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=60, check=True)
+    page = Page(done.stdout)
+    spans = DataView(workspace.instructions).spans(0, Tokenizer(workspace.hf))
+    assert page.samples[0] == "".join(span.text for span in spans)
+    assert page.marked[0] in [span.text for span in spans if span.trained]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tandem.cli.data_page import write_page
 from tandem.config.sources import parse_dataclass
 from tandem.data.record import read_record
 from tandem.data.statistics import DataView, Statistics
@@ -33,6 +34,8 @@ class InspectDataOptions:
     """Folder of the tokenizer; default: the one that the data's record names."""
     show: int = 3
     """How many samples to print."""
+    html: str | None = None
+    """Write all this as one HTML page to a file."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -40,8 +43,12 @@ def run(argv: Sequence[str]) -> None:
     console = make_console()
     view = DataView(options.prefix)
     console.print(overview(options.prefix, view.statistics()))
-    if options.show:
-        show_samples(console, view, _tokenizer(options), options.show)
+    tokenizer = _tokenizer(options) if options.show else None
+    if tokenizer:
+        show_samples(console, view, tokenizer, options.show)
+    if options.html:
+        write_page(options.html, view, tokenizer, options.show)
+        print(f"wrote {options.html}")
 
 
 def make_console() -> Console:

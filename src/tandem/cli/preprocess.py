@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tandem.cli.data_page import write_page
 from tandem.cli.inspect_data import make_console, show_samples
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
@@ -77,6 +78,8 @@ class Flags:
     """What to do with an unusable row; skip writes it to PREFIX.rejects.jsonl."""
     show: int = 0
     """Print so many samples of the result as text, with what is trained marked."""
+    html: str | None = None
+    """Write counts and the samples of --show as one HTML page to a file."""
     log_interval: int = 1000
     """Documents between two signs of progress."""
 
@@ -120,9 +123,16 @@ def run(argv: Sequence[str]) -> None:
         print(f"wrote {prefix}.bin and .idx")
     if summary.rejects:
         print(f"wrote {summary.rejects}")
-    if flags.show:
+    if flags.show or flags.html:
         path = next(iter(summary.prefixes.values())) if flags.prompt_type is None else flags.output_prefix
-        show_samples(make_console(), DataView(path), Tokenizer(flags.tokenizer_name_or_path), flags.show)
+        show(flags, DataView(path), Tokenizer(flags.tokenizer_name_or_path))
+
+
+def show(flags: Flags, view: DataView, tokenizer: Tokenizer) -> None:
+    show_samples(make_console(), view, tokenizer, flags.show)
+    if flags.html:
+        write_page(flags.html, view, tokenizer, flags.show)
+        print(f"wrote {flags.html}")
 
 
 def run_merge(argv: Sequence[str]) -> None:
@@ -132,7 +142,7 @@ def run_merge(argv: Sequence[str]) -> None:
 
 
 def options_from(flags: Flags) -> PreprocessOptions:
-    values = {name: value for name, value in vars(flags).items() if name not in ("tokenizer_type", "show")}
+    values = {name: value for name, value in vars(flags).items() if name not in ("tokenizer_type", "show", "html")}
     values["map_keys"] = parse_map_keys(flags.map_keys)
     values["enable_thinking"] = THINKING_MODES[flags.enable_thinking]
     values["interleave_probs"] = _probabilities(flags.interleave_probs)
