@@ -96,7 +96,8 @@ def _sample(view: DataView, index: int, tokenizer: Tokenizer) -> str:
     note = "trained text is marked" if marked else "all of it is trained"
     text = "".join(_span(span, marked) for span in spans)
     # A line feed right behind <pre> would not be shown.
-    return f"<details open><summary>{escape(view.title(index))}<small>{note}</small></summary><pre>\n{text}</pre></details>"
+    summary = f"<summary>{escape(view.title(index))}<small>{note}</small></summary>"
+    return f"<details open>{summary}<pre>\n{text}</pre></details>"
 
 
 def _span(span: Span, marked: bool) -> str:
