@@ -161,7 +161,9 @@ def run_job(
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
     command = launcher(framework, processes, folder)
     arguments = [str(JOB), framework, str(folder / "cases.json"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # msrun starts its workers with the first `python` on PATH.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=environment
     )
@@ -175,7 +177,7 @@ def launcher(framework: str, processes: int, folder: Path) -> list[str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         return [*torchrun, "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", port]
     msrun = [str(Path(sys.executable).with_name("msrun"))]
-    workers = ["--worker_num", str(processes), "--local_worker_num", str(processes), "--join", "True"]
+    workers = ["--worker_num", str(processes), "--local_worker_num", str(processes), "--join=True", "--bind_core=True"]
     return [*msrun, *workers, "--master_port", port, "--log_dir", str(folder / "msrun_log")]
 
 

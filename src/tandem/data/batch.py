@@ -84,3 +84,17 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         position_ids=joined.position_ids.astype(np.int32, copy=False),
         cu_seqlens=np.cumsum([0, *joined.lengths], dtype=np.int32),
     )
+
+
+def padded(batch: MicroBatch, multiple: int) -> MicroBatch:
+    """The batch with a document without labels at its end, so that its tokens divide."""
+    missing = -len(batch.tokens) % multiple
+    if not missing:
+        return batch
+    padding = np.arange(missing, dtype=np.int32)
+    return MicroBatch(
+        tokens=np.concatenate([batch.tokens, np.zeros_like(padding)]),
+        labels=np.concatenate([batch.labels, np.full_like(padding, IGNORE)]),
+        position_ids=np.concatenate([batch.position_ids, padding]),
+        cu_seqlens=np.append(batch.cu_seqlens, batch.cu_seqlens[-1] + missing).astype(np.int32),
+    )

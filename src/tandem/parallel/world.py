@@ -29,6 +29,10 @@ class World:
         Raises:
             UserError: several processes are announced, but not which of them this one is.
         """
+        if (
+            environment.get("MS_ROLE") == "MS_SCHED"
+        ):  # msrun's process beside the ranks, which lets them find each other
+            return cls(size=int(environment["MS_WORKER_NUM"]))
         for size, rank, local_rank in VARIABLES:
             if environment.get(size, "1") != "1":
                 names = (rank, size, local_rank)

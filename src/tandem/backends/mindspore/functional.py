@@ -38,15 +38,21 @@ def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
     """x [t, h] -> x[rows]; `rows` are distinct."""
     selected, values = empty(len(rows), x.shape[1])
     values[...] = x.asnumpy()[rows]
-    shape = x.shape
+    count = x.shape[0]
+    return selected, lambda gradient: place_rows(gradient, rows, count)
 
-    def backward(gradient: Tensor) -> Tensor:
-        result, scattered = empty(*shape)
-        scattered.fill(0)
-        scattered[rows] = gradient.asnumpy()
-        return result
 
-    return selected, backward
+def place_rows(x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+    """[count, h] with x [len(rows), h] at `rows` and zeros elsewhere."""
+    result, values = empty(count, x.shape[1])
+    values.fill(0)
+    values[rows] = x.asnumpy()
+    return result
+
+
+def rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """x[start:stop], in the same memory."""
+    return Tensor.from_numpy(x.asnumpy()[start:stop])
 
 
 def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> tuple[Tensor, Pullback]:

@@ -11,6 +11,7 @@ import functools
 import numpy as np
 from mindspore import Tensor, ops
 
+from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.threads import split_work
 from tandem.backends.mindspore.weight import Weight, empty
 
@@ -24,14 +25,22 @@ _product_ta = ops.MatMul(transpose_a=True)
 _product_tb = ops.MatMul(transpose_b=True)
 
 
-def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray) -> float:
-    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [n, h], head [v, h], labels [n]."""
+def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
+    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [n, h], head [v, h], labels [n].
+
+    Where ranks share the vocabulary, `head` is this rank's part of it, and all get the sum.
+    """
     rows = hidden.asnumpy()
-    return sum(_Chunk(rows[part], head, labels[part]).loss() for part in chunks(len(rows), head))
+    return sum(
+        _Chunk(rows[part], head, labels[part], tensor).loss() for part in chunks(len(rows), tensor.vocabulary_rows)
+    )
 
 
-def cross_entropy_and_gradient(hidden: Tensor, head: Weight, labels: np.ndarray, scale: float) -> tuple[float, Tensor]:
-    """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [n, h].
+def cross_entropy_and_gradient(
+    hidden: Tensor, head: Weight, labels: np.ndarray, scale: float, tensor: TensorParallel
+) -> tuple[float, Tensor]:
+    """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [n, h]: where ranks share
+    the vocabulary, this rank's part of a sum over ranks.
 
     The head's gradient is accumulated on the way.
     """
@@ -39,16 +48,16 @@ def cross_entropy_and_gradient(hidden: Tensor, head: Weight, labels: np.ndarray,
     d_hidden, d_rows = empty(*rows.shape)
 
     def run(part: slice) -> float:
-        chunk = _Chunk(rows[part], head, labels[part])
+        chunk = _Chunk(rows[part], head, labels[part], tensor)
         chunk.backward(np.float32(scale), d_rows[part])
         return chunk.loss()
 
-    return sum(run(part) for part in chunks(len(rows), head)), d_hidden
+    return sum(run(part) for part in chunks(len(rows), tensor.vocabulary_rows)), d_hidden
 
 
-def chunks(rows: int, head: Weight) -> list[slice]:
+def chunks(rows: int, vocabulary: int) -> list[slice]:
     """Even parts of range(rows), of which each one's fp32 logits fit LOGITS_CHUNK_BYTES."""
-    largest = max(1, LOGITS_CHUNK_BYTES // (4 * head.value.shape[0]))
+    largest = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
     count = -(-rows // largest)
     return [slice(rows * chunk // count, rows * (chunk + 1) // count) for chunk in range(count)]
 
@@ -56,26 +65,27 @@ def chunks(rows: int, head: Weight) -> list[slice]:
 class _Chunk:
     """The logits of some rows, exponentiated: in each piece exp(logits - the row's largest in that piece)."""
 
-    def __init__(self, rows: np.ndarray, head: Weight, labels: np.ndarray) -> None:
+    def __init__(self, rows: np.ndarray, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> None:
         self.hidden = Tensor.from_numpy(rows)
         self.head = head
-        self.labels = labels
-        vocabulary = head.value.shape[0]
-        self.ranges = [slice(start, min(start + PIECE, vocabulary)) for start in range(0, vocabulary, PIECE)]
+        self.labels = tensor.local(labels)
+        size = head.value.shape[0]
+        self.ranges = [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
         shape = (len(rows), len(self.ranges))
         self.largest = np.empty(shape, np.float32)
         self.totals = np.empty(shape, np.float32)
-        self.label_logits = np.empty(len(rows), np.float32)
-        self.pieces = [self._exponentials(index) for index in range(len(self.ranges))]
-        top = self.largest.max(1, keepdims=True)
-        exponentials = self.totals * np.exp(self.largest - top)
-        self.log_sum_exp = top + np.log(exponentials.sum(1, keepdims=True))  # [rows, 1]
+        label_logits = np.zeros(len(rows), np.float32)
+        self.pieces = [self._exponentials(index, label_logits) for index in range(len(self.ranges))]
+        top = self.largest.max(1)
+        exponentials = self.totals * np.exp(self.largest - top[:, None])
+        log_sum_exp = top + np.log(exponentials.sum(1))
+        self.log_sum_exp, self.label_logits = tensor.softmax_over_ranks(log_sum_exp, label_logits)  # [rows]
 
-    def _exponentials(self, index: int) -> Tensor:
+    def _exponentials(self, index: int, label_logits: np.ndarray) -> Tensor:
         piece = _product_tb(self.hidden, self._weights(index))
         logits = piece.asnumpy()
         here = self._labelled(index)
-        self.label_logits[here] = logits[here, self.labels[here] - self.ranges[index].start]
+        label_logits[here] = logits[here, self.labels[here] - self.ranges[index].start]
 
         def exponentiate(part: slice) -> None:
             values = logits[part]
@@ -89,11 +99,11 @@ class _Chunk:
 
     def loss(self) -> float:
         """Sum over the rows."""
-        return float(np.sum(self.log_sum_exp[:, 0] - self.label_logits, dtype=np.float64))
+        return float(np.sum(self.log_sum_exp - self.label_logits, dtype=np.float64))
 
     def backward(self, scale: np.float32, d_rows: np.ndarray) -> None:
         """Write the gradient of the rows and accumulate the head's; consumes the pieces."""
-        factors = np.exp(self.largest - self.log_sum_exp) * scale
+        factors = np.exp(self.largest - self.log_sum_exp[:, None]) * scale
         d_head = self.head.gradient_rows()
         for index, piece in enumerate(self.pieces):
             d_logits = piece.asnumpy()

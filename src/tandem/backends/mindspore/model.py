@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
 from tandem.backends.mindspore.attention import Documents
-from tandem.backends.mindspore.device import Kernels
+from tandem.backends.mindspore.kernels import Kernels
+from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback, Weight
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
@@ -61,78 +63,103 @@ def recomputed(layer: Layer) -> Layer:
     return forward
 
 
-class Decoder:
-    """Embedding, decoder layers and final norm; the loss applies the head."""
+def chained(steps: Iterable[Layer], x: Tensor, differentiable: bool = True) -> tuple[Tensor, Pullback]:
+    """One function after another. Nothing is kept for the pullback when not `differentiable`."""
+    pulls = []
+    for step in steps:
+        x, pull = step(x)
+        if differentiable:
+            pulls.append(pull)
 
-    def __init__(
-        self, config: ModelConfig, weights: dict[str, Weight], kernels: Kernels, recompute_layers: int
-    ) -> None:
-        self.config = config
-        self.weights = weights
-        self.kernels = kernels
-        self.recompute_layers = recompute_layers
+    def backward(gradient: Tensor) -> Tensor:
+        while pulls:
+            gradient = pulls.pop()(gradient)  # popped, so that what it kept is freed when it is done
+        return gradient
+
+    return x, backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """This rank's stage and slice of a decoder: embedding, decoder layers and final norm; the loss applies the head.
+
+    Attributes:
+        config: with this rank's numbers of heads and groups.
+        layers: those of the stage, as numbered in the whole model; `recompute_layers` counts from the first.
+        first, last: the stage begins with the embedding, and ends with the final norm.
+        weights: by global name.
+    """
+
+    config: ModelConfig
+    layers: Sequence[int]
+    first: bool
+    last: bool
+    weights: dict[str, Weight]
+    kernels: Kernels
+    tensor: TensorParallel
+    recompute_layers: int
 
     @property
     def head(self) -> Weight:
-        """[v, h]"""
+        """[this rank's rows of the vocabulary, h]"""
         return self.weights[EMBEDDING if self.config.tied else OUTPUT]
 
     def forward(
-        self, micro_batch: MicroBatch, rows: np.ndarray, differentiable: bool
-    ) -> tuple[Tensor, Callable[[Tensor], None]]:
-        """What the head takes at the given rows of the micro-batch: [len(rows), h].
+        self, micro_batch: MicroBatch, rows: np.ndarray, x: Tensor | None, differentiable: bool
+    ) -> tuple[Tensor, Pullback]:
+        """The stage's output from the one before it, x [t, h] (None for the first stage); of the last stage what the
+        head takes at the given rows of the micro-batch, [len(rows), h].
 
-        The second result takes that tensor's gradient and accumulates all weights'. It may be called once, and never
-        when not `differentiable`: then nothing is kept for it.
+        The second result takes the output's gradient, accumulates all weights' and returns that of x (without meaning
+        on the first stage). It may be called once, and never when not `differentiable`.
         """
         documents = Documents.of(self.config, micro_batch)
-        steps: list[Layer] = [
-            *(self._layer(index, documents) for index in range(self.config.num_layers)),
-            functools.partial(self.kernels.select_rows, rows=rows),
-            self._norm(FINAL_NORM),
-        ]
-        x, pull = self.kernels.embedding(micro_batch.tokens, self.weights[EMBEDDING])
-        pulls = [pull]
-        for step in steps:
-            x, pull = step(x)
-            if differentiable:
-                pulls.append(pull)
+        steps = [self._layer(place, layer, documents) for place, layer in enumerate(self.layers)]
+        if self.first:
+            steps = [lambda _: self._embedding(micro_batch.tokens), self.tensor.leave, *steps]
+        if self.last:
+            select = functools.partial(self.kernels.select_rows, rows=rows)
+            steps += [self.tensor.join, select, self._norm(FINAL_NORM), self.tensor.enter_joined]
+        return chained(steps, x, differentiable)
 
-        def backward(gradient: Tensor) -> None:
-            while pulls:
-                gradient = pulls.pop()(gradient)  # popped, so that what it kept is freed when it is done
+    def _embedding(self, tokens: np.ndarray) -> tuple[Tensor, Pullback]:
+        return self.tensor.embedding(tokens, self.weights[EMBEDDING])
 
-        return x, backward
+    def _layer(self, place: int, layer: int, documents: Documents) -> Layer:
+        function = functools.partial(self._decoder_layer, layer=layer, documents=documents)
+        return recomputed(function) if place < self.recompute_layers else function
 
-    def _layer(self, index: int, documents: Documents) -> Layer:
-        layer = functools.partial(self._decoder_layer, index=index, documents=documents)
-        return recomputed(layer) if index < self.recompute_layers else layer
-
-    def _decoder_layer(self, x: Tensor, index: int, documents: Documents) -> tuple[Tensor, Pullback]:
-        prefix = layer_prefix(index)
+    def _decoder_layer(self, x: Tensor, layer: int, documents: Documents) -> tuple[Tensor, Pullback]:
+        prefix = layer_prefix(layer)
         attention = prefix + "self_attention."
-        weights, kernels = self.weights, self.kernels
+        weights, kernels, tensor = self.weights, self.kernels, self.tensor
 
         qkv, pull_qkv = linear_after(
-            self._norm(prefix + "input_layernorm.weight"),
+            self._entering(prefix + "input_layernorm.weight"),
             x,
             weights[attention + "linear_qkv.weight"],
             weights.get(attention + "linear_qkv.bias"),
         )
         q_norm, k_norm = weights.get(attention + "q_layernorm.weight"), weights.get(attention + "k_layernorm.weight")
         mixed, pull_mixed = kernels.attention(qkv, q_norm, k_norm, documents, self.config)
-        projected, pull_projected = linear(mixed, weights[attention + "linear_proj.weight"])
+        project = functools.partial(linear, weight=weights[attention + "linear_proj.weight"])
+        projected, pull_projected = chained([project, tensor.leave], mixed)
         middle = x + projected
         gate_up, pull_gate_up = linear_after(
-            self._norm(prefix + "pre_mlp_layernorm.weight"), middle, weights[prefix + "mlp.linear_fc1.weight"]
+            self._entering(prefix + "pre_mlp_layernorm.weight"), middle, weights[prefix + "mlp.linear_fc1.weight"]
         )
-        mlp, pull_mlp = linear_after(kernels.swiglu, gate_up, weights[prefix + "mlp.linear_fc2.weight"])
+        down = functools.partial(linear_after, kernels.swiglu, weight=weights[prefix + "mlp.linear_fc2.weight"])
+        mlp, pull_mlp = chained([down, tensor.leave], gate_up)
 
         def backward(gradient: Tensor) -> Tensor:
             gradient = gradient + pull_gate_up(pull_mlp(gradient))
             return gradient + pull_qkv(pull_mixed(pull_projected(gradient)))
 
         return middle + mlp, backward
+
+    def _entering(self, norm: str) -> Layer:
+        """A norm, and all tokens of its result."""
+        return functools.partial(chained, [self._norm(norm), self.tensor.enter])
 
     def _norm(self, name: str) -> Layer:
         return functools.partial(self.kernels.rms_norm, weight=self.weights[name], epsilon=self.config.norm_epsilon)

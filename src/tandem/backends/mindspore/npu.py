@@ -14,7 +14,9 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 
 from tandem.backends.mindspore.attention import Documents
+from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.loss import chunks
+from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback, Weight
 from tandem.models.config import ModelConfig
 
@@ -51,12 +53,16 @@ def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
 
 
 def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
-    index = Tensor(rows, ms.int32)
+    count = x.shape[0]
+    return mint.index_select(x, 0, Tensor(rows, ms.int32)), lambda gradient: place_rows(gradient, rows, count)
 
-    def backward(gradient: Tensor) -> Tensor:
-        return mint.index_add(mint.zeros(x.shape, dtype=gradient.dtype), 0, index, gradient)
 
-    return mint.index_select(x, 0, index), backward
+def place_rows(x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+    return mint.index_add(mint.zeros((count, x.shape[1]), dtype=x.dtype), 0, Tensor(rows, ms.int32), x)
+
+
+def rows(x: Tensor, start: int, stop: int) -> Tensor:
+    return x[start:stop].contiguous()
 
 
 def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> tuple[Tensor, Pullback]:
@@ -103,15 +109,19 @@ def attention(
     return _differentiable(function, qkv, [norm for norm in (q_norm, k_norm) if norm is not None])
 
 
-def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray) -> float:
-    return sum(_loss(hidden[part], head, labels[part])[0] for part in chunks(len(labels), head))
+def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
+    return sum(
+        _loss(hidden[part], head, labels[part], tensor)[0] for part in chunks(len(labels), tensor.vocabulary_rows)
+    )
 
 
-def cross_entropy_and_gradient(hidden: Tensor, head: Weight, labels: np.ndarray, scale: float) -> tuple[float, Tensor]:
+def cross_entropy_and_gradient(
+    hidden: Tensor, head: Weight, labels: np.ndarray, scale: float, tensor: TensorParallel
+) -> tuple[float, Tensor]:
     total, gradients = 0.0, []
-    for part in chunks(len(labels), head):
+    for part in chunks(len(labels), tensor.vocabulary_rows):
         rows = hidden[part]
-        loss, d_logits = _loss(rows, head, labels[part])
+        loss, d_logits = _loss(rows, head, labels[part], tensor)
         total += loss
         d_logits = (d_logits * scale).astype(hidden.dtype)
         gradients.append(mint.matmul(d_logits, head.value))
@@ -119,13 +129,18 @@ def cross_entropy_and_gradient(hidden: Tensor, head: Weight, labels: np.ndarray,
     return total, mint.cat(gradients, 0)
 
 
-def _loss(rows: Tensor, head: Weight, labels: np.ndarray) -> tuple[float, Tensor]:
+def _loss(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> tuple[float, Tensor]:
     """The sum of the rows' losses, and its gradient with respect to their logits, fp32."""
     logits = mint.matmul(rows, head.value.T).astype(ms.float32)
-    log_probabilities = logits - mint.logsumexp(logits, -1, keepdim=True)
-    wanted = mint.nn.functional.one_hot(Tensor(labels, ms.int64), head.value.shape[0]).astype(ms.float32)
-    loss = -float(mint.sum(log_probabilities * wanted).asnumpy())
-    return loss, mint.exp(log_probabilities) - wanted
+    local, size = tensor.local(labels), head.value.shape[0]
+    here = (local >= 0) & (local < size)
+    wanted = mint.nn.functional.one_hot(Tensor(np.where(here, local, 0), ms.int64), size).astype(ms.float32)
+    wanted = wanted * Tensor(here[:, None].astype(np.float32))
+    log_sum_exp, label_logits = tensor.softmax_over_ranks(
+        mint.logsumexp(logits, -1).asnumpy(), mint.sum(logits * wanted, -1).asnumpy()
+    )
+    loss = float(np.sum(log_sum_exp - label_logits, dtype=np.float64))
+    return loss, mint.exp(logits - Tensor(log_sum_exp[:, None])) - wanted
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
@@ -138,3 +153,16 @@ def scale(tensor: Tensor, factor: float) -> None:
 
 def sum_of_squares(tensor: Tensor) -> float:
     return float(mint.sum(mint.square(tensor)).asnumpy())
+
+
+def sum_over(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.copy_(ranks.sum(tensor))
+
+
+def gather_rows(ranks: Ranks, weights: Sequence[Weight]) -> None:
+    for weight in weights:
+        count, step = weight.value.shape[0], -(-weight.value.shape[0] // ranks.size)
+        own = weight.master.astype(weight.value.dtype)
+        padding = mint.zeros((step - own.shape[0], *own.shape[1:]), dtype=own.dtype)
+        weight.value.copy_(mint.cat(ranks.gather(mint.cat((own, padding), 0)), 0)[:count])

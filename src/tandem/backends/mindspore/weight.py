@@ -20,7 +20,8 @@ class Weight:
 
     Attributes:
         value: what the model computes with.
-        master: what the optimizer updates, fp32; `value` itself unless that is smaller.
+        master: what the optimizer updates, fp32: `value` itself, unless that is smaller, or other ranks update some of
+            its rows; then this rank's rows.
         gradient: fp32, same shape, or None before the first backward pass. It is kept from step to step, so that no
             activation takes its place in the memory pool.
         has_gradient: `gradient` holds something of this step.
@@ -44,7 +45,7 @@ class Weight:
         return self.gradient.asnumpy()
 
     def refresh(self) -> None:
-        """Bring `value` up to date with `master`."""
+        """Bring `value` up to date with a master of all its rows."""
         if self.value is not self.master:
             self.value.copy_(self.master.astype(self.value.dtype))
 

@@ -28,7 +28,7 @@ from tandem.backends.torch.functional import (
     swiglu,
 )
 from tandem.backends.torch.tensor_parallel import TensorParallel
-from tandem.data.batch import IGNORE, MicroBatch
+from tandem.data.batch import MicroBatch, padded
 from tandem.models.config import ModelConfig
 from tandem.models.rotary import cos_sin
 
@@ -90,20 +90,6 @@ def prepare(
         for angles in cos_sin(config, batch.position_ids)
     )
     return Inputs(torch.from_numpy(batch.tokens).to(device), cos, sin, runs(batch.lengths.tolist()), real)
-
-
-def padded(batch: MicroBatch, multiple: int) -> MicroBatch:
-    """The batch with a document without labels at its end, so that its tokens divide."""
-    missing = -len(batch.tokens) % multiple
-    if not missing:
-        return batch
-    padding = np.arange(missing, dtype=np.int32)
-    return MicroBatch(
-        tokens=np.concatenate([batch.tokens, np.zeros_like(padding)]),
-        labels=np.concatenate([batch.labels, np.full_like(padding, IGNORE)]),
-        position_ids=np.concatenate([batch.position_ids, padding]),
-        cu_seqlens=np.append(batch.cu_seqlens, batch.cu_seqlens[-1] + missing).astype(np.int32),
-    )
 
 
 def own_weights(module: nn.Module) -> dict[str, Weight]:

@@ -1,4 +1,4 @@
-"""Any layout gives the losses, norms and weights of one process (D3): PyTorch, under torchrun."""
+"""Any layout gives the losses, norms and weights of one process (D3), on each backend under its own launcher."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 from jobs import Case, assert_equal_to_one_process, run_job
-
-from frameworks import require_framework
 
 SHORT = {
     2: [
@@ -38,9 +36,9 @@ SHORT = {
 
 
 @pytest.mark.parametrize("processes", list(SHORT))
-def test_some_layouts_equal_one_process(processes: int, tmp_path: Path) -> None:
-    require_framework("torch")
-    check(processes, SHORT[processes], tmp_path)
+def test_some_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
+    cases = [case for case in SHORT[processes] if framework == "torch" or not case.vpp]
+    check(framework, processes, cases, tmp_path)
 
 
 def matrix(processes: int) -> list[Case]:
@@ -69,12 +67,11 @@ def matrix(processes: int) -> list[Case]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_the_layout_matrix_equals_one_process(processes: int, tmp_path: Path) -> None:
-    require_framework("torch")
-    check(processes, matrix(processes), tmp_path, timeout=1200)
+def test_the_layout_matrix_equals_one_process(framework: str, processes: int, tmp_path: Path) -> None:
+    check(framework, processes, matrix(processes), tmp_path, timeout=1200)
 
 
-def check(processes: int, cases: list[Case], folder: Path, timeout: float = 300) -> None:
-    outcomes = run_job("torch", processes, cases, folder, timeout)
+def check(framework: str, processes: int, cases: list[Case], folder: Path, timeout: float = 300) -> None:
+    outcomes = run_job(framework, processes, cases, folder, timeout)
     for case in cases:
-        assert_equal_to_one_process(case, outcomes[case.name], "torch")
+        assert_equal_to_one_process(case, outcomes[case.name], framework)

@@ -1,0 +1,104 @@
+"""Forward and backward passes of micro-batches through this rank's stage of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint
+
+from tandem.backends.mindspore.kernels import Kernels
+from tandem.backends.mindspore.model import Decoder
+from tandem.backends.mindspore.pipeline import Pipeline
+from tandem.backends.mindspore.tensor_parallel import TensorParallel
+from tandem.backends.mindspore.weight import Pullback
+from tandem.data.batch import IGNORE, MicroBatch, padded
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A forward pass that waits for its backward pass; `gradient` is the output's, undefined before the next stage
+    sends it."""
+
+    pull: Pullback
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The stage and its neighbours. All batches have trained tokens."""
+
+    decoder: Decoder
+    pipeline: Pipeline
+    tensor: TensorParallel
+    kernels: Kernels
+    dtype: ms.Type
+
+    def accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
+        """Add the gradients of `scale` times the batches' summed losses to the weights'.
+
+        Returns:
+            The sum of the losses; 0 on all stages but the last.
+        """
+        total = 0.0
+        in_flight: dict[int, _InFlight] = {}
+        for action in self.pipeline.schedule(len(batches)):
+            if action.forward:
+                loss, in_flight[action.micro_batch] = self._forward(batches[action.micro_batch], scale)
+                total += loss
+            else:
+                self._backward(in_flight.pop(action.micro_batch))
+        self.pipeline.finish()
+        return total
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """The sum of the losses; 0 on all stages but the last."""
+        total = 0.0
+        for batch in batches:
+            rows = trained_rows(batch)
+            output, _ = self._output(batch, rows, differentiable=False)
+            if self.pipeline.is_last:
+                labels = batch.labels[rows]
+                total += self.kernels.cross_entropy(output, self.decoder.head, labels, self.tensor)
+            else:
+                self.pipeline.send(True, output)
+        self.pipeline.finish()
+        return total
+
+    def hidden(self, batch: MicroBatch, rows: np.ndarray) -> Tensor:
+        """What the head is given, of a model that is whole here."""
+        return self._output(batch, rows, differentiable=False)[0]
+
+    def _forward(self, batch: MicroBatch, scale: float) -> tuple[float, _InFlight]:
+        rows = trained_rows(batch)
+        output, pull = self._output(batch, rows, differentiable=True)
+        if not self.pipeline.is_last:
+            self.pipeline.send(True, output)
+            return 0.0, _InFlight(pull, mint.empty(output.shape, dtype=output.dtype))
+        loss, gradient = self.kernels.cross_entropy_and_gradient(
+            output, self.decoder.head, batch.labels[rows], scale, self.tensor
+        )
+        return loss, _InFlight(pull, gradient)
+
+    def _backward(self, done: _InFlight) -> None:
+        if not self.pipeline.is_last:
+            self.pipeline.receive(False, done.gradient)
+        gradient = done.pull(done.gradient)
+        if not self.pipeline.is_first:
+            self.pipeline.send(False, gradient)
+
+    def _output(self, batch: MicroBatch, rows: np.ndarray, differentiable: bool) -> tuple[Tensor, Pullback]:
+        if self.tensor.sequence:
+            batch = padded(batch, self.tensor.ranks.size)
+        x = None
+        if not self.pipeline.is_first:
+            tokens = len(batch.tokens) // (self.tensor.ranks.size if self.tensor.sequence else 1)
+            x = self.pipeline.receive(True, mint.empty((tokens, self.decoder.config.hidden_size), dtype=self.dtype))
+        return self.decoder.forward(batch, rows, x, differentiable)
+
+
+def trained_rows(batch: MicroBatch) -> np.ndarray:
+    """The positions whose labels count."""
+    return np.flatnonzero(batch.labels != IGNORE)

@@ -1,0 +1,101 @@
+"""Megatron's tensor parallelism: ranks that share each tensor, with or without the tokens split between them.
+
+Source: "Megatron-LM" (arXiv 1909.08053), section 3; sequence parallelism: "Reducing Activation Recomputation in Large
+Transformer Models" (arXiv 2205.05198), section 4.2. As everywhere here, a function of x returns its value and a
+function from the value's gradient to x's. On a single rank all of them are the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mindspore import Tensor, mint
+
+from tandem.backends.mindspore.communication import Ranks
+from tandem.backends.mindspore.weight import Pullback, Weight
+
+if TYPE_CHECKING:  # the kernels take a TensorParallel
+    from tandem.backends.mindspore.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share each tensor.
+
+    Attributes:
+        sequence: between the blocks each rank holds the residuals and norms of t / size consecutive tokens only.
+        vocabulary_rows: rows of embedding and head on the first rank, and at most so many on the others.
+    """
+
+    ranks: Ranks
+    sequence: bool
+    vocabulary_rows: int
+    kernels: Kernels
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """Before a column-split product: all tokens' x, [t, h]; backward sums the ranks' gradients."""
+        return (self._gather(x), self._scatter) if self.sequence else (x, self._sum)
+
+    def leave(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """After a row-split product: the sum of the ranks' x [t, h], of this rank's tokens if they are split."""
+        return (self._scatter(x), self._gather) if self.sequence else (self._sum(x), _same)
+
+    def join(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """All tokens' x, for what every rank computes alike: backward takes this rank's tokens of the gradient."""
+        return (self._gather(x), self._own) if self.sequence else (x, _same)
+
+    def enter_joined(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """`enter` where x holds all tokens already."""
+        return x, self._sum
+
+    def embedding(self, tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
+        """This rank's part of the vectors of tokens [t], ready to `leave`. The pullback's result is of no use."""
+        if self.ranks.group is None:
+            return self.kernels.embedding(tokens, weight)
+        local = self.local(tokens)
+        here = np.flatnonzero((local >= 0) & (local < weight.value.shape[0]))
+        vectors, pull = self.kernels.embedding(local[here], weight)
+
+        def backward(gradient: Tensor) -> Tensor:
+            pull(self.kernels.select_rows(gradient, here)[0])
+            return gradient
+
+        return self.kernels.place_rows(vectors, here, len(tokens)), backward
+
+    def local(self, ids: np.ndarray) -> np.ndarray:
+        """Ids counted from this rank's first row of the vocabulary; those of other ranks are negative or too large."""
+        return ids - self.ranks.rank * self.vocabulary_rows
+
+    def softmax_over_ranks(self, log_sum_exp: np.ndarray, label_logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """From each rank's part of the vocabulary to the whole.
+
+        Args:
+            log_sum_exp: of each row's logits on this rank, fp32 [n].
+            label_logits: of each row's label where it is on this rank, elsewhere 0, fp32 [n].
+        """
+        if self.ranks.group is None:
+            return log_sum_exp, label_logits
+        largest = self.ranks.maximum(Tensor(log_sum_exp)).asnumpy()
+        exponentials = np.exp(log_sum_exp - largest)
+        totals, label_logits = self.ranks.sum(Tensor(np.stack([exponentials, label_logits]))).asnumpy()
+        return largest + np.log(totals), label_logits
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x if self.ranks.group is None else self.ranks.sum(x)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return mint.cat(self.ranks.gather(x), 0)
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        # MindSpore has no ReduceScatter on CPU.
+        return self._own(self.ranks.sum(x))
+
+    def _own(self, x: Tensor) -> Tensor:
+        size = x.shape[0] // self.ranks.size
+        return self.kernels.rows(x, self.ranks.rank * size, (self.ranks.rank + 1) * size)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
