@@ -15,6 +15,8 @@ from frameworks import require_framework
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.errors import UserError
+from tandem.parallel.grid import Grid
+from tandem.parallel.layout import Layout
 from toys import TOYS
 
 
@@ -69,3 +71,21 @@ def test_one_worker_under_msrun_starts_and_ends(tmp_path: Path) -> None:
     }
     subprocess.run([*command, f"--log_dir={tmp_path}", script], check=True, timeout=120, env=environment)
     assert "engine built" in (tmp_path / "worker_0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        (EngineSettings(device="cpu", use_torch_fsdp2=True), "--use-torch-fsdp2"),
+        (
+            EngineSettings(
+                device="cpu",
+                grid=Grid(Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1), 2),
+            ),
+            "--num-layers-per-virtual-pipeline-stage",
+        ),
+    ],
+)
+def test_what_only_pytorch_does_is_refused(settings: EngineSettings, flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag}: not on the MindSpore backend"):
+        create_engine("mindspore", TOYS["llama"], settings)

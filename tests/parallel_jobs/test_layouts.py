@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from jobs import Case, assert_equal_to_one_process, run_job
 
+from frameworks import require_framework
+
 SHORT = {
     2: [
         Case(tp=2, sequence_parallel=True, packed=True),
@@ -36,39 +38,70 @@ SHORT = {
 
 
 @pytest.mark.parametrize("processes", list(SHORT))
-def test_some_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
-    cases = [case for case in SHORT[processes] if framework == "torch" or not case.vpp]
-    check(framework, processes, cases, tmp_path)
+def test_some_layouts_equal_one_process_on_pytorch(processes: int, tmp_path: Path) -> None:
+    check(require_framework("torch"), processes, SHORT[processes], tmp_path)
 
 
-def matrix(processes: int) -> list[Case]:
+# MindSpore's collectives on CPU take milliseconds, so its short set is shorter: every mechanism once.
+SHORTER = {
+    2: [
+        Case(tp=2, sequence_parallel=True, packed=True),
+        Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
+        Case(dp=2, use_distributed_optimizer=True, packed=True),
+    ],
+    4: [
+        Case(tp=2, pp=2, packed=True, noop_layers=(0, 5)),
+        Case(tp=2, dp=2, family="qwen2", use_distributed_optimizer=True, lr=2e-4),
+    ],
+}
+
+
+@pytest.mark.parametrize("processes", list(SHORTER))
+def test_some_layouts_equal_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
+    check(require_framework("mindspore"), processes, SHORTER[processes], tmp_path)
+
+
+Switches = tuple[bool, bool, bool, bool, bool]  # sequence, sharded, fully sharded, tied, packed
+ALL: list[Switches] = list(product((False, True), repeat=5))  # type: ignore[arg-type]
+# On MindSpore two of them: everything that it has, and nothing.
+ENDS: list[Switches] = [(False, False, False, True, False), (True, True, False, False, True)]
+
+
+def matrix(processes: int, switches: list[Switches]) -> list[Case]:
     """Every TP{1,2,4} x PP{1,2,4} x DP{1,2} of so many processes, with every switch that matters there."""
     cases = []
     for tp, pp, dp in product((1, 2, 4), (1, 2, 4), (1, 2)):
         if tp * pp * dp != processes:
             continue
-        for sequence, sharded, fully, tied, packed in product((False, True), repeat=5):
-            if (sequence and tp == 1) or ((sharded or fully) and dp == 1) or (sharded and fully):
+        for sequence, sharded, fully, tied, packed in switches:
+            if (sharded and fully) or (fully and dp == 1):
                 continue
-            cases.append(
-                Case(
-                    tp=tp,
-                    pp=pp,
-                    dp=dp,
-                    sequence_parallel=sequence,
-                    use_distributed_optimizer=sharded,
-                    use_torch_fsdp2=fully,
-                    tied=tied,
-                    packed=packed,
-                )
+            case = Case(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                sequence_parallel=sequence and tp > 1,
+                use_distributed_optimizer=sharded and dp > 1,
+                use_torch_fsdp2=fully,
+                tied=tied,
+                packed=packed,
             )
+            if case not in cases:
+                cases.append(case)
     return cases
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_the_layout_matrix_equals_one_process(framework: str, processes: int, tmp_path: Path) -> None:
-    check(framework, processes, matrix(processes), tmp_path, timeout=1200)
+def test_the_layout_matrix_equals_one_process_on_pytorch(processes: int, tmp_path: Path) -> None:
+    check(require_framework("torch"), processes, matrix(processes, ALL), tmp_path, timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_the_layout_matrix_equals_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
+    rest = [case for case in SHORT.get(processes, []) if not case.vpp and not case.use_torch_fsdp2]
+    check(require_framework("mindspore"), processes, matrix(processes, ENDS) + rest, tmp_path, timeout=1200)
 
 
 def check(framework: str, processes: int, cases: list[Case], folder: Path, timeout: float = 300) -> None:
