@@ -18,7 +18,7 @@ from tandem.report.chart import Series, line_chart, number, smoothed, thinned, t
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
 from tandem.training.metrics import METRICS_FILE, MetricsFile
-from tandem.training.profile_summary import write_profile
+from tandem.training.profiling import write_profile
 from tandem.training.run import train
 from workspace import Workspace
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 
-from tandem.backends.interface import Engine, EngineSettings
+from tandem.backends.interface import Engine, EngineSettings, Profiler
 from tandem.errors import UserError, nearest
 from tandem.models.config import ModelConfig
 from tandem.parallel.world import Communicator, SingleProcess, World
@@ -62,6 +63,13 @@ def connect(ai_framework: str, world: World, device: str | None, timeout_minutes
 def make_deterministic(package: str) -> None:
     """Ask a framework for the same bits each time; before `connect` and before an engine is built."""
     importlib.import_module(f"tandem.backends.{package}.determinism").make_deterministic()
+
+
+def start_profiler(ai_framework: str, folder: Path) -> Profiler:
+    """Start the framework's profiler; its own files go into `folder`."""
+    module = importlib.import_module(f"tandem.backends.{check_framework(ai_framework)}.profiling")
+    profiler: Profiler = module.start(folder)
+    return profiler
 
 
 def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> Engine:

@@ -128,3 +128,11 @@ class Engine(Protocol):
         """Logits, fp32 [len(rows), vocabulary], of the given positions of the micro-batch (all when None). One
         process only."""
         ...
+
+
+class Profiler(Protocol):
+    """The framework's profiler, running since it was made."""
+
+    def stop(self) -> tuple[dict[str, float], str]:
+        """End it. Returns seconds by module, and where the framework's own trace lies."""
+        ...

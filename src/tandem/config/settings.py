@@ -238,6 +238,14 @@ class LoggingSettings:
     """Folder for TensorBoard's files, under Megatron's tags."""
     tensorboard_log_interval: int = 1
     """Steps between TensorBoard's points."""
+    profile: bool = False
+    """Run the framework's profiler over some steps, on the first rank."""
+    profile_step_start: int = 10
+    """Iteration after which profiling begins."""
+    profile_step_end: int = 12
+    """Last iteration that is profiled."""
+    profile_save_path: str | None = None
+    """Folder for the profiler's files; default: profile in --save."""
     wandb_project: str | None = None
     """Project on Weights & Biases; without it nothing is sent there."""
     wandb_exp_name: str | None = None
@@ -354,11 +362,24 @@ class Settings:
             )
         if self.logging.log_interval < 1 or self.logging.tensorboard_log_interval < 1:
             raise UserError("--log-interval and --tensorboard-log-interval: expected 1 or more")
+        self._check_profile()
         self._check_unit_of_length()
         self._check_batch_size()
         self._check_weight_decay()
         self._check_not_implemented()
         self._check_recompute()
+
+    def _check_profile(self) -> None:
+        logging = self.logging
+        if not logging.profile:
+            return
+        if not 0 <= logging.profile_step_start < logging.profile_step_end:
+            raise UserError(
+                f"--profile-step-start {logging.profile_step_start} and --profile-step-end "
+                f"{logging.profile_step_end}: expected 0 <= start < end"
+            )
+        if logging.profile_save_path is None and self.checkpoint.save is None:
+            raise UserError("--profile needs --save or --profile-save-path, a folder for its files")
 
     def _check_unit_of_length(self) -> None:
         """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit."""

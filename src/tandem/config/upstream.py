@@ -42,6 +42,8 @@ IGNORED: dict[str, Ignored] = {
     "--attention-softmax-in-fp32": ALWAYS_ON,
     "--no-gradient-accumulation-fusion": ALWAYS_ON,
     "--initial-loss-scale": Ignored(1),
+    "--profile-ranks": Ignored(1, ("0",)),
+    "--profile-with-cpu": ALWAYS_ON,
     "--log-validation-ppl-to-tensorboard": ALWAYS_ON,
     "--log-memory-to-tensorboard": ALWAYS_ON,
     "--log-world-size-to-tensorboard": ALWAYS_ON,

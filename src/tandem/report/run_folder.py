@@ -12,7 +12,7 @@ from tandem.checkpoints.folders import iteration_folder
 from tandem.errors import UserError
 from tandem.training.events import read_events
 from tandem.training.metrics import METRICS_FILE, read_metrics
-from tandem.training.profile_summary import read_profiles
+from tandem.training.profiling import read_profiles
 from tandem.training.run_record import read_starts
 
 WARM_UP = 3  # steps that speed is not judged by, when there are more

@@ -12,6 +12,7 @@ from tandem.config.settings import Settings
 from tandem.training.live import LiveView
 from tandem.training.log import StepRecord
 from tandem.training.metrics import METRICS_FILE, MetricsFile
+from tandem.training.profiling import StepProfiler
 from tandem.training.tensorboard import TensorBoardWriter
 from tandem.training.wandb import WandbRun
 
@@ -59,5 +60,7 @@ def _openers(settings: Settings) -> Iterator[Callable[[int], StepLogger]]:
         yield lambda iteration: TensorBoardWriter(tensorboard, logging.tensorboard_log_interval, iteration)
     if logging.wandb_project is not None:
         yield lambda _: WandbRun(settings)
+    if logging.profile:
+        yield lambda iteration: StepProfiler(settings, iteration)
     if sys.stdout.isatty() and not logging.no_live_view:
         yield lambda _: LiveView()

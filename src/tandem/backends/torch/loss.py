@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.profiler import record_function
 
 from tandem.backends.torch.functional import Weight, matmul
 from tandem.backends.torch.tensor_parallel import TensorParallel
@@ -26,6 +27,7 @@ def cross_entropy(
 
 
 @torch.no_grad()
+@record_function("loss")
 def cross_entropy_and_gradient(
     hidden: torch.Tensor, head: Weight, labels: torch.Tensor, scale: float, tensor: TensorParallel | None = None
 ) -> tuple[float, torch.Tensor]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.profiler import record_function
 
 from tandem.backends.interface import EngineSettings
 
 
+@record_function("gradient norm")
 def norm_of(gradients: Iterable[torch.Tensor]) -> float:
     """L2 norm over all gradients. Row by row first: a plain fp32 sum over 10^8 squares would lose digits."""
     rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
@@ -47,6 +49,7 @@ class AdamW:
         self.exp_avg = {name: torch.zeros_like(master) for name, master in self.master.items()}
         self.exp_avg_sq = {name: torch.zeros_like(master) for name, master in self.master.items()}
 
+    @record_function("optimizer")
     def update(self, lr: float, weight_decay: float, coefficient: float) -> None:
         """One step over the gradients times `coefficient`; they are used up."""
         self.step += 1
