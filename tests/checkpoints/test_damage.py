@@ -184,7 +184,7 @@ TARGETS: list[dict[str, Any]] = [{"ckpt_format": "native"}, {"ckpt_format": "tor
 def test_a_disk_too_small_is_known_before_writing(
     target: dict[str, Any], small_disk: Path, two_megabytes: Path
 ) -> None:
-    with pytest.raises(UserError, match="needs 2 MB and the disk has 1 MB free"):
+    with pytest.raises(UserError, match=r"disk/m(/iter_0000001)? needs 2 MB and the disk has 1 MB free"):
         convert(options(two_megabytes, small_disk / "m", **target))
     assert not any(small_disk.iterdir())
 
@@ -195,9 +195,19 @@ def test_a_disk_that_fills_up_meanwhile(
 ) -> None:
     for module in ("native", "megatron"):
         monkeypatch.setattr(f"tandem.checkpoints.{module}.check_free_space", lambda *_: None)
-    with pytest.raises(UserError, match="No space left on device; nothing of it was kept"):
+    with pytest.raises(UserError, match=r"to .*/disk/m: .*No space left on device; nothing of it was kept"):
         convert(options(two_megabytes, small_disk / "m", **target))
     assert not any(small_disk.iterdir())
+
+
+@pytest.mark.parametrize("target", [*TARGETS, {"save_model_type": "hf", "load_model_type": "random"}], ids=str)
+def test_an_empty_mount_point_is_a_target(target: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", toy_config())
+    convert(options(source, small_disk, **target))
+    assert open_source(small_disk).config == toy_config()
+    assert not list(small_disk.rglob(f"{publish.TEMPORARY}*"))
+    with pytest.raises(UserError, match="is not an empty folder"):
+        convert(options(source, small_disk, **{**target, "save_model_type": "mg"}))
 
 
 def test_a_read_only_target(small_disk: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tandem.checkpoints.arrays import is_finite
 from tandem.checkpoints.interface import Kind, TensorSink, TensorSource
+from tandem.checkpoints.publish import final_place
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 
@@ -36,9 +37,9 @@ def copy(
         sink.close()
     except OSError as error:
         sink.abort()
+        what = final_place(error.filename) if error.filename else "writing failed"
         raise UserError(
-            f"from {source.location} to {sink.location}: {error.filename or 'writing failed'}: {error.strerror}; "
-            f"nothing of it was kept"
+            f"from {source.location} to {final_place(sink.location)}: {what}: {error.strerror}; nothing of it was kept"
         ) from error
     except BaseException:
         sink.abort()

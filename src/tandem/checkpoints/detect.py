@@ -9,6 +9,7 @@ from tandem.checkpoints.hf import HFSource
 from tandem.checkpoints.interface import TensorSource, check_recorded
 from tandem.checkpoints.megatron import FILE, MegatronSource, is_megatron
 from tandem.checkpoints.native import INDEX, NativeSource
+from tandem.checkpoints.publish import recover
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 
@@ -30,6 +31,7 @@ def open_source(
         UserError: it is missing, is neither a Hugging Face folder nor a checkpoint, or contradicts what is said of it.
     """
     folder = Path(folder)
+    recover(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist: expected a Hugging Face folder or a checkpoint folder")
     if (folder / "config.json").exists():

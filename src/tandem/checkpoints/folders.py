@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tandem.checkpoints.publish import recover
 from tandem.errors import UserError
 from tandem.parallel.layout import Layout
 
@@ -22,21 +23,26 @@ def rank_folder(layout: Layout, tensor_rank: int, pipeline_rank: int) -> str:
 
 
 def find_iteration(folder: str | Path, iteration: int | None = None) -> Path:
-    """The folder of `iteration`, or of the one that the tracker file names.
+    """The folder of `iteration`, or of the one that the tracker file names; whole, whatever was killed in it.
 
     Raises:
         UserError: there is no tracker file, or it names neither a number nor "release".
     """
-    if iteration is not None:
-        return iteration_folder(folder, iteration)
+    recover(Path(folder))
+    found = _newest(folder) if iteration is None else iteration_folder(folder, iteration)
+    recover(found)
+    return found
+
+
+def _newest(folder: str | Path) -> Path:
     path = Path(folder) / TRACKER
     if not Path(folder).is_dir():
         raise UserError(f"{folder} does not exist: expected a checkpoint folder with {TRACKER}")
     if not path.exists():
         raise UserError(f"{folder} has no {TRACKER}: not a checkpoint folder, or its first save never finished")
-    text = path.read_text(encoding="utf-8").strip()
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         return Path(folder) / RELEASE
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise UserError(f"{path} holds {text!r}; expected the number of an iteration")
     return iteration_folder(folder, int(text))

@@ -5,53 +5,120 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tandem.errors import UserError
 
 TEMPORARY = ".incomplete-"  # prefix of a folder that is being written
+INSIDE = f"{TEMPORARY}contents"  # what is written inside an empty folder that was there before
+WHOLE = f"{TEMPORARY}whole"  # the same, flushed: nothing is missing but moving its files up
+DESCRIPTIONS = (".json", ".txt")  # readers recognise a folder by such a file: these are moved last
 
 
 class Publication:
-    """A folder under construction beside its final place.
+    """A folder under construction.
 
-    Write into `work`; `commit()` makes it appear under `final`, `abort()` removes it. A folder left behind by a
-    killed process is removed when the same target is written again.
+    Write into `work`; `commit()` makes it appear under `final`, `abort()` removes it. `work` lies beside `final`, or,
+    where `final` is an empty folder already (a mount point, perhaps, which nothing can be renamed to), inside it. What
+    a killed process left behind is removed, or finished, when the same folder is next written or read (`recover`).
+
+    Args:
+        replace: `final` may exist and is exchanged; otherwise it must be absent or empty.
 
     Raises:
-        UserError: the final folder exists and `replace` is False.
+        UserError: the final folder exists and `replace` is False, or nothing can be written there.
     """
 
     def __init__(self, final: str | Path, *, replace: bool = False) -> None:
         self.final = Path(final)
-        self.replace = replace
-        if not replace and self.final.exists() and (not self.final.is_dir() or any(self.final.iterdir())):
+        recover(self.final)
+        if not replace and _is_occupied(self.final):
             raise UserError(f"{self.final} exists and is not an empty folder: remove it or choose another place")
-        self.work = self.working_folder(self.final)
+        self._inside = not replace and self.final.exists()
+        self.work = self.final / INSIDE if self._inside else self.working_folder(self.final)
         shutil.rmtree(self.work, ignore_errors=True)
         try:
             self.work.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"cannot write to {self.final.parent}: {error.strerror}") from error
+            raise UserError(f"cannot write to {self.work.parent}: {error.strerror}") from error
 
     @staticmethod
     def working_folder(final: Path) -> Path:
-        """Where the folder is built."""
+        """Where a folder is built beside its final place."""
         return final.parent / f"{TEMPORARY}{final.name}"
 
     def commit(self) -> None:
         sync_tree(self.work)
-        old = self.final.parent / f"{TEMPORARY}old-{self.final.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.final.exists():
-            self.final.rename(old)
-        self.work.rename(self.final)
-        sync_folder(self.final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if self._inside:
+            self.work.rename(self.final / WHOLE)
+            _move_up(self.final)
+        else:
+            self._exchange()
 
     def abort(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+
+    def _exchange(self) -> None:
+        if self.final.exists():
+            self.final.rename(_aside(self.final))
+        self.work.rename(self.final)
+        sync_folder(self.final.parent)
+        shutil.rmtree(_aside(self.final), ignore_errors=True)
+
+
+def final_place(path: str | Path) -> Path:
+    """Where something below a folder under construction will be; any other path as it is."""
+    parts = (part.removeprefix(TEMPORARY) for part in Path(path).parts if part not in (INSIDE, WHOLE))
+    return Path(*parts)
+
+
+def recover(final: Path) -> None:
+    """Finish what a process that was killed while it published `final` had begun.
+
+    Several processes may do so at once.
+
+    Raises:
+        UserError: the disk does not let it.
+    """
+    try:
+        if (final / WHOLE).is_dir():
+            _move_up(final)
+        if not _aside(final).is_dir():
+            return
+        if final.exists():  # it was being removed
+            shutil.rmtree(_aside(final), ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):  # another process was quicker
+                _aside(final).rename(final)
+    except OSError as error:
+        raise UserError(
+            f"{final}: a process was killed while it published this folder, and what it left "
+            f"({TEMPORARY}*) cannot be put in place: {error.strerror}"
+        ) from error
+
+
+def _aside(final: Path) -> Path:
+    """Where the former `final` waits until the new one is in place."""
+    return final.parent / f"{TEMPORARY}old-{final.name}"
+
+
+def _is_occupied(folder: Path) -> bool:
+    """Whether anything is there that a user would miss; `lost+found` is a disk's own."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.name not in (INSIDE, "lost+found") for path in folder.iterdir())
+
+
+def _move_up(final: Path) -> None:
+    """Move everything out of the folder WHOLE in `final`."""
+    whole = final / WHOLE
+    for path in sorted(whole.iterdir(), key=lambda path: path.suffix in DESCRIPTIONS):
+        with suppress(FileNotFoundError):  # another process was quicker
+            path.rename(final / path.name)
+    with suppress(FileNotFoundError):
+        whole.rmdir()
+    sync_folder(final)
 
 
 @contextmanager
@@ -106,4 +173,6 @@ def check_free_space(folder: str | Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(f"{folder} needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free")
+        raise UserError(
+            f"{final_place(folder)} needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
+        )
