@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from tandem.checkpoints.safetensors_file import SafetensorsWriter
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf, load_hf_config, to_hf
 from tandem.models.tensors import EMBEDDING, tensor_table
-from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, WeightMap
-from tandem.parallel.slices import Part, cut
+from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, Ranges, WeightMap
+from tandem.parallel.slices import Box, Part, cut
 
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
@@ -61,6 +62,7 @@ class HFSource:
         self.companions = companions_of(folder)
         self.config = from_hf(self.companions.hf_config or {}, where=str(self.folder / "config.json"))
         self._map = WeightMap(self.config)
+        self._table = tensor_table(self.config)
         self._files = open_weights(self.folder)
         self._check()
 
@@ -68,17 +70,34 @@ class HFSource:
         return ("model",)
 
     def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
-        first = self._map.entries[name].hf[0]
+        first = next(iter(self._map.rows[name]))
         return self._files[first].entries[first].dtype
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
-        parts = [self._files[part].read(part) for part in self._map.entries[name].hf]
-        if name == EMBEDDING and self.config.tied and LM_HEAD in self._files:
-            self._check_tied_head(parts[0])
-        return self._map.to_mcore(name, parts)
+        return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
-        return cut(self.read(name, kind), part)
+        """Of safetensors, reads the rows and columns of `part` and no others."""
+        boxes = [self._read_box(name, box) for box in part.boxes]
+        return boxes[0] if len(boxes) == 1 else np.concatenate(boxes, axis=part.dim)
+
+    def _read_box(self, name: str, box: Box) -> np.ndarray:
+        shape = tuple(stop - start for start, stop in box)
+        values = np.empty(shape, self.dtype(name))  # costs nothing until it is filled
+        for hf, ranges in self._map.rows[name].items():
+            moves = _moves(ranges, *box[0])
+            if not moves:
+                continue
+            first, last = moves[0].start, moves[-1].stop
+            found = self._files[hf].read(hf, ((first, last), *box[1:]))
+            if found.shape == shape:
+                values = found
+                break
+            for move in moves:
+                values[move.target : move.target + move.rows] = found[move.start - first : move.stop - first]
+        if name == EMBEDDING and self.config.tied and LM_HEAD in self._files:
+            self._check_tied_head(values, box)
+        return values
 
     def _check(self) -> None:
         found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
@@ -87,13 +106,13 @@ class HFSource:
         for name, shape in expected.items():
             file = self._files[name]
             check_shape(str(file.path), name, file.entries[name].shape, shape)
-        for entry in self._map.entries.values():
-            dtypes = {dtype_name(self._files[part].entries[part].dtype) for part in entry.hf}
+        for parts in self._map.rows.values():
+            dtypes = {dtype_name(self._files[part].entries[part].dtype) for part in parts}
             if len(dtypes) > 1:
-                raise UserError(f"{self.location}: {', '.join(entry.hf)} must be of one dtype, not {sorted(dtypes)}")
+                raise UserError(f"{self.location}: {', '.join(parts)} must be of one dtype, not {sorted(dtypes)}")
 
-    def _check_tied_head(self, embedding: np.ndarray) -> None:
-        head = self._files[LM_HEAD].read(LM_HEAD)
+    def _check_tied_head(self, embedding: np.ndarray, box: Box) -> None:
+        head = self._files[LM_HEAD].read(LM_HEAD, box)
         if head.dtype != embedding.dtype or head.shape != embedding.shape or not same_bits(head, embedding):
             raise UserError(
                 f"{self._files[LM_HEAD].path}: config.json says tie_word_embeddings, but {LM_HEAD} differs from "
@@ -130,8 +149,10 @@ class HFSink:
     def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
         assert kind == "model", f"a Hugging Face folder holds no {kind}"
         assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
-        for hf_name, part in self._map.to_hf(name, tensor).items():
-            self._writer_for(hf_name).write(hf_name, part)
+        whole = Part.whole(tensor.shape).boxes[0]
+        for hf_name, ranges in self._map.rows[name].items():
+            part = Part(tuple((rows, *whole[1:]) for rows in ranges))
+            self._writer_for(hf_name).write(hf_name, cut(tensor, part))
         self._written += 1
 
     def close(self) -> None:
@@ -175,3 +196,27 @@ class HFSink:
             entries = {name: (DTYPES[self._dtype], shapes[name]) for name in self._shards[file]}
             self._open = SafetensorsWriter(self._publication.work / file, entries, {"format": "pt"})
         return self._open
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Rows `start` to `stop` of a Hugging Face tensor, and the first of the rows they become."""
+
+    start: int
+    stop: int
+    target: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def _moves(ranges: Ranges, first: int, last: int) -> list[_Move]:
+    """Which rows of the tensor that stacks `ranges` of an mcore tensor are among its rows `first` to `last`."""
+    moves, own = [], 0
+    for start, stop in ranges:
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            moves.append(_Move(own + low - start, own + high - start, low - first))
+        own += stop - start
+    return moves

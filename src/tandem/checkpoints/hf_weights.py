@@ -13,6 +13,7 @@ from tandem.checkpoints.interface import check_names
 from tandem.checkpoints.safetensors_file import SafetensorsFile
 from tandem.checkpoints.torch_file import LazyTensor, load
 from tandem.errors import UserError
+from tandem.parallel.slices import Box, Part, cut
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,9 @@ class WeightFile(Protocol):
     @property
     def entries(self) -> Mapping[str, Entry]: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """The tensor, or a box of it."""
+        ...
 
 
 class TorchWeightFile:
@@ -58,8 +61,10 @@ class TorchWeightFile:
                 raise UserError(f"{path}: {name} is a {type(value).__name__}; expected a tensor")
         self.entries: dict[str, LazyTensor] = content
 
-    def read(self, name: str) -> np.ndarray:
-        return self.entries[name].read(name)
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """As for `WeightFile`; the whole tensor is read, for its CRC."""
+        tensor = self.entries[name].read(name)
+        return tensor if box is None else cut(tensor, Part((box,)))
 
 
 def open_weights(folder: Path) -> dict[str, WeightFile]:

@@ -31,7 +31,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
 from tandem.parallel.layout import Layout, Shard, shards
-from tandem.parallel.slices import Part, cut, paste
+from tandem.parallel.slices import Part, cut, overlaps, transfer
 
 FILE = "model_optim_rng.pt"
 CHECKPOINT_VERSION = 3.0  # older versions order the rows of linear_qkv differently
@@ -210,29 +210,29 @@ class MegatronSource:
         return self._tensor(self._shards[name][0]).dtype
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
-        assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
-        held = [shard for shard in self._shards[name] if not _is_head_copy(shard)]
-        tensor = self._replicated(held) if held[0].spec.split.dim is None else self._assembled(held)
-        for copy in filter(_is_head_copy, self._shards[name]):  # training must have kept it equal
-            self._check_equal(held[copy.tensor_rank], cut(tensor, copy.part), copy)
+        stored = Part.whole(self._shards[name][0].spec.shape)
+        tensor = self.read_part(name, stored, kind)
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
-        return cut(self.read(name, kind), part)
+        """Reads the ranks' slices that `part` overlaps, and no others; each whole, for its CRC, with its copies."""
+        assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
+        needed: dict[Part, list[Shard]] = {}
+        for shard in self._shards[name]:
+            if overlaps(shard.part, part):
+                needed.setdefault(shard.part, []).append(shard)
+        if [found.shape for found in needed] == [part.shape]:  # they are the same
+            return self._read_equal(*needed.values())
+        values = np.empty(part.shape, self.dtype(name))
+        for found, copies in needed.items():
+            transfer(self._read_equal(copies), found, values, part)
+        return values
 
-    def _replicated(self, held: list[Shard]) -> np.ndarray:
-        tensor = self._read(held[0])
-        for shard in held[1:]:
-            self._check_equal(held[0], tensor, shard)
-        return tensor
-
-    def _assembled(self, held: list[Shard]) -> np.ndarray:
-        if len(held) == 1:
-            return self._read(held[0])
-        spec = held[0].spec
-        tensor = np.empty(spec.shape, self._tensor(held[0]).dtype)
-        for shard in held:
-            paste(tensor, self._read(shard), shard.part)
+    def _read_equal(self, copies: Sequence[Shard]) -> np.ndarray:
+        """A slice that several ranks hold: norms, the head of tied embeddings. Training must have kept them equal."""
+        tensor = self._read(copies[0])
+        for copy in copies[1:]:
+            self._check_equal(copies[0], tensor, copy)
         return tensor
 
     def _check_equal(self, shard: Shard, tensor: np.ndarray, other: Shard) -> None:
@@ -334,10 +334,6 @@ def _shards_of(config: ModelConfig, layout: Layout) -> dict[str, list[Shard]]:
     for shard in shards(config, layout, tied_head_copy=True):
         found[shard.spec.name].append(shard)
     return found
-
-
-def _is_head_copy(shard: Shard) -> bool:
-    return shard.spec.name == EMBEDDING and shard.local_name == OUTPUT
 
 
 def _fill_rows(part: np.ndarray, rows: int) -> np.ndarray:

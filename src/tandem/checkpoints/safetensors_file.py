@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from tandem.checkpoints.arrays import read_array
+from tandem.checkpoints.arrays import read_box
 from tandem.checkpoints.interface import DTYPES, dtype_name
 from tandem.errors import UserError
+from tandem.parallel.slices import Box, Part
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NAMES = {code: name for name, code in CODES.items()}
@@ -50,13 +51,14 @@ class SafetensorsFile:
         self.path = Path(path)
         self.entries = self._read_header()
 
-    def read(self, name: str) -> np.ndarray:
-        """The whole tensor, in memory of its own."""
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """The tensor, or a box of it, in memory of its own."""
         entry = self.entries[name]
-        flat = read_array(self.path, entry.dtype, math.prod(entry.shape), entry.start)
-        if flat is None:
+        box = box or Part.whole(entry.shape).boxes[0]
+        values = read_box(self.path, entry.dtype, entry.shape, entry.start, box)
+        if values is None:
             raise UserError(f"{self.path}: tensor {name} is cut short")
-        return flat.reshape(entry.shape)
+        return values
 
     def _read_header(self) -> dict[str, Entry]:
         try:

@@ -1,21 +1,21 @@
-"""Hugging Face names <-> Megatron-core names, and the reshaping between them.
+"""Hugging Face names <-> Megatron-core names, and which rows of the one are which rows of the other.
 
-A row owns both directions of one mcore tensor. A family is a table of rows; `WeightMap` unrolls it over layers.
-Arrays keep their dtype; nothing is computed, only moved.
+A row of a table says of one mcore tensor which Hugging Face tensors it is made of, and of which of its rows each of
+these is the stack; both directions follow from that. Nothing is computed, only moved. A family is a table of rows;
+`WeightMap` unrolls it over layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
 
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, tensor_table
 
 Shape = tuple[int, ...]
+# Half-open ranges of the first dimension.
+Ranges = tuple[tuple[int, int], ...]
 
 
 class Row(Protocol):
@@ -27,11 +27,9 @@ class Row(Protocol):
     @property
     def hf(self) -> tuple[str, ...]: ...
 
-    def hf_shapes(self, shape: Shape, config: ModelConfig) -> tuple[Shape, ...]: ...
-
-    def to_mcore(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray: ...
-
-    def to_hf(self, tensor: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, ...]: ...
+    def ranges(self, rows: int, config: ModelConfig) -> tuple[Ranges, ...]:
+        """For each Hugging Face tensor, the ranges of the mcore tensor's `rows` rows that, stacked, are it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,8 @@ class Rename:
     def hf(self) -> tuple[str, ...]:
         return (self.source,)
 
-    def hf_shapes(self, shape: Shape, config: ModelConfig) -> tuple[Shape, ...]:
-        return (shape,)
-
-    def to_mcore(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
-        return parts[0]
-
-    def to_hf(self, tensor: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, ...]:
-        return (tensor,)
+    def ranges(self, rows: int, config: ModelConfig) -> tuple[Ranges, ...]:
+        return (((0, rows),),)
 
 
 @dataclass(frozen=True)
@@ -68,22 +60,14 @@ class GroupedQKV:
     def hf(self) -> tuple[str, ...]:
         return (self.q, self.k, self.v)
 
-    def hf_shapes(self, shape: Shape, config: ModelConfig) -> tuple[Shape, ...]:
-        head, rest = config.kv_channels, shape[1:]
-        query = (config.num_attention_heads * head, *rest)
-        key = (config.num_query_groups * head, *rest)
-        return query, key, key
-
-    def to_mcore(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
-        groups, rest = config.num_query_groups, parts[0].shape[1:]
-        grouped = [part.reshape(groups, part.shape[0] // groups, *rest) for part in parts]
-        return np.concatenate(grouped, axis=1).reshape(-1, *rest)
-
-    def to_hf(self, tensor: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, ...]:
-        groups, head, rest = config.num_query_groups, config.kv_channels, tensor.shape[1:]
-        grouped = tensor.reshape(groups, -1, *rest)
-        q, k, v = grouped[:, : -2 * head], grouped[:, -2 * head : -head], grouped[:, -head:]
-        return tuple(np.ascontiguousarray(part).reshape(-1, *rest) for part in (q, k, v))
+    def ranges(self, rows: int, config: ModelConfig) -> tuple[Ranges, ...]:
+        size = rows // config.num_query_groups
+        key, value = size - 2 * config.kv_channels, size - config.kv_channels
+        groups = range(0, rows, size)
+        return tuple(
+            tuple((group + start, group + stop) for group in groups)
+            for start, stop in ((0, key), (key, value), (value, size))
+        )
 
 
 @dataclass(frozen=True)
@@ -98,15 +82,8 @@ class GateUp:
     def hf(self) -> tuple[str, ...]:
         return (self.gate, self.up)
 
-    def hf_shapes(self, shape: Shape, config: ModelConfig) -> tuple[Shape, ...]:
-        half = (shape[0] // 2, *shape[1:])
-        return half, half
-
-    def to_mcore(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
-        return np.concatenate(parts, axis=0)
-
-    def to_hf(self, tensor: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, ...]:
-        return tuple(np.split(tensor, 2, axis=0))
+    def ranges(self, rows: int, config: ModelConfig) -> tuple[Ranges, ...]:
+        return ((0, rows // 2),), ((rows // 2, rows),)
 
 
 LLAMA_LAYER: tuple[Row, ...] = (
@@ -151,42 +128,30 @@ LM_HEAD = "lm_head.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One global mcore tensor, its Hugging Face tensors with their shapes, and the row that converts."""
-
-    row: Row
-    hf: tuple[str, ...]
-    hf_shapes: tuple[Shape, ...]
-
-
 class WeightMap:
-    """The whole model's map, in the tensor table's order."""
+    """The whole model's map, in the tensor table's order.
+
+    Attributes:
+        rows: mcore name -> Hugging Face name -> the ranges of the mcore tensor's rows that, stacked, are that tensor.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
         layer_rows = {row.mcore: row for row in LAYER_ROWS[config.model_type]}
         outside = {row.mcore: row for row in OUTSIDE_LAYERS}
-        self.entries: dict[str, Entry] = {}
-        for name, spec in tensor_table(config).items():
+        self._table = tensor_table(config)
+        self.rows: dict[str, dict[str, Ranges]] = {}
+        for name, spec in self._table.items():
             if spec.layer is None:
-                row, hf = outside[name], outside[name].hf
+                row, prefix = outside[name], ""
             else:
-                row = layer_rows[name.removeprefix(layer_prefix(spec.layer))]
-                hf = tuple(f"model.layers.{spec.layer}.{part}" for part in row.hf)
-            self.entries[name] = Entry(row, hf, row.hf_shapes(spec.shape, config))
+                row, prefix = layer_rows[name.removeprefix(layer_prefix(spec.layer))], f"model.layers.{spec.layer}."
+            hf = (prefix + part for part in row.hf)
+            self.rows[name] = dict(zip(hf, row.ranges(spec.shape[0], config), strict=True))
 
     def hf_shapes(self) -> dict[str, Shape]:
         """Every Hugging Face tensor that the config implies, with its shape; no `lm_head` when tied."""
         return {
-            name: shape
-            for entry in self.entries.values()
-            for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
+            hf: (sum(stop - start for start, stop in ranges), *self._table[name].shape[1:])
+            for name, found in self.rows.items()
+            for hf, ranges in found.items()
         }
-
-    def to_mcore(self, name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return self.entries[name].row.to_mcore(parts, self.config)
-
-    def to_hf(self, name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
-        entry = self.entries[name]
-        return dict(zip(entry.hf, entry.row.to_hf(tensor, self.config), strict=True))
