@@ -129,8 +129,8 @@ class Reference:
 
     def _to_mcore(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
-            name: self.weight_map.to_mcore(name, [tensors[part] for part in entry.hf])
-            for name, entry in self.weight_map.entries.items()
+            name: self.weight_map.to_mcore(name, [tensors[part] for part in parts])
+            for name, parts in self.weight_map.rows.items()
         }
 
 

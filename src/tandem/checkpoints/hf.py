@@ -19,7 +19,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf, load_hf_config, to_hf
 from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, Ranges, WeightMap
-from tandem.parallel.slices import Box, Part, cut
+from tandem.parallel.slices import Box, Part
 
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
@@ -149,10 +149,8 @@ class HFSink:
     def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
         assert kind == "model", f"a Hugging Face folder holds no {kind}"
         assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
-        whole = Part.whole(tensor.shape).boxes[0]
-        for hf_name, ranges in self._map.rows[name].items():
-            part = Part(tuple((rows, *whole[1:]) for rows in ranges))
-            self._writer_for(hf_name).write(hf_name, cut(tensor, part))
+        for hf_name, part in self._map.to_hf(name, tensor).items():
+            self._writer_for(hf_name).write(hf_name, part)
         self._written += 1
 
     def close(self) -> None:

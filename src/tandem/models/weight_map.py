@@ -7,8 +7,11 @@ these is the stack; both directions follow from that. Nothing is computed, only 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix, tensor_table
@@ -155,3 +158,19 @@ class WeightMap:
             for name, found in self.rows.items()
             for hf, ranges in found.items()
         }
+
+    def to_hf(self, name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        """The Hugging Face tensors that an mcore tensor is made of; views where rows lie together."""
+        return {hf: _stack([tensor[start:stop] for start, stop in ranges]) for hf, ranges in self.rows[name].items()}
+
+    def to_mcore(self, name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The inverse; `parts` in the order of `rows[name]`."""
+        pieces: dict[int, np.ndarray] = {}
+        for part, ranges in zip(parts, self.rows[name].values(), strict=True):
+            ends = np.cumsum([stop - start for start, stop in ranges])[:-1]
+            pieces.update(zip((start for start, _ in ranges), np.split(part, ends)))
+        return _stack([pieces[start] for start in sorted(pieces)])
+
+
+def _stack(pieces: list[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
