@@ -17,6 +17,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import HFSink
 from tandem.checkpoints.interface import Companions, TensorSink, TensorSource
 from tandem.checkpoints.megatron import MegatronSink
+from tandem.checkpoints.native import NativeSink
 from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -32,6 +33,7 @@ WRITTEN = Layout(tensor_model_parallel_size=4, pipeline_model_parallel_size=2)
 
 FORMATS: dict[str, Callable[[Path, ModelConfig], TensorSink]] = {
     "hf": lambda folder, config: HFSink(folder, config, "float32", Companions(), shard_bytes=50_000),
+    "native": lambda folder, config: NativeSink(folder, config, WRITTEN, {"model": "float32"}, 1, Companions()),
     "torch": lambda folder, config: MegatronSink(folder, config, WRITTEN, "float32"),
     "torch padded": lambda folder, config: MegatronSink(
         folder, config, Layout(), "float32", padded_vocab_size=config.vocab_size + 24
@@ -76,7 +78,7 @@ def test_parts_are_those_of_the_whole(kind: str, config: ModelConfig, tmp_path: 
                 np.testing.assert_array_equal(found, cut(expected.read(shard.spec.name), shard.part))
 
 
-@pytest.mark.parametrize("kind", ["hf", "torch"])
+@pytest.mark.parametrize("kind", ["hf", "native", "torch"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_reads_its_share_of_the_bytes(kind: str, world: int, tmp_path: Path, read_bytes: Counter) -> None:
     source = open_source(write(kind, tmp_path / "m", UNTIED))
