@@ -14,6 +14,7 @@ COMMANDS = {
     "preprocess": "Turn text or instruction data into .bin/.idx files.",
     "pretrain": "Train on text.",
     "finetune": "Train on instruction data.",
+    "doctor": "Show versions and devices, what is missing and how to install it.",
     "export": "Write a trained checkpoint as a Hugging Face folder.",
     "generate": "Ask a model.",
     "evaluate": "Loss and perplexity of a model on data.",

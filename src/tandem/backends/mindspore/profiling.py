@@ -61,5 +61,7 @@ def by_operator(trace: Path, spent: float) -> dict[str, float]:
             operator = event["name"].rpartition("/")[2].partition("-op")[0]  # "Default/Adam-op5"
             name = OPERATORS.get(operator, operator)
             seconds[name] = seconds.get(name, 0.0) + float(event["dur"]) / 1e6
+    if not seconds:
+        return {}
     outside = spent - sum(seconds.values())
     return {**seconds, OUTSIDE: outside} if outside > 0 else seconds

@@ -1,0 +1,21 @@
+"""What PyTorch finds here: `python -m tandem.backends.torch.devices` prints it as JSON, in a process that may crash."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from tandem.backends.torch.device import choose_device, device_name, has_native_bf16
+
+
+def describe() -> dict[str, object]:
+    """Version, the device that a run would take, and what it can do."""
+    device = choose_device(None)
+    count = 1 if device.type == "cpu" else getattr(torch, device.type).device_count()
+    dtypes = "bf16 and fp32" if has_native_bf16(device) else "fp32; --bf16 computes in fp32"
+    return {"version": torch.__version__, "devices": f"{count} x {device_name(device)}", "dtypes": dtypes}
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe()))

@@ -1,0 +1,35 @@
+"""`tandem doctor`: can a run start here?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tandem.config.sources import parse_dataclass
+from tandem.errors import UserError
+from tandem.training.doctor import examine
+
+DESCRIPTION = "Show versions and devices, what is missing and how to install it. Fails when no run could start."
+WIDTH = 140  # of the table where there is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """There are no options."""
+
+
+def run(argv: Sequence[str]) -> None:
+    parse_dataclass(Flags, "doctor", DESCRIPTION, argv)
+    diagnosis = examine()
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for finding in diagnosis.findings:
+        mark = Text("!", style="yellow") if finding.mend else Text("✓", style="green")
+        table.add_row(mark, Text(finding.what), Text(finding.found), Text(finding.mend))
+    Console(width=None if Console().is_terminal else WIDTH).print(table)
+    if diagnosis.blockers:
+        raise UserError("no run could start here:\n  " + "\n  ".join(diagnosis.blockers))
+    print("a run can start here")

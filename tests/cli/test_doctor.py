@@ -1,0 +1,64 @@
+"""`tandem doctor`: what it finds here, and that it fails where no run could start."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import pytest
+
+from tandem.__main__ import main
+from tandem.training import doctor
+
+
+def test_this_machine_can_run(framework: str) -> None:
+    """The frameworks that tests use are found with their version, device and launcher."""
+    findings = {finding.what: finding for finding in doctor.examine_framework(framework)}
+    assert findings[framework].found.startswith(importlib.metadata.version(framework).split("+")[0])
+    assert "cpu" in findings[f"{framework} devices"].found
+    assert findings[doctor.LAUNCHERS[framework]].mend == ""
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in packages else real(name))
+
+
+def test_missing_frameworks_and_packages_are_named_with_their_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without(monkeypatch, "torch", "mindspore", "tokenizers", "wandb")
+    assert main(["doctor"]) == 2
+    out, err = capsys.readouterr()
+    for part in ("pip install 'tandem-llm[torch]'", "pip install 'tandem-llm[mindspore]'", "pip install tokenizers"):
+        assert part in err
+    assert "tandem-llm[wandb]" in out
+    assert "wandb" not in err  # it is optional
+
+
+def test_one_framework_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    without(monkeypatch, "mindspore", "wandb")
+    monkeypatch.setattr(doctor, "probe", lambda name: {"version": "2.13", "devices": "8 x H100", "dtypes": "bf16"})
+    assert main(["doctor"]) == 0
+    assert "a run can start here" in capsys.readouterr().out
+
+
+def test_a_framework_that_does_not_start_is_no_framework(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> dict[str, str]:
+        raise RuntimeError("libhccl.so: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "probe", broken)
+    diagnosis = doctor.examine()
+    assert any("no framework works" in blocker for blocker in diagnosis.blockers)
+    assert any("libhccl" in finding.found for finding in diagnosis.findings)
+
+
+def test_a_crashing_probe_gives_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        doctor.probe("torch")
+
+
+def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version_of", lambda name: "2.1.0")
+    assert "numpy<2" in doctor.examine_package("numpy").mend
