@@ -11,11 +11,12 @@ from tandem.errors import UserError
 @dataclass(frozen=True)
 class Ignored:
     """`values`: how many words follow the flag. `allowed`: what they may be; None for anything. `refusal`: why the
-    flag is never accepted."""
+    flag is never accepted. `excludes`: another flag of the table that may not stand beside it."""
 
     values: int = 0
     allowed: tuple[str, ...] | None = None
     refusal: str | None = None
+    excludes: str | None = None
 
 
 ALWAYS_ON = Ignored()
@@ -54,7 +55,8 @@ IGNORED: dict[str, Ignored] = {
     "--norm-topk-prob": ALWAYS_ON,
     "--expert-model-parallel-size": Ignored(1, ("1",)),
     "--context-parallel-algo": Ignored(1, ("megatron_cp_algo", "ulysses_cp_algo")),
-    "--use-ascend-coc": ALWAYS_ON,
+    "--attention-mask-type": Ignored(1, ("causal", "general")),  # two layouts of the same mask
+    "--use-ascend-coc": Ignored(excludes="--use-ascend-mc2"),
     "--coc-fused-kernel": ALWAYS_ON,
     "--use-ascend-mc2": ALWAYS_ON,
     "--reuse-fp32-param": ALWAYS_ON,
@@ -135,5 +137,8 @@ def split_ignored(argv: Sequence[str], table: dict[str, Ignored] = IGNORED) -> t
         if wrong or (len(values) < rule.values and not equals):
             raise UserError(f"{flag} {' '.join(values)}: only {' '.join(rule.allowed or ())} is supported")
         taken.append(flag)
+    for flag in taken:
+        if (other := table[flag.replace("_", "-")].excludes) in taken:
+            raise UserError(f"{flag} and {other} exclude each other")
     notices = [f"accepted, without effect here: {' '.join(dict.fromkeys(taken))}"] if taken else []
     return rest, notices
