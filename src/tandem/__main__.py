@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from tandem import __version__
-from tandem.errors import UserError, nearest
+from tandem.errors import RunStopped, UserError, nearest
 
 # command -> its module under tandem.cli, and what it does
 COMMANDS = {
@@ -26,6 +26,9 @@ COMMANDS = {
 }
 
 
+STOPPED = 75  # exit code of a run that was asked to stop, and can go on
+
+
 def usage() -> str:
     lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
@@ -40,7 +43,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 2 when the input was at fault."""
+    """Run one command. Returns the exit code: 0, 2 when the input was at fault, or STOPPED."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -58,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"tandem {command}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunStopped as stopped:
+        print(f"tandem {command}: {stopped}", file=sys.stderr, flush=True)
+        return STOPPED
     return 0
 
 

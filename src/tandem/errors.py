@@ -8,6 +8,11 @@ class UserError(ValueError):
     """
 
 
+class RunStopped(Exception):
+    """A run was asked to stop, by a signal, and has saved what it saves. The command line exits with 75 (`EX_TEMPFAIL`
+    of sysexits.h): the same command goes on."""
+
+
 def nearest(name: str, valid: list[str]) -> str:
     """`"; did you mean 'x'?"` for the closest valid name, or an empty string."""
     import difflib

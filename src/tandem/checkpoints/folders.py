@@ -46,3 +46,9 @@ def _newest(folder: str | Path) -> Path:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"{path} holds {text!r}; expected the number of an iteration")
     return iteration_folder(folder, int(text))
+
+
+def saved_iterations(folder: str | Path) -> list[int]:
+    """The iterations that a checkpoint folder holds, newest first."""
+    found = (path.name.removeprefix("iter_") for path in Path(folder).glob("iter_*") if path.is_dir())
+    return sorted((int(number) for number in found if number.isdigit()), reverse=True)

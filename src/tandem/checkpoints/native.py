@@ -360,6 +360,11 @@ class NativeSource:
         self.layout = Layout.from_dict(self._index["layout"])
         self._check()
 
+    @property
+    def iteration(self) -> int:
+        number: int = self._index["iteration"]
+        return number
+
     def kinds(self) -> tuple[Kind, ...]:
         return tuple(self._index["kinds"])
 

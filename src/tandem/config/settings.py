@@ -206,6 +206,8 @@ class TrainingSettings:
     """Passes over the training samples, in place of --train-iters; a fraction is allowed."""
     exit_interval: int | None = None
     """Save and leave after an iteration that is a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save and leave after the step that ends later than this."""
     seed: int = 1234
     """Seed of random weights and of the order of the data."""
     deterministic_mode: Annotated[bool, tyro.conf.arg(aliases=("--deterministic", "--npu-deterministic"))] = False

@@ -10,26 +10,27 @@ from pathlib import Path
 
 from tandem.backends import check_framework, connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine, EngineSettings
-from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import companion_files, companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.publish import write_text_atomically
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import Settings
 from tandem.config.sources import departures, to_yaml
-from tandem.errors import UserError
+from tandem.errors import RunStopped, UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, World
 from tandem.training.events import EventLog
-from tandem.training.inputs import Data, data_identity, open_data, open_tokenizer, with_epochs
+from tandem.training.inputs import Data, open_data, open_tokenizer, with_epochs
 from tandem.training.log import StepRecord
 from tandem.training.loggers import step_loggers
 from tandem.training.raw_data import with_preprocessed
+from tandem.training.resume import changes, continued, open_initial, restore_newest
 from tandem.training.run_record import append_start, describe_start
 from tandem.training.schedule import Schedule, schedule_from
-from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState, restore
+from tandem.training.signals import StopSignals
+from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState
 from tandem.training.trainer import Trainer
 
 # Model flags that must equal what the weights' config.json says.
@@ -45,6 +46,12 @@ COMPARED = (
 )
 
 
+def report(text: str) -> None:
+    """What the user must know, said by the first rank."""
+    if World.from_environment().rank == 0:
+        print(f"> {text}", flush=True)
+
+
 def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = None) -> Trainer:
     """Run a whole training: pretraining, or fine-tuning when `data.is_instruction_dataset`.
 
@@ -53,7 +60,13 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
 
     Raises:
         UserError: something is missing, contradictory or damaged; nothing has been trained then.
+        RunStopped: a signal ended the run, after it saved.
     """
+    with StopSignals() as signals:
+        return _train(settings, signals, on_step)
+
+
+def _train(settings: Settings, signals: StopSignals, on_step: Callable[[StepRecord], None] | None) -> Trainer:
     world = World.from_environment()
     start = prepare(settings, world.size, leader=world.local_rank == 0)
     settings, source, grid = start.settings, start.source, start.grid
@@ -62,10 +75,13 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     communicator = connect(
         start.framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes
     )
-    resumed = None if settings.checkpoint.finetune else TrainerState.from_source(source)
-    data = open_data(settings, open_tokenizer(settings, source), resumed)
+    resumed = None if start.loading.checkpoint.finetune else TrainerState.from_source(source)
+    tokenizer = open_tokenizer(settings, source)
+    data = open_data(settings, tokenizer, resumed)
     engine = create_engine(start.framework, source.config, engine_settings(settings, source.config, grid, world.rank))
-    progress, state = restore(engine, source, settings)
+    source, progress, state = restore_newest(engine, source, start.loading, communicator, report)
+    if source is not start.source:
+        data = open_data(settings, tokenizer, state)
     writer = open_writer(settings, source, engine, data, grid, communicator)
     first = world.rank == 0
     folder = Path(settings.checkpoint.save) if settings.checkpoint.save and first else None
@@ -84,6 +100,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
             grid,
             communicator,
             save=save,
+            signals=signals,
             on_step=log_step,
         )
         if first:
@@ -91,6 +108,8 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         with events.around(progress):
             trainer.run()
     communicator.close()
+    if trainer.stopped:
+        raise RunStopped(f"stopped by {trainer.stopped} after iteration {progress.iteration}; the same command goes on")
     if first:
         print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     return trainer
@@ -105,6 +124,7 @@ class Start:
     grid: Grid
     schedule: Schedule
     source: TensorSource
+    loading: Settings  # by which `source` is loaded: the run's own newest checkpoint goes before `--load`
 
 
 def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
@@ -120,17 +140,19 @@ def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
     grid = Grid(settings.layout, processes)
     settings.check_grid(grid)
     schedule = schedule_from(settings)
-    source = open_weights(settings)
+    loading = continued(settings)
+    source = open_weights(loading)
     check_model_flags(settings, source.config)
     grid.layout.check(source.config)
-    return Start(framework, with_checkpoint_seed(settings, source), grid, schedule, source)
+    seeded = with_checkpoint_seed(settings, loading, source)
+    return Start(framework, seeded, grid, schedule, source, loading)
 
 
 def open_weights(settings: Settings) -> TensorSource:
     """The source of the initial weights: `--load`, or random when asked for."""
     checkpoint = settings.checkpoint
     if checkpoint.load is not None:
-        return open_source(checkpoint.load, checkpoint.ckpt_step)
+        return open_initial(checkpoint.load, checkpoint.ckpt_step, report)
     folder = settings.model.hf_cfg_dir or settings.data.tokenizer_name_or_path
     if folder is None:
         raise UserError("--init random needs the model's config.json: give its folder with --hf-cfg-dir")
@@ -159,16 +181,15 @@ def check_model_flags(settings: Settings, config: ModelConfig) -> None:
         raise UserError(f"--seq-length {settings.data.seq_length} is above max_position_embeddings {bound}")
 
 
-def with_checkpoint_seed(settings: Settings, source: TensorSource) -> Settings:
+def with_checkpoint_seed(settings: Settings, loading: Settings, source: TensorSource) -> Settings:
     """A resumed run keeps the seed of its data order, unless `--no-load-rng` or `--finetune`."""
-    if settings.checkpoint.finetune or settings.checkpoint.no_load_rng:
+    if loading.checkpoint.finetune or loading.checkpoint.no_load_rng:
         return settings
     state = TrainerState.from_source(source)
     if state is None or state.seed == settings.training.seed:
         return settings
-    if World.from_environment().rank == 0:
-        kept = f"seed {state.seed} from the checkpoint replaces --seed {settings.training.seed}"
-        print(f"{kept} (--no-load-rng keeps yours)")
+    kept = f"seed {state.seed} from the checkpoint replaces --seed {settings.training.seed}"
+    report(f"{kept} (--no-load-rng keeps yours)")
     return dataclasses.replace(settings, training=dataclasses.replace(settings.training, seed=state.seed))
 
 
@@ -251,7 +272,5 @@ def print_banner(
     ]
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
-        for name, value in data_identity(settings).items():
-            if state.data.get(name) != value:
-                lines.append(f"changed since the checkpoint: {name} was {state.data.get(name)}, is {value}")
+        lines += changes(source, settings)
     print("\n".join(f"> {line}" for line in lines), flush=True)

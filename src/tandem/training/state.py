@@ -118,6 +118,17 @@ class CheckpointWriter:
         return kinds
 
 
+def check_optimizer(source: TensorSource, settings: Settings) -> None:
+    """Raise UserError when the run wants an optimizer and the checkpoint of a trainer has none."""
+    if settings.checkpoint.finetune or settings.checkpoint.no_load_optim or TrainerState.from_source(source) is None:
+        return
+    if missing := [kind for kind in OPTIMIZER_KINDS if kind not in source.kinds()]:
+        raise UserError(
+            f"{source.location} holds no optimizer ({', '.join(missing)} missing): "
+            f"add --no-load-optim to start with a fresh one, or --finetune to start at iteration 0"
+        )
+
+
 def restore(engine: Engine, source: TensorSource, settings: Settings) -> tuple[Progress, TrainerState | None]:
     """Load weights and, when `source` was saved by a trainer and is not only to be fine-tuned, go on from there.
 
@@ -125,18 +136,12 @@ def restore(engine: Engine, source: TensorSource, settings: Settings) -> tuple[P
         The progress to continue from, and the saved state (None for a fresh start).
 
     Raises:
-        UserError: the optimizer is wanted and the checkpoint has none.
+        UserError: something in it is damaged.
     """
     engine.load_weights(source)
     state = None if settings.checkpoint.finetune else TrainerState.from_source(source)
     if state is None:
         return Progress(), None
     if not settings.checkpoint.no_load_optim:
-        missing = [kind for kind in OPTIMIZER_KINDS if kind not in source.kinds()]
-        if missing:
-            raise UserError(
-                f"{source.location} holds no optimizer ({', '.join(missing)} missing): "
-                f"add --no-load-optim to start with a fresh one, or --finetune to start at iteration 0"
-            )
         engine.load_optimizer(source, state.optimizer_step)
     return Progress(state.iteration, state.consumed_train_samples), state

@@ -17,6 +17,7 @@ from tandem.planning.hardware import peak_flops
 from tandem.training.evaluation import Dataset, Share, evaluate
 from tandem.training.log import IterationLog, StepRecord, evaluation_line
 from tandem.training.schedule import Schedule
+from tandem.training.signals import StopSignals
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Trainer:
         grid: all processes of the job; every one runs a trainer, over the samples of its data rank.
         communicator: how they agree.
         save: called with the progress when a checkpoint is due; None when the run saves nothing.
+        signals: asked after each step whether one has arrived.
         on_step: called on the first rank with each step's record, after the evaluation that the step ends with.
     """
 
@@ -48,6 +50,7 @@ class Trainer:
         grid: Grid | None = None,
         communicator: Communicator | None = None,
         save: Callable[[Progress], None] | None = None,
+        signals: StopSignals | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         self.engine, self.settings, self.schedule = engine, settings, schedule
@@ -59,13 +62,16 @@ class Trainer:
         self._share = Share(settings.training.micro_batch_size, self.grid.data_size, data_rank)
         self.train_iters = settings.total_iters
         self._save, self._on_step = save, on_step
+        self._signals = signals or StopSignals()
+        self._started, self._out_of_time = time.monotonic(), False
+        self.stopped: str | None = None  # the signal that ended the run early, on whichever rank it arrived
         self._batch_sizes = settings.batch_sizes
         self._samples_per_epoch = max(1, train_data.describe()["samples_per_epoch"])
         self._peak_flops = peak_flops(engine.device_name, engine.param_dtype == "bfloat16")
         self._log = IterationLog(settings.logging.log_interval, settings.logging.log_throughput)
 
     def run(self) -> None:
-        """Train to the last iteration, or to the exit interval.
+        """Train to the last iteration, to the exit interval, or until asked to stop; what is saved is saved then.
 
         Raises:
             UserError: loss or gradients are not finite; the newest checkpoint is left as it is.
@@ -80,7 +86,7 @@ class Trainer:
                 record = replace(record, validation=self._evaluate_and_print())
             if self.is_first_rank and self._on_step:
                 self._on_step(record)
-            leaving = self._due(self.settings.training.exit_interval)
+            leaving = self._due(self.settings.training.exit_interval) or self._out_of_time or self.stopped is not None
             if self._save and (self._due(self.settings.checkpoint.save_interval) or leaving):
                 self._save(self.progress)
                 saved_at = iteration
@@ -107,7 +113,7 @@ class Trainer:
             )
         progress.iteration += 1
         progress.consumed_train_samples += batch
-        tokens, flops = self._totals(micro_batches)
+        tokens, flops = self._agree(micro_batches)
         return StepRecord(
             iteration=progress.iteration,
             train_iters=self.train_iters,
@@ -127,13 +133,17 @@ class Trainer:
             memory=self.engine.peak_memory(),
         )
 
-    def _totals(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
-        """Tokens of the global batch, and the floating-point operations that they need."""
+    def _agree(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
+        """Tokens of the global batch, and the floating-point operations that they need; and whether all leave."""
         lengths = [int(length) for micro_batch in micro_batches for length in micro_batch.lengths]
-        own = (sum(lengths), training_flops(self.engine.config, lengths))
-        found = self.communicator.all_gather(own)
+        minutes = self.settings.training.exit_duration_in_mins
+        late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
+        own = [sum(lengths), training_flops(self.engine.config, lengths), self._signals.received, late]
+        tokens, flops, reasons, lateness = zip(*self.communicator.all_gather(own))
+        self.stopped = next((reason for reason in reasons if reason), None)
+        self._out_of_time = lateness[0]
         ranks = self.grid.group("data", self.grid.place(0))  # the other ranks of a model have the same samples
-        return sum(found[rank][0] for rank in ranks), sum(found[rank][1] for rank in ranks)
+        return sum(tokens[rank] for rank in ranks), sum(flops[rank] for rank in ranks)
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]

@@ -1,0 +1,163 @@
+"""Where a run goes on: from its own newest whole checkpoint, or from what `--load` names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.backends.interface import Engine
+from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.folders import TRACKER, find_iteration, saved_iterations
+from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.native import NativeSource
+from tandem.config.settings import Settings
+from tandem.errors import UserError
+from tandem.parallel.world import Communicator
+from tandem.training.state import SETTINGS_FILE, TrainerState, check_optimizer, restore
+from tandem.training.trainer import Progress
+
+# What makes a run the same one: where it began, and what it is trained on.
+IDENTITY = (
+    ("checkpoint", "load"),
+    ("checkpoint", "init"),
+    ("data", "data_path"),
+    ("data", "is_instruction_dataset"),
+)
+# Settings that only say where things are, and may differ between two starts of a run.
+PLACES = {"load", "save", "init", "ckpt_step", "finetune", "no_load_optim", "no_load_rng"}
+
+
+def continued(settings: Settings) -> Settings:
+    """The settings to load by. When `--save` holds a checkpoint of this very run, the run goes on from there, whatever
+    its first start was told to load: so the same command, started again, continues.
+
+    Raises:
+        UserError: `--save` holds a checkpoint of another run.
+    """
+    checkpoint = settings.checkpoint
+    if checkpoint.save is None or not (Path(checkpoint.save) / TRACKER).exists() or _loads_own_folder(settings):
+        return settings
+    saved = saved_settings(find_newest(checkpoint.save, report=None))
+    if saved is None:
+        raise UserError(
+            f"--save {checkpoint.save} holds a converted checkpoint: choose another folder for the run's own"
+        )
+    now = settings.to_dict()
+    for group, name in IDENTITY:
+        was, new = saved.get(group, {}).get(name), now[group][name]
+        if was != new and not (name == "load" and was == checkpoint.save):
+            raise UserError(
+                f"--save {checkpoint.save} holds a checkpoint of another run, whose {name} was {was}; here it is "
+                f"{new}. Choose another folder, or resume that run with --load {checkpoint.save}"
+            )
+    own = dataclasses.replace(
+        checkpoint, load=checkpoint.save, init=None, finetune=False, no_load_optim=False, no_load_rng=False
+    )
+    return dataclasses.replace(settings, checkpoint=own)
+
+
+def find_newest(folder: str | Path, report: Callable[[str], None] | None) -> NativeSource:
+    """The newest iteration of a native checkpoint folder that can be opened; what cannot is reported.
+
+    Raises:
+        UserError: none can; the newest one's error.
+    """
+    newest = find_iteration(folder)
+    failure: UserError | None = None
+    for iteration in saved_iterations(folder):
+        if iteration > int(newest.name.split("_")[-1]):
+            continue  # not published to its end
+        try:
+            return NativeSource(folder, iteration)
+        except UserError as error:
+            failure = failure or error
+            if report:
+                report(f"iteration {iteration} cannot be used: {error}; taking the one before it")
+    raise failure or UserError(f"{folder} names iteration {newest.name}, which is not there")
+
+
+def open_initial(folder: str, iteration: int | None, report: Callable[[str], None]) -> TensorSource:
+    """`open_source`, but of a run's folder the newest iteration that is whole, when none is asked for."""
+    try:
+        return open_source(folder, iteration)
+    except UserError:
+        if iteration is not None or len(saved_iterations(folder)) < 2:
+            raise
+    return find_newest(folder, report)
+
+
+def restore_newest(
+    engine: Engine,
+    source: TensorSource,
+    settings: Settings,
+    communicator: Communicator,
+    report: Callable[[str], None],
+) -> tuple[TensorSource, Progress, TrainerState | None]:
+    """Load from `source`; when a rank finds it damaged, all ranks load the iteration before it.
+
+    Raises:
+        UserError: on every rank, when there is no whole one.
+    """
+    check_optimizer(source, settings)
+    while True:
+        failure: UserError | None = None
+        try:
+            progress, state = restore(engine, source, settings)
+        except UserError as error:
+            failure = error
+        texts = communicator.all_gather(str(failure) if failure else None)
+        broken = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        if not broken:
+            return source, progress, state
+        older = _before(source) if settings.checkpoint.ckpt_step is None else None
+        if older is None:
+            raise failure or UserError("; ".join(broken))
+        report(f"{source.location} cannot be used: {'; '.join(broken)}; taking the iteration before it")
+        source = older
+
+
+def saved_settings(source: TensorSource) -> dict[str, dict[str, Any]] | None:
+    """The settings that a trainer stored with a checkpoint; None for any other source."""
+    if not isinstance(source, NativeSource) or not (source.folder / SETTINGS_FILE).exists():
+        return None
+    settings: dict[str, dict[str, Any]] = yaml.safe_load(source.document(SETTINGS_FILE))
+    return settings
+
+
+def changes(source: TensorSource, settings: Settings) -> list[str]:
+    """A table of what differs from the settings that the checkpoint was saved with; the new values apply."""
+    saved = saved_settings(source)
+    if saved is None:
+        return []
+    rows = [
+        (name, str(saved.get(group, {}).get(name)), str(value))
+        for group, values in settings.to_dict().items()
+        for name, value in values.items()
+        if name not in PLACES and name in saved.get(group, {}) and saved[group][name] != value
+    ]
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in [("setting", "was", "is"), *rows]) for column in range(2)]
+    return [f"{name:<{widths[0]}}  {was:<{widths[1]}}  {new}" for name, was, new in [("setting", "was", "is"), *rows]]
+
+
+def _loads_own_folder(settings: Settings) -> bool:
+    load, save = settings.checkpoint.load, settings.checkpoint.save
+    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+
+
+def _before(source: TensorSource) -> NativeSource | None:
+    """The newest iteration before that of `source`, in the same folder, that can be opened."""
+    if not isinstance(source, NativeSource):
+        return None
+    for iteration in saved_iterations(source.folder.parent):
+        if iteration < source.iteration:
+            try:
+                return NativeSource(source.folder.parent, iteration)
+            except UserError:
+                continue  # the one before that, then; if there is none, the first error is raised
+    return None

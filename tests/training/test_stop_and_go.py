@@ -1,0 +1,119 @@
+"""Runs that are stopped, by a signal or by a kill, go on by themselves, and a damaged checkpoint costs one interval."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandem.__main__ import STOPPED
+from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.native import NativeSource
+from tandem.errors import RunStopped, UserError
+from tandem.models.tensors import tensor_table
+from tandem.training.log import StepRecord
+from tandem.training.run import train
+from workspace import Workspace
+
+
+def run(
+    workspace: Workspace, framework: str, act: Callable[[StepRecord], None] | None = None, **values: object
+) -> list:
+    losses = []
+
+    def on_step(record: StepRecord) -> None:
+        losses.append(record.loss)
+        if act:
+            act(record)
+
+    train(workspace.settings(framework, **values), on_step)
+    return losses
+
+
+def at(iteration: int, number: signal.Signals) -> Callable[[StepRecord], None]:
+    return lambda record: os.kill(os.getpid(), number) if record.iteration == iteration else None
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = open_source(one), open_source(other)
+    for kind in a.kinds():
+        for name in tensor_table(a.config):
+            np.testing.assert_array_equal(a.read(name, kind), b.read(name, kind), err_msg=f"{kind} {name}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("instructions", [False, True])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    workspace: Workspace, framework: str, number: signal.Signals, instructions: bool, tmp_path: Path
+) -> None:
+    """G6, G1: what was trained is kept, and the whole run equals an unbroken one bit by bit."""
+    common = {"instructions": instructions, "train_iters": 12}
+    unbroken = run(workspace, framework, save=str(tmp_path / "a"), **common)
+    with pytest.raises(RunStopped, match=f"stopped by {number.name} after iteration 6"):
+        run(workspace, framework, at(5, number), save=str(tmp_path / "b"), finetune=True, **common)
+    assert NativeSource(tmp_path / "b").iteration == 6
+    rest = run(workspace, framework, save=str(tmp_path / "b"), finetune=True, **common)
+    assert rest == unbroken[6:]
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert run(workspace, framework, save=str(tmp_path / "b"), **common) == []  # all done
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    workspace: Workspace, framework: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbroken = run(workspace, framework, save=str(tmp_path), save_interval=5)
+    for damage in ("model.safetensors", "index.json"):
+        file = next((tmp_path / "iter_0000020").rglob(damage))
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9] + bytes(9) if damage.startswith("model") else whole[:100])
+        capsys.readouterr()
+        assert run(workspace, framework, save=str(tmp_path), save_interval=5) == unbroken[15:]
+        assert "iter" in (said := capsys.readouterr().out)
+        assert "taking the" in said
+        assert damage in said
+
+
+def test_all_damaged_is_an_error(workspace: Workspace, tmp_path: Path) -> None:
+    run(workspace, "torch", save=str(tmp_path), train_iters=1, lr_warmup_iters=0)
+    next(tmp_path.rglob("index.json")).write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        run(workspace, "torch", save=str(tmp_path), train_iters=2, lr_warmup_iters=0)
+
+
+def test_the_folder_of_another_run_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    run(workspace, "torch", save=str(tmp_path), train_iters=1, lr_warmup_iters=0)
+    with pytest.raises(UserError, match=r"another run, whose data_path was .*text.* here it is .*chat"):
+        run(workspace, "torch", save=str(tmp_path), train_iters=2, lr_warmup_iters=0, instructions=True)
+
+
+def test_changed_settings_are_shown(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(workspace, "torch", save=str(tmp_path), train_iters=2, lr_warmup_iters=0)
+    capsys.readouterr()
+    run(workspace, "torch", save=str(tmp_path), train_iters=4, lr=1e-3, lr_warmup_iters=0)
+    said = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(said) if line.startswith("> setting"))
+    assert said[start].split() == [">", "setting", "was", "is"]
+    assert [line.split()[1:] for line in said[start + 1 : start + 3]] == [
+        ["lr", "0.003", "0.001"],
+        ["train_iters", "2", "4"],
+    ]
+
+
+def test_an_exit_code_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
+    words = ["--load", str(workspace.hf), "--data-path", f"{workspace.text}_text_document", "--seq-length", "32"]
+    words += ["--train-iters", "100000", "--lr", "1e-3", "--log-interval", "1", "--eval-iters", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "tandem", "pretrain", *words, "--save", str(tmp_path), "--split", "100,0,0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    next(line for line in process.stdout if "iteration" in line and "lm loss" in line)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == STOPPED
+    assert "stopped by SIGTERM" in said
+    assert (tmp_path / "latest_checkpointed_iteration.txt").exists()
