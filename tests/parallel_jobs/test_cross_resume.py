@@ -1,0 +1,95 @@
+"""Save in one layout on one backend, go on in another layout on the other: the losses of the unbroken run (G2, B8)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import launcher
+
+from frameworks import require_framework
+from workspace import Workspace
+
+LAYOUTS = {
+    "plain": ({}, 1),
+    "tp2": ({"tensor-model-parallel-size": 2, "sequence-parallel": None}, 2),
+    "pp2": ({"pipeline-model-parallel-size": 2}, 2),
+    "dp2": ({"use-distributed-optimizer": None}, 2),
+    "tp2pp2": ({"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2}, 4),
+}
+# (backend, layout) of the iterations up to 4, 8, and 12
+ROADS = [
+    [("torch", "tp2pp2"), ("mindspore", "tp2"), ("torch", "dp2")],
+    [("mindspore", "dp2"), ("torch", "pp2"), ("mindspore", "plain")],
+]
+
+
+# Each road on one kind of data in the quick suite, on the other in the slow one.
+QUICK = [(ROADS[0], True), (ROADS[1], False)]
+SLOW = [(ROADS[0], False), (ROADS[1], True)]
+
+
+@pytest.mark.parametrize(
+    ("road", "instructions"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_any_layout_of_any_backend_goes_on(
+    workspace: Workspace, road: list[tuple[str, str]], instructions: bool, tmp_path: Path
+) -> None:
+    require_framework("torch")
+    require_framework("mindspore")
+    train(workspace, instructions, "torch", "plain", 12, tmp_path / "unbroken")
+    for leg, (framework, layout) in enumerate(road, 1):
+        train(workspace, instructions, framework, layout, 4 * leg, tmp_path / "road")
+    expected, found = losses(tmp_path / "unbroken"), losses(tmp_path / "road")
+    assert len(expected) == 12
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def train(workspace: Workspace, instructions: bool, framework: str, layout: str, until: int, save: Path) -> None:
+    """The same command each time, but for backend and layout; it goes on from `save`."""
+    flags, processes = LAYOUTS[layout]
+    values = {
+        "ai-framework": framework,
+        "device": "cpu",
+        "load": workspace.hf,
+        "data-path": workspace.instructions if instructions else f"{workspace.text}_text_document",
+        "split": "100,0,0",
+        "seq-length": 32,
+        "micro-batch-size": 2,
+        "global-batch-size": 8,
+        "train-iters": 12,
+        "exit-interval": until,
+        "lr": 1e-3,
+        "eval-iters": 0,
+        "save": save,
+        **flags,
+    }
+    words = [
+        word for name, value in values.items() for word in ([f"--{name}"] + ([] if value is None else [str(value)]))
+    ]
+    command = ["-m", "tandem", "finetune" if instructions else "pretrain", *map(str, words)]
+    save.mkdir(exist_ok=True)
+    start = [sys.executable] if processes == 1 else launcher(framework, processes, save)
+    if processes > 1 and framework == "mindspore":
+        start.append("python")  # the only name that msrun knows
+    done = subprocess.run(
+        [*start, *command],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["iteration"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
