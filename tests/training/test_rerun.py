@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tandem.__main__ import main
 from tandem.config.settings import Settings
 from tandem.config.sources import from_dict, parse_settings
-from tandem.errors import UserError
+from tandem.errors import RunStopped, UserError
 from tandem.training.events import read_events
 from tandem.training.log import StepRecord
 from tandem.training.metrics import METRICS_FILE, read_metrics
@@ -93,6 +94,18 @@ def test_events_outlive_a_resume(workspace: Workspace, tmp_path: Path) -> None:
         ("finished", 6),
     ]
     assert read_events(tmp_path)[2]["reason"] == "RuntimeError: power cut"
+
+
+def test_a_signal_is_an_event(workspace: Workspace, tmp_path: Path) -> None:
+    def stop(record: StepRecord) -> None:
+        if record.iteration == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(RunStopped):
+        train(short(workspace, tmp_path), stop)
+    last = read_events(tmp_path)[-1]
+    assert (last["event"], last["iteration"]) == ("stopped", 4)  # ranks agree on it with the next step
+    assert "SIGTERM" in last["reason"]
 
 
 def test_changed_data_are_not_run_again(workspace: Workspace, tmp_path: Path) -> None:

@@ -78,7 +78,10 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
         exit_interval=last if last < settings.total_iters else None,
         deterministic_mode=settings.training.deterministic_mode or deterministic,
     )
-    checkpoint = dataclasses.replace(settings.checkpoint, save=save, ckpt_step=start["weights"]["ckpt_step"])
+    weights, load = start["weights"], settings.checkpoint.load
+    if weights["ckpt_step"] is not None:  # that one, though the folder may have newer ones, or be the run's own
+        load = str(Path(weights["location"]).parent)
+    checkpoint = dataclasses.replace(settings.checkpoint, save=save, load=load, ckpt_step=weights["ckpt_step"])
     logging = LoggingSettings(
         log_interval=settings.logging.log_interval, log_throughput=settings.logging.log_throughput
     )

@@ -107,9 +107,10 @@ def _train(settings: Settings, signals: StopSignals, on_step: Callable[[StepReco
             print_banner(settings, source, trainer, state, data.notices)
         with events.around(progress):
             trainer.run()
-    communicator.close()
-    if trainer.stopped:
-        raise RunStopped(f"stopped by {trainer.stopped} after iteration {progress.iteration}; the same command goes on")
+            communicator.close()
+            if trainer.stopped:
+                when = f"after iteration {progress.iteration}"
+                raise RunStopped(f"stopped by {trainer.stopped} {when}; the same command goes on")
     if first:
         print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     return trainer
