@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from steps import step_record
 from tandem.errors import UserError
 from tandem.planning.hardware import peak_flops
+from tandem.training.jsonl import append_line
 from tandem.training.log import StepRecord
 from tandem.training.metrics import METRICS_FILE, MetricsFile, metrics_of, read_metrics
 from tandem.training.run import train
@@ -54,6 +56,11 @@ def test_a_resume_drops_what_was_not_saved(tmp_path: Path, resumed_at: int, torn
     file.close()
     expected = [n for n in (1, 2, 3) if n <= resumed_at] + [resumed_at + 1]
     assert [line["iteration"] for line in read_metrics(path)] == expected
+
+
+def test_a_full_disk_is_said_with_the_file() -> None:
+    with FileIO("/dev/full", "a") as file, pytest.raises(UserError, match="/dev/full: No space left"):
+        append_line(file, {"iteration": 1})
 
 
 def test_a_file_of_another_kind_is_not_cut(tmp_path: Path) -> None:

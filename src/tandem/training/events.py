@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import orjson
-
-from tandem.training.jsonl import read_json_lines
+from tandem.errors import UserError
+from tandem.training.jsonl import append_line, read_json_lines
 from tandem.training.trainer import Progress
 
 EVENTS_FILE = "events.jsonl"
-T = TypeVar("T")
 
 
 class EventLog:
@@ -31,8 +30,8 @@ class EventLog:
         if self._path is None:
             return
         line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **values}
-        with self._path.open("ab", buffering=0) as file:
-            file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        with FileIO(self._path, "a") as file:
+            append_line(file, line)
 
     def timing_saves(self, save: Callable[[Progress], None]) -> Callable[[Progress], None]:
         """`save`, with an event for each call that says how long training waited for it."""
@@ -51,7 +50,8 @@ class EventLog:
         try:
             yield
         except BaseException as error:
-            self.add("stopped", iteration=progress.iteration, reason=f"{type(error).__name__}: {error}")
+            with suppress(UserError):  # what stops the run must be told, not that the disk had no room to note it
+                self.add("stopped", iteration=progress.iteration, reason=f"{type(error).__name__}: {error}")
             raise
         self.add("finished", iteration=progress.iteration)
 

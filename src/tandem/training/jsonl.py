@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tandem.errors import UserError
+
+
+def append_line(file: FileIO, values: dict[str, Any]) -> None:
+    """Add a line in one write, so that a reader or a kill meets no half of it.
+
+    Raises:
+        UserError: the disk is full, or fails.
+    """
+    line = orjson.dumps(values, option=orjson.OPT_APPEND_NEWLINE)
+    try:
+        written = file.write(line)
+    except OSError as error:
+        raise UserError(f"{file.name!s}: {error.strerror}") from error
+    if written != len(line):
+        raise UserError(f"{file.name!s}: only {written} of {len(line)} bytes were written: the disk is full")
 
 
 def read_json_lines(path: Path, key: str, kind: type) -> list[dict[str, Any]]:

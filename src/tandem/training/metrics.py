@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tandem.errors import UserError
-from tandem.training.jsonl import parse_line, read_json_lines
+from tandem.training.jsonl import append_line, parse_line, read_json_lines
 from tandem.training.log import StepRecord
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends a line per step, each in one write, so that a reader or a kill never meets half of one for long.
+    """Appends a line per step, as soon as it ends.
 
     Args:
         iteration: where the run stands. Lines of later steps, which an earlier process took and did not save, are
@@ -29,13 +28,13 @@ class MetricsFile:
 
     def __init__(self, path: str | Path, iteration: int) -> None:
         try:
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by `close`
+            self._file = FileIO(path, "a")
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         os.ftruncate(self._file.fileno(), _end_of(Path(path), iteration))
 
     def on_step(self, record: StepRecord) -> None:
-        self._file.write(orjson.dumps(metrics_of(record), option=orjson.OPT_APPEND_NEWLINE))
+        append_line(self._file, metrics_of(record))
 
     def close(self) -> None:
         self._file.close()
