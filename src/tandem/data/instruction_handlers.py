@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from tandem.data.fields import field, kind, string
@@ -41,7 +42,7 @@ class InstructionHandler:
 
     def tools(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """The JSON text of each tool that the record offers: a list, or such a list as text."""
-        column = self._column("tools") if "tools" in self.defaults else ""
+        column = self._columns["tools"] if "tools" in self.defaults else ""
         if not column or (column not in record and "tools" not in self.map_keys):
             return ()
         value = field(record, column, "map_keys 'tools'") or []
@@ -56,22 +57,23 @@ class InstructionHandler:
         """Names in `map_keys` that hold names of their own."""
         return ()
 
-    def _column(self, name: str) -> str:
-        return str(self.map_keys.get(name, self.defaults[name]))
+    @cached_property
+    def _columns(self) -> dict[str, str]:
+        return {name: self.map_keys.get(name, column) for name, column in self.defaults.items()}
 
     def _required(self, record: Mapping[str, Any], name: str) -> str:
-        return string(record, self._column(name), f"map_keys {name!r}")
+        return string(record, self._columns[name], f"map_keys {name!r}")
 
     def _optional(self, record: Mapping[str, Any], name: str) -> str:
         """A field that may be null, and absent unless the user named its column."""
-        column = self._column(name)
+        column = self._columns[name]
         if not column or (column not in record and name not in self.map_keys):
             return ""
         value = field(record, column, f"map_keys {name!r}")
         return "" if value is None else string(record, column, f"map_keys {name!r}")
 
     def _entries(self, record: Mapping[str, Any]) -> list[Any]:
-        column = self._column("messages")
+        column = self._columns["messages"]
         value = field(record, column, "map_keys 'messages'")
         if not isinstance(value, list) or not value:
             raise UserError(f"field {column!r}: expected a list of messages, found {kind(value)}")
@@ -105,7 +107,7 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         return self._with_system(record, [*self._history(record), user])
 
     def _history(self, record: Mapping[str, Any]) -> list[Message]:
-        column = self._column("history")
+        column = self._columns["history"]
         history = field(record, column, "map_keys 'history'") if column else None
         if history is None:
             return []
@@ -149,7 +151,7 @@ class SharegptStyleInstructionHandler(InstructionHandler):
                 )
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        column = self._column("messages")
+        column = self._columns["messages"]
         entries = enumerate(self._entries(record), start=1)
         return self._with_system(record, [self._message(f"{column!r}, turn {n}", entry) for n, entry in entries])
 
@@ -187,7 +189,7 @@ class OpenAIInstructionHandler(InstructionHandler):
     needed: ClassVar[tuple[str, ...]] = ("messages",)
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        column = self._column("messages")
+        column = self._columns["messages"]
         entries = enumerate(self._entries(record), start=1)
         return self._with_system(record, [self._message(f"{column!r}, message {n}", entry) for n, entry in entries])
 

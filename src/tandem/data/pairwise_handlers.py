@@ -45,7 +45,7 @@ class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler):
         return [*prompt, Message("assistant", chosen)], [*prompt, Message("assistant", rejected)]
 
     def _answer(self, record: Mapping[str, Any], name: str, position: int) -> str:
-        column = self._column(name)
+        column = self._columns[name]
         value = field(record, column, f"map_keys {name!r}")
         answer = value[position] if isinstance(value, list) and len(value) > position else value
         if not isinstance(answer, str):
@@ -72,7 +72,7 @@ class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler):
         return [*prompt, chosen], [*prompt, rejected]
 
     def _answer(self, record: Mapping[str, Any], name: str) -> Message:
-        column = self._column(name)
+        column = self._columns[name]
         message = self._message(repr(column), field(record, column, f"map_keys {name!r}"))
         if message.role != "assistant":
             raise UserError(f"field {column!r}: expected a turn of the assistant, found one of {message.role!r}")

@@ -26,6 +26,9 @@ class GeneralPretrainHandler:
 
     def texts(self, record: Mapping[str, Any]) -> list[str]:
         """One text per key."""
+        texts: list[Any] = [record.get(key) for key in self.json_keys]
+        if all(type(text) is str for text in texts):  # nearly always, and quick
+            return texts
         return [string(record, key, "json_keys") for key in self.json_keys]
 
 

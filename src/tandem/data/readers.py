@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import gzip
 import io
@@ -33,36 +32,26 @@ class Block:
 
     Attributes:
         first: number of the first row, from 1.
-        content: whole lines, or a list with the bytes of a JSON value, or the record itself, per row.
+        content: per row a line with its end, the bytes of a JSON value, or the record itself.
+        lines: whether a row is a line of the file.
         is_text: a line is a text and not JSON.
         source: which of several sources the file belongs to.
     """
 
     file: str
     first: int
-    content: bytes | list[Any]
+    content: list[Any]
+    lines: bool = False
     is_text: bool = False
     source: int = 0
 
     def rows(self) -> list[Any]:
         """One entry per row, as `parse_row` takes it."""
-        if isinstance(self.content, list):
-            return self.content
-        lines = self.content.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        return [_TextLine(line) for line in lines] if self.is_text else lines
-
-    def head(self, count: int) -> Block:
-        """The same block with its first `count` rows only."""
-        rows = self.rows()[:count]
-        content = rows if isinstance(self.content, list) else b"".join(row + b"\n" for row in rows)
-        return dataclasses.replace(self, content=content)
+        return [_TextLine(line) for line in self.content] if self.is_text else self.content
 
     def place(self, index: int) -> str:
         """`file:line`, or `file:row n` where a row is not a line."""
-        word = "" if isinstance(self.content, bytes) else "row "
-        return f"{self.file}:{word}{self.first + index}"
+        return f"{self.file}:{'' if self.lines else 'row '}{self.first + index}"
 
 
 class _TextLine(bytes):
@@ -76,8 +65,11 @@ def parse_row(row: Any) -> dict[str, Any]:
         UserError: without the place: the line is empty, truncated, not UTF-8 or not JSON, or not an object.
     """
     if isinstance(row, _TextLine):
-        return {"text": _decode(row.rstrip(b"\r"))}
-    value = _parse_json(row) if isinstance(row, bytes) else row
+        return {"text": _decode(row.rstrip(b"\r\n"))}
+    try:
+        value = orjson.loads(row) if isinstance(row, bytes) else row
+    except orjson.JSONDecodeError as error:
+        raise _json_error(row, error) from None
     if not isinstance(value, dict):
         raise UserError(f"expected an object with named fields, found {type(value).__name__}")
     return value
@@ -126,10 +118,9 @@ def _line_blocks(file: Path) -> Iterator[Block]:
                 return
             if stream.peek(3).startswith(_BYTE_ORDER_MARK):  # type: ignore[attr-defined]
                 stream.read(3)
-            while content := stream.read(_BLOCK_BYTES):
-                content += stream.readline()
-                yield Block(str(file), line + 1, content, is_text)
-                line += content.count(b"\n")
+            while content := stream.readlines(_BLOCK_BYTES):
+                yield Block(str(file), line + 1, content, lines=True, is_text=is_text)
+                line += len(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read beyond line {line}: {error}; the file is damaged") from None
 
@@ -156,15 +147,11 @@ def _size(row: Any) -> int:
     return sum(len(value) for value in values if isinstance(value, str))
 
 
-def _parse_json(line: bytes) -> Any:
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        reason = f"not valid JSON, perhaps a truncated line: {error}"
+def _json_error(line: bytes, error: orjson.JSONDecodeError) -> UserError:
     if not line.strip():
-        raise UserError("empty line; expected one JSON object per line")
+        return UserError("empty line; expected one JSON object per line")
     _decode(line)
-    raise UserError(reason)
+    return UserError(f"not valid JSON, perhaps a truncated line: {error}")
 
 
 def _decode(line: bytes) -> str:
@@ -178,7 +165,7 @@ def _decode(line: bytes) -> str:
 
 def _open(file: Path) -> BinaryIO:
     if file.name.endswith(".gz"):
-        return gzip.open(file)  # type: ignore[return-value]
+        return io.BufferedReader(gzip.open(file), 1 << 20)
     if file.name.endswith(".zst"):
         return _open_zstandard(file)
     return file.open("rb")

@@ -63,10 +63,9 @@ def iter_source_blocks(sources: Sequence[Source], max_samples: int | None = None
     for number, source in enumerate(sources):
         left = max_samples
         for block in iter_blocks(source.files):
-            if left is not None:
-                block = block.head(left)
-                left -= len(block.rows())
-            yield dataclasses.replace(block, source=number)
+            content = block.content[:left]
+            yield dataclasses.replace(block, content=content, source=number)
+            left = None if left is None else left - len(content)
             if left == 0:
                 break
 

@@ -135,7 +135,9 @@ class Spool:
     def _add_reject(self, reject: Reject) -> None:
         self.rejected += 1
         self.first_reason = self.first_reason or reject.reason
-        content = reject.content.decode(errors="replace") if isinstance(reject.content, bytes) else reject.content
+        content = reject.content
+        if isinstance(content, bytes):
+            content = content.rstrip(b"\r\n").decode(errors="replace")
         self._files[_REJECTS].write(orjson.dumps({"reason": reject.reason, "content": content}, default=str) + b"\n")
 
     def _lengths(self, key: str) -> np.ndarray:

@@ -205,7 +205,8 @@ class PromptTemplate:
         return f"\n{calls}" if self._without_thought(message.content) else calls
 
     def _has_thought(self, answer: str) -> bool:
-        return any(word in answer for word in self.thought_words)
+        begin, end = self.thought_words
+        return begin in answer or end in answer
 
     def _without_thought(self, answer: str) -> str:
         begin, end = map(re.escape, self.thought_words)
