@@ -4,7 +4,9 @@
 
 The loop is written here from the description of Megatron's `tools/preprocess_data.py`: a pool of two processes, one
 document at a time through `json` and `tokenizers`, and one process that writes. It is timed on a part of the input, for
-its rate does not depend on the size. Each program runs in a process of its own, from start to exit.
+its rate does not depend on the size. Each program runs in a process of its own, from start to exit, in turns.
+
+Beside the clock's time stands the processors', of all its threads and processes, which tells more on a busy machine.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import json
 import multiprocessing
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the text, reached by repeating it")
     parser.add_argument("--conversations", type=int, default=100_000)
     parser.add_argument("--loop-documents", type=int, default=6_000)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # set when this file starts itself
     parser.add_argument("--output", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -58,14 +62,21 @@ def pretraining(options: argparse.Namespace, folder: Path) -> None:
             file.write(content)
     documents = copies * content.count(b"\n")
     common = ["--tokenizer", options.tokenizer, "--text", str(source), "--instructions", options.instructions]
-    loop_rate, _ = stage("loop-text", [*common, "--loop-documents", str(options.loop_documents)], folder)
-    bare, _ = stage("bare", common, folder)
-    ours, memory = stage("tandem-text", [*common, "--output", str(folder / "text")], folder)
+    loop, bare, ours = rounds(
+        options.rounds,
+        [
+            ("loop-text", [*common, "--loop-documents", str(options.loop_documents)], options.loop_documents),
+            ("bare", common, documents),
+            ("tandem-text", [*common, "--output", str(folder / "text")], documents),
+        ],
+        folder,
+    )
     print(f"pretraining: {source.stat().st_size / 1e9:.2f} GB, {documents:,} documents, {copies} copies of the text")
-    print(f"  per-document loop, {WORKERS} workers  {loop_rate:12,.0f} documents/s")
-    print(f"  bare gigatoken                {documents / bare:12,.0f} documents/s  ({bare:.1f} s)")
-    print(f"  tandem preprocess             {documents / ours:12,.0f} documents/s  ({ours:.1f} s, {memory:.2f} GB)")
-    print(f"  tandem / loop {documents / ours / loop_rate:.1f}, time over bare gigatoken {ours / bare:.2f}", flush=True)
+    show(f"per-document loop, {WORKERS} workers", loop)
+    show("bare gigatoken", bare)
+    show("tandem preprocess", ours)
+    print(f"  tandem / loop: {loop.clock / ours.clock:.1f} by the clock, {loop.cpu / ours.cpu:.1f} by the processors")
+    print(f"  tandem's time / bare's: {ours.clock / bare.clock:.2f}, {ours.cpu / bare.cpu:.2f}", flush=True)
 
 
 def instructions(options: argparse.Namespace, folder: Path) -> None:
@@ -75,13 +86,21 @@ def instructions(options: argparse.Namespace, folder: Path) -> None:
         for number in range(options.conversations):
             file.write(json.dumps(records[number % len(records)]) + "\n")
     common = ["--tokenizer", options.tokenizer, "--text", options.text, "--instructions", str(source)]
-    loop_rate, _ = stage("loop-instructions", [*common, "--loop-documents", str(options.loop_documents)], folder)
-    ours, memory = stage("tandem-instructions", [*common, "--output", str(folder / "sft")], folder)
-    rate = options.conversations / ours
+    loop, ours = rounds(
+        options.rounds,
+        [
+            ("loop-instructions", [*common, "--loop-documents", str(options.loop_documents)], options.loop_documents),
+            ("tandem-instructions", [*common, "--output", str(folder / "sft")], options.conversations),
+        ],
+        folder,
+    )
     print(f"instructions: {options.conversations:,} conversations")
-    print(f"  per-document loop, {WORKERS} workers  {loop_rate:12,.0f} conversations/s")
-    print(f"  tandem preprocess             {rate:12,.0f} conversations/s  ({ours:.1f} s, {memory:.2f} GB)")
-    print(f"  tandem / loop {rate / loop_rate:.1f}", flush=True)
+    show(f"per-document loop, {WORKERS} workers", loop)
+    show("tandem preprocess", ours)
+    print(
+        f"  tandem / loop: {loop.clock / ours.clock:.1f} by the clock, {loop.cpu / ours.cpu:.1f} by the processors",
+        flush=True,
+    )
 
 
 def packing(samples: int = 100_000, capacity: int = 4096) -> None:
@@ -109,42 +128,70 @@ def first_batch(documents: int = 1_000_000) -> None:
         print(f"first batch of {documents:,} documents: {time.perf_counter() - start:.2f} s")
 
 
-def stage(name: str, words: list[str], folder: Path) -> tuple[float, float]:
-    """What the stage printed (a rate), or the seconds that it took from start to exit; and its peak memory in GB."""
+class Taken(NamedTuple):
+    """Microseconds per document by the clock and by the processors; peak memory in GB."""
+
+    clock: float
+    cpu: float
+    memory: float
+
+
+def show(name: str, taken: Taken) -> None:
+    print(f"  {name:32}{1e6 / taken.clock:12,.0f} documents/s, {taken.cpu:7.1f} us each, {taken.memory:.2f} GB")
+
+
+def rounds(count: int, stages: Sequence[tuple[str, list[str], int]], folder: Path) -> list[Taken]:
+    """The median over some rounds of what each stage took for so many documents."""
+    results = [[stage(name, words, documents, folder) for name, words, documents in stages] for _ in range(count)]
+    return [Taken(*(statistics.median(values) for values in zip(*taken))) for taken in zip(*results)]
+
+
+def stage(name: str, words: list[str], documents: int, folder: Path) -> Taken:
+    """A loop prints what it took without its start; other stages are measured from start to exit."""
     before = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, __file__, *words, "--stage", name], stdout=subprocess.PIPE, text=True, cwd=folder
     )
     assert process.stdout is not None
-    printed = process.stdout.read()
+    printed = process.stdout.read().split()
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, name
-    seconds = float(printed) if name.startswith("loop") else time.perf_counter() - before
-    return seconds, usage.ru_maxrss / 1e6
+    clock, cpu = time.perf_counter() - before, usage.ru_utime + usage.ru_stime
+    if name.startswith("loop"):
+        clock, cpu = map(float, printed)
+    return Taken(clock / documents * 1e6, cpu / documents * 1e6, usage.ru_maxrss / 1e6)
 
 
 def loop_text(options: argparse.Namespace) -> None:
     with Path(options.text).open(encoding="utf-8") as file:
-        print(loop(islice(file, options.loop_documents), options, encode_text))
+        loop(islice(file, options.loop_documents), options, encode_text)
 
 
 def loop_instructions(options: argparse.Namespace) -> None:
     with Path(options.instructions).open(encoding="utf-8") as file:
-        print(loop(islice(file, options.loop_documents), options, encode_instruction))
+        loop(islice(file, options.loop_documents), options, encode_instruction)
 
 
-def loop(lines: Iterator[str], options: argparse.Namespace, encode: Callable[[str], list[list[int]]]) -> float:
-    """Documents per second, once the workers have started."""
-    lines = iter(list(lines))
-    done = 0
+def loop(lines: Iterator[str], options: argparse.Namespace, encode: Callable[[str], list[list[int]]]) -> None:
+    """Print seconds by the clock and by the processors, once the workers have started."""
+    documents = list(lines)
     with multiprocessing.Pool(WORKERS, start, (options.tokenizer,)) as pool, tempfile.TemporaryFile() as output:
-        pool.map(encode, [next(lines)] * 64)
-        begin = time.perf_counter()
-        for columns in pool.imap(encode, lines, 25):
+        started = sum(pool.map(processor_seconds, range(WORKERS), 1))  # idle but for loading the tokenizer
+        begin, before = time.perf_counter(), processor_seconds(None)
+        for columns in pool.imap(encode, documents, 25):
             for ids in columns:
                 output.write(np.array(ids, np.int32).tobytes(order="C"))
-            done += 1
-        return done / (time.perf_counter() - begin)
+        clock, own = time.perf_counter() - begin, processor_seconds(None) - before
+        pool.close()
+        pool.join()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(clock, own + children.ru_utime + children.ru_stime - started)
+
+
+def processor_seconds(_: Any) -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    time.sleep(0.2)  # so that each worker is asked once
+    return usage.ru_utime + usage.ru_stime
 
 
 tokenizer: Any  # of a worker of the loop
