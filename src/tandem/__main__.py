@@ -7,6 +7,8 @@ import sys
 
 from tandem import __version__
 from tandem.errors import RunStopped, UserError, nearest
+from tandem.parallel.job import Member
+from tandem.parallel.world import is_scheduler
 
 # command -> its module under tandem.cli, and what it does
 COMMANDS = {
@@ -43,7 +45,8 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 when the input was at fault, or STOPPED."""
+    """Run one command, alone or as a member of a job. Returns the exit code: the command's own, 2 when the input was at
+    fault, or STOPPED."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -55,16 +58,19 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"tandem: unknown command {command!r}{nearest(command, list(COMMANDS))}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"tandem.cli.{command}")
+    member = Member.join()
+    if is_scheduler():
+        importlib.import_module("tandem.backends").serve_as_scheduler()
     try:
-        module.run(words[1:])
+        module = importlib.import_module(f"tandem.cli.{command}")
+        return member.ended(module.run(words[1:]) or 0)
     except UserError as error:
-        print(f"tandem {command}: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return member.ended(2, f"tandem {command}: error: {error}")
     except RunStopped as stopped:
-        print(f"tandem {command}: {stopped}", file=sys.stderr, flush=True)
-        return STOPPED
-    return 0
+        return member.ended(STOPPED, f"tandem {command}: {stopped}")
+    except Exception as error:
+        member.crashed(error)
+        raise
 
 
 if __name__ == "__main__":

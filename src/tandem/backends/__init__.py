@@ -12,6 +12,7 @@ from pathlib import Path
 from tandem.backends.interface import Engine, EngineSettings, Profiler
 from tandem.errors import UserError, nearest
 from tandem.models.config import ModelConfig
+from tandem.parallel.launch import Launcher
 from tandem.parallel.world import Communicator, SingleProcess, World
 
 # Accepted spelling of --ai-framework -> package under tandem.backends
@@ -52,12 +53,24 @@ def connect(ai_framework: str, world: World, device: str | None, timeout_minutes
     package = check_framework(ai_framework)
     if world.size == 1:
         return SingleProcess()
-    name = f"tandem.backends.{package}.communication"
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{world.size} processes: training runs in one process so far on {package} (docs/limits.md)")
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"tandem.backends.{package}.communication")
     communicator: Communicator = module.connect(world, device, timeout_minutes)
     return communicator
+
+
+def serve_as_scheduler() -> None:
+    """What msrun's process beside the ranks does: let them find each other. It ends with the job, inside this call."""
+    importlib.import_module("tandem.backends.mindspore.communication").serve()
+
+
+def launcher_of(ai_framework: str) -> Launcher:
+    """How the framework's own launcher is started.
+
+    Raises:
+        UserError: the framework is not installed.
+    """
+    launcher: Launcher = importlib.import_module(f"tandem.backends.{check_framework(ai_framework)}.launcher").launcher
+    return launcher
 
 
 def make_deterministic(package: str) -> None:

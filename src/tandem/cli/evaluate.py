@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from tandem.cli.processes import run_as_processes
 from tandem.config.settings import Settings
 from tandem.config.sources import parse_settings
 from tandem.parallel.world import World
@@ -17,22 +18,25 @@ from tandem.training.evaluation import Evaluation
 DESCRIPTION = (
     "tandem evaluate CHECKPOINT DATA... [OPTIONS]: loss, perplexity and tokens of a checkpoint or a Hugging Face "
     "folder on data that `tandem preprocess` made. DATA is PREFIX, or NAME=PREFIX for several sets. Whole sets are "
-    "taken; --eval-iters takes less. Runs at any layout under torchrun or msrun."
+    "taken; --eval-iters takes less. Runs at any layout with --nproc-per-node, or under torchrun or msrun."
 )
 WIDTH = 100  # of the table where there is no terminal
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
     words = list(argv)
     places = []
     while words and not words[0].startswith("-"):
         places.append(words.pop(0))
     settings, notices = parse_settings("evaluate", DESCRIPTION, ["--eval-iters", "full", *words])
+    if (code := run_as_processes("evaluate", argv, settings)) is not None:
+        return code
     found, more = evaluate_weights(with_places(settings, places))
     if World.from_environment().rank == 0:
         for notice in [*notices, *more]:
             print(f"> {notice}")
         print_table(found)
+    return 0
 
 
 def with_places(settings: Settings, places: Sequence[str]) -> Settings:

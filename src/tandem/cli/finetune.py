@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from tandem.cli.processes import run_training
 from tandem.config.sources import parse_settings
-from tandem.training.run import train
 
 DESCRIPTION = (
     "Train on instruction data made by `tandem preprocess`; only answers are trained. "
@@ -14,9 +14,7 @@ DESCRIPTION = (
 )
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
     settings, notices = parse_settings("finetune", DESCRIPTION, argv)
-    for notice in notices:
-        print(f"> {notice}")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, is_instruction_dataset=True))
-    train(settings)
+    return run_training("finetune", argv, settings, notices)

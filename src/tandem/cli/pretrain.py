@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tandem.cli.processes import run_training
 from tandem.config.sources import parse_settings
 from tandem.errors import UserError
-from tandem.training.run import train
 
 DESCRIPTION = "Train on text files made by `tandem preprocess`. --config FILE.yaml gives settings; flags override it."
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
     settings, notices = parse_settings("pretrain", DESCRIPTION, argv)
     if settings.data.is_instruction_dataset or settings.data.stage:
         raise UserError("--is-instruction-dataset and --stage belong to `tandem finetune`")
-    for notice in notices:
-        print(f"> {notice}")
-    train(settings)
+    return run_training("pretrain", argv, settings, notices)

@@ -289,6 +289,24 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchSettings:
+    """Processes: with --nproc-per-node, tandem starts them itself, with torchrun or msrun."""
+
+    nproc_per_node: int | None = None
+    """Processes to start on this machine; without it, those of the launcher that started this one."""
+    nnodes: int = 1
+    """Machines; the same command runs on each."""
+    node_rank: int = 0
+    """Number of this machine."""
+    master_addr: str = "127.0.0.1"
+    """Address of machine 0."""
+    master_port: int | None = None
+    """Port on machine 0; default: a free one on a single machine, 29500 on several."""
+    dry_run: bool = False
+    """Check settings, weights, data and disk for so many processes, say what would run, and leave."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that defines a training run."""
 
@@ -298,6 +316,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

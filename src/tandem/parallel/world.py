@@ -12,7 +12,10 @@ from tandem.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that the launcher started. `local_rank` counts within its machine."""
+    """This process among those that the launcher started. `local_rank` counts within its machine.
+
+    The scheduler of msrun has rank -1.
+    """
 
     rank: int = 0
     size: int = 1
@@ -47,6 +50,11 @@ class World:
 
 # world size, rank, rank on the machine: torchrun's variables, and msrun's
 VARIABLES = (("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("MS_WORKER_NUM", "RANK_ID", "DEVICE_ID"))
+
+
+def is_scheduler(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the process that msrun starts beside the ranks, which only lets them find each other."""
+    return environment.get("MS_ROLE") == "MS_SCHED"
 
 
 class Communicator(Protocol):

@@ -20,6 +20,7 @@ from tandem.errors import RunStopped, UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid
+from tandem.parallel.job import placing
 from tandem.parallel.world import Communicator, World
 from tandem.training.events import EventLog
 from tandem.training.inputs import Data, open_data, open_tokenizer, with_epochs
@@ -105,7 +106,7 @@ def _train(settings: Settings, signals: StopSignals, on_step: Callable[[StepReco
         )
         if first:
             print_banner(settings, source, trainer, state, data.notices)
-        with events.around(progress):
+        with events.around(progress), placing(lambda: f"iteration {progress.iteration + 1}"):
             trainer.run()
             communicator.close()
             if trainer.stopped:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import mindspore as ms
 import mindspore.mint.distributed as dist
@@ -23,8 +23,9 @@ from mindspore.mint.distributed import distributed
 from tandem.backends.mindspore.device import prepare
 from tandem.errors import UserError
 from tandem.parallel.grid import Grid, Place
+from tandem.parallel.job import NODE
 from tandem.parallel.pipeline import after, before
-from tandem.parallel.world import World
+from tandem.parallel.world import World, is_scheduler
 
 Result = TypeVar("Result")
 
@@ -55,11 +56,13 @@ class MindSporeCommunicator:
 
 
 def connect(world: World, device: str | None, timeout_minutes: float) -> MindSporeCommunicator:
-    """Join the job that msrun started. msrun's scheduler process does not return from here: it ends with the job.
+    """Join the job that msrun started.
 
     Raises:
         UserError: the process was not started by msrun, the device is not there, or the others did not come.
     """
+    if is_scheduler():
+        serve()
     if "MS_ROLE" not in os.environ:
         raise UserError(f"MS_ROLE is not set: start the {world.size} processes with msrun, or with --nproc-per-node")
     # The default of 30 seconds is shorter than saving a checkpoint.
@@ -67,8 +70,6 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> MindSpo
     try:
         prepare(device)
     except RuntimeError as error:
-        if os.environ["MS_ROLE"] == "MS_SCHED":  # a rank has died, and says why itself
-            sys.exit(1)
         raise UserError(
             f"rank {world.rank} of {world.size} found no job at {os.environ.get('MS_SCHED_HOST')}:"
             f"{os.environ.get('MS_SCHED_PORT')}: {_first_line(error)}"
@@ -76,6 +77,17 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> MindSpo
     # MindSpore's send takes its own rank from the group that is this default: HCCL's, which CPUs do not have.
     distributed.get_cache_group_rank.__defaults__ = (GlobalComm.WORLD_COMM_GROUP,)
     return MindSporeCommunicator(world)
+
+
+def serve() -> NoReturn:
+    """Be msrun's scheduler, until the job ends."""
+    # msrun starts one wherever the master's address is its own machine's: with two launchers on one, twice.
+    if os.environ.get(NODE, "0") == "0":
+        try:
+            prepare("cpu")
+        except RuntimeError:  # a rank has died, and says why itself
+            sys.exit(1)
+    sys.exit(0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""One command as many processes: `--nproc-per-node`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from tandem.backends import launcher_of
+from tandem.config.settings import LaunchSettings, Settings
+from tandem.parallel.job import JOB
+from tandem.parallel.launch import Machines, launch
+from tandem.parallel.world import World
+from tandem.training.dry_run import dry_run
+from tandem.training.run import train
+
+
+def run_training(command: str, argv: Sequence[str], settings: Settings, notices: Sequence[str]) -> int:
+    """Train as the processes that the settings ask for, or only check with `--dry-run`; returns the exit code."""
+    if not settings.launch.dry_run and (code := run_as_processes(command, argv, settings)) is not None:
+        return code
+    if World.from_environment().rank == 0:
+        for notice in notices:
+            print(f"> {notice}")
+    if settings.launch.dry_run:
+        dry_run(settings, processes_of(settings))
+    else:
+        train(settings)
+    return 0
+
+
+def run_as_processes(command: str, argv: Sequence[str], settings: Settings) -> int | None:
+    """Run `tandem COMMAND ARGV` as the processes that the settings ask for, and wait for them.
+
+    Returns:
+        The job's exit code; None when this process is to do the work itself, alone or as one of a job.
+    """
+    machines = machines_of(settings.launch)
+    if machines is None or machines.processes == 1 or JOB in os.environ or World.from_environment().size > 1:
+        return None
+    return launch(machines, launcher_of(settings.training.ai_framework), ["-m", "tandem", command, *argv])
+
+
+def processes_of(settings: Settings) -> int:
+    """How many processes the run has, started or not."""
+    machines = machines_of(settings.launch)
+    return machines.processes if machines else World.from_environment().size
+
+
+def machines_of(settings: LaunchSettings) -> Machines | None:
+    """None without `--nproc-per-node`."""
+    if settings.nproc_per_node is None:
+        return None
+    return Machines(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Machines)})

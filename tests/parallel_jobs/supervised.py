@@ -1,0 +1,18 @@
+"""Start a job under supervision, as `tandem COMMAND --nproc-per-node` does, of a script in place of a command.
+
+python supervised.py FRAMEWORK PROCESSES SCRIPT WORDS...     (FRAMEWORK plain: `plain_launcher`)
+"""
+
+from __future__ import annotations
+
+import sys
+
+import plain_launcher
+
+from tandem.backends import launcher_of
+from tandem.parallel.launch import Machines, launch
+
+if __name__ == "__main__":
+    framework, processes, *words = sys.argv[1:]
+    launcher = plain_launcher.launcher if framework == "plain" else launcher_of(framework)
+    sys.exit(launch(Machines(nproc_per_node=int(processes)), launcher, words))

@@ -1,0 +1,195 @@
+"""`--nproc-per-node`: a job starts, shows its first rank, ends as a whole, and leaves no process behind (F3)."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from frameworks import require_framework
+from scripts import free_port
+from tandem.errors import UserError
+from tandem.parallel.launch import Machines
+from tandem.training.run import train
+from workspace import Workspace
+
+HERE = Path(__file__).parent
+LOSS = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) ")
+
+
+def start(words: Sequence[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def finish(job: subprocess.Popen[str], mark: str, timeout: float = 240) -> tuple[int, str, str]:
+    """Exit code and output; whatever has `mark` in its command line must have ended with the job."""
+    try:
+        out, err = job.communicate(timeout=timeout)
+    finally:
+        job.kill()
+    assert not running(mark)
+    return job.returncode, out, err
+
+
+def running(mark: str) -> list[int]:
+    """Processes whose command line names `mark`, but for this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if mark.encode() in words and int(path.name) != os.getpid():
+            found.append(int(path.name))
+    return found
+
+
+def supervised(framework: str, fault: str, folder: Path, *words: str) -> subprocess.Popen[str]:
+    script = [str(HERE / "faulty_job.py"), fault, str(folder), *words]
+    return start([str(HERE / "supervised.py"), framework, "2", *script])
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.05)
+
+
+def flags(workspace: Workspace, framework: str, folder: Path) -> list[str]:
+    """A short pretraining run; the folder, in which nothing is written, marks its processes."""
+    return [
+        *("--ai-framework", framework, "--load", str(workspace.hf), "--data-path", f"{workspace.text}_text_document"),
+        *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "4"),
+        *("--lr", "3e-3", "--log-interval", "1", "--eval-iters", "0", "--split", "100,0,0"),
+        *("--data-cache-path", str(folder), "--device", "cpu"),
+    ]
+
+
+def losses(output: str) -> dict[int, float]:
+    return {int(iteration): float(loss) for iteration, loss in LOSS.findall(output)}
+
+
+def one_process(workspace: Workspace, framework: str) -> list[float]:
+    found = []
+    changes = {"train_iters": 4, "lr_decay_style": "linear", "lr_warmup_iters": 0, "device": "cpu"}
+    train(workspace.settings(framework, **changes), lambda record: found.append(record.loss))
+    return found
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_a_command_as_two_processes_trains_as_one(
+    workspace: Workspace, framework: str, axis: str, tmp_path: Path
+) -> None:
+    """D3, and across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
+    command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path)]
+    job = start([*command, "--nproc-per-node", "2", f"--{axis}-model-parallel-size", "2"])
+    code, out, err = finish(job, str(tmp_path))
+    assert code == 0, out + err
+    assert list(losses(out)) == [1, 2, 3, 4]
+    expected = one_process(workspace, require_framework("torch"))
+    assert list(losses(out).values()) == pytest.approx(expected, rel=1e-4)
+    assert out.count("after training is done") == 1
+
+
+def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    job = supervised(framework, "error", tmp_path, "pretrain", *flags(workspace, framework, tmp_path))
+    code, out, err = finish(job, str(tmp_path))
+    assert time.time() - float((tmp_path / "moment").read_text()) < 20
+    assert code == 1
+    assert list(losses(out)) == [1]
+    lines = err.splitlines()
+    assert lines[-1] == "rank 1 of 2 failed in iteration 2: RuntimeError: rank 1 does not like iteration 2"
+    assert "Traceback (most recent call last):" in lines
+    assert any("faulty_job.py" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    port = str(free_port())
+    command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
+    nodes = [start([*command, "--nnodes", "2", "--node-rank", str(n), "--master-port", port]) for n in range(2)]
+    outputs = [job.communicate(timeout=240) for job in nodes]
+    assert [job.returncode for job in nodes] == [0, 0], outputs
+    assert not running(str(tmp_path))
+    assert list(losses(outputs[0][0]).values()) == pytest.approx(one_process(workspace, framework), rel=1e-4)
+    assert not outputs[1][0]
+
+
+def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:
+    code, out, err = finish(supervised("plain", "user error", tmp_path), str(tmp_path))
+    assert code == 2
+    assert out == "waiting\n"
+    assert err == "tandem wait: error: all ranks agree that this cannot be\n"
+
+
+def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
+    code, _, err = finish(supervised("plain", "killed", tmp_path), str(tmp_path))
+    assert code == 1
+    assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
+
+
+def test_ranks_get_the_signal_and_time_to_save(tmp_path: Path) -> None:
+    job = supervised("plain", "none", tmp_path)
+    wait_for(tmp_path / "rank_1")
+    job.send_signal(signal.SIGTERM)
+    code, _, _ = finish(job, str(tmp_path))
+    assert code == 128 + signal.SIGTERM
+    assert {path.name: path.read_text() for path in tmp_path.glob("saved_*")} == {
+        "saved_0": "SIGTERM",
+        "saved_1": "SIGTERM",
+    }
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    job = supervised("plain", "deaf", tmp_path)
+    wait_for(tmp_path / "rank_1")
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    assert finish(job, str(tmp_path), timeout=20)[0] == 128 + signal.SIGTERM
+
+
+def test_the_ranks_of_a_killed_supervisor_end(tmp_path: Path) -> None:
+    job = supervised("plain", "deaf", tmp_path)
+    wait_for(tmp_path / "rank_1")
+    job.kill()
+    job.wait()
+    deadline = time.monotonic() + 10
+    while running(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(str(tmp_path))
+
+
+def test_a_port_in_use_is_found_before_anything_starts() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"--master-port {port} on 127.0.0.1 is in use"):
+            Machines(nproc_per_node=2, master_port=port).checked()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"nproc_per_node": 0}, "--nproc-per-node 0"),
+        ({"nproc_per_node": 2, "nnodes": 2, "node_rank": 2}, "--node-rank 2: expected"),
+        ({"nproc_per_node": 2, "nnodes": 2, "master_addr": "198.51.100.1"}, "198.51.100.1: no address of this machine"),
+    ],
+)
+def test_machines_that_cannot_be_are_said(values: dict[str, int], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        Machines(**values).checked()
