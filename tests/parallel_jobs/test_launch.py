@@ -25,8 +25,9 @@ HERE = Path(__file__).parent
 LOSS = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) ")
 
 
-def start(words: Sequence[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(words: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+    """`folder` takes what jobs leave when they fail."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     return subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -57,7 +58,7 @@ def running(mark: str) -> list[int]:
 
 def supervised(framework: str, fault: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     script = [str(HERE / "faulty_job.py"), fault, str(folder), *words]
-    return start([str(HERE / "supervised.py"), framework, "2", *script])
+    return start([str(HERE / "supervised.py"), framework, "2", *script], folder)
 
 
 def wait_for(path: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_command_as_two_processes_trains_as_one(
 ) -> None:
     """D3, and across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path)]
-    job = start([*command, "--nproc-per-node", "2", f"--{axis}-model-parallel-size", "2"])
+    job = start([*command, "--nproc-per-node", "2", f"--{axis}-model-parallel-size", "2"], tmp_path)
     code, out, err = finish(job, str(tmp_path))
     assert code == 0, out + err
     assert list(losses(out)) == [1, 2, 3, 4]
@@ -119,7 +120,9 @@ def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, f
 def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     port = str(free_port())
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
-    nodes = [start([*command, "--nnodes", "2", "--node-rank", str(n), "--master-port", port]) for n in range(2)]
+    nodes = [
+        start([*command, "--nnodes", "2", "--node-rank", str(n), "--master-port", port], tmp_path) for n in range(2)
+    ]
     outputs = [job.communicate(timeout=240) for job in nodes]
     assert [job.returncode for job in nodes] == [0, 0], outputs
     assert not running(str(tmp_path))

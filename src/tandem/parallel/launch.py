@@ -208,8 +208,9 @@ class _Job:
         spoken = [record for record in failures if record.text]
         if spoken:
             if spoken[0].code == CRASHED:
-                shown = spoken[0].rank == 0
-                print(f"output of every rank: {self.folder}", "" if shown else spoken[0].traceback, file=sys.stderr)
+                print(f"output of every rank: {self.folder}", file=sys.stderr)
+                if spoken[0].rank != 0:  # whose output is on the console
+                    print(spoken[0].traceback, end="", file=sys.stderr)
             print(spoken[0].text, file=sys.stderr, flush=True)
             return spoken[0].code
         if self.signals:
@@ -273,11 +274,13 @@ def _environment(process: Path) -> list[bytes]:
 
 
 def _is_running(pid: int) -> bool:
+    """Also false when it has ended and its parent has not noticed."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    return True
 
 
 def _kill(pid: int) -> None:
