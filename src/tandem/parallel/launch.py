@@ -142,10 +142,10 @@ class _Job:
             try:
                 self._wait()
             finally:
-                code = self.launcher.poll()
+                code, failures = self.launcher.poll(), self._failures()
                 self._kill_everything()
             self._show_output()
-        return self._explain(code)
+        return self._explain(failures, code)
 
     def _wait(self) -> None:
         """Return when the job is over: all ended, one failed, or time is up."""
@@ -202,9 +202,8 @@ class _Job:
             sys.stdout.write(new.decode(errors="replace"))
             sys.stdout.flush()
 
-    def _explain(self, launcher_code: int | None) -> int:
+    def _explain(self, failures: list[Ended], launcher_code: int | None) -> int:
         """Say last what went wrong; returns the exit code."""
-        failures = self._failures()
         spoken = [record for record in failures if record.text]
         if spoken:
             if spoken[0].code == CRASHED:
