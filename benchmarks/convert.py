@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -55,6 +56,9 @@ class Noise:
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return np.resize(self._numbers, self._table[name].shape)
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read(name, kind)
 
 
 def model_config(size: str) -> ModelConfig:

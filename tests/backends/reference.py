@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ class MemorySource:
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._tensors[kind][name]
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read(name, kind)
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return cut(self.read(name, kind), part)

@@ -13,8 +13,10 @@ from tandem.checkpoints.publish import final_place
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 
-# called after each tensor with the bytes read so far and in all
+# called after each block with the bytes read so far and in all
 Progress = Callable[[int, int], None]
+# the next rows of a tensor
+Block = tuple[Kind, str, np.ndarray]
 
 
 def copy(
@@ -29,9 +31,9 @@ def copy(
     total = sum(spec.numel * source.dtype(name, kind).itemsize for kind in kinds for name, spec in table.items())
     done = 0
     try:
-        for kind, name, tensor in _read_ahead(source, [(kind, name) for kind in kinds for name in table]):
-            sink.write(name, tensor, kind)
-            done += tensor.nbytes
+        for kind, name, rows in _read_ahead(_checked(source, [(kind, name) for kind in kinds for name in table])):
+            sink.write(name, rows, kind)
+            done += rows.nbytes
             if progress:
                 progress(done, total)
         sink.close()
@@ -46,19 +48,18 @@ def copy(
         raise
 
 
-def _read_ahead(source: TensorSource, items: Sequence[tuple[Kind, str]]) -> Iterator[tuple[Kind, str, np.ndarray]]:
-    """Read and check each tensor while the one before it is being written."""
+def _checked(source: TensorSource, items: Sequence[tuple[Kind, str]]) -> Iterator[Block]:
+    for kind, name in items:
+        for rows in source.stream(name, kind):
+            if not is_finite(rows):
+                raise UserError(f"{source.location}: tensor {name} holds NaN or infinity")
+            yield kind, name, rows
+
+
+def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Read and check each block while the one before it is being written."""
     with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(_read, source, *item) for item in items[:1]]
-        for (kind, name), following in zip(items, [*items[1:], None]):
-            tensor = ahead.pop().result()
-            if following:
-                ahead.append(reader.submit(_read, source, *following))
-            yield kind, name, tensor
-
-
-def _read(source: TensorSource, kind: Kind, name: str) -> np.ndarray:
-    tensor = source.read(name, kind)
-    if not is_finite(tensor):
-        raise UserError(f"{source.location}: tensor {name} holds NaN or infinity")
-    return tensor
+        ahead = reader.submit(next, blocks, None)
+        while block := ahead.result():
+            ahead = reader.submit(next, blocks, None)
+            yield block

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from tandem.checkpoints.arrays import same_bits
 from tandem.checkpoints.hf_weights import INDEX, SINGLE, TORCH_INDEX, open_weights
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_shape, dtype_name
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten, check_names, check_shape, dtype_name
 from tandem.checkpoints.publish import Publication, check_free_space
 from tandem.checkpoints.safetensors_file import SafetensorsWriter
 from tandem.errors import UserError
@@ -21,6 +22,7 @@ from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, Ranges, WeightMap
 from tandem.parallel.slices import Box, Part
 
+BLOCK = 1 << 22  # bytes of a tensor that are moved at a time
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
@@ -80,6 +82,14 @@ class HFSource:
         """Of safetensors, reads the rows and columns of `part` and no others."""
         boxes = [self._read_box(name, box) for box in part.boxes]
         return boxes[0] if len(boxes) == 1 else np.concatenate(boxes, axis=part.dim)
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        """In blocks that stay in the processor's cache, where the files let parts be read."""
+        shape, partial = self._table[name].shape, all(self._files[hf].partial for hf in self._map.rows[name])
+        row = math.prod(shape[1:]) * self.dtype(name).itemsize
+        step = max(BLOCK // row, 1) if partial else shape[0]
+        for first in range(0, shape[0], step):
+            yield self.read_part(name, Part.whole(shape).rows(first, min(first + step, shape[0])), kind)
 
     def _read_box(self, name: str, box: Box) -> np.ndarray:
         shape = tuple(stop - start for start, stop in box)
@@ -143,14 +153,22 @@ class HFSink:
         check_free_space(self.folder, self._total)
         self._publication = Publication(self.folder)
         self._open: SafetensorsWriter | None = None
-        self._written = 0
-        self._names = list(tensor_table(config))
+        self._table = tensor_table(config)
+        self._names, self._written = list(self._table), 0
+        self._rows, self._blocks = RowsWritten(), list[np.ndarray]()
 
-    def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
+    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
         assert kind == "model", f"a Hugging Face folder holds no {kind}"
         assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
+        shape = self._table[name].shape
+        written = self._rows.add(name, rows, shape)
+        self._blocks.append(rows)  # its rows belong to several tensors in turn
+        if written.stop < shape[0]:
+            return
+        tensor = self._blocks[0] if len(self._blocks) == 1 else np.concatenate(self._blocks)
         for hf_name, part in self._map.to_hf(name, tensor).items():
             self._writer_for(hf_name).write(hf_name, part)
+        self._blocks.clear()
         self._written += 1
 
     def close(self) -> None:

@@ -32,9 +32,10 @@ class Entry(Protocol):
 
 
 class WeightFile(Protocol):
-    """A file of named tensors."""
+    """A file of named tensors. `partial`: a box of one is read without the rest of it."""
 
     path: Path
+    partial: bool
 
     @property
     def entries(self) -> Mapping[str, Entry]: ...
@@ -50,6 +51,8 @@ class TorchWeightFile:
     Raises:
         UserError: it is damaged, refused, or holds something other than tensors.
     """
+
+    partial = False
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

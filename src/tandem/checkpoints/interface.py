@@ -6,6 +6,7 @@ several kinds of tensor of the same shape: the weight itself and, for training, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -71,6 +72,14 @@ class TensorSource(Protocol):
         """
         ...
 
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        """The global tensor in blocks of consecutive rows: small ones, or all at once, as the format is best read.
+
+        Raises:
+            UserError: as `read`.
+        """
+        ...
+
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         """Part of a global tensor, without reading more of the others than the format makes necessary.
 
@@ -85,7 +94,9 @@ class TensorSink(Protocol):
 
     location: str
 
-    def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None: ...
+    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+        """The next rows of a global tensor: all of them, or block after block."""
+        ...
 
     def close(self) -> None:
         """Make what was written visible, whole, under its final name.
@@ -98,6 +109,25 @@ class TensorSink(Protocol):
     def abort(self) -> None:
         """Remove what was written; nothing appears under the final name."""
         ...
+
+
+class RowsWritten:
+    """How many rows a sink has of each tensor."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> range:
+        """Which rows of a tensor of `shape` the next ones are.
+
+        Raises:
+            UserError: they are not of its shape, or too many.
+        """
+        first = self._counts.get(name, 0)
+        last = self._counts[name] = first + len(rows)
+        if rows.shape[1:] != shape[1:] or last > shape[0]:
+            check_shape("checkpoint to be written", name, (last, *rows.shape[1:]), shape)
+        return range(first, last)
 
 
 def check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ import numpy as np
 from tandem.checkpoints.arrays import same_bits
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, check_names, check_recorded, check_shape, dtype_name
+from tandem.checkpoints.interface import (
+    DTYPES,
+    Companions,
+    Kind,
+    RowsWritten,
+    check_names,
+    check_recorded,
+    check_shape,
+    dtype_name,
+)
 from tandem.checkpoints.megatron_args import check_agreement, config_from_args, numbers, to_args
 from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
 from tandem.checkpoints.torch_file import LazyTensor, PendingTensor, TorchFileWriter, load
@@ -31,7 +40,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
 from tandem.parallel.layout import Layout, Shard, shards
-from tandem.parallel.slices import Part, cut, overlaps, transfer
+from tandem.parallel.slices import Part, cut_rows, overlaps, transfer
 
 FILE = "model_optim_rng.pt"
 CHECKPOINT_VERSION = 3.0  # older versions order the rows of linear_qkv differently
@@ -91,20 +100,27 @@ class MegatronSink:
         self._padded = replace(config, vocab_size=padded_vocab_size or config.vocab_size)
         self._check_vocabulary()
         self._shards = _shards_of(self._padded, layout)
-        self._unwritten = set(self._shards)
+        self._unwritten, self._rows = set(self._shards), RowsWritten()
         self._check_space()
         self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
         self._pending: dict[Shard, PendingTensor] = {}
         self._writers = {rank: self._open_writer(*rank) for rank in self._ranks()}
 
-    def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
+    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
         assert kind == "model", f"a Megatron checkpoint written here holds no {kind}"
-        check_shape("checkpoint to be written", name, tensor.shape, tensor_table(self._config)[name].shape)
+        shape = tensor_table(self._config)[name].shape
+        written = self._rows.add(name, rows, shape)
+        self._write(name, written.start, rows)
+        if written.stop == shape[0]:
+            self._unwritten.discard(name)
+            if padding := self._shards[name][0].spec.shape[0] - shape[0]:
+                self._write(name, shape[0], np.zeros((padding, *shape[1:]), rows.dtype))
+
+    def _write(self, name: str, first: int, rows: np.ndarray) -> None:
         for shard in self._shards[name]:
-            part = cut(tensor, shard.part)  # beyond the vocabulary: shorter, or empty
-            part = _fill_rows(part, shard.shape[0]) if name in VOCABULARY else part
-            self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], part)
-        self._unwritten.discard(name)
+            found = cut_rows(rows, first, shard.part)
+            if found.size:
+                self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], found)
 
     def close(self) -> None:
         if self._unwritten:
@@ -213,6 +229,9 @@ class MegatronSource:
         stored = Part.whole(self._shards[name][0].spec.shape)
         tensor = self.read_part(name, stored, kind)
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read(name, kind)
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         """Reads the ranks' slices that `part` overlaps, and no others; each whole, for its CRC, with its copies."""
@@ -334,15 +353,6 @@ def _shards_of(config: ModelConfig, layout: Layout) -> dict[str, list[Shard]]:
     for shard in shards(config, layout, tied_head_copy=True):
         found[shard.spec.name].append(shard)
     return found
-
-
-def _fill_rows(part: np.ndarray, rows: int) -> np.ndarray:
-    """Zeros below `part` up to `rows` rows."""
-    if part.shape[0] == rows:
-        return part
-    filled = np.zeros((rows, *part.shape[1:]), part.dtype)
-    filled[: part.shape[0]] = part
-    return filled
 
 
 def _count_layers(chunks: Sequence[Chunk]) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, TensorSource, check_names, check_shape, dtype_name
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten, TensorSource, check_names, dtype_name
 from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
 from tandem.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from tandem.errors import UserError
@@ -33,7 +33,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count, tensor_table
 from tandem.parallel.grid import Grid, saved_shards
 from tandem.parallel.layout import Layout, Shard, shards
-from tandem.parallel.slices import Part, cut, overlaps, transfer
+from tandem.parallel.slices import Part, cut_rows, overlaps, transfer
 from tandem.parallel.world import Communicator
 
 FORMAT = "tandem"
@@ -49,7 +49,11 @@ def key_of(name: str, kind: Kind) -> str:
 
 def sha256(tensor: np.ndarray) -> str:
     """Of the bytes of a contiguous tensor."""
-    return hashlib.sha256(tensor.view(np.uint8).reshape(-1).data).hexdigest()
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: np.ndarray) -> memoryview:
+    return tensor.reshape(-1).view(np.uint8).data
 
 
 @dataclass(frozen=True)
@@ -74,21 +78,29 @@ class _SliceFiles:
         for item in plan:
             self._entries.setdefault(item.file, {})[item.key] = (DTYPES[dtypes[item.kind]], item.shard.shape)
         self._writers: dict[str, SafetensorsWriter] = {}
+        self._digests: dict[_Planned, Any] = {}
         self._hasher = ThreadPoolExecutor(1)
         self.index: dict[str, dict[str, Any]] = {}
 
-    def write(self, item: _Planned, values: np.ndarray, dtype: np.dtype) -> None:
-        values = np.ascontiguousarray(values, dtype=dtype)
-        digest = self._hasher.submit(sha256, values)
+    def write(self, item: _Planned, rows: np.ndarray, dtype: np.dtype) -> None:
+        """Append the next rows of a slice; when it is complete, the index has an entry of it."""
+        rows = np.ascontiguousarray(rows, dtype=dtype)
+        digest = self._digests.setdefault(item, hashlib.sha256())
+        hashing = self._hasher.submit(digest.update, _bytes(rows))
         if item.file not in self._writers:
             self._writers[item.file] = SafetensorsWriter(self._work / item.file, self._entries[item.file])
-        self._writers[item.file].write(item.key, values)
+        complete = self._writers[item.file].write(item.key, rows)
+        hashing.result()
+        if complete:
+            self._enter(item, dtype, self._digests.pop(item).hexdigest())
+
+    def _enter(self, item: _Planned, dtype: np.dtype, digest: str) -> None:
         spec = item.shard.spec
         entry = self.index.setdefault(
             item.key,
             {"shape": spec.shape, "dtype": dtype_name(dtype), "stacked_dim": spec.split.dim or 0, "slices": []},
         )
-        entry["slices"].append({"file": item.file, "boxes": item.shard.part.boxes, "sha256": digest.result()})
+        entry["slices"].append({"file": item.file, "boxes": item.shard.part.boxes, "sha256": digest})
 
     def close(self) -> None:
         assert self._writers.keys() == self._entries.keys(), "a file was announced and nothing written to it"
@@ -165,21 +177,23 @@ class NativeSink:
     ) -> None:
         self.folder = Path(folder)
         self.location = str(folder)
-        self._dtypes = dict(dtypes)
+        self._dtypes, self._rows = dict(dtypes), RowsWritten()
         self._iteration = _Iteration(config, layout, self._dtypes, iteration, companions, dict(documents or {}))
         self._shards: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
         for shard in shards(config, layout, tied_head_copy=False):
             # Replicated tensors are stored once, by the first tensor rank.
-            if shard.spec.split.dim is not None or shard.tensor_rank == 0:
+            if (shard.spec.split.dim is not None or shard.tensor_rank == 0) and 0 not in shard.shape:
                 self._shards[shard.spec.name].append(shard)
         check_free_space(self.folder, self._iteration.nbytes)
         self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
         self._files = _SliceFiles(self._publication.work, self._plan(), self._dtypes)
 
-    def write(self, name: str, tensor: np.ndarray, kind: Kind = "model") -> None:
-        check_shape("checkpoint to be written", name, tensor.shape, self._shards[name][0].spec.shape)
+    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+        first = self._rows.add(key_of(name, kind), rows, self._shards[name][0].spec.shape).start
         for shard in self._shards[name]:
-            self._files.write(self._planned(kind, shard), cut(tensor, shard.part), DTYPES[self._dtypes[kind]])
+            found = cut_rows(rows, first, shard.part)
+            if found.size:
+                self._files.write(self._planned(kind, shard), found, DTYPES[self._dtypes[kind]])
 
     def close(self) -> None:
         self._iteration.check_complete(self.folder, self._files.index)
@@ -373,6 +387,9 @@ class NativeSource:
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self.read_part(name, Part.whole(tuple(self._index["tensors"][key_of(name, kind)]["shape"])), kind)
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read(name, kind)
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""

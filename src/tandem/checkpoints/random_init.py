@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -47,6 +48,9 @@ class RandomSource:
         values = generator.standard_normal(spec.shape, dtype=np.float32)
         values *= np.float32(std)
         return values.astype(self._dtype, copy=False)
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read(name, kind)
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return cut(self.read(name, kind), part)

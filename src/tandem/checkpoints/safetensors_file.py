@@ -47,6 +47,8 @@ class SafetensorsFile:
         UserError: the file is missing, truncated, or not safetensors.
     """
 
+    partial = True
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.entries = self._read_header()
@@ -98,7 +100,7 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Write tensors in the order of `entries`, each as soon as it is there.
+    """Write tensors in the order of `entries`, each at once or in blocks of rows.
 
     The caller must write every entry, in order, and then `close()`.
     """
@@ -111,20 +113,25 @@ class SafetensorsWriter:
     ) -> None:
         self.path = Path(path)
         self._pending = [(name, np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in entries.items()]
-        self._next = 0
+        self._next = self._rows = 0  # the entry that is due, and how many of its rows are written
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 (closed by close())
         self._file.write(self._header(dict(metadata or {})))
 
-    def write(self, name: str, tensor: np.ndarray) -> None:
+    def write(self, name: str, rows: np.ndarray) -> bool:
+        """Append the next rows of `name`; whether it is complete with them."""
         expected, dtype, shape = self._pending[self._next]
         assert name == expected, f"{self.path}: {name} written where {expected} was announced"
-        assert tensor.shape == shape, f"{self.path}: {name} has shape {tensor.shape}, announced {shape}"
-        flat = np.ascontiguousarray(tensor, dtype=dtype).reshape(-1)
+        self._rows += len(rows)
+        fits = rows.shape[1:] == shape[1:] and self._rows <= shape[0]
+        assert fits, f"{self.path}: {name} is given rows {rows.shape} up to {self._rows}, announced {shape}"
+        flat = np.ascontiguousarray(rows, dtype=dtype).reshape(-1)
         remaining = flat.view(np.uint8).data
         while remaining:
             remaining = remaining[self._file.write(remaining) :]
-        self._next += 1
+        if complete := self._rows == shape[0]:
+            self._next, self._rows = self._next + 1, 0
+        return complete
 
     def close(self) -> None:
         assert self._next == len(self._pending), f"{self.path}: {self._pending[self._next][0]} was never written"

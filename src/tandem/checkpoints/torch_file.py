@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -347,8 +347,9 @@ class TorchFileWriter:
     """Write a file that `torch.load` reads, `mmap=True` and `weights_only=True` included.
 
     `content` is made of dict, OrderedDict, `argparse.Namespace`, list, tuple, str, int, float, bool, None and
-    `PendingTensor`. Then every pending tensor is written, in any order, and then `close()` is called. A file is
-    fastest to read when tensors are written in the order in which they stand in `content`.
+    `PendingTensor`. Then every pending tensor is written, in any order, each at once or in blocks of rows, and then
+    `close()` is called. A file is fastest to read when tensors are written in the order in which they stand in
+    `content`.
     """
 
     def __init__(self, path: str | Path, content: Any) -> None:
@@ -357,6 +358,8 @@ class TorchFileWriter:
         description = emitter.pickle(content)
         self._keys = {tensor: key for key, tensor in enumerate(emitter.tensors)}
         self._written: set[PendingTensor] = set()
+        self._entry: IO[bytes] | None = None  # of the tensor that is being written
+        self._remaining = 0  # bytes of it
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "wb")  # noqa: SIM115 (closed by close() or abort())
         self._zip = zipfile.ZipFile(self._file, "w")
@@ -365,12 +368,22 @@ class TorchFileWriter:
         self._add(".storage_alignment", str(ALIGNMENT).encode())
         self._add("byteorder", b"little")
 
-    def write(self, pending: PendingTensor, tensor: np.ndarray) -> None:
+    def write(self, pending: PendingTensor, rows: np.ndarray) -> None:
+        """Append the next rows of a tensor; another one may begin when it is complete."""
         assert pending not in self._written, f"{self.path}: a tensor was written twice"
-        assert tensor.shape == pending.shape, f"{self.path}: shape {tensor.shape}, announced {pending.shape}"
-        flat = np.ascontiguousarray(tensor, dtype=pending.dtype).reshape(-1)
-        self._add(f"data/{self._keys[pending]}", flat.view(np.uint8).data)
-        self._written.add(pending)
+        assert rows.shape[1:] == pending.shape[1:], f"{self.path}: rows {rows.shape}, announced {pending.shape}"
+        flat = np.ascontiguousarray(rows, dtype=pending.dtype).reshape(-1)
+        if self._entry is None:
+            size = math.prod(pending.shape) * pending.dtype.itemsize
+            self._entry = self._open(f"data/{self._keys[pending]}", size)
+            self._remaining = size
+        self._entry.write(flat.view(np.uint8).data)
+        self._remaining -= flat.nbytes
+        assert self._remaining >= 0, f"{self.path}: too many rows for {pending.shape}"
+        if not self._remaining:
+            self._entry.close()
+            self._entry = None
+            self._written.add(pending)
 
     def close(self) -> None:
         assert len(self._written) == len(self._keys), f"{self.path}: not every tensor was written"
@@ -381,6 +394,8 @@ class TorchFileWriter:
     def abort(self) -> None:
         """Stop writing; what is there is not a whole file."""
         with contextlib.suppress(OSError):  # a full disk has been reported by the write that met it
+            if self._entry is not None:
+                self._entry.close()
             self._zip.close()
         with contextlib.suppress(OSError):
             self._file.close()
@@ -396,13 +411,16 @@ class TorchFileWriter:
         else:
             self.abort()
 
-    def _add(self, name: str, data: bytes | memoryview) -> None:
-        entry = zipfile.ZipInfo(f"{self.path.stem}/{name}")
-        entry.file_size = len(data)
-        zip64 = len(data) >= ZIP64_FROM
-        entry.extra = self._padding(entry.filename, zip64)
-        with self._zip.open(entry, "w", force_zip64=zip64) as file:
+    def _add(self, name: str, data: bytes) -> None:
+        with self._open(name, len(data)) as file:
             file.write(data)
+
+    def _open(self, name: str, size: int) -> IO[bytes]:
+        entry = zipfile.ZipInfo(f"{self.path.stem}/{name}")
+        entry.file_size = size
+        zip64 = size >= ZIP64_FROM
+        entry.extra = self._padding(entry.filename, zip64)
+        return self._zip.open(entry, "w", force_zip64=zip64)
 
     def _padding(self, name: str, zip64: bool) -> bytes:
         """An extra field, as torch writes it, after which the entry's bytes begin at a multiple of ALIGNMENT."""

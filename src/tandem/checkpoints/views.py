@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,9 @@ class Cast:
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._cast(name, self._source.read(name, kind))
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        return (self._cast(name, rows) for rows in self._source.stream(name, kind))
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return self._cast(name, self._source.read_part(name, part, kind))
@@ -66,6 +70,9 @@ class FirstLayers:
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._source.read(name, kind)
+
+    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+        return self._source.stream(name, kind)
 
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return self._source.read_part(name, part, kind)

@@ -47,6 +47,18 @@ def cut(tensor: np.ndarray, part: Part) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=part.dim)
 
 
+def cut_rows(rows: np.ndarray, first: int, part: Part) -> np.ndarray:
+    """What `part` of a global array takes from some of its rows, which begin at `first`; possibly no rows.
+
+    Blocks of rows that follow each other give, one below the other, what `cut` gives of the whole.
+    """
+    pieces = []
+    for box in part.boxes:
+        low, high = (min(max(row - first, 0), len(rows)) for row in box[0])
+        pieces.append(rows[_index(((low, high), *box[1:]))])
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=part.dim)
+
+
 def paste(tensor: np.ndarray, values: np.ndarray, part: Part) -> None:
     """Write the values of `part` into their place in a global array: the inverse of `cut`."""
     ends = np.cumsum([box[part.dim][1] - box[part.dim][0] for box in part.boxes])[:-1]
