@@ -22,7 +22,7 @@ from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, Ranges, WeightMap
 from tandem.parallel.slices import Box, Part
 
-BLOCK = 1 << 22  # bytes of a tensor that are moved at a time
+BLOCK = 1 << 20  # bytes of a tensor that are moved at a time: they stay in a core's cache
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
