@@ -9,42 +9,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from runs import assert_same_weights, run
 from tandem.__main__ import STOPPED
-from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.native import NativeSource
 from tandem.errors import RunStopped, UserError
-from tandem.models.tensors import tensor_table
 from tandem.training.log import StepRecord
-from tandem.training.run import train
 from workspace import Workspace
-
-
-def run(
-    workspace: Workspace, framework: str, act: Callable[[StepRecord], None] | None = None, **values: object
-) -> list:
-    losses = []
-
-    def on_step(record: StepRecord) -> None:
-        losses.append(record.loss)
-        if act:
-            act(record)
-
-    train(workspace.settings(framework, **values), on_step)
-    return losses
 
 
 def at(iteration: int, number: signal.Signals) -> Callable[[StepRecord], None]:
     return lambda record: os.kill(os.getpid(), number) if record.iteration == iteration else None
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    a, b = open_source(one), open_source(other)
-    for kind in a.kinds():
-        for name in tensor_table(a.config):
-            np.testing.assert_array_equal(a.read(name, kind), b.read(name, kind), err_msg=f"{kind} {name}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

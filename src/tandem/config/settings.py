@@ -272,6 +272,14 @@ class CheckpointSettings:
     """Folder for checkpoints."""
     save_interval: int | None = None
     """Steps between saves; the last step is always saved."""
+    async_save: bool = False
+    """Training waits for a copy in host memory only; a thread writes it to the disk."""
+    save_total_limit: Annotated[int | None, tyro.conf.arg(aliases=("--keep-last",))] = None
+    """Keep the newest so many checkpoints, and remove older ones once a new one is on the disk; default: all."""
+    save_retain_interval: Annotated[int | None, tyro.conf.arg(aliases=("--keep-every",))] = None
+    """Keep checkpoints of iterations that are a multiple of this, beside the newest --save-total-limit (default 1)."""
+    export_hf_every: int | None = None
+    """Write checkpoints of iterations that are a multiple of this as Hugging Face folders, too, in SAVE/hf."""
     finetune: bool = False
     """Load weights only: start at iteration 0 with a fresh optimizer."""
     no_load_optim: bool = False
@@ -385,6 +393,7 @@ class Settings:
             raise UserError("--log-interval and --tensorboard-log-interval: expected 1 or more")
         self._check_profile()
         self._check_unit_of_length()
+        self._check_saving()
         self._check_batch_size()
         self._check_weight_decay()
         self._check_not_implemented()
@@ -401,6 +410,18 @@ class Settings:
             )
         if logging.profile_save_path is None and self.checkpoint.save is None:
             raise UserError("--profile needs --save or --profile-save-path, a folder for its files")
+
+    def _check_saving(self) -> None:
+        checkpoint = self.checkpoint
+        for name in ("save_interval", "save_total_limit", "save_retain_interval", "export_hf_every"):
+            value = getattr(checkpoint, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if checkpoint.export_hf_every and checkpoint.no_shared_storage:
+            raise UserError(
+                "--export-hf-every needs the whole checkpoint on one disk, and --no-shared-storage spreads it: bring "
+                "the folders together and use `tandem export`"
+            )
 
     def _check_unit_of_length(self) -> None:
         """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit."""

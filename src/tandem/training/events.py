@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -32,16 +32,6 @@ class EventLog:
         line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **values}
         with FileIO(self._path, "a") as file:
             append_line(file, line)
-
-    def timing_saves(self, save: Callable[[Progress], None]) -> Callable[[Progress], None]:
-        """`save`, with an event for each call that says how long training waited for it."""
-
-        def timed(progress: Progress) -> None:
-            start = time.perf_counter()
-            save(progress)
-            self.add("saved", iteration=progress.iteration, seconds=round(time.perf_counter() - start, 3))
-
-        return timed
 
     @contextmanager
     def around(self, progress: Progress) -> Iterator[None]:

@@ -12,6 +12,7 @@ from tandem.backends import check_framework, connect, create_engine, make_determ
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.hf import companion_files, companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.native import NativeSource
 from tandem.checkpoints.publish import write_text_atomically
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import Settings
@@ -29,9 +30,10 @@ from tandem.training.loggers import step_loggers
 from tandem.training.raw_data import with_preprocessed
 from tandem.training.resume import changes, continued, open_initial, restore_newest
 from tandem.training.run_record import append_start, describe_start
+from tandem.training.saving import CheckpointWriter
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.signals import StopSignals
-from tandem.training.state import SETTINGS_FILE, CheckpointWriter, TrainerState
+from tandem.training.state import SETTINGS_FILE, TrainerState
 from tandem.training.trainer import Trainer
 
 # Model flags that must equal what the weights' config.json says.
@@ -83,13 +85,12 @@ def _train(settings: Settings, signals: StopSignals, on_step: Callable[[StepReco
     source, progress, state = restore_newest(engine, source, start.loading, communicator, report)
     if source is not start.source:
         data = open_data(settings, tokenizer, state)
-    writer = open_writer(settings, source, engine, data, grid, communicator)
     first = world.rank == 0
     folder = Path(settings.checkpoint.save) if settings.checkpoint.save and first else None
     if folder:
         append_start(folder, describe_start(settings, source, engine, progress.iteration, world.size))
     events = EventLog(folder)
-    save = events.timing_saves(writer.save) if writer else None
+    writer = open_writer(settings, source, engine, data, grid, communicator, events)
     with step_loggers(settings, progress.iteration, on_step) if first else nullcontext() as log_step:
         trainer = Trainer(
             engine,
@@ -100,14 +101,15 @@ def _train(settings: Settings, signals: StopSignals, on_step: Callable[[StepReco
             progress,
             grid,
             communicator,
-            save=save,
+            saver=writer,
             signals=signals,
             on_step=log_step,
         )
         if first:
             print_banner(settings, source, trainer, state, data.notices)
         with events.around(progress), placing(lambda: f"iteration {progress.iteration + 1}"):
-            trainer.run()
+            with writer or nullcontext():
+                trainer.run()
             communicator.close()
             if trainer.stopped:
                 when = f"after iteration {progress.iteration}"
@@ -218,7 +220,13 @@ def engine_settings(settings: Settings, config: ModelConfig, grid: Grid, rank: i
 
 
 def open_writer(
-    settings: Settings, source: TensorSource, engine: Engine, data: Data, grid: Grid, communicator: Communicator
+    settings: Settings,
+    source: TensorSource,
+    engine: Engine,
+    data: Data,
+    grid: Grid,
+    communicator: Communicator,
+    events: EventLog,
 ) -> CheckpointWriter | None:
     """Make the folder of `--save`, with the run's settings in it; None when the run saves nothing."""
     if settings.checkpoint.save is None:
@@ -227,7 +235,21 @@ def open_writer(
     if communicator.world.leads(shared_storage=not settings.checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
     companions = gather_companions(settings, source)
-    return CheckpointWriter(folder, engine, settings, grid, communicator, companions, data.identity, data.template)
+    resumed = None
+    if isinstance(source, NativeSource) and source.folder.parent.resolve() == folder.resolve():
+        resumed = source.iteration
+    return CheckpointWriter(
+        folder,
+        engine,
+        settings,
+        grid,
+        communicator,
+        companions,
+        data.identity,
+        data.template,
+        resumed,
+        events,
+    )
 
 
 def gather_companions(settings: Settings, source: TensorSource) -> Companions:

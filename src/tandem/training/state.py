@@ -1,21 +1,17 @@
-"""What a checkpoint holds of a training run beside tensors, and saving and restoring all of it."""
+"""What a checkpoint holds of a training run beside tensors, and restoring all of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.interface import Companions, Kind, TensorSource
-from tandem.checkpoints.native import PROMPT_FILE, NativeRankSink, NativeSource
+from tandem.checkpoints.interface import Kind, TensorSource
+from tandem.checkpoints.native import NativeSource
 from tandem.config.settings import Settings
-from tandem.config.sources import to_yaml
 from tandem.errors import UserError
-from tandem.parallel.grid import Grid
-from tandem.parallel.world import Communicator
 from tandem.training.trainer import Progress
 
 STATE_FILE = "trainer_state.json"
@@ -46,76 +42,6 @@ class TrainerState:
         if not isinstance(source, NativeSource) or not (source.folder / STATE_FILE).exists():
             return None
         return cls(**json.loads(source.document(STATE_FILE)))
-
-
-@dataclass(frozen=True)
-class CheckpointWriter:
-    """Saves a run as native checkpoints.
-
-    Args:
-        grid, communicator: every rank has a writer, and all save at the same time.
-        data: what defines the order of the samples, to be compared on resuming.
-        template: the record's entry of the template trained on (None for plain text); generation and export use it.
-    """
-
-    folder: Path
-    engine: Engine
-    settings: Settings
-    grid: Grid
-    communicator: Communicator
-    companions: Companions
-    data: dict[str, Any]
-    template: dict[str, Any] | None = None
-
-    def save(self, progress: Progress) -> None:
-        """Write one iteration; it becomes visible, and the newest, only when it is whole."""
-        state = TrainerState(
-            iteration=progress.iteration,
-            consumed_train_samples=progress.consumed_train_samples,
-            optimizer_step=self.engine.optimizer_step,
-            seed=self.settings.training.seed,
-            data=self.data,
-        )
-        documents = {STATE_FILE: state.to_json(), SETTINGS_FILE: to_yaml(self.settings)}
-        if self.template is not None:
-            documents[PROMPT_FILE] = json.dumps(self.template, indent=2) + "\n"
-        kinds = self._kinds()
-        sink = NativeRankSink(
-            self.folder,
-            self.engine.config,
-            self.grid,
-            kinds,
-            progress.iteration,
-            self.companions,
-            documents,
-            self.communicator,
-            by_rows=self.settings.parallel.use_distributed_optimizer,
-            shared_storage=not self.settings.checkpoint.no_shared_storage,
-        )
-        failure: Exception | None = None
-        try:
-            for kind, shard, tensor in self.engine.tensors():
-                if kind in kinds:
-                    sink.write_part(kind, shard, tensor)
-            sink.finish()
-        except (UserError, OSError) as error:  # told to the other ranks, and raised on all of them
-            failure = error
-        except BaseException:
-            sink.abort()
-            raise
-        sink.publish(failure)
-        if self.communicator.world.rank == 0:
-            print(
-                f"  successfully saved checkpoint from iteration {progress.iteration:7d} to {self.folder}", flush=True
-            )
-
-    def _kinds(self) -> dict[Kind, str]:
-        kinds: dict[Kind, str] = {"model": self.engine.param_dtype}
-        if not self.settings.checkpoint.no_save_optim:
-            if self.engine.param_dtype != "float32":
-                kinds["master"] = "float32"
-            kinds |= dict.fromkeys(OPTIMIZER_KINDS, "float32")
-        return kinds
 
 
 def check_optimizer(source: TensorSource, settings: Settings) -> None:

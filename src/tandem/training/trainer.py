@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tandem.backends.interface import Engine
 from tandem.config.settings import Settings
@@ -28,13 +29,24 @@ class Progress:
     consumed_train_samples: int = 0
 
 
+class Saver(Protocol):
+    """Who saves a run: `tandem.training.saving.CheckpointWriter`, which documents this."""
+
+    @property
+    def is_written(self) -> bool: ...
+
+    def save(self, progress: Progress) -> None: ...
+
+    def publish(self) -> None: ...
+
+
 class Trainer:
     """Runs steps from wherever `progress` stands.
 
     Args:
         grid: all processes of the job; every one runs a trainer, over the samples of its data rank.
         communicator: how they agree.
-        save: called with the progress when a checkpoint is due; None when the run saves nothing.
+        saver: asked to save when a checkpoint is due; None when the run saves nothing.
         signals: asked after each step whether one has arrived.
         on_step: called on the first rank with each step's record, after the evaluation that the step ends with.
     """
@@ -49,7 +61,7 @@ class Trainer:
         progress: Progress,
         grid: Grid | None = None,
         communicator: Communicator | None = None,
-        save: Callable[[Progress], None] | None = None,
+        saver: Saver | None = None,
         signals: StopSignals | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
@@ -61,7 +73,8 @@ class Trainer:
         data_rank = self.grid.place(self.communicator.world.rank).data
         self._share = Share(settings.training.micro_batch_size, self.grid.data_size, data_rank)
         self.train_iters = settings.total_iters
-        self._save, self._on_step = save, on_step
+        self._saver, self._on_step = saver, on_step
+        self._all_written = True  # whether no rank is still writing a checkpoint
         self._signals = signals or StopSignals()
         self._started, self._out_of_time = time.monotonic(), False
         self.stopped: str | None = None  # the signal that ended the run early, on whichever rank it arrived
@@ -87,14 +100,16 @@ class Trainer:
             if self.is_first_rank and self._on_step:
                 self._on_step(record)
             leaving = self._due(self.settings.training.exit_interval) or self._out_of_time or self.stopped is not None
-            if self._save and (self._due(self.settings.checkpoint.save_interval) or leaving):
-                self._save(self.progress)
+            if self._saver and self._all_written:
+                self._saver.publish()
+            if self._saver and (self._due(self.settings.checkpoint.save_interval) or leaving):
+                self._saver.save(self.progress)
                 saved_at = iteration
             if leaving:
                 self._print(f"exiting program at iteration {iteration}")
                 break
-        if self._save and saved_at != self.progress.iteration:
-            self._save(self.progress)
+        if self._saver and saved_at != self.progress.iteration:
+            self._saver.save(self.progress)
 
     def step(self) -> StepRecord:
         """One optimizer step over the next global batch."""
@@ -134,14 +149,16 @@ class Trainer:
         )
 
     def _agree(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
-        """Tokens of the global batch, and the floating-point operations that they need; and whether all leave."""
+        """Tokens of the global batch, and the floating-point operations that they need; whether all leave,
+        and whether a checkpoint can be published."""
         lengths = [int(length) for micro_batch in micro_batches for length in micro_batch.lengths]
         minutes = self.settings.training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-        own = [sum(lengths), training_flops(self.engine.config, lengths), self._signals.received, late]
-        tokens, flops, reasons, lateness = zip(*self.communicator.all_gather(own))
+        is_written = self._saver is None or self._saver.is_written
+        own = [sum(lengths), training_flops(self.engine.config, lengths), self._signals.received, late, is_written]
+        tokens, flops, reasons, lateness, written = zip(*self.communicator.all_gather(own))
         self.stopped = next((reason for reason in reasons if reason), None)
-        self._out_of_time = lateness[0]
+        self._out_of_time, self._all_written = lateness[0], all(written)
         ranks = self.grid.group("data", self.grid.place(0))  # the other ranks of a model have the same samples
         return sum(tokens[rank] for rank in ranks), sum(flops[rank] for rank in ranks)
 
