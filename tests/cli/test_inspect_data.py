@@ -60,7 +60,19 @@ def test_neat_packed_rows_count_their_documents_and_no_padding(workspace: Worksp
 def test_preprocess_shows_samples(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--input", str(workspace.corpus), "--output-prefix", str(tmp_path / "x")]
     assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf), "--show", "2"]) == 0
-    assert "sample 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sample 1" in out
+    assert "fill rate" in out
+
+
+def test_upstreams_other_flags(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["preprocess", "--input", str(workspace.corpus), "--output-prefix", str(tmp_path / "x"), "--n-subs", "4"]
+    words += ["--tokenizer-name-or-path", str(workspace.hf), "--cache-dir", "/nowhere", "--dataset-impl", "mmap"]
+    assert main(words) == 0
+    assert "without effect here: --n-subs --cache-dir --dataset-impl" in capsys.readouterr().out
+    for refused in ("--split-sentences", "--data-obfuscation", "--hf-datasets-params"):
+        assert main([*words, refused]) == 2
+        assert refused in capsys.readouterr().err
 
 
 class Page(HTMLParser):

@@ -135,6 +135,18 @@ def test_d7_a_cut_answer_gains_no_false_end_and_is_counted(tokenizer_folder: Pat
     assert whole[-3:].tolist() == [EOD, Tokenizer(tokenizer_folder).encode("\n")[0], EOD]
 
 
+def test_d7_long_conversations_are_left_out_on_request(tokenizer_folder: Path, tmp_path: Path) -> None:
+    records = [{"instruction": "q", "output": "a" * length} for length in (5, 100, 6)]
+    source = write_jsonl(tmp_path / "x.jsonl", *records)
+    changes = {"prompt_type": "qwen3", "seq_length": 100, "over_long": "drop"}
+    summary = preprocess(options(source, tmp_path / "x", tokenizer_folder, **changes))
+    assert (summary.kept, summary.trimmed, summary.dropped["longer than seq_length"]) == (2, 0, 1)
+    whole = preprocess(
+        options(write_jsonl(tmp_path / "y.jsonl", *records[::2]), tmp_path / "y", tokenizer_folder, **changes)
+    )
+    assert written(summary) == written(whole)
+
+
 def test_d7_nothing_is_written_that_trains_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
     chat = [{"role": role, "content": "x" * 200} for role in ("user", "assistant")]
     source = write_jsonl(tmp_path / "x.jsonl", {"messages": chat}, {"messages": [{**chat[0], "content": ""}, chat[1]]})
@@ -238,6 +250,9 @@ def test_c5_handlers_are_detected_and_options_checked_against_them(tokenizer_fol
         ({"workers": 0}, "workers is 0"),
         ({"log_interval": 0}, "log_interval is 0"),
         ({"on_bad": "ignore"}, "on_bad is 'ignore'; expected 'stop' or 'skip'"),
+        ({"over_long": "keep"}, "over_long is 'keep'"),
+        ({"max_samples": 0}, "max_samples is 0"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
         ({"seq_length": 1}, "seq_length is 1"),
         ({"neat_pack": True}, "neat_pack needs pack"),
         ({"pack": True}, "pack needs seq_length"),

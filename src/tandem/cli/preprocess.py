@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tandem.cli.data_page import write_page
-from tandem.cli.inspect_data import make_console, show_samples
+from tandem.cli.inspect_data import make_console, overview, show_samples
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
@@ -64,6 +64,9 @@ class Flags:
     """Which answers of a conversation are trained."""
     seq_length: int | None = None
     """Longest conversation; with --pack, the exact length of a row."""
+    over_long: Literal["trim", "drop"] = "trim"
+    """What to do with conversations of --seq-length tokens or more: cut them turn by turn, or leave them out. Pairs are
+    always left out."""
     pad_to_multiple_of: int = 1
     """Plain text: pad each document to a multiple of this, with the id that follows the tokenizer's last one."""
     append_eod: bool = False
@@ -129,7 +132,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def show(flags: Flags, view: DataView, tokenizer: Tokenizer) -> None:
-    show_samples(make_console(), view, tokenizer, flags.show)
+    console = make_console()
+    console.print(overview(view.data_path, view.statistics()))
+    show_samples(console, view, tokenizer, flags.show)
     if flags.html:
         write_page(flags.html, view, tokenizer, flags.show)
         print(f"wrote {flags.html}")

@@ -62,6 +62,8 @@ IGNORED: dict[str, Ignored] = {
     "--reuse-fp32-param": ALWAYS_ON,
 }
 
+LOCAL_FILES = Ignored(refusal="data are read from local files named by --input")
+NO_OBFUSCATION = Ignored(refusal="data are not obfuscated")
 PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--streaming": ALWAYS_ON,
     "--n-subs": Ignored(1),  # upstream's parts are merged into the same files
@@ -69,6 +71,22 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--overwrite-cache": ALWAYS_ON,
     "--cache-dir": Ignored(1),
     "--make-vocab-size-divisible-by": Ignored(1),
+    "--pad-vocab-size-to": Ignored(1),
+    "--dataset-impl": Ignored(1),
+    "--tokenizer-model": Ignored(1),
+    "--vocab-file": Ignored(1),
+    "--merge-file": Ignored(1),
+    "--keep-newlines": ALWAYS_ON,
+    "--reasoning-effort": Ignored(1),  # of a prompt type that is not here, as the next
+    "--drop-thinking": Ignored(1),
+    "--split-sentences": Ignored(refusal="documents are stored whole, not by sentence"),
+    "--prompt-type-path": Ignored(
+        refusal="prompt types are built in; --prompt-type chat_template takes the model's own"
+    ),
+    "--hf-datasets-params": LOCAL_FILES,
+    "--script-data-dir": LOCAL_FILES,
+    "--data-obfuscation": NO_OBFUSCATION,
+    "--obf-seed-content": NO_OBFUSCATION,
 }
 
 NO_LORA = Ignored(refusal="LoRA adapters are not converted or merged")

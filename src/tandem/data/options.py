@@ -34,8 +34,9 @@ class PreprocessOptions:
         prompt_type: the template of fine-tuning data.
         enable_thinking: thinking mode of that template.
         train_turns: which answers of a conversation are trained: "all" or only the "last".
-        seq_length: fine-tuning: conversations are cut to one token less, and packed rows have exactly this length.
-            None cuts nothing.
+        seq_length: fine-tuning: conversations have one token less at most, and packed rows exactly this length.
+            None leaves all as they are.
+        over_long: "trim" conversations that are longer, turn by turn, or "drop" them as upstream does.
         pad_to_multiple_of: plain text: each document is padded to a multiple of this, with an id beyond the vocabulary.
         append_eod: put the end-of-document token after each document.
         pack: fill rows of seq_length with several conversations.
@@ -60,6 +61,7 @@ class PreprocessOptions:
     enable_thinking: bool | None = None
     train_turns: str = "all"
     seq_length: int | None = None
+    over_long: str = "trim"
     pad_to_multiple_of: int = 1
     append_eod: bool = False
     pack: bool = False
@@ -77,6 +79,7 @@ class PreprocessOptions:
         require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
         require(self.log_interval >= 1, f"log_interval is {self.log_interval}; expected 1 or more")
         require(self.train_turns in ("all", "last"), f"train_turns is {self.train_turns!r}; expected 'all' or 'last'")
+        require(self.over_long in ("trim", "drop"), f"over_long is {self.over_long!r}; expected 'trim' or 'drop'")
         require(self.on_bad in ("stop", "skip"), f"on_bad is {self.on_bad!r}; expected 'stop' or 'skip'")
         require(self.seq_length is None or self.seq_length >= 2, f"seq_length is {self.seq_length}; expected 2 or more")
         require(not self.neat_pack or self.pack, "neat_pack needs pack; give both")

@@ -171,7 +171,9 @@ def _job(
     eod = stop if options.append_eod else None
     handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
     return (
-        InstructionTokenizer(reference, handlers, template, options.seq_length, eod, options.train_turns),
+        InstructionTokenizer(
+            reference, handlers, template, options.seq_length, eod, options.train_turns, options.over_long
+        ),
         template,
     )
 

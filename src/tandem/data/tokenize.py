@@ -19,6 +19,8 @@ from tandem.data.readers import Block, parse_row
 from tandem.data.templates import Template, Turn, trained_on_last
 from tandem.errors import UserError
 
+TOO_LONG = "longer than seq_length"  # a reason to drop
+
 
 @dataclass(frozen=True)
 class Reject:
@@ -97,7 +99,7 @@ class ChunkTokenizer:
         raise NotImplementedError
 
     def _encode(self, texts: list[str], chunk: TokenizedChunk) -> tuple[np.ndarray, np.ndarray]:
-        chunk.counts["text_bytes"] += sum(len(text.encode()) for text in texts)
+        chunk.counts["text_bytes"] += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         return self.engine.encode(texts)
 
 
@@ -142,7 +144,8 @@ class PretrainTokenizer(ChunkTokenizer):
 class InstructionTokenizer(ChunkTokenizer):
     """A sequence per conversation: prompts masked, answers trained, cut to fewer than `seq_length` tokens.
 
-    `handlers` are those of the sources. `train_turns` is "all", or "last" to train only the last answer.
+    `handlers` are those of the sources. `train_turns` is "all", or "last" to train only the last answer. `over_long` is
+    "trim", or "drop" to leave out what would have to be cut.
     The end-of-document token, if given, follows a conversation that leaves room for it; an answer that had to be cut
     leaves none, so it never gains a false end.
     """
@@ -157,8 +160,10 @@ class InstructionTokenizer(ChunkTokenizer):
         seq_length: int | None,
         eod: int | None,
         train_turns: str = "all",
+        over_long: str = "trim",
     ) -> None:
         super().__init__(engine)
+        self._over_long = over_long
         self._handlers = handlers
         self._template = template
         self._train_turns = train_turns
@@ -175,7 +180,12 @@ class InstructionTokenizer(ChunkTokenizer):
 
     def _tokenize(self, documents: list[list[Turn]], chunk: TokenizedChunk) -> None:
         conversations = Conversations(documents, *self._encode([t for d in documents for t in texts_of(d)], chunk))
-        chunk.counts["trimmed"] = conversations.trim(self._room)
+        if self._over_long == "drop":
+            short = conversations.lengths <= self._room
+            conversations.keep_only(short)
+            chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
+        else:
+            chunk.counts["trimmed"] = conversations.trim(self._room)
         chunk.dropped["nothing left to train"] = conversations.drop_untrained()
         ids, labels, lengths = conversations.ids, conversations.labels, conversations.lengths
         if self._eod is not None:
@@ -217,7 +227,7 @@ class PairTokenizer(ChunkTokenizer):
         both = Conversations([turns for document in documents for turns in document], *self._encode(texts, chunk))
         short = (both.lengths.reshape(-1, 2) <= self._room).all(axis=1)
         both.keep_only(np.repeat(short, 2))
-        chunk.dropped["longer than seq_length"] = int(np.count_nonzero(~short))
+        chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
         for position, name in enumerate(("chosen", "rejected")):
             ids, labels, lengths = both.every_other(position)
             chunk.columns[f"{name}_input_ids"] = ids, lengths
