@@ -2,12 +2,11 @@
 # Fine-tune all weights of Qwen3-0.6B on MindSpore. Every variable can be set from the environment.
 set -euo pipefail
 
-NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # training runs in one process so far; more are refused
+NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # processes on this machine; TP x PP must divide them all
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 MASTER_PORT="${MASTER_PORT:-6015}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
-WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
 
 CKPT_LOAD_DIR="${CKPT_LOAD_DIR-./model_weights/qwen3_mcore/}" # or the CKPT_SAVE_DIR of pretraining
 CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-0point6b_tune}"
@@ -24,13 +23,11 @@ TRAIN_ITERS="${TRAIN_ITERS:-2000}"
 EXTRA_ARGS="${EXTRA_ARGS:-}" # further flags of `tandem finetune`, such as: --no-save-optim
 
 DISTRIBUTED_ARGS=(
-    --worker_num "$WORLD_SIZE"
-    --local_worker_num "$NPUS_PER_NODE"
-    --node_rank "$NODE_RANK"
-    --master_addr "$MASTER_ADDR"
-    --master_port "$MASTER_PORT"
-    --log_dir msrun_log
-    --join=True
+    --nproc-per-node "$NPUS_PER_NODE"
+    --nnodes "$NNODES"
+    --node-rank "$NODE_RANK"
+    --master-addr "$MASTER_ADDR"
+    --master-port "$MASTER_PORT"
 )
 
 if [[ -n "$INIT" ]]; then
@@ -82,7 +79,8 @@ OUTPUT_ARGS=(
 
 mkdir -p logs
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words
-msrun "${DISTRIBUTED_ARGS[@]}" python -m tandem finetune \
+python -m tandem finetune \
+    "${DISTRIBUTED_ARGS[@]}" \
     --ai-framework mindspore \
     "${WEIGHTS_ARGS[@]}" \
     "${MODEL_PARALLEL_ARGS[@]}" \

@@ -2,7 +2,7 @@
 # Pretrain Qwen3-0.6B on PyTorch. Every variable can be set from the environment.
 set -euo pipefail
 
-NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # training runs in one process so far; more are refused
+NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # processes on this machine; TP x PP must divide them all
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 MASTER_PORT="${MASTER_PORT:-6011}"
 NNODES="${NNODES:-1}"
@@ -23,11 +23,11 @@ TRAIN_ITERS="${TRAIN_ITERS:-2000}"
 EXTRA_ARGS="${EXTRA_ARGS:-}" # further flags of `tandem pretrain`, such as: --no-save-optim
 
 DISTRIBUTED_ARGS=(
-    --nproc_per_node "$NPUS_PER_NODE"
+    --nproc-per-node "$NPUS_PER_NODE"
     --nnodes "$NNODES"
-    --node_rank "$NODE_RANK"
-    --master_addr "$MASTER_ADDR"
-    --master_port "$MASTER_PORT"
+    --node-rank "$NODE_RANK"
+    --master-addr "$MASTER_ADDR"
+    --master-port "$MASTER_PORT"
 )
 
 if [[ -n "$INIT" ]]; then
@@ -71,7 +71,8 @@ OUTPUT_ARGS=(
 
 mkdir -p logs
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words
-torchrun "${DISTRIBUTED_ARGS[@]}" -m tandem pretrain \
+python -m tandem pretrain \
+    "${DISTRIBUTED_ARGS[@]}" \
     --ai-framework torch \
     "${WEIGHTS_ARGS[@]}" \
     "${MODEL_PARALLEL_ARGS[@]}" \
