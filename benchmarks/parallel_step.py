@@ -13,6 +13,7 @@ Target: bytes within 5 % of the formula's. The ratio of tokens/s is what communi
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import functools
 import os
@@ -85,7 +86,7 @@ def one_rank(arguments: argparse.Namespace, spread: Spread) -> turns.Step:
     torch.set_num_threads(max(1, arguments.threads // spread.processes))
     start_peers(spread.processes)
     world = World.from_environment()
-    connect("torch", world, "cpu", timeout_minutes=5)
+    atexit.register(connect("torch", world, "cpu", timeout_minutes=5).close)
     grid = Grid(spread.layout, world.size)
     config = model_config(arguments)
     engine = create_engine(

@@ -143,8 +143,14 @@ def all_reduce(x: torch.Tensor, group: Group | None) -> dist.Work:
 
 
 def wait_for(works: Iterable[dist.Work]) -> None:
+    """Wait for collectives that start as `works` is iterated: two at a time, because gloo copies what is under way."""
+    previous = None
     for work in works:
-        work.wait()
+        if previous is not None:
+            previous.wait()
+        previous = work
+    if previous is not None:
+        previous.wait()
 
 
 def _started(work: dist.Work | None) -> dist.Work:

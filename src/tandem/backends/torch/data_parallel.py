@@ -116,15 +116,15 @@ class Replicated:
             return
         wholes = [buffer.whole for buffer in self._buffers.values()]
         if self.by_rows:
-            wait_for([reduce_scatter(chunk(self.ranks, whole), whole, group) for whole in wholes])
+            wait_for(reduce_scatter(chunk(self.ranks, whole), whole, group) for whole in wholes)
         else:
-            wait_for([all_reduce(whole, group) for whole in wholes])
+            wait_for(all_reduce(whole, group) for whole in wholes)
 
     def share(self) -> None:
         if self.ranks.group is None or not self.by_rows:
             return
         wholes = [w.data.as_strided((self._room(w), *w.shape[1:]), w.stride()) for w in self._weights]
-        wait_for([all_gather(whole, chunk(self.ranks, whole), self.ranks.group) for whole in wholes])
+        wait_for(all_gather(whole, chunk(self.ranks, whole), self.ranks.group) for whole in wholes)
 
     def kept(self, weight: Weight) -> torch.Tensor:
         return weight.data

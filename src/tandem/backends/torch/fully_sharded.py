@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd import Function
 
-from tandem.backends.torch.communication import Ranks, all_gather, reduce_scatter, wait_for
+from tandem.backends.torch.communication import Ranks, all_gather, reduce_scatter
 from tandem.backends.torch.data_parallel import chunk, own_rows, padded_rows
 from tandem.backends.torch.functional import GradientBuffer, Weight
 
@@ -63,8 +63,8 @@ class Unit:
         """Return when the weights are whole."""
         self.start_gathering()
         assert self._gathering is not None
-        wait_for(self._gathering)
-        self._gathering.clear()
+        while self._gathering:
+            self._gathering.pop().wait()
 
     def free(self) -> None:
         for whole in self._wholes.values():
