@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A toy, its data, and how it is spread."""
+    """A toy, its data, and how it is spread. `idle`: one micro-batch of each step has nothing to train."""
 
     tp: int = 1
     pp: int = 1
@@ -48,6 +48,7 @@ class Case:
     family: str = "qwen3"
     tied: bool = True
     packed: bool = False
+    idle: bool = False
     lr: float = 1e-3
 
     @classmethod
@@ -75,9 +76,9 @@ class Case:
         )
 
     @property
-    def work(self) -> tuple[str, bool, bool, float]:
+    def work(self) -> tuple[str, bool, bool, bool, float]:
         """What must not depend on the layout."""
-        return self.family, self.tied, self.packed, self.lr
+        return self.family, self.tied, self.packed, self.idle, self.lr
 
 
 def toy_source(case: Case) -> MemorySource:
@@ -115,8 +116,8 @@ def micro_batches(case: Case, config: ModelConfig) -> list[list[MicroBatch]]:
             lengths = generator.integers(1, 9, 4) if case.packed else (16,)
             trained = 0.4 if case.packed else 1.0
             samples = toy_samples(config, [int(n) for n in lengths], seed=100 * step + number, trained=trained)
-            if case.packed and number == 2:
-                samples = [untrained(sample) for sample in samples]  # on one data rank only
+            if case.idle and number == 2:
+                samples = [untrained(sample) for sample in samples]
             batches.append(collate(samples))
         steps.append(batches)
     return steps
@@ -135,8 +136,8 @@ class Outcome:
 
 
 @functools.cache
-def one_process(framework: str, family: str, tied: bool, packed: bool, lr: float) -> Outcome:
-    case = Case(family=family, tied=tied, packed=packed, lr=lr)
+def one_process(framework: str, family: str, tied: bool, packed: bool, idle: bool, lr: float) -> Outcome:
+    case = Case(family=family, tied=tied, packed=packed, idle=idle, lr=lr)
     source = toy_source(case)
     engine = create_engine(framework, source.config, engine_settings(case, Grid(), 0))
     engine.load_weights(source)
