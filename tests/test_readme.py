@@ -30,6 +30,7 @@ def test_the_walkthrough_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert main(["quickstart", *short]) == 0  # what `make quickstart` runs, shortened
     steps = [words[1:] for words in commands("README.md") if words[0] == "tandem"]
     expected = ["convert", "preprocess", "preprocess", "pretrain", "finetune", "export", "generate"]
+    expected += ["pretrain", "plan", "report", "doctor"]
     assert [words[0] for words in steps] == expected
     for words in steps:
         assert main(words) == 0, words
