@@ -121,6 +121,7 @@ def test_interleaving_does_not_depend_on_being_interrupted(folder: Path, monkeyp
     ("names", "changes", "message"),
     [
         ("three", {}, r"no dataset 'three'; it has \['hub', 'one', 'pairs', 'pictures', 'two'\]"),
+        (",", {}, "input names no dataset"),
         ("hub", {}, "dataset 'hub': file_name is missing; only local files are read"),
         ("pairs", {}, "dataset 'pairs': ranking data are pairs"),
         ("pictures", {}, r"dataset 'pictures': columns \['images'\] are not read"),

@@ -81,6 +81,13 @@ def test_sources_come_and_go(workspace: Workspace, second: str, tmp_path: Path) 
     assert "no longer taken from" in only_second.notices[0]
 
 
+def test_a_run_that_is_over_already(workspace: Workspace, second: str) -> None:
+    first, tokenizer = f"{workspace.text}_text_document", Tokenizer(workspace.hf)
+    long = settings_for(workspace, ["1", first, "1", second])
+    state = after(open_data(long, tokenizer), long, 8)
+    assert len(open_data(settings_for(workspace, ["1", first, "2", second], iters=5), tokenizer, state).train) == 32
+
+
 def test_a_longer_run_finishes_the_order_it_began(workspace: Workspace) -> None:
     """Megatron's order depends on the length of the run; what a run began is kept, and more follows."""
     path, tokenizer = [f"{workspace.text}_text_document"], Tokenizer(workspace.hf)

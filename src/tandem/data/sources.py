@@ -97,7 +97,10 @@ def _llama_factory_sources(dataset_dir: str, names: Sequence[str]) -> list[Sourc
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(datasets, dict) or not all(isinstance(entry, dict) for entry in datasets.values()):
         raise UserError(f"{path}: expected an object with an object per dataset")
-    return [_llama_factory_source(path, datasets, os.path.basename(name.strip())) for name in names if name.strip()]
+    sources = [_llama_factory_source(path, datasets, os.path.basename(name.strip())) for name in names if name.strip()]
+    if not sources:
+        raise UserError(f"{path}: input names no dataset; it has {sorted(datasets)}")
+    return sources
 
 
 def _llama_factory_source(path: Path, datasets: Mapping[str, dict[str, Any]], name: str) -> Source:

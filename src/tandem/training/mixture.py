@@ -53,7 +53,8 @@ class Mixture:
         if {prefix: weight for prefix, weight in last.items() if weight} != now:
             before.append(Segment(consumed, tuple(now.get(prefix, 0.0) for prefix in named)))
         segments = tuple(Segment(s.begin, (*s.weights, *[0.0] * (len(named) - len(s.weights)))) for s in before)
-        return cls(named, segments, {prefix: list(earlier.sizes.get(prefix, [])) for prefix in named}, samples)
+        sizes_before = {prefix: list(earlier.sizes.get(prefix, [])) for prefix in named}
+        return cls(named, segments, sizes_before, max(samples, consumed))  # a run may be over already
 
     def open(self, build: Build, grows: bool) -> tuple[Dataset, Mixture]:
         """The samples, and the mixture with the sizes that were built for it.
