@@ -61,6 +61,28 @@ def test_every_format_is_described(form: str, tmp_path: Path, capsys: pytest.Cap
     assert has_optimizer is (form == "native")
 
 
+def described_optimizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["inspect", "checkpoint", str(folder), "--quick"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│ optimizer "))
+    return line.split("│")[2].strip()
+
+
+def test_whether_the_optimizer_is_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    write_native(tmp_path / "native")
+    assert described_optimizer(tmp_path / "native", capsys) == "yes: exp_avg, exp_avg_sq"
+    file = write_megatron(tmp_path / "megatron")
+    assert described_optimizer(tmp_path / "megatron", capsys) == "no"
+    (file.parent / "distrib_optim.pt").write_bytes(b"")
+    assert described_optimizer(tmp_path / "megatron", capsys) == "yes, in distrib_optim.pt; it is not read here"
+    for path in tmp_path.glob("megatron/iter_*/mp_rank_*/model_optim_rng.pt"):
+        content = torch.load(path, weights_only=False)
+        torch.save({**content, "optimizer": {"state": {}}}, path)
+    expected = "yes, in model_optim_rng.pt and distrib_optim.pt; it is not read here"
+    assert described_optimizer(tmp_path / "megatron", capsys) == expected
+
+
 def test_iterations_are_listed_and_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_native(tmp_path, 10)
     write_native(tmp_path, 20)

@@ -70,11 +70,11 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(
     unbroken = run(workspace, framework, **{**common, "save": str(tmp_path / "a")})
     write, full = SafetensorsWriter.write, []
 
-    def write_unless_full(writer: SafetensorsWriter, name: str, tensor: np.ndarray) -> None:
+    def write_unless_full(writer: SafetensorsWriter, name: str, tensor: np.ndarray) -> bool:
         if "iter_0000008" in str(writer.path) and name.startswith("exp_avg"):
             full.append(name)
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(writer, name, tensor)
+        return write(writer, name, tensor)
 
     monkeypatch.setattr(SafetensorsWriter, "write", write_unless_full)
     with pytest.raises(UserError, match=r"iter_0000008 was not saved: rank 0: .*No space left on device"):

@@ -12,6 +12,7 @@ from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import HFSource
 from tandem.checkpoints.interface import Kind, TensorSource, dtype_name
+from tandem.checkpoints.megatron import FILE as MEGATRON_FILE
 from tandem.checkpoints.megatron import MegatronSource
 from tandem.checkpoints.native import NativeSource
 from tandem.errors import UserError
@@ -20,6 +21,7 @@ from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+DISTRIBUTED_OPTIMIZER = "distrib_optim.pt"  # Megatron's, beside its model file, with --use-distributed-optimizer
 BLOCK = 1 << 22  # bytes hashed at a time
 
 
@@ -42,6 +44,7 @@ class Description:
         iteration: name of its folder, `iter_0000001` or `release`; None for Hugging Face.
         others: further iterations beside it.
         layout: None for Hugging Face.
+        optimizer: whether and where the optimizer's state is there, in words.
         trainer_state: what a trainer stored beside the model.
         files: weight files, relative to `folder`, with their sizes in bytes.
     """
@@ -54,6 +57,7 @@ class Description:
     iteration: str | None
     others: tuple[str, ...]
     contents: tuple[Content, ...]
+    optimizer: str
     trainer_state: tuple[str, ...]
     files: dict[str, int]
 
@@ -77,6 +81,7 @@ def describe(path: str | Path, iteration: int | None = None) -> Description:
         iteration=None if is_hf else source.folder.name,
         others=() if is_hf else _other_iterations(source.folder),
         contents=_contents(source),
+        optimizer=_optimizer(source),
         trainer_state=_trainer_state(source),
         files={str(file.relative_to(source.folder)): file.stat().st_size for file in files},
     )
@@ -130,6 +135,15 @@ def _contents(source: TensorSource) -> tuple[Content, ...]:
         Content(kind, dtype, len(sizes), sum(sizes), sum(sizes) * source.dtype(next(iter(table)), kind).itemsize)
         for (kind, dtype), sizes in found.items()
     )
+
+
+def _optimizer(source: TensorSource) -> str:
+    if isinstance(source, MegatronSource):
+        places = [MEGATRON_FILE] if "optimizer" in source.trainer_state else []
+        places += [DISTRIBUTED_OPTIMIZER] if any(source.folder.glob(f"mp_rank_*/{DISTRIBUTED_OPTIMIZER}")) else []
+        return f"yes, in {' and '.join(places)}; it is not read here" if places else "no"
+    kept = [kind for kind in source.kinds() if kind != "model"]
+    return f"yes: {', '.join(kept)}" if kept else "no"
 
 
 def _trainer_state(source: TensorSource) -> tuple[str, ...]:

@@ -25,7 +25,16 @@ import numpy as np
 
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten, TensorSource, check_names, dtype_name
+from tandem.checkpoints.interface import (
+    DTYPES,
+    Companions,
+    Kind,
+    RowsWritten,
+    TensorSource,
+    check_names,
+    check_shape,
+    dtype_name,
+)
 from tandem.checkpoints.publish import Publication, check_free_space, write_text_atomically
 from tandem.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from tandem.errors import UserError
@@ -33,7 +42,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count, tensor_table
 from tandem.parallel.grid import Grid, saved_shards
 from tandem.parallel.layout import Layout, Shard, shards
-from tandem.parallel.slices import Part, cut_rows, overlaps, transfer
+from tandem.parallel.slices import Part, cut_rows, overlaps, tiles, transfer
 from tandem.parallel.world import Communicator
 
 FORMAT = "tandem"
@@ -368,25 +377,27 @@ class NativeSource:
     def __init__(self, folder: str | Path, iteration: int | None = None) -> None:
         self.folder = find_iteration(folder, iteration)
         self.location = str(self.folder)
-        self._index = self._read_index()
-        self.config = ModelConfig.from_dict(self._index["model"])
+        index = self._read_index()
+        try:
+            self.iteration = int(index["iteration"])
+            self.config = ModelConfig.from_dict(index["model"])
+            self.layout = Layout.from_dict(index["layout"])
+            self._dtypes: dict[Kind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
+            self._slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / INDEX}: damaged: {error!r}") from error
         self.companions = companions_of(self.folder / COMPANIONS)
-        self.layout = Layout.from_dict(self._index["layout"])
-        self._check()
-
-    @property
-    def iteration(self) -> int:
-        number: int = self._index["iteration"]
-        return number
+        self._check_slices()
+        self._files = self._open_files(elsewhere=bool(index.get("elsewhere")))
 
     def kinds(self) -> tuple[Kind, ...]:
-        return tuple(self._index["kinds"])
+        return tuple(self._dtypes)
 
     def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
-        return DTYPES[self._index["kinds"][kind]]
+        return self._dtypes[kind]
 
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
-        return self.read_part(name, Part.whole(tuple(self._index["tensors"][key_of(name, kind)]["shape"])), kind)
+        return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
     def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
         yield self.read(name, kind)
@@ -394,12 +405,10 @@ class NativeSource:
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""
         key = key_of(name, kind)
-        item = self._index["tensors"][key]
-        slices = [self._slice(entry, item["stacked_dim"]) for entry in item["slices"]]
-        needed = [entry for entry in slices if overlaps(entry.part, part)]
+        needed = [entry for entry in self._slices[key] if overlaps(entry.part, part)]
         if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
             return self._read_slice(key, needed[0])
-        values = np.empty(part.shape, DTYPES[item["dtype"]])
+        values = np.empty(part.shape, self._dtypes[kind])
         for entry in needed:
             transfer(self._read_slice(key, entry), entry.part, values, part)
         return values
@@ -423,6 +432,8 @@ class NativeSource:
             raise UserError(f"{self.folder} has no {INDEX}: not a native checkpoint") from None
         except ValueError as error:
             raise UserError(f"{path}: damaged: {error}") from error
+        if not isinstance(index, dict):
+            raise UserError(f"{path}: damaged: holds {type(index).__name__}, not a JSON object")
         if index.get("format") != FORMAT or index.get("version") != VERSION:
             raise UserError(
                 f"{path}: format {index.get('format')!r} version {index.get('version')!r}; this release reads "
@@ -430,18 +441,21 @@ class NativeSource:
             )
         return index
 
-    def _check(self) -> None:
-        expected = {key_of(name, kind) for kind in self.kinds() for name in tensor_table(self.config)}
-        check_names(self.location, set(self._index["tensors"]), expected)
-        files = {entry["file"] for item in self._index["tensors"].values() for entry in item["slices"]}
-        elsewhere = self._index.get("elsewhere", False)
-        present = [file for file in sorted(files) if not elsewhere or (self.folder / file).exists()]
-        self._files = {file: SafetensorsFile(self.folder / file) for file in present}
+    def _check_slices(self) -> None:
+        """The index names every tensor, and the slices of each cover it."""
+        self._table = tensor_table(self.config)
+        expected = {key_of(name, kind): spec for kind in self.kinds() for name, spec in self._table.items()}
+        check_names(self.location, set(self._slices), set(expected))
+        for key, spec in expected.items():
+            if not tiles((entry.part for entry in self._slices[key]), spec.shape):
+                raise UserError(
+                    f"{self.folder / INDEX}: damaged: the slices of {key} do not cover its shape {list(spec.shape)}"
+                )
 
-    @staticmethod
-    def _slice(entry: dict[str, Any], dim: int) -> _Slice:
-        boxes = tuple(tuple((start, stop) for start, stop in box) for box in entry["boxes"])
-        return _Slice(entry["file"], Part(boxes, dim), entry["sha256"])
+    def _open_files(self, *, elsewhere: bool) -> dict[str, SafetensorsFile]:
+        """The files that are here; with `elsewhere`, other machines hold the rest."""
+        paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
+        return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
 
     def _read_slice(self, key: str, entry: _Slice) -> np.ndarray:
         if entry.file not in self._files:
@@ -452,10 +466,20 @@ class NativeSource:
         file = self._files[entry.file]
         if key not in file.entries:
             raise UserError(f"{file.path}: tensor {key} is missing; {INDEX} says it is there")
+        check_shape(str(file.path), key, file.entries[key].shape, entry.part.shape)
         part = file.read(key)
         if sha256(part) != entry.sha256:
             raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
         return part
+
+
+def _slices(entry: dict[str, Any]) -> list[_Slice]:
+    """What the index says of one tensor."""
+    found = []
+    for item in entry["slices"]:
+        boxes = tuple(tuple((int(start), int(stop)) for start, stop in box) for box in item["boxes"])
+        found.append(_Slice(str(item["file"]), Part(boxes, int(entry["stacked_dim"])), item["sha256"]))
+    return found
 
 
 def prompt_entry(source: TensorSource) -> dict[str, Any] | None:

@@ -74,8 +74,7 @@ def overview(description: Description, integrity: str) -> Table:
     table.add_row("vocabulary", f"{config.vocab_size:,}")
     if layout:
         table.add_row("layout", ", ".join(f"{name} {value}" for name, value in vars(layout).items() if value))
-    has_optimizer = len(description.source.kinds()) > 1 or "optimizer" in description.trainer_state
-    table.add_row("optimizer", "yes" if has_optimizer else "no")
+    table.add_row("optimizer", description.optimizer)
     if description.trainer_state:
         table.add_row("beside it", ", ".join(description.trainer_state))
     table.add_row("integrity", integrity)

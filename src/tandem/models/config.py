@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ FAMILIES = {
         Family("llama", "LlamaForCausalLM"),
     )
 }
+
+
+WHOLE_NUMBERS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("vocab_size", "max_position_embeddings"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,14 @@ class ModelConfig:
     init_method_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.model_type not in FAMILIES:
+        if self.model_type not in list(FAMILIES):  # damaged files say anything, hashable or not
             raise UserError(f"model_type {self.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        for name in WHOLE_NUMBERS:
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise UserError(f"{name} {value!r}: expected a whole number, at least 1")
+        for name in ("norm_epsilon", "rotary_base", "init_method_std"):
+            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
+                raise UserError(f"{name} {value!r}: expected a number, at least 0")
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -101,6 +114,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; raises TypeError where fields are missing or unknown."""
         scaling = values.get("rotary_scaling")
         return cls(**{**values, "rotary_scaling": RotaryScaling(**scaling) if scaling else None})
 
@@ -137,6 +151,13 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     Raises:
         UserError: a key is missing, or asks for something that is not implemented; `where` is named.
     """
+    try:
+        return _from_hf(hf, where)
+    except (AttributeError, TypeError, ArithmeticError) as error:  # a list where a number should be, and the like
+        raise UserError(f"{where}: damaged, or not a model's config: {error}") from error
+
+
+def _from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -150,13 +171,17 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
         raise UserError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported")
     values = {field: _value(hf, key, where) for field, key in HF_KEYS.items()}
     theta, scaling = _rotary_from_hf(hf, where)
-    return ModelConfig(
-        model_type=model_type,
-        **values,
-        rotary_base=theta,
-        rotary_scaling=scaling,
-        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
-    )
+    untied = not hf.get("tie_word_embeddings", False)
+    try:
+        return ModelConfig(
+            model_type=model_type,
+            **values,
+            rotary_base=theta,
+            rotary_scaling=scaling,
+            untie_embeddings_and_output_weights=untied,
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -184,11 +209,16 @@ def load_hf_config(folder: str | Path) -> dict[str, Any]:
     """The raw `config.json` of a Hugging Face folder."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json: expected a Hugging Face model folder") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}, not a JSON object")
+    return config
 
 
 def hf_dtype(hf: dict[str, Any]) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +81,22 @@ def transfer(values: np.ndarray, part: Part, target: np.ndarray, wanted: Part) -
             common = _common(box, other)
             if common is not None:
                 target[_within(common, other, place_there)] = values[_within(common, box, place)]
+
+
+def tiles(parts: Iterable[Part], shape: tuple[int, ...]) -> bool:
+    """Whether parts cover an array of `shape`, each of its numbers once."""
+    boxes = sorted(box for part in parts for box in part.boxes if all(start < stop for start, stop in box))
+    if any(len(box) != len(shape) or any(a < 0 or b > size for (a, b), size in zip(box, shape)) for box in boxes):
+        return False
+    if sum(math.prod(stop - start for start, stop in box) for box in boxes) != math.prod(shape):
+        return False
+    for number, box in enumerate(boxes):
+        for other in itertools.islice(boxes, number + 1, None):
+            if other[0][0] >= box[0][1]:
+                break  # nor does any box that begins later
+            if _common(box, other) is not None:
+                return False
+    return True
 
 
 def _common(one: Box, other: Box) -> Box | None:
