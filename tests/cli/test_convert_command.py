@@ -10,7 +10,7 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.hf import HFSink
+from tandem.checkpoints.hf import HFSink, HFSource
 from tandem.checkpoints.interface import Companions, Kind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.cli import convert as command
@@ -117,10 +117,39 @@ def test_b1_the_first_differing_tensor_is_named(framework: str) -> None:
         verify(RandomSource(config, 3), RandomSource(other, 3), framework)
 
 
+def test_b1_verify_lets_transformers_read_the_hugging_face_side(
+    framework: str, hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both directions, `tandem export` like `tandem convert`."""
+    back = str(hf.parent / "back")
+    chosen = ["--ai-framework", framework, "--verify"]
+    assert main(words(hf, *chosen)) == 0
+    assert f"verified with transformers (source) and {framework} (result): logits" in capsys.readouterr().out
+    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back, *chosen]) == 0
+    assert f"verified with {framework} (source) and transformers (result): logits" in capsys.readouterr().out
+    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back + "2", *chosen[:2]]) == 0
+    assert f"verified with {framework}: logits on 64 tokens: largest difference 0.00e+00" in capsys.readouterr().out
+    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back + "3", "--no-verify"]) == 0
+    assert "verified" not in capsys.readouterr().out
+    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back + "4", "--no-verify", "--verify"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_b1_the_independent_reader_sees_what_ours_would_not(framework: str, hf: Path) -> None:
+    """Our reader is right here and the folder wrong: only somebody else's reader can tell."""
+    source, result = RandomSource(toy_config(num_layers=4), 3, "bfloat16"), HFSource(hf)
+    config = toy_config(num_layers=4)
+    copy(Off(config, 3, "bfloat16"), HFSink(hf.parent / "wrong", config, "bfloat16", Companions()))
+    result.folder = hf.parent / "wrong"
+    assert verify(source, result, framework).passed
+    with pytest.raises(UserError, match=r"hf does not compute what random weights .* computes"):
+        verify(source, result, framework, independent=True)
+
+
 def test_b1_a_result_that_differs_never_appears(
     framework: str, hf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def skewed(_: TensorSource, result: TensorSource, framework: str) -> Verification:
+    def skewed(_: TensorSource, result: TensorSource, framework: str, *, independent: bool) -> Verification:
         return verify(Off(result.config, 3, "bfloat16"), result, framework)
 
     monkeypatch.setattr(command, "verify", skewed)

@@ -9,7 +9,10 @@ import importlib
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+
 from tandem.backends.interface import Engine, EngineSettings, Profiler
+from tandem.data.batch import MicroBatch
 from tandem.errors import UserError, nearest
 from tandem.models.config import ModelConfig
 from tandem.parallel.launch import Launcher
@@ -22,6 +25,17 @@ FRAMEWORKS = {"mindspore": "mindspore", "torch": "torch", "pytorch": "torch"}
 def installed_frameworks() -> list[str]:
     """The packages of FRAMEWORKS that can be imported here, PyTorch first."""
     return [name for name in ("torch", "mindspore") if importlib.util.find_spec(name) is not None]
+
+
+def has_transformers() -> bool:
+    """Whether Hugging Face's own models can be run here."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+def transformers_logits(folder: Path, batch: MicroBatch) -> np.ndarray:
+    """What Hugging Face's own model computes from its folder, in fp32: [t, vocabulary]."""
+    logits: np.ndarray = importlib.import_module("tandem.backends.torch.transformers_model").logits(folder, batch)
+    return logits
 
 
 def check_framework(ai_framework: str) -> str:

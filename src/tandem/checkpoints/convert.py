@@ -57,12 +57,23 @@ def convert(options: ConvertOptions, progress: Progress | None = None, check: Ch
     if options.num_layers is not None:
         source = FirstLayers(source, options.num_layers)
     source = with_one_dtype(source, options.params_dtype)
-    with publishing(folder) as work:
-        copy(source, _sink(work, options, source, companions), progress=progress)
-        if check:
-            check(source, open_source(work))
+    write_checked(folder, source, lambda work: _sink(work, options, source, companions), progress, check)
     iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
     return Converted.of(folder, iteration, source.config)
+
+
+def write_checked(
+    folder: Path,
+    source: TensorSource,
+    make_sink: Callable[[Path], TensorSink],
+    progress: Progress | None,
+    check: Check | None,
+) -> None:
+    """Copy `source` into `folder`; what `check` raises keeps the folder from appearing."""
+    with publishing(folder) as work:
+        copy(source, make_sink(work), progress=progress)
+        if check:
+            check(source, open_source(work))
 
 
 def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSource:
@@ -71,12 +82,11 @@ def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSour
     Raises:
         UserError: none is asked for and the source has several.
     """
-    if params_dtype is None:
-        dtypes = sorted({dtype_name(source.dtype(name)) for name in tensor_table(source.config)})
-        if len(dtypes) > 1:
-            raise UserError(f"{source.location} holds {' and '.join(dtypes)}: choose one with --params-dtype")
-        params_dtype = dtypes[0]
-    return Cast(source, DTYPE_ALIASES[params_dtype])
+    dtypes = sorted({dtype_name(source.dtype(name)) for name in tensor_table(source.config)})
+    if params_dtype is None and len(dtypes) > 1:
+        raise UserError(f"{source.location} holds {' and '.join(dtypes)}: choose one with --params-dtype")
+    wanted = DTYPE_ALIASES[params_dtype or dtypes[0]]
+    return source if dtypes == [wanted] else Cast(source, wanted)
 
 
 def companions_for(source: TensorSource, origin: str | None) -> Companions:

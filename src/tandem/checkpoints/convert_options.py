@@ -97,7 +97,8 @@ class ConvertOptions:
     ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
     """Framework that computes the logits of --verify; default: the one installed. Bytes do not depend on it."""
     verify: bool = False
-    """Compare the logits of source and result; small models are always compared."""
+    """Compare the logits of source and result, a Hugging Face side computed by transformers where that is installed;
+    small models are always compared, by one framework."""
     no_verify: bool = False
     """Never compare the logits."""
     stated: StatedModel = field(default_factory=StatedModel)
@@ -106,8 +107,6 @@ class ConvertOptions:
         """Raise UserError where options exclude each other."""
         if (self.load_model_type, self.save_model_type) == ("hf", "hf"):
             raise UserError("--load-model-type hf --save-model-type hf: nothing to convert")
-        if self.verify and self.no_verify:
-            raise UserError("--verify and --no-verify exclude each other")
         if self.num_layers is not None and self.load_model_type == "mg":
             raise UserError("--num-layers keeps the first layers of a Hugging Face model, not of a checkpoint")
         if self.num_layers is not None and self.noop_layers:

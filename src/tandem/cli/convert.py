@@ -12,6 +12,7 @@ from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import CONVERT_IGNORED, split_ignored
 from tandem.errors import UserError
+from tandem.inference.export import ExportOptions
 from tandem.inference.verify import verify
 from tandem.models.tensors import parameter_count
 
@@ -34,12 +35,14 @@ def run(argv: Sequence[str]) -> None:
     print_result(result)
 
 
-def verification(options: ConvertOptions) -> Check | None:
+def verification(options: ConvertOptions | ExportOptions) -> Check | None:
     """The check of logits that the options ask for; None when they forbid it.
 
     Raises:
-        UserError: it is asked for, and no framework is installed.
+        UserError: it is asked for and forbidden, or no framework is installed.
     """
+    if options.verify and options.no_verify:
+        raise UserError("--verify and --no-verify exclude each other")
     frameworks = [options.ai_framework] if options.ai_framework else installed_frameworks()
     if options.verify and not frameworks:
         raise UserError("--verify needs torch or mindspore, and neither is installed")
@@ -52,7 +55,8 @@ def verification(options: ConvertOptions) -> Check | None:
             reason = f"{size:,} parameters" if frameworks else "neither torch nor mindspore is installed"
             print(f"logits not compared ({reason}); --verify compares them", flush=True)
             return
-        print(f"verified with {frameworks[0]}: {verify(source, result, frameworks[0])}", flush=True)
+        found = verify(source, result, frameworks[0], independent=options.verify)
+        print(f"verified with {found.describe_readers()}: {found}", flush=True)
 
     return check
 

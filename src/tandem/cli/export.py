@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tandem.cli.convert import print_result
+from tandem.cli.convert import print_result, verification
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.inference.export import ExportOptions, export
@@ -15,5 +15,5 @@ DESCRIPTION = "Write any checkpoint, of any layout, as a Hugging Face folder tha
 def run(argv: Sequence[str]) -> None:
     options = parse_dataclass(ExportOptions, "export", DESCRIPTION, argv)
     with byte_progress("exporting") as progress:
-        result = export(options, progress)
+        result = export(options, progress, verification(options))
     print_result(result)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem.checkpoints.convert import Converted, companions_for, with_one_dtype
-from tandem.checkpoints.copy import Progress, copy
+from tandem.checkpoints.convert import Check, Converted, companions_for, with_one_dtype, write_checked
+from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import HFSink
 from tandem.checkpoints.interface import Companions, dtype_name
@@ -33,10 +33,20 @@ class ExportOptions:
     """Iteration to export; default: the newest."""
     hf_cfg_dir: str | None = None
     """Take config and tokenizer files from this folder instead of the checkpoint."""
+    ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
+    """Framework that computes the checkpoint's logits for --verify; default: the one installed."""
+    verify: bool = False
+    """Compare the logits of the checkpoint with those of the folder, computed by transformers where that is installed;
+    small models are always compared, by one framework."""
+    no_verify: bool = False
+    """Never compare the logits."""
 
 
-def export(options: ExportOptions, progress: Progress | None = None) -> Converted:
+def export(options: ExportOptions, progress: Progress | None = None, check: Check | None = None) -> Converted:
     """Write the folder; it appears whole or not at all.
+
+    Args:
+        check: what it raises keeps the folder from appearing.
 
     Raises:
         UserError: the checkpoint is damaged, the target exists, or the tokenizer lacks the template's end token.
@@ -48,9 +58,9 @@ def export(options: ExportOptions, progress: Progress | None = None) -> Converte
     if template is not None and tokenizer is not None:
         companions = ending_turns(companions, tokenizer.require_id(template.stop_word), template.stop_word)
     source = with_one_dtype(source, options.params_dtype)
-    sink = HFSink(options.save_dir, source.config, dtype_name(source.dtype(EMBEDDING)), companions)
-    copy(source, sink, progress=progress)
-    return Converted.of(sink.folder, None, source.config)
+    folder, dtype = Path(options.save_dir), dtype_name(source.dtype(EMBEDDING))
+    write_checked(folder, source, lambda work: HFSink(work, source.config, dtype, companions), progress, check)
+    return Converted.of(folder, None, source.config)
 
 
 def ending_turns(companions: Companions, end: int, stop_word: str) -> Companions:
