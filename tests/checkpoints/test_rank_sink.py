@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tandem.parallel.world import World
 from toys import toy_config
 
 KINDS: dict[Kind, str] = {"model": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"}
+OPTIMIZER: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 CONFIG = toy_config(num_layers=4)
 GRID = Grid(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), size=8)
 
@@ -60,7 +61,7 @@ def value_of(kind: Kind, name: str) -> np.ndarray:
 
 
 def save(
-    folder: Callable[[int], Path], *, by_rows: bool, per_machine: int = 8, break_rank: int | None = None
+    folder: Callable[[int], Path], *, by_rows: Collection[Kind], per_machine: int = 8, break_rank: int | None = None
 ) -> list[BaseException | None]:
     """All ranks save; the error that each ended with."""
     room = Room(GRID.size)
@@ -83,8 +84,7 @@ def save(
             failure: Exception | None = None
             try:
                 for kind in KINDS:
-                    sharded = by_rows and kind != "model"
-                    for shard in saved_shards(CONFIG, GRID, GRID.place(rank), by_rows=sharded):
+                    for shard in saved_shards(CONFIG, GRID, GRID.place(rank), by_rows=kind in by_rows):
                         if rank == break_rank and kind == "exp_avg":
                             raise OSError(28, "No space left on device")
                         sink.write_part(kind, shard, cut(value_of(kind, shard.spec.name), shard.part))
@@ -100,8 +100,8 @@ def save(
         return list(pool.map(rank_saves, range(GRID.size)))
 
 
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_what_ranks_save_is_read_whole(tmp_path: Path, by_rows: bool) -> None:
+@pytest.mark.parametrize("by_rows", [(), OPTIMIZER, KINDS], ids=["nothing", "optimizer", "everything"])
+def test_what_ranks_save_is_read_whole(tmp_path: Path, by_rows: Collection[Kind]) -> None:
     assert save(lambda rank: tmp_path, by_rows=by_rows) == [None] * GRID.size
     source = NativeSource(tmp_path)
     assert source.layout == GRID.layout
@@ -109,27 +109,27 @@ def test_what_ranks_save_is_read_whole(tmp_path: Path, by_rows: bool) -> None:
         for name in tensor_table(CONFIG):
             np.testing.assert_array_equal(source.read(name, kind), value_of(kind, name), err_msg=f"{kind} {name}")
     files = {path.name for path in (tmp_path / "iter_0000007/mp_rank_01_001").iterdir()}
-    assert files == {"model.safetensors", "optimizer.safetensors"} | (
-        {"optimizer_001.safetensors"} if by_rows else set()
-    )
+    beyond_the_first = {"model_001.safetensors" for kind in by_rows if kind == "model"}
+    beyond_the_first |= {"optimizer_001.safetensors" for kind in by_rows if kind != "model"}
+    assert files == {"model.safetensors", "optimizer.safetensors"} | beyond_the_first
 
 
 def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
-    errors = save(lambda rank: tmp_path, by_rows=True, break_rank=5)
+    errors = save(lambda rank: tmp_path, by_rows=OPTIMIZER, break_rank=5)
     assert all("rank 5: OSError: [Errno 28] No space left on device" in str(error) for error in errors)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    errors = save(lambda rank: tmp_path / "file", by_rows=False)
+    errors = save(lambda rank: tmp_path / "file", by_rows=())
     assert all("rank 0: cannot write to" in str(error) for error in errors)
 
 
 def test_without_shared_storage_a_machine_keeps_its_own_slices(tmp_path: Path) -> None:
     """Two machines of four ranks: the first holds stage 0, the second stage 1; each can resume with what it has."""
     machines = [tmp_path / "a", tmp_path / "b"]
-    assert save(lambda rank: machines[rank // 4], by_rows=True, per_machine=4) == [None] * GRID.size
+    assert save(lambda rank: machines[rank // 4], by_rows=OPTIMIZER, per_machine=4) == [None] * GRID.size
     for rank in range(GRID.size):
         source = NativeSource(machines[rank // 4])
         for kind in KINDS:

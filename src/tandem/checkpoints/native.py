@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,7 +232,7 @@ class NativeRankSink:
     order, and `finish`; neither waits for other ranks, so a thread of its own may do that.
 
     Args:
-        by_rows: masters and moments are sharded by rows over data ranks.
+        by_rows: the kinds that are sharded by rows over data ranks.
         shared_storage: False when every machine has a disk of its own: each then gets a folder with its own ranks'
             files and the whole index.
 
@@ -251,7 +251,7 @@ class NativeRankSink:
         documents: Mapping[str, str],
         communicator: Communicator,
         *,
-        by_rows: bool,
+        by_rows: Collection[Kind],
         shared_storage: bool = True,
     ) -> None:
         self.folder = Path(folder)
@@ -272,7 +272,7 @@ class NativeRankSink:
         plan = [
             self._planned(kind, shard)
             for kind in self._dtypes
-            for shard in saved_shards(config, grid, place, by_rows=by_rows and kind != "model")
+            for shard in saved_shards(config, grid, place, by_rows=kind in by_rows)
         ]
         self._files = _SliceFiles(Publication.working_folder(self._final), plan, self._dtypes)
 

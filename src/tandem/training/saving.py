@@ -14,7 +14,7 @@ import numpy as np
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.folders import iteration_folder
-from tandem.checkpoints.interface import Companions, Kind
+from tandem.checkpoints.interface import KINDS, Companions, Kind
 from tandem.checkpoints.native import PROMPT_FILE, NativeRankSink
 from tandem.config.settings import Settings
 from tandem.config.sources import to_yaml
@@ -169,7 +169,7 @@ class CheckpointWriter:
             self._companions,
             documents,
             self._communicator,
-            by_rows=self._settings.parallel.use_distributed_optimizer,
+            by_rows=self._kinds_by_rows(),
             shared_storage=not self._settings.checkpoint.no_shared_storage,
         )
 
@@ -180,6 +180,13 @@ class CheckpointWriter:
                 kinds["master"] = "float32"
             kinds |= dict.fromkeys(OPTIMIZER_KINDS, "float32")
         return kinds
+
+    def _kinds_by_rows(self) -> tuple[Kind, ...]:
+        """What the engine shards by rows over data ranks."""
+        parallel = self._settings.parallel
+        if parallel.use_torch_fsdp2:
+            return KINDS
+        return tuple(kind for kind in KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
 
     def _parts(self) -> Iterator[Part]:
         kinds = self._kinds()
