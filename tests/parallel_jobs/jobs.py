@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from reference import MemorySource, toy_samples, toy_weights, untrained
 
-from scripts import free_port
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.data.batch import MicroBatch, collate
@@ -160,26 +159,16 @@ def run_job(
 ) -> dict[str, Outcome]:
     """Train every case in one job of so many processes."""
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
-    command = launcher(framework, processes, folder)
-    arguments = [str(JOB), framework, str(folder / "cases.json"), str(folder)]
-    # msrun starts its workers with the first `python` on PATH.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=environment
-    )
+    command = [*launcher(framework, processes), str(JOB), framework, str(folder / "cases.json"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {case.name: gather(case, folder) for case in cases}
 
 
-def launcher(framework: str, processes: int, folder: Path) -> list[str]:
-    port = str(free_port())
-    if framework == "torch":
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        return [*torchrun, "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", port]
-    msrun = [str(Path(sys.executable).with_name("msrun"))]
-    workers = ["--worker_num", str(processes), "--local_worker_num", str(processes), "--join=True", "--bind_core=True"]
-    return [*msrun, *workers, "--master_port", port, "--log_dir", str(folder / "msrun_log")]
+def launcher(framework: str, processes: int) -> list[str]:
+    """What goes before a script, or before `-m` and a module, to run it as so many processes."""
+    return [sys.executable, str(JOB.with_name("supervised.py")), framework, str(processes)]
 
 
 def gather(case: Case, folder: Path) -> Outcome:

@@ -1,6 +1,6 @@
 """A job of several processes that trains toys in many layouts, one after another, and leaves what each rank ends with.
 
-Run by `jobs.py` under the framework's own launcher: python layout_job.py FRAMEWORK CASES.json FOLDER
+Run by `supervised.py` under the framework's own launcher: python layout_job.py FRAMEWORK CASES.json FOLDER
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jobs import Case, engine_settings, micro_batches, toy_source  # noqa: E402
 
 from tandem.backends import connect, create_engine  # noqa: E402
 from tandem.parallel.grid import Grid  # noqa: E402
+from tandem.parallel.job import Member  # noqa: E402
 from tandem.parallel.world import World  # noqa: E402
 
 
@@ -54,4 +55,10 @@ def main(framework: str, cases: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    member = Member.join()
+    try:
+        main(*sys.argv[1:])
+        member.ended(0)
+    except Exception as error:
+        member.crashed(error)
+        raise

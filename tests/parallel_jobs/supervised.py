@@ -1,6 +1,6 @@
-"""Start a job under supervision, as `tandem COMMAND --nproc-per-node` does, of a script in place of a command.
+"""Start a job under supervision, as `tandem COMMAND --nproc-per-node` does, of a script or module of any kind.
 
-python supervised.py FRAMEWORK PROCESSES SCRIPT WORDS...     (FRAMEWORK plain: `plain_launcher`)
+python supervised.py FRAMEWORK PROCESSES WORDS...     (FRAMEWORK plain: `plain_launcher`)
 """
 
 from __future__ import annotations

@@ -74,16 +74,14 @@ def train(workspace: Workspace, instructions: bool, framework: str, layout: str,
     ]
     command = ["-m", "tandem", "finetune" if instructions else "pretrain", *map(str, words)]
     save.mkdir(exist_ok=True)
-    start = [sys.executable] if processes == 1 else launcher(framework, processes, save)
-    if processes > 1 and framework == "mindspore":
-        start.append("python")  # the only name that msrun knows
+    start = [sys.executable] if processes == 1 else launcher(framework, processes)
     done = subprocess.run(
         [*start, *command],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

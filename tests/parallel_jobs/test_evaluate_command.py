@@ -24,7 +24,7 @@ def test_h5_the_loss_is_the_same_at_every_layout(workspace: Workspace, tmp_path:
     alone = table([sys.executable, "-m", "tandem", *words])
     assert [name for name, *_ in alone] == ["text", "chat"]
     for layout in LAYOUTS:
-        assert table([*launcher("torch", 2, tmp_path), "-m", "tandem", *words, *layout.split()]) == alone, layout
+        assert table([*launcher("torch", 2), "-m", "tandem", *words, *layout.split()]) == alone, layout
 
 
 def table(command: list[str]) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from jobs import launcher
 
 from frameworks import require_framework
 from scripts import free_port
@@ -58,7 +59,7 @@ def running(mark: str) -> list[int]:
 
 def supervised(framework: str, fault: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     script = [str(HERE / "faulty_job.py"), fault, str(folder), *words]
-    return start([str(HERE / "supervised.py"), framework, "2", *script], folder)
+    return start([*launcher(framework, 2)[1:], *script], folder)
 
 
 def wait_for(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,7 @@ from tandem.parallel.launch import Machines
 
 
 def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """See `tandem.parallel.launch.Launcher`.
-
-    Each rank gets cores of its own: nothing else limits MindSpore's threads.
-    """
+    """See `tandem.parallel.launch.Launcher`."""
     where = {
         "--worker_num": machines.processes,
         "--local_worker_num": machines.nproc_per_node,
@@ -22,9 +20,25 @@ def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[li
         "--master_addr": machines.master_addr,
         "--master_port": machines.master_port,
         "--log_dir": folder,
+        "--bind_core": cores(machines.nproc_per_node),
     }
     flags = [str(word) for pair in where.items() for word in pair]
-    msrun = [sys.executable, "-m", "mindspore.parallel.cluster.run", "--join=True", "--bind_core=True"]
+    msrun = [
+        sys.executable,
+        "-m",
+        "mindspore.parallel.cluster.run",
+        "--join=True",
+        f"--bind_core={cores(machines.nproc_per_node)}",
+    ]
     # It starts its workers with the first `python` on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return [*msrun, *flags, "python", *words], {"PATH": path}
+
+
+def cores(ranks: int) -> str:
+    """Each rank's cores, as msrun takes them: nothing else limits MindSpore's threads, which spin on cores that other
+    ranks need. msrun deals them out itself where there is one for each."""
+    present = sorted(os.sched_getaffinity(0))
+    if len(present) >= ranks:
+        return "True"
+    return json.dumps({f"device{rank}": [str(present[rank % len(present)])] for rank in range(ranks)})
