@@ -351,7 +351,7 @@ class NativeRankSink:
 
 
 def _say(error: BaseException | None) -> str | None:
-    """An error in words that travel between ranks."""
+    """An error in words, which can travel between ranks."""
     if error is None:
         return None
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -385,7 +385,7 @@ class NativeSource:
             self._dtypes: dict[Kind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
             self._slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / INDEX}: damaged: {error!r}") from error
+            raise UserError(f"{self.folder / INDEX}: damaged: {_say(error)}") from error
         self.companions = companions_of(self.folder / COMPANIONS)
         self._check_slices()
         self._files = self._open_files(elsewhere=bool(index.get("elsewhere")))
@@ -407,10 +407,10 @@ class NativeSource:
         key = key_of(name, kind)
         needed = [entry for entry in self._slices[key] if overlaps(entry.part, part)]
         if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
-            return self._read_slice(key, needed[0])
+            return self._read_slice(key, needed[0], self._dtypes[kind])
         values = np.empty(part.shape, self._dtypes[kind])
         for entry in needed:
-            transfer(self._read_slice(key, entry), entry.part, values, part)
+            transfer(self._read_slice(key, entry, self._dtypes[kind]), entry.part, values, part)
         return values
 
     def document(self, name: str) -> str:
@@ -457,7 +457,7 @@ class NativeSource:
         paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
         return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
 
-    def _read_slice(self, key: str, entry: _Slice) -> np.ndarray:
+    def _read_slice(self, key: str, entry: _Slice, dtype: np.dtype) -> np.ndarray:
         if entry.file not in self._files:
             raise UserError(
                 f"{self.folder}: tensor {key} is in {entry.file}, which another machine holds: the checkpoint was "
@@ -467,6 +467,8 @@ class NativeSource:
         if key not in file.entries:
             raise UserError(f"{file.path}: tensor {key} is missing; {INDEX} says it is there")
         check_shape(str(file.path), key, file.entries[key].shape, entry.part.shape)
+        if (found := file.entries[key].dtype) != dtype:
+            raise UserError(f"{file.path}: tensor {key} is of {found}; {INDEX} says {dtype}")
         part = file.read(key)
         if sha256(part) != entry.sha256:
             raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
