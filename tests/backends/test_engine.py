@@ -308,6 +308,40 @@ def test_nothing_changes_when_gradients_are_not_finite(framework: str) -> None:
     assert engine.train_step([batch], lr=1e-3, weight_decay=0.1).applied
 
 
+def test_a_loss_above_the_limit_changes_nothing(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batch = toy_batch(source.config, RAGGED)
+    engine = build(framework, source)
+    loss, _ = engine.loss_and_gradients([batch])
+    result = engine.train_step([batch], lr=1e-3, weight_decay=0.1, loss_limit=loss * 0.99)
+    assert not result.applied
+    assert result.loss == pytest.approx(loss)
+    assert np.isfinite(result.grad_norm)
+    after = snapshot(engine)
+    assert all(np.array_equal(after.read(name), source.read(name)) for name in tensor_table(source.config))
+    assert engine.train_step([batch], lr=1e-3, weight_decay=0.1, loss_limit=loss * 1.01).applied
+
+
+@pytest.mark.parametrize(
+    ("tensor", "module"),
+    [
+        ("embedding.word_embeddings.weight", "embedding.word_embeddings"),
+        ("decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.1"),
+        ("decoder.layers.2.self_attention.linear_qkv.weight", "decoder.layers.2"),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm"),
+        (None, None),
+    ],
+)
+def test_the_first_module_that_is_not_finite_is_named(framework: str, tensor: str | None, module: str | None) -> None:
+    """H4."""
+    source = toy_weights(TOYS["qwen3-untied"])
+    if tensor:
+        source.read(tensor)[...] = np.inf
+    found = build(framework, source).first_bad_output([toy_batch(source.config, RAGGED)])
+    assert (found or "").startswith(module or "")
+    assert (found is None) == (module is None)
+
+
 def test_save_and_restore_is_bitwise(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED, seed=step, trained=0.8) for step in range(5)]

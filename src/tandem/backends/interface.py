@@ -7,6 +7,7 @@ function names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -61,13 +62,18 @@ class StepResult:
         loss: mean over the trained tokens of the whole global batch.
         grad_norm: global L2 norm of the gradients, before clipping.
         trained_tokens: labels that counted, over the whole global batch.
-        applied: False when loss or gradients were not finite: weights and optimizer state are as before.
+        applied: False when the step was not `is_trusted`: weights and optimizer state are as before.
     """
 
     loss: float
     grad_norm: float
     trained_tokens: int
     applied: bool
+
+
+def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
+    """Whether a step is applied. A loss of 0 over trained tokens means that something is broken."""
+    return math.isfinite(loss) and 0 < loss <= loss_limit and math.isfinite(grad_norm)
 
 
 class Engine(Protocol):
@@ -97,8 +103,10 @@ class Engine(Protocol):
         next one is asked for."""
         ...
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
-        """Forward and backward over all micro-batches, clip, AdamW.
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float, loss_limit: float = math.inf
+    ) -> StepResult:
+        """Forward and backward over all micro-batches, clip, AdamW; the update only when the step `is_trusted`.
 
         The loss is the sum over trained tokens of all ranks' micro-batches divided by their number, so the split into
         micro-batches and over data ranks does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv
@@ -112,6 +120,10 @@ class Engine(Protocol):
     def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
         """The loss, and the gradients that `train_step` would use, before clipping, of the shards that this rank
         holds, by global name; changes no state."""
+        ...
+
+    def first_bad_output(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        """The first module of this rank, by its global name, whose output in the forward pass is not finite."""
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:

@@ -214,6 +214,17 @@ class TrainingSettings:
     """The same bits each time on the same devices, at the price of speed; a CPU computes so anyway."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights, where the device computes bfloat16."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """After a step whose loss or gradient norm is not finite, or whose loss is 0 or a spike: stop, or count it and go
+    on. Such a step never changes weights."""
+    no_check_for_nan_in_loss_and_grad: bool = False
+    """Megatron's name for --on-bad-step skip."""
+    max_consecutive_skips: int = 10
+    """With --on-bad-step skip: stop after more than so many in a row."""
+    check_for_spiky_loss: bool = False
+    """Take a loss for bad that is above --spiky-loss-factor times the mean of the last 100."""
+    spiky_loss_factor: float = 2.0
+    """What is a spike; Megatron's is 10 times the largest."""
     recompute_granularity: Literal["full"] | None = None
     """Activation recompute: full keeps only each layer's input."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -394,6 +405,7 @@ class Settings:
         self._check_profile()
         self._check_unit_of_length()
         self._check_saving()
+        self._check_bad_steps()
         self._check_batch_size()
         self._check_weight_decay()
         self._check_not_implemented()
@@ -422,6 +434,13 @@ class Settings:
                 "--export-hf-every needs the whole checkpoint on one disk, and --no-shared-storage spreads it: bring "
                 "the folders together and use `tandem export`"
             )
+
+    def _check_bad_steps(self) -> None:
+        training = self.training
+        if training.max_consecutive_skips < 1:
+            raise UserError(f"--max-consecutive-skips {training.max_consecutive_skips}: expected 1 or more")
+        if training.spiky_loss_factor <= 1:
+            raise UserError(f"--spiky-loss-factor {training.spiky_loss_factor}: expected more than 1")
 
     def _check_unit_of_length(self) -> None:
         """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit."""

@@ -22,6 +22,8 @@ class Samples(Protocol):
 
     def describe(self) -> dict[str, int]: ...
 
+    def origin(self, i: int) -> str: ...
+
 
 def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of a `--data-path`: one prefix, several (weights None: by size), or weight, prefix, ..."""
@@ -151,6 +153,12 @@ class BlendedDataset:
         assert dataset is not None
         return dataset[int(self.dataset_sample_index[i])]
 
+    def origin(self, i: int) -> str:
+        """Where sample `i` is in the files."""
+        dataset = self.datasets[int(self.dataset_index[i])]
+        assert dataset is not None
+        return dataset.origin(int(self.dataset_sample_index[i]))
+
     def counts(self) -> list[int]:
         """Samples taken of each dataset."""
         return list(np.bincount(self.dataset_index, minlength=len(self.datasets)).tolist())
@@ -187,9 +195,20 @@ class ChainedDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Sample:
-        part = int(np.searchsorted(self._ends, i, side="right"))
-        return self.parts[part][i - int(self._ends[part]) + len(self.parts[part])]
+        part, within = self._place(i)
+        return part[within]
+
+    def origin(self, i: int) -> str:
+        """Where sample `i` is in the files."""
+        part, within = self._place(i)
+        return part.origin(within)
 
     def describe(self) -> dict[str, int]:
         """Counts for a start banner."""
         return {**self.parts[0].describe(), "samples": len(self)}
+
+    def _place(self, i: int) -> tuple[Samples, int]:
+        """The dataset that sample `i` is in, and its number there."""
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        part = self.parts[number]
+        return part, i - int(self._ends[number]) + len(part)

@@ -102,6 +102,13 @@ class GPTDataset:
             lengths=lengths if self._reset_attention_mask else (len(tokens),),
         )
 
+    def origin(self, i: int) -> str:
+        """Where sample `i` is in the files."""
+        sample = int(self.index.shuffle_index[i])
+        (first, begin), (last, _) = self.index.sample_index[sample : sample + 2].tolist()
+        sequences = self.index.document_index[first : last + 1].tolist()
+        return f"{self.indexed.prefix}: sequences {' '.join(map(str, sequences))}, from token {begin} of the first"
+
     def describe(self) -> dict[str, int]:
         """Counts for a start banner; tokens and samples are those of one epoch."""
         return {

@@ -38,6 +38,7 @@ class SFTDataset:
         pack: bool = False,
         **flags: Any,
     ) -> None:
+        self._prefix = os.fspath(prefix)
         self._sequences = SFTSequences(prefix, split_name, split, seq_length, **flags)
         self._seed, self._shuffle, self._pack = seed, shuffle, pack
         self._random = np.random.RandomState(seed)
@@ -50,10 +51,11 @@ class SFTDataset:
 
     def __getitem__(self, i: int) -> Sample:
         """Sample `i`, with at most `seq_length` positions."""
-        epoch, position = divmod(range(len(self))[i], len(self._rows))
-        if epoch != self._epoch:
-            self._epoch, self._rows = epoch, self._epoch_rows(epoch)
-        return join([self._sequences.sample(sequence) for sequence in self._rows[position].tolist()])
+        return join([self._sequences.sample(sequence) for sequence in self._numbers(i)])
+
+    def origin(self, i: int) -> str:
+        """Where sample `i` is in the files."""
+        return f"{self._prefix}: sequences {' '.join(map(str, self._numbers(i)))}"
 
     def describe(self) -> dict[str, int]:
         """Counts for a start banner; tokens (padding and what is cut later included) are those of one epoch."""
@@ -64,6 +66,14 @@ class SFTDataset:
             "samples": len(self),
             "epochs": self._epochs,
         }
+
+    def _numbers(self, i: int) -> list[int]:
+        """The sequences of sample `i`."""
+        epoch, position = divmod(range(len(self))[i], len(self._rows))
+        if epoch != self._epoch:
+            self._epoch, self._rows = epoch, self._epoch_rows(epoch)
+        numbers: list[int] = self._rows[position].tolist()
+        return numbers
 
     def _epoch_rows(self, epoch: int) -> np.ndarray | list[np.ndarray]:
         """Numbers of the sequences of each sample of an epoch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,10 @@ class Dataset(Protocol):
 
     def describe(self) -> dict[str, int]: ...
 
+    def origin(self, index: int) -> str:
+        """Where a sample is in the files, in words."""
+        ...
+
 
 @dataclass(frozen=True)
 class Share:
@@ -32,9 +36,14 @@ class Share:
 
     def micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
         """Of the samples from `start`, `count` in all; the last micro-batch may be smaller."""
+        for samples in self.samples(start, count):
+            yield collate([dataset[index] for index in samples])
+
+    def samples(self, start: int, count: int) -> Iterator[range]:
+        """The numbers of each micro-batch's samples."""
         size = self.micro_batch_size
         for first in range(start + self.data_rank * size, start + count, self.data_size * size):
-            yield collate([dataset[index] for index in range(first, min(first + size, start + count))])
+            yield range(first, min(first + size, start + count))
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,18 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, dataset: Dataset, name: str, share: Share, batch_size: int, batches: int | None
+    engine: Engine,
+    dataset: Dataset,
+    name: str,
+    share: Share,
+    batch_size: int,
+    batches: int | None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Sum over the first `batches` batches (None: the whole set), at most the whole set. Collective.
+
+    Args:
+        before_batch: called at the same time on all ranks; what it raises ends the evaluation.
 
     Raises:
         UserError: none of these tokens counts; `name` says of which set.
@@ -60,6 +78,7 @@ def evaluate(
     count = len(dataset) if batches is None else min(len(dataset), batches * batch_size)
     total, tokens = 0.0, 0
     for first in range(0, count, batch_size):
+        before_batch()
         micro_batches = list(share.micro_batches(dataset, first, min(batch_size, count - first)))
         loss, trained = engine.evaluate(micro_batches)
         total, tokens = total + loss, tokens + trained

@@ -25,6 +25,7 @@ class StepRecord:
         flops: floating-point operations that the step needed, on all `devices` together.
         peak_flops: a device's peak per second, where it is known.
         memory: peak bytes of the first rank's device so far; on CPU, of its process.
+        skipped: the step was not applied: its loss or gradient norm was not finite, or its loss 0 or a spike.
         validation: mean loss of each validation set, when the step ended with an evaluation.
     """
 
@@ -44,7 +45,12 @@ class StepRecord:
     devices: int
     peak_flops: float | None
     memory: int
+    skipped: bool = False
     validation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
     def tflops_per_device(self) -> float:
@@ -76,10 +82,11 @@ class IterationLog:
             self._window = []
 
     def _line(self, last: StepRecord) -> str:
-        """MindSpeed-LLM's and Megatron-LM's training line; the loss is the mean since the last line."""
+        """MindSpeed-LLM's and Megatron-LM's training line; the loss is the mean over the steps that were applied since
+        the last line, and left out when none was."""
         steps = len(self._window)
         seconds = sum(record.seconds for record in self._window) / steps
-        loss = sum(record.loss for record in self._window) / steps
+        losses = [record.loss for record in self._window if not record.skipped]
         line = f" [{time.strftime('%Y-%m-%d %H:%M:%S')}]"
         line += f" iteration {last.iteration:8d}/{last.train_iters:8d} |"
         line += f" consumed samples: {last.consumed_samples:12d} |"
@@ -89,11 +96,12 @@ class IterationLog:
             line += f" throughput per GPU (TFLOP/s/GPU): {flops / seconds / last.devices / 1e12:.1f} |"
         line += f" learning rate: {last.next_lr:.6E} |"
         line += f" global batch size: {last.batch_size:5d} |"
-        line += f" lm loss: {loss:.6E} |"
+        if losses:
+            line += f" lm loss: {sum(losses) / len(losses):.6E} |"
         line += " loss scale: 1.0 |"
         line += f" grad norm: {last.grad_norm:.3f} |"
-        line += " number of skipped iterations:   0 |"
-        line += " number of nan iterations:   0 |"
+        line += f" number of skipped iterations: {steps - len(losses):3d} |"
+        line += f" number of nan iterations: {sum(not record.is_finite for record in self._window):3d} |"
         return line
 
 

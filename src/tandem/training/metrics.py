@@ -42,7 +42,8 @@ class MetricsFile:
 
 def metrics_of(record: StepRecord) -> dict[str, Any]:
     """A step as plain values: times in seconds, memory in bytes, rates per second over all devices, but for
-    `tflops_per_device`; `mfu` is null where the device's peak is not known."""
+    `tflops_per_device`; `mfu` is null where the device's peak is not known, loss and
+    gradient norm where they are not finite."""
     return {
         "iteration": record.iteration,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -60,6 +61,7 @@ def metrics_of(record: StepRecord) -> dict[str, Any]:
         "tflops_per_device": record.tflops_per_device,
         "mfu": record.mfu,
         "memory": record.memory,
+        "skipped": record.skipped,
         "validation": dict(record.validation),
     }
 

@@ -50,7 +50,8 @@ def rerun(folder: str, options: RerunOptions) -> Comparison:
     """
     starts = read_starts(folder)
     start = starts[0]
-    recorded = {line["iteration"]: line["loss"] for line in read_metrics(Path(folder) / METRICS_FILE)}
+    metrics = read_metrics(Path(folder) / METRICS_FILE)
+    recorded = {line["iteration"]: line["loss"] for line in metrics if line["loss"] is not None}
     if not recorded:
         raise UserError(f"{folder}/{METRICS_FILE} holds no step to compare with")
     save = os.path.abspath(options.save) if options.save else None

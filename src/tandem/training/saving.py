@@ -156,6 +156,8 @@ class CheckpointWriter:
             optimizer_step=self._engine.optimizer_step,
             seed=self._settings.training.seed,
             data=self._data,
+            skipped_train_samples=progress.skipped_train_samples,
+            recent_losses=progress.recent_losses,
         )
         documents = {STATE_FILE: state.to_json(), SETTINGS_FILE: to_yaml(self._settings)}
         if self._template is not None:

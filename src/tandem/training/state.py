@@ -21,7 +21,7 @@ OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Counters, data position and random state.
+    """Counters, data position and random state; `skipped_train_samples` and `recent_losses` as in `Progress`.
 
     The only randomness of a run is the order of its data, a function of `seed` and of `data`; the position in
     that order is `consumed_train_samples`. Together they are the whole random state.
@@ -32,6 +32,8 @@ class TrainerState:
     optimizer_step: int
     seed: int
     data: dict[str, Any] = field(default_factory=dict)
+    skipped_train_samples: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -70,4 +72,7 @@ def restore(engine: Engine, source: TensorSource, settings: Settings) -> tuple[P
         return Progress(), None
     if not settings.checkpoint.no_load_optim:
         engine.load_optimizer(source, state.optimizer_step)
-    return Progress(state.iteration, state.consumed_train_samples), state
+    progress = Progress(
+        state.iteration, state.consumed_train_samples, state.skipped_train_samples, list(state.recent_losses)
+    )
+    return progress, state

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
-from tandem.backends.interface import Engine
+from tandem.backends.interface import Engine, StepResult
 from tandem.config.settings import Settings
 from tandem.data.batch import MicroBatch
-from tandem.errors import UserError
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, SingleProcess
 from tandem.planning.hardware import peak_flops
+from tandem.training.diagnosis import dump, first_bad
 from tandem.training.evaluation import Dataset, Share, evaluate
+from tandem.training.guard import Guard
 from tandem.training.log import IterationLog, StepRecord, evaluation_line
 from tandem.training.schedule import Schedule
 from tandem.training.signals import StopSignals
@@ -23,10 +26,22 @@ from tandem.training.signals import StopSignals
 
 @dataclass
 class Progress:
-    """Where a run stands; all that a resumed run needs beside tensors."""
+    """Where a run stands; all that a resumed run needs beside tensors.
+
+    Attributes:
+        skipped_train_samples: of the consumed samples, those of steps that were not applied. As in Megatron, schedules
+            do not move over them.
+        recent_losses: what a spike is measured against.
+    """
 
     iteration: int = 0
     consumed_train_samples: int = 0
+    skipped_train_samples: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+
+    @property
+    def applied_train_samples(self) -> int:
+        return self.consumed_train_samples - self.skipped_train_samples
 
 
 class Saver(Protocol):
@@ -38,6 +53,10 @@ class Saver(Protocol):
     def save(self, progress: Progress) -> None: ...
 
     def publish(self) -> None: ...
+
+
+class _Told(Exception):
+    """A signal has arrived at some rank."""
 
 
 class Trainer:
@@ -75,6 +94,7 @@ class Trainer:
         self.train_iters = settings.total_iters
         self._saver, self._on_step = saver, on_step
         self._all_written = True  # whether no rank is still writing a checkpoint
+        self._guard = Guard(settings.training, progress.recent_losses)
         self._signals = signals or StopSignals()
         self._started, self._out_of_time = time.monotonic(), False
         self.stopped: str | None = None  # the signal that ended the run early, on whichever rank it arrived
@@ -87,7 +107,7 @@ class Trainer:
         """Train to the last iteration, to the exit interval, or until asked to stop; what is saved is saved then.
 
         Raises:
-            UserError: loss or gradients are not finite; the newest checkpoint is left as it is.
+            UserError: a step went wrong and the run is to stop; the newest checkpoint is left as it is.
         """
         saved_at = self.progress.iteration
         while self.progress.iteration < self.train_iters:
@@ -95,7 +115,7 @@ class Trainer:
             if self.is_first_rank:
                 self._log.step(record)
             iteration = self.progress.iteration
-            if self._due(self.settings.training.eval_interval):
+            if self._due(self.settings.training.eval_interval) and not self.stopped:
                 record = replace(record, validation=self._evaluate_and_print())
             if self.is_first_rank and self._on_step:
                 self._on_step(record)
@@ -116,16 +136,13 @@ class Trainer:
         start = time.perf_counter()
         progress = self.progress
         batch = self._batch_sizes.at(progress.consumed_train_samples)
-        lr = self.schedule.lr(progress.consumed_train_samples)
-        weight_decay = self.schedule.weight_decay(progress.consumed_train_samples)
+        lr = self.schedule.lr(progress.applied_train_samples)
+        weight_decay = self.schedule.weight_decay(progress.applied_train_samples)
         micro_batches = list(self._share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
-        result = self.engine.train_step(micro_batches, lr, weight_decay)
-        if not result.applied:
-            raise UserError(
-                f"iteration {progress.iteration + 1}: loss {result.loss}, gradient norm {result.grad_norm}: "
-                f"not finite. Nothing was updated. Samples {progress.consumed_train_samples} to "
-                f"{progress.consumed_train_samples + batch - 1} of the run; try a lower --lr, or look at this data"
-            )
+        result = self.engine.train_step(micro_batches, lr, weight_decay, self._guard.loss_limit)
+        if wrong := self._guard.judge(result):
+            self._pass_over(wrong, result, micro_batches, batch)
+            progress.skipped_train_samples += batch
         progress.iteration += 1
         progress.consumed_train_samples += batch
         tokens, flops = self._agree(micro_batches)
@@ -137,7 +154,7 @@ class Trainer:
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,
-            next_lr=self.schedule.lr(progress.consumed_train_samples),
+            next_lr=self.schedule.lr(progress.applied_train_samples),
             epoch=progress.consumed_train_samples / self._samples_per_epoch,
             tokens=tokens,
             trained_tokens=result.trained_tokens,
@@ -146,7 +163,31 @@ class Trainer:
             devices=self.grid.size,
             peak_flops=self._peak_flops,
             memory=self.engine.peak_memory(),
+            skipped=not result.applied,
         )
+
+    def _pass_over(self, wrong: str, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:
+        """Leave what is known of a step that was not applied.
+
+        Raises:
+            UserError: the run is to stop.
+        """
+        iteration, consumed = self.progress.iteration + 1, self.progress.consumed_train_samples
+        samples = [number for numbers in self._share.samples(consumed, batch) for number in numbers]
+        known = {
+            "wrong": wrong,
+            "loss": str(result.loss),
+            "grad_norm": str(result.grad_norm),
+            "global_batch": [consumed, consumed + batch],
+            "samples": {number: self.train_data.origin(number) for number in samples},
+        }
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        first = None if finite else first_bad(self.engine, micro_batches)
+        save = self.settings.checkpoint.save
+        details = dump(Path(save) if save else None, self.communicator, iteration, known, first)
+        if self._saver:
+            self._saver.publish()  # should the run stop now, what is being written is kept
+        self._print(self._guard.act(iteration, wrong, details))
 
     def _agree(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
         """Tokens of the global batch, and the floating-point operations that they need; whether all leave,
@@ -156,8 +197,8 @@ class Trainer:
         late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
         is_written = self._saver is None or self._saver.is_written
         own = [sum(lengths), training_flops(self.engine.config, lengths), self._signals.received, late, is_written]
-        tokens, flops, reasons, lateness, written = zip(*self.communicator.all_gather(own))
-        self.stopped = next((reason for reason in reasons if reason), None)
+        tokens, flops, signals, lateness, written = zip(*self.communicator.all_gather(own))
+        self._heed(signals)
         self._out_of_time, self._all_written = lateness[0], all(written)
         ranks = self.grid.group("data", self.grid.place(0))  # the other ranks of a model have the same samples
         return sum(tokens[rank] for rank in ranks), sum(flops[rank] for rank in ranks)
@@ -166,15 +207,29 @@ class Trainer:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
     def _evaluate_and_print(self) -> dict[str, float]:
-        """Mean loss of each validation set."""
+        """Mean loss of each validation set; fewer when a signal ends the evaluation."""
         training = self.settings.training
         batches = None if training.eval_iters == "full" else training.eval_iters
-        losses = {}
+        batch_size = self.settings.global_batch_size
+        losses: dict[str, float] = {}
         for name, dataset in self.valid_data.items():
-            found = evaluate(self.engine, dataset, name, self._share, self.settings.global_batch_size, batches)
+            try:
+                found = evaluate(self.engine, dataset, name, self._share, batch_size, batches, self._leave_if_told)
+            except _Told:
+                break
             losses[name] = found.loss
             self._print(evaluation_line(self.progress.iteration, name, found.loss))
         return losses
+
+    def _leave_if_told(self) -> None:
+        """Collective."""
+        self._heed(self.communicator.all_gather(self._signals.received))
+        if self.stopped:
+            raise _Told
+
+    def _heed(self, received: Sequence[str | None]) -> None:
+        """Stop when a rank has received a signal."""
+        self.stopped = next((signal for signal in received if signal), None)
 
     def _print(self, text: str) -> None:
         if self.is_first_rank:

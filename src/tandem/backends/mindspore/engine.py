@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.interface import EngineSettings, StepResult
+from tandem.backends.interface import EngineSettings, StepResult, is_trusted
 from tandem.backends.memory import process_peak
 from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.data_parallel import DataParallel
@@ -22,6 +22,7 @@ from tandem.backends.mindspore.passes import Passes
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
+from tandem.checkpoints.arrays import is_finite
 from tandem.checkpoints.interface import Kind, TensorSource, check_shape
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
@@ -99,11 +100,13 @@ class MindSporeEngine:
             for shard in saved:
                 yield kind, shard, tensors[shard.spec.name].asnumpy()
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float, loss_limit: float = math.inf
+    ) -> StepResult:
         optimizer = self._require_training()
         loss, trained_tokens = self._forward_backward(micro_batches)
         total, norm = self._loss_and_norm(loss)
-        applied = math.isfinite(total) and math.isfinite(norm)
+        applied = is_trusted(total / trained_tokens, norm, loss_limit)
         if applied:
             self.optimizer_step += 1
             optimizer.update(self.optimizer_step, lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad))
@@ -120,6 +123,18 @@ class MindSporeEngine:
             gradients[name] = weight.gradient.asnumpy()
             weight.gradient = None  # it is the caller's now
         return total / trained_tokens, gradients
+
+    def first_bad_output(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        found: list[str] = []
+
+        def look(name: str, output: Tensor) -> None:
+            if not found and not is_finite(output.asnumpy()):
+                found.append(name)
+
+        self._passes.decoder.watchers.append(look)
+        self.evaluate(micro_batches)
+        self._passes.decoder.watchers.remove(look)
+        return found[0] if found else None
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         with _non_finite_allowed():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mindspore as ms
 import numpy as np
@@ -88,6 +88,7 @@ class Decoder:
         layers: those of the stage, as numbered in the whole model; `recompute_layers` counts from the first.
         first, last: the stage begins with the embedding, and ends with the final norm.
         weights: by global name.
+        watchers: called with the global name of each module that has run, and its output.
     """
 
     config: ModelConfig
@@ -98,6 +99,7 @@ class Decoder:
     kernels: Kernels
     tensor: TensorParallel
     recompute_layers: int
+    watchers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
 
     @property
     def head(self) -> Weight:
@@ -116,17 +118,34 @@ class Decoder:
         documents = Documents.of(self.config, micro_batch)
         steps = [self._layer(place, layer, documents) for place, layer in enumerate(self.layers)]
         if self.first:
-            steps = [lambda _: self._embedding(micro_batch.tokens), self.tensor.leave, *steps]
+            embedding = self._watched(EMBEDDING, lambda _: self._embedding(micro_batch.tokens))
+            steps = [embedding, self.tensor.leave, *steps]
         if self.last:
             select = functools.partial(self.kernels.select_rows, rows=rows)
-            steps += [self.tensor.join, select, self._norm(FINAL_NORM), self.tensor.enter_joined]
+            norm = self._watched(FINAL_NORM, self._norm(FINAL_NORM))
+            steps += [self.tensor.join, select, norm, self.tensor.enter_joined]
         return chained(steps, x, differentiable)
+
+    def _watched(self, name: str, step: Layer) -> Layer:
+        """The same step, of the module that `name` or a tensor in it belongs to."""
+        if not self.watchers:
+            return step
+
+        def run(x: Tensor) -> tuple[Tensor, Pullback]:
+            output, pull = step(x)
+            for watch in self.watchers:
+                watch(name.removesuffix(".weight").removesuffix("."), output)
+            return output, pull
+
+        return run
 
     def _embedding(self, tokens: np.ndarray) -> tuple[Tensor, Pullback]:
         return self.tensor.embedding(tokens, self.weights[EMBEDDING])
 
     def _layer(self, place: int, layer: int, documents: Documents) -> Layer:
-        function = functools.partial(self._decoder_layer, layer=layer, documents=documents)
+        function = self._watched(
+            layer_prefix(layer), functools.partial(self._decoder_layer, layer=layer, documents=documents)
+        )
         return recomputed(function) if place < self.recompute_layers else function
 
     def _decoder_layer(self, x: Tensor, layer: int, documents: Documents) -> tuple[Tensor, Pullback]:

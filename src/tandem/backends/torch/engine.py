@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from tandem.backends.interface import EngineSettings, StepResult
+from tandem.backends.interface import EngineSettings, StepResult, is_trusted
 from tandem.backends.memory import process_peak
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
 from tandem.backends.torch.data_parallel import Replicated, Sharing, own_rows
@@ -129,12 +130,14 @@ class TorchEngine:
             for shard in saved:
                 yield kind, shard, _to_numpy(tensors[shard.spec.name])
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float, loss_limit: float = math.inf
+    ) -> StepResult:
         adamw = self._require_training()
         loss, trained = self._accumulate(micro_batches)
         self._sum_gradients()
         loss, norm = self._loss_and_norm(loss)
-        applied = math.isfinite(loss) and math.isfinite(norm)
+        applied = is_trusted(loss / trained, norm, loss_limit)
         if applied:
             adamw.update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad))
             self._sharing.share()
@@ -147,6 +150,20 @@ class TorchEngine:
         (loss,) = sum_over(self._groups.everyone, [loss])
         gradients = {name: self._sharing.whole_gradient(weight) for name, weight in self._weights.items()}
         return loss / trained, {name: gradient.cpu().numpy().copy() for name, gradient in gradients.items()}
+
+    def first_bad_output(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        found: list[str] = []
+
+        def look(module: nn.Module, _: object, output: torch.Tensor) -> None:
+            if not found and not bool(torch.isfinite(output).all()):
+                found.append(names[module])
+
+        names = {module: name for name, module in self._passes.named_modules(self._shards.values())}
+        hooks = [module.register_forward_hook(look) for module in names]
+        self.evaluate(micro_batches)
+        for hook in hooks:
+            hook.remove()
+        return found[0] if found else None
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         self._sharing.begin(gradients=False)

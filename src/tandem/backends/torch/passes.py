@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from tandem.backends.torch.loss import cross_entropy, cross_entropy_and_gradient
 from tandem.backends.torch.model import GPTModel, Inputs, prepare
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.data.batch import IGNORE, MicroBatch
 from tandem.models.config import ModelConfig
+from tandem.parallel.layout import Shard
 from tandem.parallel.pipeline import Action
 
 
@@ -71,6 +73,16 @@ class Passes:
     def hidden(self, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:
         """What the head is given, of a model that is whole here."""
         return self._output(0, batch, rows)
+
+    def named_modules(self, shards: Iterable[Shard]) -> Iterator[tuple[str, nn.Module]]:
+        """Every module that holds weights of these shards or has modules that do, by global name."""
+        modules = [dict(chunk.named_modules()) for chunk in self.chunks]
+        for shard in shards:
+            own, everywhere = shard.local_name.split("."), shard.spec.name.split(".")
+            for depth in range(1, len(own)):
+                module = modules[shard.chunk].pop(".".join(own[:depth]), None)
+                if module is not None:
+                    yield ".".join(everywhere[:depth]), module
 
     def _forward(
         self, action: Action, batch: MicroBatch, scale: float, in_flight: dict[tuple[int, int], _InFlight]

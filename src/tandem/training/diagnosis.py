@@ -1,0 +1,44 @@
+"""What is left to look at after a step that was not applied: where the first bad number is, and on which samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.backends.interface import Engine
+from tandem.checkpoints.arrays import is_finite
+from tandem.checkpoints.publish import write_text_atomically
+from tandem.data.batch import MicroBatch
+from tandem.parallel.world import Communicator
+
+BAD_STEPS = "bad_steps"  # folder in --save
+
+
+def first_bad(engine: Engine, micro_batches: Sequence[MicroBatch]) -> str | None:
+    """The first place in the order of computation where this rank holds a number that is not finite. Collective."""
+    held = [f"{kind} tensor {shard.spec.name}" for kind, shard, values in engine.tensors() if not is_finite(values)]
+    output = engine.first_bad_output(micro_batches)
+    _, gradients = engine.loss_and_gradients(micro_batches)
+    # The last layers' gradients are computed first.
+    bad = [f"gradient of {name}" for name in reversed(gradients) if not is_finite(gradients[name])]
+    return next(iter([*held[:1], *([f"output of {output}"] if output else []), *bad[:1]]), None)
+
+
+def dump(
+    folder: Path | None, communicator: Communicator, iteration: int, values: dict[str, Any], first: str | None
+) -> str:
+    """Keep what a rank knows of a bad step as JSON. Collective.
+
+    Returns:
+        Where it is, and the first bad place over all ranks, in words.
+    """
+    rank = communicator.world.rank
+    if folder is not None:
+        path = folder / BAD_STEPS / f"iter_{iteration:07d}_rank_{rank:05d}.json"
+        content = {"iteration": iteration, "rank": rank, **values, "first_bad": first}
+        write_text_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    places = [f"rank {number}: {place}" for number, place in enumerate(communicator.all_gather(first)) if place]
+    found = f"First bad: {'; '.join(places)}" if places else "All tensors are finite"
+    return f"{found}. Details: {folder / BAD_STEPS}" if folder else found
