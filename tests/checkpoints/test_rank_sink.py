@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tandem.checkpoints.convert import with_one_dtype
 from tandem.checkpoints.interface import Companions, Kind
 from tandem.checkpoints.native import NativeRankSink, NativeSource
 from tandem.checkpoints.random_init import RandomSource
@@ -112,6 +113,14 @@ def test_what_ranks_save_is_read_whole(tmp_path: Path, by_rows: Collection[Kind]
     beyond_the_first = {"model_001.safetensors" for kind in by_rows if kind == "model"}
     beyond_the_first |= {"optimizer_001.safetensors" for kind in by_rows if kind != "model"}
     assert files == {"model.safetensors", "optimizer.safetensors"} | beyond_the_first
+
+
+def test_a_trainers_weights_alone_are_converted(tmp_path: Path) -> None:
+    """Also in the dtype they have: an engine prefers masters where it finds them, and a conversion writes none."""
+    save(lambda rank: tmp_path, by_rows=())
+    source = NativeSource(tmp_path)
+    assert len(source.kinds()) == 3
+    assert with_one_dtype(source, None).kinds() == with_one_dtype(source, "fp32").kinds() == ("model",)
 
 
 def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSour
     if params_dtype is None and len(dtypes) > 1:
         raise UserError(f"{source.location} holds {' and '.join(dtypes)}: choose one with --params-dtype")
     wanted = DTYPE_ALIASES[params_dtype or dtypes[0]]
-    return source if dtypes == [wanted] else Cast(source, wanted)
+    if (dtypes, source.kinds()) == ([wanted], ("model",)):
+        return source
+    return Cast(source, wanted)
 
 
 def companions_for(source: TensorSource, origin: str | None) -> Companions:

@@ -37,7 +37,7 @@ FAMILIES = {
 
 
 WHOLE_NUMBERS = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("vocab_size", "max_position_embeddings"),
 )
 
@@ -81,6 +81,8 @@ class ModelConfig:
         for name in WHOLE_NUMBERS:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise UserError(f"{name} {value!r}: expected a whole number, at least 1")
+        if type(self.num_layers) is not int or self.num_layers < 0:  # a plan asks for the parts outside the layers
+            raise UserError(f"num_layers {self.num_layers!r}: expected a whole number, at least 0")
         for name in ("norm_epsilon", "rotary_base", "init_method_std"):
             if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
                 raise UserError(f"{name} {value!r}: expected a number, at least 0")
