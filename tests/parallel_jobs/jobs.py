@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from reference import MemorySource, toy_samples, toy_weights, untrained
 
+from launchers import launcher
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.data.batch import MicroBatch, collate
@@ -164,11 +164,6 @@ def run_job(
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {case.name: gather(case, folder) for case in cases}
-
-
-def launcher(framework: str, processes: int) -> list[str]:
-    """What goes before a script, or before `-m` and a module, to run it as so many processes."""
-    return [sys.executable, str(JOB.with_name("supervised.py")), framework, str(processes)]
 
 
 def gather(case: Case, folder: Path) -> Outcome:

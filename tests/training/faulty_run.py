@@ -1,0 +1,69 @@
+"""A `tandem` command in which something goes wrong, as told: python faulty_run.py FAULT.json COMMAND OPTIONS...
+
+FAULT.json: {"rank": 1, "when": "step" | "evaluation" | "save", "at": 3, "what": "SIGTERM" | "SIGKILL" | "hang"}: at the
+start of the at-th step, validation batch or checkpoint of this process. {"slow_save": 0.01} makes the writing of each
+tensor take so many seconds longer. The exit code is left in FAULT.json.RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tandem.__main__ import main
+from tandem.checkpoints.native import NativeRankSink
+from tandem.parallel.world import World
+from tandem.training import run
+
+
+def before(owner: Any, name: str, act: Any) -> None:
+    """Call `act` before each call of a method."""
+    method = getattr(owner, name)
+
+    def wrapped(*args: Any, **values: Any) -> Any:
+        act()
+        return method(*args, **values)
+
+    setattr(owner, name, wrapped)
+
+
+def install(fault: dict[str, Any]) -> None:
+    calls = 0
+
+    def act() -> None:
+        nonlocal calls
+        calls += 1
+        if calls != fault["at"]:
+            return
+        if fault["what"] == "hang":
+            time.sleep(100_000)
+        os.kill(os.getpid(), signal.Signals[fault["what"]])
+
+    def create(*args: Any) -> Any:
+        engine = create_engine(*args)
+        if fault.get("when") in METHODS:
+            before(engine, METHODS[fault["when"]], act)
+        return engine
+
+    create_engine, run.create_engine = run.create_engine, create
+    if fault.get("when") == "save":
+        before(NativeRankSink, "finish", act)
+    if "slow_save" in fault:
+        before(NativeRankSink, "write_part", lambda: time.sleep(fault["slow_save"]))
+
+
+METHODS = {"step": "train_step", "evaluation": "evaluate"}
+
+if __name__ == "__main__":
+    told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    rank = World.from_environment().rank
+    if told.get("rank", rank) == rank:
+        install(told)
+    code = main(sys.argv[2:])
+    Path(f"{sys.argv[1]}.{rank}").write_text(str(code), encoding="utf-8")
+    sys.exit(code)
