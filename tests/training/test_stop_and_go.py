@@ -16,6 +16,7 @@ from tandem.__main__ import STOPPED
 from tandem.checkpoints.native import NativeSource
 from tandem.errors import RunStopped, UserError
 from tandem.training.log import StepRecord
+from tandem.training.resume import agree_on_iteration
 from workspace import Workspace
 
 
@@ -93,3 +94,47 @@ def test_an_exit_code_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
     assert process.returncode == STOPPED
     assert "stopped by SIGTERM" in said
     assert (tmp_path / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_the_first_start_alone_is_fine_tuned_in_one_folder(workspace: Workspace, tmp_path: Path) -> None:
+    folder, common = str(tmp_path), {"train_iters": 6, "exit_interval": 2, "lr_warmup_iters": 1}
+    run(workspace, "torch", save=folder, **common)
+    again = {"load": folder, "save": folder, "finetune": True, **common}
+    for last in (2, 4, 6):
+        iterations: list[int] = []
+        run(workspace, "torch", lambda record, found=iterations: found.append(record.iteration), **again)
+        assert iterations == [last - 1, last]
+
+
+def test_the_step_to_load_is_for_the_first_start(workspace: Workspace, tmp_path: Path) -> None:
+    run(workspace, "torch", save=str(tmp_path / "a"), save_interval=2, train_iters=6)
+    common = {"load": str(tmp_path / "a"), "ckpt_step": 4, "save": str(tmp_path / "b")}
+    assert len(run(workspace, "torch", **common, exit_interval=6)) == 2
+    assert NativeSource(tmp_path / "b").iteration == 6
+    assert len(run(workspace, "torch", **common, exit_interval=7)) == 1
+
+
+class Ranks:
+    """A `Communicator` of two ranks, of which the other one holds these iterations, newest first."""
+
+    def __init__(self, *others: int | None) -> None:
+        self.others = list(others)
+
+    def all_gather(self, value: list[object]) -> list[object]:
+        iteration = self.others[0]
+        if iteration is not None and isinstance(value[0], int) and value[0] < iteration:
+            self.others.pop(0)  # the other rank steps back
+        return [value, [iteration, True]]
+
+
+def test_machines_with_different_newest_iterations_take_the_newest_common_one(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    run(workspace, "torch", save=str(tmp_path), save_interval=2, train_iters=6)
+    newest = NativeSource(tmp_path)
+    for others, taken in (((6,), 6), ((4,), 4), ((8, 6), 6), ((8, 5, 4, 2), 4)):
+        found = agree_on_iteration(newest, Ranks(*others))  # type: ignore[arg-type]
+        assert isinstance(found, NativeSource)
+        assert found.iteration == taken
+    with pytest.raises(UserError, match="ranks 1 hold no checkpoint of the run"):
+        agree_on_iteration(newest, Ranks(None))  # type: ignore[arg-type]

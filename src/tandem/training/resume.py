@@ -13,6 +13,7 @@ from tandem.backends.interface import Engine
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import TRACKER, find_iteration, saved_iterations
 from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.megatron import is_megatron
 from tandem.checkpoints.native import NativeSource
 from tandem.config.settings import Settings
 from tandem.errors import UserError
@@ -27,8 +28,9 @@ IDENTITY = (
     ("data", "data_path"),
     ("data", "is_instruction_dataset"),
 )
+FIRST_START = ("finetune", "no_load_optim", "no_load_rng")  # what these ask for is done once
 # Settings that only say where things are, and may differ between two starts of a run.
-PLACES = {"load", "save", "init", "ckpt_step", "finetune", "no_load_optim", "no_load_rng"}
+PLACES = {"load", "save", "init", "ckpt_step", *FIRST_START}
 
 
 def continued(settings: Settings) -> Settings:
@@ -39,8 +41,10 @@ def continued(settings: Settings) -> Settings:
         UserError: `--save` holds a checkpoint of another run.
     """
     checkpoint = settings.checkpoint
-    if checkpoint.save is None or not (Path(checkpoint.save) / TRACKER).exists() or _loads_own_folder(settings):
+    if checkpoint.save is None or not (Path(checkpoint.save) / TRACKER).exists():
         return settings
+    if _loads_own_folder(settings):
+        return _without_what_was_done(settings)
     saved = saved_settings(find_newest(checkpoint.save, report=None))
     if saved is None:
         raise UserError(
@@ -54,10 +58,22 @@ def continued(settings: Settings) -> Settings:
                 f"--save {checkpoint.save} holds a checkpoint of another run, whose {name} was {was}; here it is "
                 f"{new}. Choose another folder, or resume that run with --load {checkpoint.save}"
             )
-    own = dataclasses.replace(
-        checkpoint, load=checkpoint.save, init=None, finetune=False, no_load_optim=False, no_load_rng=False
-    )
+    first_start: dict[str, Any] = dict.fromkeys(FIRST_START, False)
+    own = dataclasses.replace(checkpoint, load=checkpoint.save, init=None, ckpt_step=None, **first_start)
     return dataclasses.replace(settings, checkpoint=own)
+
+
+def _without_what_was_done(settings: Settings) -> Settings:
+    """For a run that loads and saves in one folder: without those flags for the first start that the newest checkpoint
+    there was already made with."""
+    given = [name for name in FIRST_START if getattr(settings.checkpoint, name)]
+    if not given or is_megatron(Path(str(settings.checkpoint.save)), None):
+        return settings
+    saved = (saved_settings(find_newest(str(settings.checkpoint.save), report=None)) or {}).get("checkpoint", {})
+    if saved.get("load") != settings.checkpoint.load:
+        return settings
+    done: dict[str, Any] = {name: False for name in given if saved.get(name)}
+    return dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, **done))
 
 
 def find_newest(folder: str | Path, report: Callable[[str], None] | None) -> NativeSource:
@@ -102,6 +118,7 @@ def restore_newest(
     Raises:
         UserError: on every rank, when there is no whole one.
     """
+    source = agree_on_iteration(source, communicator)
     check_optimizer(source, settings)
     while True:
         failure: UserError | None = None
@@ -118,6 +135,30 @@ def restore_newest(
             raise failure or UserError("; ".join(broken))
         report(f"{source.location} cannot be used: {'; '.join(broken)}; taking the iteration before it")
         source = older
+
+
+def agree_on_iteration(source: TensorSource, communicator: Communicator) -> TensorSource:
+    """The newest iteration that every rank has: without shared storage, a kill may leave machines with different ones.
+
+    Raises:
+        UserError: on every rank, when there is none.
+    """
+    current: TensorSource | None = source
+    while True:
+        own = current.iteration if isinstance(current, NativeSource) else None
+        found = communicator.all_gather([own, current is not None])
+        if all(other == found[0] for other in found) and current is not None:
+            return current
+        numbers = [number for number, _ in found]
+        if None in numbers:
+            absent = ", ".join(str(rank) for rank, number in enumerate(numbers) if number is None)
+            raise UserError(
+                f"ranks {absent} hold no checkpoint of the run that the other ranks go on with: copy the newest "
+                f"iteration, and the tracker file, to their machines, or remove both everywhere to start anew"
+            )
+        if own != min(numbers):
+            assert current is not None, "a rank without an iteration has ended the search"
+            current = _before(current)
 
 
 def saved_settings(source: TensorSource) -> dict[str, dict[str, Any]] | None:
