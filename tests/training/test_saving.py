@@ -16,6 +16,8 @@ from tandem.checkpoints.native import NativeRankSink, NativeSource
 from tandem.checkpoints.safetensors_file import SafetensorsWriter
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
+from tandem.parallel.job import JOB
+from tandem.training import saving
 from tandem.training.events import read_events
 from tandem.training.log import StepRecord
 from tandem.training.retention import remove_superseded, superseded
@@ -135,7 +137,24 @@ def test_old_checkpoints_are_removed_but_not_the_one_resumed_from(
     assert saved_iterations(tmp_path) == [9, 6]
 
 
-def test_hugging_face_folders_beside_the_checkpoints(workspace: Workspace, tmp_path: Path) -> None:
+def test_an_old_checkpoint_that_cannot_be_removed_is_told(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(folder: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(saving, "remove_superseded", refuse)
+    losses = run(workspace, "torch", save=str(tmp_path), save_interval=2, train_iters=4, save_total_limit=1)
+    assert len(losses) == 4
+    assert "an old checkpoint cannot be removed" in capsys.readouterr().out
+
+
+def test_hugging_face_folders_beside_the_checkpoints(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Written by a process that leaves no trace in the job's own folder, as a rank would."""
+    job = tmp_path_factory.mktemp("job")
+    monkeypatch.setenv(JOB, str(job))
     common = {"save_interval": 2, "save_total_limit": 1, "train_iters": 6}
     run(workspace, "torch", save=str(tmp_path), export_hf_every=4, instructions=True, **common)
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["iter_0000004"]
@@ -144,6 +163,7 @@ def test_hugging_face_folders_beside_the_checkpoints(workspace: Workspace, tmp_p
     expected = NativeSource(tmp_path / "again", 4)
     assert all(np.array_equal(exported.read(name), expected.read(name)) for name in tensor_table(expected.config))
     assert [event["iteration"] for event in read_events(tmp_path) if event["event"] == "exported"] == [4]
+    assert not list(job.iterdir())
 
 
 def test_an_export_that_fails_is_told_and_training_goes_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.checkpoints.folders import iteration_folder
+from tandem.parallel.job import JOB
 from tandem.training.events import EventLog
 
 EXPORTS = "hf"  # SAVE/hf/iter_0000020
@@ -45,13 +47,16 @@ class HFExports:
         self.wait()
         target = iteration_folder(self._folder / EXPORTS, iteration)
         shutil.rmtree(target, ignore_errors=True)  # of steps that were taken again after a resume
-        words = ["--load", str(self._folder), "--ckpt-step", str(iteration), "--save-dir", str(target)]
+        words = ["--load", str(self._folder), "--ckpt-step", str(iteration), "--save-dir", str(target), "--no-verify"]
+        # A process of its own, no rank of a supervised job.
+        environment = {name: value for name, value in os.environ.items() if name != JOB}
         process = subprocess.Popen(
             [sys.executable, "-m", "tandem", "export", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=environment,
             start_new_session=True,  # a Ctrl-C is for the run, which then waits
         )
         self._running = _Running(iteration, process)

@@ -205,14 +205,18 @@ class CheckpointWriter:
         return found
 
     def _tidy(self, newest: int) -> None:
+        """Remove what is superseded. A folder that cannot be removed is named, and does not end the run."""
         checkpoint = self._settings.checkpoint
-        remove_superseded(
-            self._folder,
-            newest,
-            checkpoint.save_total_limit,
-            checkpoint.save_retain_interval,
-            needed={self._resumed, self._exports.reading},
-        )
+        try:
+            remove_superseded(
+                self._folder,
+                newest,
+                checkpoint.save_total_limit,
+                checkpoint.save_retain_interval,
+                needed={self._resumed, self._exports.reading},
+            )
+        except OSError as error:
+            print(f"  an old checkpoint cannot be removed: {error.filename}: {error.strerror}", flush=True)
 
     def _tell(self, iteration: int, waited: float, seconds: float) -> None:
         files = iteration_folder(self._folder, iteration).rglob("*")
