@@ -144,6 +144,17 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
 
 
+@pytest.mark.slow
+def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    """Also when the others fail for it before its launcher notices."""
+    job = supervised(framework, "killed", tmp_path, "pretrain", *flags(workspace, framework, tmp_path))
+    code, out, err = finish(job, str(tmp_path))
+    assert time.time() - float((tmp_path / "moment").read_text()) < 20
+    assert code == 1
+    assert list(losses(out)) == [1]
+    assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
+
+
 def test_ranks_get_the_signal_and_time_to_save(tmp_path: Path) -> None:
     job = supervised("plain", "none", tmp_path)
     wait_for(tmp_path / "rank_1")

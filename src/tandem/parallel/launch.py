@@ -31,6 +31,8 @@ SECONDS_FOR_OTHERS = 1.0
 # For ranks that were asked to stop, to finish their step and save; and for the launcher, when all ranks have ended.
 SECONDS_TO_SAVE = 600.0
 SECONDS_TO_END = 60.0
+# A rank that is killed leaves no time of its death, and others may fail for it before it is noticed.
+SECONDS_UNNOTICED = 0.3
 CRASHED = 1
 LINES_OF_LOG = 30
 
@@ -127,6 +129,7 @@ class _Job:
     signals: list[int] = field(default_factory=list)  # received, in order
     shown: int = 0  # bytes of the first rank's output that are on the console
     deadline: float = float("inf")
+    noticed: dict[int, float] = field(default_factory=dict)  # rank -> when it was found dead, without a record
 
     def run(self) -> int:
         with self._taking_signals(), (self.folder / "launcher.log").open("wb") as log:
@@ -177,15 +180,18 @@ class _Job:
         return all(self._records()) and not any(pid is not None and _is_running(pid) for pid in pids)
 
     def _failures(self) -> list[Ended]:
-        """Of ranks that ended with another code than 0, the first to end first; those killed have an empty text."""
-        found = []
-        for rank, record in zip(self.machines.ranks, self._records()):
-            pid = self._pid(rank)
-            if record is not None:
-                found += [record] if record.code else []
-            elif pid is not None and not _is_running(pid):
-                found.append(read_record(self.folder, rank) or Ended(rank, CRASHED, "", time.time()))
-        return sorted((record for record in found if record.code), key=lambda record: record.time)
+        """Ranks that ended with another code than 0, the first to end first; those that were killed have no text."""
+        found = [self._ended(rank) for rank in self.machines.ranks]
+        return sorted((ended for ended in found if ended and ended.code), key=lambda ended: ended.time)
+
+    def _ended(self, rank: int) -> Ended | None:
+        """How a rank ended; None when it has not, or not begun."""
+        pid = self._pid(rank)
+        is_gone = pid is not None and not _is_running(pid)
+        record = read_record(self.folder, rank)
+        if record is not None or not is_gone:
+            return record
+        return Ended(rank, CRASHED, "", self.noticed.setdefault(rank, time.time() - SECONDS_UNNOTICED))
 
     def _pid(self, rank: int) -> int | None:
         path = pid_file(self.folder, rank)
@@ -204,16 +210,12 @@ class _Job:
 
     def _explain(self, failures: list[Ended], launcher_code: int | None) -> int:
         """Say last what went wrong; returns the exit code."""
-        spoken = [record for record in failures if record.text]
-        if spoken:
-            if spoken[0].code == CRASHED:
-                print(f"output of every rank: {self.folder}", file=sys.stderr)
-                if spoken[0].rank != 0:  # whose output is on the console
-                    print(spoken[0].traceback, end="", file=sys.stderr)
-            print(spoken[0].text, file=sys.stderr, flush=True)
-            return spoken[0].code
+        if failures and failures[0].text:
+            return self._quote(failures[0])
         if self.signals:
             return 128 + self.signals[0]
+        if failures and failures[0].code != CRASHED:
+            return failures[0].code
         if failures:
             rank = failures[0].rank
             self._say(f"rank {rank} of {self.machines.processes} was killed, or crashed", log_file(self.folder, rank))
@@ -222,6 +224,14 @@ class _Job:
             self._say(f"the launcher ended with code {launcher_code}", self.folder / "launcher.log")
             return launcher_code or CRASHED
         return 0
+
+    def _quote(self, ended: Ended) -> int:
+        if ended.code == CRASHED:
+            print(f"output of every rank: {self.folder}", file=sys.stderr)
+            if ended.rank != 0:  # whose output is on the console
+                print(ended.traceback, end="", file=sys.stderr)
+        print(ended.text, file=sys.stderr, flush=True)
+        return ended.code
 
     def _say(self, what: str, log: Path) -> None:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_LOG:] if log.exists() else []

@@ -20,6 +20,7 @@ def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[li
         "--master_addr": machines.master_addr,
         "--master_port": machines.master_port,
         "--log_dir": folder,
+        "--tail_worker_log": machines.processes,  # no rank: each `tail` would outlive a launcher that is killed
         "--bind_core": cores(machines.nproc_per_node),
     }
     flags = [str(word) for pair in where.items() for word in pair]
