@@ -87,6 +87,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "--log-throughput": ("logging.log_throughput", True),
     "--eval-interval 2000": ("training.eval_interval", 2000),
     "--eval-iters 0": ("training.eval_iters", 0),
+    "--initial-loss-scale 4096": ("training.initial_loss_scale", 4096.0),
 }
 
 # What happens anyway, or changes no result: accepted, and said once.
@@ -104,7 +105,7 @@ NO_EFFECT = (
     *("--overlap-param-gather", "--use-flash-attn", "--use-fused-rotary-pos-emb", "--use-fused-swiglu"),
     *("--use-fused-rmsnorm", "--no-masked-softmax-fusion", "--attention-softmax-in-fp32", "--use-ascend-coc"),
     *("--no-gradient-accumulation-fusion", "--coc-fused-kernel", "--use-ascend-mc2", "--reuse-fp32-param"),
-    *("--initial-loss-scale 4096", "--tokenizer-not-use-fast", "--enable-hf2mg-convert", "--model-type-hf qwen3"),
+    *("--tokenizer-not-use-fast", "--enable-hf2mg-convert", "--model-type-hf qwen3"),
 )
 
 REFUSED = (

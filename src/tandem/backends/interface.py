@@ -26,6 +26,7 @@ class EngineSettings:
     """What a backend must know to build a model and its optimizer.
 
     Attributes:
+        fp16: compute in float16 with fp32 master weights (PyTorch only); the caller scales the loss.
         bf16: compute in bfloat16 with fp32 master weights, where the device computes it natively; elsewhere the
             engine computes in fp32 and says so in `notices`.
         recompute_layers: how many of a rank's decoder layers, from the first, keep only their input in the forward
@@ -44,6 +45,7 @@ class EngineSettings:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     bf16: bool = False
+    fp16: bool = False
     recompute_layers: int = 0
     training: bool = True
     device: str | None = None
@@ -104,9 +106,16 @@ class Engine(Protocol):
         ...
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float, loss_limit: float = math.inf
+        self,
+        micro_batches: Sequence[MicroBatch],
+        lr: float,
+        weight_decay: float,
+        loss_limit: float = math.inf,
+        loss_scale: float = 1.0,
     ) -> StepResult:
         """Forward and backward over all micro-batches, clip, AdamW; the update only when the step `is_trusted`.
+
+        The gradients of `loss_scale` times the loss are computed, and divided by it before they are used.
 
         The loss is the sum over trained tokens of all ranks' micro-batches divided by their number, so the split into
         micro-batches and over data ranks does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv

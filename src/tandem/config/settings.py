@@ -214,6 +214,18 @@ class TrainingSettings:
     """The same bits each time on the same devices, at the price of speed; a CPU computes so anyway."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights, where the device computes bfloat16."""
+    fp16: bool = False
+    """Compute in float16 with fp32 master weights and a loss scale (PyTorch only)."""
+    loss_scale: float | None = None
+    """With --fp16: a constant loss scale; default: a dynamic one."""
+    initial_loss_scale: float = 2.0**32
+    """With --fp16: first dynamic loss scale."""
+    min_loss_scale: float = 1.0
+    """With --fp16: the dynamic loss scale does not fall below this."""
+    loss_scale_window: int = 1000
+    """With --fp16: steps without overflow after which the loss scale doubles."""
+    hysteresis: int = 2
+    """With --fp16: overflows before the loss scale halves."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """After a step whose loss or gradient norm is not finite, or whose loss is 0 or a spike: stop, or count it and go
     on. Such a step never changes weights."""
@@ -406,6 +418,7 @@ class Settings:
         self._check_unit_of_length()
         self._check_saving()
         self._check_bad_steps()
+        self._check_loss_scale()
         self._check_batch_size()
         self._check_weight_decay()
         self._check_not_implemented()
@@ -441,6 +454,15 @@ class Settings:
             raise UserError(f"--max-consecutive-skips {training.max_consecutive_skips}: expected 1 or more")
         if training.spiky_loss_factor <= 1:
             raise UserError(f"--spiky-loss-factor {training.spiky_loss_factor}: expected more than 1")
+
+    def _check_loss_scale(self) -> None:
+        training = self.training
+        if training.fp16 and training.bf16:
+            raise UserError("--fp16 and --bf16 exclude each other: give one")
+        for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+            value = getattr(training, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a positive number")
 
     def _check_unit_of_length(self) -> None:
         """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit."""

@@ -51,8 +51,9 @@ def check_disk(settings: Settings, parameters: int) -> list[str]:
     checkpoint = settings.checkpoint
     if checkpoint.save is None:
         return ["--save is not given: nothing will be saved"]
-    weight = 2 if settings.training.bf16 else 4
-    optimizer = 8 + (4 if settings.training.bf16 else 0)  # two moments; the fp32 masters of bf16 weights
+    half = settings.training.bf16 or settings.training.fp16
+    weight = 2 if half else 4
+    optimizer = 8 + (4 if half else 0)  # two moments; the fp32 masters of smaller weights
     needed = parameters * (weight + (0 if checkpoint.no_save_optim else optimizer))
     check_free_space(Path(checkpoint.save), needed)
     return [f"a checkpoint takes {needed / 1e9:,.2f} GB in {checkpoint.save}"]

@@ -26,6 +26,7 @@ class StepRecord:
         peak_flops: a device's peak per second, where it is known.
         memory: peak bytes of the first rank's device so far; on CPU, of its process.
         skipped: the step was not applied: its loss or gradient norm was not finite, or its loss 0 or a spike.
+        loss_scale: of the step's gradients; 1 but for fp16.
         validation: mean loss of each validation set, when the step ended with an evaluation.
     """
 
@@ -46,11 +47,8 @@ class StepRecord:
     peak_flops: float | None
     memory: int
     skipped: bool = False
+    loss_scale: float = 1.0
     validation: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
     def tflops_per_device(self) -> float:
@@ -98,10 +96,10 @@ class IterationLog:
         line += f" global batch size: {last.batch_size:5d} |"
         if losses:
             line += f" lm loss: {sum(losses) / len(losses):.6E} |"
-        line += " loss scale: 1.0 |"
+        line += f" loss scale: {last.loss_scale:.1f} |"
         line += f" grad norm: {last.grad_norm:.3f} |"
         line += f" number of skipped iterations: {steps - len(losses):3d} |"
-        line += f" number of nan iterations: {sum(not record.is_finite for record in self._window):3d} |"
+        line += f" number of nan iterations: {sum(not math.isfinite(record.loss) for record in self._window):3d} |"
         return line
 
 

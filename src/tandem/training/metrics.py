@@ -62,6 +62,7 @@ def metrics_of(record: StepRecord) -> dict[str, Any]:
         "mfu": record.mfu,
         "memory": record.memory,
         "skipped": record.skipped,
+        "loss_scale": record.loss_scale,
         "validation": dict(record.validation),
     }
 

@@ -209,6 +209,7 @@ def engine_settings(settings: Settings, config: ModelConfig, grid: Grid, rank: i
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
         bf16=training.bf16,
+        fp16=training.fp16,
         recompute_layers=recompute,
         device=training.device,
         grid=grid,

@@ -158,6 +158,7 @@ class CheckpointWriter:
             data=self._data,
             skipped_train_samples=progress.skipped_train_samples,
             recent_losses=progress.recent_losses,
+            loss_scale=progress.loss_scale,
         )
         documents = {STATE_FILE: state.to_json(), SETTINGS_FILE: to_yaml(self._settings)}
         if self._template is not None:

@@ -13,7 +13,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "learning-rate": record.lr,
         "batch-size": record.batch_size,
         "grad-norm": record.grad_norm,
-        "loss-scale": 1.0,
+        "loss-scale": record.loss_scale,
         "world-size": record.devices,
         "iteration-time": record.seconds,
         "throughput": record.tflops_per_device,

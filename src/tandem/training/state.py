@@ -21,7 +21,8 @@ OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Counters, data position and random state; `skipped_train_samples` and `recent_losses` as in `Progress`.
+    """Counters, data position and random state; `skipped_train_samples`, `recent_losses` and `loss_scale` as
+    in `Progress`.
 
     The only randomness of a run is the order of its data, a function of `seed` and of `data`; the position in
     that order is `consumed_train_samples`. Together they are the whole random state.
@@ -34,6 +35,7 @@ class TrainerState:
     data: dict[str, Any] = field(default_factory=dict)
     skipped_train_samples: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -73,6 +75,10 @@ def restore(engine: Engine, source: TensorSource, settings: Settings) -> tuple[P
     if not settings.checkpoint.no_load_optim:
         engine.load_optimizer(source, state.optimizer_step)
     progress = Progress(
-        state.iteration, state.consumed_train_samples, state.skipped_train_samples, list(state.recent_losses)
+        state.iteration,
+        state.consumed_train_samples,
+        state.skipped_train_samples,
+        list(state.recent_losses),
+        dict(state.loss_scale),
     )
     return progress, state

@@ -20,6 +20,7 @@ from tandem.training.diagnosis import dump, first_bad
 from tandem.training.evaluation import Dataset, Share, evaluate
 from tandem.training.guard import Guard
 from tandem.training.log import IterationLog, StepRecord, evaluation_line
+from tandem.training.loss_scale import LossScale
 from tandem.training.schedule import Schedule
 from tandem.training.signals import StopSignals
 
@@ -32,12 +33,14 @@ class Progress:
         skipped_train_samples: of the consumed samples, those of steps that were not applied. As in Megatron, schedules
             do not move over them.
         recent_losses: what a spike is measured against.
+        loss_scale: where the dynamic loss scale of fp16 stands (`LossScale.to_dict`).
     """
 
     iteration: int = 0
     consumed_train_samples: int = 0
     skipped_train_samples: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
     @property
     def applied_train_samples(self) -> int:
@@ -95,6 +98,7 @@ class Trainer:
         self._saver, self._on_step = saver, on_step
         self._all_written = True  # whether no rank is still writing a checkpoint
         self._guard = Guard(settings.training, progress.recent_losses)
+        self._scale = LossScale.of(settings.training, progress.loss_scale)
         self._signals = signals or StopSignals()
         self._started, self._out_of_time = time.monotonic(), False
         self.stopped: str | None = None  # the signal that ended the run early, on whichever rank it arrived
@@ -139,9 +143,10 @@ class Trainer:
         lr = self.schedule.lr(progress.applied_train_samples)
         weight_decay = self.schedule.weight_decay(progress.applied_train_samples)
         micro_batches = list(self._share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
-        result = self.engine.train_step(micro_batches, lr, weight_decay, self._guard.loss_limit)
-        if wrong := self._guard.judge(result):
-            self._pass_over(wrong, result, micro_batches, batch)
+        scale = self._scale.value
+        result = self.engine.train_step(micro_batches, lr, weight_decay, self._guard.loss_limit, scale)
+        self._judge(result, micro_batches, batch)
+        if not result.applied:
             progress.skipped_train_samples += batch
         progress.iteration += 1
         progress.consumed_train_samples += batch
@@ -164,7 +169,17 @@ class Trainer:
             peak_flops=self._peak_flops,
             memory=self.engine.peak_memory(),
             skipped=not result.applied,
+            loss_scale=scale,
         )
+
+    def _judge(self, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:
+        """Move the loss scale, and act on a step that went wrong in another way than by too large a scale."""
+        overflow = math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+        expected = overflow and self._scale.may_fall
+        self._scale.update(overflow=overflow)
+        self.progress.loss_scale = self._scale.to_dict()
+        if not expected and (wrong := self._guard.judge(result)):
+            self._pass_over(wrong, result, micro_batches, batch)
 
     def _pass_over(self, wrong: str, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:
         """Leave what is known of a step that was not applied.

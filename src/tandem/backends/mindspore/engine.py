@@ -101,8 +101,14 @@ class MindSporeEngine:
                 yield kind, shard, tensors[shard.spec.name].asnumpy()
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float, loss_limit: float = math.inf
+        self,
+        micro_batches: Sequence[MicroBatch],
+        lr: float,
+        weight_decay: float,
+        loss_limit: float = math.inf,
+        loss_scale: float = 1.0,
     ) -> StepResult:
+        assert loss_scale == 1.0, "fp16 is refused"
         optimizer = self._require_training()
         loss, trained_tokens = self._forward_backward(micro_batches)
         total, norm = self._loss_and_norm(loss)
@@ -264,6 +270,7 @@ def check_settings(settings: EngineSettings) -> None:
     """Raise UserError for what only the other backend can do."""
     only_torch = {
         "--use-torch-fsdp2": settings.use_torch_fsdp2,
+        "--fp16": settings.fp16,
         "--num-layers-per-virtual-pipeline-stage": settings.grid.layout.num_layers_per_virtual_pipeline_stage,
     }
     if wanted := [flag for flag, value in only_torch.items() if value]:

@@ -66,6 +66,8 @@ class TorchEngine:
             self._dtype = torch.bfloat16
         elif settings.bf16:
             self.notices.append(f"bf16: {self._device.type} does not compute in bfloat16 natively; computing in fp32")
+        elif settings.fp16:
+            self._dtype = torch.float16
         self.param_dtype = str(self._dtype).removeprefix("torch.")
         self._grid.layout.check(config)
         self._place = self._grid.place(settings.rank)
@@ -131,15 +133,21 @@ class TorchEngine:
                 yield kind, shard, _to_numpy(tensors[shard.spec.name])
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], lr: float, weight_decay: float, loss_limit: float = math.inf
+        self,
+        micro_batches: Sequence[MicroBatch],
+        lr: float,
+        weight_decay: float,
+        loss_limit: float = math.inf,
+        loss_scale: float = 1.0,
     ) -> StepResult:
         adamw = self._require_training()
-        loss, trained = self._accumulate(micro_batches)
+        loss, trained = self._accumulate(micro_batches, loss_scale)
         self._sum_gradients()
         loss, norm = self._loss_and_norm(loss)
+        norm /= loss_scale
         applied = is_trusted(loss / trained, norm, loss_limit)
         if applied:
-            adamw.update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad))
+            adamw.update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad) / loss_scale)
             self._sharing.share()
         return StepResult(loss / trained, norm, trained, applied)
 
@@ -214,13 +222,14 @@ class TorchEngine:
             self._settings,
         )
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Fill the gradient buffers. Returns this rank's part of the summed loss, and all ranks' trained tokens."""
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], loss_scale: float = 1.0) -> tuple[float, int]:
+        """Fill the gradient buffers, `loss_scale` times too large. Returns this rank's part of the summed loss, and the
+        trained tokens of all ranks."""
         (trained,) = sum_over(self._groups.everyone, [self._counted_tokens(micro_batches)])
         if not trained:
             raise ValueError(f"none of the {len(micro_batches)} micro-batches has a trained token")
         self._sharing.begin(gradients=True)
-        loss = self._reported(self._passes.accumulate(self._to_run(micro_batches), 1 / trained))
+        loss = self._reported(self._passes.accumulate(self._to_run(micro_batches), loss_scale / trained))
         self._sharing.end()
         return loss, int(trained)
 

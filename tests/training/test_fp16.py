@@ -1,0 +1,70 @@
+"""fp16 training: the dynamic loss scale moves as Megatron's does, and a run is resumed with it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from frameworks import require_framework
+from runs import assert_same_weights, run
+from tandem.config.settings import TrainingSettings
+from tandem.errors import UserError
+from tandem.training.log import StepRecord
+from tandem.training.loss_scale import LossScale
+from workspace import Workspace
+
+FP16 = {"fp16": True, "train_iters": 12, "initial_loss_scale": 2.0**20, "loss_scale_window": 4, "hysteresis": 1}
+
+
+def test_the_scale_falls_and_grows_as_megatrons() -> None:
+    """`DynamicGradScaler`: after `hysteresis` overflows each one halves; the patience comes back with a growth."""
+    settings = TrainingSettings(
+        fp16=True, initial_loss_scale=8.0, loss_scale_window=3, hysteresis=2, min_loss_scale=2.0
+    )
+    scale = LossScale.of(settings, {})
+    values = []
+    for overflow in (True, True, True, False, False, False, True, True, True, True):
+        scale.update(overflow=overflow)
+        values.append(scale.value)
+    assert values == [8, 4, 2, 2, 2, 4, 4, 2, 2, 2]
+    assert not scale.may_fall
+    again = LossScale.of(settings, scale.to_dict())
+    assert again == scale
+
+
+def test_a_constant_scale_stays() -> None:
+    scale = LossScale.of(TrainingSettings(fp16=True, loss_scale=128.0), {})
+    scale.update(overflow=True)
+    assert (scale.value, scale.may_fall, scale.to_dict()) == (128.0, False, {})
+    assert LossScale.of(TrainingSettings(), {"value": 4.0}).value == 1.0
+
+
+def test_a_run_in_fp16_finds_its_scale_and_is_resumed_exactly(workspace: Workspace, tmp_path: Path) -> None:
+    require_framework("torch")
+    whole, parts, full = list[StepRecord](), list[StepRecord](), list[StepRecord]()
+    run(workspace, "torch", whole.append, save=str(tmp_path / "a"), **FP16)
+    run(workspace, "torch", parts.append, save=str(tmp_path / "b"), exit_interval=7, **FP16)
+    run(workspace, "torch", parts.append, save=str(tmp_path / "b"), **FP16)
+    run(workspace, "torch", full.append, train_iters=12)
+    assert whole[0].skipped
+    assert math.isfinite(whole[0].loss)
+    assert whole[1].loss_scale == 2.0**19
+    assert not whole[-1].skipped
+    assert whole[0].loss == pytest.approx(full[0].loss, rel=1e-2)
+    for one, other in zip(whole, parts, strict=True):
+        assert (one.loss, one.lr, one.loss_scale, one.skipped) == (
+            other.loss,
+            other.lr,
+            other.loss_scale,
+            other.skipped,
+        )
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_fp16_is_refused_where_it_cannot_be(workspace: Workspace) -> None:
+    with pytest.raises(UserError, match="--fp16 and --bf16 exclude each other"):
+        run(workspace, "torch", fp16=True, bf16=True)
+    with pytest.raises(UserError, match="--fp16"):
+        run(workspace, require_framework("mindspore"), fp16=True)
