@@ -32,10 +32,8 @@ from tandem.checkpoints.copy import copy
 from tandem.checkpoints.hf import HFSink
 from tandem.checkpoints.interface import Companions, Kind
 from tandem.models.config import ModelConfig
+from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config
 from tandem.models.tensors import tensor_table
-
-# layers, hidden, ffn, query heads, tied
-SIZES = {"0.6B": (28, 1024, 3072, 16, True), "1.7B": (28, 2048, 6144, 16, True), "8B": (36, 4096, 12288, 32, False)}
 
 
 class Noise:
@@ -61,24 +59,6 @@ class Noise:
         yield self.read(name, kind)
 
 
-def model_config(size: str) -> ModelConfig:
-    layers, hidden, ffn, heads, tied = SIZES[size]
-    return ModelConfig(
-        model_type="qwen3",
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=8,
-        kv_channels=128,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        norm_epsilon=1e-6,
-        rotary_base=1e6,
-        untie_embeddings_and_output_weights=not tied,
-    )
-
-
 def write_source(config: ModelConfig, folder: Path) -> None:
     copy(Noise(config), HFSink(folder, config, "bfloat16", Companions()))
 
@@ -97,11 +77,11 @@ def measure(command: list[str]) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="0.6B")
+    parser.add_argument("--size", choices=QWEN3_SIZES, default="0.6B")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     arguments = parser.parse_args()
-    config = model_config(arguments.size)
+    config = qwen3_config(arguments.size)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, target = Path(folder, "hf"), Path(folder, "target")
         writer = multiprocessing.Process(target=write_source, args=(config, source))  # its memory is not measured

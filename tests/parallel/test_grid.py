@@ -9,7 +9,7 @@ from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid, Place, held_shards, saved_shards
 from tandem.parallel.layout import Layout, even_rows
-from tandem.parallel.slices import Part, cut, overlaps, paste, transfer
+from tandem.parallel.slices import Part, cut, overlaps, transfer
 from tandem.parallel.world import World
 from toys import toy_config
 
@@ -39,7 +39,8 @@ def test_all_ranks_together_save_each_element_once(tied: bool, by_rows: bool) ->
         names = [shard.spec.name for shard in saved_shards(config, GRID, GRID.place(rank), by_rows=by_rows)]
         assert names == [name for name in tensor_table(config) if name in set(names)]
         for shard in saved_shards(config, GRID, GRID.place(rank), by_rows=by_rows):
-            paste(saved[shard.spec.name], cut(saved[shard.spec.name], shard.part) + 1, shard.part)
+            count = saved[shard.spec.name]
+            transfer(cut(count, shard.part) + 1, shard.part, count, Part.whole(count.shape))
     for name, count in saved.items():
         assert (count == 1).all(), name
 

@@ -21,7 +21,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout
-from tandem.parallel.slices import Part, paste
+from tandem.parallel.slices import Part, transfer
 from toys import toy_config
 
 JOB = Path(__file__).with_name("layout_job.py")
@@ -178,9 +178,10 @@ def gather(case: Case, folder: Path) -> Outcome:
             for number, (kind, name, boxes, dim) in enumerate(outcome.pop("parts")):
                 key, shape = f"{kind} {name}", table[name].shape
                 part = Part(tuple(tuple((start, stop) for start, stop in box) for box in boxes), dim)
-                paste(tensors.setdefault(key, np.full(shape, np.nan, np.float32)), arrays[str(number)], part)
+                whole = tensors.setdefault(key, np.full(shape, np.nan, np.float32))
+                transfer(arrays[str(number)], part, whole, Part.whole(shape))
                 count = counts.setdefault(key, np.zeros(shape, int))
-                paste(count, np.ones(part.shape, int), part)
+                transfer(np.ones(part.shape, int), part, count, Part.whole(shape))
         outcomes.append(outcome)
     assert all(outcome == outcomes[0] for outcome in outcomes), f"{case.name}: ranks report different numbers"
     assert all((count == 1).all() for count in counts.values()), f"{case.name}: not each number once"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import launcher
 
 from frameworks import require_framework
+from launchers import launcher
 from workspace import Workspace
 
 LAYOUTS = {

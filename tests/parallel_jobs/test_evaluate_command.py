@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jobs import launcher
-
 from frameworks import require_framework
+from launchers import launcher
 from workspace import Workspace
 
 LAYOUTS = ("--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "")

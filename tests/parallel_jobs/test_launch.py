@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from jobs import launcher
 
 from frameworks import require_framework
+from launchers import launcher
 from scripts import free_port
 from tandem.errors import UserError
 from tandem.parallel.launch import Machines

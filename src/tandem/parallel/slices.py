@@ -62,13 +62,6 @@ def cut_rows(rows: np.ndarray, first: int, part: Part) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=part.dim)
 
 
-def paste(tensor: np.ndarray, values: np.ndarray, part: Part) -> None:
-    """Write the values of `part` into their place in a global array: the inverse of `cut`."""
-    ends = np.cumsum([box[part.dim][1] - box[part.dim][0] for box in part.boxes])[:-1]
-    for box, piece in zip(part.boxes, np.split(values, ends, axis=part.dim)):
-        tensor[_index(box)] = piece
-
-
 def overlaps(one: Part, other: Part) -> bool:
     """Whether two parts of the same tensor share any number."""
     return any(_common(a, b) is not None for a in one.boxes for b in other.boxes)

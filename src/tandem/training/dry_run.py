@@ -11,7 +11,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
 from tandem.training.inputs import open_data, open_tokenizer
-from tandem.training.run import prepare
+from tandem.training.start import prepare
 
 
 def dry_run(settings: Settings, processes: int) -> None:

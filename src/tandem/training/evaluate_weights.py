@@ -13,7 +13,7 @@ from tandem.parallel.grid import Grid
 from tandem.parallel.world import World
 from tandem.training.evaluation import Evaluation, Share, evaluate
 from tandem.training.inputs import check_data, named_sets, open_tokenizer, whole_set
-from tandem.training.run import check_model_flags, engine_settings, open_weights
+from tandem.training.start import check_model_flags, engine_settings, open_weights
 
 
 def evaluate_weights(settings: Settings) -> tuple[dict[str, Evaluation], list[str]]:
