@@ -13,7 +13,7 @@ from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import iteration_folder
 from tandem.checkpoints.hf import HFSink
-from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.interface import Companions, Kind, TensorSource, kinds_to_load
 from tandem.checkpoints.native import NativeSink, NativeSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.safetensors_file import SafetensorsFile
@@ -212,3 +212,25 @@ def test_random_weights_depend_on_seed_and_name_only() -> None:
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     assert np.array_equal(RandomSource(small, 5).read(name), RandomSource(large, 5).read(name))
     assert not np.array_equal(RandomSource(small, 5).read(name), RandomSource(small, 6).read(name))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "param_dtype", "expected"),
+    [
+        ({"model": "float32"}, "float32", ("model", "model")),
+        ({"model": "bfloat16"}, "bfloat16", ("model", "model")),
+        ({"model": "bfloat16", "master": "float32"}, "bfloat16", ("model", "master")),
+        ({"model": "bfloat16", "master": "float32"}, "float32", ("master", "master")),
+        ({"model": "bfloat16", "master": "float32"}, "float16", ("master", "master")),
+    ],
+)
+def test_masters_are_taken_where_they_say_more(
+    tmp_path: Path, kinds: dict[Kind, str], param_dtype: str, expected: tuple[Kind, Kind]
+) -> None:
+    config = toy_config()
+    sink = NativeSink(tmp_path, config, Layout(), kinds, 1, Companions())
+    for kind in kinds:
+        for name in tensor_table(config):
+            sink.write(name, RandomSource(config, 1).read(name), kind)
+    sink.close()
+    assert kinds_to_load(NativeSource(tmp_path), "decoder.final_layernorm.weight", param_dtype) == expected

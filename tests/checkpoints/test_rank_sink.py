@@ -17,8 +17,8 @@ from tandem.checkpoints.native import NativeRankSink, NativeSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
-from tandem.parallel.grid import Grid, saved_shards
-from tandem.parallel.layout import Layout
+from tandem.parallel.grid import Grid, held_shards, saved_shards
+from tandem.parallel.layout import Layout, even_rows
 from tandem.parallel.slices import cut
 from tandem.parallel.world import World
 from toys import toy_config
@@ -85,7 +85,8 @@ def save(
             failure: Exception | None = None
             try:
                 for kind in KINDS:
-                    for shard in saved_shards(CONFIG, GRID, GRID.place(rank), by_rows=kind in by_rows):
+                    first = rank - rank % per_machine
+                    for shard in saved_shards(CONFIG, GRID, rank, by_rows=kind in by_rows, first_rank=first):
                         if rank == break_rank and kind == "exp_avg":
                             raise OSError(28, "No space left on device")
                         sink.write_part(kind, shard, cut(value_of(kind, shard.spec.name), shard.part))
@@ -135,16 +136,24 @@ def test_a_folder_that_cannot_be_made_fails_on_all(tmp_path: Path) -> None:
     assert all("rank 0: cannot write to" in str(error) for error in errors)
 
 
-def test_without_shared_storage_a_machine_keeps_its_own_slices(tmp_path: Path) -> None:
-    """Two machines of four ranks: the first holds stage 0, the second stage 1; each can resume with what it has."""
-    machines = [tmp_path / "a", tmp_path / "b"]
-    assert save(lambda rank: machines[rank // 4], by_rows=OPTIMIZER, per_machine=4) == [None] * GRID.size
+@pytest.mark.parametrize("by_rows", [(), OPTIMIZER], ids=["nothing", "optimizer"])
+@pytest.mark.parametrize("per_machine", [1, 2, 4])
+def test_without_shared_storage_a_machine_keeps_all_that_its_ranks_hold(
+    tmp_path: Path, per_machine: int, by_rows: Collection[Kind]
+) -> None:
+    """Whatever axis of the grid lies between machines: replicated weights, the tied head, and other data ranks' weights
+    are on each machine that needs them, and each can resume with what it has."""
+    machines = [tmp_path / str(number) for number in range(GRID.size // per_machine)]
+    errors = save(lambda rank: machines[rank // per_machine], by_rows=by_rows, per_machine=per_machine)
+    assert errors == [None] * GRID.size
     for rank in range(GRID.size):
-        source = NativeSource(machines[rank // 4])
+        source, place = NativeSource(machines[rank // per_machine]), GRID.place(rank)
         for kind in KINDS:
-            for shard in saved_shards(CONFIG, GRID, GRID.place(rank), by_rows=kind != "model"):
-                name = shard.spec.name
-                found = source.read_part(name, shard.part, kind)
-                np.testing.assert_array_equal(found, cut(value_of(kind, name), shard.part), err_msg=name)
+            for shard in held_shards(CONFIG, GRID, place):
+                name, part = shard.spec.name, shard.part
+                if kind in by_rows:
+                    part = part.rows(*even_rows(part.shape[0], GRID.data_size, place.data))
+                found = source.read_part(name, part, kind)
+                np.testing.assert_array_equal(found, cut(value_of(kind, name), part), err_msg=name)
     with pytest.raises(UserError, match="another machine holds"):
         NativeSource(machines[0]).read("decoder.final_layernorm.weight")

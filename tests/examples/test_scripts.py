@@ -167,16 +167,24 @@ def test_two_machines(site: Site, pretrained: Finished, framework: str) -> None:
         "MASTER_PORT": port,
         "CKPT_SAVE_DIR": f"ckpt/{framework}-nodes",
     }
-    with ThreadPoolExecutor(2) as pool:
-        runs = [
-            pool.submit(machine.run, PRETRAIN[framework], NODE_RANK=node, **common)
-            for node, machine in enumerate((site, other))
-        ]
-        first, second = (run.result() for run in runs)
-    assert (first.code, second.code) == (0, 0), first.output + second.output
-    np.testing.assert_allclose(first.losses, pretrained.losses, rtol=BF16)
+
+    def both(**variables: object) -> Finished:
+        """Run on both machines; what the first printed."""
+        with ThreadPoolExecutor(2) as pool:
+            runs = [
+                pool.submit(machine.run, PRETRAIN[framework], NODE_RANK=node, **{**common, **variables})
+                for node, machine in enumerate((site, other))
+            ]
+            first, second = (run.result() for run in runs)
+        assert (first.code, second.code) == (0, 0), first.output + second.output
+        return first
+
+    np.testing.assert_allclose(both().losses, pretrained.losses, rtol=BF16)
     for machine in (site, other):
         assert (machine.root / f"ckpt/{framework}-nodes/latest_checkpointed_iteration.txt").exists()
+    goes_on = both(TRAIN_ITERS=3)
+    assert "resuming at iteration 2" in goes_on.output
+    assert len(goes_on.losses) == 1
 
 
 @pytest.mark.parametrize("script", [HF2MCORE, MCORE2HF, TEXT, INSTRUCTIONS])

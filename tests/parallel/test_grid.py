@@ -36,9 +36,9 @@ def test_all_ranks_together_save_each_element_once(tied: bool, by_rows: bool) ->
     config = toy_config(num_layers=4, vocab_size=211, untie_embeddings_and_output_weights=not tied)
     saved = {name: np.zeros(spec.shape, int) for name, spec in tensor_table(config).items()}
     for rank in range(GRID.size):
-        names = [shard.spec.name for shard in saved_shards(config, GRID, GRID.place(rank), by_rows=by_rows)]
+        names = [shard.spec.name for shard in saved_shards(config, GRID, rank, by_rows=by_rows)]
         assert names == [name for name in tensor_table(config) if name in set(names)]
-        for shard in saved_shards(config, GRID, GRID.place(rank), by_rows=by_rows):
+        for shard in saved_shards(config, GRID, rank, by_rows=by_rows):
             count = saved[shard.spec.name]
             transfer(cut(count, shard.part) + 1, shard.part, count, Part.whole(count.shape))
     for name, count in saved.items():

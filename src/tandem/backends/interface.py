@@ -92,17 +92,17 @@ class Engine(Protocol):
     optimizer_step: int  # updates applied so far (Adam's t)
 
     def load_weights(self, source: TensorSource) -> None:
-        """Take this rank's slice of every weight; from the source's "master" kind where it has one."""
+        """Take this rank's slice of every weight, and its masters, from the kinds that `kinds_to_load` names."""
         ...
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
         """Take this rank's share of Adam's moments."""
         ...
 
-    def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
         """Everything a checkpoint must hold of this rank, as (kind, which part of which tensor, host array): what
-        `saved_shards` lists, by rows where the settings shard that kind, "model" first. An array is valid until the
-        next one is asked for."""
+        `saved_shards` lists, by rows where the settings shard that kind, "model" first. `first_rank` is the first that
+        writes to this rank's disk. An array is valid until the next one is asked for."""
         ...
 
     def train_step(

@@ -130,6 +130,18 @@ class RowsWritten:
         return range(first, last)
 
 
+def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[Kind, Kind]:
+    """What an engine that computes in `param_dtype` takes a weight from, and its fp32 master.
+
+    Masters say more than weights in a smaller dtype. But a weight in the very dtype is its master, rounded, and is then
+    taken as it is: without shared storage a machine may hold only some rows of the masters.
+    """
+    if "master" not in source.kinds():
+        return "model", "model"
+    exact = dtype_name(source.dtype(name, "model")) == param_dtype
+    return ("model" if exact else "master"), "master"
+
+
 def check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if tuple(found) != tuple(expected):
         raise UserError(f"{where}: tensor {name} has shape {list(found)}; the config implies {list(expected)}")

@@ -269,10 +269,11 @@ class NativeRankSink:
             if self._publication is not None:
                 self._publication.abort()
             raise
+        first = world.first_on_disk(shared_storage=shared_storage)
         plan = [
             self._planned(kind, shard)
             for kind in self._dtypes
-            for shard in saved_shards(config, grid, place, by_rows=kind in by_rows)
+            for shard in saved_shards(config, grid, world.rank, by_rows=kind in by_rows, first_rank=first)
         ]
         self._files = _SliceFiles(Publication.working_folder(self._final), plan, self._dtypes)
 
@@ -383,10 +384,11 @@ class NativeSource:
             self.config = ModelConfig.from_dict(index["model"])
             self.layout = Layout.from_dict(index["layout"])
             self._dtypes: dict[Kind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
-            self._slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
+            slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / INDEX}: damaged: {_say(error)}") from error
         self.companions = companions_of(self.folder / COMPANIONS)
+        self._slices = self._here(slices) if index.get("elsewhere") else slices
         self._check_slices()
         self._files = self._open_files(elsewhere=bool(index.get("elsewhere")))
 
@@ -451,6 +453,17 @@ class NativeSource:
                 raise UserError(
                     f"{self.folder / INDEX}: damaged: the slices of {key} do not cover its shape {list(spec.shape)}"
                 )
+
+    def _here(self, slices: dict[str, list[_Slice]]) -> dict[str, list[_Slice]]:
+        """Of slices that several machines hold, the one that is here, if any."""
+        files = {entry.file for entries in slices.values() for entry in entries}
+        present = {file for file in files if (self.folder / file).exists()}
+        chosen: dict[str, dict[Part, _Slice]] = {key: {} for key in slices}
+        for key, entries in slices.items():
+            for entry in entries:
+                if entry.file in present or entry.part not in chosen[key]:
+                    chosen[key][entry.part] = entry
+        return {key: list(found.values()) for key, found in chosen.items()}
 
     def _open_files(self, *, elsewhere: bool) -> dict[str, SafetensorsFile]:
         """The files that are here; with `elsewhere`, other machines hold the rest."""

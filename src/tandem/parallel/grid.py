@@ -7,6 +7,7 @@ from typing import Literal
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.models.tensors import EMBEDDING
 from tandem.parallel.layout import Layout, Shard, even_rows, shards
 
 Axis = Literal["tensor", "data", "pipeline"]
@@ -99,14 +100,25 @@ def counted_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]
     ]
 
 
-def saved_shards(config: ModelConfig, grid: Grid, place: Place, *, by_rows: bool) -> list[Shard]:
-    """What a checkpoint takes from a rank: over all ranks, each element once, in the tensor table's order.
+def saved_shards(config: ModelConfig, grid: Grid, rank: int, *, by_rows: bool, first_rank: int = 0) -> list[Shard]:
+    """What a checkpoint takes from a rank, in the tensor table's order: of what it holds, the parts that no earlier
+    rank on its disk holds. So every disk gets all that its ranks hold, once.
 
-    `by_rows`: the state is sharded by rows over data ranks (`even_rows`), and each gives its own; otherwise the first
-    data rank gives everything.
+    Args:
+        by_rows: the state is sharded by rows over data ranks (`even_rows`), and a rank holds its own.
+        first_rank: the first that writes to the rank's disk; 0 when all share one.
     """
-    counted = counted_shards(config, grid, place)
-    if not by_rows:
-        return counted if place.data == 0 else []
-    cut = [replace(s, part=s.part.rows(*even_rows(s.shape[0], grid.data_size, place.data))) for s in counted]
-    return [shard for shard in cut if 0 not in shard.shape]
+    place = grid.place(rank)
+    held = held_shards(config, grid, place)
+    if by_rows:
+        held = [replace(s, part=s.part.rows(*even_rows(s.shape[0], grid.data_size, place.data))) for s in held]
+    data = (place.data,) if by_rows else range(grid.data_size)
+    saved = []
+    for shard in held:
+        tensor = range(grid.tensor_size) if shard.spec.split.dim is None else (place.tensor,)
+        is_tied = config.tied and shard.spec.name == EMBEDDING
+        stages = (0, grid.pipeline_size - 1) if is_tied else (place.pipeline,)
+        holders = [grid.rank(Place(t, d, p)) for t in tensor for d in data for p in stages]
+        if rank == min(holder for holder in holders if holder >= first_rank) and 0 not in shard.shape:
+            saved.append(shard)
+    return saved

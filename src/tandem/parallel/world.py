@@ -23,7 +23,11 @@ class World:
 
     def leads(self, *, shared_storage: bool) -> bool:
         """Whether this process does what is done once per disk."""
-        return self.rank == 0 if shared_storage else self.local_rank == 0
+        return self.rank == self.first_on_disk(shared_storage=shared_storage)
+
+    def first_on_disk(self, *, shared_storage: bool) -> int:
+        """The first rank that writes to this process's disk. A machine's ranks follow each other."""
+        return 0 if shared_storage else self.rank - self.local_rank
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:

@@ -193,7 +193,9 @@ class CheckpointWriter:
 
     def _parts(self) -> Iterator[Part]:
         kinds = self._kinds()
-        return (part for part in self._engine.tensors() if part[0] in kinds)
+        shared_storage = not self._settings.checkpoint.no_shared_storage
+        tensors = self._engine.tensors(self._communicator.world.first_on_disk(shared_storage=shared_storage))
+        return (part for part in tensors if part[0] in kinds)
 
     def _copied(self) -> list[Part]:
         """This rank's tensors, copied. The copies' memory is kept for the next save: new pages cost as much again."""

@@ -23,7 +23,7 @@ from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
 from tandem.checkpoints.arrays import is_finite
-from tandem.checkpoints.interface import Kind, TensorSource, check_shape
+from tandem.checkpoints.interface import Kind, TensorSource, check_shape, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -67,12 +67,14 @@ class MindSporeEngine:
         self._optimizer = AdamW(self._weights, self._data, settings, self._kernels) if settings.training else None
 
     def load_weights(self, source: TensorSource) -> None:
-        kind: Kind = "master" if "master" in source.kinds() else "model"
         for name, weight in self._weights.items():
+            kind, master_kind = kinds_to_load(source, name, self.param_dtype)
             values = _read(source, name, kind, self._shards[name].part)
             _fill(weight.value, values)
             if weight.master is not weight.value:
-                _fill(weight.master, self._data.own_values(values))
+                same = master_kind == kind
+                own = self._data.own_values(values) if same else _read(source, name, master_kind, self._own_part(name))
+                _fill(weight.master, own)
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
         optimizer = self._require_training()
@@ -80,14 +82,20 @@ class MindSporeEngine:
         if absent:
             raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
         for name in optimizer.weights:
-            part = self._shards[name].part
-            own = part.rows(*self._data.own_rows(part.shape[0])) if self._data.by_rows else part
-            _fill(optimizer.exp_avg[name], _read(source, name, "exp_avg", own))
-            _fill(optimizer.exp_avg_sq[name], _read(source, name, "exp_avg_sq", own))
+            _fill(optimizer.exp_avg[name], _read(source, name, "exp_avg", self._own_part(name)))
+            _fill(optimizer.exp_avg_sq[name], _read(source, name, "exp_avg_sq", self._own_part(name)))
         self.optimizer_step = optimizer_step
 
-    def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
-        for shard in saved_shards(self.config, self._grid, self._place, by_rows=False):
+    def _own_part(self, name: str) -> Part:
+        """The rows of a weight's slice that this rank updates."""
+        part = self._shards[name].part
+        return part.rows(*self._data.own_rows(part.shape[0])) if self._data.by_rows else part
+
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+        def saved(by_rows: bool) -> list[Shard]:
+            return saved_shards(self.config, self._grid, self._settings.rank, by_rows=by_rows, first_rank=first_rank)
+
+        for shard in saved(False):
             yield "model", shard, self._weights[shard.spec.name].value.asnumpy()
         if self._optimizer is None:
             return
@@ -95,9 +103,8 @@ class MindSporeEngine:
         if self.param_dtype != "float32":
             kinds.append(("master", {name: weight.master for name, weight in self._weights.items()}))
         kinds += [("exp_avg", self._optimizer.exp_avg), ("exp_avg_sq", self._optimizer.exp_avg_sq)]
-        saved = saved_shards(self.config, self._grid, self._place, by_rows=self._data.by_rows)
         for kind, tensors in kinds:
-            for shard in saved:
+            for shard in saved(self._data.by_rows):
                 yield kind, shard, tensors[shard.spec.name].asnumpy()
 
     def train_step(

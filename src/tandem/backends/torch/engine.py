@@ -25,7 +25,7 @@ from tandem.backends.torch.optimizer import AdamW, clip_coefficient, norm_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.tensor_parallel import TensorParallel
-from tandem.checkpoints.interface import Kind, TensorSource, check_shape
+from tandem.checkpoints.interface import Kind, TensorSource, check_shape, kinds_to_load
 from tandem.data.batch import IGNORE, MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -96,15 +96,17 @@ class TorchEngine:
         return self._adamw.step if self._adamw else 0
 
     def load_weights(self, source: TensorSource) -> None:
-        kind: Kind = "master" if "master" in source.kinds() else "model"
         for name, weight in self._weights.items():
-            part = self._shards[name].part
-            own = own_rows(self._sharing.ranks, part.shape[0], by_rows=self._sharing.by_rows)
-            values = _read(source, name, kind, part.rows(*own) if self._sharing.weights_by_rows else part)
+            kind, master_kind = kinds_to_load(source, name, self.param_dtype)
+            own = self._own_part(name)
+            values = _read(source, name, kind, own if self._sharing.weights_by_rows else self._shards[name].part)
             self._sharing.kept(weight).copy_(values)
-            if self._adamw and name in self._adamw.master:
-                updated = values if self._sharing.weights_by_rows else values[slice(*own)]
-                self._adamw.master[name].copy_(updated)
+            if self._adamw and name in self._adamw.master and self._dtype != torch.float32:
+                if master_kind != kind:
+                    values = _read(source, name, master_kind, own)
+                elif not self._sharing.weights_by_rows:
+                    values = values[slice(*self._own_rows(name))]
+                self._adamw.master[name].copy_(values)
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
         adamw = self._require_training()
@@ -112,14 +114,22 @@ class TorchEngine:
         if absent:
             raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
         for name in adamw.master:
-            part = self._shards[name].part
-            own = part.rows(*own_rows(self._sharing.ranks, part.shape[0], by_rows=self._sharing.by_rows))
-            adamw.exp_avg[name].copy_(_read(source, name, "exp_avg", own))
-            adamw.exp_avg_sq[name].copy_(_read(source, name, "exp_avg_sq", own))
+            adamw.exp_avg[name].copy_(_read(source, name, "exp_avg", self._own_part(name)))
+            adamw.exp_avg_sq[name].copy_(_read(source, name, "exp_avg_sq", self._own_part(name)))
         adamw.step = optimizer_step
 
-    def tensors(self) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
-        for shard in saved_shards(self.config, self._grid, self._place, by_rows=self._sharing.weights_by_rows):
+    def _own_rows(self, name: str) -> tuple[int, int]:
+        """The rows of a weight's slice that this rank updates."""
+        return own_rows(self._sharing.ranks, self._shards[name].shape[0], by_rows=self._sharing.by_rows)
+
+    def _own_part(self, name: str) -> Part:
+        return self._shards[name].part.rows(*self._own_rows(name))
+
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+        def saved(by_rows: bool) -> list[Shard]:
+            return saved_shards(self.config, self._grid, self._settings.rank, by_rows=by_rows, first_rank=first_rank)
+
+        for shard in saved(self._sharing.weights_by_rows):
             yield "model", shard, _to_numpy(self._sharing.kept(self._weights[shard.spec.name]))
         if self._adamw is None:
             return
@@ -127,9 +137,8 @@ class TorchEngine:
         if self._dtype != torch.float32:
             kinds.append(("master", self._adamw.master))
         kinds += [("exp_avg", self._adamw.exp_avg), ("exp_avg_sq", self._adamw.exp_avg_sq)]
-        saved = saved_shards(self.config, self._grid, self._place, by_rows=self._sharing.by_rows)
         for kind, tensors in kinds:
-            for shard in saved:
+            for shard in saved(self._sharing.by_rows):
                 yield kind, shard, _to_numpy(tensors[shard.spec.name])
 
     def train_step(
