@@ -48,6 +48,7 @@ class Case:
     tied: bool = True
     packed: bool = False
     idle: bool = False
+    num_layers: int = 4
     lr: float = 1e-3
 
     @classmethod
@@ -75,17 +76,17 @@ class Case:
         )
 
     @property
-    def work(self) -> tuple[str, bool, bool, bool, float]:
+    def work(self) -> tuple[str, bool, bool, bool, int, float]:
         """What must not depend on the layout."""
-        return self.family, self.tied, self.packed, self.idle, self.lr
+        return self.family, self.tied, self.packed, self.idle, self.num_layers, self.lr
 
 
 def toy_source(case: Case) -> MemorySource:
-    """Four layers, eight query heads in four groups; the vocabulary is a prime, so that slices are uneven."""
+    """Eight query heads in four groups; the vocabulary is a prime, so that slices are uneven."""
     return toy_weights(
         toy_config(
             model_type=case.family,
-            num_layers=4,
+            num_layers=case.num_layers,
             num_attention_heads=8,
             num_query_groups=4,
             untie_embeddings_and_output_weights=not case.tied,
@@ -135,8 +136,10 @@ class Outcome:
 
 
 @functools.cache
-def one_process(framework: str, family: str, tied: bool, packed: bool, idle: bool, lr: float) -> Outcome:
-    case = Case(family=family, tied=tied, packed=packed, idle=idle, lr=lr)
+def one_process(
+    framework: str, family: str, tied: bool, packed: bool, idle: bool, num_layers: int, lr: float
+) -> Outcome:
+    case = Case(family=family, tied=tied, packed=packed, idle=idle, num_layers=num_layers, lr=lr)
     source = toy_source(case)
     engine = create_engine(framework, source.config, engine_settings(case, Grid(), 0))
     engine.load_weights(source)

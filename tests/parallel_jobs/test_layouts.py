@@ -12,9 +12,9 @@ from frameworks import require_framework
 
 SHORT = {
     2: [
+        Case(tp=2, sequence_parallel=True, packed=True),
         # Where there is almost no gradient, as of key biases, Adam makes steps of rounding errors: a smaller rate keeps
         # them small.
-        Case(tp=2, sequence_parallel=True, packed=True, lr=2e-4),
         Case(tp=2, family="qwen2", recompute_layers=2, lr=2e-4),
         Case(tp=2, tied=False, family="llama"),
         Case(pp=2, packed=True),
@@ -34,6 +34,8 @@ SHORT = {
         Case(tp=2, dp=2, use_torch_fsdp2=True, sequence_parallel=True),
         Case(pp=2, dp=2, use_torch_fsdp2=True, packed=True, idle=True, vpp=1),
         Case(tp=4, tied=False, packed=True),
+        Case(pp=4, packed=True),
+        Case(pp=4, vpp=1, num_layers=8),
     ],
 }
 
@@ -52,6 +54,7 @@ SHORTER = {
     ],
     4: [
         Case(tp=2, pp=2, packed=True, noop_layers=(0, 5)),
+        Case(pp=4, packed=True),
         Case(tp=2, dp=2, family="qwen2", use_distributed_optimizer=True, lr=2e-4),
     ],
 }

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.torch.device import choose_device
 from tandem.errors import UserError
-from tandem.parallel.grid import Grid, Place
-from tandem.parallel.pipeline import after, before
+from tandem.parallel.grid import Grid
 from tandem.parallel.world import World
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -81,31 +80,33 @@ class Groups:
     """Who this rank talks with.
 
     Attributes:
-        tied: the first and the last stage's ranks that hold the same slice of a tied embedding.
-        channels: (from rank, to rank, whether it carries activations) -> a group of those two. Each carries messages in
-            one direction, in the order in which both sides of the schedule come to them.
+        pipelines: whether messages are activations, and whether they go around (from the last stage to the first, or
+            their gradients back) -> a group of all stages. So between two ranks each group carries messages in one
+            direction, in the order in which both sides of the schedule come to them.
     """
 
     everyone: Ranks
     tensor: Ranks
     data: Ranks
-    tied: Ranks
-    channels: dict[tuple[int, int, bool], Group]
+    pipelines: dict[tuple[bool, bool], Group]
 
 
-def make_groups(grid: Grid, rank: int, *, tied: bool, chunks: int) -> Groups:
-    """Create the groups of `rank`; every rank calls this at the same time."""
+def make_groups(grid: Grid, rank: int, *, interleaved: bool) -> Groups:
+    """Create the groups of `rank`; every rank calls this at the same time.
+
+    PyTorch tells groups that only their members create apart by how many a process has created before, so every rank
+    must create equally many.
+    """
     if grid.size == 1:
-        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), {})
+        return Groups(Ranks(), Ranks(), Ranks(), {})
     place = grid.place(rank)
-    ends = [grid.rank(Place(place.tensor, place.data, stage)) for stage in (0, grid.pipeline_size - 1)]
-    has_tied = tied and grid.pipeline_size > 1 and rank in ends
+    kinds = [(forward, around) for forward in (True, False) for around in ((False, True) if interleaved else (False,))]
+    stages = grid.group("pipeline", place)
     return Groups(
         Ranks(dist.group.WORLD, rank, grid.size),
         _ranks(grid.group("tensor", place), rank),
         _ranks(grid.group("data", place), rank),
-        _ranks(ends, rank) if has_tied else Ranks(),
-        _channels(grid, place, chunks),
+        {kind: _group(stages) for kind in kinds} if len(stages) > 1 else {},
     )
 
 
@@ -205,19 +206,3 @@ def _group(members: list[int]) -> Group:
     group = dist.new_group(members, use_local_synchronization=True)
     assert isinstance(group, Group)
     return group
-
-
-def _channels(grid: Grid, place: Place, chunks: int) -> dict[tuple[int, int, bool], Group]:
-    """Both ends of a channel create it: in the sorted order of channels, which is the same everywhere."""
-    stages, own = grid.pipeline_size, grid.rank(place)
-    wanted = set()
-    for chunk in range(chunks):
-        for link, outward in (
-            (after(place.pipeline, chunk, stages, chunks), True),
-            (before(place.pipeline, chunk, stages), False),
-        ):
-            if link is not None:
-                other = grid.rank(Place(place.tensor, place.data, link.stage))
-                ends = (own, other) if outward else (other, own)
-                wanted |= {(*ends, True), (*ends[::-1], False)}
-    return {ends: _group(sorted(ends[:2])) for ends in sorted(wanted)}

@@ -10,7 +10,6 @@ from itertools import accumulate
 import ml_dtypes
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tandem.backends.interface import EngineSettings, StepResult, is_trusted
@@ -72,11 +71,11 @@ class TorchEngine:
         self._grid.layout.check(config)
         self._place = self._grid.place(settings.rank)
         stage = self._grid.layout.stages(config.num_layers)[self._place.pipeline]
-        self._groups = make_groups(self._grid, settings.rank, tied=config.tied, chunks=len(stage))
+        self._groups = make_groups(self._grid, settings.rank, interleaved=len(stage) > 1)
         self._tensor = make_tensor_parallel(config, settings, self._groups)
         sharded = FullySharded(self._groups.data) if settings.use_torch_fsdp2 and self._grid.data_size > 1 else None
         self._sharing: Sharing = sharded or Replicated(self._groups.data, by_rows=settings.use_distributed_optimizer)
-        pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.channels)
+        pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.pipelines)
         slots = [tuple(slot.local for slot in chunk) for chunk in stage]
         chunks = [
             Chunk(own, pipeline.source(number) is None, pipeline.target(number) is None)
@@ -255,8 +254,8 @@ class TorchEngine:
         self._sharing.reduce()
         if self._tensor is not None:
             self._tensor.sum_all(self._sharing.gradient(self._weights[name]) for name in self._partial_names())
-        if self._groups.tied.group is not None:
-            dist.all_reduce(self._sharing.gradient(self._weights[EMBEDDING]), group=self._groups.tied.group)
+        if self.config.tied and self._grid.pipeline_size > 1 and EMBEDDING in self._weights:
+            self._passes.pipeline.sum_over_ends(self._sharing.gradient(self._weights[EMBEDDING]))
 
     def _partial_names(self) -> list[str]:
         """Replicated weights whose gradient on a tensor rank is a part of the sum: those that see only its heads, and,

@@ -17,13 +17,13 @@ class Pipeline:
     """One stage's view of its neighbours. Sending does not wait; receiving does.
 
     Args:
-        channels: as in `Groups`.
+        groups: `Groups.pipelines`.
     """
 
     grid: Grid
     place: Place
     chunks: int
-    channels: dict[tuple[int, int, bool], Group]
+    groups: dict[tuple[bool, bool], Group]
     _sent: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
 
     def source(self, chunk: int) -> Link | None:
@@ -40,14 +40,14 @@ class Pipeline:
 
     def receive(self, link: Link, forward: bool, x: torch.Tensor) -> torch.Tensor:
         """Fill x with what the chunk at `link` sends: activations when `forward`, their gradient otherwise."""
-        other, own = self._rank(link), self.grid.rank(self.place)
-        dist.recv(x, other, group=self.channels[other, own, forward])
+        around = (link.stage > self.place.pipeline) == forward
+        dist.recv(x, self._rank(link.stage), group=self.groups[forward, around])
         return x
 
     def send(self, link: Link, forward: bool, x: torch.Tensor) -> None:
-        other, own = self._rank(link), self.grid.rank(self.place)
+        around = (self.place.pipeline > link.stage) == forward
         x = x.contiguous()
-        work = dist.isend(x, other, group=self.channels[own, other, forward])
+        work = dist.isend(x, self._rank(link.stage), group=self.groups[forward, around])
         assert work is not None
         self._sent = [(sent, kept) for sent, kept in self._sent if not sent.is_completed()]
         self._sent.append((work, x))  # alive until it has left
@@ -58,5 +58,16 @@ class Pipeline:
             work.wait()
         self._sent.clear()
 
-    def _rank(self, link: Link) -> int:
-        return self.grid.rank(Place(self.place.tensor, self.place.data, link.stage))
+    def sum_over_ends(self, x: torch.Tensor) -> None:
+        """Add what the model's first and last stage hold of a tensor, in place; for those two, of several."""
+        first = self.grid.is_first_stage(self.place)
+        other = self._rank(self.grid.pipeline_size - 1 if first else 0)
+        found = torch.empty_like(x)
+        work = dist.isend(x.contiguous(), other, group=self.groups[first, False])
+        dist.recv(found, other, group=self.groups[not first, False])
+        assert work is not None
+        work.wait()
+        x.add_(found)
+
+    def _rank(self, stage: int) -> int:
+        return self.grid.rank(Place(self.place.tensor, self.place.data, stage))
