@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.config.settings import Settings
-from tandem.config.sources import from_dict, parse_settings
+from tandem.config.sources import from_dict, parse_settings, to_yaml
 from tandem.errors import RunStopped, UserError
 from tandem.training.events import read_events
 from tandem.training.log import StepRecord
@@ -58,6 +59,21 @@ def test_a_run_that_resumes_elsewhere_starts_from_the_same_iteration(workspace: 
     train(short(workspace, tmp_path / "b", load=str(tmp_path / "a")))
     train(short(workspace, tmp_path / "a", load=str(tmp_path / "a")))
     assert rerun(str(tmp_path / "b"), RerunOptions()).steps == 4
+
+
+def test_a_run_of_two_processes_is_run_again_by_two(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By itself; `--nproc-per-node` takes another number."""
+    require_framework("torch")
+    settings = short(workspace, tmp_path / "a", tensor_model_parallel_size=2)
+    (tmp_path / "run.yaml").write_text(to_yaml(settings))
+    assert main(["pretrain", "--config", str(tmp_path / "run.yaml"), "--nproc-per-node", "2"]) == 0
+    assert main(["rerun", str(tmp_path / "a"), "--save", str(tmp_path / "b")]) == 0
+    assert "losses of 6 steps: identical" in capsys.readouterr().out
+    assert read_starts(tmp_path / "b")[0]["processes"] == 2
+    assert main(["rerun", str(tmp_path / "a"), "--nproc-per-node", "1"]) == 2
+    assert "1 processes" in capsys.readouterr().err
 
 
 def test_a_record_says_what_the_run_was(workspace: Workspace, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tandem.parallel.world import World
 from tandem.training.log import StepRecord
 from tandem.training.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
-from tandem.training.run_record import code_version, read_starts, versions
+from tandem.training.run_record import RUN_FILE, code_version, read_starts, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class RerunOptions:
     """How far a loss may be from the recorded one; 0 asks for the same bits."""
     deterministic_mode: bool = False
     """Run with --deterministic-mode, also where the recorded run did not."""
+    nproc_per_node: int | None = None
+    """Processes to start on this machine; default: as many as the run had. A launcher's own count instead."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def rerun(folder: str, options: RerunOptions) -> Comparison:
 
 def settings_again(start: dict[str, Any], save: str | None, last: int, deterministic: bool) -> Settings:
     """The recorded settings, from the same weights, up to iteration `last`, with no log but the new folder's."""
-    settings = from_dict(start["settings"], "run.json")
+    settings = from_dict(start["settings"], RUN_FILE)
     training = dataclasses.replace(
         settings.training,
         exit_interval=last if last < settings.total_iters else None,
