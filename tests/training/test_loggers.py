@@ -5,10 +5,12 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import io
+import json
+import struct
 import sys
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from steps import step_record
 from tandem.config.settings import LoggingSettings, Settings
 from tandem.errors import UserError
 from tandem.training.live import LiveView, sparkline
+from tandem.training.log import StepRecord
 from tandem.training.loggers import step_loggers
 from tandem.training.run import train
 from tandem.training.scalars import scalars
@@ -94,57 +97,97 @@ def test_a_missing_library_is_named_with_its_command(
         make()
 
 
-class FakeWandb(types.ModuleType):
-    """As much of wandb as is called; keeps what it is told."""
+def offline_runs(folder: Path) -> list[list[Any]]:
+    """What `wandb sync` would send of each run, oldest first."""
+    return [
+        list(wandb_records(path)) for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
+    ]
 
-    class Error(Exception):
-        pass
 
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.calls: list = []
-        self.fails = False
+def wandb_records(path: Path) -> Iterator[Any]:
+    """wandb has no reader of its own in Python: 7 bytes of header, then LevelDB's log format, with fragments of
+    records in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    def init(self, **options: object) -> FakeWandb:
-        if self.fails:
-            raise self.Error("api key not configured")
-        self.calls.append(("init", options))
-        return self
+    data, position, record = path.read_bytes(), 7, b""
+    while position < len(data):
+        room = 2**15 - position % 2**15
+        if room < 7:
+            position += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or its last fragment
+            yield Record.FromString(record)
+            record = b""
 
-    def log(self, values: dict, step: int) -> None:
-        self.calls.append(("log", step, values["lm loss"]))
 
-    def finish(self) -> None:
-        self.calls.append(("finish",))
+def wandb_config(records: list[Any]) -> dict[str, Any]:
+    (run,) = (record.run for record in records if record.HasField("run"))
+    return {item.key: json.loads(item.value_json) for item in run.config.update}
+
+
+def wandb_steps(records: list[Any]) -> list[dict[str, float]]:
+    histories = [record.history for record in records if record.HasField("history")]
+    return [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in history.item} for history in histories]
+
+
+def wandb_exit(records: list[Any]) -> int:
+    (code,) = (record.exit.exit_code for record in records if record.HasField("exit"))
+    return code
 
 
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
+def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The library, told to send nothing, for someone who is not logged in."""
+    library = pytest.importorskip("wandb", reason="wandb is not installed: pip install 'tandem-llm[wandb]'")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    library.teardown()  # it keeps what the environment said
 
 
-def test_wandb_gets_settings_and_steps(wandb: FakeWandb, workspace: Workspace) -> None:
-    settings = workspace.settings("torch", train_iters=2, lr_warmup_iters=0, wandb_project="p", wandb_exp_name="n")
-    records: list = []
-    train(settings, records.append)
-    (_, options), *rest = wandb.calls
-    assert (options["project"], options["name"], options["config"]["training"]["train_iters"]) == ("p", "n", 2)
-    assert rest == [("log", 1, records[0].loss), ("log", 2, records[1].loss), ("finish",)]
+@pytest.mark.usefixtures("wandb")
+def test_wandb_gets_settings_and_steps(workspace: Workspace, tmp_path: Path) -> None:
+    """Each process that resumes is a run of its own, with the steps that it computed."""
+    options = {"train_iters": 5, "lr_warmup_iters": 0, "wandb_project": "p", "wandb_exp_name": "n"}
+    records: list[StepRecord] = []
+    for exit_interval in (3, None):
+        train(workspace.settings("torch", save=str(tmp_path), exit_interval=exit_interval, **options), records.append)
+    runs = offline_runs(tmp_path / "wandb")
+    for run in runs:
+        (start,) = (record.run for record in run if record.HasField("run"))
+        assert (start.project, start.display_name, start.run_group) == ("p", "n", "n")
+        assert wandb_config(run)["training"]["train_iters"] == 5
+        assert wandb_exit(run) == 0
+    assert [[step["_step"] for step in wandb_steps(run)] for run in runs] == [[1, 2, 3], [4, 5]]
+    for step, record in zip([step for run in runs for step in wandb_steps(run)], records, strict=True):
+        expected = scalars(record)
+        assert {name: step[name] for name in expected} == expected
 
 
-def test_wandb_that_refuses_ends_the_run_before_it_begins(wandb: FakeWandb, workspace: Workspace) -> None:
-    wandb.fails = True
-    with pytest.raises(UserError, match="--wandb-project p: api key"):
-        train(workspace.settings("torch", train_iters=1, lr_warmup_iters=0, wandb_project="p"))
+@pytest.mark.usefixtures("wandb")
+def test_wandb_that_refuses_ends_the_run_before_it_begins(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    records: list[StepRecord] = []
+    values = {"train_iters": 1, "lr_warmup_iters": 0, "wandb_project": "p", "wandb_save_dir": str(tmp_path)}
+    with pytest.raises(UserError, match="--wandb-project p: No API key"):
+        train(workspace.settings("torch", **values), records.append)
+    assert not records
 
 
-def test_loggers_are_closed_when_a_step_fails(wandb: FakeWandb) -> None:
-    settings = Settings(logging=LoggingSettings(wandb_project="p", no_live_view=True))
+@pytest.mark.usefixtures("wandb")
+def test_a_run_that_fails_is_closed_and_has_failed_on_wandb(tmp_path: Path) -> None:
+    settings = Settings(logging=LoggingSettings(wandb_project="p", wandb_save_dir=str(tmp_path), no_live_view=True))
     with pytest.raises(RuntimeError), step_loggers(settings, 0, None):
         raise RuntimeError
-    assert wandb.calls[-1] == ("finish",)
+    (records,) = offline_runs(tmp_path)
+    assert wandb_exit(records) == 1
 
 
 def test_the_live_view_shows_where_the_run_stands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,4 +49,5 @@ class WandbRun:
         self._run.log(scalars(record), step=record.iteration)
 
     def close(self) -> None:
-        self._run.finish()
+        # The end of a run that an error ends must not look like success there.
+        self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
