@@ -99,6 +99,9 @@ def test_a_missing_library_is_named_with_its_command(
 
 def offline_runs(folder: Path) -> list[list[Any]]:
     """What `wandb sync` would send of each run, oldest first."""
+    import wandb
+
+    wandb.teardown()  # a process of its own writes the files, which offline nothing but this waits for
     return [
         list(wandb_records(path)) for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
     ]
