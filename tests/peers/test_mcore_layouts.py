@@ -1,0 +1,85 @@
+"""Tensor ranks and pipeline stages: each rank of a Megatron-core job loads its own file of what is written here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import toy_weights
+
+from launchers import launcher
+from tandem.backends import create_engine
+from tandem.backends.interface import EngineSettings
+from tandem.checkpoints.copy import copy
+from tandem.checkpoints.megatron import MegatronSink, MegatronSource, pad_vocab_size
+from tandem.data.batch import Sample, collate
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+from tandem.parallel.layout import Layout
+from toys import toy_config
+
+JOB = Path(__file__).with_name("mcore_job.py")
+UNTIED = {"untie_embeddings_and_output_weights": True}
+Case = tuple[ModelConfig, Layout]
+
+
+def case(tp: int, pp: int, vpp: int | None = None, layers: tuple[int, ...] | None = None, **changes: object) -> Case:
+    layout = Layout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=vpp,
+        num_layer_list=layers,
+    )
+    sizes = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 6}
+    return toy_config(**sizes, **changes), layout
+
+
+# By the number of ranks: one job serves all of a number.
+CASES: dict[int, dict[str, Case]] = {
+    2: {
+        "tp2": case(2, 1),
+        "pp2": case(1, 2),
+        "pp2-virtual": case(1, 2, vpp=1, **UNTIED),
+    },
+    4: {
+        "tp4": case(4, 1, model_type="qwen2"),
+        "pp4": case(1, 4, **UNTIED),
+        "tp2-pp2": case(2, 2),
+        "tp2-pp2-untied": case(2, 2, **UNTIED),
+        "tp2-pp2-qwen2": case(2, 2, model_type="qwen2"),
+        "tp2-pp2-llama": case(2, 2, model_type="llama", **UNTIED),
+        "tp2-pp2-virtual": case(2, 2, vpp=1),
+        "tp2-pp2-virtual-untied": case(2, 2, vpp=1, **UNTIED),
+        "tp2-pp2-uneven": case(2, 2, layers=(1, 3)),
+    },
+}
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, ranks: int, tmp_path: Path) -> None:
+    """B3: logits as in one process here, and what the ranks save again holds the same bits."""
+    tokens = np.random.default_rng(0).integers(0, toy_config().vocab_size, 40)
+    np.save(tmp_path / "tokens.npy", tokens)
+    for name, (config, layout) in CASES[ranks].items():
+        rows = pad_vocab_size(config.vocab_size, 16, layout.tensor_model_parallel_size)
+        copy(toy_weights(config), MegatronSink(tmp_path / name, config, layout, "float32", padded_vocab_size=rows))
+    words = [str(JOB), str(tmp_path / "tokens.npy"), *(str(tmp_path / name) for name in CASES[ranks])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher("torch", ranks), *words], check=True, timeout=600, env=environment)
+    for name, (config, layout) in CASES[ranks].items():
+        shares = [np.load(tmp_path / name / f"logits_{rank}.npy") for rank in range(layout.tensor_model_parallel_size)]
+        found = np.concatenate(shares, axis=1)[:, : config.vocab_size]
+        np.testing.assert_allclose(found, our_logits(config, tokens), atol=1e-4, rtol=0, err_msg=name)
+        source, again = toy_weights(config), MegatronSource(tmp_path / name / "again", config=config)
+        for tensor in tensor_table(config):
+            np.testing.assert_array_equal(again.read(tensor), source.read(tensor), err_msg=f"{name} {tensor}")
+
+
+def our_logits(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    engine = create_engine("torch", config, EngineSettings(training=False, device="cpu"))
+    engine.load_weights(toy_weights(config))
+    ids = tokens.astype(np.int32)
+    return engine.logits(collate([Sample(ids, ids, np.arange(len(ids), dtype=np.int32), (len(ids),))]))
