@@ -34,6 +34,7 @@ from tandem.checkpoints.interface import Companions, Kind
 from tandem.models.config import ModelConfig
 from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config
 from tandem.models.tensors import tensor_table
+from tandem.parallel.slices import Part
 
 
 class Noise:
@@ -55,7 +56,7 @@ class Noise:
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return np.resize(self._numbers, self._table[name].shape)
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
         yield self.read(name, kind)
 
 

@@ -37,11 +37,11 @@ class MemorySource:
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._tensors[kind][name]
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
-        yield self.read(name, kind)
-
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return cut(self.read(name, kind), part)
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read_part(name, part, kind)
 
 
 def toy_weights(config: ModelConfig, seed: int = 0) -> MemorySource:

@@ -12,12 +12,20 @@ import numpy as np
 from tandem.parallel.slices import Box
 
 PIECE = 1 << 17  # numbers at a time
+BLOCK = 1 << 20  # bytes of a tensor that are moved at a time: they stay in a core's cache
 # dtype -> its bits as integers, and the exponent's bits: all of them are set in NaN and infinity alone
 EXPONENTS = {
     "float32": (np.uint32, 0x7F800000),
     "bfloat16": (np.uint16, 0x7F80),
     "float16": (np.uint16, 0x7C00),
 }
+
+
+def row_blocks(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of rows, of about BLOCK bytes each, that cover an array."""
+    step = max(BLOCK // max(math.prod(shape[1:]) * dtype.itemsize, 1), 1)
+    for first in range(0, shape[0], step):
+        yield first, min(first + step, shape[0])
 
 
 def read_array(path: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray | None:

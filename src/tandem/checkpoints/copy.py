@@ -12,6 +12,7 @@ from tandem.checkpoints.interface import Kind, TensorSink, TensorSource
 from tandem.checkpoints.publish import final_place
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
+from tandem.parallel.slices import Part
 
 # called after each block with the bytes read so far and in all
 Progress = Callable[[int, int], None]
@@ -49,8 +50,9 @@ def copy(
 
 
 def _checked(source: TensorSource, items: Sequence[tuple[Kind, str]]) -> Iterator[Block]:
+    table = tensor_table(source.config)
     for kind, name in items:
-        for rows in source.stream(name, kind):
+        for rows in source.stream(name, Part.whole(table[name].shape), kind):
             if not is_finite(rows):
                 raise UserError(f"{source.location}: tensor {name} holds NaN or infinity")
             yield kind, name, rows

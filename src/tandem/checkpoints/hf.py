@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.checkpoints.arrays import same_bits
+from tandem.checkpoints.arrays import row_blocks, same_bits
 from tandem.checkpoints.hf_weights import INDEX, SINGLE, TORCH_INDEX, open_weights
 from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten, check_names, check_shape, dtype_name
 from tandem.checkpoints.publish import Publication, check_free_space
@@ -22,7 +22,6 @@ from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, Ranges, WeightMap
 from tandem.parallel.slices import Box, Part
 
-BLOCK = 1 << 20  # bytes of a tensor that are moved at a time: they stay in a core's cache
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
@@ -83,13 +82,13 @@ class HFSource:
         boxes = [self._read_box(name, box) for box in part.boxes]
         return boxes[0] if len(boxes) == 1 else np.concatenate(boxes, axis=part.dim)
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
         """In blocks that stay in the processor's cache, where the files let parts be read."""
-        shape, partial = self._table[name].shape, all(self._files[hf].partial for hf in self._map.rows[name])
-        row = math.prod(shape[1:]) * self.dtype(name).itemsize
-        step = max(BLOCK // row, 1) if partial else shape[0]
-        for first in range(0, shape[0], step):
-            yield self.read_part(name, Part.whole(shape).rows(first, min(first + step, shape[0])), kind)
+        if all(self._files[hf].partial for hf in self._map.rows[name]):
+            for first, last in row_blocks(part.shape, self.dtype(name)):
+                yield self.read_part(name, part.rows(first, last), kind)
+        else:
+            yield self.read_part(name, part, kind)
 
     def _read_box(self, name: str, box: Box) -> np.ndarray:
         shape = tuple(stop - start for start, stop in box)

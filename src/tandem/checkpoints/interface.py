@@ -72,19 +72,19 @@ class TensorSource(Protocol):
         """
         ...
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
-        """The global tensor in blocks of consecutive rows: small ones, or all at once, as the format is best read.
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        """Part of a global tensor, without reading more of the others than the format makes necessary.
 
         Raises:
             UserError: as `read`.
         """
         ...
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
-        """Part of a global tensor, without reading more of the others than the format makes necessary.
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        """The same in blocks of consecutive rows: small ones, or all at once, as the format is best read.
 
         Raises:
-            UserError: as `read`.
+            UserError: as `read`, perhaps after blocks of what is damaged.
         """
         ...
 

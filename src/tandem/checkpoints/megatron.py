@@ -230,9 +230,6 @@ class MegatronSource:
         tensor = self.read_part(name, stored, kind)
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
-        yield self.read(name, kind)
-
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         """Reads the ranks' slices that `part` overlaps, and no others; each whole, for its CRC, with its copies."""
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
@@ -246,6 +243,9 @@ class MegatronSource:
         for found, copies in needed.items():
             transfer(self._read_equal(copies), found, values, part)
         return values
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read_part(name, part, kind)
 
     def _read_equal(self, copies: Sequence[Shard]) -> np.ndarray:
         """A slice that several ranks hold: norms, the head of tied embeddings. Training must have kept them equal."""

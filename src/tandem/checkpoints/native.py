@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.arrays import row_blocks
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
 from tandem.checkpoints.hf import companions_of, write_companions
 from tandem.checkpoints.interface import (
@@ -54,11 +55,6 @@ PROMPT_FILE = "prompt.json"  # the template that the weights were fine-tuned on,
 def key_of(name: str, kind: Kind) -> str:
     """A tensor's name inside a file."""
     return name if kind == "model" else f"{kind}.{name}"
-
-
-def sha256(tensor: np.ndarray) -> str:
-    """Of the bytes of a contiguous tensor."""
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
@@ -401,19 +397,22 @@ class NativeSource:
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
-        yield self.read(name, kind)
-
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""
-        key = key_of(name, kind)
-        needed = [entry for entry in self._slices[key] if overlaps(entry.part, part)]
-        if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
-            return self._read_slice(key, needed[0], self._dtypes[kind])
         values = np.empty(part.shape, self._dtypes[kind])
-        for entry in needed:
-            transfer(self._read_slice(key, entry, self._dtypes[kind]), entry.part, values, part)
+        for entry in self._overlapping(name, kind, part):
+            first = 0
+            for rows in self._stream_slice(name, kind, entry):
+                transfer(rows, entry.part.rows(first, first + len(rows)), values, part)
+                first += len(rows)
         return values
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        needed = self._overlapping(name, kind, part)
+        if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
+            yield from self._stream_slice(name, kind, needed[0])
+        else:
+            yield self.read_part(name, part, kind)
 
     def document(self, name: str) -> str:
         """A text file that the trainer stored with the checkpoint.
@@ -470,7 +469,23 @@ class NativeSource:
         paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
         return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
 
-    def _read_slice(self, key: str, entry: _Slice, dtype: np.dtype) -> np.ndarray:
+    def _overlapping(self, name: str, kind: Kind, part: Part) -> list[_Slice]:
+        return [entry for entry in self._slices[key_of(name, kind)] if overlaps(entry.part, part)]
+
+    def _stream_slice(self, name: str, kind: Kind, entry: _Slice) -> Iterator[np.ndarray]:
+        """A slice in blocks of rows; after the last one its sha256 is known, and checked."""
+        key, digest = key_of(name, kind), hashlib.sha256()
+        file = self._file_of(key, entry, self._dtypes[kind])
+        shape = entry.part.shape
+        for first, last in row_blocks(shape, self._dtypes[kind]):
+            rows = file.read(key, ((first, last), *((0, size) for size in shape[1:])))
+            digest.update(_bytes(rows))
+            yield rows
+        if digest.hexdigest() != entry.sha256:
+            raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
+
+    def _file_of(self, key: str, entry: _Slice, dtype: np.dtype) -> SafetensorsFile:
+        """The file that holds a slice, after what its header says was compared with the index."""
         if entry.file not in self._files:
             raise UserError(
                 f"{self.folder}: tensor {key} is in {entry.file}, which another machine holds: the checkpoint was "
@@ -482,10 +497,7 @@ class NativeSource:
         check_shape(str(file.path), key, file.entries[key].shape, entry.part.shape)
         if (found := file.entries[key].dtype) != dtype:
             raise UserError(f"{file.path}: tensor {key} is of {found}; {INDEX} says {dtype}")
-        part = file.read(key)
-        if sha256(part) != entry.sha256:
-            raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
-        return part
+        return file
 
 
 def _slices(entry: dict[str, Any]) -> list[_Slice]:

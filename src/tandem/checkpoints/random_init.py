@@ -49,8 +49,8 @@ class RandomSource:
         values *= np.float32(std)
         return values.astype(self._dtype, copy=False)
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
-        yield self.read(name, kind)
-
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return cut(self.read(name, kind), part)
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read_part(name, part, kind)

@@ -33,11 +33,11 @@ class Cast:
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._cast(name, self._source.read(name, kind))
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
-        return (self._cast(name, rows) for rows in self._source.stream(name, kind))
-
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return self._cast(name, self._source.read_part(name, part, kind))
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        return (self._cast(name, rows) for rows in self._source.stream(name, part, kind))
 
     def _cast(self, name: str, tensor: np.ndarray) -> np.ndarray:
         if tensor.dtype.name == self._dtype.name:
@@ -71,8 +71,8 @@ class FirstLayers:
     def read(self, name: str, kind: Kind = "model") -> np.ndarray:
         return self._source.read(name, kind)
 
-    def stream(self, name: str, kind: Kind = "model") -> Iterator[np.ndarray]:
-        return self._source.stream(name, kind)
-
     def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
         return self._source.read_part(name, part, kind)
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        return self._source.stream(name, part, kind)

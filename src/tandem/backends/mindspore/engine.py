@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.interface import EngineSettings, StepResult, is_trusted
+from tandem.backends.loading import stream_fp32
 from tandem.backends.memory import process_peak
 from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.data_parallel import DataParallel
@@ -23,7 +24,7 @@ from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
 from tandem.checkpoints.arrays import is_finite
-from tandem.checkpoints.interface import Kind, TensorSource, check_shape, kinds_to_load
+from tandem.checkpoints.interface import Kind, TensorSource, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -294,9 +295,10 @@ def make_tensor_parallel(config: ModelConfig, settings: EngineSettings, groups: 
 
 
 def _read(source: TensorSource, name: str, kind: Kind, part: Part) -> np.ndarray:
-    values = source.read_part(name, part, kind)
-    check_shape(source.location, name, values.shape, part.shape)
-    return np.ascontiguousarray(values, np.float32)
+    values = np.empty(part.shape, np.float32)
+    for first, rows in stream_fp32(source, name, part, kind):
+        values[first : first + len(rows)] = rows
+    return values
 
 
 def _fill(tensor: Tensor, values: np.ndarray) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from tandem.backends.interface import EngineSettings, StepResult, is_trusted
+from tandem.backends.loading import stream_fp32
 from tandem.backends.memory import process_peak
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
 from tandem.backends.torch.data_parallel import Replicated, Sharing, own_rows
@@ -24,7 +27,7 @@ from tandem.backends.torch.optimizer import AdamW, clip_coefficient, norm_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.tensor_parallel import TensorParallel
-from tandem.checkpoints.interface import Kind, TensorSource, check_shape, kinds_to_load
+from tandem.checkpoints.interface import Kind, TensorSource, kinds_to_load
 from tandem.data.batch import IGNORE, MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -33,6 +36,9 @@ from tandem.parallel.grid import counted_shards, held_shards, saved_shards
 from tandem.parallel.layout import Shard, part_of
 from tandem.parallel.slices import Part
 
+T = TypeVar("T")
+
+READERS = 2  # threads that load: to hash a block takes longer than to read it
 # One token that predicts nothing.
 UNTRAINED = MicroBatch(
     tokens=np.zeros(1, np.int32),
@@ -95,26 +101,34 @@ class TorchEngine:
         return self._adamw.step if self._adamw else 0
 
     def load_weights(self, source: TensorSource) -> None:
-        for name, weight in self._weights.items():
-            kind, master_kind = kinds_to_load(source, name, self.param_dtype)
-            own = self._own_part(name)
-            values = _read(source, name, kind, own if self._sharing.weights_by_rows else self._shards[name].part)
-            self._sharing.kept(weight).copy_(values)
-            if self._adamw and name in self._adamw.master and self._dtype != torch.float32:
-                if master_kind != kind:
-                    values = _read(source, name, master_kind, own)
-                elif not self._sharing.weights_by_rows:
-                    values = values[slice(*self._own_rows(name))]
-                self._adamw.master[name].copy_(values)
+        _with_readers(lambda name: self._load_weight(source, name), self._weights)
+
+    def _load_weight(self, source: TensorSource, name: str) -> None:
+        kind, master_kind = kinds_to_load(source, name, self.param_dtype)
+        own, by_rows = self._own_part(name), self._sharing.weights_by_rows
+        kept = self._sharing.kept(self._weights[name])
+        masters = self._adamw.master if self._adamw and self._dtype != torch.float32 else {}
+        also = [] if name not in masters else [(masters[name], 0 if by_rows else self._own_rows(name)[0])]
+        blocks = stream_fp32(source, name, own if by_rows else self._shards[name].part, kind)
+        if master_kind == kind:
+            _fill(blocks, (kept, 0), *also)
+        else:
+            _fill(blocks, (kept, 0))
+            for master, _ in also:
+                _fill(stream_fp32(source, name, own, master_kind), (master, 0))
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
         adamw = self._require_training()
         absent = {"exp_avg", "exp_avg_sq"} - set(source.kinds())
         if absent:
             raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
-        for name in adamw.master:
-            adamw.exp_avg[name].copy_(_read(source, name, "exp_avg", self._own_part(name)))
-            adamw.exp_avg_sq[name].copy_(_read(source, name, "exp_avg_sq", self._own_part(name)))
+        moments: dict[Kind, dict[str, torch.Tensor]] = {"exp_avg": adamw.exp_avg, "exp_avg_sq": adamw.exp_avg_sq}
+
+        def load(item: tuple[Kind, str]) -> None:
+            kind, name = item
+            _fill(stream_fp32(source, name, self._own_part(name), kind), (moments[kind][name], 0))
+
+        _with_readers(load, [(kind, name) for kind in moments for name in adamw.master])
         adamw.step = optimizer_step
 
     def _own_rows(self, name: str) -> tuple[int, int]:
@@ -308,12 +322,21 @@ def make_tensor_parallel(config: ModelConfig, settings: EngineSettings, groups: 
     return TensorParallel(ranks.group, ranks.rank, ranks.size, settings.sequence_parallel, rows)
 
 
-def _read(source: TensorSource, name: str, kind: Kind, part: Part) -> torch.Tensor:
-    if 0 in part.shape:
-        return torch.empty(part.shape)
-    values = source.read_part(name, part, kind)
-    check_shape(source.location, name, values.shape, part.shape)
-    return torch.from_numpy(np.require(values, dtype=np.float32, requirements=["C", "W"]))
+def _with_readers(load: Callable[[T], None], items: Iterable[T]) -> None:
+    """Call `load` with each item, from several threads; the first failure is raised, and the rest left."""
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in readers.map(load, items):
+            pass
+
+
+def _fill(blocks: Iterator[tuple[int, np.ndarray]], *targets: tuple[torch.Tensor, int]) -> None:
+    """Put rows into tensors, each of which begins at a row of its own."""
+    for first, block in blocks:
+        rows = torch.from_numpy(block)
+        for target, start in targets:
+            low, high = max(first, start), min(first + len(rows), start + len(target))
+            if low < high:
+                target[low - start : high - start].copy_(rows[low - first : high - first])
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,26 @@
+"""What engines read, in the form in which they take it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tandem.checkpoints.interface import Kind, TensorSource, check_shape
+from tandem.parallel.slices import Part
+
+
+def stream_fp32(source: TensorSource, name: str, part: Part, kind: Kind) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of rows of a part, fp32, contiguous and writable, each with the number of its first row.
+
+    Raises:
+        UserError: the source fails, or gives another shape.
+    """
+    if 0 in part.shape:
+        return
+    last = 0
+    for block in source.stream(name, part, kind):
+        first, last = last, last + len(block)
+        check_shape(source.location, name, (max(last, part.shape[0]), *block.shape[1:]), part.shape)
+        yield first, np.require(block, np.float32, ["C", "W"])
+    check_shape(source.location, name, (last, *part.shape[1:]), part.shape)
