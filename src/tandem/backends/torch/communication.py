@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class TorchCommunicator:
     def close(self) -> None:
         self.barrier()
         dist.destroy_process_group()
+        make_groups.cache_clear()
 
 
 def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCommunicator:
@@ -91,8 +93,11 @@ class Groups:
     pipelines: dict[tuple[bool, bool], Group]
 
 
+@functools.cache
 def make_groups(grid: Grid, rank: int, *, interleaved: bool) -> Groups:
     """Create the groups of `rank`; every rank calls this at the same time.
+
+    Groups hold threads, sockets and, on devices, buffers: engines of one grid share them.
 
     PyTorch tells groups that only their members create apart by how many a process has created before, so every rank
     must create equally many.
