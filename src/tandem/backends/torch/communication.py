@@ -58,7 +58,7 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCo
     # Numbers that steer the run travel between CPUs, so that no device waits for them.
     backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{BACKENDS[chosen.type]}"
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        _init_process_group(backend, timedelta(minutes=timeout_minutes))
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"rank {world.rank} of {world.size} found no job at {os.environ['MASTER_ADDR']}:"
@@ -66,6 +66,15 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCo
         ) from error
     assert dist.group.WORLD is not None
     return TorchCommunicator(world, dist.group.WORLD)
+
+
+def _init_process_group(backend: str, timeout: timedelta) -> None:
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # Given a fixed address, one torchrun keeps its store over a restart, with where the killed ranks listened.
+        # (Several count their restarts apart, and need torchrun's c10d rendezvous, which makes a store for each life.)
+        store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 @dataclass(frozen=True)
