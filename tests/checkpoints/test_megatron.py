@@ -159,6 +159,27 @@ def test_args_alone_tell_the_model(tmp_path: Path, model_type: str, scaling: Rot
     assert_equal(found, source)
 
 
+def test_args_under_their_newer_names(tmp_path: Path) -> None:
+    """Megatron-LM calls `norm_epsilon` `layernorm_epsilon` since 0.16."""
+    config = divisible_config()
+    write(tmp_path, config, layout())
+    path = find_iteration(tmp_path) / "mp_rank_00" / FILE
+    edit(
+        path, lambda content: vars(content["args"]).update(layernorm_epsilon=vars(content["args"]).pop("norm_epsilon"))
+    )
+    hf = find_iteration(tmp_path) / "hf"
+    hf.rename(tmp_path / "hf")
+    assert MegatronSource(tmp_path).config == config
+    (tmp_path / "hf").rename(hf)
+    edit(path, lambda content: vars(content["args"]).update(layernorm_epsilon=1e-5))
+    with pytest.raises(UserError, match="args say norm_epsilon = 1e-05, the model's config says 1e-06"):
+        MegatronSource(tmp_path)
+    edit(path, lambda content: vars(content["args"]).update(layernorm_zero_centered_gamma=True))
+    hf.rename(tmp_path / "hf")
+    with pytest.raises(UserError, match="args say layernorm_zero_centered_gamma = True; supported: False"):
+        MegatronSource(tmp_path)
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("mmap", [False, True])
 def test_torch_loads_every_rank(tmp_path: Path, weights_only: bool, mmap: bool) -> None:

@@ -63,8 +63,6 @@ def build(args: argparse.Namespace) -> list[GPTModel]:
             "layernorm_zero_centered_gamma": args.apply_layernorm_1p,
             "gated_linear_unit": args.swiglu,
             "activation_func": torch.nn.functional.silu,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
             "params_dtype": FLOAT,
             "pipeline_dtype": FLOAT,
             "use_cpu_initialization": True,

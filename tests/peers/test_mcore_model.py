@@ -86,6 +86,7 @@ def test_what_megatron_saves_is_read(mcore: ModuleType, framework: str, model: s
     with torch.no_grad():
         for parameter in chunk.parameters():  # biases begin at 0 and norms at 1
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    args.layernorm_epsilon = vars(args).pop("norm_epsilon")  # its name since Megatron-LM 0.16
     mcore.save(tmp_path / "mg", chunks, args)
     batch = toy_batch(config, (LENGTH,))
     expected = mcore.logits(chunks, torch.from_numpy(batch.tokens).long()).numpy()

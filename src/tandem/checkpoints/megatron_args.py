@@ -24,6 +24,7 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),  # the same under its newer name
     "apply_residual_connection_post_layernorm": (False,),
     "rope_scaling_type": (),
     "schedules_method": (),
@@ -33,8 +34,11 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
 # trainers set it to the length that they train on.
 AGREEING = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("norm_epsilon", "rotary_base", "untie_embeddings_and_output_weights"),
+    *("rotary_base", "untie_embeddings_and_output_weights"),
 )
+
+# Under Megatron-LM's name up to 0.15, its name from 0.16 on, Hugging Face's.
+NORM_EPSILON = ("norm_epsilon", "layernorm_epsilon", "rms_norm_eps")
 
 
 def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: int) -> argparse.Namespace:
@@ -63,6 +67,8 @@ def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: 
         "normalization": "RMSNorm",
         "norm_epsilon": config.norm_epsilon,
         "apply_layernorm_1p": False,
+        "attention_dropout": 0.0,  # Megatron's own default is 0.1
+        "hidden_dropout": 0.0,
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": config.add_qkv_bias,
@@ -103,7 +109,7 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
         kv_channels=_value(args, where, "kv_channels", "head_dim"),
         vocab_size=_value(args, where, "true_vocab_size", "padded_vocab_size", "vocab_size"),
         max_position_embeddings=_value(args, where, "max_position_embeddings"),
-        norm_epsilon=_value(args, where, "norm_epsilon", "rms_norm_eps"),
+        norm_epsilon=_value(args, where, *NORM_EPSILON),
         rotary_base=float(_value(args, where, "rotary_base", "rope_theta")),
         rotary_scaling=_rotary_scaling(args),
         untie_embeddings_and_output_weights=_value(args, where, "untie_embeddings_and_output_weights"),
@@ -116,6 +122,8 @@ def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tu
     stated = {field: args[field] for field in AGREEING if args.get(field) is not None}
     if "num_layers" in stated:
         stated["num_layers"] -= len(noop_layers)
+    if any(args.get(name) is not None for name in NORM_EPSILON):
+        stated["norm_epsilon"] = _value(args, where, *NORM_EPSILON)
     if _states_query_groups(args):
         stated["num_query_groups"] = _query_groups(args, where)
     for field, value in stated.items():
