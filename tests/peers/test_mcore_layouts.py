@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import toy_weights
+from ours import our_logits
+from reference import toy_batch, toy_weights
 
 from launchers import launcher
-from tandem.backends import create_engine
-from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.megatron import MegatronSink, MegatronSource, pad_vocab_size
-from tandem.data.batch import Sample, collate
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
@@ -61,8 +59,8 @@ CASES: dict[int, dict[str, Case]] = {
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, ranks: int, tmp_path: Path) -> None:
     """B3: logits as in one process here, and what the ranks save again holds the same bits."""
-    tokens = np.random.default_rng(0).integers(0, toy_config().vocab_size, 40)
-    np.save(tmp_path / "tokens.npy", tokens)
+    batch = toy_batch(toy_config(), (40,))
+    np.save(tmp_path / "tokens.npy", batch.tokens.astype(np.int64))
     for name, (config, layout) in CASES[ranks].items():
         rows = pad_vocab_size(config.vocab_size, 16, layout.tensor_model_parallel_size)
         copy(toy_weights(config), MegatronSink(tmp_path / name, config, layout, "float32", padded_vocab_size=rows))
@@ -72,14 +70,7 @@ def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, r
     for name, (config, layout) in CASES[ranks].items():
         shares = [np.load(tmp_path / name / f"logits_{rank}.npy") for rank in range(layout.tensor_model_parallel_size)]
         found = np.concatenate(shares, axis=1)[:, : config.vocab_size]
-        np.testing.assert_allclose(found, our_logits(config, tokens), atol=1e-4, rtol=0, err_msg=name)
         source, again = toy_weights(config), MegatronSource(tmp_path / name / "again", config=config)
+        np.testing.assert_allclose(found, our_logits(source, batch), atol=1e-4, rtol=0, err_msg=name)
         for tensor in tensor_table(config):
             np.testing.assert_array_equal(again.read(tensor), source.read(tensor), err_msg=f"{name} {tensor}")
-
-
-def our_logits(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    engine = create_engine("torch", config, EngineSettings(training=False, device="cpu"))
-    engine.load_weights(toy_weights(config))
-    ids = tokens.astype(np.int32)
-    return engine.logits(collate([Sample(ids, ids, np.arange(len(ids), dtype=np.int32), (len(ids),))]))

@@ -9,16 +9,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from ours import our_logits
 from reference import toy_batch, toy_weights
 
 from runs import run
 from tandem.__main__ import main
-from tandem.backends import create_engine, transformers_logits
-from tandem.backends.interface import EngineSettings
+from tandem.backends import transformers_logits
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import HFSink
-from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.megatron_args import to_args
 from tandem.data.batch import MicroBatch
 from tandem.models.config import RotaryScaling
@@ -49,12 +49,6 @@ def megatron_logits(mcore: ModuleType, folder: Path, batch: MicroBatch, vocab_si
     return mcore.logits(mcore.load(folder), torch.from_numpy(batch.tokens).long())[:, :vocab_size].numpy()
 
 
-def our_logits(framework: str, source: TensorSource, batch: MicroBatch) -> np.ndarray:
-    engine = create_engine(framework, source.config, EngineSettings(training=False, device="cpu"))
-    engine.load_weights(source)
-    return engine.logits(batch)
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_megatron_computes_what_a_converted_model_computes(mcore: ModuleType, model: str, tmp_path: Path) -> None:
     """B3: from a Hugging Face folder to Megatron's logits, against transformers' of that folder."""
@@ -73,7 +67,7 @@ def test_megatron_computes_what_a_trained_model_computes(
     batch = toy_batch(source.config, (LENGTH,))
     converted = to_megatron(tmp_path / "run", tmp_path / "mg", "mg")
     found = megatron_logits(mcore, converted, batch, source.config.vocab_size)
-    np.testing.assert_allclose(found, our_logits(framework, source, batch), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(found, our_logits(source, batch, framework), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -92,6 +86,6 @@ def test_what_megatron_saves_is_read(mcore: ModuleType, framework: str, model: s
     expected = mcore.logits(chunks, torch.from_numpy(batch.tokens).long()).numpy()
     source = open_source(tmp_path / "mg")
     assert source.config == config
-    np.testing.assert_allclose(our_logits(framework, source, batch), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(our_logits(source, batch, framework), expected, atol=TOLERANCE, rtol=0)
     convert(tmp_path / "mg", tmp_path / "hf", "--load-model-type", "mg", "--save-model-type", "hf")
     np.testing.assert_allclose(transformers_logits(tmp_path / "hf", batch), expected, atol=TOLERANCE, rtol=0)
