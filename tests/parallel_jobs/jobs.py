@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import subprocess
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 from reference import MemorySource, toy_samples, toy_weights, untrained
 
 from launchers import launcher
+from spoiled import Where, spoiled
 from tandem.backends import create_engine
-from tandem.backends.interface import EngineSettings
+from tandem.backends.interface import Engine, EngineSettings
 from tandem.data.batch import MicroBatch, collate
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
@@ -28,11 +30,17 @@ JOB = Path(__file__).with_name("layout_job.py")
 STEPS = 10
 MICRO_BATCHES = 8  # of a step, over all data ranks
 TOLERANCE = 1e-4
+SPOILED_RANK, SPOILED_STEP = 1, 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A toy, its data, and how it is spread. `idle`: one micro-batch of each step has nothing to train."""
+    """A toy, its data, and how it is spread.
+
+    Attributes:
+        idle: one micro-batch of each step has nothing to train.
+        spoiled: what is NaN on rank SPOILED_RANK in step SPOILED_STEP.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -50,6 +58,7 @@ class Case:
     idle: bool = False
     num_layers: int = 4
     lr: float = 1e-3
+    spoiled: Where | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
@@ -76,9 +85,10 @@ class Case:
         )
 
     @property
-    def work(self) -> tuple[str, bool, bool, bool, int, float]:
-        """What must not depend on the layout."""
-        return self.family, self.tied, self.packed, self.idle, self.num_layers, self.lr
+    def work(self) -> Case:
+        """What must not depend on the layout: the same in one process."""
+        names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled")
+        return Case(**{name: getattr(self, name) for name in names})
 
 
 def toy_source(case: Case) -> MemorySource:
@@ -132,29 +142,40 @@ class Outcome:
     losses: list[float]
     norms: list[float]
     trained: list[int]
+    applied: list[bool]
     tensors: dict[str, np.ndarray]
 
 
 @functools.cache
-def one_process(
-    framework: str, family: str, tied: bool, packed: bool, idle: bool, num_layers: int, lr: float
-) -> Outcome:
-    case = Case(family=family, tied=tied, packed=packed, idle=idle, num_layers=num_layers, lr=lr)
+def one_process(framework: str, case: Case) -> Outcome:
+    engine = create_engine(framework, toy_source(case).config, engine_settings(case, Grid(), 0))
+    outcome = train(framework, engine, case, rank=SPOILED_RANK)
+    return Outcome(
+        **outcome, tensors={f"{kind} {shard.spec.name}": array.copy() for kind, shard, array in engine.tensors()}
+    )
+
+
+def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = slice(None)) -> dict[str, Any]:
+    """All of a case, on the `data` rank's micro-batches: `Outcome` without its tensors."""
     source = toy_source(case)
-    engine = create_engine(framework, source.config, engine_settings(case, Grid(), 0))
     engine.load_weights(source)
     steps = micro_batches(case, source.config)
-    evaluated = engine.evaluate(steps[0][:-1])
-    first_loss, _ = engine.loss_and_gradients(steps[0])
-    results = [engine.train_step(batches, lr=lr, weight_decay=0.1) for batches in steps]
-    return Outcome(
-        list(evaluated),
-        first_loss,
-        [result.loss for result in results],
-        [result.grad_norm for result in results],
-        [result.trained_tokens for result in results],
-        {f"{kind} {shard.spec.name}": array.copy() for kind, shard, array in engine.tensors()},
-    )
+    # Data ranks may bring different numbers of micro-batches.
+    evaluated = engine.evaluate(steps[0][:-1][data])
+    first_loss, _ = engine.loss_and_gradients(steps[0][data])
+    results = []
+    for number, batches in enumerate(steps):
+        spoils = case.spoiled and (rank, number) == (SPOILED_RANK, SPOILED_STEP)
+        with spoiled(framework, engine, case.spoiled) if spoils else nullcontext():
+            results.append(engine.train_step(batches[data], lr=case.lr, weight_decay=0.1))
+    return {
+        "evaluated": list(evaluated),
+        "first_loss": first_loss,
+        "losses": [result.loss for result in results],
+        "norms": [result.grad_norm for result in results],
+        "trained": [result.trained_tokens for result in results],
+        "applied": [result.applied for result in results],
+    }
 
 
 def run_job(
@@ -186,15 +207,17 @@ def gather(case: Case, folder: Path) -> Outcome:
                 count = counts.setdefault(key, np.zeros(shape, int))
                 transfer(np.ones(part.shape, int), part, count, Part.whole(shape))
         outcomes.append(outcome)
-    assert all(outcome == outcomes[0] for outcome in outcomes), f"{case.name}: ranks report different numbers"
+    assert len({str(outcome) for outcome in outcomes}) == 1, f"{case.name}: ranks report different numbers"
     assert all((count == 1).all() for count in counts.values()), f"{case.name}: not each number once"
     return Outcome(**outcomes[0], tensors=tensors)
 
 
 def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> None:
     """D3: losses, gradient norms and every final tensor within TOLERANCE of one process's."""
-    expected = one_process(framework, *case.work)
+    expected = one_process(framework, case.work)
     assert found.trained == expected.trained, case.name
+    assert found.applied == expected.applied, case.name
+    assert found.applied == [not (case.spoiled and step == SPOILED_STEP) for step in range(STEPS)], case.name
     np.testing.assert_allclose(found.evaluated, expected.evaluated, rtol=1e-5, err_msg=case.name)
     np.testing.assert_allclose(found.first_loss, expected.first_loss, rtol=1e-5, err_msg=case.name)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=TOLERANCE, err_msg=case.name)

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "backends")]
 
-from jobs import Case, engine_settings, micro_batches, toy_source  # noqa: E402
+from jobs import Case, engine_settings, toy_source, train  # noqa: E402
 
 from tandem.backends import connect, create_engine  # noqa: E402
 from tandem.parallel.grid import Grid  # noqa: E402
@@ -27,29 +27,17 @@ def main(framework: str, cases: str, folder: str) -> None:
     for values in json.loads(Path(cases).read_text(encoding="utf-8")):
         case = Case.from_dict(values)
         grid = Grid(case.layout, world.size)
-        source = toy_source(case)
-        engine = create_engine(framework, source.config, engine_settings(case, grid, world.rank))
-        engine.load_weights(source)
-        share = micro_batches(case, source.config)
-        own = [step[grid.place(world.rank).data :: grid.data_size] for step in share]
-        # Data ranks may bring different numbers of micro-batches.
-        evaluated = engine.evaluate(share[0][:-1][grid.place(world.rank).data :: grid.data_size])
-        first_loss, _ = engine.loss_and_gradients(own[0])
-        results = [engine.train_step(batches, lr=case.lr, weight_decay=0.1) for batches in own]
+        engine = create_engine(framework, toy_source(case).config, engine_settings(case, grid, world.rank))
+        data = slice(grid.place(world.rank).data, None, grid.data_size)
+        outcome = train(framework, engine, case, world.rank, data)
         arrays, parts = {}, []
         for number, (kind, shard, array) in enumerate(engine.tensors()):
             arrays[str(number)] = array.copy()
             parts.append([kind, shard.spec.name, shard.part.boxes, shard.part.dim])
         np.savez(Path(folder) / f"{case.name}-{world.rank}.npz", **arrays)
-        outcome = {
-            "evaluated": evaluated,
-            "first_loss": first_loss,
-            "losses": [result.loss for result in results],
-            "norms": [result.grad_norm for result in results],
-            "trained": [result.trained_tokens for result in results],
-            "parts": parts,
-        }
-        (Path(folder) / f"{case.name}-{world.rank}.json").write_text(json.dumps(outcome), encoding="utf-8")
+        (Path(folder) / f"{case.name}-{world.rank}.json").write_text(
+            json.dumps({**outcome, "parts": parts}), encoding="utf-8"
+        )
         communicator.barrier()
     communicator.close()
 

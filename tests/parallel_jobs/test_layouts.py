@@ -65,6 +65,29 @@ def test_some_layouts_equal_one_process_on_mindspore(processes: int, tmp_path: P
     check(require_framework("mindspore"), processes, SHORTER[processes], tmp_path)
 
 
+# What is NaN on the second tensor rank, stage, or data rank.
+SPOILED = {
+    2: [Case(tp=2, spoiled="gradient"), Case(pp=2, spoiled="weight"), Case(dp=2, spoiled="gradient")],
+    4: [
+        Case(tp=2, dp=2, sequence_parallel=True, use_distributed_optimizer=True, spoiled="gradient"),
+        Case(tp=2, pp=2, spoiled="gradient"),
+        Case(tp=2, pp=2, spoiled="weight"),
+    ],
+}
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_nan_on_one_rank_makes_all_skip_the_step(framework: str, processes: int, tmp_path: Path) -> None:
+    """H4: all report the same, and go on as one process does that skips the same step."""
+    check(framework, processes, SPOILED[processes], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_nan_in_sharded_weights_makes_all_skip_the_step(tmp_path: Path) -> None:
+    cases = [Case(dp=2, use_torch_fsdp2=True, spoiled="weight"), Case(dp=2, use_torch_fsdp2=True, spoiled="gradient")]
+    check(require_framework("torch"), 2, cases, tmp_path)
+
+
 Switches = tuple[bool, bool, bool, bool, bool]  # sequence, sharded, fully sharded, tied, packed
 ALL: list[Switches] = list(product((False, True), repeat=5))  # type: ignore[arg-type]
 # On MindSpore two of them: everything that it has, and nothing.

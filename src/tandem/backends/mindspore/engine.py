@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -245,11 +245,15 @@ class MindSporeEngine:
 
     def _loss_and_norm(self, loss: float) -> tuple[float, float]:
         """The summed loss of all ranks, and the L2 norm of the whole model's gradient, each number of it counted once;
-        not finite when any of them is not."""
-        squares = 0.0
-        if self._place.data == 0:  # the other data ranks have the same gradients
-            for shard in counted_shards(self.config, self._grid, self._place):
-                squares += self._kernels.sum_of_squares(self._gradient(self._weights[shard.spec.name]))
+        not finite when any rank has a number that is not."""
+        counted = [shard.spec.name for shard in counted_shards(self.config, self._grid, self._place)]
+        if self._place.data > 0:  # the other data ranks have the same gradients
+            counted = []
+
+        def squares_of(names: Iterable[str]) -> float:
+            return sum(self._kernels.sum_of_squares(self._gradient(self._weights[name])) for name in names)
+
+        squares = squares_of(counted) + 0.0 * squares_of(name for name in self._weights if name not in counted)
         total, squares = self._groups.everyone.sum_values(loss, squares)
         return total, math.sqrt(squares) if math.isfinite(squares) else math.inf
 

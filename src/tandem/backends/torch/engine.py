@@ -282,15 +282,20 @@ class TorchEngine:
         ]
 
     def _loss_and_norm(self, loss: float) -> tuple[float, float]:
-        """The summed loss of all ranks, and the norm of the whole model's gradient, each number of it counted once."""
+        """The summed loss of all ranks, and the norm of the whole model's gradient, each number of it counted once; not
+        finite when any rank has a number that is not."""
         if self._grid.size == 1:
             return loss, norm_of(self._sharing.gradient(weight) for weight in self._weights.values())
         counted = [shard.spec.name for shard in counted_shards(self.config, self._grid, self._place)]
         if not self._sharing.by_rows and self._place.data > 0:
             counted = []
-        gradients = [self._sharing.gradient(self._weights[name]) for name in counted]
-        norm = norm_of(gradient for gradient in gradients if len(gradient))
-        total, squares = sum_over(self._groups.everyone, [loss, norm**2])
+
+        def norm(names: Iterable[str]) -> float:
+            gradients = (self._sharing.gradient(self._weights[name]) for name in names)
+            return norm_of(gradient for gradient in gradients if len(gradient))
+
+        squares = norm(counted) ** 2 + 0.0 * norm(name for name in self._weights if name not in counted)
+        total, squares = sum_over(self._groups.everyone, [loss, squares])
         return total, math.sqrt(squares) if squares >= 0 else math.nan
 
     def _reported(self, loss: float) -> float:
