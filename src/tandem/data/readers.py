@@ -32,26 +32,27 @@ class Block:
 
     Attributes:
         first: number of the first row, from 1.
-        content: per row a line with its end, the bytes of a JSON value, or the record itself.
-        lines: whether a row is a line of the file.
+        count: of rows; when `content` has more, the first ones.
+        content: lines end to end; or per row the bytes of a JSON value, or the record itself.
         is_text: a line is a text and not JSON.
         source: which of several sources the file belongs to.
     """
 
     file: str
     first: int
-    content: list[Any]
-    lines: bool = False
+    count: int
+    content: bytes | list[Any]
     is_text: bool = False
     source: int = 0
 
     def rows(self) -> list[Any]:
         """One entry per row, as `parse_row` takes it."""
-        return [_TextLine(line) for line in self.content] if self.is_text else self.content
+        rows = self.content.split(b"\n") if isinstance(self.content, bytes) else self.content
+        return list(map(_TextLine, rows[: self.count])) if self.is_text else rows[: self.count]
 
     def place(self, index: int) -> str:
         """`file:line`, or `file:row n` where a row is not a line."""
-        return f"{self.file}:{'' if self.lines else 'row '}{self.first + index}"
+        return f"{self.file}:{'' if isinstance(self.content, bytes) else 'row '}{self.first + index}"
 
 
 class _TextLine(bytes):
@@ -118,9 +119,11 @@ def _line_blocks(file: Path) -> Iterator[Block]:
                 return
             if stream.peek(3).startswith(_BYTE_ORDER_MARK):  # type: ignore[attr-defined]
                 stream.read(3)
-            while content := stream.readlines(_BLOCK_BYTES):
-                yield Block(str(file), line + 1, content, lines=True, is_text=is_text)
-                line += len(content)
+            # Not `readlines`: it is slow, and holds Python's lock; workers split the lines.
+            while content := stream.read(_BLOCK_BYTES) + stream.readline():
+                count = content.count(b"\n") + (not content.endswith(b"\n"))
+                yield Block(str(file), line + 1, count, content, is_text)
+                line += count
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read beyond line {line}: {error}; the file is damaged") from None
 
@@ -132,11 +135,11 @@ def _row_blocks(file: Path, rows: Iterator[Any]) -> Iterator[Block]:
         block.append(row)
         size += _size(row)
         if len(block) >= _BLOCK_ROWS or size >= _BLOCK_BYTES:
-            yield Block(str(file), first, block)
+            yield Block(str(file), first, len(block), block)
             first += len(block)
             block, size = [], 0
     if block:
-        yield Block(str(file), first, block)
+        yield Block(str(file), first, len(block), block)
 
 
 def _size(row: Any) -> int:

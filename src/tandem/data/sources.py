@@ -63,9 +63,9 @@ def iter_source_blocks(sources: Sequence[Source], max_samples: int | None = None
     for number, source in enumerate(sources):
         left = max_samples
         for block in iter_blocks(source.files):
-            content = block.content[:left]
-            yield dataclasses.replace(block, content=content, source=number)
-            left = None if left is None else left - len(content)
+            count = block.count if left is None else min(block.count, left)
+            yield dataclasses.replace(block, count=count, source=number)
+            left = None if left is None else left - count
             if left == 0:
                 break
 
