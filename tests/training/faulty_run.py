@@ -1,8 +1,9 @@
 """A `tandem` command in which something goes wrong, as told: python faulty_run.py FAULT.json COMMAND OPTIONS...
 
-FAULT.json: {"rank": 1, "when": "step" | "evaluation" | "save", "at": 3, "what": "SIGTERM" | "SIGKILL" | "hang"}: at the
-start of the at-th step, validation batch or checkpoint of this process. {"slow_save": 0.01} makes the writing of each
-tensor take so many seconds longer. The exit code is left in FAULT.json.RANK.
+FAULT.json: {"rank": 1, "when": "step" | "evaluation" | "save", "at": 3, "what": "SIGTERM", "SIGKILL", "hang" or "nan"}:
+at the start of the at-th step, validation batch or checkpoint of this process; "nan", for which "framework" is told,
+spoils a gradient of that step. {"slow_save": 0.01} makes the writing of each tensor take so many seconds longer. The
+exit code is left in FAULT.json.RANK.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from spoiled import spoiled
 from tandem.__main__ import main
 from tandem.checkpoints.native import NativeRankSink
 from tandem.parallel.world import World
@@ -34,17 +39,24 @@ def before(owner: Any, name: str, act: Any) -> None:
 
 def install(fault: dict[str, Any]) -> None:
     calls = 0
+    engine: Any = None
+    until_next = ExitStack()
 
     def act() -> None:
         nonlocal calls
         calls += 1
+        until_next.close()
         if calls != fault["at"]:
+            return
+        if fault["what"] == "nan":
+            until_next.enter_context(spoiled(fault["framework"], engine, "gradient"))
             return
         if fault["what"] == "hang":
             time.sleep(100_000)
         os.kill(os.getpid(), signal.Signals[fault["what"]])
 
     def create(*args: Any) -> Any:
+        nonlocal engine
         engine = create_engine(*args)
         if fault.get("when") in METHODS:
             before(engine, METHODS[fault["when"]], act)

@@ -39,7 +39,8 @@ class Job:
 
     def start(self, save: str, **fault: object) -> subprocess.Popen[str]:
         """Save in a folder of that name; `fault` as `faulty_run.py` takes it."""
-        (self.folder / "fault.json").write_text(json.dumps({"rank": -1, **fault}), encoding="utf-8")
+        told = {"rank": -1, "framework": self.framework, **fault}
+        (self.folder / "fault.json").write_text(json.dumps(told), encoding="utf-8")
         supervisor = (sys.executable, str(SUPERVISED), self.framework, str(self.processes))
         launch = self.launcher or (supervisor if self.processes > 1 else (sys.executable,))
         text = f"{self.workspace.text}_text_document"
@@ -166,6 +167,22 @@ def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str,
             stop_and_go_on(job, rank=rank, when=when, at=at)
             for path in sorted((tmp_path / "b").rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size", "data"])
+def test_a_nan_of_one_rank_stops_all(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
+    """H4: in the sixth step; without the fault, the next start goes on from the fourth."""
+    whole = (layout, "2") if layout != "data" else ()
+    job = Job(workspace, tmp_path, framework, processes=2, flags=(*TWO, *whole))
+    job.succeed("a")
+    code, output = job.finish("b", rank=1, when="step", at=6, what="nan")
+    assert code == 2, output[-3000:]
+    assert job.codes() == [2, 2]
+    assert "iteration 6: the gradient norm is" in output
+    assert "rank 1: gradient of decoder.layers." in output
+    assert "resuming at iteration 4" in job.succeed("b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.slow
