@@ -47,7 +47,7 @@ def test_any_layout_of_any_backend_goes_on(
         train(workspace, instructions, framework, layout, 4 * leg, tmp_path / "road")
     expected, found = losses(tmp_path / "unbroken"), losses(tmp_path / "road")
     assert len(expected) == 12
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def train(workspace: Workspace, instructions: bool, framework: str, layout: str, until: int, save: Path) -> None:
