@@ -188,6 +188,15 @@ def test_the_ranks_of_a_killed_supervisor_end(tmp_path: Path) -> None:
     assert not running(str(tmp_path))
 
 
+def test_a_rank_that_starts_after_its_supervisor_was_killed_leaves(tmp_path: Path) -> None:
+    supervisor = subprocess.Popen(["true"])
+    supervisor.wait()
+    environment = {"TANDEM_JOB": str(tmp_path), "TANDEM_SUPERVISOR": str(supervisor.pid), "RANK": "0", "WORLD_SIZE": "1"}
+    rank = [sys.executable, "-c", "from tandem.parallel.job import Member; Member.join()"]
+    assert subprocess.run(rank, env={**os.environ, **environment}, timeout=60, check=False).returncode == 1
+    assert "supervisor of this job is gone" in (tmp_path / "rank_0.log").read_text(encoding="utf-8")
+
+
 def test_a_port_in_use_is_found_before_anything_starts() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

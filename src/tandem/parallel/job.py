@@ -21,6 +21,7 @@ from pathlib import Path
 from tandem.parallel.world import World, is_scheduler
 
 JOB = "TANDEM_JOB"
+SUPERVISOR = "TANDEM_SUPERVISOR"  # its process
 NODE = "TANDEM_NODE"  # number of this machine in the job
 _PR_SET_PDEATHSIG = 1
 
@@ -55,6 +56,7 @@ class Member:
                 stream.flush()
                 os.dup2(log.fileno(), stream.fileno())
         die_with_parent()
+        _leave_if_alone()
         if not is_scheduler():
             _publish(pid_file(folder, world.rank), str(os.getpid()))
         return cls(world, folder)
@@ -92,6 +94,14 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when the one that started it ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _leave_if_alone() -> None:
+    """When the job was killed while this process was starting, no parent is left to die."""
+    try:
+        os.kill(int(os.environ[SUPERVISOR]), 0)
+    except ProcessLookupError:
+        sys.exit("the supervisor of this job is gone")
 
 
 def log_file(folder: Path, rank: int) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.parallel.job import JOB, NODE, Ended, die_with_parent, log_file, pid_file, read_record
+from tandem.parallel.job import JOB, NODE, SUPERVISOR, Ended, die_with_parent, log_file, pid_file, read_record
 
 DEFAULT_PORT = 29500
 POLL_SECONDS = 0.1
@@ -110,6 +110,7 @@ def launch(machines: Machines, launcher: Launcher, words: Sequence[str]) -> int:
         **os.environ,
         **environment,
         JOB: str(folder),
+        SUPERVISOR: str(os.getpid()),
         NODE: str(machines.node_rank),
         "PYTHONUNBUFFERED": "1",
     }
