@@ -191,9 +191,9 @@ def test_the_ranks_of_a_killed_supervisor_end(tmp_path: Path) -> None:
 def test_a_rank_that_starts_after_its_supervisor_was_killed_leaves(tmp_path: Path) -> None:
     supervisor = subprocess.Popen(["true"])
     supervisor.wait()
-    environment = {"TANDEM_JOB": str(tmp_path), "TANDEM_SUPERVISOR": str(supervisor.pid), "RANK": "0", "WORLD_SIZE": "1"}
+    job = {"TANDEM_JOB": str(tmp_path), "TANDEM_SUPERVISOR": str(supervisor.pid), "RANK": "0", "WORLD_SIZE": "1"}
     rank = [sys.executable, "-c", "from tandem.parallel.job import Member; Member.join()"]
-    assert subprocess.run(rank, env={**os.environ, **environment}, timeout=60, check=False).returncode == 1
+    assert subprocess.run(rank, env={**os.environ, **job}, timeout=60, check=False).returncode == 1
     assert "supervisor of this job is gone" in (tmp_path / "rank_0.log").read_text(encoding="utf-8")
 
 

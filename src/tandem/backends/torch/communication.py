@@ -39,8 +39,8 @@ class TorchCommunicator:
 
     def close(self) -> None:
         self.barrier()
-        dist.destroy_process_group()
         make_groups.cache_clear()
+        dist.destroy_process_group()
 
 
 def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCommunicator:
