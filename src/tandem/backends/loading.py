@@ -1,13 +1,26 @@
-"""What engines read, in the form in which they take it."""
+"""How engines take what they read: in blocks of fp32 rows, from several threads where the framework lets them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from tandem.checkpoints.interface import Kind, TensorSource, check_shape
 from tandem.parallel.slices import Part
+
+T = TypeVar("T")
+
+READERS = 2  # threads: to hash a block takes longer than to read it
+
+
+def load_each(load: Callable[[T], None], items: Iterable[T]) -> None:
+    """Call `load` with each item, from several threads; the first failure is raised, and the rest left."""
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in readers.map(load, items):
+            pass
 
 
 def stream_fp32(source: TensorSource, name: str, part: Part, kind: Kind) -> Iterator[tuple[int, np.ndarray]]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +13,7 @@ import torch
 from torch import nn
 
 from tandem.backends.interface import EngineSettings, StepResult, is_trusted
-from tandem.backends.loading import stream_fp32
+from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.memory import process_peak
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
 from tandem.backends.torch.data_parallel import Replicated, Sharing, own_rows
@@ -36,9 +34,6 @@ from tandem.parallel.grid import counted_shards, held_shards, saved_shards
 from tandem.parallel.layout import Shard, part_of
 from tandem.parallel.slices import Part
 
-T = TypeVar("T")
-
-READERS = 2  # threads that load: to hash a block takes longer than to read it
 # One token that predicts nothing.
 UNTRAINED = MicroBatch(
     tokens=np.zeros(1, np.int32),
@@ -101,7 +96,7 @@ class TorchEngine:
         return self._adamw.step if self._adamw else 0
 
     def load_weights(self, source: TensorSource) -> None:
-        _with_readers(lambda name: self._load_weight(source, name), self._weights)
+        load_each(lambda name: self._load_weight(source, name), self._weights)
 
     def _load_weight(self, source: TensorSource, name: str) -> None:
         kind, master_kind = kinds_to_load(source, name, self.param_dtype)
@@ -128,7 +123,7 @@ class TorchEngine:
             kind, name = item
             _fill(stream_fp32(source, name, self._own_part(name), kind), (moments[kind][name], 0))
 
-        _with_readers(load, [(kind, name) for kind in moments for name in adamw.master])
+        load_each(load, [(kind, name) for kind in moments for name in adamw.master])
         adamw.step = optimizer_step
 
     def _own_rows(self, name: str) -> tuple[int, int]:
@@ -325,13 +320,6 @@ def make_tensor_parallel(config: ModelConfig, settings: EngineSettings, groups: 
         return None
     rows = part_of(tensor_table(config)[EMBEDDING], ranks.size, 0).shape[0]
     return TensorParallel(ranks.group, ranks.rank, ranks.size, settings.sequence_parallel, rows)
-
-
-def _with_readers(load: Callable[[T], None], items: Iterable[T]) -> None:
-    """Call `load` with each item, from several threads; the first failure is raised, and the rest left."""
-    with ThreadPoolExecutor(READERS) as readers:
-        for _ in readers.map(load, items):
-            pass
 
 
 def _fill(blocks: Iterator[tuple[int, np.ndarray]], *targets: tuple[torch.Tensor, int]) -> None:
