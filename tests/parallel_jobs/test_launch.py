@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from frameworks import require_framework
 from launchers import launcher
 from scripts import free_port
 from tandem.errors import UserError
-from tandem.parallel.launch import Machines
+from tandem.parallel.launch import Machines, launch
 from tandem.training.run import train
 from workspace import Workspace
 
@@ -103,6 +104,7 @@ def test_a_command_as_two_processes_trains_as_one(
     expected = one_process(workspace, require_framework("torch"))
     assert list(losses(out).values()) == pytest.approx(expected, rel=1e-4)
     assert out.count("after training is done") == 1
+    assert not list(tmp_path.iterdir()), "a job that ends well leaves nothing in the temporary directory"
 
 
 def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, framework: str, tmp_path: Path) -> None:
@@ -153,6 +155,17 @@ def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: s
     assert code == 1
     assert list(losses(out)) == [1]
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
+
+
+def test_a_launcher_that_fails_is_said_and_its_output_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
+    assert code == 1
+    named, said, reason = capsys.readouterr().err.splitlines()
+    assert (said, reason) == ("no such rank", "the launcher ended with code 3")
+    assert Path(named.removeprefix("last lines of ").removesuffix(":")).read_text() == "no such rank\n"
 
 
 def test_ranks_get_the_signal_and_time_to_save(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def launch(machines: Machines, launcher: Launcher, words: Sequence[str]) -> int:
     """Run `python WORDS` as every rank of this machine, and wait.
 
     Returns:
-        The first rank's exit code that is not 0, 128 + the signal's number when a signal ended the job, else 0.
+        The first rank's exit code that is not 0, 128 + the signal's number when a signal ended the job, CRASHED when
+        the launcher failed, else 0.
 
     Raises:
         UserError: as `Machines.checked`; nothing was started.
@@ -223,7 +224,7 @@ class _Job:
             return CRASHED
         if launcher_code != 0 and not all(self._records()):
             self._say(f"the launcher ended with code {launcher_code}", self.folder / "launcher.log")
-            return launcher_code or CRASHED
+            return CRASHED
         return 0
 
     def _quote(self, ended: Ended) -> int:

@@ -17,6 +17,7 @@ def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[li
         "--node-rank": machines.node_rank,
         "--master-addr": machines.master_addr,
         "--master-port": machines.master_port,
+        "--log-dir": folder,  # else it makes a folder in the temporary directory, and leaves it there
     }
     flags = [str(word) for pair in where.items() for word in pair]
     return [sys.executable, "-m", "torch.distributed.run", *flags, *words], {}
