@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.config import ranges
 from tandem.config.settings import Settings
 from tandem.config.sources import from_dict, from_yaml, parse_settings, to_yaml
 from tandem.config.upstream import split_ignored
@@ -72,26 +73,74 @@ def test_a_flag_that_asks_for_something_else_is_refused(words: list[str]) -> Non
         split_ignored(words)
 
 
-# I3: a default that changes must change here too, on purpose.
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--micro-batch-size 0", "1 or more"),
+        ("--micro-batch-size -1", "1 or more"),
+        ("--seq-length 0", "1 or more"),
+        ("--tensor-model-parallel-size 0", "1 or more"),
+        ("--rampup-batch-size -2 2 8", "0 or more"),
+        ("--lr nan", "0 or more"),
+        ("--weight-decay -0.1", "0 or more"),
+        ("--adam-beta2 1", "a number from 0 to below 1"),
+        ("--loss-scale inf", "a positive number"),
+        ("--seed 4294967296", "4294967295 or less"),
+        ("--save-interval 0", "1 or more"),
+    ],
+)
+def test_a_number_that_no_run_can_use_is_refused(words: str, expected: str) -> None:
+    flag = words.split()[0]
+    with pytest.raises(UserError, match=f"{flag} .*: expected {expected}"):
+        parse(*words.split())
+
+
+def test_every_range_is_of_a_setting() -> None:
+    names = {name for group in Settings().to_dict().values() for name in group}
+    assert ranges.ONE_OR_MORE | ranges.ABOVE_ZERO | ranges.BELOW_ONE | ranges.LARGEST.keys() <= names
+
+
+# I3: a default that changes must change here too, on purpose. What is not named is off: None, False, 0 or empty.
 DEFAULTS = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "distributed_timeout_minutes": 10,
+    "json_keys": ["text"],
+    "workers": 1,
+    "split": "969,30,1",
+    "seq_length": 4096,
+    "tokenizer_type": "PretrainedFromHF",
     "lr_decay_style": "linear",
-    "min_lr": 0.0,
+    "lr_wsd_decay_style": "exponential",
     "weight_decay": 0.01,
+    "weight_decay_incr_style": "constant",
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_eps": 1e-8,
     "clip_grad": 1.0,
+    "ai_framework": "torch",
     "micro_batch_size": 1,
     "seed": 1234,
-    "log_interval": 100,
+    "initial_loss_scale": 2.0**32,
+    "min_loss_scale": 1.0,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "on_bad_step": "stop",
+    "max_consecutive_skips": 10,
+    "spiky_loss_factor": 2.0,
     "eval_interval": 1000,
     "eval_iters": 100,
-    "split": "969,30,1",
+    "log_interval": 100,
+    "tensorboard_log_interval": 1,
+    "profile_step_start": 10,
+    "profile_step_end": 12,
     "ckpt_format": "native",
-    "ai_framework": "torch",
+    "nnodes": 1,
+    "master_addr": "127.0.0.1",
 }
 
 
 def test_defaults_are_frozen() -> None:
     flat = {name: value for group in Settings().to_dict().values() for name, value in group.items()}
-    assert {name: flat[name] for name in DEFAULTS} == DEFAULTS
+    assert {name: value for name, value in flat.items() if value} == DEFAULTS

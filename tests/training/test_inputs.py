@@ -58,4 +58,4 @@ def test_h3_epochs(workspace: Workspace, instructions: bool) -> None:
     assert abs(half.total_samples - settings.total_samples / 4) < 1
     for wrong in ({"epochs": -1}, {"epochs": 1, "train_samples": 4}):
         with pytest.raises(UserError, match="--epochs"):
-            with_epochs(workspace.settings("torch", **{**values, **wrong}))
+            workspace.settings("torch", **{**values, **wrong}).check()

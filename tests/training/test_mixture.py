@@ -29,7 +29,7 @@ def second(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> st
 
 
 def settings_for(workspace: Workspace, data_path: list[str], iters: int = 10, **values: object) -> Settings:
-    return workspace.settings("torch", data_path=data_path, train_iters=iters, global_batch_size=BATCH, **values)
+    return workspace.settings("torch", data_path=data_path, train_iters=iters, **{"global_batch_size": BATCH, **values})
 
 
 def after(data: Data, settings: Settings, iterations: int) -> TrainerState:
@@ -131,3 +131,12 @@ def test_a_resumed_run_keeps_its_mixture(workspace: Workspace, second: str, tmp_
     assert data.counts() == [8 + 6, 8 + 2]
     state = json.loads((tmp_path / "run/iter_0000006/trainer_state.json").read_text())
     assert [segment["begin"] for segment in state["data"]["mixture"]["segments"]] == [0, 16]
+
+
+def test_a_smaller_batch_has_samples_to_its_end(workspace: Workspace, second: str, tmp_path: Path) -> None:
+    """What is left is counted from where the run stands: 5 steps of 16, then 15 of 4."""
+    data_path = ["0.5", f"{workspace.text}_text_document", "0.5", second]
+    save = str(tmp_path / "run")
+    train(settings_for(workspace, data_path, 20, save=save, global_batch_size=16, exit_interval=5))
+    trainer = train(settings_for(workspace, data_path, 20, save=save))
+    assert (trainer.progress.iteration, trainer.progress.consumed_train_samples) == (20, 5 * 16 + 15 * 4)

@@ -17,6 +17,7 @@ from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.inputs import open_data, with_epochs
 from tandem.training.raw_data import with_preprocessed
+from tandem.training.start import prepare
 from workspace import Workspace
 
 
@@ -120,3 +121,22 @@ def test_errors(workspace: Workspace, tmp_path: Path) -> None:
         with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, json_keys=["a", "b"]))
     with pytest.raises(UserError, match="need --tokenizer-name-or-path"):
         with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, init="random"))
+
+
+@pytest.mark.usefixtures("never")
+@pytest.mark.parametrize(
+    ("values", "processes", "expected"),
+    [
+        ({"lr": None}, 1, "--lr is required"),
+        ({"train_iters": None, "epochs": 1, "train_samples": 8}, 1, "--epochs 1.0 exclude each other"),
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple"),
+        ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
+        ({"num_layers": 7}, 1, "--num-layers 7 contradicts"),
+        ({"load": "/no/such/folder"}, 1, "/no/such/folder does not exist"),
+    ],
+)
+def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
+    workspace: Workspace, tmp_path: Path, values: dict[str, object], processes: int, expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        prepare(settings_for(workspace, workspace.corpus, tmp_path, **values), processes)

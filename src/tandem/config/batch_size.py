@@ -36,3 +36,10 @@ class BatchSizes:
                 iterations += 1
         rest = max(0, train_samples - consumed) // self.final
         return iterations + rest, consumed + rest * self.final
+
+    def consumed_after(self, iterations: int, consumed_samples: int) -> int:
+        """Samples consumed when so many more steps have been taken."""
+        while iterations and self.at(consumed_samples) != self.final:
+            consumed_samples += self.at(consumed_samples)
+            iterations -= 1
+        return consumed_samples + iterations * self.final

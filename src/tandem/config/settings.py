@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tandem.config.batch_size import BatchSizes
+from tandem.config.ranges import check_ranges
 from tandem.errors import UserError
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout, parse_layers
@@ -393,11 +394,20 @@ class Settings:
         assert self.training.train_samples is not None
         return self.batch_sizes.iterations(self.training.train_samples)[1]
 
+    def samples_from(self, iteration: int, consumed_samples: int) -> int:
+        """Samples that the whole run consumes when it goes on from there, perhaps with another batch size."""
+        return self.batch_sizes.consumed_after(max(0, self.total_iters - iteration), consumed_samples)
+
     def check(self) -> None:
         """Raise UserError where settings are missing, out of range, or contradict each other."""
+        check_ranges(self.to_dict())
         training, optimizer, checkpoint = self.training, self.optimizer, self.checkpoint
-        if training.train_iters is None and training.train_samples is None:
+        lengths = {"--train-iters": training.train_iters, "--train-samples": training.train_samples}
+        given = [f"{name} {value}" for name, value in (lengths | {"--epochs": training.epochs}).items() if value]
+        if not given:
             raise UserError("--train-iters is required, or --train-samples or --epochs")
+        if len(given) > 1 and training.epochs:
+            raise UserError(f"{' and '.join(given)} exclude each other: give one")
         if optimizer.lr is None:
             raise UserError("--lr is required")
         if not self.data.data_path:
@@ -412,8 +422,6 @@ class Settings:
             raise UserError(
                 "--lr-warmup-fraction and --lr-warmup-iters or --lr-warmup-samples exclude each other: give one"
             )
-        if self.logging.log_interval < 1 or self.logging.tensorboard_log_interval < 1:
-            raise UserError("--log-interval and --tensorboard-log-interval: expected 1 or more")
         self._check_profile()
         self._check_unit_of_length()
         self._check_saving()
@@ -438,10 +446,6 @@ class Settings:
 
     def _check_saving(self) -> None:
         checkpoint = self.checkpoint
-        for name in ("save_interval", "save_total_limit", "save_retain_interval", "export_hf_every"):
-            value = getattr(checkpoint, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
         if checkpoint.export_hf_every and checkpoint.no_shared_storage:
             raise UserError(
                 "--export-hf-every needs the whole checkpoint on one disk, and --no-shared-storage spreads it: bring "
@@ -449,23 +453,17 @@ class Settings:
             )
 
     def _check_bad_steps(self) -> None:
-        training = self.training
-        if training.max_consecutive_skips < 1:
-            raise UserError(f"--max-consecutive-skips {training.max_consecutive_skips}: expected 1 or more")
-        if training.spiky_loss_factor <= 1:
-            raise UserError(f"--spiky-loss-factor {training.spiky_loss_factor}: expected more than 1")
+        if self.training.spiky_loss_factor <= 1:
+            raise UserError(f"--spiky-loss-factor {self.training.spiky_loss_factor}: expected more than 1")
 
     def _check_loss_scale(self) -> None:
         training = self.training
         if training.fp16 and training.bf16:
             raise UserError("--fp16 and --bf16 exclude each other: give one")
-        for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
-            value = getattr(training, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected a positive number")
 
     def _check_unit_of_length(self) -> None:
-        """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit."""
+        """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit; epochs
+        become iterations."""
         training, optimizer = self.training, self.optimizer
         by_iterations = {
             "--train-iters": training.train_iters,
@@ -480,9 +478,12 @@ class Settings:
             "--lr-warmup-samples": optimizer.lr_warmup_samples or None,
             "--rampup-batch-size": training.rampup_batch_size,
         }
-        wrong, unit = (by_samples, "iters") if training.train_iters is not None else (by_iterations, "samples")
+        by_epochs = training.epochs is not None
+        by_steps = by_epochs or training.train_iters is not None
+        wrong, unit = (by_samples, "iters") if by_steps else (by_iterations, "samples")
         if given := [flag for flag, value in wrong.items() if value is not None]:
-            raise UserError(f"{' '.join(given)}: a run counted with --train-{unit} takes no such length")
+            counted = "--epochs" if by_epochs else f"--train-{unit}"
+            raise UserError(f"{' '.join(given)}: a run counted with {counted} takes no such length")
         wsd = optimizer.lr_wsd_decay_iters if unit == "iters" else optimizer.lr_wsd_decay_samples
         if optimizer.lr_decay_style == "WSD" and wsd is None:
             raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}")

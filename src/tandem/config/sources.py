@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from tandem.config.ranges import check_ranges
 from tandem.config.settings import Settings
 from tandem.config.upstream import split_ignored
 from tandem.errors import UserError, nearest
@@ -24,11 +25,16 @@ def parse_settings(command: str, description: str, argv: Sequence[str]) -> tuple
     """The settings of a training command, and notices about flags that have no effect.
 
     `--config FILE` names a YAML file whose values the flags override.
+
+    Raises:
+        UserError: an unknown name, or a value that no run can use.
     """
     config_file, rest = _take_config(list(argv))
     rest, notices = split_ignored(rest)
     default = from_yaml(config_file) if config_file else Settings()
-    return parse_dataclass(Settings, command, description, rest, default), notices
+    settings = parse_dataclass(Settings, command, description, rest, default)
+    check_ranges(settings.to_dict())
+    return settings, notices
 
 
 def parse_dataclass(kind: type[T], command: str, description: str, argv: Sequence[str], default: T | None = None) -> T:

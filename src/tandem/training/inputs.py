@@ -103,18 +103,10 @@ def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> D
 
 
 def with_epochs(settings: Settings) -> Settings:
-    """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
-
-    Raises:
-        UserError: a length is given in another way too, or the epochs are not positive.
-    """
+    """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up."""
     training = settings.training
     if training.epochs is None:
         return settings
-    if training.train_iters is not None or training.train_samples is not None:
-        raise UserError(f"--epochs {training.epochs} and --train-iters or --train-samples exclude each other: give one")
-    if training.epochs <= 0:
-        raise UserError(f"--epochs {training.epochs}: expected a positive number")
     prefixes, _ = parse_blend(settings.data.data_path)
     # The number of samples depends on none of the flags that need a tokenizer.
     plain = dataclasses.replace(
@@ -189,10 +181,12 @@ def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
     prefixes, weights = parse_blend(settings.data.data_path)
     if weights is None and len(prefixes) > 1:
         weights = [float(len(_single(settings, tokenizer, prefix, "train", None))) for prefix in prefixes]
-    earlier, consumed = None, 0
-    if resumed is not None and _keeps_its_order(settings, resumed):
-        earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
-    mixture = Mixture.of(prefixes, weights or [1.0], settings.total_samples, earlier, consumed)
+    earlier, consumed, samples = None, 0, settings.total_samples
+    if resumed is not None:
+        samples = settings.samples_from(resumed.iteration, resumed.consumed_train_samples)
+        if _keeps_its_order(settings, resumed):
+            earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
+    mixture = Mixture.of(prefixes, weights or [1.0], samples, earlier, consumed)
 
     def build(prefix: str, size: int, number: int) -> Dataset:
         return _single(settings, tokenizer, prefix, "train", size, settings.training.seed + number)

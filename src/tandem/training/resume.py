@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,10 @@ from tandem.parallel.world import Communicator
 from tandem.training.state import SETTINGS_FILE, TrainerState, check_optimizer, restore
 from tandem.training.trainer import Progress
 
-# What makes a run the same one: where it began, and what it is trained on.
-IDENTITY = (
-    ("checkpoint", "load"),
-    ("checkpoint", "init"),
-    ("data", "data_path"),
-    ("data", "is_instruction_dataset"),
-)
+# What makes a run the same one: where it began, and what it is trained on, which is known when raw files have become
+# their prefixes.
+ORIGIN = (("checkpoint", "load"), ("checkpoint", "init"))
+DATA = (("data", "data_path"), ("data", "is_instruction_dataset"))
 FIRST_START = ("finetune", "no_load_optim", "no_load_rng")  # what these ask for is done once
 # Settings that only say where things are, and may differ between two starts of a run.
 PLACES = {"load", "save", "init", "ckpt_step", *FIRST_START}
@@ -50,17 +47,27 @@ def continued(settings: Settings) -> Settings:
         raise UserError(
             f"--save {checkpoint.save} holds a converted checkpoint: choose another folder for the run's own"
         )
-    now = settings.to_dict()
-    for group, name in IDENTITY:
-        was, new = saved.get(group, {}).get(name), now[group][name]
-        if was != new and not (name == "load" and was == checkpoint.save):
-            raise UserError(
-                f"--save {checkpoint.save} holds a checkpoint of another run, whose {name} was {was}; here it is "
-                f"{new}. Choose another folder, or resume that run with --load {checkpoint.save}"
-            )
+    _check_same(ORIGIN, saved, settings)
     first_start: dict[str, Any] = dict.fromkeys(FIRST_START, False)
     own = dataclasses.replace(checkpoint, load=checkpoint.save, init=None, ckpt_step=None, **first_start)
     return dataclasses.replace(settings, checkpoint=own)
+
+
+def check_same_data(settings: Settings, loading: Settings) -> None:
+    """Raise UserError when the run goes on (`loading` is what `continued` gave) that was trained on other data."""
+    if loading.checkpoint.load == settings.checkpoint.save and not _loads_own_folder(settings):
+        _check_same(DATA, saved_settings(find_newest(str(settings.checkpoint.save), report=None)) or {}, settings)
+
+
+def _check_same(names: Iterable[tuple[str, str]], saved: dict[str, dict[str, Any]], settings: Settings) -> None:
+    now, save = settings.to_dict(), settings.checkpoint.save
+    for group, name in names:
+        was, new = saved.get(group, {}).get(name), now[group][name]
+        if was != new and not (name == "load" and was == save):
+            raise UserError(
+                f"--save {save} holds a checkpoint of another run, whose {name} was {was}; here it is {new}. "
+                f"Choose another folder, or resume that run with --load {save}"
+            )
 
 
 def _without_what_was_done(settings: Settings) -> Settings:

@@ -16,7 +16,7 @@ from tandem.parallel.grid import Grid
 from tandem.parallel.world import World
 from tandem.training.inputs import with_epochs
 from tandem.training.raw_data import with_preprocessed
-from tandem.training.resume import continued, open_initial
+from tandem.training.resume import check_same_data, continued, open_initial
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.state import TrainerState
 
@@ -46,22 +46,23 @@ class Start:
 
 
 def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
-    """Check the settings against each other, the number of processes and the weights' config; raw data are preprocessed
-    by the `leader` of each machine.
+    """Check the settings against each other, the number of processes and the weights' config; then raw data are
+    preprocessed by the `leader` of each machine, which may take hours and must not end in such an error (I2).
 
     Raises:
         UserError: something is missing or contradictory.
     """
     framework = check_framework(settings.training.ai_framework)
-    settings = with_epochs(with_preprocessed(settings, leader))
     settings.check()
     grid = Grid(settings.layout, processes)
     settings.check_grid(grid)
-    schedule = schedule_from(settings)
     loading = continued(settings)
     source = open_weights(loading)
     check_model_flags(settings, source.config)
     grid.layout.check(source.config)
+    settings = with_epochs(with_preprocessed(settings, leader))
+    check_same_data(settings, loading)
+    schedule = schedule_from(settings)
     seeded = with_checkpoint_seed(settings, loading, source)
     return Start(framework, seeded, grid, schedule, source, loading)
 
