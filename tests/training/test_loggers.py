@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import io
 import json
+import math
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -235,3 +236,15 @@ def test_sparkline_means_stretches() -> None:
     assert sparkline([0.0, 1.0], 10) == "▁█"
     assert sparkline([0, 0, 7, 7], 2) == "▁█"
     assert sparkline([3.0, 3.0], 2) == "▁▁"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_live_view_outlives_a_bad_step(bad: float) -> None:
+    """H4: with --on-bad-step skip a run goes on, and so does what shows it."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    view = LiveView(console)
+    view.on_step(step_record(1, loss=bad))
+    view.render()
+    view.on_step(step_record(2, loss=0.5))
+    view.on_step(step_record(3, loss=bad))
+    view.close()

@@ -31,10 +31,11 @@ def test_rates_are_counted_as_documented() -> None:
 
 
 def test_peaks_are_those_of_the_named_devices() -> None:
-    assert peak_flops("NVIDIA H100 80GB HBM3", bf16=True) == 989.4e12
-    assert peak_flops("Ascend910B2", bf16=False) == 94e12
-    assert peak_flops("cpu", bf16=True) is None
-    assert peak_flops("NVIDIA H100 PCIe", bf16=True) is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float16") == 989.4e12
+    assert peak_flops("Ascend910B2", "float32") == 94e12
+    assert peak_flops("cpu", "bfloat16") is None
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") is None
 
 
 def test_each_step_is_on_disk_at_once(tmp_path: Path) -> None:

@@ -67,11 +67,12 @@ class Hardware:
         return min(self.node_bandwidth, self.network_bandwidth * min(together, group))
 
 
-def peak_flops(device_name: str, bf16: bool) -> float | None:
-    """Peak FLOP/s of a device by the name that its framework gives it; None where the name is not known."""
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Peak FLOP/s of matrix products in `dtype` (float32, bfloat16, or float16, which is as fast) on a device by the
+    name that its framework gives it; None where the name is not known."""
     for part, key in DEVICE_NAMES.items():
         if part in device_name:
-            return HARDWARE[key].flops(bf16)
+            return HARDWARE[key].flops(bf16=dtype != "float32")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from datetime import timedelta
@@ -37,7 +38,8 @@ class LiveView:
         self._live.start()
 
     def on_step(self, record: StepRecord) -> None:
-        self._losses.append(record.loss)
+        if math.isfinite(record.loss):  # a bad one, passed over, has no place on the curve
+            self._losses.append(record.loss)
         self._recent.append(record)
         self._validation.update(record.validation)
 
@@ -80,6 +82,8 @@ class LiveView:
 
 def sparkline(values: list[float], width: int) -> str:
     """Values as bars, the means of equal stretches when there are more of them than `width`."""
+    if not values:
+        return ""
     stretch = -(-len(values) // max(1, width))
     means = [sum(part) / len(part) for part in (values[i : i + stretch] for i in range(0, len(values), stretch))]
     low, high = min(means), max(means)

@@ -104,7 +104,7 @@ class Trainer:
         self.stopped: str | None = None  # the signal that ended the run early, on whichever rank it arrived
         self._batch_sizes = settings.batch_sizes
         self._samples_per_epoch = max(1, train_data.describe()["samples_per_epoch"])
-        self._peak_flops = peak_flops(engine.device_name, engine.param_dtype == "bfloat16")
+        self._peak_flops = peak_flops(engine.device_name, engine.param_dtype)
         self._log = IterationLog(settings.logging.log_interval, settings.logging.log_throughput)
 
     def run(self) -> None:
