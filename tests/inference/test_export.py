@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tandem.__main__ import main
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.detect import open_source
@@ -16,6 +18,7 @@ from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.inference.chat import open_model
 from tandem.inference.export import ExportOptions, export
 from tandem.inference.sampling import Sampling
+from tandem.quickstart.toy_model import CHAT_TEMPLATE
 from tandem.training.run import train
 from workspace import Workspace
 
@@ -89,8 +92,6 @@ def test_generate_stops_at_the_end_of_the_turn(exported: Path, framework: str, t
 
 def test_the_end_token_of_a_base_model_becomes_the_templates(workspace: Workspace, tmp_path: Path) -> None:
     """J3: the former end token stays as a second one."""
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(workspace.hf, base)
     config = json.loads((base / "config.json").read_text())
@@ -118,3 +119,84 @@ def test_the_end_token_of_a_base_model_becomes_the_templates(workspace: Workspac
     assert read["config.json"]["eos_token_id"] == ids["<|im_end|>"]
     assert read["generation_config.json"]["eos_token_id"] == [ids["<|im_end|>"], ids["<|endoftext|>"]]
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
+
+
+# As Qwen3's: an answer that shall not think begins with an empty thought, and thinking is the default.
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "<think>\\n\\n</think>\\n\\n' -}}",
+    "' -}}{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}",
+)
+
+
+def fine_tuned(workspace: Workspace, folder: Path, chat_template: object, place: str, thinking: bool | None) -> Path:
+    """A model whose tokenizer has another chat template, fine-tuned for a step; its `run` folder."""
+    base = folder / "base"
+    shutil.copytree(workspace.hf, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    if place == "file":
+        (base / "chat_template.jinja").write_text(str(chat_template))
+        del config["chat_template"]
+    elif place == "list":
+        config["chat_template"] = [
+            {"name": "tool_use", "template": "t"},
+            {"name": "default", "template": chat_template},
+        ]
+    else:
+        config["chat_template"] = chat_template
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    prefix = str(folder / "chat")
+    preprocess(
+        PreprocessOptions((str(workspace.questions),), prefix, str(base), prompt_type="qwen3", enable_thinking=thinking)
+    )
+    values = {"data_path": prefix, "load": str(base), "save": str(folder / "run"), "train_iters": 1}
+    train(workspace.settings("torch", instructions=True, lr_warmup_iters=0, **values))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("place", "command", "thinking"),
+    [("config", "export", None), ("list", "convert", None), ("file", "export", False), ("file", "convert", True)],
+)
+def test_d6_the_written_folder_asks_as_in_training(
+    workspace: Workspace, tmp_path: Path, place: str, command: str, thinking: bool | None
+) -> None:
+    """By default, and as it is told where it is told."""
+    from transformers import AutoTokenizer
+
+    run = fine_tuned(workspace, tmp_path, THINKING_TEMPLATE, place, thinking)
+    out = str(tmp_path / "out")
+    words = ["--load", str(run), "--save-dir", out]
+    if command == "convert":
+        words = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", str(run), "--save-dir", out]
+    assert main([command, *words]) == 0
+    asked = open_model(str(run), "torch").prompt_ids("How?")
+    assert open_model(out, "torch").prompt_ids("How?") == asked
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    message = [{"role": "user", "content": "How?"}]
+    ids = [
+        tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False, **mode)
+        for mode in ({}, {"enable_thinking": False}, {"enable_thinking": True})
+    ]
+    assert ids[0] == asked == ids[2 if thinking else 1] != ids[1 if thinking else 2]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
+    assert not (tmp_path / "out" / "prompt.json").exists()
+
+
+def test_a_chat_template_that_cannot_ask_as_in_training_is_said(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fine_tuned(workspace, tmp_path, "Human: {{ messages[0].content }}", "config", None)
+    assert main(["export", "--load", str(run), "--save-dir", str(tmp_path / "out")]) == 0
+    assert "writes another prompt than --prompt-type qwen3" in capsys.readouterr().out
+
+
+def test_another_layout_keeps_what_was_trained_on(workspace: Workspace, tmp_path: Path) -> None:
+    """D6, for a native checkpoint made of a native one."""
+    run = fine_tuned(workspace, tmp_path, THINKING_TEMPLATE, "config", None)
+    words = ["--load-model-type", "mg", "--load-dir", str(run), "--save-dir", str(tmp_path / "tp2")]
+    assert main(["convert", *words, "--target-tensor-parallel-size", "2"]) == 0
+    asked = [open_model(str(folder), "torch").prompt_ids("How?") for folder in (run, tmp_path / "tp2")]
+    assert asked[0] == asked[1]

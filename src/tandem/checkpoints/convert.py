@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf import HFSink, HFSource, companions_of
 from tandem.checkpoints.interface import DTYPE_ALIASES, Companions, TensorSink, TensorSource, dtype_name
 from tandem.checkpoints.megatron import MegatronSink, pad_vocab_size
-from tandem.checkpoints.native import NativeSink
+from tandem.checkpoints.native import PROMPT_FILE, NativeSink, prompt_text
 from tandem.checkpoints.publish import publishing
 from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.views import Cast, FirstLayers
@@ -25,27 +25,34 @@ MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as ups
 
 # called with what was to be written and with what can be read back, before the result becomes visible
 Check = Callable[[TensorSource, TensorSource], None]
+# source and its companions -> the companions to write, and what the user should be told
+Adapt = Callable[[TensorSource, Companions], tuple[Companions, list[str]]]
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did: where the result lies, its iteration (None for Hugging Face), and its size."""
+    """What a conversion did: where the result lies, its iteration (None for Hugging Face), its size, and what the user
+    should be told."""
 
     folder: Path
     iteration: int | None
     tensors: int
     parameters: int
+    notices: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: Path, iteration: int | None, config: ModelConfig) -> Converted:
-        return cls(folder, iteration, len(tensor_table(config)), parameter_count(config))
+    def of(cls, folder: Path, iteration: int | None, config: ModelConfig, notices: Sequence[str] = ()) -> Converted:
+        return cls(folder, iteration, len(tensor_table(config)), parameter_count(config), tuple(notices))
 
 
-def convert(options: ConvertOptions, progress: Progress | None = None, check: Check | None = None) -> Converted:
+def convert(
+    options: ConvertOptions, progress: Progress | None = None, check: Check | None = None, adapt: Adapt | None = None
+) -> Converted:
     """Read the source, write the target; it appears whole or not at all.
 
     Args:
         check: what it raises keeps the target from appearing.
+        adapt: makes the companions of a Hugging Face folder fit what its model was trained on.
 
     Raises:
         UserError: bad options, a source that is incomplete or damaged, or a target that exists.
@@ -53,13 +60,16 @@ def convert(options: ConvertOptions, progress: Progress | None = None, check: Ch
     options.check()
     folder, origin = _target(options)
     source = _open(options, origin)
-    companions = companions_for(source, origin)
+    companions, notices = companions_for(source, origin), list[str]()
+    if options.save_model_type == "hf" and adapt:
+        companions, notices = adapt(source, companions)
+    documents = {} if (prompt := prompt_text(source)) is None else {PROMPT_FILE: prompt}
     if options.num_layers is not None:
         source = FirstLayers(source, options.num_layers)
     source = with_one_dtype(source, options.params_dtype)
-    write_checked(folder, source, lambda work: _sink(work, options, source, companions), progress, check)
+    write_checked(folder, source, lambda work: _sink(work, options, source, companions, documents), progress, check)
     iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
-    return Converted.of(folder, iteration, source.config)
+    return Converted.of(folder, iteration, source.config, notices)
 
 
 def write_checked(
@@ -150,14 +160,16 @@ def _config_of(folder: str) -> ModelConfig:
     return from_hf(companions_of(folder).hf_config or {}, where=f"{folder}/config.json")
 
 
-def _sink(work: Path, options: ConvertOptions, source: TensorSource, companions: Companions) -> TensorSink:
+def _sink(
+    work: Path, options: ConvertOptions, source: TensorSource, companions: Companions, documents: Mapping[str, str]
+) -> TensorSink:
     config = source.config
     dtype = dtype_name(source.dtype(next(iter(tensor_table(config)))))
     if options.save_model_type == "hf":
         return HFSink(work, config, dtype, companions)
     layout = options.target_layout()
     if options.ckpt_format == "native":
-        return NativeSink(work, config, layout, {"model": dtype}, MCORE_ITERATION, companions)
+        return NativeSink(work, config, layout, {"model": dtype}, MCORE_ITERATION, companions, documents)
     return MegatronSink(
         work,
         config,

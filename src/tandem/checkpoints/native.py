@@ -509,9 +509,15 @@ def _slices(entry: dict[str, Any]) -> list[_Slice]:
     return found
 
 
-def prompt_entry(source: TensorSource) -> dict[str, Any] | None:
-    """What a fine-tuned checkpoint says of its template; None for any other source."""
+def prompt_text(source: TensorSource) -> str | None:
+    """What a fine-tuned checkpoint says of its template, as it stands there; None for any other source."""
     if not isinstance(source, NativeSource) or not (source.folder / PROMPT_FILE).exists():
         return None
-    entry: dict[str, Any] = json.loads(source.document(PROMPT_FILE))
+    return source.document(PROMPT_FILE)
+
+
+def prompt_entry(source: TensorSource) -> dict[str, Any] | None:
+    """The same, read."""
+    text = prompt_text(source)
+    entry: dict[str, Any] | None = None if text is None else json.loads(text)
     return entry

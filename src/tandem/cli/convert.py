@@ -12,7 +12,7 @@ from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import CONVERT_IGNORED, split_ignored
 from tandem.errors import UserError
-from tandem.inference.export import ExportOptions
+from tandem.inference.export import ExportOptions, as_trained
 from tandem.inference.verify import verify
 from tandem.models.tensors import parameter_count
 
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     for notice in notices:
         print(f"> {notice}")
     with byte_progress("converting") as progress:
-        result = convert(options, progress, verification(options))
+        result = convert(options, progress, verification(options), as_trained)
     print_result(result)
 
 
@@ -62,6 +62,8 @@ def verification(options: ConvertOptions | ExportOptions) -> Check | None:
 
 
 def print_result(result: Converted) -> None:
+    for notice in result.notices:
+        print(f"> {notice}")
     print(f"{result.tensors} tensors, {result.parameters:,} parameters")
     if result.iteration is None:
         print(f"saved Hugging Face model to {result.folder}")

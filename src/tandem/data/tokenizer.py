@@ -15,6 +15,8 @@ import tokenizers
 from tandem.data.chat_template import render_chat_template
 from tandem.errors import UserError
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
 
 class Tokenizer:
     """`tokenizer.json`, with the special tokens of `tokenizer_config.json` and the chat template.
@@ -106,8 +108,13 @@ class Tokenizer:
             self.chat_template,
             messages=list(messages),
             add_generation_prompt=add_generation_prompt,
-            **{"tools": None, "documents": None, **self._special_tokens, **variables},
+            **{**self.chat_variables, **variables},
         )
+
+    @property
+    def chat_variables(self) -> dict[str, Any]:
+        """What transformers gives a chat template beside messages."""
+        return {"tools": None, "documents": None, **self._special_tokens}
 
     def _add_missing_tokens(self, decoder: Mapping[str, Any]) -> None:
         """Older folders keep some added tokens in `tokenizer_config.json` alone."""
@@ -155,7 +162,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """transformers 5 keeps it in `chat_template.jinja`, which wins; older versions in `tokenizer_config.json`."""
-    path = folder / "chat_template.jinja"
+    path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
