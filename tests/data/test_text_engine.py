@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,21 @@ def test_both_engines_agree_on_real_text(tokenizer: Tokenizer, shared_data: Path
             assert array.dtype == expected.dtype
             np.testing.assert_array_equal(array, expected)
     assert [array.tolist() for array in engine.encode([])] == [[], []]
+
+
+def test_threads_encode_at_once_and_leave_the_environment_alone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    engine = GigatokenEngine(tokenizer.folder / "tokenizer.json", threads=3)
+    parts = [[f"{text} {number}" for text in TEXTS for _ in range(20)] for number in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        encoded = list(pool.map(engine.encode, parts))
+    for part, (ids, lengths) in zip(parts, encoded):
+        expected = TokenizersEngine(tokenizer, False).encode(part)
+        np.testing.assert_array_equal(ids, expected[0])
+        np.testing.assert_array_equal(lengths, expected[1])
+    assert "RAYON_NUM_THREADS" not in os.environ
 
 
 def test_the_first_difference_means_tokenizers(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

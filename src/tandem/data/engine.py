@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -54,17 +55,20 @@ class TokenizersEngine:
 
 
 class GigatokenEngine:
-    """The fast one; never adds special tokens."""
+    """The fast one; never adds special tokens. So many `threads` may encode at a time."""
 
     name = "gigatoken"
 
-    def __init__(self, tokenizer_file: str | os.PathLike[str]) -> None:
+    def __init__(self, tokenizer_file: str | os.PathLike[str], threads: int = 1) -> None:
         self._file = os.fspath(tokenizer_file)
+        self._threads = threads
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if not texts:
             return np.empty(0, np.int32), np.empty(0, np.int64)
-        layout = self._backend.encode_batch(list(texts), parallel=False).layout
+        # Not `parallel=False`, whose calls wait for one another: there is one encoder for all of them. So does a caller
+        # encode up to 2 MB itself, with whichever encoder is free; more is shared out among the library's threads.
+        layout = self._backend.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return ids.view(np.int32), np.diff(offsets)
@@ -73,16 +77,19 @@ class GigatokenEngine:
     def _backend(self) -> Any:
         import gigatoken  # here, because it is slow to load and need not be installed
 
-        return gigatoken.Tokenizer(self._file)
+        backend = gigatoken.Tokenizer(self._file)
+        with environment("RAYON_NUM_THREADS", str(self._threads)):
+            backend.encode_batch([""])  # the first text makes the library's threads, and an encoder for each
+        return backend
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"_file": self._file}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_file": self._file, "_threads": self._threads}
 
 
-def choose_engine(tokenizer: Tokenizer, reference: Engine, sample: Sequence[str]) -> Engine:
-    """`gigatoken` when it is installed and gives the ids of `reference` for `sample`, for each added token and for
-    known hard texts; else `reference`."""
-    fast = GigatokenEngine(tokenizer.folder / "tokenizer.json")
+def choose_engine(tokenizer: Tokenizer, reference: Engine, sample: Sequence[str], threads: int = 1) -> Engine:
+    """`gigatoken`, for so many threads, when it is installed and gives the ids of `reference` for `sample`, for each
+    added token and for known hard texts; else `reference`."""
+    fast = GigatokenEngine(tokenizer.folder / "tokenizer.json", threads)
     try:
         same = all(
             np.array_equal(ours, theirs)
@@ -92,3 +99,17 @@ def choose_engine(tokenizer: Tokenizer, reference: Engine, sample: Sequence[str]
     except (ImportError, ValueError, TypeError, NotImplementedError, RuntimeError, OSError):
         return reference  # not installed, or not a kind of tokenizer that it knows
     return fast if same else reference
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable set meanwhile, here and in processes started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

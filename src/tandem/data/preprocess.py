@@ -102,7 +102,7 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     keys = ("input_ids", "labels") if options.pack else job.output_keys
     spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
     try:
-        job.engine = choose_engine(tokenizer, job.engine, _sample(job, sources))
+        job.engine = choose_engine(tokenizer, job.engine, _sample(job, sources), options.workers)
         with ThreadPoolExecutor(1) as background:
             hashes = background.submit(lambda: [source_entry(file) for file in files])
             _tokenize(job, sources, options, spool, progress)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from multiprocessing import get_context
 
+from tandem.data.engine import environment
 from tandem.data.readers import Block
 from tandem.data.tokenize import ChunkTokenizer, TokenizedChunk
 
@@ -58,16 +58,6 @@ def _work(block: Block) -> TokenizedChunk:
     return _job(block)
 
 
-@contextmanager
-def _one_core_each() -> Iterator[None]:
+def _one_core_each() -> AbstractContextManager[None]:
     """Keep the tokenizers library to one core, here and in processes started meanwhile."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return environment("TOKENIZERS_PARALLELISM", "false")
