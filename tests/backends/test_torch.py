@@ -115,6 +115,18 @@ def test_recomputed_gives_the_same_gradient_and_keeps_only_inputs() -> None:
     torch.testing.assert_close(x.grad, x.detach().exp() ** 2)
 
 
+def test_tokens_of_a_read_only_file_are_taken_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batch = toy_batch(source.config, RAGGED)
+    batch.tokens.flags.writeable = False
+    torch.set_warn_always(True)  # otherwise it warns once in a process
+    try:
+        build(source).train_step([batch], 1e-3, 0.1)
+    finally:
+        torch.set_warn_always(False)
+    assert not [warning for warning in recwarn if "not writable" in str(warning.message)]
+
+
 def test_a_step_leaves_no_tensor_behind() -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     engine = build(source, recompute_layers=1)

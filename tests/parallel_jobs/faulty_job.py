@@ -5,6 +5,7 @@ Without a command each rank only waits.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -46,6 +47,7 @@ def wait(words: list[str]) -> int:
         signal.signal(signal.SIGTERM, save)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    atexit.register(print, "as frameworks do, it speaks while it leaves")
     print("waiting", flush=True)
     for iteration in range(1, 600):
         with placing(lambda iteration=iteration: f"iteration {iteration}"):  # type: ignore[misc]

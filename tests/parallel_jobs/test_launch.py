@@ -104,6 +104,7 @@ def test_a_command_as_two_processes_trains_as_one(
     expected = one_process(workspace, require_framework("torch"))
     assert list(losses(out).values()) == pytest.approx(expected, rel=1e-4)
     assert out.count("after training is done") == 1
+    assert out.splitlines()[-1].startswith("[after training is done]")
     assert not list(tmp_path.iterdir()), "a job that ends well leaves nothing in the temporary directory"
 
 

@@ -51,10 +51,7 @@ class Member:
         if JOB not in os.environ:
             return cls(World(), None)
         world, folder = World.from_environment(), Path(os.environ[JOB])
-        with log_file(folder, world.rank).open("ab") as log:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-                os.dup2(log.fileno(), stream.fileno())
+        _write_to(log_file(folder, world.rank))
         die_with_parent()
         _leave_if_alone()
         if not is_scheduler():
@@ -62,10 +59,15 @@ class Member:
         return cls(world, folder)
 
     def ended(self, code: int, text: str = "") -> int:
-        """Tell the supervisor, or without one print the text; returns the code."""
+        """Tell the supervisor, or without one print the text; returns the code.
+
+        Of a job's process nothing is shown from here on: MindSpore speaks of its threads as they end.
+        """
         if self.folder is None and text:
             print(text, file=sys.stderr, flush=True)
         self._record(code, text)
+        if self.folder is not None:
+            _write_to(Path(os.devnull))
         return code
 
     def crashed(self, error: Exception) -> None:
@@ -94,6 +96,14 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when the one that started it ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _write_to(path: Path) -> None:
+    """Add this process's output to a file from here on, also what no Python writes."""
+    with path.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
 
 
 def _leave_if_alone() -> None:

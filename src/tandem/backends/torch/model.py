@@ -89,7 +89,8 @@ def prepare(
         torch.from_numpy(np.ascontiguousarray(angles[:, None, :half])).to(device, dtype)
         for angles in cos_sin(config, batch.position_ids)
     )
-    return Inputs(torch.from_numpy(batch.tokens).to(device), cos, sin, runs(batch.lengths.tolist()), real)
+    # A copy: tokens may lie in a file that is mapped read-only, of which from_numpy warns.
+    return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, runs(batch.lengths.tolist()), real)
 
 
 def own_weights(module: nn.Module) -> dict[str, Weight]:
