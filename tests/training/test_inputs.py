@@ -1,4 +1,4 @@
-"""What a run reads: blends, epochs (C8, H3)."""
+"""What a run reads: blends, epochs, what is cut (C8, D7, H3)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tandem.data.indexed import IndexedDataset
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -43,6 +45,15 @@ def test_c8_templates_of_a_blend_must_agree(workspace: Workspace, tmp_path: Path
     settings = workspace.settings("torch", instructions=True, data_path=data_path)
     with pytest.raises(UserError, match="the records name different templates"):
         open_data(settings, Tokenizer(workspace.hf))
+
+
+def test_d7_what_training_cuts_is_said(workspace: Workspace) -> None:
+    lengths = IndexedDataset(f"{workspace.instructions}_packed_input_ids_document").lengths
+    data = open_data(workspace.settings("torch", instructions=True), Tokenizer(workspace.hf))
+    (notice,) = data.notices
+    assert f"{np.count_nonzero(lengths > 32)} of {len(lengths)} conversations are longer than --seq-length 32" in notice
+    longest = workspace.settings("torch", instructions=True, seq_length=int(lengths.max()))
+    assert not open_data(longest, Tokenizer(workspace.hf)).notices
 
 
 @pytest.mark.parametrize("instructions", [False, True])

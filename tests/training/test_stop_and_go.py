@@ -112,6 +112,10 @@ def test_the_step_to_load_is_for_the_first_start(workspace: Workspace, tmp_path:
     assert len(run(workspace, "torch", **common, exit_interval=6)) == 2
     assert NativeSource(tmp_path / "b").iteration == 6
     assert len(run(workspace, "torch", **common, exit_interval=7)) == 1
+    with pytest.raises(UserError, match=r"To go back to an earlier one, give --load .*b --ckpt-step 2"):
+        run(workspace, "torch", **{**common, "ckpt_step": 2})
+    with pytest.raises(UserError, match="is a Hugging Face folder, which has no iteration 2"):
+        run(workspace, "torch", ckpt_step=2)
 
 
 class Ranks:

@@ -35,6 +35,10 @@ def open_source(
     if not folder.exists():
         raise UserError(f"{folder} does not exist: expected a Hugging Face folder or a checkpoint folder")
     if (folder / "config.json").exists():
+        if iteration is not None:
+            raise UserError(
+                f"{folder} is a Hugging Face folder, which has no iteration {iteration}: no --ckpt-step here"
+            )
         return HFSource(folder)
     if is_megatron(folder, iteration):
         return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)

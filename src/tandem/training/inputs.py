@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import DataSettings, Settings
 from tandem.data.blend import BlendedDataset, Segment, blend_sizes, normalized, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
+from tandem.data.indexed import IndexedDataset
+from tandem.data.naming import sft_prefix
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.templates import THINKING_MODES, Template, get_template
@@ -135,15 +139,31 @@ def data_identity(settings: Settings) -> dict[str, Any]:
 def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
     """Notices, and the template that the record names."""
     data = settings.data
+    notices = _notice_of_cuts(prefix, data)
     if tokenizer is None:
-        return [f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
+        return [*notices, f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
     template = _named_template(prefix, data, tokenizer)
     notice = check_record(prefix, tokenizer, template, data.seq_length)
     if notice:
-        return [notice], None
+        return [*notices, notice], None
     found = read_record(prefix)
     assert found is not None
-    return [], found[1]["template"] if data.is_instruction_dataset else None
+    return notices, found[1]["template"] if data.is_instruction_dataset else None
+
+
+def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
+    """Conversations are stored whole unless preprocessing was told a length; what training cuts is said (D7)."""
+    if not data.is_instruction_dataset:
+        return []
+    lengths = IndexedDataset(sft_prefix(prefix, "input_ids")).lengths
+    longer = int(np.count_nonzero(lengths > data.seq_length))
+    if not longer:
+        return []
+    return [
+        f"{prefix}: {longer:,} of {len(lengths):,} conversations are longer than --seq-length {data.seq_length} (up to "
+        f"{lengths.max():,} tokens) and are cut, turn by turn; `tandem preprocess --seq-length {data.seq_length} "
+        f"--over-long drop` leaves them out"
+    ]
 
 
 def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:

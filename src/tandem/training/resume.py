@@ -48,6 +48,7 @@ def continued(settings: Settings) -> Settings:
             f"--save {checkpoint.save} holds a converted checkpoint: choose another folder for the run's own"
         )
     _check_same(ORIGIN, saved, settings)
+    _check_step(saved, settings)
     first_start: dict[str, Any] = dict.fromkeys(FIRST_START, False)
     own = dataclasses.replace(checkpoint, load=checkpoint.save, init=None, ckpt_step=None, **first_start)
     return dataclasses.replace(settings, checkpoint=own)
@@ -55,8 +56,9 @@ def continued(settings: Settings) -> Settings:
 
 def check_same_data(settings: Settings, loading: Settings) -> None:
     """Raise UserError when the run goes on (`loading` is what `continued` gave) that was trained on other data."""
-    if loading.checkpoint.load == settings.checkpoint.save and not _loads_own_folder(settings):
-        _check_same(DATA, saved_settings(find_newest(str(settings.checkpoint.save), report=None)) or {}, settings)
+    save = settings.checkpoint.save
+    if save is not None and loading.checkpoint.load == save and not _loads_own_folder(settings):
+        _check_same(DATA, saved_settings(find_newest(save, report=None)) or {}, settings)
 
 
 def _check_same(names: Iterable[tuple[str, str]], saved: dict[str, dict[str, Any]], settings: Settings) -> None:
@@ -68,6 +70,18 @@ def _check_same(names: Iterable[tuple[str, str]], saved: dict[str, dict[str, Any
                 f"--save {save} holds a checkpoint of another run, whose {name} was {was}; here it is {new}. "
                 f"Choose another folder, or resume that run with --load {save}"
             )
+
+
+def _check_step(saved: dict[str, dict[str, Any]], settings: Settings) -> None:
+    """Raise UserError for an iteration of `--load` that the first start did not take: it would be passed over, and who
+    gives it now wants to go back."""
+    was, now = saved.get("checkpoint", {}), settings.checkpoint
+    if now.ckpt_step is not None and was.get("load") == now.load and was.get("ckpt_step") != now.ckpt_step:
+        raise UserError(
+            f"--ckpt-step {now.ckpt_step} is an iteration of --load {now.load}, but --save {now.save} holds this run, "
+            f"which goes on from its newest. To go back to an earlier one, give --load {now.save} --ckpt-step "
+            f"{now.ckpt_step}"
+        )
 
 
 def _without_what_was_done(settings: Settings) -> Settings:
