@@ -18,17 +18,20 @@ LAYOUTS = ("--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2",
 def test_h5_the_loss_is_the_same_at_every_layout(workspace: Workspace, tmp_path: Path) -> None:
     """H5, J5: both sets, whole, although two data ranks get different numbers of micro-batches."""
     require_framework("torch")
-    sets = [f"text={workspace.text}_text_document", f"chat={workspace.instructions}"]
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"context": "123 is", "choices": [" 321", " 12 or more"], "answer": 0}')
+    sets = [f"text={workspace.text}_text_document", f"chat={workspace.instructions}", f"ask={questions}"]
     words = ["evaluate", str(workspace.hf), *sets, "--seq-length", "32", "--micro-batch-size", "3"]
     alone = table([sys.executable, "-m", "tandem", *words])
-    assert [name for name, *_ in alone] == ["text", "chat"]
+    assert [name for name, *_ in alone] == ["text", "chat", "ask"]
     for layout in LAYOUTS:
         assert table([*launcher("torch", 2), "-m", "tandem", *words, *layout.split()]) == alone, layout
 
 
 def table(command: list[str]) -> list[tuple[str, ...]]:
-    """Rows of the printed table: set, loss to 6 digits, perplexity, tokens."""
+    """Rows of the printed tables: set, loss to 4 digits, perplexity, tokens; questions, their shares and number."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return re.findall(r"│ (\w+) +│ +([\d.]+)\d\d │ +([\d.]+)\d\d │ +([\d,]+) │", done.stdout)
+    losses = re.findall(r"│ (\w+) +│ +([\d.]+)\d\d │ +([\d.]+)\d\d │ +([\d,]+) │", done.stdout)
+    return losses + re.findall(r"│ (\w+) +│ +([\d.]+) │ +([\d.]+) │ +(-[\d.]+)\d\d │ +(\d+) │", done.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from tandem.__main__ import main
 from tandem.config.sources import from_dict
 from tandem.data.batch import MicroBatch, Sample
+from tandem.data.choices import read_questions
 from tandem.data.indexed import IndexedDataset
+from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.evaluate_weights import evaluate_weights
-from tandem.training.evaluation import Evaluation, Share, evaluate
+from tandem.training.evaluation import Choices, Evaluation, Share, evaluate
 from tandem.training.inputs import named_sets
 from tandem.training.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
@@ -139,6 +142,63 @@ def test_j5_the_loss_is_hugging_faces(workspace: Workspace, framework: str) -> N
     assert found.tokens == tokens
     assert found.loss == pytest.approx(total / tokens, abs=1e-4)
     assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-3)
+
+
+QUESTIONS = [
+    {"context": "Reversed, 123 is", "choices": [" 321", " 231.", " 123 again"], "answer": 0},
+    {"context": "Which digit of 907 is largest? ", "choices": ["9", "0", "7"], "answer": 2},
+]
+
+
+def write_questions(path: Path) -> str:
+    path.write_text("\n".join(map(json.dumps, QUESTIONS)) + "\n\n")
+    return str(path)
+
+
+def test_j5_log_likelihoods_are_hugging_faces(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    """J5: as lm-evaluation-harness asks them: white space before a choice is part of it."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    file = write_questions(tmp_path / "q.jsonl")
+    values = {"load": str(workspace.hf), "valid_data_path": file, "ai_framework": framework, "seq_length": 64}
+    (found,) = evaluate_weights(from_dict(values, "test"))[0].values()
+    model = transformers.AutoModelForCausalLM.from_pretrained(workspace.hf, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workspace.hf)
+    likelihoods, right, right_per_character = [], 0, 0
+    for question in QUESTIONS:
+        own = []
+        for choice in question["choices"]:
+            ids = tokenizer.encode(question["context"] + choice, return_tensors="pt")
+            begin = len(tokenizer.encode(question["context"].rstrip()))
+            with torch.no_grad():
+                logs = model(ids).logits[0].log_softmax(dim=-1)
+            own.append(float(sum(logs[i - 1, ids[0, i]] for i in range(begin, ids.shape[1]))))
+        answer = question["answer"]
+        right += max(own) == own[answer]
+        scores = [value / len(choice) for value, choice in zip(own, question["choices"])]
+        right_per_character += max(scores) == scores[answer]
+        likelihoods.append(own[answer])
+    assert isinstance(found, Choices)
+    assert found.log_likelihood == pytest.approx(sum(likelihoods) / 2, abs=1e-4)
+    assert (found.questions, found.accuracy, found.accuracy_per_character) == (2, right / 2, right_per_character / 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "not valid JSON"),
+        ('{"text": "a"}', "field 'context'"),
+        ('{"context": "a", "choices": ["b"], "answer": 0}', "two texts or more"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "from 0 to 1"),
+        ('{"context": " ", "choices": ["b", "c"], "answer": 1}', "expected text before the choices"),
+        ('{"context": "' + 99 * "a b " + '", "choices": ["b", "c"], "answer": 1}', "--seq-length is 64"),
+    ],
+)
+def test_a_bad_question_is_named(workspace: Workspace, tmp_path: Path, line: str, named: str) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps(QUESTIONS[0]) + "\n" + line)
+    with pytest.raises(UserError, match=f"q.jsonl:2: .*{named}"):
+        read_questions(file, Tokenizer(workspace.hf), 64)
 
 
 def one_document(workspace: Workspace) -> str:

@@ -12,13 +12,14 @@ from tandem.cli.processes import run_as_processes
 from tandem.config.settings import Settings
 from tandem.config.sources import parse_settings
 from tandem.parallel.world import World
-from tandem.training.evaluate_weights import evaluate_weights
+from tandem.training.evaluate_weights import Result, evaluate_weights
 from tandem.training.evaluation import Evaluation
 
 DESCRIPTION = (
     "tandem evaluate CHECKPOINT DATA... [OPTIONS]: loss, perplexity and tokens of a checkpoint or a Hugging Face "
     "folder on data that `tandem preprocess` made. DATA is PREFIX, or NAME=PREFIX for several sets. Whole sets are "
-    "taken; --eval-iters takes less. Runs at any layout with --nproc-per-node, or under torchrun or msrun."
+    "taken; --eval-iters takes less. A FILE.jsonl in place of a PREFIX holds a question per line, {context, choices, "
+    "answer}, and its accuracy is found. Runs at any layout with --nproc-per-node, or under torchrun or msrun."
 )
 WIDTH = 100  # of the table where there is no terminal
 
@@ -35,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     if World.from_environment().rank == 0:
         for notice in [*notices, *more]:
             print(f"> {notice}")
-        print_table(found)
+        print_tables(found)
     return 0
 
 
@@ -49,11 +50,26 @@ def with_places(settings: Settings, places: Sequence[str]) -> Settings:
     return dataclasses.replace(settings, data=data, checkpoint=checkpoint)
 
 
-def print_table(found: dict[str, Evaluation]) -> None:
+def print_tables(found: dict[str, Result]) -> None:
+    """A table of losses, and one of answers; those without a row are left out."""
+    losses, answers = [], []
+    for name, of in found.items():
+        if isinstance(of, Evaluation):
+            losses.append([name, f"{of.loss:.6f}", f"{of.perplexity:.4f}", f"{of.tokens:,}"])
+        else:
+            shares = [f"{of.accuracy:.4f}", f"{of.accuracy_per_character:.4f}", f"{of.log_likelihood:.6f}"]
+            answers.append([name, *shares, f"{of.questions:,}"])
+    _print_table(("set", "loss", "perplexity", "tokens"), losses)
+    _print_table(("questions", "accuracy", "per character", "log-likelihood", "number"), answers)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
     table = Table()
-    table.add_column("set")
-    for column in ("loss", "perplexity", "tokens"):
+    table.add_column(columns[0])
+    for column in columns[1:]:
         table.add_column(column, justify="right")
-    for name, result in found.items():
-        table.add_row(name, f"{result.loss:.6f}", f"{result.perplexity:.4f}", f"{result.tokens:,}")
+    for row in rows:
+        table.add_row(*row)
     Console(width=None if Console().is_terminal else WIDTH).print(table)

@@ -1,4 +1,4 @@
-"""`tandem evaluate`: weights and data in, one loss per set out. Nothing is trained, nothing is written."""
+"""`tandem evaluate`: weights and data in, one result per set out. Nothing is trained, nothing is written."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import dataclasses
 from pathlib import Path
 
 from tandem.backends import check_framework, connect, create_engine
+from tandem.backends.interface import Engine
 from tandem.config.settings import Settings
+from tandem.data.choices import Question, holds_questions, read_questions
 from tandem.data.naming import sft_prefix
+from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import World
-from tandem.training.evaluation import Evaluation, Share, evaluate
+from tandem.training.evaluation import Choices, Dataset, Evaluation, Share, evaluate, evaluate_choices
 from tandem.training.inputs import check_data, named_sets, open_tokenizer, whole_set
 from tandem.training.start import check_model_flags, engine_settings, open_weights
 
+Result = Evaluation | Choices
 
-def evaluate_weights(settings: Settings) -> tuple[dict[str, Evaluation], list[str]]:
+
+def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     """The loss of `--load` on each set of `--valid-data-path`, at the layout and on as many processes as were started.
 
-    Instruction data are known by their files; only their answers count then. `--eval-iters` bounds each set.
+    Instruction data are known by their files; only their answers count then. `--eval-iters` bounds each set of either
+    kind. A `.jsonl` file holds questions with choices (`tandem.data.choices`), all of which are asked.
 
     Returns:
-        A loss per set, in order, and what the user should be told.
+        A result per set, in order, and what the user should be told.
 
     Raises:
         UserError: weights, data or layout do not fit together.
@@ -31,21 +37,15 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Evaluation], list[st
     framework = check_framework(settings.training.ai_framework)
     if settings.checkpoint.load is None:
         raise UserError("which weights? Give a checkpoint or a Hugging Face folder")
-    sets = named_sets(settings.data.valid_data_path)
-    if not sets:
+    places = named_sets(settings.data.valid_data_path)
+    if not places:
         raise UserError("which data? Give PREFIX, or NAME=PREFIX ...")
     grid = Grid(settings.layout, world.size)
     source = open_weights(settings)
     check_model_flags(settings, source.config)
     grid.layout.check(source.config)
     tokenizer = open_tokenizer(settings, source)
-    notices, datasets = [], {}
-    for name, prefix in sets.items():
-        own = dataclasses.replace(
-            settings, data=dataclasses.replace(settings.data, is_instruction_dataset=_holds_instructions(prefix))
-        )
-        notices += check_data(prefix, own, tokenizer)[0]
-        datasets[name] = whole_set(own, tokenizer, prefix)
+    opened = {name: _open(place, settings, tokenizer) for name, place in places.items()}
 
     timeout = settings.parallel.distributed_timeout_minutes
     communicator = connect(framework, world, settings.training.device, timeout)
@@ -53,12 +53,28 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Evaluation], list[st
     engine = create_engine(framework, source.config, forward_only)
     engine.load_weights(source)
     share = Share(settings.training.micro_batch_size, grid.data_size, grid.place(world.rank).data)
-    batch = max(settings.global_batch_size, settings.training.micro_batch_size * grid.data_size)
-    batches = None if settings.training.eval_iters == "full" else settings.training.eval_iters
-    found = {name: evaluate(engine, dataset, name, share, batch, batches) for name, dataset in datasets.items()}
+    found = {name: _evaluate(engine, name, data, share, settings) for name, (data, _) in opened.items()}
     communicator.close()
-    return found, [*engine.notices, *notices]
+    return found, [*engine.notices, *(notice for _, notices in opened.values() for notice in notices)]
 
 
-def _holds_instructions(prefix: str) -> bool:
-    return Path(sft_prefix(prefix, "input_ids") + ".idx").exists()
+def _open(place: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset | list[Question], list[str]]:
+    """A set, and what the user should be told of it."""
+    if holds_questions(place):
+        if tokenizer is None:
+            raise UserError(f"{place}: questions need the tokenizer's folder: --tokenizer-name-or-path")
+        return read_questions(place, tokenizer, settings.data.seq_length), []
+    has_instructions = Path(sft_prefix(place, "input_ids") + ".idx").exists()
+    own = dataclasses.replace(
+        settings, data=dataclasses.replace(settings.data, is_instruction_dataset=has_instructions)
+    )
+    notices, _ = check_data(place, own, tokenizer)
+    return whole_set(own, tokenizer, place), notices
+
+
+def _evaluate(engine: Engine, name: str, data: Dataset | list[Question], share: Share, settings: Settings) -> Result:
+    if isinstance(data, list):
+        return evaluate_choices(engine, data, share)
+    batch = max(settings.global_batch_size, settings.training.micro_batch_size * share.data_size)
+    batches = None if settings.training.eval_iters == "full" else settings.training.eval_iters
+    return evaluate(engine, data, name, share, batch, batches)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from tandem.backends.interface import Engine
 from tandem.data.batch import MicroBatch, Sample, collate
+from tandem.data.choices import Question
 from tandem.errors import UserError
 from tandem.training.log import perplexity
 
@@ -85,3 +88,30 @@ def evaluate(
     if not tokens:
         raise UserError(f"{name}: no token of its first {count} samples is trained, so there is no loss to report")
     return Evaluation(total / tokens, tokens)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Of so many `questions`, the share whose right choice is the likeliest, and the likeliest per character, which is
+    fair to long ones (lm-evaluation-harness's `acc` and `acc_norm`); the mean log-likelihood of the right choices."""
+
+    questions: int
+    accuracy: float
+    accuracy_per_character: float
+    log_likelihood: float
+
+
+def evaluate_choices(engine: Engine, questions: Sequence[Question], share: Share) -> Choices:
+    """Which choice of each question is the likeliest. Collective; one choice at a time, on the first data rank."""
+    right = right_per_character = 0
+    total = 0.0
+    for question in questions:
+        samples = [collate([sample]) for sample in question.samples]
+        own = [[sample] if share.data_rank == 0 else [] for sample in samples]
+        found = np.array([-engine.evaluate(micro_batches)[0] for micro_batches in own])
+        lengths = [len(choice) for choice in question.choices]
+        right += int(found.argmax()) == question.answer
+        right_per_character += int((found / lengths).argmax()) == question.answer
+        total += float(found[question.answer])
+    count = len(questions)
+    return Choices(count, right / count, right_per_character / count, total / count)
