@@ -57,6 +57,35 @@ def test_each_layer_on_exactly_one_stage(layers: int, pp: int, data: st.DataObje
         )
 
 
+@pytest.mark.parametrize("pp", range(1, 9))
+def test_f1_what_does_not_divide_is_balanced(pp: int) -> None:
+    """F1: every layer on one stage, stages that differ by one at most, the last and the first among the smallest."""
+    for layers in range(pp, 41):
+        layout = Layout(pipeline_model_parallel_size=pp).balanced(layers)
+        held = [[layer for chunk in stage for layer in chunk] for stage in layers_of(layout, layers)]
+        assert [layer for stage in held for layer in stage] == list(range(layers))
+        counts = [len(stage) for stage in held]
+        assert max(counts) - min(counts) <= 1
+        assert counts[-1] == min(counts)
+        assert layers % pp == pp - 1 or counts[0] == min(counts)
+        assert (layout.num_layer_list is None) == (layers % pp == 0)
+
+
+def test_f1_fewer_layers_than_stages_do_not_divide() -> None:
+    layout = Layout(pipeline_model_parallel_size=4)
+    assert layout.balanced(3) is layout
+    with pytest.raises(UserError, match="do not divide"):
+        layout.stages(3)
+    with pytest.raises(UserError, match="--num-layer-list 1,2,2,1, or"):
+        layout.stages(6)
+
+
+def test_what_is_said_of_the_stages_stays() -> None:
+    for said in ({"noop_layers": (0,)}, {"num_layer_list": (1, 4)}, {"num_layers_per_virtual_pipeline_stage": 1}):
+        layout = Layout(pipeline_model_parallel_size=2, **said)
+        assert layout.balanced(5) is layout
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("pp", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,7 +12,12 @@ from frameworks import require_framework
 from launchers import launcher
 from workspace import Workspace
 
-LAYOUTS = ("--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "")
+LAYOUTS = {
+    "--tensor-model-parallel-size 2": 2,
+    "--pipeline-model-parallel-size 2": 2,
+    "--pipeline-model-parallel-size 3": 3,  # of four layers (F1)
+    "": 2,
+}
 
 
 def test_h5_the_loss_is_the_same_at_every_layout(workspace: Workspace, tmp_path: Path) -> None:
@@ -24,8 +29,8 @@ def test_h5_the_loss_is_the_same_at_every_layout(workspace: Workspace, tmp_path:
     words = ["evaluate", str(workspace.hf), *sets, "--seq-length", "32", "--micro-batch-size", "3"]
     alone = table([sys.executable, "-m", "tandem", *words])
     assert [name for name, *_ in alone] == ["text", "chat", "ask"]
-    for layout in LAYOUTS:
-        assert table([*launcher("torch", 2), "-m", "tandem", *words, *layout.split()]) == alone, layout
+    for layout, processes in LAYOUTS.items():
+        assert table([*launcher("torch", processes), "-m", "tandem", *words, *layout.split()]) == alone, layout
 
 
 def table(command: list[str]) -> list[tuple[str, ...]]:

@@ -136,9 +136,10 @@ def requested_job(options: PlanOptions) -> Job:
         num_layers_per_virtual_pipeline_stage=options.num_layers_per_virtual_pipeline_stage,
         num_layer_list=parse_layers("--num-layer-list", options.num_layer_list),
     )
+    config = model_config(options.model)
     return Job(
-        config=model_config(options.model),
-        layout=layout,
+        config=config,
+        layout=layout.balanced(config.num_layers),
         data_parallel_size=options.data_parallel_size,
         sequence_parallel=options.sequence_parallel,
         use_distributed_optimizer=options.use_distributed_optimizer,

@@ -7,6 +7,7 @@ consecutive layers per pipeline stage, or, with virtual stages, chunk `k` of sta
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,18 @@ class Layout:
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
 
+    def balanced(self, num_layers: int) -> Layout:
+        """The same layout, with the layers of each stage listed where they do not divide over the stages and nothing is
+        said of how they are split: stages differ by a layer at most. The last, which has the head, never gets one more,
+        and the first, which keeps most activations, is the last to get one."""
+        stages = self.pipeline_model_parallel_size
+        is_said = self.num_layer_list or self.noop_layers or self.num_layers_per_virtual_pipeline_stage
+        if is_said or not 1 < stages <= num_layers or num_layers % stages == 0:
+            return self
+        layers, rest = divmod(num_layers, stages)
+        counts = tuple(layers + (stages - 1 - rest <= stage < stages - 1) for stage in range(stages))
+        return dataclasses.replace(self, num_layer_list=counts)
+
     def stages(self, num_layers: int) -> Stages:
         """Where each of `num_layers` layers goes.
 
@@ -74,9 +87,11 @@ class Layout:
         if self.num_layer_list is not None:
             return self._uneven_slots(total, self.num_layer_list)
         if total % pp:
+            even = self.balanced(total).num_layer_list
+            example = f" {','.join(map(str, even))}" if even else ""
             raise UserError(
                 f"{total} layers (noop layers included) do not divide over pipeline_model_parallel_size {pp}; "
-                f"give the layers of each stage with --num-layer-list, or add --noop-layers"
+                f"give the layers of each stage with --num-layer-list{example}, or add --noop-layers"
             )
         per_stage = total // pp
         if per_chunk is None:

@@ -95,17 +95,8 @@ def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> 
 def _layouts(base: Job, tensor_size: int, pipeline_size: int) -> Iterator[Layout]:
     plain = Layout(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
     layers, rest = divmod(base.config.num_layers, pipeline_size)
-    if rest:
-        yield dataclasses.replace(plain, num_layer_list=_uneven(layers, rest, pipeline_size))
-        return
-    yield plain
-    if pipeline_size > 1:
+    yield plain.balanced(base.config.num_layers)
+    if pipeline_size > 1 and not rest:
         for chunks in CHUNKS:
             if layers % chunks == 0:
                 yield dataclasses.replace(plain, num_layers_per_virtual_pipeline_stage=layers // chunks)
-
-
-def _uneven(layers: int, rest: int, stages: int) -> tuple[int, ...]:
-    """`layers` on each stage, and one more on `rest` of them: the last, which has the head, never gets one, and the
-    first, which keeps most activations, is the last to get one."""
-    return tuple(layers + (stages - 1 - rest <= stage < stages - 1) for stage in range(stages))

@@ -12,11 +12,10 @@ from tandem.data.choices import Question, holds_questions, read_questions
 from tandem.data.naming import sft_prefix
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.parallel.grid import Grid
 from tandem.parallel.world import World
 from tandem.training.evaluation import Choices, Dataset, Evaluation, Share, evaluate, evaluate_choices
 from tandem.training.inputs import check_data, named_sets, open_tokenizer, whole_set
-from tandem.training.start import check_model_flags, engine_settings, open_weights
+from tandem.training.start import check_model_flags, engine_settings, laid_out, open_weights
 
 Result = Evaluation | Choices
 
@@ -40,10 +39,9 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     places = named_sets(settings.data.valid_data_path)
     if not places:
         raise UserError("which data? Give PREFIX, or NAME=PREFIX ...")
-    grid = Grid(settings.layout, world.size)
     source = open_weights(settings)
     check_model_flags(settings, source.config)
-    grid.layout.check(source.config)
+    grid = laid_out(settings, source.config, world.size)
     tokenizer = open_tokenizer(settings, source)
     opened = {name: _open(place, settings, tokenizer) for name, place in places.items()}
 

@@ -54,17 +54,29 @@ def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
     """
     framework = check_framework(settings.training.ai_framework)
     settings.check()
-    grid = Grid(settings.layout, processes)
-    settings.check_grid(grid)
+    settings.check_grid(Grid(settings.layout, processes))
     loading = continued(settings)
     source = open_weights(loading)
     check_model_flags(settings, source.config)
-    grid.layout.check(source.config)
+    grid = laid_out(settings, source.config, processes)
     settings = with_epochs(with_preprocessed(settings, leader))
     check_same_data(settings, loading)
     schedule = schedule_from(settings)
     seeded = with_checkpoint_seed(settings, loading, source)
     return Start(framework, seeded, grid, schedule, source, loading)
+
+
+def laid_out(settings: Settings, config: ModelConfig, processes: int) -> Grid:
+    """Which process does what.
+
+    Raises:
+        UserError: the model or the processes do not divide so.
+    """
+    layout = settings.layout.balanced(config.num_layers)
+    layout.check(config)
+    if layout != settings.layout:
+        report(f"{config.num_layers} layers over {layout.pipeline_model_parallel_size} stages: {layout.num_layer_list}")
+    return Grid(layout, processes)
 
 
 def open_weights(settings: Settings) -> TensorSource:
