@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
+from frameworks import require_framework
 from tandem.__main__ import main
+from tandem.backends import check_framework
+from tandem.backends.versions import VERSIONS
+from tandem.errors import UserError
 from tandem.training import doctor
 
 
@@ -62,3 +68,27 @@ def test_a_crashing_probe_gives_its_last_line(monkeypatch: pytest.MonkeyPatch) -
 def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.1.0")
     assert "numpy<2" in doctor.examine_package("numpy").mend
+
+
+@pytest.mark.parametrize(("package", "version"), [("torch", "3.0.0+cu130"), ("torch", "2.5.1"), ("mindspore", "3.1.0")])
+def test_a3_a_version_that_was_never_tried_is_refused_unless_asked_for(
+    package: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_framework(package)
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == package else real(name))
+    with pytest.raises(UserError, match=rf"never tried here: pip install '{package}>=2\.\d,<3', or try"):
+        check_framework(package)
+    monkeypatch.setattr(doctor, "probe", lambda name: {"version": version, "devices": "cpu", "dtypes": "fp32"})
+    assert "pip install" in next(iter(doctor.examine_framework(package))).mend
+    monkeypatch.setenv("TANDEM_ANY_VERSION", "1")
+    assert check_framework(package) == package
+
+
+def test_a3_what_is_refused_is_what_is_not_installed() -> None:
+    """pyproject.toml asks pip for the same versions, or fewer."""
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    for package, ((major, minor), next_major) in VERSIONS.items():
+        lower, upper = re.findall(rf'^{package} = \["{package}>=([\d.]+),<([\d.]+)"\]', project, re.MULTILINE)[0]
+        assert lower == f"{major}.{minor}"
+        assert int(upper.split(".")[0]) <= next_major

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tandem.backends.interface import Engine, EngineSettings, Profiler
+from tandem.backends.versions import untried
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError, nearest
 from tandem.models.config import ModelConfig
@@ -42,7 +43,7 @@ def check_framework(ai_framework: str) -> str:
     """The package under tandem.backends that `--ai-framework` names.
 
     Raises:
-        UserError: the name is unknown, or the framework is not installed.
+        UserError: the name is unknown, or the framework is not installed, or in a version that was never tried.
     """
     if ai_framework not in FRAMEWORKS:
         names = list(FRAMEWORKS)
@@ -52,6 +53,8 @@ def check_framework(ai_framework: str) -> str:
         raise UserError(
             f"--ai-framework {ai_framework}: {package} is not installed; pip install 'tandem-llm[{package}]'"
         )
+    if remedy := untried(package):
+        raise UserError(f"--ai-framework {ai_framework}: this version of {package} was never tried here: {remedy}")
     return package
 
 

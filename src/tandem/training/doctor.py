@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tandem.backends import FRAMEWORKS
+from tandem.backends.versions import requirement, untried
 
 PYTHON = ((3, 10), (3, 12))  # first and last minor version
 REQUIRED = ("numpy", "ml_dtypes", "tokenizers", "orjson", "pyarrow", "jinja2", "pyyaml", "rich", "tyro")
@@ -66,7 +68,17 @@ def examine_package(name: str) -> Finding:
         return Finding(name, "missing", f"pip install {name}")
     if name == "numpy" and int(version.split(".")[0]) >= 2:
         return Finding(name, version, "pip install 'numpy<2', which MindSpore needs")
-    return Finding(name, version)
+    return Finding(name, f"{version}; needs {needed}" if (needed := required(name)) else version)
+
+
+def required(name: str) -> str | None:
+    """What this package asks of another, as pip takes it; None for any version, or where it is not installed itself."""
+    try:
+        lines = importlib.metadata.requires("tandem-llm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    own = [line for line in lines if re.match(rf"{re.escape(name)}\s*[<>=!~]", line, re.IGNORECASE)]
+    return own[0].partition(";")[0].strip() if own else None
 
 
 def examine_framework(name: str) -> Iterator[Finding]:
@@ -81,7 +93,7 @@ def examine_framework(name: str) -> Iterator[Finding]:
             name, f"{version_of(name)}, but it does not start: {error}", f"pip install --force-reinstall {name}"
         )
         return
-    yield Finding(name, found["version"])
+    yield Finding(name, f"{found['version']}; needs {requirement(name)}", untried(name) or "")
     yield Finding(f"{name} devices", f"{found['devices']}; {found['dtypes']}", missing_plugin(name, found["devices"]))
     launcher = LAUNCHERS[name]
     on_path = shutil.which(launcher) or shutil.which(launcher, path=os.path.dirname(sys.executable))
