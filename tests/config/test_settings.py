@@ -39,13 +39,18 @@ def test_a_saved_run_reads_back_as_it_was(tmp_path: Path) -> None:
         ({"training": {"lr": 3}}, "group training: unknown setting 'lr'"),
         ({"seed": "many"}, "expected int"),
         ({"bf16": 1}, "expected bool"),
-        ({"lr_decay_style": "step"}, "step"),
+        ({"lr_decay_style": "step"}, "'step': expected constant or linear or cosine or"),
+        ({"enable_thinking": "yes"}, "expected true or false or none or nothing"),
         ({"lr": "fast"}, "expected float"),
     ],
 )
 def test_wrong_yaml_is_named(values: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         from_dict(values, "run.yaml")
+
+
+def test_a_choice_that_yaml_takes_for_a_truth_value() -> None:
+    assert from_dict({"enable_thinking": True}, "run.yaml").data.enable_thinking == "true"
 
 
 def test_not_yaml(tmp_path: Path) -> None:

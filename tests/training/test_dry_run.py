@@ -43,6 +43,7 @@ def test_f1_layers_that_do_not_divide_are_split_evenly(
         ({"pipeline_model_parallel_size": 7}, 7, "do not divide over pipeline_model_parallel_size 7"),
         ({"global_batch_size": 6}, 2, "--global-batch-size 6: expected multiples of --micro-batch-size 2 x 2"),
         ({"data_path": "/no/such/data"}, 1, "/no/such/data"),
+        ({"save": "/dev/null/run"}, 1, "/dev/null is a file, where a folder is expected"),
         ({"context_parallel_size": 2}, 2, "--context-parallel-size 2: only 1"),
     ],
 )
@@ -59,3 +60,22 @@ def test_a_disk_too_small_for_one_checkpoint_is_said(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match="the disk has 0 MB free"):
         dry_run(workspace.settings("torch", save=str(tmp_path)), 1)
+
+
+def test_data_of_another_kind_are_said(workspace: Workspace) -> None:
+    text, chat = f"{workspace.text}_text_document", str(workspace.instructions)
+    for values, expected in (
+        ({"data_path": chat}, "these data are conversations, for `tandem finetune`"),
+        ({"data_path": text, "is_instruction_dataset": True}, "these data are plain text, for `tandem pretrain`"),
+        ({"valid_data_path": str(workspace.corpus), "eval_iters": 1}, "a raw file; only --data-path takes those"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            dry_run(workspace.settings("torch", **values), 1)
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # as root, nothing else refuses
+    with pytest.raises(UserError, match="cannot be written to: choose another folder"):
+        dry_run(workspace.settings("torch", save=str(tmp_path / "run")), 1)

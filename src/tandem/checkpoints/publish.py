@@ -166,13 +166,27 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(root))
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise UserError when `folder` is not there and cannot be made, or cannot be written to. Nothing is made."""
+    place = _nearest(folder)
+    if not place.is_dir():
+        raise UserError(f"{folder}: {place} is a file, where a folder is expected: choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {place} cannot be written to: choose another folder, or have it made writable")
+
+
 def check_free_space(folder: str | Path, needed: int) -> None:
     """Raise UserError when the disk that will hold `folder` has less than `needed` bytes free."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest(folder)).free
     if free < needed:
         raise UserError(
             f"{final_place(folder)} needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
         )
+
+
+def _nearest(folder: str | Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    return place

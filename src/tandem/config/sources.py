@@ -120,13 +120,16 @@ def _group_type(group: str) -> type:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Check a YAML value against a field's type; YAML reads `1e-4` as text, so numbers in text are accepted."""
+    """Check a YAML value against a field's type. YAML reads `1e-4` as text, so numbers in text are accepted, and `true`
+    as no text, so a choice of that name is."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
     for option in options:
-        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
-            return value
+        if typing.get_origin(option) is typing.Literal:
+            word = str(value).lower() if isinstance(value, bool) else value
+            if word in typing.get_args(option):
+                return word
         if typing.get_origin(option) is tuple:
             items = value if isinstance(value, list) else [value]
             kinds = typing.get_args(option)
@@ -144,5 +147,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 continue
         if option is str and isinstance(value, str):
             return value
-    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    expected = " or ".join(name for option in options for name in _names(option))
     raise UserError(f"{where} = {value!r}: expected {expected}")
+
+
+def _names(option: Any) -> list[str]:
+    """What may stand there, in words."""
+    if typing.get_origin(option) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(option)]
+    return ["nothing" if option is type(None) else getattr(option, "__name__", str(option))]

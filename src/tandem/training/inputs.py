@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,6 +140,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
 def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
     """Notices, and the template that the record names."""
     data = settings.data
+    _check_files(prefix, data.is_instruction_dataset)
     notices = _notice_of_cuts(prefix, data)
     if tokenizer is None:
         return [*notices, f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
@@ -149,6 +151,21 @@ def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> 
     found = read_record(prefix)
     assert found is not None
     return notices, found[1]["template"] if data.is_instruction_dataset else None
+
+
+def _check_files(prefix: str, is_instruction_dataset: bool) -> None:
+    """Raise UserError, with what would do, when there are no files of this kind but of another."""
+    text, chat = f"{prefix}.idx", f"{sft_prefix(prefix, 'input_ids')}.idx"
+    wanted, other = (chat, text) if is_instruction_dataset else (text, chat)
+    if os.path.exists(wanted):
+        return
+    if os.path.exists(other):
+        kinds = (
+            "plain text, for `tandem pretrain`" if is_instruction_dataset else "conversations, for `tandem finetune`"
+        )
+        raise UserError(f"{prefix}: these data are {kinds}")
+    if os.path.exists(prefix):
+        raise UserError(f"{prefix}: a raw file; only --data-path takes those. Preprocess it first: `tandem preprocess`")
 
 
 def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:

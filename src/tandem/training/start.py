@@ -8,6 +8,7 @@ from tandem.backends import check_framework
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.hf import companions_of
 from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.publish import check_writable
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import Settings
 from tandem.errors import UserError
@@ -55,6 +56,8 @@ def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
     framework = check_framework(settings.training.ai_framework)
     settings.check()
     settings.check_grid(Grid(settings.layout, processes))
+    if settings.checkpoint.save is not None:
+        check_writable(settings.checkpoint.save)
     loading = continued(settings)
     source = open_weights(loading)
     check_model_flags(settings, source.config)
