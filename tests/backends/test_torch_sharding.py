@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from reference import toy_batch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tandem.backends.torch.communication import Ranks
-from tandem.backends.torch.fully_sharded import FullySharded, Unit
-from tandem.backends.torch.model import Build, Chunk, GPTModel, own_weights, prepare
+from tandem.backends.torch.data_parallel import Replicated, Sharing
+from tandem.backends.torch.fully_sharded import FullySharded
+from tandem.backends.torch.functional import Gradient
+from tandem.backends.torch.loss import cross_entropy_and_gradient
+from tandem.backends.torch.model import Build, Chunk, GPTModel, prepare
 from toys import toy_config
 
 CPU = torch.device("cpu")
+CONFIG = toy_config(num_layers=5)
 
 
 @pytest.fixture
@@ -27,46 +35,86 @@ def alone(tmp_path: Path) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def whole(layer: torch.nn.Module) -> bool:
-    sizes = {weight.untyped_storage().nbytes() > 0 for weight in own_weights(layer).values()}
+def build(
+    dtype: torch.dtype, recompute_layers: int, sharded: FullySharded | None = None
+) -> tuple[GPTModel, dict[str, torch.nn.Parameter]]:
+    """A toy of five layers and its weights, which have no values yet."""
+    kept = dtype if sharded is None else torch.float32
+    shard = None if sharded is None else sharded.add
+    model = GPTModel(Build(CONFIG, kept, CPU, None, shard), Chunk(tuple(range(5)), True, True), recompute_layers)
+    return model, dict(model.named_parameters())
+
+
+def fill(sharing: Sharing, weights: dict[str, torch.nn.Parameter]) -> None:
+    sharing.prepare(list(weights.values()), training=True)
+    generator = torch.Generator().manual_seed(1)
+    for weight in weights.values():
+        kept = sharing.kept(weight)
+        kept.copy_(torch.randn(kept.shape, generator=generator).mul_(0.1).bfloat16())
+
+
+def step(model: GPTModel, sharing: Sharing, dtype: torch.dtype) -> None:
+    sharing.begin(gradients=True)
+    for lengths in ((9, 4), (3, 8)):
+        batch = toy_batch(CONFIG, lengths)
+        hidden = model(prepare(CONFIG, batch, dtype, CPU, None), None)
+        labels = torch.from_numpy(batch.tokens.astype(np.int64))
+        _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, labels, 1 / 24)
+        hidden.backward(gradient)
+    sharing.end()
+    sharing.reduce()
+
+
+def wholes(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What the weights of a module are while they are whole."""
+    assert isinstance(module, FSDPModule)
+    module.unshard()
+    found = [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
+    module.reshard()
+    return found
+
+
+def is_whole(weights: list[torch.nn.Parameter]) -> bool:
+    sizes = {weight.untyped_storage().nbytes() > 0 for weight in weights}
     assert len(sizes) == 1, "weights of a layer come and go together"
     return sizes.pop()
 
 
 @pytest.mark.parametrize("recompute_layers", [0, 4])
-def test_at_most_two_layers_are_whole_at_a_time(
-    alone: Ranks, recompute_layers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = toy_config(num_layers=5)
-    sharded = FullySharded(alone)
-    model = GPTModel(
-        Build(config, torch.float32, CPU, None, sharded), Chunk(tuple(range(5)), True, True), recompute_layers
-    )
-    sharded.prepare(list(own_weights(model).values()), training=True)
-    for weight in own_weights(model).values():
-        torch.nn.init.normal_(sharded.kept(weight), std=0.1)
-    layers = list(model.decoder.layers.values())
-    counts = []
+def test_one_layer_is_whole_at_a_time(alone: Ranks, recompute_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded = FullySharded(alone, torch.float32, CPU)
+    model, weights = build(torch.float32, recompute_layers, sharded)
+    fill(sharded, weights)
+    layers = [wholes(layer) for layer in model.decoder.layers.values()]
+    outside = wholes(model)
+    assert [len(layer) for layer in (*layers, outside)] == [8] * 5 + [2]
+    counts: list[int] = []
 
     def count(*_: Any) -> None:
-        counts.append(sum(map(whole, layers)))
+        counts.append(sum(map(is_whole, layers)))
 
-    def make_gradients(unit: Unit, original: Callable[[Unit], None] = Unit.make_gradients) -> None:
-        original(unit)
+    def contribute(gradient: Gradient, *values: Any, original: Callable[..., None] = Gradient.add_product) -> None:
         count()
+        original(gradient, *values)
 
-    for layer in layers:
-        layer.register_forward_pre_hook(count)
-    monkeypatch.setattr(Unit, "make_gradients", make_gradients)  # where a backward pass begins
-    assert not any(map(whole, layers))
-    sharded.begin(gradients=True)
-    hidden = model(prepare(config, toy_batch(config, (9, 4)), torch.float32, CPU, None), None)
-    assert not any(map(whole, layers))
-    hidden.backward(torch.ones_like(hidden))
-    sharded.end()
-    sharded.reduce()
-    assert not any(map(whole, (*layers, model)))
-    assert max(counts) == 2, counts
-    assert len(counts) == 5 + 1 + 5 + recompute_layers  # forward passes, outside layers, backward passes, recomputed
-    assert all(weight.main_grad is None for weight in own_weights(model).values())
-    assert all(sharded.gradient(weight).abs().sum() > 0 for weight in own_weights(layers[0]).values())
+    for layer in model.decoder.layers.values():
+        layer.mlp.register_forward_pre_hook(count)
+    monkeypatch.setattr(Gradient, "add_product", contribute)
+    step(model, sharded, torch.float32)
+    # Of each of two micro-batches: forward passes, four products of a layer's backward pass, recomputed forward passes;
+    # and the product of the head, when no layer is whole.
+    assert sorted(counts) == [0] * 2 + [1] * 2 * (5 + 4 * 5 + recompute_layers)
+    assert not any(map(is_whole, (*layers, outside)))
+    assert all(weight.grad is None for weight in (*chain(*layers), *outside))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_weights_that_are_not_sharded(alone: Ranks, dtype: torch.dtype) -> None:
+    """Whatever computes, gradients of micro-batches are added in fp32."""
+    sharded, replicated = FullySharded(alone, dtype, CPU), Replicated(Ranks(), by_rows=False)
+    found = []
+    for sharing, (model, weights) in ((sharded, build(dtype, 2, sharded)), (replicated, build(dtype, 2))):
+        fill(sharing, weights)
+        step(model, sharing, dtype)
+        found.append({name: sharing.gradient(weight) for name, weight in weights.items()})
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

@@ -37,7 +37,7 @@ class EngineSettings:
         sequence_parallel: between tensor ranks, split norms and residuals along the tokens.
         use_distributed_optimizer: each data rank keeps the rows of masters and moments that `even_rows` gives it.
         use_torch_fsdp2: a data rank keeps these rows of everything, weights and gradients, too, and has a layer's whole
-            weights only while it computes (as PyTorch's `fully_shard`).
+            weights only while it computes (PyTorch's `fully_shard`).
     """
 
     adam_beta1: float = 0.9

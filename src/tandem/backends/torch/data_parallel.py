@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from tandem.backends.torch.communication import Ranks, all_gather, all_reduce, reduce_scatter, wait_for
 from tandem.backends.torch.functional import GradientBuffer, Weight
@@ -28,7 +29,7 @@ class Sharing(Protocol):
     weights_by_rows: bool
     by_rows: bool
 
-    def prepare(self, weights: Sequence[Weight], *, training: bool) -> None:
+    def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
         """Allocate what is kept of weights of undefined values, and of their gradients."""
         ...
 
@@ -48,19 +49,19 @@ class Sharing(Protocol):
         """Give the other ranks what this one has updated, as far as they keep it."""
         ...
 
-    def kept(self, weight: Weight) -> torch.Tensor:
+    def kept(self, weight: nn.Parameter) -> torch.Tensor:
         """What stays here of a weight: all of it, or this rank's rows."""
         ...
 
-    def updated(self, weight: Weight) -> torch.Tensor:
+    def updated(self, weight: nn.Parameter) -> torch.Tensor:
         """What this rank updates of a weight: all of it, or its rows; possibly none."""
         ...
 
-    def gradient(self, weight: Weight) -> torch.Tensor:
+    def gradient(self, weight: nn.Parameter) -> torch.Tensor:
         """The gradient of what this rank updates, fp32."""
         ...
 
-    def whole_gradient(self, weight: Weight) -> torch.Tensor:
+    def whole_gradient(self, weight: nn.Parameter) -> torch.Tensor:
         """The gradient of a whole weight, on every rank."""
         ...
 
@@ -89,14 +90,15 @@ class Replicated:
 
     def __init__(self, ranks: Ranks, *, by_rows: bool) -> None:
         self.ranks, self.by_rows = ranks, by_rows
-        self._weights: list[Weight] = []
-        self._buffers: dict[Weight, GradientBuffer] = {}
+        self._weights: list[nn.Parameter] = []
+        self._buffers: dict[nn.Parameter, GradientBuffer] = {}
 
-    def prepare(self, weights: Sequence[Weight], *, training: bool) -> None:
+    def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
         self._weights = list(weights)
         if not training:
             return
         for weight in weights:
+            assert isinstance(weight, Weight)
             room = self._room(weight)
             if room > len(weight):
                 weight.data = weight.data.new_zeros(room, *weight.shape[1:])[: len(weight)]
@@ -126,22 +128,22 @@ class Replicated:
         wholes = [w.data.as_strided((self._room(w), *w.shape[1:]), w.stride()) for w in self._weights]
         wait_for(all_gather(whole, chunk(self.ranks, whole), self.ranks.group) for whole in wholes)
 
-    def kept(self, weight: Weight) -> torch.Tensor:
+    def kept(self, weight: nn.Parameter) -> torch.Tensor:
         return weight.data
 
-    def updated(self, weight: Weight) -> torch.Tensor:
+    def updated(self, weight: nn.Parameter) -> torch.Tensor:
         return self._own(weight.data)
 
-    def gradient(self, weight: Weight) -> torch.Tensor:
+    def gradient(self, weight: nn.Parameter) -> torch.Tensor:
         return self._own(self._buffers[weight].value)
 
-    def whole_gradient(self, weight: Weight) -> torch.Tensor:
+    def whole_gradient(self, weight: nn.Parameter) -> torch.Tensor:
         buffer = self._buffers[weight]
         if self.ranks.group is not None and self.by_rows:
             all_gather(buffer.whole, chunk(self.ranks, buffer.whole), self.ranks.group).wait()
         return buffer.value
 
-    def _room(self, weight: Weight) -> int:
+    def _room(self, weight: nn.Parameter) -> int:
         return padded_rows(self.ranks, len(weight)) if self.by_rows else len(weight)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:

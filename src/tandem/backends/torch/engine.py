@@ -18,9 +18,8 @@ from tandem.backends.memory import process_peak
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
 from tandem.backends.torch.data_parallel import Replicated, Sharing, own_rows
 from tandem.backends.torch.device import choose_device, device_name, has_native_bf16
-from tandem.backends.torch.fully_sharded import FullySharded
-from tandem.backends.torch.functional import Weight, matmul
-from tandem.backends.torch.model import Build, Chunk, GPTModel, own_weights
+from tandem.backends.torch.functional import matmul
+from tandem.backends.torch.model import Build, Chunk, GPTModel
 from tandem.backends.torch.optimizer import AdamW, clip_coefficient, norm_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
@@ -74,15 +73,22 @@ class TorchEngine:
         stage = self._grid.layout.stages(config.num_layers)[self._place.pipeline]
         self._groups = make_groups(self._grid, settings.rank, interleaved=len(stage) > 1)
         self._tensor = make_tensor_parallel(config, settings, self._groups)
-        sharded = FullySharded(self._groups.data) if settings.use_torch_fsdp2 and self._grid.data_size > 1 else None
-        self._sharing: Sharing = sharded or Replicated(self._groups.data, by_rows=settings.use_distributed_optimizer)
+        self._sharing: Sharing
+        if settings.use_torch_fsdp2 and self._grid.data_size > 1:
+            from tandem.backends.torch.fully_sharded import FullySharded  # here, because PyTorch's part is slow to load
+
+            self._sharing = sharded = FullySharded(self._groups.data, self._dtype, self._device)
+            kept_dtype, shard = torch.float32, sharded.add
+        else:
+            self._sharing = Replicated(self._groups.data, by_rows=settings.use_distributed_optimizer)
+            kept_dtype, shard = self._dtype, None
         pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.pipelines)
         slots = [tuple(slot.local for slot in chunk) for chunk in stage]
         chunks = [
             Chunk(own, pipeline.source(number) is None, pipeline.target(number) is None)
             for number, own in enumerate(slots)
         ]
-        build = Build(self._local_config(), self._dtype, self._device, self._tensor, sharded)
+        build = Build(self._local_config(), kept_dtype, self._device, self._tensor, shard)
         counts = recompute_counts(slots, settings.recompute_layers)
         models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
         self._passes = Passes(config, models, pipeline, self._dtype, self._device)
@@ -138,7 +144,7 @@ class TorchEngine:
             return saved_shards(self.config, self._grid, self._settings.rank, by_rows=by_rows, first_rank=first_rank)
 
         for shard in saved(self._sharing.weights_by_rows):
-            yield "model", shard, _to_numpy(self._sharing.kept(self._weights[shard.spec.name]))
+            yield "model", shard, _to_numpy(self._sharing.kept(self._weights[shard.spec.name]).to(self._dtype))
         if self._adamw is None:
             return
         kinds: list[tuple[Kind, dict[str, torch.Tensor]]] = []
@@ -220,10 +226,10 @@ class TorchEngine:
             vocab_size=rows,
         )
 
-    def _name_weights(self, models: Sequence[GPTModel]) -> dict[str, Weight]:
+    def _name_weights(self, models: Sequence[GPTModel]) -> dict[str, nn.Parameter]:
         """Weights by global name, in the tensor table's order."""
         built = {
-            (number, name): weight for number, model in enumerate(models) for name, weight in own_weights(model).items()
+            (number, name): weight for number, model in enumerate(models) for name, weight in model.named_parameters()
         }
         named = {name: built.pop((shard.chunk, shard.local_name)) for name, shard in self._shards.items()}
         assert not built, f"not laid out: {sorted(built)}"

@@ -5,6 +5,7 @@ Shapes: t tokens, n and k features. Activations are in the parameters' dtype; no
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,52 @@ from torch.nn.functional import silu
 PIECE = 2**20
 
 
-class GradientBuffer:
-    """The gradient of one weight, fp32, summed over the micro-batches of a step.
+class Gradient(ABC):
+    """The gradient of one weight, fp32, which backward passes add to.
 
-    The first contribution after `clear` overwrites, so nothing is ever filled with zeros beforehand.
+    The first contribution overwrites, so nothing is ever filled with zeros beforehand.
+    """
+
+    @abstractmethod
+    def _open(self) -> tuple[torch.Tensor, bool]:
+        """What the caller now writes to, and whether that is the first contribution."""
+
+    @property
+    def value(self) -> torch.Tensor:
+        self.add_nothing()
+        return self._open()[0]
+
+    def add_nothing(self) -> None:
+        """Be zero, if nothing was added."""
+        value, first = self._open()
+        if first:
+            value.zero_()
+
+    def add(self, gradient: torch.Tensor) -> None:
+        _add_to(*self._open(), gradient, 1.0)
+
+    def add_product(self, gradient: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> None:
+        """Add scale * gradient^T x: gradient [t, n] of a linear layer's output, x [t, k] its input."""
+        value, first = self._open()
+        step = max(1, PIECE // x.shape[1])
+        for start in range(0, gradient.shape[1], step):
+            piece = matmul(gradient[:, start : start + step].t(), x.t())
+            _add_to(value[start : start + step], first, piece, scale)
+
+    def add_rows(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Add gradients [t, k] to the rows [t] of this one; rows may repeat."""
+        self.value.index_add_(0, rows, gradients.float())
+
+
+def _add_to(target: torch.Tensor, first: bool, gradient: torch.Tensor, scale: float) -> None:
+    if first:
+        torch.mul(gradient.float(), scale, out=target)  # in fp32, as below
+    else:
+        target.add_(gradient, alpha=scale)
+
+
+class GradientBuffer(Gradient):
+    """Memory of its own, for the sum over the micro-batches of a step.
 
     Args:
         room: rows to allocate, of which the gradient takes the first; default: the weight's.
@@ -35,52 +78,23 @@ class GradientBuffer:
         self._empty = True
 
     @property
-    def value(self) -> torch.Tensor:
-        if self._empty:
-            self._fill_with_zeros()
-        return self._value
-
-    @property
     def whole(self) -> torch.Tensor:
         """The gradient, and the rows of padding below it."""
-        if self._empty:
-            self._fill_with_zeros()
+        self.add_nothing()
         return self._storage
 
     def clear(self) -> None:
         self._empty = True
 
-    def _fill_with_zeros(self) -> None:
-        self._value.zero_()
-        self._empty = False
-
-    def add(self, gradient: torch.Tensor) -> None:
-        self._add_to(self._value, gradient, 1.0)
-        self._empty = False
-
-    def add_product(self, gradient: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> None:
-        """Add scale * gradient^T x: gradient [t, n] of a linear layer's output, x [t, k] its input."""
-        step = max(1, PIECE // x.shape[1])
-        for start in range(0, gradient.shape[1], step):
-            piece = matmul(gradient[:, start : start + step].t(), x.t())
-            self._add_to(self._value[start : start + step], piece, scale)
-        self._empty = False
-
-    def add_rows(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Add gradients [t, k] to the rows [t] of this buffer; rows may repeat."""
-        self.value.index_add_(0, rows, gradients.float())
-
-    def _add_to(self, target: torch.Tensor, gradient: torch.Tensor, scale: float) -> None:
-        if self._empty:
-            torch.mul(gradient, scale, out=target)
-        else:
-            target.add_(gradient, alpha=scale)
+    def _open(self) -> tuple[torch.Tensor, bool]:
+        first, self._empty = self._empty, False
+        return self._value, first
 
 
 class Weight(torch.nn.Parameter):
-    """A parameter. It is trained when it has a `main_grad`; autograd's own `grad` stays empty."""
+    """A parameter. It is trained when it has a `main_grad`; autograd itself adds nothing to `grad`."""
 
-    main_grad: GradientBuffer | None = None
+    main_grad: Gradient | None = None
 
 
 def new_weight(*shape: int, dtype: torch.dtype, device: torch.device) -> Weight:
@@ -92,9 +106,9 @@ def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [t, k] times w [n, k] transposed: [t, n], in new memory.
 
     In fp32 on CPU this asks oneDNN, which uses the widest vectors of every x86 processor; the MKL behind
-    `torch.nn.functional.linear` uses half their width on AMD's.
+    `torch.nn.functional.linear` uses half their width on AMD's. oneDNN has no products of nothing.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.nn.functional.linear(x, w)
 

@@ -62,10 +62,13 @@ def _backward_of_chunk(
 
 
 def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -> Iterator[slice]:
-    """Rows whose fp32 logits fit LOGITS_CHUNK_BYTES, evenly divided; the same on all tensor ranks."""
+    """Rows whose fp32 logits fit LOGITS_CHUNK_BYTES, evenly divided; the same on all tensor ranks.
+
+    No rows are one chunk, too: the head must have a gradient where other data ranks have one.
+    """
     vocabulary = head.shape[0] if tensor is None else tensor.vocabulary_rows
     limit = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
-    chunks = -(-len(hidden) // limit)
+    chunks = max(1, -(-len(hidden) // limit))
     for chunk in range(chunks):
         yield slice(chunk * len(hidden) // chunks, (chunk + 1) * len(hidden) // chunks)
 

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.torch.attention import Run, attention, runs
-from tandem.backends.torch.fully_sharded import FullySharded
 from tandem.backends.torch.functional import (
     Weight,
     embedding,
@@ -62,14 +61,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Build:
-    """What every module is built from: the config of this rank's slice, dtype, device, the tensor ranks, and what
-    shards weights as they are built."""
+    """What every module is built from: the config of this rank's slice, dtype and device of weights, the tensor ranks,
+    and what is done to each layer, and then to the model, as soon as it is built."""
 
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
     tensor: TensorParallel | None
-    sharded: FullySharded | None = None
+    shard: Callable[[nn.Module], None] | None = None
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
         return Linear(inputs, outputs, self.dtype, self.device, bias)
@@ -91,15 +90,6 @@ def prepare(
     )
     # A copy: tokens may lie in a file that is mapped read-only, of which from_numpy warns.
     return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, runs(batch.lengths.tolist()), real)
-
-
-def own_weights(module: nn.Module) -> dict[str, Weight]:
-    """The weights of a module and of the modules in it, by name."""
-    found = {}
-    for name, parameter in module.named_parameters():
-        assert isinstance(parameter, Weight)
-        found[name] = parameter
-    return found
 
 
 class Linear(nn.Module):
@@ -174,16 +164,29 @@ class MLP(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    def __init__(self, build: Build) -> None:
+    """Attention and MLP, each after a norm and beside a residual.
+
+    Args:
+        recompute: the forward pass keeps its input only, and is computed again in the backward pass.
+    """
+
+    def __init__(self, build: Build, *, recompute: bool) -> None:
         super().__init__()
+        self.recompute = recompute
         self.input_layernorm = build.norm(build.config.hidden_size)
         self.self_attention = SelfAttention(build)
         self.pre_mlp_layernorm = build.norm(build.config.hidden_size)
         self.mlp = MLP(build)
         self.tensor = build.tensor
-        self.unit = None if build.sharded is None else build.sharded.add_layer(own_weights(self).values())
+        if build.shard is not None:
+            build.shard(self)
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, inputs, use_reentrant=True, preserve_rng_state=False)
+        return self._forward(x, inputs)
+
+    def _forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         x = self._block(self.input_layernorm, partial(self.self_attention, inputs=inputs), x)
         return self._block(self.pre_mlp_layernorm, self.mlp, x)
 
@@ -198,18 +201,18 @@ class TransformerLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, build: Build, chunk: Chunk, recompute_layers: int) -> None:
         super().__init__()
-        self.recompute_layers = recompute_layers
         # Slots without a layer keep their number: it is part of the names.
-        self.layers = nn.ModuleDict({str(slot): TransformerLayer(build) for slot in chunk.slots})
+        self.layers = nn.ModuleDict(
+            {
+                str(slot): TransformerLayer(build, recompute=number < recompute_layers)
+                for number, slot in enumerate(chunk.slots)
+            }
+        )
         self.final_layernorm = build.norm(build.config.hidden_size) if chunk.last else None
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        for number, layer in enumerate(self.layers.values()):
-            run: Callable[..., torch.Tensor] = layer
-            if number < self.recompute_layers and torch.is_grad_enabled():
-                run = partial(checkpoint, layer, use_reentrant=True, preserve_rng_state=False)
-            assert isinstance(layer, TransformerLayer)
-            x = run(x, inputs) if layer.unit is None else layer.unit.around(run, x, inputs)
+        for layer in self.layers.values():
+            x = layer(x, inputs)
         return x
 
 
@@ -234,8 +237,8 @@ class GPTModel(nn.Module):
         self.decoder = Decoder(build, chunk, recompute_layers)
         shared = config.tied and chunk.first
         self.output_layer = build.linear(config.hidden_size, config.vocab_size) if chunk.last and not shared else None
-        if build.sharded is not None:
-            build.sharded.end_chunk(own_weights(self).values())
+        if build.shard is not None:
+            build.shard(self)
 
     @property
     def head(self) -> Weight:
@@ -258,4 +261,6 @@ class GPTModel(nn.Module):
         if self.tensor is None:
             return norm(x if rows is None else x.index_select(0, rows))
         x = self.tensor.enter(norm(x))
-        return x[: inputs.real] if rows is None else x.index_select(0, rows)
+        if rows is None:
+            rows = torch.arange(inputs.real, device=x.device)  # no slice: `fully_shard` warns of views
+        return x.index_select(0, rows)
