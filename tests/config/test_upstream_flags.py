@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from tandem.config.settings import LaunchSettings
 from tandem.config.sources import parse_settings
 from tandem.errors import UserError
 
-# msrun's and torchrun's own; they stand before the program's name and are the launcher's business.
-LAUNCHER = (
-    *("--worker_num", "--local_worker_num", "--master_addr", "--master_port", "--node_rank", "--log_dir", "--join"),
-    *("--cluster_time_out", "--nproc_per_node", "--nnodes"),
-)
+# msrun's and torchrun's own, as the scripts pass them; the settings of the launch that they become.
+LAUNCHER = {
+    "--worker_num 16 --local_worker_num 8 --node_rank 1 --master_addr 10.0.0.1 --master_port 6011 --log_dir=msrun_log "
+    "--join=True --cluster_time_out=300": {"log_dir": "msrun_log"},
+    "--nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 6011": {},
+}
 
 # A flag with words of the scripts -> the setting that takes them, and its value then.
 SETTINGS: dict[str, tuple[str, Any]] = {
@@ -139,6 +141,26 @@ def test_the_flag_is_accepted_and_said_to_have_no_effect(line: str) -> None:
     assert notices == [f"accepted, without effect here: {line.split()[0]}"]
 
 
+@pytest.mark.parametrize("line", LAUNCHER)
+def test_a_launchers_flags_say_which_processes_to_start(line: str) -> None:
+    expected = {"nproc_per_node": 8, "nnodes": 2, "node_rank": 1, "master_addr": "10.0.0.1", "master_port": 6011}
+    settings, _ = parse_settings("pretrain", "", line.split())
+    assert settings.launch == LaunchSettings(**{**expected, **LAUNCHER[line]})
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--worker_num 16", "--worker_num 16: expected --worker_num, the processes of all"),
+        ("--worker-num=12 --local-worker-num=8", "--worker_num 12 --local_worker_num 8: every machine starts 8"),
+        ("--local_worker_num 8 --worker_num all", "--local_worker_num 8 --worker_num all: expected"),
+    ],
+)
+def test_processes_of_msrun_that_cannot_be_are_said(line: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_settings("pretrain", "", line.split())
+
+
 @pytest.mark.parametrize("line", REFUSED)
 def test_the_flag_is_refused_with_its_name(line: str) -> None:
     with pytest.raises(UserError, match=line.split()[0]):
@@ -158,4 +180,5 @@ def test_the_tables_hold_every_flag_of_the_scripts(shared_data: Path) -> None:
     rows = re.findall(r"^\| \d+ \| `(--[\w-]+)` \| ([^|]*) \| ([^|]*) \|", text, re.MULTILINE)
     assert len(rows) == 131
     used = {flag for flag, mindspore, torch in rows if re.search(r"\b[TF]\d", f"{mindspore} {torch}")}
-    assert used == {*LAUNCHER, *(line.split()[0] for line in (*SETTINGS, *NO_EFFECT))}
+    launcher = re.findall(r"--\w+", " ".join(LAUNCHER))
+    assert used == {*launcher, *(line.split()[0] for line in (*SETTINGS, *NO_EFFECT))}

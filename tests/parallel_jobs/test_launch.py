@@ -97,7 +97,10 @@ def test_a_command_as_two_processes_trains_as_one(
 ) -> None:
     """D3, and across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path)]
-    job = start([*command, "--nproc-per-node", "2", f"--{axis}-model-parallel-size", "2"], tmp_path)
+    logs = tmp_path / "logs"
+    job = start(
+        [*command, "--nproc-per-node", "2", "--log-dir", str(logs), f"--{axis}-model-parallel-size", "2"], tmp_path
+    )
     code, out, err = finish(job, str(tmp_path))
     assert code == 0, out + err
     assert list(losses(out)) == [1, 2, 3, 4]
@@ -105,7 +108,9 @@ def test_a_command_as_two_processes_trains_as_one(
     assert list(losses(out).values()) == pytest.approx(expected, rel=1e-4)
     assert out.count("after training is done") == 1
     assert out.splitlines()[-1].startswith("[after training is done]")
-    assert not list(tmp_path.iterdir()), "a job that ends well leaves nothing in the temporary directory"
+    assert list(tmp_path.iterdir()) == [logs], "a job that ends well leaves nothing in the temporary directory"
+    assert sorted(path.name for path in logs.iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert (logs / "rank_0.log").read_text(encoding="utf-8") == out
 
 
 def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, framework: str, tmp_path: Path) -> None:
@@ -209,6 +214,16 @@ def test_a_rank_that_starts_after_its_supervisor_was_killed_leaves(tmp_path: Pat
     rank = [sys.executable, "-c", "from tandem.parallel.job import Member; Member.join()"]
     assert subprocess.run(rank, env={**os.environ, **job}, timeout=60, check=False).returncode == 1
     assert "supervisor of this job is gone" in (tmp_path / "rank_0.log").read_text(encoding="utf-8")
+
+
+def test_a_folder_for_output_that_cannot_be_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match=r"--log-dir .*/logs: File exists"):
+        launch(Machines(nproc_per_node=2), lambda *_: (["false"], {}), [], str(tmp_path / "logs"))
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 def test_a_port_in_use_is_found_before_anything_starts() -> None:

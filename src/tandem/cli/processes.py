@@ -38,7 +38,8 @@ def run_as_processes(command: str, argv: Sequence[str], settings: Settings) -> i
     machines = machines_of(settings.launch)
     if machines is None or machines.processes == 1 or JOB in os.environ or World.from_environment().size > 1:
         return None
-    return launch(machines, launcher_of(settings.training.ai_framework), ["-m", "tandem", command, *argv])
+    words = ["-m", "tandem", command, *argv]
+    return launch(machines, launcher_of(settings.training.ai_framework), words, settings.launch.log_dir)
 
 
 def processes_of(settings: Settings) -> int:

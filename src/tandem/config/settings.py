@@ -334,6 +334,8 @@ class LaunchSettings:
     """Address of machine 0."""
     master_port: int | None = None
     """Port on machine 0; default: a free one on a single machine, 29500 on several."""
+    log_dir: str | None = None
+    """Folder for each started process's output, rank_N.log; default: it is kept only when the job fails."""
     dry_run: bool = False
     """Check settings, weights, data and disk for so many processes, say what would run, and leave."""
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from tandem.config.msrun import as_torchrun
 from tandem.config.ranges import check_ranges
 from tandem.config.settings import Settings
 from tandem.config.upstream import split_ignored
@@ -30,7 +31,7 @@ def parse_settings(command: str, description: str, argv: Sequence[str]) -> tuple
         UserError: an unknown name, or a value that no run can use.
     """
     config_file, rest = _take_config(list(argv))
-    rest, notices = split_ignored(rest)
+    rest, notices = split_ignored(as_torchrun(rest))
     default = from_yaml(config_file) if config_file else Settings()
     settings = parse_dataclass(Settings, command, description, rest, default)
     check_ranges(settings.to_dict())

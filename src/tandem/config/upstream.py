@@ -59,6 +59,8 @@ IGNORED: dict[str, Ignored] = {
     "--coc-fused-kernel": ALWAYS_ON,
     "--use-ascend-mc2": ALWAYS_ON,
     "--reuse-fp32-param": ALWAYS_ON,
+    "--join": Ignored(1, ("True",)),  # this and the next are msrun's
+    "--cluster-time-out": Ignored(1),
 }
 
 LOCAL_FILES = Ignored(refusal="data are read from local files named by --input")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,18 +94,20 @@ class Machines:
 Launcher = Callable[[Machines, Path, Sequence[str]], tuple[list[str], dict[str, str]]]
 
 
-def launch(machines: Machines, launcher: Launcher, words: Sequence[str]) -> int:
-    """Run `python WORDS` as every rank of this machine, and wait.
+def launch(machines: Machines, launcher: Launcher, words: Sequence[str], log_dir: str | None = None) -> int:
+    """Run `python WORDS` as every rank of this machine, and wait; with `log_dir` each rank's output stays there.
 
     Returns:
         The first rank's exit code that is not 0, 128 + the signal's number when a signal ended the job, CRASHED when
         the launcher failed, else 0.
 
     Raises:
-        UserError: as `Machines.checked`; nothing was started.
+        UserError: as `Machines.checked`, or there is no writing to `log_dir`; nothing was started.
     """
     machines = machines.checked()
     folder = Path(tempfile.mkdtemp(prefix="tandem-job-"))
+    if log_dir is not None:
+        _keep_output(folder, Path(log_dir), machines.ranks)
     command, environment = launcher(machines, folder, words)
     environment = {
         **os.environ,
@@ -275,6 +277,19 @@ class _Job:
             return [pid for pid in pids if pid is not None and _is_running(pid)]
         mark = f"{JOB}={self.folder}".encode()
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if mark in _environment(path)]
+
+
+def _keep_output(folder: Path, logs: Path, ranks: Iterable[int]) -> None:
+    """Let the job's output be written to files outside its folder, which are empty now."""
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        for rank in ranks:
+            kept = logs.resolve() / log_file(folder, rank).name
+            kept.write_bytes(b"")
+            log_file(folder, rank).symlink_to(kept)
+    except OSError as error:
+        shutil.rmtree(folder)
+        raise UserError(f"--log-dir {logs}: {error.strerror}") from None
 
 
 def _environment(process: Path) -> list[bytes]:
