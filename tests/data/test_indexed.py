@@ -150,6 +150,16 @@ def test_c4_damaged_files_are_named(kind: str, message: str, tmp_path: Path) -> 
         IndexedDataset(prefix)
 
 
+def test_where_data_are_missing_those_beside_are_named_as_data_path_takes_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"without `.bin` or `.idx`$"):
+        IndexedDataset(tmp_path / "text")
+    for name in ("text_text_document", *(f"chat_packed_{key}_document" for key in ("input_ids", "labels"))):
+        write(tmp_path / name, [[[1, 2, 3]]])
+    held = f"for `tandem pretrain` {tmp_path}/text_text_document and for `tandem finetune` {tmp_path}/chat"
+    with pytest.raises(UserError, match=f"; there is {held}$"):
+        IndexedDataset(tmp_path / "text")
+
+
 def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"tokens 65536 \.\. 65536 do not fit uint16"),

@@ -230,6 +230,7 @@ def test_the_command_takes_text_and_instructions_at_once(
         ([], "which weights"),
         (["HF"], "which data"),
         (["HF", "/no/data", "--seq-length", "32"], "/no/data"),
+        (["HF", "/no/data"], "--seq-length 4096 is above max_position_embeddings 512: give --seq-length 512, or less"),
         (["/no/model", "x"], "/no/model"),
     ],
 )

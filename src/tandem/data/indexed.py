@@ -23,6 +23,7 @@ from types import TracebackType
 
 import numpy as np
 
+from tandem.data.naming import data_beside
 from tandem.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -232,7 +233,8 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     try:
         data = np.memmap(path, np.uint8, "r")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a dataset prefix is its path without `.bin` or `.idx`") from None
+        advice = f"a dataset prefix is its path without `.bin` or `.idx`{data_beside(path)}"
+        raise UserError(f"{path}: no such file; {advice}") from None
     except ValueError:  # an empty file cannot be mapped
         raise UserError(f"{path}: the file is empty; the program that wrote it did not finish") from None
     if data.size < _HEADER.size or bytes(data[:9]) != _MAGIC:

@@ -112,7 +112,8 @@ def check_model_flags(settings: Settings, config: ModelConfig) -> None:
         raise UserError(f"--padded-vocab-size {model.padded_vocab_size} is below the vocabulary of {config.vocab_size}")
     bound = model.max_position_embeddings or config.max_position_embeddings
     if settings.data.seq_length > bound:
-        raise UserError(f"--seq-length {settings.data.seq_length} is above max_position_embeddings {bound}")
+        given = f"--seq-length {settings.data.seq_length} is above max_position_embeddings {bound}"
+        raise UserError(f"{given}: give --seq-length {bound}, or less")
 
 
 def with_checkpoint_seed(settings: Settings, loading: Settings, source: TensorSource) -> Settings:
