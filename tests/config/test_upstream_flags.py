@@ -119,6 +119,7 @@ REFUSED = (
     "--expert-model-parallel-size 2",
     "--model-type-hf llama2",
     "--use-ascend-coc --use-ascend-mc2",
+    *("--lora-r 16", "--lora-alpha 32", "--lora-fusion", "--lora-target-modules linear_qkv linear_proj"),
 )
 
 

@@ -44,6 +44,7 @@ def test_f1_layers_that_do_not_divide_are_split_evenly(
         ({"global_batch_size": 6}, 2, "--global-batch-size 6: expected multiples of --micro-batch-size 2 x 2"),
         ({"data_path": "/no/such/data"}, 1, "/no/such/data"),
         ({"save": "/dev/null/run"}, 1, "/dev/null is a file, where a folder is expected"),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, 1, "give --pipeline-model-parallel-size 2 or more"),
         ({"context_parallel_size": 2}, 2, "--context-parallel-size 2: only 1"),
     ],
 )

@@ -112,7 +112,9 @@ def test_an_untrained_save_is_the_same_bytes_on_both(workspace: Workspace, tmp_p
 
 def test_the_log_line_is_megatrons(workspace: Workspace, framework: str, capsys: pytest.CaptureFixture[str]) -> None:
     records = run(workspace, framework, train_iters=4, log_interval=2, lr_warmup_iters=1)
-    found = LINE.findall(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert "> --save is not given: nothing will be saved" in out
+    found = LINE.findall(out)
     assert [(int(iteration), int(samples)) for iteration, samples, _, _ in found] == [(2, 8), (4, 16)]
     assert float(found[1][3]) == pytest.approx((records[2].loss + records[3].loss) / 2, rel=1e-6)
     assert float(found[0][2]) == pytest.approx(records[2].lr, rel=1e-6)  # Megatron prints the next step's rate

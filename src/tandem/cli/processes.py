@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tandem.backends import launcher_of
 from tandem.config.settings import LaunchSettings, Settings
+from tandem.errors import UserError
 from tandem.parallel.job import JOB
 from tandem.parallel.launch import Machines, launch
 from tandem.parallel.world import World
@@ -49,7 +50,14 @@ def processes_of(settings: Settings) -> int:
 
 
 def machines_of(settings: LaunchSettings) -> Machines | None:
-    """None without `--nproc-per-node`."""
+    """None without `--nproc-per-node`.
+
+    Raises:
+        UserError: several machines are named without it.
+    """
     if settings.nproc_per_node is None:
+        if (settings.nnodes, settings.node_rank) != (1, 0) and World.from_environment().size == 1:
+            given = f"--nnodes {settings.nnodes} --node-rank {settings.node_rank}"
+            raise UserError(f"{given}: give --nproc-per-node, too, the processes to start on this machine")
         return None
     return Machines(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Machines)})

@@ -20,6 +20,7 @@ class Ignored:
 
 
 ALWAYS_ON = Ignored()
+ALL_WEIGHTS = Ignored(refusal="LoRA is not there; training changes all weights")
 # What these ask for is what happens anyway, or has no effect on results.
 IGNORED: dict[str, Ignored] = {
     "--use-mcore-models": ALWAYS_ON,
@@ -59,6 +60,11 @@ IGNORED: dict[str, Ignored] = {
     "--coc-fused-kernel": ALWAYS_ON,
     "--use-ascend-mc2": ALWAYS_ON,
     "--reuse-fp32-param": ALWAYS_ON,
+    "--lora-r": ALL_WEIGHTS,
+    "--lora-alpha": ALL_WEIGHTS,
+    "--lora-target-modules": ALL_WEIGHTS,
+    "--lora-load": ALL_WEIGHTS,
+    "--lora-fusion": ALL_WEIGHTS,
     "--join": Ignored(1, ("True",)),  # this and the next are msrun's
     "--cluster-time-out": Ignored(1),
 }

@@ -11,9 +11,11 @@ from tandem.training.state import TrainerState
 from tandem.training.trainer import Trainer
 
 
-def format_notice(settings: Settings) -> list[str]:
-    """What to say when a script asks for checkpoints in a format that training does not write."""
-    if settings.checkpoint.save is None or settings.checkpoint.ckpt_format == "native":
+def saving_notice(settings: Settings) -> list[str]:
+    """What to say when nothing is saved, or when a script asks for a format that training does not write."""
+    if settings.checkpoint.save is None:
+        return ["--save is not given: nothing will be saved"]
+    if settings.checkpoint.ckpt_format == "native":
         return []
     return [
         f"--ckpt-format {settings.checkpoint.ckpt_format}: training saves native checkpoints; "
@@ -43,7 +45,7 @@ def print_banner(
         *given,
         *engine.notices,
         *notices,
-        *format_notice(settings),
+        *saving_notice(settings),
     ]
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")

@@ -10,6 +10,7 @@ from tandem.config.settings import Settings
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
+from tandem.training.banner import saving_notice
 from tandem.training.inputs import open_data, open_tokenizer
 from tandem.training.start import prepare
 
@@ -50,7 +51,7 @@ def check_disk(settings: Settings, parameters: int) -> list[str]:
     """What the checkpoints need; an error when there is no room for one."""
     checkpoint = settings.checkpoint
     if checkpoint.save is None:
-        return ["--save is not given: nothing will be saved"]
+        return saving_notice(settings)
     half = settings.training.bf16 or settings.training.fp16
     weight = 2 if half else 4
     optimizer = 8 + (4 if half else 0)  # two moments; the fp32 masters of smaller weights

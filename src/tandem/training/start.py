@@ -77,6 +77,12 @@ def laid_out(settings: Settings, config: ModelConfig, processes: int) -> Grid:
     """
     layout = settings.layout.balanced(config.num_layers)
     layout.check(config)
+    chunk = layout.num_layers_per_virtual_pipeline_stage
+    if chunk is not None and layout.pipeline_model_parallel_size == 1:
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {chunk} interleaves the layers of several stages: leave it out, "
+            f"or give --pipeline-model-parallel-size 2 or more"
+        )
     if layout != settings.layout:
         report(f"{config.num_layers} layers over {layout.pipeline_model_parallel_size} stages: {layout.num_layer_list}")
     return Grid(layout, processes)
