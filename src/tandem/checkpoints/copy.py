@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,8 @@ from tandem.checkpoints.publish import final_place
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part
+
+AHEAD = 16  # blocks: enough to go on reading while a write waits for the disk
 
 # called after each block with the bytes read so far and in all
 Progress = Callable[[int, int], None]
@@ -59,9 +62,9 @@ def _checked(source: TensorSource, items: Sequence[tuple[Kind, str]]) -> Iterato
 
 
 def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Read and check each block while the one before it is being written."""
+    """Read and check blocks while those before them are being written."""
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(next, blocks, None)
-        while block := ahead.result():
-            ahead = reader.submit(next, blocks, None)
+        ahead = deque(reader.submit(next, blocks, None) for _ in range(AHEAD))
+        while block := ahead.popleft().result():
+            ahead.append(reader.submit(next, blocks, None))
             yield block

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 
 from tandem.checkpoints.arrays import row_blocks
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_folder, rank_folder
+from tandem.checkpoints.hashing import Digest, Hashing
 from tandem.checkpoints.hf import companions_of, write_companions
 from tandem.checkpoints.interface import (
     DTYPES,
@@ -83,40 +83,49 @@ class _SliceFiles:
         for item in plan:
             self._entries.setdefault(item.file, {})[item.key] = (DTYPES[dtypes[item.kind]], item.shard.shape)
         self._writers: dict[str, SafetensorsWriter] = {}
-        self._digests: dict[_Planned, Any] = {}
-        self._hasher = ThreadPoolExecutor(1)
+        self._hashing = Hashing()
+        self._digests: dict[_Planned, Digest] = {}
         self.index: dict[str, dict[str, Any]] = {}
 
+    @property
+    def keys(self) -> set[str]:
+        """Of which tensors something was written."""
+        return {item.key for item in self._digests}
+
     def write(self, item: _Planned, rows: np.ndarray, dtype: np.dtype) -> None:
-        """Append the next rows of a slice; when it is complete, the index has an entry of it."""
-        rows = np.ascontiguousarray(rows, dtype=dtype)
-        digest = self._digests.setdefault(item, hashlib.sha256())
-        hashing = self._hasher.submit(digest.update, _bytes(rows))
+        """Append the next rows of a slice. They must stay as they are until `close`."""
         if item.file not in self._writers:
             self._writers[item.file] = SafetensorsWriter(self._work / item.file, self._entries[item.file])
-        complete = self._writers[item.file].write(item.key, rows)
-        hashing.result()
-        if complete:
-            self._enter(item, dtype, self._digests.pop(item).hexdigest())
+        if item not in self._digests:
+            self._digests[item] = self._hashing.digest()
+        digest = self._digests[item]
+        rows = np.ascontiguousarray(rows, dtype=dtype)
+        for first, last in row_blocks(rows.shape, dtype):
+            self._hashing.update(digest, _bytes(rows[first:last]))
+            self._writers[item.file].write(item.key, rows[first:last])
 
-    def _enter(self, item: _Planned, dtype: np.dtype, digest: str) -> None:
+    def close(self) -> None:
+        """The files are whole and on the disk, and the index has an entry of every slice."""
+        assert self._writers.keys() == self._entries.keys(), "a file was announced and nothing written to it"
+        for writer in self._writers.values():
+            writer.close()
+        self._hashing.close()
+        for item, digest in self._digests.items():
+            self._enter(item, digest.hexdigest())
+
+    def abort(self) -> None:
+        self._hashing.close()
+        for writer in self._writers.values():
+            writer.abort()
+
+    def _enter(self, item: _Planned, digest: str) -> None:
         spec = item.shard.spec
+        dtype, _ = self._entries[item.file][item.key]
         entry = self.index.setdefault(
             item.key,
             {"shape": spec.shape, "dtype": dtype_name(dtype), "stacked_dim": spec.split.dim or 0, "slices": []},
         )
         entry["slices"].append({"file": item.file, "boxes": item.shard.part.boxes, "sha256": digest})
-
-    def close(self) -> None:
-        assert self._writers.keys() == self._entries.keys(), "a file was announced and nothing written to it"
-        self._hasher.shutdown()
-        for writer in self._writers.values():
-            writer.close()
-
-    def abort(self) -> None:
-        self._hasher.shutdown()
-        for writer in self._writers.values():
-            writer.abort()
 
 
 @dataclass(frozen=True)
@@ -134,12 +143,12 @@ class _Iteration:
     def nbytes(self) -> int:
         return parameter_count(self.config) * sum(DTYPES[dtype].itemsize for dtype in self.dtypes.values())
 
-    def check_complete(self, where: Path, index: Mapping[str, Any]) -> None:
+    def check_complete(self, where: Path, keys: Collection[str]) -> None:
         missing = [
             key_of(name, kind)
             for kind in self.dtypes
             for name in tensor_table(self.config)
-            if key_of(name, kind) not in index
+            if key_of(name, kind) not in keys
         ]
         if missing:
             raise UserError(f"{where}: {missing[0]} was never written ({len(missing)} tensors missing)")
@@ -201,7 +210,7 @@ class NativeSink:
                 self._files.write(self._planned(kind, shard), found, DTYPES[self._dtypes[kind]])
 
     def close(self) -> None:
-        self._iteration.check_complete(self.folder, self._files.index)
+        self._iteration.check_complete(self.folder, self._files.keys)
         self._files.close()
         self._iteration.describe(self._publication.work, self._files.index, elsewhere=False)
         self._publication.commit()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from tandem.checkpoints.arrays import read_box
 from tandem.checkpoints.interface import DTYPES, dtype_name
+from tandem.checkpoints.large_file import LargeFile
 from tandem.errors import UserError
 from tandem.parallel.slices import Box, Part
 
@@ -114,8 +114,7 @@ class SafetensorsWriter:
         self.path = Path(path)
         self._pending = [(name, np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in entries.items()]
         self._next = self._rows = 0  # the entry that is due, and how many of its rows are written
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 (closed by close())
+        self._file = LargeFile(self.path)
         self._file.write(self._header(dict(metadata or {})))
 
     def write(self, name: str, rows: np.ndarray) -> bool:
@@ -125,21 +124,17 @@ class SafetensorsWriter:
         self._rows += len(rows)
         fits = rows.shape[1:] == shape[1:] and self._rows <= shape[0]
         assert fits, f"{self.path}: {name} is given rows {rows.shape} up to {self._rows}, announced {shape}"
-        flat = np.ascontiguousarray(rows, dtype=dtype).reshape(-1)
-        remaining = flat.view(np.uint8).data
-        while remaining:
-            remaining = remaining[self._file.write(remaining) :]
+        self._file.write(np.ascontiguousarray(rows, dtype=dtype).reshape(-1).view(np.uint8).data)
         if complete := self._rows == shape[0]:
             self._next, self._rows = self._next + 1, 0
         return complete
 
     def close(self) -> None:
         assert self._next == len(self._pending), f"{self.path}: {self._pending[self._next][0]} was never written"
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def abort(self) -> None:
-        self._file.close()
+        self._file.abort()
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from tandem.checkpoints.arrays import read_array
+from tandem.checkpoints.large_file import LargeFile
 from tandem.errors import UserError
 
 STORAGES: dict[str, np.dtype] = {
@@ -360,8 +361,7 @@ class TorchFileWriter:
         self._written: set[PendingTensor] = set()
         self._entry: IO[bytes] | None = None  # of the tensor that is being written
         self._remaining = 0  # bytes of it
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "wb")  # noqa: SIM115 (closed by close() or abort())
+        self._file = LargeFile(self.path)
         self._zip = zipfile.ZipFile(self._file, "w")
         self._add("data.pkl", description)
         self._add(".format_version", b"1")
@@ -397,8 +397,7 @@ class TorchFileWriter:
             if self._entry is not None:
                 self._entry.close()
             self._zip.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._file.abort()
 
     def __enter__(self) -> TorchFileWriter:
         return self

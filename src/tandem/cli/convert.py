@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tandem.backends import installed_frameworks
 from tandem.checkpoints.convert import Check, Converted, convert
 from tandem.checkpoints.convert_options import ConvertOptions
-from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.native import prompt_text
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import CONVERT_IGNORED, split_ignored
 from tandem.errors import UserError
-from tandem.inference.export import ExportOptions, as_trained
-from tandem.inference.verify import verify
 from tandem.models.tensors import parameter_count
+
+if TYPE_CHECKING:
+    from tandem.inference.export import ExportOptions
 
 DESCRIPTION = (
     "Convert weights: Hugging Face -> Megatron-core layout for any TP and PP, back, and from one layout to another. "
@@ -31,7 +33,7 @@ def run(argv: Sequence[str]) -> None:
     for notice in notices:
         print(f"> {notice}")
     with byte_progress("converting") as progress:
-        result = convert(options, progress, verification(options), as_trained)
+        result = convert(options, progress, verification(options), _as_trained)
     print_result(result)
 
 
@@ -43,11 +45,15 @@ def verification(options: ConvertOptions | ExportOptions) -> Check | None:
     """
     if options.verify and options.no_verify:
         raise UserError("--verify and --no-verify exclude each other")
+    if options.no_verify:
+        return None
+    # Imported where they are needed: engines, templates and tokenizers take a third of the time to start.
+    from tandem.backends import installed_frameworks
+    from tandem.inference.verify import verify
+
     frameworks = [options.ai_framework] if options.ai_framework else installed_frameworks()
     if options.verify and not frameworks:
         raise UserError("--verify needs torch or mindspore, and neither is installed")
-    if options.no_verify:
-        return None
 
     def check(source: TensorSource, result: TensorSource) -> None:
         size = parameter_count(source.config)
@@ -59,6 +65,14 @@ def verification(options: ConvertOptions | ExportOptions) -> Check | None:
         print(f"verified with {found.describe_readers()}: {found}", flush=True)
 
     return check
+
+
+def _as_trained(source: TensorSource, companions: Companions) -> tuple[Companions, list[str]]:
+    if prompt_text(source) is None:
+        return companions, []
+    from tandem.inference.export import as_trained
+
+    return as_trained(source, companions)
 
 
 def print_result(result: Converted) -> None:

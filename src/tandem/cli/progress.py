@@ -7,16 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 PLAIN_SECONDS = 10.0  # between two plain lines
 
 # called with what is done and, where it is known, how much there is
@@ -29,6 +19,9 @@ def byte_progress(description: str) -> Iterator[Update]:
     if not sys.stderr.isatty():
         yield _plain(description)
         return
+    from rich.console import Console  # not without a terminal: importing it takes longer than small work
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

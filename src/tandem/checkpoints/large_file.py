@@ -1,0 +1,111 @@
+"""A large file, written once from its beginning to its end, past the system's page cache where the disk allows that.
+
+A checkpoint's pages are of no use to the run that writes them: caching them takes processor time, and memory from the
+training data.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+CHUNK = 2 << 20  # bytes that are written at a time; a multiple of every disk's block
+CHUNKS = 4  # some wait for the disk while one is filled
+DIRECT = getattr(os, "O_DIRECT", 0)  # Linux's flag
+
+
+class LargeFile:
+    """What is written is copied, and goes to the disk from a thread; `close` returns when all of it is there.
+
+    Raises:
+        OSError: with the file's name; a failed write may be told by a later one, or by `close`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = _open(self.path)
+        self._chunks = deque(np.frombuffer(mmap.mmap(-1, CHUNK), np.uint8) for _ in range(CHUNKS))  # aligned to pages
+        self._filled = self._position = 0  # bytes in the first chunk, and before it
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: deque[Future[None]] = deque()
+
+    def tell(self) -> int:
+        return self._position + self._filled
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append `data`; how many bytes that were."""
+        remaining: np.ndarray = np.frombuffer(data, np.uint8)
+        while remaining.size:
+            room = self._chunks[0][self._filled :]
+            count = min(room.size, remaining.size)
+            room[:count], remaining = remaining[:count], remaining[count:]
+            self._filled += count
+            if self._filled == CHUNK:
+                self._send()
+        return len(data)
+
+    def flush(self) -> None:
+        """For `zipfile`; `close` flushes."""
+
+    def close(self) -> None:
+        try:
+            self._wait(0)
+            self._buffer()  # the rest is no multiple of a block
+            self._put(self._chunks[0][: self._filled], self._position)
+            os.fsync(self._descriptor)
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Stop writing; what is there is not a whole file."""
+        self._thread.shutdown(cancel_futures=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _send(self) -> None:
+        self._writing.append(self._thread.submit(self._put, self._chunks[0], self._position))
+        self._position, self._filled = self._position + CHUNK, 0
+        self._chunks.rotate(-1)
+        self._wait(CHUNKS - 1)
+
+    def _wait(self, count: int) -> None:
+        """Return when at most `count` chunks are not written yet."""
+        while len(self._writing) > count:
+            self._writing.popleft().result()
+
+    def _put(self, data: np.ndarray, position: int) -> None:
+        remaining = data.data
+        while remaining:
+            try:
+                done = os.pwrite(self._descriptor, remaining, position)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._buffer():
+                    raise OSError(error.errno, error.strerror, str(self.path)) from error
+                continue
+            remaining, position = remaining[done:], position + done
+
+    def _buffer(self) -> bool:
+        """From now on, write through the page cache; whether that is a change."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
+        return bool(flags & DIRECT)
+
+
+def _open(path: Path) -> int:
+    """Open for writing, with DIRECT if the file system has it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
