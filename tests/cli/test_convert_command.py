@@ -152,7 +152,7 @@ def test_b1_a_result_that_differs_never_appears(
     def skewed(_: TensorSource, result: TensorSource, framework: str, *, independent: bool) -> Verification:
         return verify(Off(result.config, 3, "bfloat16"), result, framework)
 
-    monkeypatch.setattr(command, "verify", skewed)
+    monkeypatch.setattr("tandem.inference.verify.verify", skewed)
     assert main(words(hf, "--ai-framework", framework)) == 2
     assert "first differing tensor is decoder.layers.2.mlp.linear_fc1.weight" in capsys.readouterr().err
     assert [path.name for path in hf.parent.iterdir()] == ["hf"]
@@ -164,7 +164,7 @@ def test_b1_large_models_are_verified_on_request(
     monkeypatch.setattr(command, "VERIFIED_PARAMETERS", 1000)
     assert main(words(hf)) == 0
     assert "logits not compared (" in capsys.readouterr().out
-    monkeypatch.setattr(command, "installed_frameworks", list)
+    monkeypatch.setattr("tandem.backends.installed_frameworks", list)
     (hf.parent / "m").rename(hf.parent / "other")
     assert main(words(hf, "--verify")) == 2
     assert "--verify needs torch or mindspore" in capsys.readouterr().err
