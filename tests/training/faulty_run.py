@@ -2,8 +2,8 @@
 
 FAULT.json: {"rank": 1, "when": "step" | "evaluation" | "save", "at": 3, "what": "SIGTERM", "SIGKILL", "hang" or "nan"}:
 at the start of the at-th step, validation batch or checkpoint of this process; "nan", for which "framework" is told,
-spoils a gradient of that step. {"slow_save": 0.01} makes the writing of each tensor take so many seconds longer. The
-exit code is left in FAULT.json.RANK.
+spoils a gradient of that step. {"slow_save": 0.01} makes the writing of each tensor take so many seconds longer.
+{"timeout": 0.1} makes collectives wait so many minutes on every rank. The exit code is left in FAULT.json.RANK.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ if __name__ == "__main__":
     rank = World.from_environment().rank
     if told.get("rank", rank) == rank:
         install(told)
+    if "timeout" in told:
+        connect = run.connect
+        run.connect = lambda framework, world, device, _: connect(framework, world, device, told["timeout"])
     code = main(sys.argv[2:])
     Path(f"{sys.argv[1]}.{rank}").write_text(str(code), encoding="utf-8")
     sys.exit(code)

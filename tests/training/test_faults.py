@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -243,3 +244,26 @@ def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(
     assert str(data) in output.splitlines()[-1]
     assert "resuming at iteration 4" in job.succeed("b")
     assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags"),
+    [
+        ("torch", ()),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("torch", ("--async-save",)), ("mindspore", ()), ("mindspore", ("--async-save",))]
+        ),
+    ],
+)
+def test_a_rank_that_saves_slowly_times_no_other_out(
+    workspace: Workspace, backend: str, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """F3: collectives wait 6 seconds, and the first rank writes for longer."""
+    framework = require_framework(backend)
+    words = ("--train-iters", "1", "--tensor-model-parallel-size", "2", *flags)
+    job = Job(workspace, tmp_path, framework, processes=2, flags=words)
+    output = job.succeed("a", rank=0, slow_save=0.15, timeout=0.1)
+    seconds = float(re.findall(r"MB in ([\d.]+) s", output)[0])
+    assert seconds > 10
+    assert NativeSource(tmp_path / "a").iteration == 1

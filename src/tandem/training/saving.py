@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tandem.training.state import OPTIMIZER_KINDS, SETTINGS_FILE, STATE_FILE, Tr
 from tandem.training.trainer import Progress
 
 Part = tuple[Kind, Shard, np.ndarray]
+SECONDS_BETWEEN_SIGNS = 2.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class CheckpointWriter:
         try:
             if self._settings.checkpoint.async_save:
                 failure = self._thread.submit(_write, sink, self._copied())
+            elif self._communicator.world.size > 1:  # this thread tells the other ranks that it goes on
+                failure = self._thread.submit(_write, sink, self._parts())
             else:
                 failure.set_result(_write(sink, self._parts()))
         except BaseException:
@@ -117,13 +120,26 @@ class CheckpointWriter:
             return
         pending, self._pending = self._pending, None
         start = time.perf_counter()
-        pending.sink.publish(pending.failure.result())
+        try:
+            self._wait_for_all(pending.failure)
+            failure = pending.failure.result()
+        except BaseException:
+            wait([pending.failure])  # what is still being written cannot be removed
+            pending.sink.abort()
+            raise
+        pending.sink.publish(failure)
         now = time.perf_counter()
         if self._leads:
             self._tidy(pending.iteration)
         if self._communicator.world.rank == 0:
             self._tell(pending.iteration, waited=pending.waited + now - start, seconds=now - pending.began)
             self._exports.start(pending.iteration)
+
+    def _wait_for_all(self, written: Future[Exception | None]) -> None:
+        """Until every rank has written. Meanwhile ranks hear of each other every few seconds, so that a slow one, for
+        however long, is not taken for a lost one, for which collectives time out (F3)."""
+        while not all(self._communicator.all_gather(bool(wait([written], SECONDS_BETWEEN_SIGNS).done))):
+            pass
 
     def __enter__(self) -> CheckpointWriter:
         return self
