@@ -15,7 +15,7 @@ from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part
 
-AHEAD = 16  # blocks: enough to go on reading while a write waits for the disk
+AHEAD = 8  # blocks: enough to go on reading while a write waits for the disk
 
 # called after each block with the bytes read so far and in all
 Progress = Callable[[int, int], None]
