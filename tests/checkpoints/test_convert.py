@@ -400,6 +400,8 @@ def test_flags_that_contradict_the_config_stop(stated: dict[str, Any], message: 
         ("hf-mg", {"target_pipeline_parallel_size": 2}, "3 layers .* do not divide"),
         ("hf-mg", {"target_tensor_parallel_size": 4}, "num_query_groups 2 is not a multiple"),
         ("hf-mg", {"num_layers": 2, "noop_layers": "0"}, "--num-layers and --noop-layers exclude"),
+        ("hf-mg", {"num_layers_per_virtual_pipeline_stage": 0}, "num_layers_per_virtual_pipeline_stage 0 must divide"),
+        ("hf-mg", {"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by 0: expected 1 or more"),
     ],
 )
 def test_options_that_cannot_be(direction: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

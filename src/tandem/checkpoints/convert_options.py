@@ -111,6 +111,9 @@ class ConvertOptions:
             raise UserError("--num-layers keeps the first layers of a Hugging Face model, not of a checkpoint")
         if self.num_layers is not None and self.noop_layers:
             raise UserError("--num-layers and --noop-layers exclude each other")
+        for name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
         if self.padded_vocab_size is not None and self.make_vocab_size_divisible_by not in (None, 1):
             raise UserError("--padded-vocab-size and --make-vocab-size-divisible-by exclude each other")
 

@@ -96,7 +96,7 @@ class Layout:
         per_stage = total // pp
         if per_chunk is None:
             return [[range(stage * per_stage, (stage + 1) * per_stage)] for stage in range(pp)]
-        if per_stage % per_chunk or per_stage <= per_chunk:
+        if per_chunk < 1 or per_stage % per_chunk or per_stage <= per_chunk:
             raise UserError(
                 f"num_layers_per_virtual_pipeline_stage {per_chunk} must divide the {per_stage} layers of a "
                 f"pipeline stage and be smaller"
