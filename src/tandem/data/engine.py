@@ -29,12 +29,15 @@ _PROBES = [
 ]
 
 
+Texts = Sequence[str] | Sequence[bytes]  # bytes are UTF-8
+
+
 class Engine(Protocol):
     """Encodes texts on one core; releases Python's global lock meanwhile."""
 
     name: str
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end, int32 [t], and how many each has, int64 [texts]."""
         ...
 
@@ -48,8 +51,9 @@ class TokenizersEngine:
         self._tokenizer = tokenizer
         self._add_special_tokens = add_special_tokens
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = self._tokenizer.encode_batch(texts, self._add_special_tokens)
+    def encode(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
+        strings = [text.decode() if isinstance(text, bytes) else text for text in texts]
+        ids = self._tokenizer.encode_batch(strings, self._add_special_tokens)
         lengths = np.array([len(sequence) for sequence in ids], np.int64)
         return np.fromiter((i for sequence in ids for i in sequence), np.int32, int(lengths.sum())), lengths
 
@@ -63,7 +67,7 @@ class GigatokenEngine:
         self._file = os.fspath(tokenizer_file)
         self._threads = threads
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         if not texts:
             return np.empty(0, np.int32), np.empty(0, np.int64)
         # Not `parallel=False`, whose calls wait for one another: there is one encoder for all of them. So does a caller

@@ -15,7 +15,7 @@ from tandem.data.engine import Engine
 from tandem.data.handlers import InstructionHandler, PretrainHandler
 from tandem.data.naming import PAIR_KEYS, SFT_KEYS
 from tandem.data.pairwise_handlers import PairwiseHandler
-from tandem.data.readers import Block, parse_row
+from tandem.data.readers import Block, parse_row, plain_texts
 from tandem.data.templates import Template, Turn, trained_on_last
 from tandem.errors import UserError
 
@@ -119,6 +119,15 @@ class PretrainTokenizer(ChunkTokenizer):
         self._multiple = pad_to_multiple_of
         self._pad = pad
 
+    def __call__(self, block: Block) -> TokenizedChunk:
+        columns = plain_texts(block, self.output_keys) if type(self._handler) is PretrainHandler else None
+        if columns is None:
+            return super().__call__(block)
+        chunk = TokenizedChunk({}, source=block.source)
+        chunk.counts["documents"] = block.count
+        self._add_columns(columns, chunk)
+        return chunk
+
     def read(self, record: dict[str, Any], source: int) -> list[str]:
         return self._handler.texts(record)
 
@@ -126,9 +135,15 @@ class PretrainTokenizer(ChunkTokenizer):
         return document
 
     def _tokenize(self, documents: list[list[str]], chunk: TokenizedChunk) -> None:
-        for position, key in enumerate(self.output_keys):
-            texts = [text for document in documents if (text := document[position])]
-            tokens, lengths = self._encode(texts, chunk)
+        keys = range(len(self.output_keys))
+        self._add_columns([[document[key].encode() for document in documents] for key in keys], chunk)
+
+    def _add_columns(self, columns: list[list[bytes]], chunk: TokenizedChunk) -> None:
+        """Fill in what the texts of each key became."""
+        for key, column in zip(self.output_keys, columns):
+            texts = [text for text in column if text]
+            chunk.counts["text_bytes"] += sum(map(len, texts))
+            tokens, lengths = self.engine.encode(texts)
             if self._multiple > 1:
                 # As upstream: a document that fits already gains a whole multiple, unless its eod is that token.
                 missing = self._multiple - lengths % self._multiple - (self._eod is not None)
@@ -137,8 +152,8 @@ class PretrainTokenizer(ChunkTokenizer):
                 tokens, lengths = with_ends(tokens, lengths, np.ones_like(lengths), self._eod)
             chunk.columns[key] = tokens, lengths
             chunk.counts["tokens"] += tokens.size
-            chunk.dropped[f"empty {key}"] += len(documents) - len(texts)
-        chunk.counts["kept"] = sum(map(any, documents))
+            chunk.dropped[f"empty {key}"] += len(column) - len(texts)
+        chunk.counts["kept"] = sum(map(any, zip(*columns)))
 
 
 class InstructionTokenizer(ChunkTokenizer):
