@@ -232,6 +232,7 @@ def test_the_command_takes_text_and_instructions_at_once(
         (["HF", "/no/data", "--seq-length", "32"], "/no/data"),
         (["HF", "/no/data"], "--seq-length 4096 is above max_position_embeddings 512: give --seq-length 512, or less"),
         (["/no/model", "x"], "/no/model"),
+        (["HF", "x", "--context-parallel-size", "2"], "--context-parallel-size 2: only 1 is supported"),
     ],
 )
 def test_the_command_names_what_is_missing(

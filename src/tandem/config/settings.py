@@ -431,7 +431,7 @@ class Settings:
         self._check_loss_scale()
         self._check_batch_size()
         self._check_weight_decay()
-        self._check_not_implemented()
+        self.check_implemented()
         self._check_recompute()
 
     def _check_profile(self) -> None:
@@ -530,7 +530,8 @@ class Settings:
                 f"--end-weight-decay that is not smaller; given {ends[0]} and {ends[1]}"
             )
 
-    def _check_not_implemented(self) -> None:
+    def check_implemented(self) -> None:
+        """Raise UserError for what would change the computation and is not there."""
         for name in ("attention_dropout", "hidden_dropout"):
             if getattr(self.model, name):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self.model, name)} is not supported; only 0 is")

@@ -39,6 +39,7 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     places = named_sets(settings.data.valid_data_path)
     if not places:
         raise UserError("which data? Give PREFIX, or NAME=PREFIX ...")
+    settings.check_implemented()
     source = open_weights(settings)
     check_model_flags(settings, source.config)
     grid = laid_out(settings, source.config, world.size)
