@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import orjson
 
 from tandem.data.json_array import is_array, iter_elements
@@ -133,7 +134,9 @@ def _line_blocks(file: Path) -> Iterator[Block]:
                 stream.read(3)
             # Not `readlines`: it is slow, and holds Python's lock; workers split the lines.
             while content := stream.read(_BLOCK_BYTES) + stream.readline():
-                count = content.count(b"\n") + (not content.endswith(b"\n"))
+                # Not `content.count`, which takes thrice the time and holds the lock, too.
+                ends = int(np.count_nonzero(np.frombuffer(content, np.uint8) == ord("\n")))
+                count = ends + (not content.endswith(b"\n"))
                 yield Block(str(file), line + 1, count, content, is_text)
                 line += count
     except (OSError, EOFError, zlib.error) as error:
