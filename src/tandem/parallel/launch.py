@@ -164,7 +164,7 @@ class _Job:
             if len(self.signals) > passed_on:
                 passed_on += 1
                 self._set_deadline(SECONDS_TO_SAVE)
-                self._ask_to_stop()
+                self._pass_on(self.signals[0])
             if self._failures():
                 self._set_deadline(SECONDS_TO_END if self.signals else SECONDS_FOR_OTHERS)
             elif self._have_ended():
@@ -241,13 +241,12 @@ class _Job:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_LOG:] if log.exists() else []
         print("\n".join([f"last lines of {log}:", *lines, what]), file=sys.stderr, flush=True)
 
-    def _ask_to_stop(self) -> None:
-        """The ranks only: a launcher would kill them. By SIGTERM, also after Ctrl-C: at a SIGINT MindSpore's own server
-        ends in the first rank, and the others wait for it in vain."""
+    def _pass_on(self, number: int) -> None:
+        """To the ranks only: a launcher would kill them."""
         for rank in self.machines.ranks:
             pid = self._pid(rank)
             if pid is not None and read_record(self.folder, rank) is None and _is_running(pid):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, number)
 
     @contextmanager
     def _taking_signals(self) -> Iterator[None]:
