@@ -118,9 +118,9 @@ def test_twenty_kills_while_saving(workspace: Workspace, framework: str, async_s
     kill_while_saving(job, 20, seed=2)
 
 
-def stop_and_go_on(job: Job, **fault: object) -> None:
-    """SIGTERM to one rank: all leave with STOPPED after the same step, and the next start goes on."""
-    code, output = job.finish("b", what="SIGTERM", **fault)
+def stop_and_go_on(job: Job, what: str = "SIGTERM", **fault: object) -> None:
+    """A signal to one rank: all leave with STOPPED after the same step, and the next start goes on."""
+    code, output = job.finish("b", what=what, **fault)
     assert code == STOPPED, output[-3000:]
     assert job.codes() == [STOPPED] * job.processes, output[-3000:]
     stopped = NativeSource(job.folder / "b").iteration
@@ -164,8 +164,8 @@ def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str,
     job = Job(workspace, tmp_path, framework, processes=2, flags=(*TWO, *whole))
     job.succeed("a")
     for rank in (0, 1):
-        for when, at in (("step", 3), ("evaluation", 2), ("save", 1)):
-            stop_and_go_on(job, rank=rank, when=when, at=at)
+        for what, when, at in (("SIGINT", "step", 3), ("SIGTERM", "evaluation", 2), ("SIGINT", "save", 1)):
+            stop_and_go_on(job, what, rank=rank, when=when, at=at)
             for path in sorted((tmp_path / "b").rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
 

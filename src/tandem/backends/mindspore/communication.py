@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,9 +76,16 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> MindSpo
             f"rank {world.rank} of {world.size} found no job at {os.environ.get('MS_SCHED_HOST')}:"
             f"{os.environ.get('MS_SCHED_PORT')}: {_first_line(error)}"
         ) from error
+    _take_back(signal.SIGINT)
     # MindSpore's send takes its own rank from the group that is this default: HCCL's, which CPUs do not have.
     distributed.get_cache_group_rank.__defaults__ = (GlobalComm.WORLD_COMM_GROUP,)
     return MindSporeCommunicator(world)
+
+
+def _take_back(number: signal.Signals) -> None:
+    """Let the handler of this process's own have a signal again, at which MindSpore's server in it would end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, signal.getsignal(number))
 
 
 def serve() -> NoReturn:
