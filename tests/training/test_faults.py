@@ -146,6 +146,18 @@ def test_a_second_interrupt_leaves_at_once(workspace: Workspace, tmp_path: Path)
 
 
 TWO = ("--train-iters", "8", "--save-interval", "4", "--distributed-timeout-minutes", "2", "--keep-last", "1")
+LAYOUTS_OF_TWO = {
+    "tensor": ("--tensor-model-parallel-size", "2"),
+    "pipeline": ("--pipeline-model-parallel-size", "2"),
+    "data": (),
+}
+
+
+def unbroken_job_of_two(workspace: Workspace, framework: str, layout: str, folder: Path) -> Job:
+    """Two processes, after a run that nothing disturbed, saved as "a"."""
+    job = Job(workspace, folder, framework, processes=2, flags=(*TWO, *LAYOUTS_OF_TWO[layout]))
+    job.succeed("a")
+    return job
 
 
 def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> None:
@@ -157,12 +169,10 @@ def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size", "data"])
+@pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
     """G6: in a step, an evaluation and a save, on each of two ranks."""
-    whole = (layout, "2") if layout != "data" else ()
-    job = Job(workspace, tmp_path, framework, processes=2, flags=(*TWO, *whole))
-    job.succeed("a")
+    job = unbroken_job_of_two(workspace, framework, layout, tmp_path)
     for rank in (0, 1):
         for what, when, at in (("SIGINT", "step", 3), ("SIGTERM", "evaluation", 2), ("SIGINT", "save", 1)):
             stop_and_go_on(job, what, rank=rank, when=when, at=at)
@@ -171,12 +181,10 @@ def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size", "data"])
+@pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_nan_of_one_rank_stops_all(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
     """H4: in the sixth step; without the fault, the next start goes on from the fourth."""
-    whole = (layout, "2") if layout != "data" else ()
-    job = Job(workspace, tmp_path, framework, processes=2, flags=(*TWO, *whole))
-    job.succeed("a")
+    job = unbroken_job_of_two(workspace, framework, layout, tmp_path)
     code, output = job.finish("b", rank=1, when="step", at=6, what="nan")
     assert code == 2, output[-3000:]
     assert job.codes() == [2, 2]

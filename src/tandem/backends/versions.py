@@ -6,15 +6,15 @@ import importlib.metadata
 import os
 import re
 
-# As in pyproject.toml: the first version that is known to do, and the first major one that nobody has tried.
-VERSIONS = {"torch": ((2, 6), 3), "mindspore": ((2, 9), 3)}
+# As in pyproject.toml: the first version that is known to do, and the first that nobody has tried.
+VERSIONS = {"torch": ((2, 6), (3,)), "mindspore": ((2, 9), (2, 11))}
 ANY_VERSION = "TANDEM_ANY_VERSION"  # environment variable
 
 
 def requirement(package: str) -> str:
     """As pip takes it."""
-    (major, minor), next_major = VERSIONS[package]
-    return f"{package}>={major}.{minor},<{next_major}"
+    first, beyond = (".".join(map(str, version)) for version in VERSIONS[package])
+    return f"{package}>={first},<{beyond}"
 
 
 def untried(package: str) -> str | None:
@@ -23,8 +23,8 @@ def untried(package: str) -> str | None:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None  # built from source, or under another name: nothing is known of it
-    first, next_major = VERSIONS[package]
+    first, beyond = VERSIONS[package]
     found = tuple(map(int, re.findall(r"\d+", version)[:2]))
-    if first <= found < (next_major,) or os.environ.get(ANY_VERSION) == "1":
+    if first <= found < beyond or os.environ.get(ANY_VERSION) == "1":
         return None
     return f"pip install '{requirement(package)}', or try {package} {version} with {ANY_VERSION}=1"
