@@ -106,9 +106,8 @@ def test_interleaved(folder: Path) -> None:
 def test_interleaving_does_not_depend_on_being_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(folder, mix_strategy="interleave_over")
     bytes_of_whole = Path(f"{whole.prefixes['labels']}.bin").read_bytes()
-    monkeypatch.setattr("tandem.data.spool._SECONDS_BETWEEN_SAVES", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("tandem.data.preprocess._require_kept", lambda *_: 1 / 0)
+        patch.setattr("tandem.data.preprocess._require_kept", lambda spool, _: spool.save() or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(folder, mix_strategy="interleave_over")
     with monkeypatch.context() as patch:

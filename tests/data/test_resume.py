@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from data_toys import byte_tokenizer, write_jsonl
 
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.readers import Block
+from tandem.data.record import source_entries
 from tandem.data.tokenize import ChunkTokenizer, TokenizedChunk
 from tandem.data.workers import tokenize_blocks
 from tandem.errors import UserError
@@ -25,11 +27,12 @@ KILLED = """
 import os, signal, sys
 from tandem.data import readers, spool
 from tandem.data.preprocess import PreprocessOptions, preprocess
-readers._BLOCK_BYTES, spool._SECONDS_BETWEEN_SAVES = 60, -1
+readers._BLOCK_BYTES = 60
 add = spool.Spool.add
 def add_and_die(self, chunk):
     add(self, chunk)
     if self.blocks == 7:
+        self.save()
         self._files["text.bin"].write(b"half a block")
         self._files["text.bin"].flush()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -87,3 +90,15 @@ def test_two_runs_do_not_write_the_same_output(killed: PreprocessOptions) -> Non
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing this output"):
             preprocess(killed)
+
+
+def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.data.record._HASHED_BYTES", 1)
+    file = tmp_path / "large"
+    file.write_bytes(bytes(10_000_000))
+    with source_entries([file]) as stopped:
+        pass
+    file.write_bytes(bytes(1000))
+    with source_entries([file]) as whole:
+        assert whole.result()[0]["sha256"] == hashlib.sha256(bytes(1000)).hexdigest()
+    assert stopped.result()[0]["sha256"] != hashlib.sha256(bytes(10_000_000)).hexdigest()

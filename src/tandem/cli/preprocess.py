@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tandem.cli.data_page import write_page
-from tandem.cli.inspect_data import make_console, overview, show_samples
 from tandem.cli.progress import byte_progress
 from tandem.config.sources import parse_dataclass
 from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
@@ -132,6 +130,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def show(flags: Flags, view: DataView, tokenizer: Tokenizer) -> None:
+    from tandem.cli.data_page import write_page  # here: both load `rich`, which takes a while
+    from tandem.cli.inspect_data import make_console, overview, show_samples
+
     console = make_console()
     console.print(overview(view.data_path, view.statistics()))
     show_samples(console, view, tokenizer, flags.show)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,7 +22,7 @@ from tandem.data.naming import sft_prefix, text_prefix
 from tandem.data.options import PreprocessOptions, require
 from tandem.data.packing import Sequences, packed_rows
 from tandem.data.readers import iter_blocks
-from tandem.data.record import remove_record, require_own, source_entry, template_entry, tokenizer_entry, write_record
+from tandem.data.record import remove_record, require_own, source_entries, template_entry, tokenizer_entry, write_record
 from tandem.data.sources import Source, iter_source_blocks, open_sources
 from tandem.data.spool import Spool, fingerprint
 from tandem.data.statistics import DataView
@@ -90,6 +90,16 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     sources = open_sources(
         options.input, options.handler_name, options.json_keys, options.map_keys, options.dataset_dir, skip_bad
     )
+    with source_entries([file for source in sources for file in source.files]) as entries:
+        return _preprocess(options, sources, entries, progress)
+
+
+def _preprocess(
+    options: PreprocessOptions,
+    sources: Sequence[Source],
+    entries: Future[list[dict[str, Any]]],
+    progress: Progress | None,
+) -> PreprocessSummary:
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     job, template = _job(options, sources, tokenizer)
     name = sft_prefix if template else text_prefix
@@ -97,15 +107,12 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
     require_own(options.output_prefix, names)
     rejects = Path(f"{options.output_prefix}.rejects.jsonl")
-    files = [file for source in sources for file in source.files]
 
     keys = ("input_ids", "labels") if options.pack else job.output_keys
     spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
     try:
         job.engine = choose_engine(tokenizer, job.engine, _sample(job, sources), options.workers)
-        with ThreadPoolExecutor(1) as background:
-            hashes = background.submit(lambda: [source_entry(file) for file in files])
-            _tokenize(job, sources, options, spool, progress)
+        _tokenize(job, sources, options, spool, progress)
         spool.publish_rejects(rejects)
         _require_kept(spool, sources)
         order = _order(spool, sources, options)
@@ -138,7 +145,9 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         rejects=str(rejects) if spool.rejected else None,
         engine=job.engine.name,
     )
-    write_record(options.output_prefix, names, _record(options, sources, tokenizer, template, hashes.result(), summary))
+    write_record(
+        options.output_prefix, names, _record(options, sources, tokenizer, template, entries.result(), summary)
+    )
     return summary
 
 

@@ -13,7 +13,7 @@ from tandem.data.naming import sft_prefix
 from tandem.data.options import PreprocessOptions
 from tandem.data.preprocess import preprocess
 from tandem.data.readers import expand_input
-from tandem.data.record import read_record, record_path, source_entry, template_entry, tokenizer_entry
+from tandem.data.record import read_record, record_path, source_entries, template_entry, tokenizer_entry
 from tandem.data.spool import BusyError, fingerprint
 from tandem.data.templates import get_template
 from tandem.data.tokenizer import Tokenizer
@@ -86,7 +86,8 @@ def _key(options: PreprocessOptions) -> str:
     template = None
     if options.prompt_type is not None:
         template = template_entry(get_template(options.prompt_type, options.enable_thinking, tokenizer))
-    sources = [source_entry(file) for file in expand_input(options.input)]
+    with source_entries(expand_input(options.input)) as entries:
+        sources = entries.result()
     identity = {
         "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_TRACE},
         "tokenizer": tokenizer_entry(tokenizer),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import orjson
@@ -17,6 +20,7 @@ from tandem.errors import UserError
 
 FORMAT = "tandem-dataset"
 VERSION = 1
+_HASHED_BYTES = 8 << 20  # at a time, so that the thread seldom waits for Python's lock
 _BEGINNING = b'{\n  "format": "' + FORMAT.encode()  # as `write_record` writes it
 
 
@@ -38,11 +42,22 @@ def template_entry(template: Template) -> dict[str, Any]:
     }
 
 
-def source_entry(file: Path) -> dict[str, Any]:
+@contextmanager
+def source_entries(files: Sequence[Path]) -> Iterator[Future[list[dict[str, Any]]]]:
+    """The entries of input files: a thread hashes them meanwhile, and stops when they are wanted no longer."""
+    ended = Event()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield thread.submit(lambda: [_source_entry(file, ended) for file in files])
+        finally:
+            ended.set()
+
+
+def _source_entry(file: Path, ended: Event) -> dict[str, Any]:
     """Name, size and hash of an input file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while not ended.is_set() and (block := stream.read(_HASHED_BYTES)):
             digest.update(block)
     return {"file": str(file), "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tandem.data.indexed import IndexedDataset, publish, write_index
 from tandem.data.tokenize import Reject, TokenizedChunk
 from tandem.errors import UserError
 
-_SECONDS_BETWEEN_SAVES = 20.0
+_SECONDS_BETWEEN_SAVES = 0.5  # from one to the next, if that is over
 _REJECTS = "rejects.jsonl"
 
 
@@ -68,6 +69,8 @@ class Spool:
         self.rejected: int = progress["rejected"]
         self.first_reason: str = progress["first_reason"]
         self._files = {name: _open_at(self.folder / name, size) for name, size in progress["sizes"].items()}
+        self._disk = ThreadPoolExecutor(1)
+        self._saving = self._disk.submit(lambda: None)
         self._saved_at = time.monotonic()
 
     def add(self, chunk: TokenizedChunk) -> None:
@@ -82,14 +85,19 @@ class Spool:
         self.dropped += chunk.dropped
         self.kept_of[str(chunk.source)] += chunk.counts["kept"]
         self.blocks += 1
-        if time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
-            self.save()
+        if self._saving.done() and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
+            self._save_meanwhile()
 
     def save(self) -> None:
-        """Bring everything to the disk, then say so in `progress.json`."""
+        """Return when everything is on the disk, and `progress.json` says so."""
+        self._save_meanwhile()
+        self._saving.result()
+
+    def _save_meanwhile(self) -> None:
+        """From a thread: the disk works while tokens are made, and little is left for it to do at the end."""
+        self._saving.result()
         for file in self._files.values():
             file.flush()
-            os.fsync(file.fileno())
         progress = {
             "identity": self._identity,
             "blocks": self.blocks,
@@ -100,10 +108,15 @@ class Spool:
             "first_reason": self.first_reason,
             "sizes": {name: file.tell() for name, file in self._files.items()},
         }
-        part = self.folder / "progress.part"
-        part.write_bytes(orjson.dumps(progress))
-        os.replace(part, self.folder / "progress.json")
+        self._saving = self._disk.submit(self._save, orjson.dumps(progress))
         self._saved_at = time.monotonic()
+
+    def _save(self, progress: bytes) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        part = self.folder / "progress.part"
+        part.write_bytes(progress)
+        os.replace(part, self.folder / "progress.json")
 
     def datasets(self) -> dict[str, IndexedDataset]:
         """The sequences of each key, to be read again."""
@@ -127,6 +140,7 @@ class Spool:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
+        self._disk.shutdown()
         for file in self._files.values():
             file.close()
         shutil.rmtree(self.folder)
