@@ -147,6 +147,27 @@ def test_d7_long_conversations_are_left_out_on_request(tokenizer_folder: Path, t
     assert written(summary) == written(whole)
 
 
+@pytest.mark.parametrize("kind", ["conversation", "pair"])
+def test_d7_the_first_long_conversation_ends_the_run_on_request(
+    kind: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    def record(length: int) -> dict[str, str]:
+        answer = "a" * length
+        return {"instruction": "q", **({"output": answer} if kind == "conversation" else pair(answer))}
+
+    def pair(answer: str) -> dict[str, str]:
+        return {"chosen": "c", "rejected": answer}
+
+    source = tmp_path / "x.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [record(5), [], record(6), record(100), record(200)]))
+    changes = {"prompt_type": "qwen3", "seq_length": 100, "over_long": "stop", "on_bad": "skip"}
+    with pytest.raises(UserError, match=r"x\.jsonl:4: \d{3} tokens, but seq_length leaves room for 99; over_long says"):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder, **changes))
+    assert not list(tmp_path.glob("x[._]*document*"))
+    write_jsonl(source, record(5), record(6))
+    assert preprocess(options(source, tmp_path / "x", tokenizer_folder, **changes)).kept == 2
+
+
 def test_d7_nothing_is_written_that_trains_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
     chat = [{"role": role, "content": "x" * 200} for role in ("user", "assistant")]
     source = write_jsonl(tmp_path / "x.jsonl", {"messages": chat}, {"messages": [{**chat[0], "content": ""}, chat[1]]})

@@ -62,9 +62,9 @@ class Flags:
     """Which answers of a conversation are trained."""
     seq_length: int | None = None
     """Longest conversation; with --pack, the exact length of a row."""
-    over_long: Literal["trim", "drop"] = "trim"
-    """What to do with conversations of --seq-length tokens or more: cut them turn by turn, or leave them out. Pairs are
-    always left out."""
+    over_long: Literal["trim", "drop", "stop"] = "trim"
+    """What to do with conversations of --seq-length tokens or more: cut them turn by turn, leave them out, or stop with
+    the place of the first. Pairs are never cut, but left out."""
     pad_to_multiple_of: int = 1
     """Plain text: pad each document to a multiple of this, with the id that follows the tokenizer's last one."""
     append_eod: bool = False

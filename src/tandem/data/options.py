@@ -36,7 +36,8 @@ class PreprocessOptions:
         train_turns: which answers of a conversation are trained: "all" or only the "last".
         seq_length: fine-tuning: conversations have one token less at most, and packed rows exactly this length.
             None leaves all as they are.
-        over_long: "trim" conversations that are longer, turn by turn, or "drop" them as upstream does.
+        over_long: "trim" conversations that are longer, turn by turn, "drop" them as upstream does, or "stop". Pairs are
+            never trimmed, but dropped.
         pad_to_multiple_of: plain text: each document is padded to a multiple of this, with an id beyond the vocabulary.
         append_eod: put the end-of-document token after each document.
         pack: fill rows of seq_length with several conversations.
@@ -79,7 +80,10 @@ class PreprocessOptions:
         require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
         require(self.log_interval >= 1, f"log_interval is {self.log_interval}; expected 1 or more")
         require(self.train_turns in ("all", "last"), f"train_turns is {self.train_turns!r}; expected 'all' or 'last'")
-        require(self.over_long in ("trim", "drop"), f"over_long is {self.over_long!r}; expected 'trim' or 'drop'")
+        require(
+            self.over_long in ("trim", "drop", "stop"),
+            f"over_long is {self.over_long!r}; expected 'trim', 'drop' or 'stop'",
+        )
         require(self.on_bad in ("stop", "skip"), f"on_bad is {self.on_bad!r}; expected 'stop' or 'skip'")
         require(self.seq_length is None or self.seq_length >= 2, f"seq_length is {self.seq_length}; expected 2 or more")
         require(not self.neat_pack or self.pack, "neat_pack needs pack; give both")

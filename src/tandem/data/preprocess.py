@@ -172,7 +172,7 @@ def _job(
     if is_pairwise(handler):
         for option in ("pack", "append_eod"):
             require(not getattr(options, option), f"{option}: the pairs of {name} stay as they are; leave it out")
-        return PairTokenizer(reference, handler, template, options.seq_length), template
+        return PairTokenizer(reference, handler, template, options.seq_length, options.over_long), template
     require(
         not options.pack or tokenizer.pad_id is not None,
         f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",

@@ -49,6 +49,16 @@ class TokenizedChunk:
     source: int = 0
 
 
+class OverLongError(Exception):
+    """A document, by its number in the chunk, has more tokens than it may."""
+
+    def __init__(self, document: int, tokens: int, room: int) -> None:
+        super().__init__(
+            f"{tokens:,} tokens, but seq_length leaves room for {room:,}; over_long says what else to do than to stop"
+        )
+        self.document = document
+
+
 class ChunkTokenizer:
     """Base of the kinds of preprocessing: reads the rows, encodes all their texts together.
 
@@ -69,14 +79,18 @@ class ChunkTokenizer:
     def __call__(self, block: Block) -> TokenizedChunk:
         chunk = TokenizedChunk({}, source=block.source)
         rows = block.rows()
-        documents = []
+        documents, places = [], []
         for index, row in enumerate(rows):
             try:
                 documents.append(self.read_row(row, block.source))
+                places.append(index)
             except UserError as error:
                 chunk.rejects.append(Reject(f"{block.place(index)}: {error}", row))
         chunk.counts["documents"] = len(rows)
-        self._tokenize(documents, chunk)
+        try:
+            self._tokenize(documents, chunk)
+        except OverLongError as error:
+            raise UserError(f"{block.place(places[error.document])}: {error}") from None
         return chunk
 
     def read_row(self, row: Any, source: int) -> Any:
@@ -160,7 +174,7 @@ class InstructionTokenizer(ChunkTokenizer):
     """A sequence per conversation: prompts masked, answers trained, cut to fewer than `seq_length` tokens.
 
     `handlers` are those of the sources. `train_turns` is "all", or "last" to train only the last answer. `over_long` is
-    "trim", or "drop" to leave out what would have to be cut.
+    "trim", "drop" to leave out what would have to be cut, or "stop".
     The end-of-document token, if given, follows a conversation that leaves room for it; an answer that had to be cut
     leaves none, so it never gains a false end.
     """
@@ -195,6 +209,8 @@ class InstructionTokenizer(ChunkTokenizer):
 
     def _tokenize(self, documents: list[list[Turn]], chunk: TokenizedChunk) -> None:
         conversations = Conversations(documents, *self._encode([t for d in documents for t in texts_of(d)], chunk))
+        if self._over_long == "stop":
+            require_room(conversations.lengths, self._room)
         if self._over_long == "drop":
             short = conversations.lengths <= self._room
             conversations.keep_only(short)
@@ -219,12 +235,20 @@ class InstructionTokenizer(ChunkTokenizer):
 
 class PairTokenizer(ChunkTokenizer):
     """Two sequences per preference: the prompt, masked, with the chosen answer, and with the rejected one. A pair of
-    which either is too long for `seq_length` is left out, as upstream does."""
+    which either is too long for `seq_length` is left out, as upstream does, unless `over_long` is "stop"."""
 
     output_keys = PAIR_KEYS
 
-    def __init__(self, engine: Engine, handler: PairwiseHandler, template: Template, seq_length: int | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        handler: PairwiseHandler,
+        template: Template,
+        seq_length: int | None,
+        over_long: str = "drop",
+    ) -> None:
         super().__init__(engine)
+        self._over_long = over_long
         self._handler = handler
         self._template = template
         self._room = room_for(seq_length)
@@ -240,7 +264,10 @@ class PairTokenizer(ChunkTokenizer):
     def _tokenize(self, documents: list[tuple[list[Turn], list[Turn]]], chunk: TokenizedChunk) -> None:
         texts = [text for document in documents for text in self.texts(document)]
         both = Conversations([turns for document in documents for turns in document], *self._encode(texts, chunk))
-        short = (both.lengths.reshape(-1, 2) <= self._room).all(axis=1)
+        longer = both.lengths.reshape(-1, 2).max(axis=1)
+        if self._over_long == "stop":
+            require_room(longer, self._room)
+        short = longer <= self._room
         both.keep_only(np.repeat(short, 2))
         chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
         for position, name in enumerate(("chosen", "rejected")):
@@ -255,6 +282,12 @@ class PairTokenizer(ChunkTokenizer):
 def room_for(seq_length: int | None) -> int:
     """Tokens that a conversation may have: upstream reserves one position of `seq_length`."""
     return int(np.iinfo(np.int64).max) if seq_length is None else seq_length - 1
+
+
+def require_room(lengths: np.ndarray, room: int) -> None:
+    """Raise OverLongError at the first document of more than `room` tokens."""
+    for document in np.flatnonzero(lengths > room).tolist():
+        raise OverLongError(document, int(lengths[document]), room)
 
 
 def texts_of(turns: Sequence[Turn]) -> list[str]:
