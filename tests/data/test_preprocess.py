@@ -147,16 +147,13 @@ def test_d7_long_conversations_are_left_out_on_request(tokenizer_folder: Path, t
     assert written(summary) == written(whole)
 
 
-@pytest.mark.parametrize("kind", ["conversation", "pair"])
+@pytest.mark.parametrize("is_pair", [False, True])
 def test_d7_the_first_long_conversation_ends_the_run_on_request(
-    kind: str, tokenizer_folder: Path, tmp_path: Path
+    is_pair: bool, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     def record(length: int) -> dict[str, str]:
         answer = "a" * length
-        return {"instruction": "q", **({"output": answer} if kind == "conversation" else pair(answer))}
-
-    def pair(answer: str) -> dict[str, str]:
-        return {"chosen": "c", "rejected": answer}
+        return {"instruction": "q", **({"chosen": "c", "rejected": answer} if is_pair else {"output": answer})}
 
     source = tmp_path / "x.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [record(5), [], record(6), record(100), record(200)]))

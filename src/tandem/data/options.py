@@ -36,8 +36,8 @@ class PreprocessOptions:
         train_turns: which answers of a conversation are trained: "all" or only the "last".
         seq_length: fine-tuning: conversations have one token less at most, and packed rows exactly this length.
             None leaves all as they are.
-        over_long: "trim" conversations that are longer, turn by turn, "drop" them as upstream does, or "stop". Pairs are
-            never trimmed, but dropped.
+        over_long: "trim" conversations that are longer, turn by turn, "drop" them as upstream does, or "stop". Pairs
+            are never trimmed, but dropped.
         pad_to_multiple_of: plain text: each document is padded to a multiple of this, with an id beyond the vocabulary.
         append_eod: put the end-of-document token after each document.
         pack: fill rows of seq_length with several conversations.
