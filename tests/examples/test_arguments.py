@@ -11,8 +11,9 @@ import pytest
 from scripts import EXAMPLES, PRETRAIN, TUNE, Finished, Site
 from tandem.checkpoints.convert import ConvertOptions
 from tandem.cli.preprocess import Flags, options_from
+from tandem.config.flags import parse_dataclass
 from tandem.config.settings import Settings
-from tandem.config.sources import parse_dataclass, parse_settings
+from tandem.config.sources import parse_settings
 from tandem.config.upstream import CONVERT_IGNORED, PREPROCESS_IGNORED, split_ignored
 
 SHARED_SCRIPTS = (

@@ -10,7 +10,7 @@ from tandem.checkpoints.convert_options import ConvertOptions
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.native import prompt_text
 from tandem.cli.progress import byte_progress
-from tandem.config.sources import parse_dataclass
+from tandem.config.flags import parse_dataclass
 from tandem.config.upstream import CONVERT_IGNORED, split_ignored
 from tandem.errors import UserError
 from tandem.models.tensors import parameter_count

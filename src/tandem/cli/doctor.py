@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.config.sources import parse_dataclass
+from tandem.config.flags import parse_dataclass
 from tandem.errors import UserError
 from tandem.training.doctor import examine
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tandem.config.sources import parse_dataclass
+from tandem.config.flags import parse_dataclass
 from tandem.errors import UserError
 from tandem.inference.chat import open_model
 from tandem.inference.sampling import Sampling

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.cli.data_page import write_page
-from tandem.config.sources import parse_dataclass
+from tandem.config.flags import parse_dataclass
 from tandem.data.record import read_record
 from tandem.data.statistics import DataView, Statistics
 from tandem.data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from tandem.config.sources import parse_dataclass
+from tandem.config.flags import parse_dataclass
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf, load_hf_config
 from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tandem.cli.progress import byte_progress
-from tandem.config.sources import parse_dataclass
+from tandem.config.flags import parse_dataclass
 from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
 from tandem.data.merge_groups import merge_groups
 from tandem.data.options import PreprocessOptions, parse_map_keys

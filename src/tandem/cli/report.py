@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.checkpoints.publish import write_text_atomically
-from tandem.config.sources import parse_dataclass
+from tandem.config.flags import parse_dataclass
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
 

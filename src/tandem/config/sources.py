@@ -7,18 +7,17 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import tyro
 import yaml
 
+from tandem.config.flags import parse_dataclass
 from tandem.config.msrun import as_torchrun
 from tandem.config.ranges import check_ranges
 from tandem.config.settings import Settings
 from tandem.config.upstream import split_ignored
 from tandem.errors import UserError, nearest
 
-T = TypeVar("T")
 CONFIG_FLAG = "--config"
 
 
@@ -36,15 +35,6 @@ def parse_settings(command: str, description: str, argv: Sequence[str]) -> tuple
     settings = parse_dataclass(Settings, command, description, rest, default)
     check_ranges(settings.to_dict())
     return settings, notices
-
-
-def parse_dataclass(kind: type[T], command: str, description: str, argv: Sequence[str], default: T | None = None) -> T:
-    """Flags, under their plain names with hyphens or underscores, into a dataclass (nested ones are groups)."""
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
-    parsed: T = tyro.cli(  # type: ignore[assignment]
-        kind, args=list(argv), prog=f"tandem {command}", description=description, default=default, config=config
-    )
-    return parsed
 
 
 def from_yaml(path: str | Path) -> Settings:
