@@ -74,6 +74,23 @@ def test_data_of_another_kind_are_said(workspace: Workspace) -> None:
             dry_run(workspace.settings("torch", **values), 1)
 
 
+def test_raw_data_are_tried_and_left_alone(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw.jsonl"
+    shutil.copy(workspace.corpus, raw)
+    settings = workspace.settings("torch", data_path=str(raw), train_iters=None, epochs=2)
+    dry_run(settings, 1)
+    text = capsys.readouterr().out
+    rows = len(raw.read_text().splitlines())
+    assert f"{raw} is raw and is preprocessed before training; of its first {rows} documents {rows} are kept" in text
+    assert "nothing was trained" in text
+    assert list(tmp_path.iterdir()) == [raw]
+    raw.write_text('{"text": "good"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"raw\.jsonl:2: "):
+        dry_run(settings, 1)
+
+
 def test_a_folder_that_cannot_be_written_is_said(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -27,12 +28,12 @@ from tandem.data.sources import Source, iter_source_blocks, open_sources
 from tandem.data.spool import Spool, fingerprint
 from tandem.data.statistics import DataView
 from tandem.data.templates import Template, get_template
-from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PairTokenizer, PretrainTokenizer
+from tandem.data.tokenize import ChunkTokenizer, InstructionTokenizer, PairTokenizer, PretrainTokenizer, TokenizedChunk
 from tandem.data.tokenizer import Tokenizer
 from tandem.data.workers import tokenize_blocks
 from tandem.errors import UserError
 
-__all__ = ["PreprocessOptions", "PreprocessSummary", "preprocess"]
+__all__ = ["PreprocessOptions", "PreprocessSummary", "preprocess", "try_first_rows"]
 
 Progress = Callable[[int, int], None]
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # of each file; what the engines are compared on
@@ -86,12 +87,33 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
         UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
     """
     _require_output_folder(options.output_prefix)
-    skip_bad = options.on_bad == "skip"
-    sources = open_sources(
-        options.input, options.handler_name, options.json_keys, options.map_keys, options.dataset_dir, skip_bad
-    )
+    sources = _open(options)
     with source_entries([file for source in sources for file in source.files]) as entries:
         return _preprocess(options, sources, entries, progress)
+
+
+def try_first_rows(options: PreprocessOptions) -> Counter[str]:
+    """Tokenise the first block of the input, about a megabyte, and write nothing: whether `preprocess` would do, and
+    the counts of a `TokenizedChunk`.
+
+    Raises:
+        UserError: as `preprocess`.
+    """
+    sources = _open(options)
+    job, _ = _job(options, sources, Tokenizer(options.tokenizer_name_or_path))
+    (block,) = islice(iter_source_blocks(sources, options.max_samples), 1)
+    return _checked(job(block), options).counts
+
+
+def _open(options: PreprocessOptions) -> list[Source]:
+    return open_sources(
+        options.input,
+        options.handler_name,
+        options.json_keys,
+        options.map_keys,
+        options.dataset_dir,
+        skip_bad=options.on_bad == "skip",
+    )
 
 
 def _preprocess(
@@ -230,13 +252,17 @@ def _tokenize(
     reported = 0
     blocks = iter_source_blocks(sources, options.max_samples)
     for chunk in tokenize_blocks(job, islice(blocks, spool.blocks, None), options.workers):
-        if chunk.rejects and options.on_bad == "stop":
-            raise UserError(f"{chunk.rejects[0].reason} (on_bad=skip leaves such rows out)")
-        spool.add(chunk)
+        spool.add(_checked(chunk, options))
         documents = spool.counts["documents"]
         if progress and documents - reported >= options.log_interval:
             reported = documents
             progress(documents, spool.counts["text_bytes"])
+
+
+def _checked(chunk: TokenizedChunk, options: PreprocessOptions) -> TokenizedChunk:
+    if chunk.rejects and options.on_bad == "stop":
+        raise UserError(f"{chunk.rejects[0].reason} (on_bad=skip leaves such rows out)")
+    return chunk
 
 
 def _require_kept(spool: Spool, sources: Sequence[Source]) -> None:

@@ -12,7 +12,8 @@ from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
 from tandem.training.banner import saving_notice
 from tandem.training.inputs import open_data, open_tokenizer
-from tandem.training.start import prepare
+from tandem.training.raw_data import describe_raw
+from tandem.training.start import Ground, check_ground, with_data
 
 
 def dry_run(settings: Settings, processes: int) -> None:
@@ -21,25 +22,34 @@ def dry_run(settings: Settings, processes: int) -> None:
     Raises:
         UserError: settings, weights, data or disk would not do.
     """
-    start = prepare(settings, processes)
-    settings, grid, config = start.settings, start.grid, start.source.config
-    data = open_data(settings, open_tokenizer(settings, start.source))
-    held = [parameters_held(start.source.config, grid, rank) for rank in range(grid.size)]
+    ground = check_ground(settings, processes)
+    grid, config = ground.grid, ground.source.config
+    held = [parameters_held(config, grid, rank) for rank in range(grid.size)]
     per_data_rank = settings.global_batch_size // grid.data_size
     lines = [
-        f"{start.framework}: {config.model_type}, {parameter_count(config):,} parameters from {start.source.location}",
+        f"{ground.framework}: {config.model_type}, {parameter_count(config):,} parameters from "
+        f"{ground.source.location}",
         f"{grid.size} processes: tensor {grid.tensor_size} x pipeline {grid.pipeline_size} x data {grid.data_size}; "
         f"a rank holds {min(held):,} to {max(held):,} parameters",
         f"global batch {settings.global_batch_size} = {grid.data_size} data ranks x "
         f"{per_data_rank // settings.training.micro_batch_size} micro-batches x {settings.training.micro_batch_size} "
         f"samples of at most {settings.data.seq_length} tokens",
-        f"{settings.total_iters:,} steps over {settings.total_samples:,} samples; data: "
-        + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.train.describe().items()),
-        *data.notices,
+        *(describe_raw(settings) or describe_data(settings, ground)),
         *check_disk(settings, parameter_count(config)),
         "dry run: all of this can start; nothing was trained",
     ]
     print("\n".join(f"> {line}" for line in lines), flush=True)
+
+
+def describe_data(settings: Settings, ground: Ground) -> list[str]:
+    """Steps and samples, and what there is to say of the data."""
+    settings = with_data(settings, ground).settings
+    data = open_data(settings, open_tokenizer(settings, ground.source))
+    counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.train.describe().items())
+    return [
+        f"{settings.total_iters:,} steps over {settings.total_samples:,} samples; data: {counts}",
+        *data.notices,
+    ]
 
 
 def parameters_held(config: ModelConfig, grid: Grid, rank: int) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
 from tandem.data.options import PreprocessOptions, parse_map_keys
+from tandem.data.preprocess import try_first_rows
 from tandem.data.raw import Wait, is_raw, preprocess_once, wait_for
 from tandem.data.templates import THINKING_MODES
 from tandem.errors import UserError
@@ -23,8 +24,42 @@ def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait
         UserError: as preprocessing.
     """
     data = settings.data
-    if not any(map(is_raw, data.data_path)):
+    options = raw_options(settings)
+    if not options:
         return settings
+    data_path = tuple(
+        preprocess_once(options[path], data.data_cache_path, leader, wait) if path in options else path
+        for path in data.data_path
+    )
+    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=data_path))
+
+
+def describe_raw(settings: Settings) -> list[str]:
+    """What becomes of the first rows of each raw file in `--data-path`; nothing is written.
+
+    Raises:
+        UserError: as preprocessing.
+    """
+    lines = []
+    for path, options in raw_options(settings).items():
+        counts = try_first_rows(options)
+        lines.append(
+            f"{path} is raw and is preprocessed before training; of its first {counts['documents']:,} documents "
+            f"{counts['kept']:,} are kept, {counts['tokens']:,} tokens"
+        )
+    return lines
+
+
+def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
+    """How each raw path is to be preprocessed; where to is not said.
+
+    Raises:
+        UserError: settings do not say how.
+    """
+    data = settings.data
+    raw = [path for path in data.data_path if is_raw(path)]
+    if not raw:
+        return {}
     if len(data.json_keys) != 1:
         raise UserError(f"--json-keys {' '.join(data.json_keys)}: training on raw files reads one field")
     options = PreprocessOptions(
@@ -39,13 +74,7 @@ def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait
         append_eod=data.append_eod,
         workers=data.workers,
     )
-    data_path = tuple(
-        preprocess_once(dataclasses.replace(options, input=(path,)), data.data_cache_path, leader, wait)
-        if is_raw(path)
-        else path
-        for path in data.data_path
-    )
-    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=data_path))
+    return {path: dataclasses.replace(options, input=(path,)) for path in raw}
 
 
 def _tokenizer_folder(settings: Settings) -> str:

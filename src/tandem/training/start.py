@@ -35,24 +35,35 @@ COMPARED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """What a run begins with, checked as far as one can without a device and without the other processes."""
+class Ground:
+    """What a run stands on before its data are looked at."""
 
     framework: str
-    settings: Settings
     grid: Grid
-    schedule: Schedule
     source: TensorSource
     loading: Settings  # by which `source` is loaded: the run's own newest checkpoint goes before `--load`
 
 
+@dataclasses.dataclass(frozen=True)
+class Start(Ground):
+    """What a run begins with, checked as far as one can without a device and without the other processes."""
+
+    settings: Settings
+    schedule: Schedule
+
+
 def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
-    """Check the settings against each other, the number of processes and the weights' config; then raw data are
-    preprocessed by the `leader` of each machine, which may take hours and must not end in such an error (I2).
+    """Check all but the data first: raw data are then preprocessed by the `leader` of each machine, which may take
+    hours and must not end in an error that could have been told before (I2).
 
     Raises:
         UserError: something is missing or contradictory.
     """
+    return with_data(settings, check_ground(settings, processes), leader)
+
+
+def check_ground(settings: Settings, processes: int) -> Ground:
+    """Check the settings against each other, the number of processes and the weights' config."""
     framework = check_framework(settings.training.ai_framework)
     settings.check()
     settings.check_grid(Grid(settings.layout, processes))
@@ -61,12 +72,16 @@ def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
     loading = continued(settings)
     source = open_weights(loading)
     check_model_flags(settings, source.config)
-    grid = laid_out(settings, source.config, processes)
+    return Ground(framework, laid_out(settings, source.config, processes), source, loading)
+
+
+def with_data(settings: Settings, ground: Ground, leader: bool = True) -> Start:
+    """Preprocess raw data, and settle what depends on the data."""
     settings = with_epochs(with_preprocessed(settings, leader))
-    check_same_data(settings, loading)
+    check_same_data(settings, ground.loading)
     schedule = schedule_from(settings)
-    seeded = with_checkpoint_seed(settings, loading, source)
-    return Start(framework, seeded, grid, schedule, source, loading)
+    seeded = with_checkpoint_seed(settings, ground.loading, ground.source)
+    return Start(**vars(ground), settings=seeded, schedule=schedule)
 
 
 def laid_out(settings: Settings, config: ModelConfig, processes: int) -> Grid:
