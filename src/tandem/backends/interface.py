@@ -26,7 +26,7 @@ class EngineSettings:
     """What a backend must know to build a model and its optimizer.
 
     Attributes:
-        fp16: compute in float16 with fp32 master weights (PyTorch only); the caller scales the loss.
+        fp16: compute in float16 with fp32 master weights; the caller scales the loss.
         bf16: compute in bfloat16 with fp32 master weights, where the device computes it natively; elsewhere the
             engine computes in fp32 and says so in `notices`.
         recompute_layers: how many of a rank's decoder layers, from the first, keep only their input in the forward

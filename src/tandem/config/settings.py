@@ -216,7 +216,7 @@ class TrainingSettings:
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights, where the device computes bfloat16."""
     fp16: bool = False
-    """Compute in float16 with fp32 master weights and a loss scale (PyTorch only)."""
+    """Compute in float16 with fp32 master weights and a loss scale."""
     loss_scale: float | None = None
     """With --fp16: a constant loss scale; default: a dynamic one."""
     initial_loss_scale: float = 2.0**32

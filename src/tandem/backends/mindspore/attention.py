@@ -2,7 +2,8 @@
 
 The forward pass keeps its input, its output and each row's log-sum-exp; the backward pass computes everything else
 again, block by block ("FlashAttention-2", arXiv 2307.08691). Products are MindSpore's; what lies between them is
-NumPy over the same memory, split over the query groups.
+NumPy over the same memory, split over the query groups. Of fp16 it takes and gives fp16, and computes in fp32 in
+between, a document at a time: products of fp16 would round the scores, which flash attention does not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mindspore import Tensor, ops
 
 from tandem.backends.mindspore.functional import normalise, normalise_backward
 from tandem.backends.mindspore.threads import split_work
-from tandem.backends.mindspore.weight import Pullback, Weight, empty
+from tandem.backends.mindspore.weight import Pullback, Weight, empty, single, written_in_single
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.models.rotary import cos_sin
@@ -60,25 +61,27 @@ def attention(
     tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
     per_group = config.num_attention_heads // groups
     rows = qkv.asnumpy().reshape(tokens, groups, per_group + 2, head)
-    result, out = empty(tokens, groups * per_group * head)
+    result, out = empty(tokens, groups * per_group * head, dtype=qkv.dtype)
     out = _by_group(out, groups, head)
     cos, sin = documents.cos.asnumpy(), documents.sin.asnumpy()
     bounds = documents.cu_seqlens.tolist()
     parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
 
     def heads_of(part: slice) -> _Heads:
-        return _Heads(rows[part], q_norm, k_norm, cos[part], sin[part], config.norm_epsilon)
+        return _Heads(single(rows[part]), q_norm, k_norm, cos[part], sin[part], config.norm_epsilon)
 
     log_sum_exp = [_forward(heads_of(part), out[:, :, part]) for part in parts]
 
     def backward(gradient: Tensor) -> Tensor:
-        d_qkv, d_rows = empty(*qkv.shape)
+        d_qkv, d_rows = empty(*qkv.shape, dtype=qkv.dtype)
         d_rows = d_rows.reshape(rows.shape)
         d_out = _by_group(gradient.asnumpy(), groups, head)
         for part, document_log_sum_exp in zip(parts, log_sum_exp):
             heads = heads_of(part)
-            gradients = _backward(heads, out[:, :, part], document_log_sum_exp, d_out[:, :, part])
-            heads.backward(gradients, d_rows[part])
+            own_out, own_d_out = single(out[:, :, part]), single(d_out[:, :, part])
+            gradients = _backward(heads, own_out, document_log_sum_exp, own_d_out)
+            with written_in_single(d_rows[part]) as own_d_rows:
+                heads.backward(gradients, own_d_rows)
         return d_qkv
 
     return result, backward

@@ -1,4 +1,4 @@
-"""Collectives over many fp32 tensors on CPU, through buckets: few messages, and little memory beside the tensors."""
+"""Collectives over many tensors on CPU, through buckets: few messages, and little memory beside the tensors."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ def sum_over(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
         _unpack(ranks.sum(message).asnumpy(), [piece for (piece,) in bucket])
 
 
-def gather_rows(ranks: Ranks, weights: Iterable[Weight]) -> None:
-    """Give every rank the rows of each weight's value that `even_rows` gives this one. Their memory is the master's."""
-    for bucket in _buckets(piece for weight in weights for piece in _pieces(weight.value, ranks.size)):
+def gather_rows(ranks: Ranks, weights: Sequence[Weight]) -> None:
+    """Give every rank the rows of each weight that `even_rows` gives this one: its masters, in the values' dtype."""
+    for bucket in _buckets(piece for weight in weights for piece in _pieces(weight, ranks.size)):
         # The first rank's rows are the most; on the others the end of a message may be without meaning.
         sizes = [len(piece[0]) for piece in bucket]
-        message, values = empty(sum(sizes))
-        for own, start in zip((piece[ranks.rank] for piece in bucket), np.cumsum([0, *sizes])):
+        message, values = empty(sum(sizes), dtype=weights[0].value.dtype)
+        for own, start in zip((piece[-1] for piece in bucket), np.cumsum([0, *sizes])):
             values[start : start + len(own)] = own
         for rank, found in enumerate(ranks.gather(message)):
             _unpack(found.asnumpy(), [piece[rank] for piece in bucket], sizes)
 
 
-def _pieces(tensor: Tensor, size: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Parts of a bucket's size of the rows of all ranks, flat: the same part of each rank's rows."""
-    rows = tensor.asnumpy()
+def _pieces(weight: Weight, size: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Parts of a bucket's size, flat: the same part of each rank's rows of the value, and of this rank's master."""
+    rows = weight.value.asnumpy()
     step = -(-len(rows) // size)
     chunks = [rows[rank * step : (rank + 1) * step].reshape(-1) for rank in range(size)]
+    chunks.append(weight.master.asnumpy().reshape(-1))
     for start in range(0, len(chunks[0]), BUCKET):
         yield tuple(chunk[start : start + BUCKET] for chunk in chunks)
 

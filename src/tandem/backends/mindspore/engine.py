@@ -17,7 +17,7 @@ from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.data_parallel import DataParallel
 from tandem.backends.mindspore.device import device_name
 from tandem.backends.mindspore.kernels import kernels_for
-from tandem.backends.mindspore.model import Decoder, linear
+from tandem.backends.mindspore.model import Decoder
 from tandem.backends.mindspore.optimizer import AdamW, clip_coefficient
 from tandem.backends.mindspore.passes import Passes
 from tandem.backends.mindspore.pipeline import Pipeline
@@ -55,7 +55,7 @@ class MindSporeEngine:
         self._kernels = kernels_for(settings.device)
         self.device_name = device_name()
         self._dtype = self._choose_dtype()
-        self.param_dtype = "bfloat16" if self._dtype is ms.bfloat16 else "float32"
+        self.param_dtype = str(self._dtype).lower()
         self._grid.layout.check(config)
         self._place = self._grid.place(settings.rank)
         self._groups = make_groups(self._grid, settings.rank, tied=config.tied)
@@ -116,14 +116,15 @@ class MindSporeEngine:
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
     ) -> StepResult:
-        assert loss_scale == 1.0, "fp16 is refused"
         optimizer = self._require_training()
-        loss, trained_tokens = self._forward_backward(micro_batches)
+        loss, trained_tokens = self._forward_backward(micro_batches, loss_scale)
         total, norm = self._loss_and_norm(loss)
+        norm /= loss_scale
         applied = is_trusted(total / trained_tokens, norm, loss_limit)
         if applied:
             self.optimizer_step += 1
-            optimizer.update(self.optimizer_step, lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad))
+            coefficient = clip_coefficient(norm, self._settings.clip_grad) / loss_scale
+            optimizer.update(self.optimizer_step, lr, weight_decay, coefficient)
             self._data.share(list(self._weights.values()))
         return StepResult(total / trained_tokens, norm, trained_tokens, applied)
 
@@ -161,13 +162,16 @@ class MindSporeEngine:
         micro_batch.check_vocabulary(self.config.vocab_size)
         rows = np.arange(len(micro_batch.tokens)) if rows is None else rows
         with _non_finite_allowed():
-            logits, _ = linear(self._passes.hidden(micro_batch, rows), self._passes.decoder.head)
+            hidden, head = self._passes.hidden(micro_batch, rows), self._passes.decoder.head
+            logits = self._kernels.product(hidden, head.value, transpose_b=True)
         return logits.astype(ms.float32).asnumpy()
 
     def peak_memory(self) -> int:
         return process_peak() if self.device_name == "cpu" else int(ms.runtime.max_memory_allocated())
 
     def _choose_dtype(self) -> ms.Type:
+        if self._settings.fp16:
+            return ms.float16
         if self._settings.bf16 and self._kernels.bf16:
             return ms.bfloat16
         if self._settings.bf16:
@@ -177,8 +181,11 @@ class MindSporeEngine:
         return ms.float32
 
     def _new_weight(self, shape: tuple[int, ...]) -> Weight:
-        whole = self._kernels.zeros(shape)
-        return Weight(whole if self._dtype is ms.float32 else whole.astype(self._dtype), self._data.own(whole))
+        value = self._kernels.zeros(shape)
+        if self._dtype is ms.float32:
+            return Weight(value, self._data.own(value))
+        first, last = self._data.own_rows(shape[0])
+        return Weight(value.astype(self._dtype), self._kernels.zeros((last - first, *shape[1:])))
 
     def _make_passes(self) -> Passes:
         config, size = self.config, self._grid.tensor_size
@@ -200,9 +207,9 @@ class MindSporeEngine:
         )
         return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype)
 
-    def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Leave the global batch's gradients in the weights. Returns this rank's part of the summed loss, and the
-        trained tokens of all ranks."""
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss_scale: float = 1.0) -> tuple[float, int]:
+        """Leave the global batch's gradients, `loss_scale` times too large, in the weights. Returns this rank's part of
+        the summed loss, and the trained tokens of all ranks."""
         batches = self._trained(micro_batches)
         trained_tokens = int(self._groups.everyone.sum_values(self._counted_tokens(batches))[0])
         if not trained_tokens:
@@ -210,7 +217,7 @@ class MindSporeEngine:
         for weight in self._weights.values():
             weight.has_gradient = False
         with _non_finite_allowed():
-            loss = self._reported(self._passes.accumulate(batches, 1 / trained_tokens))
+            loss = self._reported(self._passes.accumulate(batches, loss_scale / trained_tokens))
         self._sum_gradients()
         return loss, trained_tokens
 
@@ -282,7 +289,6 @@ def check_settings(settings: EngineSettings) -> None:
     """Raise UserError for what only the other backend can do."""
     only_torch = {
         "--use-torch-fsdp2": settings.use_torch_fsdp2,
-        "--fp16": settings.fp16,
         "--num-layers-per-virtual-pipeline-stage": settings.grid.layout.num_layers_per_virtual_pipeline_stage,
     }
     if wanted := [flag for flag, value in only_torch.items() if value]:

@@ -1,25 +1,54 @@
-"""Everything on CPU that is no product: embedding, RMSNorm, SwiGLU, and what the optimizer does besides Adam.
+"""Everything on CPU but attention and loss: products, embedding, RMSNorm, SwiGLU, and what the optimizer does besides
+Adam.
 
 MindSpore's element-wise CPU kernels broadcast and reduce slowly, so these run in NumPy over the tensors' own memory.
+Of fp16 they take and give fp16, and compute in fp32 in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from tandem.backends.mindspore.threads import split_work
-from tandem.backends.mindspore.weight import Pullback, Weight, empty
+from tandem.backends.mindspore.weight import Pullback, Weight, empty, single, written_in_single
 
 # Rows worked on at a time, so that intermediate results stay in a core's cache.
 BLOCK = 64
 
+_PRODUCTS = {transposed: ops.MatMul(transpose_b=transposed) for transposed in (False, True)}
+_product_ta = ops.MatMul(transpose_a=True)
+
+
+def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
+    """The product of two matrices of one dtype, in that dtype.
+
+    MindSpore's own product of fp16 is the same, to the bit: it casts to fp32 and back. But each of its casts takes a
+    third of a millisecond, however small the matrix.
+    """
+    wide = _PRODUCTS[transpose_b](_in_single(a), _in_single(b))
+    if a.dtype == ms.float32:
+        return wide
+    result, values = empty(*wide.shape, dtype=a.dtype)
+    values[...] = wide.asnumpy()
+    return result
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """gradient [t, o] transposed times x [t, i], fp32 and of fp16 not rounded: [o, i]."""
+    return _product_ta(_in_single(gradient), _in_single(x))
+
+
+def _in_single(x: Tensor) -> Tensor:
+    return x if x.dtype == ms.float32 else Tensor.from_numpy(single(x.asnumpy()))
+
 
 def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
     """Rows of weight [v, h] for tokens [t]: [t, h]. The pullback's result is of no use."""
-    vectors, rows = empty(len(tokens), weight.value.shape[1])
+    vectors, rows = empty(len(tokens), weight.value.shape[1], dtype=weight.value.dtype)
     rows[...] = weight.value.asnumpy()[tokens]
 
     def backward(gradient: Tensor) -> Tensor:
@@ -36,7 +65,7 @@ def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
 
 def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
     """x [t, h] -> x[rows]; `rows` are distinct."""
-    selected, values = empty(len(rows), x.shape[1])
+    selected, values = empty(len(rows), x.shape[1], dtype=x.dtype)
     values[...] = x.asnumpy()[rows]
     count = x.shape[0]
     return selected, lambda gradient: place_rows(gradient, rows, count)
@@ -44,7 +73,7 @@ def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
 
 def place_rows(x: Tensor, rows: np.ndarray, count: int) -> Tensor:
     """[count, h] with x [len(rows), h] at `rows` and zeros elsewhere."""
-    result, values = empty(count, x.shape[1])
+    result, values = empty(count, x.shape[1], dtype=x.dtype)
     values.fill(0)
     values[rows] = x.asnumpy()
     return result
@@ -58,20 +87,22 @@ def rows(x: Tensor, start: int, stop: int) -> Tensor:
 def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> tuple[Tensor, Pullback]:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension of [t, h] (arXiv 1910.07467)."""
     rows, gamma = x.asnumpy(), weight.value.asnumpy()
-    result, normed = empty(*x.shape)
+    result, normed = empty(*x.shape, dtype=x.dtype)
     rstd = np.empty((len(rows), 1), np.float32)
 
     def forward_part(part: slice) -> None:
-        rstd[part] = normalise(rows[part], gamma, epsilon, normed[part])
+        with written_in_single(normed[part]) as out:
+            rstd[part] = normalise(single(rows[part]), gamma, epsilon, out)
 
     split_work(forward_part, len(rows), rows.size)
 
     def backward(gradient: Tensor) -> Tensor:
         d_normed = gradient.asnumpy()
-        d_x, d_rows = empty(*x.shape)
+        d_x, d_rows = empty(*x.shape, dtype=x.dtype)
 
         def backward_part(part: slice) -> np.ndarray:
-            return normalise_backward(d_normed[part], rows[part], rstd[part], gamma, d_rows[part])
+            with written_in_single(d_rows[part]) as out:
+                return normalise_backward(single(d_normed[part]), single(rows[part]), rstd[part], gamma, out)
 
         d_gamma = split_work(backward_part, len(rows), rows.size)
         weight.add_gradient(Tensor.from_numpy(sum(d_gamma[1:], d_gamma[0])))
@@ -110,25 +141,30 @@ def swiglu(gate_up: Tensor) -> tuple[Tensor, Pullback]:
     """silu(gate) * up of [t, 2f], gate before up: [t, f] (arXiv 2002.05202)."""
     rows = gate_up.asnumpy()
     tokens, width = rows.shape[0], rows.shape[1] // 2
-    result, values = empty(tokens, width)
+    result, values = empty(tokens, width, dtype=gate_up.dtype)
 
     def forward_block(block: slice) -> None:
-        gate, up, out = rows[block, :width], rows[block, width:], values[block]
-        np.negative(gate, out=out)
-        np.exp(out, out=out)
-        out += 1
-        np.divide(gate, out, out=out)
-        out *= up
+        gate, up = single(rows[block, :width]), single(rows[block, width:])
+        with written_in_single(values[block]) as out:
+            np.negative(gate, out=out)
+            np.exp(out, out=out)
+            out += 1
+            np.divide(gate, out, out=out)
+            out *= up
 
     _over_blocks(forward_block, tokens, values.size)
 
     def backward(gradient: Tensor) -> Tensor:
         d_values = gradient.asnumpy()
-        d_gate_up, d_rows = empty(*gate_up.shape)
+        d_gate_up, d_rows = empty(*gate_up.shape, dtype=gate_up.dtype)
 
         def backward_block(block: slice) -> None:
-            gate, up, d_out = rows[block, :width], rows[block, width:], d_values[block]
-            d_gate, d_up = d_rows[block, :width], d_rows[block, width:]
+            with written_in_single(d_rows[block]) as d_block:
+                differentiate(single(rows[block]), single(d_values[block]), d_block)
+
+        def differentiate(block: np.ndarray, d_out: np.ndarray, d_block: np.ndarray) -> None:
+            gate, up = block[:, :width], block[:, width:]
+            d_gate, d_up = d_block[:, :width], d_block[:, width:]
             sigmoid = np.negative(gate)
             np.exp(sigmoid, out=sigmoid)
             sigmoid += 1

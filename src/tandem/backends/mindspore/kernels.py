@@ -21,6 +21,7 @@ class Kernels:
     """The functions that each device has its own of; signatures and shapes are those of the CPU's.
 
     Attributes:
+        product, weight_gradient: of matrices in one dtype; an NPU gives the gradient in that dtype, too.
         rows: the given rows of a tensor; on CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
@@ -28,6 +29,8 @@ class Kernels:
         fp32_notice: what the user should know when computing in fp32.
     """
 
+    product: Callable[..., Tensor]
+    weight_gradient: Callable[[Tensor, Tensor], Tensor]
     embedding: Differentiable
     select_rows: Differentiable
     place_rows: Callable[[Tensor, np.ndarray, int], Tensor]
@@ -47,6 +50,8 @@ class Kernels:
 
 
 CPU = Kernels(
+    product=functional.product,
+    weight_gradient=functional.weight_gradient,
     embedding=functional.embedding,
     select_rows=functional.select_rows,
     place_rows=functional.place_rows,
@@ -65,6 +70,8 @@ CPU = Kernels(
 )
 
 NPU = Kernels(
+    product=npu.product,
+    weight_gradient=npu.weight_gradient,
     embedding=npu.embedding,
     select_rows=npu.select_rows,
     place_rows=npu.place_rows,

@@ -1,7 +1,7 @@
 """The output head with cross-entropy on CPU, in chunks of rows and pieces of the vocabulary.
 
 Logits of a chunk become, in place, the gradient of the logits; full logits of a long batch never exist, and neither
-does a second tensor of the head's size.
+does a second tensor of the head's size. Of fp16 it takes and gives fp16, and computes in fp32 in between.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mindspore import Tensor, ops
 
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.threads import split_work
-from tandem.backends.mindspore.weight import Weight, empty
+from tandem.backends.mindspore.weight import Weight, empty, single, written_in_single
 
 # Logits held at a time.
 LOGITS_CHUNK_BYTES = 128 * 2**20
@@ -32,7 +32,8 @@ def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: Tens
     """
     rows = hidden.asnumpy()
     return sum(
-        _Chunk(rows[part], head, labels[part], tensor).loss() for part in chunks(len(rows), tensor.vocabulary_rows)
+        _Chunk(single(rows[part]), head, labels[part], tensor).loss()
+        for part in chunks(len(rows), tensor.vocabulary_rows)
     )
 
 
@@ -45,11 +46,12 @@ def cross_entropy_and_gradient(
     The head's gradient is accumulated on the way.
     """
     rows = hidden.asnumpy()
-    d_hidden, d_rows = empty(*rows.shape)
+    d_hidden, d_rows = empty(*rows.shape, dtype=hidden.dtype)
 
     def run(part: slice) -> float:
-        chunk = _Chunk(rows[part], head, labels[part], tensor)
-        chunk.backward(np.float32(scale), d_rows[part])
+        chunk = _Chunk(single(rows[part]), head, labels[part], tensor)
+        with written_in_single(d_rows[part]) as out:
+            chunk.backward(np.float32(scale), out)
         return chunk.loss()
 
     return sum(run(part) for part in chunks(len(rows), tensor.vocabulary_rows)), d_hidden
@@ -116,7 +118,7 @@ class _Chunk:
         self.head.has_gradient = True
 
     def _weights(self, index: int) -> Tensor:
-        return Tensor.from_numpy(self.head.value.asnumpy()[self.ranges[index]])
+        return Tensor.from_numpy(single(self.head.value.asnumpy()[self.ranges[index]]))
 
     def _labelled(self, index: int) -> np.ndarray:
         """Rows whose label lies in the piece."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from tandem.backends.mindspore.attention import Documents
 from tandem.backends.mindspore.kernels import Kernels
@@ -20,33 +20,31 @@ from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 
 Layer = Callable[[Tensor], "tuple[Tensor, Pullback]"]
 
-_product = ops.MatMul()
-_product_ta = ops.MatMul(transpose_a=True)
-_product_tb = ops.MatMul(transpose_b=True)
 
-
-def linear(x: Tensor, weight: Weight) -> tuple[Tensor, Pullback]:
+def linear(kernels: Kernels, x: Tensor, weight: Weight) -> tuple[Tensor, Pullback]:
     """x [t, i] times weight [o, i] transposed: [t, o]."""
 
     def backward(gradient: Tensor) -> Tensor:
-        weight.add_gradient(_product_ta(gradient, x))
-        return _product(gradient, weight.value)
+        weight.add_gradient(kernels.weight_gradient(gradient, x))
+        return kernels.product(gradient, weight.value)
 
-    return _product_tb(x, weight.value), backward
+    return kernels.product(x, weight.value, transpose_b=True), backward
 
 
-def linear_after(function: Layer, x: Tensor, weight: Weight, bias: Weight | None = None) -> tuple[Tensor, Pullback]:
+def linear_after(
+    kernels: Kernels, function: Layer, x: Tensor, weight: Weight, bias: Weight | None = None
+) -> tuple[Tensor, Pullback]:
     """`linear` of function(x), plus bias [o] where there is one, keeping x alone: the cheap function is computed
     again in the backward pass."""
 
     def backward(gradient: Tensor) -> Tensor:
         value, pull = function(x)
-        weight.add_gradient(_product_ta(gradient, value))
+        weight.add_gradient(kernels.weight_gradient(gradient, value))
         if bias is not None:
             bias.add_gradient(gradient.astype(ms.float32).sum(axis=0))
-        return pull(_product(gradient, weight.value))
+        return pull(kernels.product(gradient, weight.value))
 
-    product = _product_tb(function(x)[0], weight.value)
+    product = kernels.product(function(x)[0], weight.value, transpose_b=True)
     return product if bias is None else product + bias.value, backward
 
 
@@ -154,6 +152,7 @@ class Decoder:
         weights, kernels, tensor = self.weights, self.kernels, self.tensor
 
         qkv, pull_qkv = linear_after(
+            kernels,
             self._entering(prefix + "input_layernorm.weight"),
             x,
             weights[attention + "linear_qkv.weight"],
@@ -161,13 +160,18 @@ class Decoder:
         )
         q_norm, k_norm = weights.get(attention + "q_layernorm.weight"), weights.get(attention + "k_layernorm.weight")
         mixed, pull_mixed = kernels.attention(qkv, q_norm, k_norm, documents, self.config)
-        project = functools.partial(linear, weight=weights[attention + "linear_proj.weight"])
+        project = functools.partial(linear, kernels, weight=weights[attention + "linear_proj.weight"])
         projected, pull_projected = chained([project, tensor.leave], mixed)
         middle = x + projected
         gate_up, pull_gate_up = linear_after(
-            self._entering(prefix + "pre_mlp_layernorm.weight"), middle, weights[prefix + "mlp.linear_fc1.weight"]
+            kernels,
+            self._entering(prefix + "pre_mlp_layernorm.weight"),
+            middle,
+            weights[prefix + "mlp.linear_fc1.weight"],
         )
-        down = functools.partial(linear_after, kernels.swiglu, weight=weights[prefix + "mlp.linear_fc2.weight"])
+        down = functools.partial(
+            linear_after, kernels, kernels.swiglu, weight=weights[prefix + "mlp.linear_fc2.weight"]
+        )
         mlp, pull_mlp = chained([down, tensor.leave], gate_up)
 
         def backward(gradient: Tensor) -> Tensor:

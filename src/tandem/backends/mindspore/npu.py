@@ -24,6 +24,9 @@ from tandem.models.config import ModelConfig
 _MASK_SIZE = 2048
 _CAUSAL = 3  # sparse_mode: each document's lower right triangle
 
+_PRODUCTS = {transposed: ops.MatMul(transpose_b=transposed) for transposed in (False, True)}
+_product_ta = ops.MatMul(transpose_a=True)
+
 
 def _differentiable(
     function: Callable[..., Tensor], x: Tensor, weights: Sequence[Weight] = ()
@@ -39,6 +42,14 @@ def _differentiable(
         return d_x
 
     return function(x, *values), backward
+
+
+def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
+    return _PRODUCTS[transpose_b](a, b)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    return _product_ta(gradient, x)
 
 
 def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
@@ -76,17 +87,18 @@ def swiglu(gate_up: Tensor) -> tuple[Tensor, Pullback]:
 def attention(
     qkv: Tensor, q_norm: Weight | None, k_norm: Weight | None, documents: Documents, config: ModelConfig
 ) -> tuple[Tensor, Pullback]:
-    """Flash attention over documents; it computes in bf16 whatever the dtype of qkv."""
+    """Flash attention over documents; it computes in half precision: that of qkv, or bf16."""
     tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
     heads = config.num_attention_heads
     cos, sin = documents.cos.reshape(tokens, 1, head), documents.sin.reshape(tokens, 1, head)
     ends = documents.cu_seqlens[1:].tolist()
+    half = ms.bfloat16 if qkv.dtype == ms.float32 else qkv.dtype
     mask = Tensor(np.triu(np.ones((_MASK_SIZE, _MASK_SIZE), np.uint8), 1))
 
     def prepared(x: Tensor, gamma: Sequence[Tensor]) -> Tensor:
         normed = ops.rms_norm(x, gamma[0], config.norm_epsilon)[0] if gamma else x
         first, second = mint.split(normed, head // 2, -1)
-        return (normed * cos + mint.cat((-second, first), -1) * sin).astype(ms.bfloat16)
+        return (normed * cos + mint.cat((-second, first), -1) * sin).astype(half)
 
     def function(qkv: Tensor, *gammas: Tensor) -> Tensor:
         by_group = qkv.reshape(tokens, groups, heads // groups + 2, head)
@@ -95,7 +107,7 @@ def attention(
         out = ops.flash_attention_score(
             query,
             key,
-            by_group[:, :, -1].astype(ms.bfloat16),
+            by_group[:, :, -1].astype(half),
             heads,
             attn_mask=mask,
             actual_seq_qlen=ends,
@@ -123,15 +135,16 @@ def cross_entropy_and_gradient(
         rows = hidden[part]
         loss, d_logits = _loss(rows, head, labels[part], tensor)
         total += loss
-        d_logits = (d_logits * scale).astype(hidden.dtype)
-        gradients.append(mint.matmul(d_logits, head.value))
-        head.add_gradient(mint.matmul(d_logits.T, rows))
+        # Scaled only now, so that the loss scale of fp16 takes none of its range away.
+        d_logits = d_logits.astype(hidden.dtype)
+        gradients.append(product(d_logits, head.value) * scale)
+        head.add_gradient(weight_gradient(d_logits, rows).astype(ms.float32) * scale)
     return total, mint.cat(gradients, 0)
 
 
 def _loss(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> tuple[float, Tensor]:
     """The sum of the rows' losses, and its gradient with respect to their logits, fp32."""
-    logits = mint.matmul(rows, head.value.T).astype(ms.float32)
+    logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
     local, size = tensor.local(labels), head.value.shape[0]
     here = (local >= 0) & (local < size)
     wanted = mint.nn.functional.one_hot(Tensor(np.where(here, local, 0), ms.int64), size).astype(ms.float32)

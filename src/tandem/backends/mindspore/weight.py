@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -50,10 +51,24 @@ class Weight:
             self.value.copy_(self.master.astype(self.value.dtype))
 
 
-def empty(*shape: int) -> tuple[Tensor, np.ndarray]:
-    """An fp32 tensor in CPU memory, with undefined contents, and a view to write them through.
+def empty(*shape: int, dtype: ms.Type = ms.float32) -> tuple[Tensor, np.ndarray]:
+    """A tensor in CPU memory, with undefined contents, and a view to write them through.
 
     MindSpore's memory pool hands out pages that are already mapped; NumPy would fault them in again every time.
     """
-    tensor = mint.empty(shape, dtype=ms.float32)
+    tensor = mint.empty(shape, dtype=dtype)
     return tensor, tensor.asnumpy()
+
+
+def single(values: np.ndarray) -> np.ndarray:
+    """The same in fp32, to compute with: itself, or a copy of fp16."""
+    return values.astype(np.float32, copy=False)
+
+
+@contextmanager
+def written_in_single(values: np.ndarray) -> Iterator[np.ndarray]:
+    """What to compute `values` in, in fp32: itself, or for fp16 an array that is rounded once, at the end."""
+    results = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
+    yield results
+    if results is not values:
+        values[...] = results
