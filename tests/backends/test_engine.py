@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import (
+    MemorySource,
     Reference,
     assert_close_gradients,
     snapshot,
@@ -30,6 +31,7 @@ from tandem.models.tensors import tensor_table
 from toys import TOYS, toy_config
 
 RAGGED = (7, 1, 19, 12, 12, 5)
+FP16_ROUNDING = 2.0**-11  # the most that a number loses, relatively
 
 
 def build(framework: str, source: TensorSource, **settings: object) -> Engine:
@@ -342,27 +344,37 @@ def test_the_first_module_that_is_not_finite_is_named(framework: str, tensor: st
     assert (found is None) == (module is None)
 
 
-def test_save_and_restore_is_bitwise(framework: str) -> None:
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+def test_save_and_restore_is_bitwise(framework: str, fp16: bool) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED, seed=step, trained=0.8) for step in range(5)]
 
     def train(engine: Engine, part: list[MicroBatch]) -> list[float]:
-        return [engine.train_step([batch], lr=1e-3, weight_decay=0.1).loss for batch in part]
+        scale = 1024.0 if fp16 else 1.0
+        return [engine.train_step([batch], lr=1e-3, weight_decay=0.1, loss_scale=scale).loss for batch in part]
 
-    straight = build(framework, source)
+    straight = build(framework, source, fp16=fp16)
     expected = train(straight, batches)
-    first = build(framework, source)
+    first = build(framework, source, fp16=fp16)
     losses = train(first, batches[:2])
     saved = snapshot(first)
-    second = build(framework, saved)
+    second = build(framework, saved, fp16=fp16)
     second.load_optimizer(saved, first.optimizer_step)
     losses += train(second, batches[2:])
     assert losses == expected
     assert second.optimizer_step == straight.optimizer_step == 5
     found, wanted = snapshot(second), snapshot(straight)
-    assert found.kinds() == wanted.kinds() == ("model", "exp_avg", "exp_avg_sq")
+    weights = ("model", "master") if fp16 else ("model",)
+    assert found.kinds() == (*weights, "exp_avg", "exp_avg_sq")
+    assert_same_bits(found, wanted)
+
+
+def assert_same_bits(found: MemorySource, wanted: MemorySource) -> None:
+    """Everything that a checkpoint holds is the same, dtypes too."""
+    assert found.kinds() == wanted.kinds()
     for kind in wanted.kinds():
-        for name in tensor_table(source.config):
+        for name in tensor_table(wanted.config):
+            assert found.dtype(name, kind) == wanted.dtype(name, kind)
             np.testing.assert_array_equal(found.read(name, kind), wanted.read(name, kind), err_msg=f"{kind} {name}")
 
 
@@ -391,12 +403,14 @@ def test_gradients_and_evaluation_change_no_state(framework: str) -> None:
 # --- memory and precision
 
 
-def test_recompute_is_bitwise_equal(framework: str) -> None:
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+def test_recompute_is_bitwise_equal(framework: str, fp16: bool) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED, seed=seed, trained=0.8) for seed in range(2)]
-    plain_loss, plain = build(framework, source).loss_and_gradients(batches)
+    plain_loss, plain = build(framework, source, fp16=fp16).loss_and_gradients(batches)
     for layers in (1, source.config.num_layers):
-        loss, gradients = build(framework, source, recompute_layers=layers).loss_and_gradients(batches)
+        engine = build(framework, source, recompute_layers=layers, fp16=fp16)
+        loss, gradients = engine.loss_and_gradients(batches)
         assert loss == plain_loss
         for name, gradient in plain.items():
             np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
@@ -420,6 +434,50 @@ def test_bf16_is_used_or_refused_aloud(framework: str) -> None:
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
 
 
+def test_fp16_trains_near_fp32_with_a_scaled_loss(framework: str) -> None:
+    """The scale changes nothing but what is lost below, or beyond, fp16's range; beyond, the step is refused."""
+    source = toy_weights(toy_config(init_method_std=0.05))
+    half, full = build(framework, source, fp16=True), build(framework, source)
+    assert half.param_dtype == "float16"
+    for step in range(5):
+        batches = [toy_batch(source.config, RAGGED, seed=step)]
+        found = half.train_step(batches, 1e-3, 0.1, loss_scale=1024.0)
+        expected = full.train_step(batches, 1e-3, 0.1)
+        assert found.applied
+        assert found.loss == pytest.approx(expected.loss, rel=1e-2)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
+    held = snapshot(half)
+    refused = half.train_step(batches, 1e-3, 0.1, loss_scale=2.0**40)
+    assert not refused.applied
+    assert np.isfinite(refused.loss)
+    assert not np.isfinite(refused.grad_norm)
+    assert_same_bits(snapshot(half), held)
+    assert {kind: held.read("decoder.final_layernorm.weight", kind).dtype.name for kind in held.kinds()} == {
+        "model": "float16",
+        "master": "float32",
+        "exp_avg": "float32",
+        "exp_avg_sq": "float32",
+    }
+    assert half.optimizer_step == 5
+    assert half.train_step(batches, 1e-3, 0.1, loss_scale=1024.0).applied
+
+
+def test_a_loss_scale_keeps_gradients_that_fp16_loses(framework: str) -> None:
+    """Where gradients are below fp16's smallest number, 6e-8, the scale brings them back."""
+    source = toy_weights(toy_config(init_method_std=0.05, untie_embeddings_and_output_weights=True))
+    source.read("output_layer.weight")[...] *= 2.0**-10  # what reaches the layers is this much smaller
+
+    def first_moment(loss_scale: float, fp16: bool) -> np.ndarray:
+        engine = build(framework, source, fp16=fp16, clip_grad=0.0)
+        engine.train_step([toy_batch(source.config, RAGGED)], 1e-3, 0.0, loss_scale=loss_scale)
+        return snapshot(engine).read("decoder.layers.0.mlp.linear_fc1.weight", "exp_avg")
+
+    expected = first_moment(1.0, fp16=False)
+    errors = [np.linalg.norm(first_moment(scale, fp16=True) - expected) for scale in (1.0, 2.0**14)]
+    assert errors[0] > 10 * errors[1]
+    assert errors[1] < 16 * FP16_ROUNDING * np.linalg.norm(expected)
+
+
 def test_an_engine_without_training_refuses_to_train(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     engine = build(framework, source, training=False)
@@ -428,6 +486,46 @@ def test_an_engine_without_training_refuses_to_train(framework: str) -> None:
 
 
 # --- both frameworks
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_fp16_losses_and_gradients_are_the_other_backends(both_frameworks: tuple[str, str], toy: str) -> None:
+    """Each of some 50 operations between a weight and its gradient rounds once, at random: on either backend that came
+    to at most 9 roundings, and to 7 between the two."""
+    source = toy_weights(TOYS[toy])
+    batches = [toy_batch(source.config, RAGGED, seed=1, trained=0.7)]
+    engines = [build(framework, source, fp16=True) for framework in both_frameworks]
+    (expected_loss, expected), (loss, gradients) = (engine.loss_and_gradients(batches) for engine in engines)
+    assert loss == pytest.approx(expected_loss, rel=FP16_ROUNDING)
+    assert_close_gradients(gradients, expected, rtol=16 * FP16_ROUNDING)
+    for engine in engines:
+        logits = engine.logits(batches[0])
+        np.testing.assert_array_equal(logits, logits.astype(np.float16))
+        np.testing.assert_allclose(logits, engines[0].logits(batches[0]), atol=1e-2, rtol=0)
+
+
+def test_fp16_trains_alike_and_its_state_is_the_same_to_the_bit(both_frameworks: tuple[str, str]) -> None:
+    """Where training led the weights differs by a hundredth of the way (Adam turns rounding errors of the smallest
+    gradients into whole steps); what one backend leaves the other takes, and leaves again without a change."""
+    source = toy_weights(toy_config(init_method_std=0.05))
+    engines = [build(framework, source, adam_beta2=0.95, fp16=True) for framework in both_frameworks]
+    for step in range(10):
+        batches = [toy_batch(source.config, RAGGED, seed=100 + 2 * step + i, trained=0.7) for i in range(2)]
+        scale = 2.0**40 if step == 4 else 1024.0
+        results = [engine.train_step(batches, lr=1e-3, weight_decay=0.1, loss_scale=scale) for engine in engines]
+        assert [result.applied for result in results] == [step != 4] * 2
+        assert results[1].loss == pytest.approx(results[0].loss, rel=FP16_ROUNDING), f"step {step}"
+    saved = [snapshot(engine) for engine in engines]
+    for name in tensor_table(source.config):
+        for kind, start in (("master", source.read(name)), ("exp_avg", 0.0), ("exp_avg_sq", 0.0)):
+            one, other = (state.read(name, kind) for state in saved)
+            assert np.linalg.norm(one - other) < 0.03 * np.linalg.norm(one - start), f"{kind} {name}"
+        for state in saved:
+            np.testing.assert_array_equal(state.read(name), state.read(name, "master").astype(np.float16))
+    for framework, engine, state in zip(reversed(both_frameworks), engines, saved):
+        heir = build(framework, state, fp16=True)
+        heir.load_optimizer(state, engine.optimizer_step)
+        assert_same_bits(snapshot(heir), state)
 
 
 def test_d8_backends_train_alike(both_frameworks: tuple[str, str]) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -50,7 +52,32 @@ def test_any_layout_of_any_backend_goes_on(
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def train(workspace: Workspace, instructions: bool, framework: str, layout: str, until: int, save: Path) -> None:
+FP16 = {"fp16": None, "initial-loss-scale": 2**20, "loss-scale-window": 4, "hysteresis": 1}
+
+
+@pytest.mark.slow
+def test_fp16_goes_on_with_its_scale(workspace: Workspace, tmp_path: Path) -> None:
+    """Overflows, and where the scale stands, are those of the unbroken run; losses to fp16's rounding."""
+    require_framework("torch")
+    require_framework("mindspore")
+    train(workspace, False, "mindspore", "plain", 12, tmp_path / "unbroken", FP16)
+    for leg, (framework, layout) in enumerate([("torch", "dp2"), ("mindspore", "tp2"), ("mindspore", "dp2")], 1):
+        train(workspace, False, framework, layout, 4 * leg, tmp_path / "road", FP16)
+    np.testing.assert_allclose(losses(tmp_path / "road"), losses(tmp_path / "unbroken"), rtol=1e-3)
+    expected, found = (metrics(tmp_path / name, "loss_scale") for name in ("unbroken", "road"))
+    assert found == expected
+    assert len(set(expected)) > 2
+
+
+def train(
+    workspace: Workspace,
+    instructions: bool,
+    framework: str,
+    layout: str,
+    until: int,
+    save: Path,
+    settings: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """The same command each time, but for backend and layout; it goes on from `save`."""
     flags, processes = LAYOUTS[layout]
     values = {
@@ -68,6 +95,7 @@ def train(workspace: Workspace, instructions: bool, framework: str, layout: str,
         "eval-iters": 0,
         "save": save,
         **flags,
+        **settings,
     }
     words = [
         word for name, value in values.items() for word in ([f"--{name}"] + ([] if value is None else [str(value)]))
@@ -87,7 +115,11 @@ def train(workspace: Workspace, instructions: bool, framework: str, layout: str,
 
 
 def losses(folder: Path) -> list[float]:
+    return metrics(folder, "loss")
+
+
+def metrics(folder: Path, name: str) -> list[float]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["iteration"] for record in records] == list(range(1, len(records) + 1))
-    return [record["loss"] for record in records]
+    return [record[name] for record in records]

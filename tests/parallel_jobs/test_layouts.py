@@ -24,6 +24,9 @@ SHORT = {
         Case(dp=2, packed=True),
         Case(dp=2, use_distributed_optimizer=True, tied=False),
         Case(dp=2, use_torch_fsdp2=True, packed=True, idle=True, recompute_layers=2),
+        Case(tp=2, sequence_parallel=True, packed=True, fp16=True),
+        Case(pp=2, packed=True, recompute_layers=1, fp16=True),
+        Case(dp=2, use_distributed_optimizer=True, packed=True, fp16=True),
     ],
     4: [
         Case(tp=2, pp=2, sequence_parallel=True, packed=True),
@@ -36,6 +39,7 @@ SHORT = {
         Case(tp=4, tied=False, packed=True),
         Case(pp=4, packed=True),
         Case(pp=4, vpp=1, num_layers=8),
+        Case(tp=2, pp=2, packed=True, fp16=True),
     ],
 }
 
@@ -51,6 +55,8 @@ SHORTER = {
         Case(tp=2, sequence_parallel=True, packed=True, lr=2e-4),
         Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
         Case(dp=2, use_distributed_optimizer=True, packed=True),
+        Case(tp=2, sequence_parallel=True, packed=True, fp16=True),
+        Case(dp=2, use_distributed_optimizer=True, packed=True, fp16=True),
     ],
     4: [
         Case(tp=2, pp=2, packed=True, noop_layers=(0, 5)),

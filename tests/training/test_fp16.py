@@ -41,13 +41,14 @@ def test_a_constant_scale_stays() -> None:
     assert LossScale.of(TrainingSettings(), {"value": 4.0}).value == 1.0
 
 
-def test_a_run_in_fp16_finds_its_scale_and_is_resumed_exactly(workspace: Workspace, tmp_path: Path) -> None:
-    require_framework("torch")
+def test_a_run_in_fp16_finds_its_scale_and_is_resumed_exactly(
+    workspace: Workspace, framework: str, tmp_path: Path
+) -> None:
     whole, parts, full = list[StepRecord](), list[StepRecord](), list[StepRecord]()
-    run(workspace, "torch", whole.append, save=str(tmp_path / "a"), **FP16)
-    run(workspace, "torch", parts.append, save=str(tmp_path / "b"), exit_interval=7, **FP16)
-    run(workspace, "torch", parts.append, save=str(tmp_path / "b"), **FP16)
-    run(workspace, "torch", full.append, train_iters=12)
+    run(workspace, framework, whole.append, save=str(tmp_path / "a"), **FP16)
+    run(workspace, framework, parts.append, save=str(tmp_path / "b"), exit_interval=7, **FP16)
+    run(workspace, framework, parts.append, save=str(tmp_path / "b"), **FP16)
+    run(workspace, framework, full.append, train_iters=12)
     assert whole[0].skipped
     assert math.isfinite(whole[0].loss)
     assert whole[1].loss_scale == 2.0**19
@@ -63,8 +64,20 @@ def test_a_run_in_fp16_finds_its_scale_and_is_resumed_exactly(workspace: Workspa
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-def test_fp16_is_refused_where_it_cannot_be(workspace: Workspace) -> None:
+@pytest.mark.parametrize("road", [("torch", "mindspore"), ("mindspore", "torch")], ids="-".join)
+def test_a_run_in_fp16_goes_on_on_the_other_backend(
+    workspace: Workspace, road: tuple[str, str], tmp_path: Path
+) -> None:
+    """Scales and skipped steps are those of the unbroken run, losses those to fp16's rounding."""
+    whole, parts = list[StepRecord](), list[StepRecord]()
+    run(workspace, require_framework("torch"), whole.append, **FP16)
+    run(workspace, require_framework(road[0]), parts.append, save=str(tmp_path), exit_interval=7, **FP16)
+    run(workspace, require_framework(road[1]), parts.append, save=str(tmp_path), **FP16)
+    assert [(one.loss_scale, one.skipped) for one in parts] == [(one.loss_scale, one.skipped) for one in whole]
+    assert len({one.loss_scale for one in parts[7:]}) > 1
+    assert [one.loss for one in parts] == pytest.approx([one.loss for one in whole], rel=1e-3)
+
+
+def test_fp16_and_bf16_exclude_each_other(workspace: Workspace) -> None:
     with pytest.raises(UserError, match="--fp16 and --bf16 exclude each other"):
         run(workspace, "torch", fp16=True, bf16=True)
-    with pytest.raises(UserError, match="--fp16"):
-        run(workspace, require_framework("mindspore"), fp16=True)
