@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from frameworks import require_framework
 from runs import assert_same_weights
 from scripts import free_port
 from tandem.__main__ import STOPPED
+from tandem.backends import launcher_of
 from tandem.checkpoints.folders import TRACKER
 from tandem.checkpoints.native import NativeSource
 from tandem.models.tensors import tensor_table
+from tandem.parallel.launch import Machines
 from workspace import Workspace
 
 PROGRAM = Path(__file__).with_name("faulty_run.py")
@@ -73,8 +76,10 @@ class Job:
 
     def codes(self) -> list[int]:
         """What the processes of the last job ended with, by rank."""
-        paths = [self.folder / f"fault.json.{rank}" for rank in range(self.processes)]
-        return [int(path.read_text(encoding="utf-8")) for path in paths]
+        return [int(path.read_text(encoding="utf-8")) for path in self.code_files()]
+
+    def code_files(self) -> list[Path]:
+        return [self.folder / f"fault.json.{rank}" for rank in range(self.processes)]
 
 
 def kill_while_saving(job: Job, kills: int, seed: int) -> None:
@@ -232,6 +237,37 @@ def test_torchrun_restarts_a_job_that_goes_on(workspace: Workspace, tmp_path: Pa
     )
     assert "resuming at iteration 4" in said
     assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_ranks_save_and_leave_when_their_launcher_ends(
+    workspace: Workspace, framework: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """Started by torchrun or msrun itself: of the two, msrun passes no signal on."""
+    command, environment = launcher_of(framework)(Machines(nproc_per_node=2, master_port=free_port()), tmp_path, [])
+    job = Job(workspace, tmp_path, framework, 2, ("--train-iters", "100000"), tuple(command))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        launcher = job.start("b")
+    wait_until(lambda: '"iteration":2,' in read_if_there(tmp_path / "b" / "metrics.jsonl"))
+    launcher.send_signal(number)
+    wait_until(lambda: all(read_if_there(path) for path in job.code_files()))
+    assert job.codes() == [STOPPED, STOPPED]
+    assert NativeSource(tmp_path / "b").iteration >= 1
+    launcher.communicate(timeout=60)
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def read_if_there(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(

@@ -1,7 +1,7 @@
 """A process in a job that `tandem.parallel.launch` supervises: where its output goes, and what it ended with.
 
 The supervisor names a folder in TANDEM_JOB; each process leaves there its output, its pid and, when it ends by itself,
-a record. Without that variable nothing here changes anything.
+a record. Without that variable a process only sees to it that it ends with its launcher.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ JOB = "TANDEM_JOB"
 SUPERVISOR = "TANDEM_SUPERVISOR"  # its process
 NODE = "TANDEM_NODE"  # number of this machine in the job
 _PR_SET_PDEATHSIG = 1
+_LAUNCHERS = ("MS_ROLE", "TORCHELASTIC_RUN_ID")  # variables of msrun and of torchrun in what they start
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Member:
 
     @classmethod
     def join(cls) -> Member:
-        """Send this process's output to the job's folder, and make sure that it ends with the job."""
+        """Make sure that this process ends with its job; of a supervised one, send its output to the job's folder."""
         if JOB not in os.environ:
+            if any(name in os.environ for name in _LAUNCHERS) and not is_scheduler():
+                die_with_parent(signal.SIGTERM)  # msrun leaves its processes behind at any signal; they save first
             return cls(World(), None)
         world, folder = World.from_environment(), Path(os.environ[JOB])
         _write_to(log_file(folder, world.rank))
@@ -92,10 +95,10 @@ def placing(place: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it ends, however that ends."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask Linux to send this process a signal when the one that started it ends, however that ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _write_to(path: Path) -> None:

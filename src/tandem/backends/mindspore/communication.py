@@ -92,6 +92,7 @@ def serve() -> NoReturn:
     """Be msrun's scheduler, until the job ends."""
     # msrun starts one wherever the master's address is its own machine's: with two launchers on one, twice.
     if os.environ.get(NODE, "0") == "0":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks need it to save; it ends with them
         try:
             prepare("cpu")
         except RuntimeError:  # a rank has died, and says why itself
