@@ -109,7 +109,7 @@ class Ranks:
     size: int = 1
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' x, fp32; x is unchanged."""
+        """The sum of the ranks' x, in its own dtype; x is unchanged."""
         return _guarded("AllReduce", lambda: _all_reduce(self.group)(x))
 
     def maximum(self, x: Tensor) -> Tensor:
