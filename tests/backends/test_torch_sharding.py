@@ -55,11 +55,12 @@ def fill(sharing: Sharing, weights: dict[str, torch.nn.Parameter]) -> None:
 
 def step(model: GPTModel, sharing: Sharing, dtype: torch.dtype) -> None:
     sharing.begin(gradients=True)
-    for lengths in ((9, 4), (3, 8)):
+    for last, lengths in enumerate(((9, 4), (3, 8))):
         batch = toy_batch(CONFIG, lengths)
         hidden = model(prepare(CONFIG, batch, dtype, CPU, None), None)
         labels = torch.from_numpy(batch.tokens.astype(np.int64))
         _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, labels, 1 / 24)
+        sharing.before_backward(model, last=bool(last))
         hidden.backward(gradient)
     sharing.end()
     sharing.reduce()

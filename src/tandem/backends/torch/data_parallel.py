@@ -37,6 +37,10 @@ class Sharing(Protocol):
         """Before the passes of a step: make weights usable, and all gradients zero."""
         ...
 
+    def before_backward(self, chunk: nn.Module, *, last: bool) -> None:
+        """Before a backward pass of a model's chunk; `last`: of its last micro-batch in this step."""
+        ...
+
     def end(self) -> None:
         """After the passes of a step."""
         ...
@@ -108,6 +112,9 @@ class Replicated:
         if gradients:
             for buffer in self._buffers.values():
                 buffer.clear()
+
+    def before_backward(self, chunk: nn.Module, *, last: bool) -> None:
+        pass
 
     def end(self) -> None:
         pass

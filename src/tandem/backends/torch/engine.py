@@ -91,7 +91,7 @@ class TorchEngine:
         build = Build(self._local_config(), kept_dtype, self._device, self._tensor, shard)
         counts = recompute_counts(slots, settings.recompute_layers)
         models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
-        self._passes = Passes(config, models, pipeline, self._dtype, self._device)
+        self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device)
         self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
         self._weights = self._name_weights(models)
         self._sharing.prepare(list(self._weights.values()), training=settings.training)

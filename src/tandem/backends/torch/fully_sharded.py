@@ -1,8 +1,10 @@
 """PyTorch's `fully_shard`: weights, gradients and optimizer state by rows over data ranks.
 
 It gathers the weights of a unit, here a decoder layer, for its forward and for its backward pass, and frees them after
-each; what is outside layers is one more unit, which stays whole from a micro-batch's forward to its backward pass. Then
-it takes each whole weight's `grad` away, and adds this rank's rows of the sum over ranks to the `grad` of its own rows.
+each. Then it takes each whole weight's `grad` away, and adds this rank's rows of the sum over ranks to the `grad` of
+its own rows. What is outside layers is one more unit. Its weights are whole in every backward pass, and beside them the
+gradient of the head: so all of it stays whole for a step, an untied embedding's gradient, too, and is gathered and
+scattered once.
 
 Source: "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (arXiv 2304.11277).
 """
@@ -71,6 +73,11 @@ class FullySharded:
         if gradients:
             for weight in self._weights:
                 weight.grad = None
+
+    def before_backward(self, chunk: nn.Module, *, last: bool) -> None:
+        unit = cast(FSDPModule, chunk)
+        unit.set_requires_gradient_sync(last, recurse=False)
+        unit.set_reshard_after_backward(last, recurse=False)
 
     def end(self) -> None:
         for unit in self._units:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tandem.backends.torch.data_parallel import Sharing
 from tandem.backends.torch.loss import cross_entropy, cross_entropy_and_gradient
 from tandem.backends.torch.model import GPTModel, Inputs, prepare
 from tandem.backends.torch.pipeline import Pipeline
@@ -34,6 +35,7 @@ class Passes:
     config: ModelConfig
     chunks: list[GPTModel]
     pipeline: Pipeline
+    sharing: Sharing
     dtype: torch.dtype
     device: torch.device
 
@@ -50,6 +52,7 @@ class Passes:
             if action.forward:
                 total += self._forward(action, batches[action.micro_batch], scale, in_flight)
             else:
+                self.sharing.before_backward(self.chunks[action.chunk], last=action.micro_batch == len(batches) - 1)
                 self._backward(action, in_flight.pop(key))
         self.pipeline.finish()
         return total
