@@ -18,6 +18,7 @@ import pytest
 from frameworks import require_framework
 from launchers import launcher
 from scripts import free_port
+from tandem.backends import launcher_of
 from tandem.errors import UserError
 from tandem.parallel.launch import Machines, launch
 from tandem.training.run import train
@@ -43,6 +44,28 @@ def finish(job: subprocess.Popen[str], mark: str, timeout: float = 240) -> tuple
         job.kill()
     assert not running(mark)
     return job.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "given", "expected"),
+    [
+        ("2.36", None, None, "glibc.malloc.tcache_count=0"),
+        ("2.39", None, None, None),
+        ("2.36", "npu-smi", None, None),
+        ("2.36", None, "glibc.malloc.arena_max=1", None),
+    ],
+)
+def test_holes_in_the_heap_of_an_old_glibc_are_prevented_where_the_cpu_computes(
+    version: str, device: str | None, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", version))
+    monkeypatch.setattr("shutil.which", lambda name: name if name == device else None)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    command, environment = launcher_of("torch")(Machines(nproc_per_node=2), Path(), ["script.py"])
+    assert command[-1] == "script.py"
+    assert environment.get("GLIBC_TUNABLES") == expected
 
 
 def running(mark: str) -> list[int]:
