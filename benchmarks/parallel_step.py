@@ -157,6 +157,7 @@ def formula_bytes(arguments: argparse.Namespace, spread: Spread) -> float:
         data_parallel_size=spread.dp,
         sequence_parallel=spread.sequence_parallel,
         use_distributed_optimizer=spread.use_distributed_optimizer,
+        use_torch_fsdp2=spread.use_torch_fsdp2,
         global_batch_size=MICRO_BATCHES,
         seq_length=arguments.seq_length,
     )

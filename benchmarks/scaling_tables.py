@@ -10,7 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
-from tandem.cli.plan import plan_cells
+from tandem.cli.plan import PLAN_COLUMNS, plan_cells
 from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
@@ -21,7 +21,6 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/scaling.md"
 TABLE = re.compile(r"(<!-- table: (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 SEQ_LENGTH = 4096
-COLUMNS = ("TP", "PP", "layers/chunk", "DP", "micro-batch", "recompute", "peak GiB", "step s", "tokens/s", "MFU")
 NODE, NODE_BATCH = 8, 256
 DEVICES, CLUSTER_BATCH = [2**power for power in range(3, 14)], 2048
 
@@ -38,17 +37,17 @@ def sizes(hardware: str) -> list[list[str]]:
     for size in QWEN3_SIZES:
         fewest = next(n for n in (1, *(2**k for k in range(1, 14))) if best(size, hardware, n, NODE_BATCH))
         rows.append([size, str(fewest), *cells(best(size, hardware, NODE, NODE_BATCH))])
-    return [["model", "fits from", *COLUMNS], *rows]
+    return [["model", "fits from", *PLAN_COLUMNS], *rows]
 
 
 def devices(size: str, hardware: str) -> list[list[str]]:
     """One size on 8 to 8192 devices, the global batch unchanged."""
     rows = [[f"{count:,}", *cells(best(size, hardware, count, CLUSTER_BATCH))] for count in DEVICES]
-    return [["devices", *COLUMNS], *rows]
+    return [["devices", *PLAN_COLUMNS], *rows]
 
 
 def cells(plan: Plan | None) -> list[str]:
-    return plan_cells(plan) if plan else ["does not fit", *[""] * (len(COLUMNS) - 1)]
+    return plan_cells(plan) if plan else ["does not fit", *[""] * (len(PLAN_COLUMNS) - 1)]
 
 
 TABLES = {"sizes": sizes, "devices": devices}

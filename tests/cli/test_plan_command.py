@@ -24,14 +24,31 @@ def test_one_layout(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in output
 
 
-def test_suggestions_end_in_a_command_that_works(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["plan", "qwen3-4B", "--hardware", "a3", "--devices", "8", "--global-batch-size", "32", "--bf16"]
-    assert main(given) == 0
+def test_fully_sharded(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "qwen3-8b", "--bf16", "--data-parallel-size", "8", "--global-batch-size", "64"]
+    peaks, sent = [], []
+    for more in ([], ["--use-torch-fsdp2"]):
+        assert main([*given, *more]) == 0
+        output = capsys.readouterr().out
+        assert ("gathered: " in output) is bool(more)
+        peaks.append(float(output.partition("fit")[2].partition(": ")[2].split()[0]))
+        sent.append(float(re.search(r"Sent by a rank.*?\n│ 0 .*?│[^│]*│ *([\d.]+) │\n", output, re.DOTALL)[1]))  # type: ignore[index]
+    assert peaks[1] < peaks[0]
+    assert sent[1] > sent[0]
+
+
+@pytest.mark.parametrize(("size", "hardware", "fully_sharded"), [("4B", "a3", False), ("32B", "h100", True)])
+def test_suggestions_end_in_a_command_that_works(
+    size: str, hardware: str, fully_sharded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["plan", f"qwen3-{size}", "--hardware", hardware]
+    assert main([*model, "--devices", "8", "--global-batch-size", "32", "--bf16"]) == 0
     suggested = capsys.readouterr().out
     command = re.search(r"The first one: tandem (.*)", suggested)
     assert command
+    assert ("--use-torch-fsdp2" in command[1]) is fully_sharded
     assert main(shlex.split(command[1])) == 0
-    assert "on 8 x a3" in capsys.readouterr().out
+    assert f"on 8 x {hardware}" in capsys.readouterr().out
 
 
 def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from tandem.models.tensors import parameter_count
 from tandem.parallel.layout import Layout
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
-from tandem.planning.memory import LOGITS_CHUNK_BYTES, PIECE, layer_activations, stage_memories
+from tandem.planning.memory import LOGITS_CHUNK_BYTES, PIECE, Gathered, layer_activations, stage_memories
 from toys import TOYS, toy_config
 
 CPU = HARDWARE["cpu"]
@@ -44,6 +44,25 @@ def test_state_of_a_published_model() -> None:
     (shared_memory,) = stage_memories(shared, CPU)
     assert shared_memory.optimizer == pytest.approx(memory.optimizer / 8, rel=1e-6)
     assert (shared_memory.weights, shared_memory.gradients) == (memory.weights, memory.gradients)
+
+
+def test_state_of_fully_sharded_weights() -> None:
+    """A rank has its rows of fp32 weights, gradients and two moments; whole weights are bf16, their gradients fp32."""
+    config = qwen3_config("8B")
+    job = Job(config=config, bf16=True, data_parallel_size=8, global_batch_size=8, use_torch_fsdp2=True)
+    (memory,) = stage_memories(job, CPU)
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(16 * memory.parameters / 8, rel=1e-6)
+    outside = 2 * config.vocab_size * config.hidden_size + config.hidden_size
+    layer = (memory.parameters - outside) / config.num_layers
+    assert memory.gathered == Gathered(
+        loss=6 * outside,
+        # two layers' weights, a layer's gradients, and a copy of another's in place of its activations
+        backward=6 * outside + 8 * layer + max(0, 4 * layer - layer_activations(job)),
+        scatter=8 * outside,
+    )
+    assert memory.peak == memory.gathered_at_peak + dataclasses.replace(memory, gathered=Gathered()).peak
+    alone = dataclasses.replace(job, data_parallel_size=1)
+    assert stage_memories(alone, CPU) == stage_memories(dataclasses.replace(alone, use_torch_fsdp2=False), CPU)
 
 
 def test_activations_of_a_layer_by_hand() -> None:

@@ -45,6 +45,15 @@ def test_layers_that_do_not_divide_are_spread() -> None:
     assert plan.job.layers_of_stages == [4, 4, 4, 5, 5, 5, 5, 4]
 
 
+def test_weights_are_fully_sharded_where_that_is_faster_and_the_backend_can() -> None:
+    base = Job(config=qwen3_config("32B"), global_batch_size=256, bf16=True)
+    for framework, can in (("torch", True), ("mindspore", False)):
+        plans, _ = suggest(Job(**{**vars(base), "ai_framework": framework}), HARDWARE["h100"], 8)
+        assert plans
+        assert plans[0].job.use_torch_fsdp2 is can
+        assert not any(plan.job.use_torch_fsdp2 for plan in plans if plan.job.data_parallel_size == 1)
+
+
 def test_mindspore_gets_no_interleaved_stages() -> None:
     base = Job(config=qwen3_config("4B"), global_batch_size=64, bf16=True)
     for framework, interleaved in (("torch", True), ("mindspore", False)):

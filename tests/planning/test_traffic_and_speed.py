@@ -57,6 +57,23 @@ def test_data_parallel(distributed: bool, passes: int) -> None:
     assert stage_traffic(job, 0).data == passes * parameter_count(CONFIG) * 3 / 4
 
 
+@pytest.mark.parametrize(("bf16", "element"), [(False, 4), (True, 2)])
+def test_fully_sharded(bf16: bool, element: int) -> None:
+    """Layers are gathered twice by each micro-batch and their gradients scattered, what is outside once in a step."""
+    job = Job(config=CONFIG, data_parallel_size=4, global_batch_size=12, use_torch_fsdp2=True, bf16=bf16)
+    layer = (6 + 2 * 2) * 16 * 48 + 48 * 6 * 16 + 3 * 80 * 48 + 2 * 48 + 2 * 16
+    outside = 212 * 48 + 48  # a row of padding
+    per_rank = 3 * (2 * element + 4) * 4 * layer + (element + 4) * outside
+    assert stage_traffic(job, 0).data == per_rank * 3 / 4
+    # A pipeline's bubble stretches what its micro-batches gather, but not what is summed after them.
+    layout = Layout(pipeline_model_parallel_size=2)
+    for fully_sharded in (True, False):
+        staged = dataclasses.replace(job, layout=layout, use_torch_fsdp2=fully_sharded)
+        speed = estimate(staged, HARDWARE["h100" if bf16 else "cpu"])
+        passes = speed.compute + speed.tensor + speed.pipeline + (speed.data if fully_sharded else 0)
+        assert speed.bubble == pytest.approx(passes * bubble_share(staged))
+
+
 def test_bubble() -> None:
     """(p - 1) / m, and divided by the number of virtual stages (arXiv 2104.04473, 2.2)."""
     config = toy_config(num_layers=16)
@@ -93,5 +110,7 @@ def test_batches_that_do_not_divide_are_refused() -> None:
     layout = Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
     with pytest.raises(UserError, match=r"interleaved stages need a multiple .* 2 micro-batches, and a step has 3"):
         Job(config=CONFIG, layout=layout, global_batch_size=3, seq_length=64).check()
+    with pytest.raises(UserError, match="--use-torch-fsdp2 runs on torch only, not on mindspore"):
+        Job(config=CONFIG, seq_length=64, use_torch_fsdp2=True, ai_framework="mindspore").check()
     with pytest.raises(UserError, match="interleaved stages run on torch only, not on mindspore"):
         Job(config=CONFIG, layout=layout, global_batch_size=2, seq_length=64, ai_framework="mindspore").check()

@@ -31,6 +31,10 @@ DESCRIPTION = (
     "or, with --devices N, the layouts that fit N devices, fastest first."
 )
 PLAIN_WIDTH = 140  # columns where the output is no terminal
+PLAN_COLUMNS = (
+    *("TP", "PP", "layers/chunk", "DP", "FSDP2", "micro-batch", "recompute"),
+    *("peak GiB", "step s", "tokens/s", "MFU"),
+)
 SHOWN = 10  # plans, and sizes of one rejection
 
 
@@ -58,6 +62,8 @@ class PlanOptions:
     """Split norms and residuals along the sequence."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
+    use_torch_fsdp2: bool = False
+    """Shard weights and gradients over data-parallel ranks, too (PyTorch only)."""
     micro_batch_size: int = 1
     """Samples of one forward pass."""
     recompute_num_layers: int = 0
@@ -84,6 +90,7 @@ CHOSEN = (
     "data_parallel_size",
     "sequence_parallel",
     "use_distributed_optimizer",
+    "use_torch_fsdp2",
     "micro_batch_size",
     "recompute_num_layers",
 )
@@ -143,6 +150,7 @@ def requested_job(options: PlanOptions) -> Job:
         data_parallel_size=options.data_parallel_size,
         sequence_parallel=options.sequence_parallel,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        use_torch_fsdp2=options.use_torch_fsdp2,
         micro_batch_size=options.micro_batch_size,
         global_batch_size=options.global_batch_size or options.micro_batch_size * options.data_parallel_size,
         seq_length=options.seq_length,
@@ -198,13 +206,17 @@ def memory_table(memories: Sequence[StageMemory]) -> Table:
         "activations",
         "logits",
         "workspace",
+        "gathered_at_peak",
         "peak",
     )
-    table = Table("stage", *map(_right, columns), title="Memory of a rank, GiB (parameters in millions)")
+    titles = (name.replace("_at_peak", "") for name in columns)
+    table = Table("stage", *map(_right, titles), title="Memory of a rank, GiB (parameters in millions)")
     for stage, memory in enumerate(memories):
         sizes = (getattr(memory, name) for name in columns[2:])
         table.add_row(str(stage), str(memory.layers), f"{memory.parameters / 1e6:,.1f}", *map(gib, sizes))
     table.caption = "logits and workspace are not there together; the larger counts"
+    if any(memory.gathered_at_peak for memory in memories):
+        table.caption += "\ngathered: what whole weights and gradients beside the rank's rows add to the peak"
     return table
 
 
@@ -239,8 +251,7 @@ def show_suggestions(console: Console, options: PlanOptions, job: Job, hardware:
 
 
 def plans_table(plans: Sequence[Plan]) -> Table:
-    numbers = ("TP", "PP", "layers/chunk", "DP", "micro-batch", "recompute", "peak GiB", "step s", "tokens/s", "MFU")
-    table = Table(*map(_right, numbers), title="Layouts that fit, fastest first")
+    table = Table(*map(_right, PLAN_COLUMNS), title="Layouts that fit, fastest first")
     for plan in plans:
         table.add_row(*plan_cells(plan))
     return table
@@ -249,7 +260,8 @@ def plans_table(plans: Sequence[Plan]) -> Table:
 def plan_cells(plan: Plan) -> list[str]:
     job, speed = plan.job, plan.speed
     chunk = job.layout.num_layers_per_virtual_pipeline_stage
-    sizes = (job.tensor_size, job.pipeline_size, chunk or "-", job.data_parallel_size, job.micro_batch_size)
+    data = (job.data_parallel_size, "yes" if job.fully_sharded else "-")
+    sizes = (job.tensor_size, job.pipeline_size, chunk or "-", *data, job.micro_batch_size)
     return [
         *map(str, sizes),
         f"{job.recompute_layers} of {max(job.layers_of_stages)}",
@@ -284,7 +296,7 @@ def command(options: PlanOptions, job: Job) -> str:
         "ai-framework": job.ai_framework,
     }
     words += [f"--{name} {value}" for name, value in values.items() if value]
-    switches = ("sequence_parallel", "use_distributed_optimizer", "bf16")
+    switches = ("sequence_parallel", "use_distributed_optimizer", "use_torch_fsdp2", "bf16")
     return " ".join([*words, *(f"--{name.replace('_', '-')}" for name in switches if getattr(job, name))])
 
 

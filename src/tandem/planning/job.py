@@ -10,6 +10,7 @@ from tandem.models.config import ModelConfig
 from tandem.parallel.layout import Layout, Stages
 
 INTERLEAVING = ("torch",)  # backends that run interleaved stages
+FULLY_SHARDING = ("torch",)  # and those that keep weights by rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Job:
     data_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
+    use_torch_fsdp2: bool = False
     micro_batch_size: int = 1
     global_batch_size: int = 1
     seq_length: int = 4096
@@ -44,6 +46,16 @@ class Job:
     @property
     def devices(self) -> int:
         return self.tensor_size * self.pipeline_size * self.data_parallel_size
+
+    @property
+    def fully_sharded(self) -> bool:
+        """Whether a data rank keeps only its rows of weights and gradients."""
+        return self.use_torch_fsdp2 and self.data_parallel_size > 1
+
+    @property
+    def optimizer_split(self) -> int:
+        """Into how many parts data ranks split the optimizer's state."""
+        return self.data_parallel_size if self.use_distributed_optimizer or self.use_torch_fsdp2 else 1
 
     @property
     def layers_of_stages(self) -> list[int]:
@@ -88,6 +100,8 @@ class Job:
                 f"seq_length {self.seq_length} is above the model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}"
             )
+        if self.use_torch_fsdp2 and self.ai_framework not in FULLY_SHARDING:
+            raise UserError(f"--use-torch-fsdp2 runs on {' or '.join(FULLY_SHARDING)} only, not on {self.ai_framework}")
         if self.chunks > 1 and self.ai_framework not in INTERLEAVING:
             raise UserError(f"interleaved stages run on {' or '.join(INTERLEAVING)} only, not on {self.ai_framework}")
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:

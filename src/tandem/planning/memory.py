@@ -7,6 +7,7 @@ a layer keeps here: both backends write their backward passes by hand, and recom
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,16 +26,33 @@ PIECE = 2**20
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Bytes of whole weights and gradients beside a rank's rows, at three moments of a step; see `_gathered`.
+
+    Attributes:
+        loss: while there are logits.
+        backward: in the backward pass of a layer.
+        scatter: when the gradients of what is outside layers are scattered, and activations are gone.
+    """
+
+    loss: float = 0
+    backward: float = 0
+    scatter: float = 0
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """One rank of one pipeline stage: the first tensor and data rank, of which none holds more. Bytes.
 
     Attributes:
         layers: decoder layers.
-        parameters: numbers, not bytes.
+        parameters: numbers, not bytes; all that compute here.
+        weights, gradients: of the rank's rows when they are fully sharded.
         optimizer: Adam's moments, and fp32 masters of bf16 weights.
         activations: kept for the backward pass when most micro-batches are in flight.
         logits: what the loss adds while it has a chunk of logits.
         workspace: what the backward pass of a layer adds. Either this or the logits are there.
+        gathered: none unless they are.
         retained: freed memory that the allocator keeps.
     """
 
@@ -46,12 +64,20 @@ class StageMemory:
     activations: float
     logits: float
     workspace: float
+    gathered: Gathered
     retained: float
 
     @property
     def peak(self) -> float:
         state = self.weights + self.gradients + self.optimizer
-        return state + self.activations + max(self.logits, self.workspace) + self.retained
+        loss = self.activations + self.logits + self.gathered.loss
+        backward = self.activations + self.workspace + self.gathered.backward
+        return state + max(loss, backward, self.gathered.scatter) + self.retained
+
+    @property
+    def gathered_at_peak(self) -> float:
+        """What `gathered` adds to the peak."""
+        return self.peak - dataclasses.replace(self, gathered=Gathered()).peak
 
 
 def stage_memories(job: Job, hardware: Hardware) -> list[StageMemory]:
@@ -64,38 +90,61 @@ def peak_memory(job: Job, hardware: Hardware) -> float:
     return max(memory.peak for memory in stage_memories(job, hardware))
 
 
-def stage_shapes(job: Job) -> list[list[tuple[int, ...]]]:
-    """Shapes of the weights that the first tensor rank of each stage holds, a tied head's copy among them."""
-    return _stage_shapes(job.config, job.layout)
+@dataclass(frozen=True)
+class StageWeights:
+    """Numbers of the weights of one tensor rank of a stage, in its layers and outside them, a tied head's copy there.
+
+    Attributes:
+        largest: the numbers of the largest tensor.
+    """
+
+    inside: int
+    outside: int
+    largest: int
+
+    @property
+    def total(self) -> int:
+        return self.inside + self.outside
+
+
+def stage_weights(job: Job, stage: int, ranks: int = 1) -> StageWeights:
+    """Of the first tensor rank, and of that the rows that the first of `ranks` data ranks has; none has more."""
+    return _stage_weights(job.config, job.layout, ranks)[stage]
 
 
 @lru_cache(maxsize=256)
-def _stage_shapes(config: ModelConfig, layout: Layout) -> list[list[tuple[int, ...]]]:
-    shapes: list[list[tuple[int, ...]]] = [[] for _ in range(layout.pipeline_model_parallel_size)]
+def _stage_weights(config: ModelConfig, layout: Layout, ranks: int) -> list[StageWeights]:
+    found = [StageWeights(0, 0, 0)] * layout.pipeline_model_parallel_size
     for shard in shards(config, layout, tied_head_copy=True):
         if shard.tensor_rank == 0:
-            shapes[shard.pipeline_rank].append(shard.shape)
-    return shapes
+            rows, *rest = shard.shape
+            numbers = even_rows(rows, ranks, 0)[1] * math.prod(rest)
+            inside, outside = (0, numbers) if shard.spec.layer is None else (numbers, 0)
+            so_far = found[shard.pipeline_rank]
+            found[shard.pipeline_rank] = StageWeights(
+                so_far.inside + inside, so_far.outside + outside, max(so_far.largest, numbers)
+            )
+    return found
 
 
 def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
-    shapes = stage_shapes(job)[stage]
     layers = job.layers_of_stages[stage]
-    parameters = sum(math.prod(shape) for shape in shapes)
-    sharing = job.data_parallel_size if job.use_distributed_optimizer else 1
-    optimized = sum(even_rows(shape[0], sharing, 0)[1] * math.prod(shape[1:]) for shape in shapes)
+    weights, optimized = stage_weights(job, stage), stage_weights(job, stage, job.optimizer_split).total
+    # The rows of `fully_shard` are fp32, so that they need no masters.
+    kept, kept_bytes = (optimized, 4) if job.fully_sharded else (weights.total, job.element_bytes)
     is_last = stage == job.pipeline_size - 1
     # The normalised hidden states and their gradient are there, whole on each tensor rank, until the step's end.
     head = 2 * job.tokens * job.config.hidden_size * job.element_bytes if is_last else 0
     return StageMemory(
         layers=layers,
-        parameters=parameters,
-        weights=parameters * job.element_bytes,
-        gradients=4 * parameters,
-        optimizer=optimized * (12 if job.bf16 else 8),
+        parameters=weights.total,
+        weights=kept_bytes * kept,
+        gradients=4 * kept,
+        optimizer=optimized * (12 if kept_bytes < 4 else 8),
         activations=_in_flight(job, stage) * _kept(job, layers) + head,
         logits=_logits(job) if is_last else 0,
-        workspace=_workspace(job, layers) + _gradient_temporaries(job, shapes),
+        workspace=_workspace(job, layers) + _gradient_temporaries(job, weights),
+        gathered=_gathered(job, layers, weights) if job.fully_sharded else Gathered(),
         retained=hardware.retained,
     )
 
@@ -167,8 +216,32 @@ def _workspace(job: Job, layers: int) -> float:
     return half + gradients + again
 
 
-def _gradient_temporaries(job: Job, shapes: list[tuple[int, ...]]) -> float:
+def _gathered(job: Job, layers: int, weights: StageWeights) -> Gathered:
+    """Whole weights and fp32 gradients of units that `fully_shard` has gathered: a layer each, and all that is outside.
+
+    "PyTorch FSDP" (arXiv 2304.11277), section 3, has the rows of all units and one whole unit. Here, as the code of
+    PyTorch 2.13 (torch/distributed/fsdp/_fully_shard) and of `tandem.backends.torch.fully_sharded` does it:
+
+    - What is outside layers, weights and gradients, stays whole from the first micro-batch to the last one's end.
+    - In a layer's backward pass there are its weights, what was gathered of the layer before it, and its gradients; and
+      from the second one on, the copy of the previous layer's gradients that were scattered, but no longer that layer's
+      activations.
+    - To scatter the gradients of what is outside layers, they are copied, when their weights are gone.
+    """
+    layer = weights.inside / layers
+    outside = (job.element_bytes + 4) * weights.outside
+    # A layer that is recomputed takes the place of the activations of the one behind it.
+    freed = layer_activations(job) if job.recompute_layers < layers - 1 else 0
+    scattered = max(0.0, 4 * layer - freed) if layers > 1 else 0
+    return Gathered(
+        loss=outside,
+        backward=outside + (min(layers, 2) * job.element_bytes + 4) * layer + scattered,
+        scatter=2 * 4 * weights.outside,
+    )
+
+
+def _gradient_temporaries(job: Job, weights: StageWeights) -> float:
     """On MindSpore a weight's new gradient is a tensor of its own: beside the last step's, and beside their sum."""
     if job.ai_framework != "mindspore":
         return 0
-    return 4 * max(math.prod(shape) for shape in shapes) * (2 if job.micro_batches > 1 else 1)
+    return 4 * weights.largest * (2 if job.micro_batches > 1 else 1)

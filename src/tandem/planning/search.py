@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from tandem.errors import UserError
 from tandem.parallel.layout import Layout
 from tandem.planning.hardware import GIB, Hardware
-from tandem.planning.job import Job
+from tandem.planning.job import FULLY_SHARDING, Job
 from tandem.planning.memory import peak_memory
 from tandem.planning.speed import Speed, estimate
 
@@ -29,8 +30,8 @@ class Plan:
 def suggest(base: Job, hardware: Hardware, devices: int) -> tuple[list[Plan], dict[str, list[tuple[int, int]]]]:
     """The fastest plan of each tensor and pipeline size, fastest first; and by reason the sizes that have none.
 
-    The model, the global batch and the precision are `base`'s. Layout, micro-batch size and recomputation are tried,
-    with sequence parallelism and the distributed optimizer on.
+    The model, the global batch and the precision are `base`'s. Layout, micro-batch size, recomputation and, where the
+    backend has them, fully sharded weights are tried, with sequence parallelism and the distributed optimizer on.
     """
     plans: list[Plan] = []
     rejected: dict[str, list[tuple[int, int]]] = {}
@@ -78,18 +79,24 @@ def _best(base: Job, hardware: Hardware, devices: int, tensor_size: int, pipelin
 
 def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> Iterator[Job]:
     layers = -(-base.config.num_layers // pipeline_size)
-    for layout in _layouts(base, tensor_size, pipeline_size):
-        for micro_batch_size in MICRO_BATCH_SIZES:
-            for recompute_layers in sorted({0, layers // 2, layers}):
-                yield dataclasses.replace(
-                    base,
-                    layout=layout,
-                    data_parallel_size=devices // (tensor_size * pipeline_size),
-                    sequence_parallel=tensor_size > 1,
-                    use_distributed_optimizer=True,
-                    micro_batch_size=micro_batch_size,
-                    recompute_layers=recompute_layers,
-                )
+    data_size = devices // (tensor_size * pipeline_size)
+    choices = product(
+        _layouts(base, tensor_size, pipeline_size),
+        (False, True) if data_size > 1 and base.ai_framework in FULLY_SHARDING else (False,),
+        MICRO_BATCH_SIZES,
+        sorted({0, layers // 2, layers}),
+    )
+    for layout, use_torch_fsdp2, micro_batch_size, recompute_layers in choices:
+        yield dataclasses.replace(
+            base,
+            layout=layout,
+            data_parallel_size=data_size,
+            sequence_parallel=tensor_size > 1,
+            use_distributed_optimizer=True,
+            use_torch_fsdp2=use_torch_fsdp2,
+            micro_batch_size=micro_batch_size,
+            recompute_layers=recompute_layers,
+        )
 
 
 def _layouts(base: Job, tensor_size: int, pipeline_size: int) -> Iterator[Layout]:

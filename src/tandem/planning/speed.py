@@ -29,7 +29,7 @@ class Speed:
         compute, tensor, pipeline: of the slowest stage, over all micro-batches: arithmetic, communication between
             tensor ranks, and between stages.
         bubble: waiting for the pipeline to fill and to drain.
-        data: summing gradients, and gathering weights, over data-parallel ranks.
+        data: summing gradients, and gathering weights, over data-parallel ranks: fully sharded, in each micro-batch.
         optimizer: reading and writing weights, gradients and moments.
         tokens_per_second: of all devices together.
         mfu: the model's FLOPs without recomputation (`models.flops`) over the peak of all devices.
@@ -67,15 +67,17 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
         return _compute(job, hardware, stage), (sent.tensor / tensor_bandwidth if sent.tensor else 0.0), pipeline
 
     compute, tensor, pipeline = max(map(parts, stages), key=sum)
-    data = max(sent.data for sent in traffic)
+    sent_data = max(sent.data for sent in traffic)
+    data = sent_data / data_bandwidth if sent_data else 0.0
+    passes = compute + tensor + pipeline + (data if job.fully_sharded else 0.0)
     memories = stage_memories(job, hardware)
     optimizer = max(memory.gradients + 2 * memory.optimizer + memory.weights for memory in memories)
     speed = Speed(
         compute=compute,
         tensor=tensor,
         pipeline=pipeline,
-        bubble=(compute + tensor + pipeline) * bubble_share(job),
-        data=data / data_bandwidth if data else 0.0,
+        bubble=passes * bubble_share(job),
+        data=data,
         optimizer=optimizer / hardware.memory_bandwidth,
         tokens_per_second=0.0,
         mfu=0.0,

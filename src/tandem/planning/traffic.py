@@ -6,11 +6,10 @@ reduce-scatter, and twice that for an all-reduce, which is both.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tandem.planning.job import Job
-from tandem.planning.memory import stage_shapes
+from tandem.planning.memory import stage_weights
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,23 @@ def _pipeline(job: Job, stage: int) -> float:
     sends = job.micro_batches * (2 * job.chunks - is_first - is_last)
     sent = sends * job.tokens * job.config.hidden_size * job.element_bytes / job.sequence_split
     if job.config.tied and (is_first or is_last):
-        rows = job.tensor_size * (job.data_parallel_size if job.use_distributed_optimizer else 1)
+        rows = job.tensor_size * job.optimizer_split
         sent += 4 * job.config.vocab_size * job.config.hidden_size / rows
     return sent
 
 
 def _data(job: Job, stage: int) -> float:
-    """Gradients in fp32, summed; with the distributed optimizer scattered, and the new weights gathered."""
-    parameters = sum(math.prod(shape) for shape in stage_shapes(job)[stage])
+    """Gradients in fp32, summed; with the distributed optimizer scattered, and the new weights gathered.
+
+    Fully sharded, every micro-batch gathers the weights of layers for its forward and for its backward pass, and
+    scatters their gradients: three times the parameters, where data parallelism sends two ("ZeRO", arXiv 1910.02054,
+    section 7.2.2). What is outside layers stays whole for a step (`tandem.backends.torch.fully_sharded`). Rows are
+    padded, so that every rank sends as many.
+    """
+    ranks = job.data_parallel_size
+    if job.fully_sharded:
+        rows = stage_weights(job, stage, ranks)
+        layers = job.micro_batches * (2 * job.element_bytes + 4) * rows.inside
+        return (ranks - 1) * (layers + (job.element_bytes + 4) * rows.outside)
     passes = (4 + job.element_bytes) if job.use_distributed_optimizer else 2 * 4
-    return parameters * passes * _ring(job.data_parallel_size)
+    return stage_weights(job, stage).total * passes * _ring(ranks)
