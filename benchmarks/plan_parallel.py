@@ -1,10 +1,11 @@
-"""`tandem plan` against training steps of several processes on PyTorch and CPU: memory and bytes sent by each stage.
+"""`tandem plan` against training steps of several processes on CPU: memory and, on PyTorch, bytes sent by each stage.
 
 Memory is measured as in plan_memory.py, of the fullest rank of a stage, with the heap as `--nproc-per-node` sets it.
 Bytes are those of the collectives and messages that a rank takes part in, counted as rings, as the plan counts them:
 this compares what is sent with what the formulas say is sent, not what a network carries.
 
     python benchmarks/plan_parallel.py
+    python benchmarks/plan_parallel.py --framework mindspore
     GLIBC_TUNABLES=glibc.malloc.arena_max=1 python benchmarks/plan_parallel.py --heap
 """
 
@@ -15,19 +16,21 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import plan_memory
 import turns
 
-from tandem.backends.torch.launcher import heap_settings
+from tandem.backends import launcher_of, serve_as_scheduler
 from tandem.parallel.grid import Grid
+from tandem.parallel.launch import Machines
 from tandem.parallel.layout import Layout
-from tandem.parallel.world import World
+from tandem.parallel.world import World, is_scheduler
 from tandem.planning.hardware import HARDWARE
-from tandem.planning.job import Job
+from tandem.planning.job import FULLY_SHARDING, Job
 from tandem.planning.memory import stage_memories
 from tandem.planning.traffic import stage_traffic
 
@@ -51,7 +54,7 @@ CASES: list[tuple[Any, ...]] = [
 ]
 
 
-def job_of(case: tuple[Any, ...], layers: int, width: int, seq_length: int) -> Job:
+def job_of(framework: str, case: tuple[Any, ...], layers: int, width: int, seq_length: int) -> Job:
     tensor, pipeline, data, sequence_parallel, shared, micro_batches, recompute_layers = case
     return Job(
         config=plan_memory.model(layers, width),
@@ -63,37 +66,52 @@ def job_of(case: tuple[Any, ...], layers: int, width: int, seq_length: int) -> J
         global_batch_size=micro_batches,
         seq_length=seq_length,
         recompute_layers=recompute_layers,
+        ai_framework=framework,
     )
 
 
-def measure(job: Job) -> dict[str, float]:
-    """Of this rank: its stage, bytes above the floor, bytes sent in a step, and the processor's seconds of one."""
+def measure(job: Job, folder: Path) -> None:
+    """Leave in a file of this rank: its stage, bytes above the floor, bytes sent in a step (None where they are not
+    counted), and the processor's seconds of one."""
     from tandem.backends import connect
-    from tandem.backends.torch.communication import SentBytes
 
     world = World.from_environment()
     grid = Grid(job.layout, world.size)
-    communicator = connect("torch", world, "cpu", 5)
+    communicator = connect(job.ai_framework, world, "cpu", 5)
     smallest = dataclasses.replace(plan_memory.SMALLEST, num_layers=job.pipeline_size)
     smallest_job = dataclasses.replace(job, config=smallest, seq_length=16)
     # Counted, too: what PyTorch loads for that is not the engine's.
-    plan_memory.train(smallest_job, grid, world.rank, reset=False, counter=SentBytes())
+    plan_memory.train(smallest_job, grid, world.rank, reset=False, counter=counter_of(job.ai_framework))
     floor = turns.resident()
-    sent = SentBytes()
-    seconds = plan_memory.train(job, grid, world.rank, reset=True, counter=sent)
+    counter = counter_of(job.ai_framework)
+    seconds = plan_memory.train(job, grid, world.rank, reset=True, counter=counter)
     memory = turns.peak() - floor
+    sent = None if counter is None else counter.total
+    found = {"stage": grid.place(world.rank).pipeline, "memory": memory, "sent": sent, "seconds": seconds}
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
     communicator.close()
-    return {"stage": grid.place(world.rank).pipeline, "memory": memory, "sent": sent.total, "seconds": seconds}
 
 
-def in_children(case: tuple[Any, ...], size: Sequence[int], processes: int, live: bool) -> list[dict[str, float]]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, __file__, "--case", json.dumps(case), "--size", *map(str, size)]
-    heap = plan_memory.allocator(live) if live else heap_settings()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | heap
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    lines = [line for line in child.stdout.splitlines() if line.startswith(turns.MARK)]
-    return [json.loads(line.removeprefix(turns.MARK)) for line in lines]
+def counter_of(framework: str) -> Any:
+    """What counts bytes that are sent; None where nothing does."""
+    if framework != "torch":
+        return None
+    from tandem.backends.torch.communication import SentBytes
+
+    return SentBytes()
+
+
+def in_children(framework: str, case: tuple[Any, ...], size: Sequence[int], live: bool) -> list[dict[str, Any]]:
+    """What `measure` found in each rank."""
+    processes = job_of(framework, case, *size).devices
+    with tempfile.TemporaryDirectory() as folder:
+        words = [__file__, "--framework", framework, "--case", json.dumps(case), "--size", *map(str, size)]
+        machines = Machines(nproc_per_node=processes).checked()
+        command, environment = launcher_of(framework)(machines, Path(folder), [*words, "--output", folder])
+        heap = {**plan_memory.allocator(live), "GLIBC_TUNABLES": ""} if live else {}
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment | heap
+        subprocess.run(command, check=True, env=variables, stdout=subprocess.DEVNULL)  # msrun tells its commands
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
 
 
 def main() -> None:
@@ -102,12 +120,14 @@ def main() -> None:
     parser.add_argument(
         "--heap", action="store_true", help="only what the heap changes: resident memory, and seconds of the processor"
     )
+    parser.add_argument("--framework", choices=("torch", "mindspore"), default="torch")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if is_scheduler():
+        serve_as_scheduler()
     if arguments.case:
-        # One write, so that ranks' lines do not mix.
-        sys.stdout.write(turns.MARK + json.dumps(measure(job_of(tuple(arguments.case), *arguments.size))) + "\n")
-        sys.stdout.flush()
+        measure(job_of(arguments.framework, tuple(arguments.case), *arguments.size), arguments.output)
         return
     if arguments.heap:
         compare_heaps(arguments.size)
@@ -115,17 +135,21 @@ def main() -> None:
     print(
         "TP PP DP  sequence       shared  recomputed  stage  plan MiB  measured  live: ratio  sent MiB  counted: ratio"
     )
+    framework = arguments.framework
     for case in CASES:
-        job = job_of(case, *arguments.size)
-        ranks, live_ranks = (in_children(case, arguments.size, job.devices, live) for live in (False, True))
+        if case[4] == ALL and framework not in FULLY_SHARDING:
+            continue
+        job = job_of(framework, case, *arguments.size)
+        ranks, live_ranks = (in_children(framework, case, arguments.size, live) for live in (False, True))
         for stage, memory in enumerate(stage_memories(job, HARDWARE["cpu"])):
             measured, live = (fullest(found, stage, "memory") for found in (ranks, live_ranks))
             traffic = stage_traffic(job, stage)
             sent = traffic.tensor + traffic.pipeline + traffic.data
+            counted = f"{sent / fullest(ranks, stage, 'sent'):15.3f}" if framework == "torch" else ""
             print(
                 f"{case[0]:2} {case[1]:2} {case[2]:2} {case[3]!s:>9} {case[4]:>12} {case[6]:11} {stage:6} "
                 f"{memory.peak / MIB:9.0f} {measured / MIB:9.0f} {(memory.peak - memory.retained) / live:12.2f} "
-                f"{sent / MIB:9.1f} {sent / fullest(ranks, stage, 'sent'):15.3f}",
+                f"{sent / MIB:9.1f} {counted}",
                 flush=True,
             )
 
@@ -133,8 +157,8 @@ def main() -> None:
 def compare_heaps(size: Sequence[int]) -> None:
     for case in CASES:
         if case[3]:
-            job = job_of(case, *size)
-            ranks = in_children(case, size, job.devices, live=False)
+            job = job_of("torch", case, *size)
+            ranks = in_children("torch", case, size, live=False)
             for stage, memory in enumerate(stage_memories(job, HARDWARE["cpu"])):
                 measured, seconds = fullest(ranks, stage, "memory"), fullest(ranks, stage, "seconds")
                 print(
@@ -144,8 +168,8 @@ def compare_heaps(size: Sequence[int]) -> None:
                 )
 
 
-def fullest(ranks: list[dict[str, float]], stage: int, name: str) -> float:
-    return max(rank[name] for rank in ranks if rank["stage"] == stage)
+def fullest(ranks: list[dict[str, Any]], stage: int, name: str) -> float:
+    return float(max(rank[name] for rank in ranks if rank["stage"] == stage))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def plan_parallel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ids=["tensor, sequence, recomputed", "pipeline, data, distributed optimizer", "pipeline, data, fully sharded"],
 )
 def test_ranks_send_what_is_planned(case: tuple[Any, ...], plan_parallel: ModuleType) -> None:
-    job = plan_parallel.job_of(case, *SMALL)
-    ranks = plan_parallel.in_children(case, SMALL, job.devices, live=False)
+    job = plan_parallel.job_of("torch", case, *SMALL)
+    ranks = plan_parallel.in_children("torch", case, SMALL, live=False)
     assert len(ranks) == job.devices
     for rank in ranks:
         traffic = stage_traffic(job, int(rank["stage"]))
@@ -47,8 +47,8 @@ def test_ranks_send_what_is_planned(case: tuple[Any, ...], plan_parallel: Module
 @pytest.mark.parametrize("recompute_layers", [0, 4])
 def test_fully_sharded_ranks_hold_what_is_planned(recompute_layers: int, plan_parallel: ModuleType) -> None:
     case = (1, 1, 2, False, "all", 4, recompute_layers)
-    job = plan_parallel.job_of(case, *MIDDLE)
-    ranks = plan_parallel.in_children(case, MIDDLE, 2, live=True)
+    job = plan_parallel.job_of("torch", case, *MIDDLE)
+    ranks = plan_parallel.in_children("torch", case, MIDDLE, live=True)
     (memory,) = stage_memories(job, HARDWARE["cpu"])
     assert memory.peak - memory.retained == pytest.approx(plan_parallel.fullest(ranks, 0, "memory"), rel=0.15)
 
@@ -58,7 +58,7 @@ def test_fully_sharded_ranks_hold_what_is_planned(recompute_layers: int, plan_pa
 def test_processes_that_split_tokens_are_as_large_as_planned(recompute_layers: int, plan_parallel: ModuleType) -> None:
     """Resident memory, heap and all, as `--nproc-per-node` starts them."""
     case = (2, 1, 1, True, "nothing", 2, recompute_layers)
-    job = plan_parallel.job_of(case, *LARGE)
-    ranks = plan_parallel.in_children(case, LARGE, 2, live=False)
+    job = plan_parallel.job_of("torch", case, *LARGE)
+    ranks = plan_parallel.in_children("torch", case, LARGE, live=False)
     (memory,) = stage_memories(job, HARDWARE["cpu"])
     assert memory.peak == pytest.approx(plan_parallel.fullest(ranks, 0, "memory"), rel=0.15)
