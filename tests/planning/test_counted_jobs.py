@@ -1,4 +1,4 @@
-"""What ranks really send and hold in train steps on PyTorch, against the plan's formulas."""
+"""What ranks really send and hold in train steps, against the plan's formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from frameworks import require_framework
 from tandem.planning.hardware import HARDWARE
-from tandem.planning.memory import stage_memories
+from tandem.planning.memory import StageMemory, stage_memories
 from tandem.planning.traffic import stage_traffic
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -46,19 +46,29 @@ def test_ranks_send_what_is_planned(case: tuple[Any, ...], plan_parallel: Module
 
 @pytest.mark.parametrize("recompute_layers", [0, 4])
 def test_fully_sharded_ranks_hold_what_is_planned(recompute_layers: int, plan_parallel: ModuleType) -> None:
-    case = (1, 1, 2, False, "all", 4, recompute_layers)
-    job = plan_parallel.job_of("torch", case, *MIDDLE)
-    ranks = plan_parallel.in_children("torch", case, MIDDLE, live=True)
-    (memory,) = stage_memories(job, HARDWARE["cpu"])
-    assert memory.peak - memory.retained == pytest.approx(plan_parallel.fullest(ranks, 0, "memory"), rel=0.15)
+    planned, held = sizes(plan_parallel, "torch", (1, 1, 2, False, "all", 4, recompute_layers), MIDDLE, live=True)
+    assert planned.peak - planned.retained == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute_layers", [0, 8])
-def test_processes_that_split_tokens_are_as_large_as_planned(recompute_layers: int, plan_parallel: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("framework", "case"),
+    [
+        ("torch", (2, 1, 1, True, "nothing", 2, 0)),
+        ("torch", (2, 1, 1, True, "nothing", 2, 8)),
+        ("mindspore", (2, 1, 1, True, "nothing", 2, 0)),
+        ("mindspore", (1, 1, 2, False, "optimizer", 4, 0)),
+    ],
+)
+def test_processes_are_as_large_as_planned(framework: str, case: tuple[Any, ...], plan_parallel: ModuleType) -> None:
     """Resident memory, heap and all, as `--nproc-per-node` starts them."""
-    case = (2, 1, 1, True, "nothing", 2, recompute_layers)
-    job = plan_parallel.job_of("torch", case, *LARGE)
-    ranks = plan_parallel.in_children("torch", case, LARGE, live=False)
-    (memory,) = stage_memories(job, HARDWARE["cpu"])
-    assert memory.peak == pytest.approx(plan_parallel.fullest(ranks, 0, "memory"), rel=0.15)
+    planned, held = sizes(plan_parallel, require_framework(framework), case, LARGE, live=False)
+    assert planned.peak == pytest.approx(held, rel=0.15)
+
+
+def sizes(
+    plan_parallel: ModuleType, framework: str, case: tuple[Any, ...], size: tuple[int, int, int], live: bool
+) -> tuple[StageMemory, float]:
+    """What the only stage is planned to hold, and what its fullest rank held, in bytes."""
+    (planned,) = stage_memories(plan_parallel.job_of(framework, case, *size), HARDWARE["cpu"])
+    return planned, plan_parallel.fullest(plan_parallel.in_children(framework, case, size, live), 0, "memory")
