@@ -92,13 +92,15 @@ def test_two_runs_do_not_write_the_same_output(killed: PreprocessOptions) -> Non
             preprocess(killed)
 
 
-def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandem.data.record._HASHED_BYTES", 1)
-    file = tmp_path / "large"
-    file.write_bytes(bytes(10_000_000))
-    with source_entries([file]) as stopped:
+def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path) -> None:
+    """What hashes a pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with source_entries([tmp_path / "pipe"]):
         pass
-    file.write_bytes(bytes(1000))
-    with source_entries([file]) as whole:
-        assert whole.result()[0]["sha256"] == hashlib.sha256(bytes(1000)).hexdigest()
-    assert stopped.result()[0]["sha256"] != hashlib.sha256(bytes(10_000_000)).hexdigest()
+    small = tmp_path / "with\na line end"
+    small.write_bytes(bytes(1000))
+    with source_entries([small, small]) as entries:
+        expected = {"file": str(small), "bytes": 1000, "sha256": hashlib.sha256(bytes(1000)).hexdigest()}
+        assert entries() == [expected, expected]
+    with source_entries([tmp_path / "none"]) as entries, pytest.raises(UserError, match=r"hashed.*No such file.*none"):
+        entries()

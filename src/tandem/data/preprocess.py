@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -119,7 +118,7 @@ def _open(options: PreprocessOptions) -> list[Source]:
 def _preprocess(
     options: PreprocessOptions,
     sources: Sequence[Source],
-    entries: Future[list[dict[str, Any]]],
+    entries: Callable[[], list[dict[str, Any]]],
     progress: Progress | None,
 ) -> PreprocessSummary:
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
@@ -167,9 +166,7 @@ def _preprocess(
         rejects=str(rejects) if spool.rejected else None,
         engine=job.engine.name,
     )
-    write_record(
-        options.output_prefix, names, _record(options, sources, tokenizer, template, entries.result(), summary)
-    )
+    write_record(options.output_prefix, names, _record(options, sources, tokenizer, template, entries(), summary))
     return summary
 
 

@@ -87,7 +87,7 @@ def _key(options: PreprocessOptions) -> str:
     if options.prompt_type is not None:
         template = template_entry(get_template(options.prompt_type, options.enable_thinking, tokenizer))
     with source_entries(expand_input(options.input)) as entries:
-        sources = entries.result()
+        sources = entries()
     identity = {
         "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_TRACE},
         "tokenizer": tokenizer_entry(tokenizer),

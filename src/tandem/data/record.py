@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from subprocess import PIPE, Popen
+from tempfile import TemporaryFile
 from typing import Any
 
 import orjson
 
+from tandem.data import hashing
 from tandem.data.naming import sft_prefix, text_prefix
 from tandem.data.templates import Template
 from tandem.data.tokenizer import Tokenizer
@@ -20,7 +21,6 @@ from tandem.errors import UserError
 
 FORMAT = "tandem-dataset"
 VERSION = 1
-_HASHED_BYTES = 8 << 20  # at a time, so that the thread seldom waits for Python's lock
 _BEGINNING = b'{\n  "format": "' + FORMAT.encode()  # as `write_record` writes it
 
 
@@ -43,23 +43,29 @@ def template_entry(template: Template) -> dict[str, Any]:
 
 
 @contextmanager
-def source_entries(files: Sequence[Path]) -> Iterator[Future[list[dict[str, Any]]]]:
-    """The entries of input files: a thread hashes them meanwhile, and stops when they are wanted no longer."""
-    ended = Event()
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            yield thread.submit(lambda: [_source_entry(file, ended) for file in files])
-        finally:
-            ended.set()
+def source_entries(files: Sequence[Path]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What waits for the entries of input files, their names, sizes and hashes. A process hashes them meanwhile, and is
+    ended when they are wanted no longer. Waiting raises UserError if a file cannot be read."""
+    command = [sys.executable, "-I", "-S", hashing.__file__]
+    with TemporaryFile() as names:
+        names.write(b"\0".join(map(os.fsencode, files)))
+        names.seek(0)
+        # In a session of its own, where the terminal's Ctrl-C does not reach it.
+        with Popen(command, stdin=names, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as process:
+            try:
+                yield lambda: _entries(files, process)
+            finally:
+                process.kill()
 
 
-def _source_entry(file: Path, ended: Event) -> dict[str, Any]:
-    """Name, size and hash of an input file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while not ended.is_set() and (block := stream.read(_HASHED_BYTES)):
-            digest.update(block)
-    return {"file": str(file), "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+def _entries(files: Sequence[Path], process: Popen[str]) -> list[dict[str, Any]]:
+    hashes, errors = process.communicate()
+    if process.returncode:
+        raise UserError(f"an input file cannot be hashed: {errors.rstrip().rpartition(chr(10))[2]}")
+    return [
+        {"file": str(file), "bytes": file.stat().st_size, "sha256": sha256}
+        for file, sha256 in zip(files, hashes.split())
+    ]
 
 
 def remove_record(prefix: str | os.PathLike[str], files: Mapping[str, str]) -> None:
