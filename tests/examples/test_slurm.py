@@ -17,7 +17,7 @@ for node in 0 1; do SLURM_NODEID=$node "$@"; done
 def test_every_machine_runs_the_script_as_its_number(tmp_path: Path) -> None:
     stand_ins = {
         "srun": SRUN,
-        "scontrol": "#!/bin/bash\nprintf 'first\\nsecond\\n'\n",
+        "scontrol": "#!/bin/bash\necho first; sleep 0.1; echo second\n",  # a reader that left after a line would end it
         "script.sh": '#!/bin/bash\necho "$NODE_RANK of $NNODES x $NPUS_PER_NODE at $MASTER_ADDR:$MASTER_PORT"\n',
     }
     for name, text in stand_ins.items():
