@@ -37,18 +37,20 @@ def test_fully_sharded(capsys: pytest.CaptureFixture[str]) -> None:
     assert sent[1] > sent[0]
 
 
-@pytest.mark.parametrize(("size", "hardware", "fully_sharded"), [("4B", "a3", False), ("32B", "h100", True)])
+@pytest.mark.parametrize(
+    ("size", "hardware", "precision", "fully_sharded"), [("4B", "a3", "fp16", False), ("32B", "h100", "bf16", True)]
+)
 def test_suggestions_end_in_a_command_that_works(
-    size: str, hardware: str, fully_sharded: bool, capsys: pytest.CaptureFixture[str]
+    size: str, hardware: str, precision: str, fully_sharded: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ["plan", f"qwen3-{size}", "--hardware", hardware]
-    assert main([*model, "--devices", "8", "--global-batch-size", "32", "--bf16"]) == 0
+    assert main([*model, "--devices", "8", "--global-batch-size", "32", f"--{precision}"]) == 0
     suggested = capsys.readouterr().out
     command = re.search(r"The first one: tandem (.*)", suggested)
     assert command
     assert ("--use-torch-fsdp2" in command[1]) is fully_sharded
     assert main(shlex.split(command[1])) == 0
-    assert f"on 8 x {hardware}" in capsys.readouterr().out
+    assert f"on 8 x {hardware}: {precision}" in capsys.readouterr().out
 
 
 def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +68,8 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["qwen3-8B", "--data-parallel-size", "0"], "--data-parallel-size 0: expected at least 1"),
         (["qwen3-8B", "--devices", "8"], "--devices needs --global-batch-size"),
         (["qwen3-8B", "--devices", "8", "--micro-batch-size", "2"], "--micro-batch-size would fix it"),
-        (["qwen3-8B", "--hardware", "cpu", "--bf16"], "--bf16: this device does not compute in bfloat16"),
+        (["qwen3-8B", "--hardware", "cpu", "--bf16"], "--bf16, --fp16: this device is not faster in half precision"),
+        (["qwen3-8B", "--bf16", "--fp16"], "--fp16 and --bf16 exclude each other"),
         (["qwen3-8B", "--efficiency", "60"], "--efficiency 60.0: expected a share"),
         (["qwen3-32B", "--devices", "1", "--global-batch-size", "8"], "no layout of 1 x h100 fits"),
     ],

@@ -36,7 +36,7 @@ def test_stages_hold_the_whole_model(name: str) -> None:
 def test_state_of_a_published_model() -> None:
     """18 bytes per parameter in bf16, of which the 12 of masters and moments are shared (Megatron-LM's rule)."""
     config = qwen3_config("8B")
-    alone = Job(config=config, bf16=True)
+    alone = Job(config=config, half=True)
     (memory,) = stage_memories(alone, CPU)
     assert memory.parameters == parameter_count(config) == 8_190_735_360
     assert memory.weights + memory.gradients + memory.optimizer == 18 * memory.parameters
@@ -49,7 +49,7 @@ def test_state_of_a_published_model() -> None:
 def test_state_of_fully_sharded_weights() -> None:
     """A rank has its rows of fp32 weights, gradients and two moments; whole weights are bf16, their gradients fp32."""
     config = qwen3_config("8B")
-    job = Job(config=config, bf16=True, data_parallel_size=8, global_batch_size=8, use_torch_fsdp2=True)
+    job = Job(config=config, half=True, data_parallel_size=8, global_batch_size=8, use_torch_fsdp2=True)
     (memory,) = stage_memories(job, CPU)
     assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(16 * memory.parameters / 8, rel=1e-6)
     outside = 2 * config.vocab_size * config.hidden_size + config.hidden_size
@@ -67,7 +67,7 @@ def test_state_of_fully_sharded_weights() -> None:
 
 def test_activations_of_a_layer_by_hand() -> None:
     config = toy_config()
-    job = Job(config=config, seq_length=10, layout=Layout(tensor_model_parallel_size=2), bf16=True)
+    job = Job(config=config, seq_length=10, layout=Layout(tensor_model_parallel_size=2), half=True)
     halves = 2 * (6 + 2 + 2 + 6) * 16 // 2 + 2 * 2 * 80 // 2  # query, key, value and output heads; gate and up
     scales = 4 * (6 / 2 + 2)
     assert layer_activations(job) == 10 * (2 * 2 * 48 + halves + scales)

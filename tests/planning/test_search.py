@@ -11,7 +11,7 @@ from tandem.planning.search import suggest
 
 def test_suggestions_fit_and_are_ordered() -> None:
     hardware = HARDWARE["910b"]
-    plans, rejected = suggest(Job(config=qwen3_config("8B"), global_batch_size=64, bf16=True), hardware, 16)
+    plans, rejected = suggest(Job(config=qwen3_config("8B"), global_batch_size=64, half=True), hardware, 16)
     steps = [plan.speed.step for plan in plans]
     assert plans
     assert steps == sorted(steps)
@@ -27,12 +27,12 @@ def test_suggestions_fit_and_are_ordered() -> None:
 
 
 def test_reasons() -> None:
-    _, rejected = suggest(Job(config=qwen3_config("8B"), global_batch_size=8, bf16=True), HARDWARE["910b"], 128)
+    _, rejected = suggest(Job(config=qwen3_config("8B"), global_batch_size=8, half=True), HARDWARE["910b"], 128)
     reason_of = {size: reason for reason, sizes in rejected.items() for size in sizes}
     assert reason_of[1, 128] == "more stages than the 36 layers"
     assert "would leave the node of 8" in reason_of[16, 1]
     assert "global_batch_size 8 is no multiple" in reason_of[1, 1]
-    plans, rejected = suggest(Job(config=qwen3_config("32B"), global_batch_size=2, bf16=True), HARDWARE["h100"], 1)
+    plans, rejected = suggest(Job(config=qwen3_config("32B"), global_batch_size=2, half=True), HARDWARE["h100"], 1)
     assert not plans
     assert list(rejected.values()) == [[(1, 1)]]
     assert "GiB at least, and 72.0 may be used" in next(iter(rejected))
@@ -40,13 +40,13 @@ def test_reasons() -> None:
 
 def test_layers_that_do_not_divide_are_spread() -> None:
     """The last stage, which has the head, gets no more than any other."""
-    plans, _ = suggest(Job(config=qwen3_config("8B"), global_batch_size=64, bf16=True), HARDWARE["h100"], 8)
+    plans, _ = suggest(Job(config=qwen3_config("8B"), global_batch_size=64, half=True), HARDWARE["h100"], 8)
     (plan,) = [plan for plan in plans if plan.job.pipeline_size == 8]
     assert plan.job.layers_of_stages == [4, 4, 4, 5, 5, 5, 5, 4]
 
 
 def test_weights_are_fully_sharded_where_that_is_faster_and_the_backend_can() -> None:
-    base = Job(config=qwen3_config("32B"), global_batch_size=256, bf16=True)
+    base = Job(config=qwen3_config("32B"), global_batch_size=256, half=True)
     for framework, can in (("torch", True), ("mindspore", False)):
         plans, _ = suggest(Job(**{**vars(base), "ai_framework": framework}), HARDWARE["h100"], 8)
         assert plans
@@ -55,7 +55,7 @@ def test_weights_are_fully_sharded_where_that_is_faster_and_the_backend_can() ->
 
 
 def test_mindspore_gets_no_interleaved_stages() -> None:
-    base = Job(config=qwen3_config("4B"), global_batch_size=64, bf16=True)
+    base = Job(config=qwen3_config("4B"), global_batch_size=64, half=True)
     for framework, interleaved in (("torch", True), ("mindspore", False)):
         job = Job(**{**vars(base), "ai_framework": framework})
         plans, _ = suggest(job, HARDWARE["a3"], 8)

@@ -36,14 +36,14 @@ def test_tensor_parallel(sequence_parallel: bool, recompute_layers: int, passes:
         recompute_layers=recompute_layers,
         global_batch_size=3,
         seq_length=100,
-        bf16=True,
+        half=True,
     )
     assert stage_traffic(job, 0).tensor == 3 * (passes + 4) * HIDDEN / 2  # and 4 for embedding and head
 
 
 def test_pipeline_parallel() -> None:
     layout = Layout(pipeline_model_parallel_size=4)
-    job = Job(config=CONFIG, layout=layout, global_batch_size=8, seq_length=100, bf16=True)
+    job = Job(config=CONFIG, layout=layout, global_batch_size=8, seq_length=100, half=True)
     embedding = 4 * CONFIG.vocab_size * CONFIG.hidden_size
     sent = [stage_traffic(job, stage).pipeline for stage in range(4)]
     assert sent == [8 * HIDDEN + embedding, 16 * HIDDEN, 16 * HIDDEN, 8 * HIDDEN + embedding]
@@ -52,15 +52,15 @@ def test_pipeline_parallel() -> None:
 @pytest.mark.parametrize(("distributed", "passes"), [(False, 8), (True, 6)])
 def test_data_parallel(distributed: bool, passes: int) -> None:
     job = Job(
-        config=CONFIG, data_parallel_size=4, global_batch_size=4, use_distributed_optimizer=distributed, bf16=True
+        config=CONFIG, data_parallel_size=4, global_batch_size=4, use_distributed_optimizer=distributed, half=True
     )
     assert stage_traffic(job, 0).data == passes * parameter_count(CONFIG) * 3 / 4
 
 
-@pytest.mark.parametrize(("bf16", "element"), [(False, 4), (True, 2)])
-def test_fully_sharded(bf16: bool, element: int) -> None:
+@pytest.mark.parametrize(("half", "element"), [(False, 4), (True, 2)])
+def test_fully_sharded(half: bool, element: int) -> None:
     """Layers are gathered twice by each micro-batch and their gradients scattered, what is outside once in a step."""
-    job = Job(config=CONFIG, data_parallel_size=4, global_batch_size=12, use_torch_fsdp2=True, bf16=bf16)
+    job = Job(config=CONFIG, data_parallel_size=4, global_batch_size=12, use_torch_fsdp2=True, half=half)
     layer = (6 + 2 * 2) * 16 * 48 + 48 * 6 * 16 + 3 * 80 * 48 + 2 * 48 + 2 * 16
     outside = 212 * 48 + 48  # a row of padding
     per_rank = 3 * (2 * element + 4) * 4 * layer + (element + 4) * outside
@@ -69,7 +69,7 @@ def test_fully_sharded(bf16: bool, element: int) -> None:
     layout = Layout(pipeline_model_parallel_size=2)
     for fully_sharded in (True, False):
         staged = dataclasses.replace(job, layout=layout, use_torch_fsdp2=fully_sharded)
-        speed = estimate(staged, HARDWARE["h100" if bf16 else "cpu"])
+        speed = estimate(staged, HARDWARE["h100" if half else "cpu"])
         passes = speed.compute + speed.tensor + speed.pipeline + (speed.data if fully_sharded else 0)
         assert speed.bubble == pytest.approx(passes * bubble_share(staged))
 
@@ -85,11 +85,11 @@ def test_bubble() -> None:
 
 def test_speed_of_one_device_is_bounded_by_its_peak() -> None:
     hardware = dataclasses.replace(HARDWARE["h100"], memory_bandwidth=1e30, efficiency=0.5)
-    speed = estimate(Job(config=CONFIG, bf16=True, global_batch_size=2, seq_length=512), hardware)
+    speed = estimate(Job(config=CONFIG, half=True, global_batch_size=2, seq_length=512), hardware)
     flops = 2 * training_flops(CONFIG, [512])
-    assert speed.step == pytest.approx(flops / (0.5 * hardware.bf16_flops))
+    assert speed.step == pytest.approx(flops / (0.5 * hardware.half_flops))
     assert speed.mfu == pytest.approx(0.5)
-    recomputed = estimate(Job(config=CONFIG, bf16=True, seq_length=512, recompute_layers=4), hardware)
+    recomputed = estimate(Job(config=CONFIG, half=True, seq_length=512, recompute_layers=4), hardware)
     assert 0.5 * 3 / 4 < recomputed.mfu < 0.5  # a fourth pass, but not of the head
 
 

@@ -75,6 +75,8 @@ class PlanOptions:
     """Tokens of a sample."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 masters."""
+    fp16: bool = False
+    """Compute in float16 with fp32 masters and a loss scale: as large and as fast as bfloat16."""
     ai_framework: Literal["torch", "mindspore"] = "torch"
     """Backend."""
     efficiency: float | None = None
@@ -100,7 +102,7 @@ def run(argv: Sequence[str]) -> None:
     options = parse_dataclass(PlanOptions, "plan", DESCRIPTION, argv)
     hardware = chosen_hardware(options)
     job = requested_job(options)
-    hardware.flops(job.bf16)  # ends here where there is no bf16
+    hardware.flops(job.half)  # ends here where half precision is not planned for
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     if options.devices is None:
         job.check()
@@ -131,6 +133,8 @@ def requested_job(options: PlanOptions) -> Job:
         least = 0 if name == "recompute_num_layers" else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if options.bf16 and options.fp16:
+        raise UserError("--fp16 and --bf16 exclude each other: give one")
     if options.devices is not None:
         fixed = [f"--{name.replace('_', '-')}" for name in CHOSEN if getattr(options, name) != defaults[name]]
         if fixed:
@@ -155,7 +159,7 @@ def requested_job(options: PlanOptions) -> Job:
         global_batch_size=options.global_batch_size or options.micro_batch_size * options.data_parallel_size,
         seq_length=options.seq_length,
         recompute_layers=options.recompute_num_layers,
-        bf16=options.bf16,
+        half=options.bf16 or options.fp16,
         ai_framework=options.ai_framework,
     )
 
@@ -174,7 +178,7 @@ def model_config(model: str) -> ModelConfig:
 def headline(options: PlanOptions, job: Job, devices: int) -> str:
     size = parameter_count(job.config) / 1e9
     batch = f"sequences of {job.seq_length:,} tokens, global batch {job.global_batch_size}"
-    precision = "bf16" if job.bf16 else "fp32"
+    precision = "fp16" if options.fp16 else "bf16" if options.bf16 else "fp32"
     return f"{options.model}, {size:.2f} billion parameters, on {devices} x {options.hardware}: {precision}, {batch}"
 
 
@@ -296,8 +300,14 @@ def command(options: PlanOptions, job: Job) -> str:
         "ai-framework": job.ai_framework,
     }
     words += [f"--{name} {value}" for name, value in values.items() if value]
-    switches = ("sequence_parallel", "use_distributed_optimizer", "use_torch_fsdp2", "bf16")
-    return " ".join([*words, *(f"--{name.replace('_', '-')}" for name in switches if getattr(job, name))])
+    switches = {
+        "sequence-parallel": job.sequence_parallel,
+        "use-distributed-optimizer": job.use_distributed_optimizer,
+        "use-torch-fsdp2": job.use_torch_fsdp2,
+        "bf16": options.bf16,
+        "fp16": options.fp16,
+    }
+    return " ".join([*words, *(f"--{name}" for name, given in switches.items() if given)])
 
 
 def gib(size: float) -> str:

@@ -18,7 +18,8 @@ class Hardware:
         usable: share of it that a plan may fill; the rest is for the framework's context, communication buffers and
             fragmentation. Assumed, not measured.
         retained: freed bytes that the allocator keeps.
-        bf16_flops, fp32_flops: peak FLOP/s of dense matrix products; None where the engines do not compute in bf16.
+        half_flops, fp32_flops: peak FLOP/s of dense matrix products, in bf16 or fp16 and in fp32; None where the former is
+            no faster.
         efficiency: share of the peak that matrix products and attention reach. Assumed.
         memory_bandwidth: bytes/s, peak.
         devices_per_node: devices joined by the fast links.
@@ -31,7 +32,7 @@ class Hardware:
     memory: float
     usable: float = 0.9
     retained: float = 0
-    bf16_flops: float | None = None
+    half_flops: float | None = None
     fp32_flops: float
     efficiency: float = 0.6
     memory_bandwidth: float
@@ -46,13 +47,16 @@ class Hardware:
         """Bytes that a plan may fill."""
         return self.memory * self.usable
 
-    def flops(self, bf16: bool) -> float:
-        """Raises UserError when the engines do not compute in bf16 there."""
-        if not bf16:
+    def flops(self, half: bool) -> float:
+        """Raises UserError where half precision is no faster."""
+        if not half:
             return self.fp32_flops
-        if self.bf16_flops is None:
-            raise UserError("--bf16: this device does not compute in bfloat16; training falls back to fp32 there")
-        return self.bf16_flops
+        if self.half_flops is None:
+            raise UserError(
+                "--bf16, --fp16: this device is not faster in half precision; training with --bf16 falls back to fp32 "
+                "there, and --fp16 is slower: plan without them"
+            )
+        return self.half_flops
 
     def bandwidth(self, group: int, stride: int) -> float:
         """Bytes/s that a rank sends in a ring over `group` ranks that lie `stride` ranks apart.
@@ -72,7 +76,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     name that its framework gives it; None where the name is not known."""
     for part, key in DEVICE_NAMES.items():
         if part in device_name:
-            return HARDWARE[key].flops(bf16=dtype != "float32")
+            return HARDWARE[key].flops(half=dtype != "float32")
     return None
 
 
@@ -83,7 +87,7 @@ DEVICE_NAMES = {"H100 80GB HBM3": "h100", "Ascend910B2": "910b", "Ascend910_93":
 HARDWARE = {
     "h100": Hardware(
         memory=80 * GIB,
-        bf16_flops=989.4 * TERA,
+        half_flops=989.4 * TERA,
         fp32_flops=66.9 * TERA,
         memory_bandwidth=3350 * GB,
         devices_per_node=8,
@@ -94,7 +98,7 @@ HARDWARE = {
     ),
     "910b": Hardware(
         memory=64 * GIB,
-        bf16_flops=376 * TERA,
+        half_flops=376 * TERA,
         fp32_flops=94 * TERA,
         memory_bandwidth=1600 * GB,
         devices_per_node=8,
@@ -106,7 +110,7 @@ HARDWARE = {
     ),
     "a3": Hardware(
         memory=64 * GIB,
-        bf16_flops=376 * TERA,
+        half_flops=376 * TERA,
         fp32_flops=94 * TERA,
         memory_bandwidth=1600 * GB,
         devices_per_node=768,

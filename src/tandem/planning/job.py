@@ -19,7 +19,7 @@ class Job:
 
     Attributes:
         recompute_layers: how many of a rank's layers, from the first, keep only their input for the backward pass.
-        bf16: compute in bfloat16 with fp32 masters; otherwise everything is fp32.
+        half: compute in bfloat16 or float16 with fp32 masters; otherwise everything is fp32.
     """
 
     config: ModelConfig
@@ -32,7 +32,7 @@ class Job:
     global_batch_size: int = 1
     seq_length: int = 4096
     recompute_layers: int = 0
-    bf16: bool = False
+    half: bool = False
     ai_framework: str = "torch"
 
     @property
@@ -84,7 +84,7 @@ class Job:
     @property
     def element_bytes(self) -> int:
         """Of a weight that computes, and of an activation."""
-        return 2 if self.bf16 else 4
+        return 2 if self.half else 4
 
     def check(self) -> None:
         """Raise UserError where the parts do not divide, or exceed the model."""

@@ -48,7 +48,7 @@ class StageMemory:
         layers: decoder layers.
         parameters: numbers, not bytes; all that compute here.
         weights, gradients: of the rank's rows when they are fully sharded.
-        optimizer: Adam's moments, and fp32 masters of bf16 weights.
+        optimizer: Adam's moments, and fp32 masters of bf16 or fp16 weights.
         activations: kept for the backward pass when most micro-batches are in flight.
         logits: what the loss adds while it has a chunk of logits.
         workspace: what the backward pass of a layer adds. Either this or the logits are there.
@@ -188,14 +188,14 @@ def layer_activations(job: Job) -> float:
 
 
 def _logits(job: Job) -> float:
-    """A chunk's logits (in bf16 also as they come and as their gradient goes), and the head's gradient in pieces."""
+    """A chunk's logits (in bf16 and fp16 also as they come and as their gradient goes), and the head's gradient in pieces."""
     vocabulary = -(-job.config.vocab_size // job.tensor_size)
     rows = min(job.tokens, max(1, LOGITS_CHUNK_BYTES[job.ai_framework] // (4 * vocabulary)))
     # The product for a piece, and both its factors, which are copied as oneDNN wants them.
     hidden = job.config.hidden_size
     piece = min(vocabulary, max(1, PIECE // hidden))
     pieces = 4 * piece * hidden + rows * (piece + hidden) * job.element_bytes
-    return rows * vocabulary * (8 if job.bf16 else 4) + pieces
+    return rows * vocabulary * (8 if job.half else 4) + pieces
 
 
 def _workspace(job: Job, layers: int) -> float:

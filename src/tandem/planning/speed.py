@@ -85,7 +85,7 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
     tokens = job.global_batch_size * job.seq_length
     flops = job.global_batch_size * training_flops(job.config, [job.seq_length])
     rate = flops / speed.step / job.devices
-    return dataclasses.replace(speed, tokens_per_second=tokens / speed.step, mfu=rate / hardware.flops(job.bf16))
+    return dataclasses.replace(speed, tokens_per_second=tokens / speed.step, mfu=rate / hardware.flops(job.half))
 
 
 def _compute(job: Job, hardware: Hardware, stage: int) -> float:
@@ -96,7 +96,7 @@ def _compute(job: Job, hardware: Hardware, stage: int) -> float:
     flops = job.global_batch_size / job.data_parallel_size / job.tensor_size
     flops *= (layers + repeated) * layer + (head if stage == job.pipeline_size - 1 else 0)
     moved = job.micro_batches * ACTIVATION_PASSES * (layers + repeated) * layer_activations(job)
-    return flops / (hardware.flops(job.bf16) * hardware.efficiency) + moved / hardware.memory_bandwidth
+    return flops / (hardware.flops(job.half) * hardware.efficiency) + moved / hardware.memory_bandwidth
 
 
 def _flops(config: ModelConfig, seq_length: int) -> tuple[float, float]:
