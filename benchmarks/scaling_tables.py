@@ -26,7 +26,7 @@ DEVICES, CLUSTER_BATCH = [2**power for power in range(3, 14)], 2048
 
 
 def best(size: str, hardware: str, devices: int, global_batch_size: int) -> Plan | None:
-    base = Job(config=qwen3_config(size), bf16=True, seq_length=SEQ_LENGTH, global_batch_size=global_batch_size)
+    base = Job(config=qwen3_config(size), half=True, seq_length=SEQ_LENGTH, global_batch_size=global_batch_size)
     plans, _ = suggest(base, HARDWARE[hardware], devices)
     return plans[0] if plans else None
 

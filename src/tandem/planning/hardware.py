@@ -18,8 +18,8 @@ class Hardware:
         usable: share of it that a plan may fill; the rest is for the framework's context, communication buffers and
             fragmentation. Assumed, not measured.
         retained: freed bytes that the allocator keeps.
-        half_flops, fp32_flops: peak FLOP/s of dense matrix products, in bf16 or fp16 and in fp32; None where the former is
-            no faster.
+        half_flops, fp32_flops: peak FLOP/s of dense matrix products, in bf16 or fp16 and in fp32; None where it is no
+            faster than in fp32.
         efficiency: share of the peak that matrix products and attention reach. Assumed.
         memory_bandwidth: bytes/s, peak.
         devices_per_node: devices joined by the fast links.

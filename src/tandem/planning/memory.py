@@ -188,7 +188,7 @@ def layer_activations(job: Job) -> float:
 
 
 def _logits(job: Job) -> float:
-    """A chunk's logits (in bf16 and fp16 also as they come and as their gradient goes), and the head's gradient in pieces."""
+    """A chunk's logits (in 16 bits also as they come and as their gradient goes), and the head's gradient in pieces."""
     vocabulary = -(-job.config.vocab_size // job.tensor_size)
     rows = min(job.tokens, max(1, LOGITS_CHUNK_BYTES[job.ai_framework] // (4 * vocabulary)))
     # The product for a piece, and both its factors, which are copied as oneDNN wants them.
