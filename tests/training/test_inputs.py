@@ -1,10 +1,12 @@
-"""What a run reads: blends, epochs, what is cut (C8, D7, H3)."""
+"""What a run reads: blends, epochs, what is cut or packed, and what is said of it (C8, D4, D6, D7, H3, H5)."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tandem.data.indexed import IndexedDataset
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.inputs import open_data, with_epochs
+from tandem.training.inputs import Data, open_data, with_epochs
 from workspace import Workspace
 
 
@@ -56,6 +58,59 @@ def test_d7_what_training_cuts_is_said(workspace: Workspace) -> None:
     assert not open_data(longest, Tokenizer(workspace.hf)).notices
 
 
+def test_d7_what_preprocessing_cut_is_said(workspace: Workspace, tmp_path: Path) -> None:
+    prefix = preprocessed(workspace, tmp_path, seq_length=24)
+    (notice,) = open_chat(workspace, prefix, seq_length=32).notices
+    assert re.search(r"\d+ conversations were cut or left out .* --seq-length 24; this run has room for 32", notice)
+    assert not open_chat(workspace, prefix, seq_length=24).notices
+
+
+def test_d4_rows_without_borders_are_not_kept_apart(workspace: Workspace, tmp_path: Path) -> None:
+    plain = preprocessed(workspace, tmp_path, seq_length=128, pack=True, append_eod=True)
+    with pytest.raises(UserError, match=r"packed without --neat-pack.*preprocess again with --pack --neat-pack"):
+        open_chat(workspace, plain, seq_length=128, pack=True, neat_pack=True)
+    (notice,) = open_chat(workspace, plain, seq_length=128, pack=True).notices
+    assert "they see each other" in notice
+    resets = {"reset_attention_mask": True, "neat_pack": True}  # their end-of-document tokens are borders
+    assert not open_chat(workspace, plain, seq_length=128, **resets).notices
+    neat = preprocessed(workspace, tmp_path / "neat", seq_length=128, pack=True, neat_pack=True)
+    assert not open_chat(workspace, neat, seq_length=128, pack=True, neat_pack=True).notices
+
+
+def test_d6_without_a_record_the_flags_name_the_template(workspace: Workspace, tmp_path: Path) -> None:
+    prefix = preprocessed(workspace, tmp_path, enable_thinking=False)
+    recorded = open_chat(workspace, prefix, seq_length=128).template
+    Path(f"{prefix}.json").unlink()
+    unknown = open_chat(workspace, prefix, seq_length=128)
+    assert unknown.template is None
+    assert "no record" in unknown.notices[0]
+    assert "--prompt-type would tell" in unknown.notices[0]
+    named = open_chat(workspace, prefix, seq_length=128, prompt_type="qwen3", enable_thinking="false")
+    assert named.template == recorded
+    assert "--prompt-type" not in named.notices[0]
+
+
+def test_h5_a_named_set_that_is_not_evaluated_or_not_whole_is_said(workspace: Workspace, second: Path) -> None:
+    values = {"valid_data_path": [f"chat={second}"], "seq_length": 128, "train_iters": 10}
+    (never,) = open_chat(workspace, workspace.instructions, **values, eval_interval=11, eval_iters=1).notices
+    assert "due every 11 steps, and the run has 10: nothing will be evaluated" in never
+    (part,) = open_chat(workspace, workspace.instructions, **values, eval_interval=5, eval_iters=1).notices
+    assert re.search(r"an evaluation takes 4 of \d+ samples; --eval-iters full", part)
+    assert not open_chat(workspace, workspace.instructions, **values, eval_interval=5, eval_iters="full").notices
+
+
+def preprocessed(workspace: Workspace, folder: Path, **options: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    named = {"prompt_type": "qwen3", **options}
+    preprocess(PreprocessOptions((str(workspace.questions),), str(folder / "chat"), str(workspace.hf), **named))
+    return folder / "chat"
+
+
+def open_chat(workspace: Workspace, prefix: Path, **values: Any) -> Data:
+    settings = workspace.settings("torch", instructions=True, data_path=[str(prefix)], **values)
+    return open_data(settings, Tokenizer(workspace.hf))
+
+
 @pytest.mark.parametrize("instructions", [False, True])
 def test_h3_epochs(workspace: Workspace, instructions: bool) -> None:
     values = {"instructions": instructions, "train_iters": None, "micro_batch_size": 1, "global_batch_size": 1}
@@ -67,6 +122,12 @@ def test_h3_epochs(workspace: Workspace, instructions: bool) -> None:
         assert all(count % 2 == 0 for count in seen.values())  # equal conversations count together
     half = with_epochs(workspace.settings("torch", epochs=0.5, **values))
     assert abs(half.total_samples - settings.total_samples / 4) < 1
+    weighted = {
+        **values,
+        "data_path": ["0.9", f"{workspace.text}_text_document", "0.1", f"{workspace.text}_text_document"],
+    }
+    with pytest.raises(UserError, match="--epochs 1 takes every sample so often, but with the weights"):
+        with_epochs(workspace.settings("torch", epochs=1, **{**weighted, "instructions": False}))
     for wrong in ({"epochs": -1}, {"epochs": 1, "train_samples": 4}):
         with pytest.raises(UserError, match="--epochs"):
             workspace.settings("torch", **{**values, **wrong}).check()

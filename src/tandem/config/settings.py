@@ -126,7 +126,7 @@ class DataSettings:
     """Fill samples of instruction data up to --seq-length with several conversations, which do not see each other. Data
     that `tandem preprocess --pack` wrote are packed already and taken as they are."""
     neat_pack: bool = False
-    """Accepted for scripts that pass it: conversations are kept apart by --pack, and where the data say so."""
+    """Refuse data packed without borders between conversations. --pack needs no more: it keeps them apart."""
     no_shuffle: bool = False
     """Take instruction data in file order."""
     no_pad_to_seq_lengths: bool = False
@@ -204,7 +204,7 @@ class TrainingSettings:
     train_samples: int | None = None
     """Samples of the whole run, in place of --train-iters."""
     epochs: float | None = None
-    """Passes over the training samples, in place of --train-iters; a fraction is allowed."""
+    """Passes over the training samples, in place of --train-iters; a fraction is allowed. Rounded up to whole steps."""
     exit_interval: int | None = None
     """Save and leave after an iteration that is a multiple of this."""
     exit_duration_in_mins: float | None = None

@@ -17,9 +17,10 @@ from tandem.data.blend import BlendedDataset, Segment, blend_sizes, normalized, 
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import sft_prefix
-from tandem.data.record import check_record, read_record
+from tandem.data.record import check_record, read_record, template_entry
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.templates import THINKING_MODES, Template, get_template
+from tandem.data.tokenize import TOO_LONG
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.evaluation import Dataset
@@ -33,9 +34,15 @@ _ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack")
 
 @dataclass(frozen=True)
 class Data:
-    """Training set, validation sets by name (none when nothing is evaluated), the template that the data's record names
-    (None for plain text, or without a record), what the user should be told, and what the order of the samples is a
-    function of, to be kept in checkpoints."""
+    """What a run trains on and is evaluated with.
+
+    Attributes:
+        valid: validation sets by name; none when nothing is evaluated.
+        template: what the data's record names, or, without a record, the flags; None for plain text, or where neither
+            does.
+        notices: what the user should be told.
+        identity: what the order of the samples is a function of, to be kept in checkpoints.
+    """
 
     train: Dataset
     valid: dict[str, Dataset]
@@ -74,12 +81,30 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
         valid = {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()} or {
             VALIDATION: _validation(settings, tokenizer)
         }
-    notices = [notice for notices, _ in checks for notice in notices]
+    notices = [notice for notices, _ in checks for notice in notices] + _notices_of_evaluation(settings, named, valid)
     sources = train.sources() if isinstance(train, BlendedDataset) else []
     lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, sources)]
     return Data(
         train, valid, templates[0], [*lines, *notices], {**data_identity(settings), "mixture": mixture.to_dict()}
     )
+
+
+def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dict[str, Dataset]) -> list[str]:
+    """Where the sets that the user named are not evaluated, or not whole."""
+    training = settings.training
+    if named and training.eval_iters and not valid:
+        return [
+            f"--valid-data-path: an evaluation is due every {training.eval_interval} steps, and the run has "
+            f"{settings.total_iters}: nothing will be evaluated; give a smaller --eval-interval"
+        ]
+    if training.eval_iters == "full":
+        return []
+    taken = training.eval_iters * settings.global_batch_size
+    return [
+        f"{prefix}: an evaluation takes {taken:,} of {len(valid[name]):,} samples; --eval-iters full takes all"
+        for name, prefix in named.items()
+        if name in valid and len(valid[name]) > taken
+    ]
 
 
 def named_sets(paths: Sequence[str]) -> dict[str, str]:
@@ -108,11 +133,21 @@ def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> D
 
 
 def with_epochs(settings: Settings) -> Settings:
-    """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up."""
+    """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
+
+    Raises:
+        UserError: the prefixes have weights, which say by themselves how often a sample is taken.
+    """
     training = settings.training
     if training.epochs is None:
         return settings
-    prefixes, _ = parse_blend(settings.data.data_path)
+    prefixes, weights = parse_blend(settings.data.data_path)
+    if weights is not None:
+        raise UserError(
+            f"--epochs {training.epochs:g} takes every sample so often, but with the weights of --data-path "
+            f"{' '.join(settings.data.data_path)} some come more often than others: leave the weights out, or give "
+            f"--train-iters"
+        )
     # The number of samples depends on none of the flags that need a tokenizer.
     plain = dataclasses.replace(
         settings.data, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
@@ -138,7 +173,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
 
 
 def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
-    """Notices, and the template that the record names."""
+    """Notices, and the template that the record names; without a record, that of the flags."""
     data = settings.data
     _check_files(prefix, data.is_instruction_dataset)
     notices = _notice_of_cuts(prefix, data)
@@ -147,10 +182,45 @@ def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> 
     template = _named_template(prefix, data, tokenizer)
     notice = check_record(prefix, tokenizer, template, data.seq_length)
     if notice:
-        return [*notices, notice], None
+        if not data.is_instruction_dataset:
+            return [*notices, notice], None
+        if template is None:
+            notice += (
+                "; --prompt-type would tell the checkpoint, and whoever chats with it, what the model was trained on"
+            )
+        return [*notices, notice], template_entry(template) if template else None
     found = read_record(prefix)
     assert found is not None
-    return notices, found[1]["template"] if data.is_instruction_dataset else None
+    if not data.is_instruction_dataset:
+        return notices, None
+    _, record = found
+    return [*notices, *_notices_of_record(prefix, record, data)], record["template"]
+
+
+def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) -> list[str]:
+    """What preprocessing did to conversations that this run may not expect.
+
+    Raises:
+        UserError: they are to be kept apart, and nothing shows where they end.
+    """
+    made, counts = record["options"], record["counts"]
+    notices = []
+    borders = made["neat_pack"] or (made["append_eod"] and (data.reset_attention_mask or data.reset_position_ids))
+    if made["pack"] and not borders:
+        told = f"{prefix}: packed without --neat-pack, so nothing shows where the conversations of a row end"
+        if data.neat_pack:
+            raise UserError(
+                f"{told}, and --neat-pack cannot keep them apart; preprocess again with --pack --neat-pack, or without "
+                f"--pack, which training can do itself"
+            )
+        notices.append(f"{told}: they see each other")
+    cut = counts["trimmed"] + counts["dropped"].get(TOO_LONG, 0)
+    if cut and made["seq_length"] < data.seq_length:
+        notices.append(
+            f"{prefix}: {cut:,} conversations were cut or left out when preprocessing made them fit --seq-length "
+            f"{made['seq_length']}; this run has room for {data.seq_length}"
+        )
+    return notices
 
 
 def _check_files(prefix: str, is_instruction_dataset: bool) -> None:
