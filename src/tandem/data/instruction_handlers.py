@@ -62,12 +62,17 @@ class InstructionHandler:
         return {name: self.map_keys.get(name, column) for name, column in self.defaults.items()}
 
     def _required(self, record: Mapping[str, Any], name: str) -> str:
-        return string(record, self._columns[name], f"map_keys {name!r}")
+        column = self._columns[name]
+        value = record.get(column)
+        return value if isinstance(value, str) else string(record, column, f"map_keys {name!r}")
 
     def _optional(self, record: Mapping[str, Any], name: str) -> str:
         """A field that may be null, and absent unless the user named its column."""
         column = self._columns[name]
-        if not column or (column not in record and name not in self.map_keys):
+        value = record.get(column) if column else ""
+        if isinstance(value, str):
+            return value
+        if column not in record and name not in self.map_keys:
             return ""
         value = field(record, column, f"map_keys {name!r}")
         return "" if value is None else string(record, column, f"map_keys {name!r}")
@@ -103,7 +108,7 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
     def _prompt(self, record: Mapping[str, Any]) -> list[Message]:
         """All before the answer."""
         question = [self._required(record, "prompt"), self._optional(record, "query")]
-        user = Message("user", "\n".join(part for part in question if part))
+        user = Message("user", "\n".join(filter(None, question)))
         return self._with_system(record, [*self._history(record), user])
 
     def _history(self, record: Mapping[str, Any]) -> list[Message]:
