@@ -188,6 +188,7 @@ DEEP = "[" * 5000 + "]" * 5000
     "record",
     [
         {"messages": CHAT, "tools": DEEP},
+        {"messages": CHAT, "tools": '[{"name": "\\ud800"}]'},
         {"messages": [CHAT[0], {**CALL, "tool_calls": [{"name": MARKS[1], "arguments": "{}"}]}, *CHAT]},
         {"messages": [CHAT[0], {**CALL, "tool_calls": [{"name": "f", "arguments": MARKS[0]}]}, *CHAT]},
         {"messages": [CHAT[0], {**CALL, "tool_calls": [{"name": "f", "arguments": DEEP}]}, *CHAT]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -86,6 +87,8 @@ def test_openai_tools() -> None:
     assert handler.tools({**record, "tools": None}) == handler.tools({"messages": []}) == ()
     with pytest.raises(UserError, match="field 'tools': expected a list of tools"):
         handler.tools({"tools": {"a": 1}})
+    with pytest.raises(UserError, match="field 'tools': Object of type date is not JSON"):
+        handler.tools({"tools": [{"a": date(2026, 1, 2)}]})
 
 
 def test_sharegpt() -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.batch import IGNORE
+from tandem.data.instruction_handlers import OpenAIInstructionHandler
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.templates import Message, Template, ToolCall, Turn, get_template, template_from_entry
@@ -36,6 +37,25 @@ def chat(messages: list[Message]) -> list[dict[str, Any]]:
         entries[-1] |= {"reasoning_content": m.reasoning} if m.reasoning else {}
         entries[-1] |= {"tool_calls": calls} if calls else {}
     return entries
+
+
+@pytest.mark.parametrize("arguments", ['{"a":1}', '{"a": "\\u00e9"}', "no JSON", "{}"])
+@pytest.mark.parametrize("mode", [None, True, False])
+def test_d6_arguments_given_as_text_stay_that_text(tokenizer: Tokenizer, arguments: str, mode: bool | None) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "a"},
+    ]
+    turns = get_template("chat_template", mode, tokenizer).turns(
+        OpenAIInstructionHandler().messages({"messages": messages})
+    )
+    flags = {} if mode is None else {"enable_thinking": mode}
+    expected = tokenizer.apply_chat_template(messages, **flags)
+    assert arguments in expected
+    assert text_of(turns) == expected
 
 
 def trained(template: Template, *messages: Message) -> list[str]:

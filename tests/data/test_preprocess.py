@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset, merge
-from tandem.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
+from tandem.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess, try_first_rows
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -258,13 +258,30 @@ def test_c5_handlers_are_detected_and_options_checked_against_them(tokenizer_fol
         preprocess(options(alpaca, tmp_path / "x", bare, prompt_type="qwen3", pack=True, seq_length=99))
     with pytest.raises(UserError, match=r"folder .*absent does not exist"):
         preprocess(options(text, tmp_path / "absent/x", tokenizer_folder))
+    with pytest.raises(UserError, match=r"folder .*absent does not exist"):
+        preprocess(
+            dataclasses.replace(options(text, tmp_path / "x", tokenizer_folder), output_prefix=f"{tmp_path}/absent/")
+        )
+    with pytest.raises(UserError, match="a name for the files is missing"):
+        preprocess(dataclasses.replace(options(text, tmp_path / "x", tokenizer_folder), output_prefix=f"{tmp_path}/"))
+    (tmp_path / "x.unfinished").touch()
+    with pytest.raises(UserError, match=r"x\.unfinished: cannot be made"):
+        preprocess(options(text, tmp_path / "x", tokenizer_folder))
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(UserError, match=r"none\.jsonl: no rows"):
+        try_first_rows(
+            options(tmp_path / "none.jsonl", tmp_path / "y", tokenizer_folder, handler_name="GeneralPretrainHandler")
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"input": ()}, "input is empty"),
+        ({"input": ("x", "")}, "input: an empty name"),
         ({"json_keys": ()}, "json_keys is empty"),
+        ({"json_keys": ("a/b",)}, "json_keys: 'a/b' becomes part of a file's name"),
+        ({"json_keys": ("a", "a")}, "a field is named twice"),
         ({"workers": 0}, "workers is 0"),
         ({"log_interval": 0}, "log_interval is 0"),
         ({"on_bad": "ignore"}, "on_bad is 'ignore'; expected 'stop' or 'skip'"),

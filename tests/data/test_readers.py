@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.json_array import iter_elements
 from tandem.data.readers import expand_input, iter_blocks, parse_row
+from tandem.data.record import write_record
 from tandem.errors import UserError
 
 RECORDS = [{"text": "one", "n": 1}, {"text": "中文\u2028 two", "n": 2}, {"text": "", "n": 3}]
@@ -88,6 +91,22 @@ def test_files_directories_and_patterns(tmp_path: Path) -> None:
         expand_input([str(tmp_path / "absent")])
     with pytest.raises(UserError, match=r"notes\.md: unknown kind of file; expected one of \.json"):
         expand_input([str(tmp_path / "notes.md")])
+
+
+def test_what_an_earlier_run_left_in_a_folder_is_no_input(tmp_path: Path) -> None:
+    write(tmp_path, "b.jsonl")
+    write_record(tmp_path / "out", {}, {})
+    (tmp_path / "out.rejects.jsonl").write_text("{}\n")
+    for entry in (tmp_path, tmp_path / "*.json*"):
+        assert [file.name for file in expand_input([entry])] == ["b.jsonl"]
+    assert [file.name for file in expand_input([tmp_path / "out.rejects.jsonl"])] == ["out.rejects.jsonl"]
+
+
+def test_c4_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: not UTF-8: byte 0xff after row 0"):
+        places_and_rows([tmp_path / "x.parquet"])
 
 
 BAD_LINES = [

@@ -50,7 +50,7 @@ class InstructionHandler:
             value = _parse_json(value, f"field {column!r}")
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise UserError(f"field {column!r}: expected a list of tools, each an object, found {kind(value)}")
-        return tuple(json.dumps(tool, ensure_ascii=False) for tool in value)
+        return tuple(_json_text(tool, f"field {column!r}") for tool in value)
 
     @staticmethod
     def _groups() -> tuple[str, ...]:
@@ -233,13 +233,24 @@ def _tool_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
             raise UserError(f"field {place}: expected a call with name and arguments, found {kind(entry)}")
         arguments = call["arguments"]
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        calls.append(ToolCall(call["name"], text))
+        is_text = isinstance(arguments, str)
+        text = arguments if is_text else _json_text(arguments, f"field {place}: arguments of {call['name']}")
+        calls.append(ToolCall(call["name"], text, is_text))
     return tuple(calls)
 
 
 def _parse_json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair passes `loads`, and is no text
     except ValueError as error:
         raise UserError(f"{place}: not valid JSON: {error}; found {kind(text)}") from None
+    return value
+
+
+def _json_text(value: Any, place: str) -> str:
+    """Tables may hold dates, decimals and bytes, which JSON has not."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise UserError(f"{place}: {error}; store texts or numbers instead") from None

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from tandem.data.chat_template import GENERATION_MARKS, MARK_GENERATION
-from tandem.data.templates import CHAT_TEMPLATE, Message, Turn, grouped, split_thought, trained_on_last
+from tandem.data.templates import CHAT_TEMPLATE, Message, ToolCall, Turn, grouped, split_thought, trained_on_last
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -153,18 +153,15 @@ class _Said:
             fields["reasoning_content"] = reasoning
         if self.message.tool_calls:
             fields["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+                {"type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
                 for call in self.message.tool_calls
             ]
         return fields
 
 
-def _arguments(text: str) -> Any:
-    """Templates take an object; text that is none stays text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _arguments(call: ToolCall) -> Any:
+    """An object or a text, whichever the data gave."""
+    return call.arguments if call.given_as_text else json.loads(call.arguments)
 
 
 def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 SFT_KEYS = ("input_ids", "attention_mask", "labels")
 PAIR_KEYS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+REJECTS_SUFFIX = ".rejects.jsonl"  # beside the record: rows that could not be used
 MOST_NAMES = 5  # of each kind, in an error
 
 

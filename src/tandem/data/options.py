@@ -76,7 +76,11 @@ class PreprocessOptions:
         if self.prompt_type is not None:
             check_prompt_type(self.prompt_type)
         require(bool(self.input), "input is empty; name at least one file, directory or pattern")
+        require("" not in self.input, "input: an empty name, perhaps of an unset variable; the current folder is `.`")
         require(bool(self.json_keys), "json_keys is empty; name at least one field, usually text")
+        for key in self.json_keys:
+            require("/" not in key, f"json_keys: {key!r} becomes part of a file's name, which holds no '/'")
+        require(len(set(self.json_keys)) == len(self.json_keys), f"json_keys {self.json_keys}: a field is named twice")
         require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
         require(self.log_interval >= 1, f"log_interval is {self.log_interval}; expected 1 or more")
         require(self.train_turns in ("all", "last"), f"train_turns is {self.train_turns!r}; expected 'all' or 'last'")

@@ -18,7 +18,7 @@ from tandem.data.engine import TokenizersEngine, choose_engine
 from tandem.data.handlers import GeneralPretrainHandler, InstructionHandler, is_pairwise
 from tandem.data.indexed import IndexedDataset, IndexedWriter
 from tandem.data.mixing import Selection, interleaved
-from tandem.data.naming import sft_prefix, text_prefix
+from tandem.data.naming import REJECTS_SUFFIX, sft_prefix, text_prefix
 from tandem.data.options import PreprocessOptions, require
 from tandem.data.packing import Sequences, packed_rows
 from tandem.data.readers import iter_blocks
@@ -100,8 +100,9 @@ def try_first_rows(options: PreprocessOptions) -> Counter[str]:
     """
     sources = _open(options)
     job, _ = _job(options, sources, Tokenizer(options.tokenizer_name_or_path))
-    (block,) = islice(iter_source_blocks(sources, options.max_samples), 1)
-    return _checked(job(block), options).counts
+    for block in iter_source_blocks(sources, options.max_samples):
+        return _checked(job(block), options).counts
+    raise UserError(f"{_files(sources)}: no rows")
 
 
 def _open(options: PreprocessOptions) -> list[Source]:
@@ -127,7 +128,7 @@ def _preprocess(
     prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
     names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
     require_own(options.output_prefix, names)
-    rejects = Path(f"{options.output_prefix}.rejects.jsonl")
+    rejects = Path(f"{options.output_prefix}{REJECTS_SUFFIX}")
 
     keys = ("input_ids", "labels") if options.pack else job.output_keys
     spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
@@ -362,5 +363,6 @@ def _record(
 
 
 def _require_output_folder(output_prefix: str) -> None:
-    folder = Path(output_prefix).absolute().parent
+    folder = Path(os.path.abspath(os.path.dirname(output_prefix)))
     require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
+    require(bool(os.path.basename(output_prefix)), f"output_prefix {output_prefix}: a name for the files is missing")

@@ -16,6 +16,8 @@ import numpy as np
 import orjson
 
 from tandem.data.json_array import is_array, iter_elements
+from tandem.data.naming import REJECTS_SUFFIX
+from tandem.data.record import is_record
 from tandem.data.tables import TABLE_SUFFIXES, iter_table_rows
 from tandem.errors import UserError
 
@@ -95,11 +97,12 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for entry in inputs:
         given, path = os.fspath(entry), Path(entry)
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+            found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not _is_output(file))
         elif path.is_file():
             found = [path]
         else:
-            found = sorted(Path(name) for name in glob.glob(given, recursive=True) if os.path.isfile(name))
+            matches = sorted(Path(name) for name in glob.glob(given, recursive=True) if os.path.isfile(name))
+            found = [file for file in matches if not _is_output(file)]
         if not found:
             raise UserError(
                 f"input {given!r}: no such file, and no directory or pattern with {', '.join(SUFFIXES)} files"
@@ -109,6 +112,11 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     return files
+
+
+def _is_output(file: Path) -> bool:
+    """What an earlier run of ours left beside its input: a record, or rows that it rejected."""
+    return file.name.endswith(REJECTS_SUFFIX) or (file.suffix == ".json" and is_record(file))
 
 
 def iter_blocks(files: Sequence[Path]) -> Iterator[Block]:

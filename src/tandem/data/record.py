@@ -80,7 +80,7 @@ def require_own(prefix: str | os.PathLike[str], files: Mapping[str, str]) -> Non
     path = record_path(prefix)
     if not path.exists():
         return
-    if not (path.is_file() and _is_record(path)):
+    if not (path.is_file() and is_record(path)):
         raise UserError(f"{path}: the record would go there, but the file is not one; choose another output_prefix")
     recorded = _load(path)["files"]
     if recorded != dict(files):
@@ -102,7 +102,7 @@ def write_record(prefix: str | os.PathLike[str], files: Mapping[str, str], conte
 def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
     """The record of a dataset, by output prefix or by the prefix of one of its `.bin/.idx` pairs; None without one."""
     for path in _candidates(os.fspath(data_path)):
-        if not path.is_file() or not _is_record(path):
+        if not path.is_file() or not is_record(path):
             continue
         content = _load(path)
         if _speaks_for(content, os.path.basename(os.fspath(data_path))):
@@ -157,7 +157,7 @@ def _compare(path: Path, name: str, recorded: Mapping[str, Any], expected: Mappi
             )
 
 
-def _is_record(path: Path) -> bool:
+def is_record(path: Path) -> bool:
     """By its first bytes: a data file of any size may have the name of a record."""
     with path.open("rb") as file:
         return file.read(len(_BEGINNING)) == _BEGINNING

@@ -55,7 +55,10 @@ class Spool:
         self.folder = Path(f"{output_prefix}.unfinished")
         self.keys = tuple(keys)
         self._identity = identity
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another output_prefix") from None
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -55,6 +55,10 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
                 for value in batch.slice(begin, _BATCH_ROWS).to_pylist():
                     number += 1
                     yield value
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after row {number}; convert it"
+        ) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read beyond row {number}: {error}; the file is damaged") from None
 

@@ -27,10 +27,17 @@ THINKING_MODES = {"true": True, "false": False, "none": None}
 
 
 class ToolCall(NamedTuple):
-    """A call that an assistant makes; `arguments` is JSON text."""
+    """A call that an assistant makes.
+
+    Attributes:
+        arguments: JSON text.
+        given_as_text: that text stood in the data, as OpenAI writes it, and not an object. Chat templates of models
+            write a text as it stands and an object in their own way.
+    """
 
     name: str
     arguments: str
+    given_as_text: bool = False
 
 
 class Message(NamedTuple):
@@ -194,7 +201,7 @@ class PromptTemplate:
         begin, end = self.thought_words
         content = f"{begin}{message.reasoning}{end}{message.content}" if message.reasoning else message.content
         content = self._without_thought(content) if self.enable_thinking is False else content
-        return content + self._calls(message) if message.tool_calls else content
+        return content + self._calls(message)
 
     def _calls(self, message: Message) -> str:
         """The calls of an answer, parted from its content by a new line."""
@@ -215,7 +222,7 @@ class PromptTemplate:
 
 
 def _filled(text: str, content: str) -> str:
-    """Not `str.format`, which takes five times as long, for every message."""
+    """`text` with its one `{content}` filled in. Not `str.format`, which takes several times as long."""
     return text.replace("{content}", content)
 
 

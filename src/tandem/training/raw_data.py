@@ -63,7 +63,7 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
     if len(data.json_keys) != 1:
         raise UserError(f"--json-keys {' '.join(data.json_keys)}: training on raw files reads one field")
     options = PreprocessOptions(
-        input=("",),
+        input=(raw[0],),
         output_prefix="",
         tokenizer_name_or_path=_tokenizer_folder(settings),
         handler_name=data.handler_name,
