@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_toys import byte_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.data.indexed import DTYPE_CODES, IndexedDataset, IndexedWriter, merge
 from tandem.data.merge_groups import merge_groups
+from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.errors import UserError
 
 
@@ -186,3 +189,20 @@ def test_c6_groups_are_merged_by_name(tmp_path: Path) -> None:
     (tmp_path / "c_text_document.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"its \.idx is missing"):
         merge_groups(tmp_path, ["text"], str(tmp_path / "all"))
+
+
+def test_c3_only_what_was_made_alike_is_merged(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path / "tokenizer")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    source = write_jsonl(tmp_path / "x.jsonl", {"text": "abc"})
+    for name, append_eod in (("p1", True), ("p2", True), ("p3", False)):
+        options = PreprocessOptions((str(source),), str(parts / name), str(tmp_path / "tokenizer"))
+        preprocess(dataclasses.replace(options, append_eod=append_eod))
+    with pytest.raises(UserError, match=r"p3\.json: append_eod is False, but True in .*p1\.json"):
+        merge_groups(parts, ["text"], str(tmp_path / "all"))
+    for path in parts.glob("p3*"):
+        path.unlink()
+    assert merge_groups(parts, ["text"], str(tmp_path / "all")) == [f"{tmp_path}/all_text"]
+    with pytest.raises(UserError, match=r"p1\.json: speaks for the data that lie there"):
+        merge_groups(parts, ["text_document"], str(parts / "p1"))

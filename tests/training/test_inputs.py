@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.indexed import IndexedDataset
+from tandem.data.indexed import IndexedDataset, IndexedWriter
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -97,6 +97,60 @@ def test_h5_a_named_set_that_is_not_evaluated_or_not_whole_is_said(workspace: Wo
     (part,) = open_chat(workspace, workspace.instructions, **values, eval_interval=5, eval_iters=1).notices
     assert re.search(r"an evaluation takes 4 of \d+ samples; --eval-iters full", part)
     assert not open_chat(workspace, workspace.instructions, **values, eval_interval=5, eval_iters="full").notices
+
+
+def test_h5_all_of_a_blend_is_evaluated_once(workspace: Workspace, tmp_path: Path) -> None:
+    """Every token is a label once, whatever the weights; but the first of each set, which nothing comes before."""
+    prefixes = []
+    for number, count in enumerate((50, 40)):
+        prefixes.append(str(tmp_path / f"set{number}"))
+        with IndexedWriter(prefixes[-1]) as writer:
+            for document in np.arange(count * 10).reshape(count, 10) + number * 1000:
+                writer.add_document(document)
+    for data_path in (prefixes, ["0.3", prefixes[0], "0.7", prefixes[1]]):
+        settings = workspace.settings("torch", data_path=data_path, split="5,5,0", eval_iters="full", eval_interval=1)
+        (valid,) = open_data(settings, None).valid.values()
+        labels = np.concatenate([valid[i].labels for i in range(len(valid))])
+        seen = labels[labels >= 0]
+        assert len(set(seen.tolist())) == len(seen) == 250 - 1 + 200 - 1
+        assert set(seen.tolist()) < {*range(250, 500), *range(1200, 1400)}
+
+
+def test_c8_small_validation_splits_of_a_blend(workspace: Workspace, tmp_path: Path) -> None:
+    data_path: list[str] = []
+    for number, weight in enumerate(("0.97", "0.01", "0.01", "0.01")):
+        data_path += [weight, str(tmp_path / f"set{number}")]
+        with IndexedWriter(data_path[-1]) as writer:
+            for _ in range(10):
+                writer.add_document(np.arange(33))
+    settings = workspace.settings("torch", data_path=data_path, split="9,1,0", eval_iters=1, eval_interval=1)
+    (valid,) = open_data(settings, None).valid.values()
+    assert [len(valid[i].tokens) for i in range(len(valid))] == [32] * len(valid)
+
+
+def test_d4_resets_without_ends_of_documents_are_said(workspace: Workspace, tmp_path: Path) -> None:
+    preprocess(PreprocessOptions((str(workspace.corpus),), str(tmp_path / "text"), str(workspace.hf)))
+    resets = {"reset_attention_mask": True, "eod_mask_loss": True}
+    for prefix, said in ((tmp_path / "text", True), (workspace.text, False)):
+        settings = workspace.settings("torch", data_path=[f"{prefix}_text_document"], **resets)
+        notices = " ".join(open_data(settings, Tokenizer(workspace.hf)).notices)
+        assert ("--reset-attention-mask, --eod-mask-loss find no other borders" in notices) == said
+
+
+def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    preprocess(PreprocessOptions((str(workspace.corpus),), str(tmp_path / "text"), str(workspace.hf)))
+    with IndexedWriter(tmp_path / "text_text_document") as writer:
+        writer.add_document(np.arange(99))
+    settings = workspace.settings("torch", data_path=[str(tmp_path / "text_text_document")])
+    with pytest.raises(UserError, match=r"text\.json: counts\.sequences is \d+, but .* has 1: the record"):
+        open_data(settings, Tokenizer(workspace.hf))
+
+
+def test_c3_a_thinking_mode_alone_is_compared(workspace: Workspace, tmp_path: Path) -> None:
+    prefix = preprocessed(workspace, tmp_path, enable_thinking=True)
+    with pytest.raises(UserError, match=r"template\.enable_thinking is True, this run's is False"):
+        open_chat(workspace, prefix, seq_length=128, enable_thinking="false")
+    assert not open_chat(workspace, prefix, seq_length=128, enable_thinking="true").notices
 
 
 def preprocessed(workspace: Workspace, folder: Path, **options: Any) -> Path:

@@ -140,3 +140,30 @@ def test_a_smaller_batch_has_samples_to_its_end(workspace: Workspace, second: st
     train(settings_for(workspace, data_path, 20, save=save, global_batch_size=16, exit_interval=5))
     trainer = train(settings_for(workspace, data_path, 20, save=save))
     assert (trainer.progress.iteration, trainer.progress.consumed_train_samples) == (20, 5 * 16 + 15 * 4)
+
+
+def test_h3_a_run_in_samples_has_as_many_with_another_batch(workspace: Workspace, tmp_path: Path) -> None:
+    data_path, save = [f"{workspace.text}_text_document"], str(tmp_path / "run")
+    values = {"train_iters": None, "train_samples": 96, "save": save, "lr_warmup_iters": 0}
+    train(workspace.settings("torch", data_path=data_path, **values, global_batch_size=4, exit_interval=12))
+    trainer = train(workspace.settings("torch", data_path=data_path, **values, global_batch_size=8))
+    assert (trainer.progress.iteration, trainer.progress.consumed_train_samples) == (12 + 6, 96)
+    assert trainer.schedule.lr(96) == trainer.schedule.min_lr
+
+
+def test_h3_epochs_are_not_counted_in_steps_of_another_size(workspace: Workspace, tmp_path: Path) -> None:
+    values = {"train_iters": None, "epochs": 1, "instructions": True, "save": str(tmp_path / "run")}
+    train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=2))
+    with pytest.raises(UserError, match=r"steps took 4 samples so far, .* keep 4, or give --train-samples \d+"):
+        train(workspace.settings("torch", **values, global_batch_size=8))
+    assert train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=3)).progress.iteration == 3
+
+
+def test_a_new_order_is_said(workspace: Workspace) -> None:
+    tokenizer = Tokenizer(workspace.hf)
+    before = workspace.settings("torch", instructions=True, seq_length=128)
+    state = after(open_data(before, tokenizer), before, 2)
+    assert not open_data(before, tokenizer, state).notices
+    packed = workspace.settings("torch", instructions=True, seq_length=128, pack=True, seed=5)
+    (notice,) = open_data(packed, tokenizer, state).notices
+    assert "in an order of another pack, seed: a new one begins, at the same position" in notice

@@ -24,12 +24,12 @@ class BatchSizes:
             return self.final
         return self.start + int(consumed_samples / (self.ramp_samples / increments)) * self.increment
 
-    def iterations(self, train_samples: int) -> tuple[int, int]:
-        """Steps of a run of about `train_samples`, and the samples that they consume.
+    def iterations(self, train_samples: int, consumed: int = 0) -> tuple[int, int]:
+        """Steps to the end of a run of about `train_samples`, of which some are `consumed`; and its samples then.
 
         Source: `update_train_iters` of Megatron-LM: whole steps of the final size after the ramp.
         """
-        iterations = consumed = 0
+        iterations = 0
         if self.start != self.final:
             while consumed <= min(self.ramp_samples, train_samples):
                 consumed += self.at(consumed)

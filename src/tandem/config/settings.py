@@ -396,9 +396,17 @@ class Settings:
         assert self.training.train_samples is not None
         return self.batch_sizes.iterations(self.training.train_samples)[1]
 
+    def iters_from(self, iteration: int, consumed_samples: int) -> int:
+        """Steps of the whole run when it goes on from there, perhaps with another batch size."""
+        if self.training.train_iters is not None:
+            return self.training.train_iters
+        assert self.training.train_samples is not None
+        return iteration + self.batch_sizes.iterations(self.training.train_samples, consumed_samples)[0]
+
     def samples_from(self, iteration: int, consumed_samples: int) -> int:
-        """Samples that the whole run consumes when it goes on from there, perhaps with another batch size."""
-        return self.batch_sizes.consumed_after(max(0, self.total_iters - iteration), consumed_samples)
+        """Samples that the whole run consumes then."""
+        left = max(0, self.iters_from(iteration, consumed_samples) - iteration)
+        return self.batch_sizes.consumed_after(left, consumed_samples)
 
     def check(self) -> None:
         """Raise UserError where settings are missing, out of range, or contradict each other."""

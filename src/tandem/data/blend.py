@@ -185,7 +185,8 @@ class BlendedDataset:
 
 
 class ChainedDataset:
-    """Datasets of the same files, one after the other: what a run goes on with beyond what it was first built for."""
+    """Datasets one after the other: whole sets, or of the same files what a run goes on with beyond what it was first
+    built for, whose counts are then those of the first."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self.parts = list(parts)

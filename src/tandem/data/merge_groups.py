@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tandem.data.indexed import merge
+from tandem.data.record import read_record
 from tandem.errors import UserError
+
+_MADE_ALIKE = ("append_eod", "pad_to_multiple_of", "pack", "neat_pack", "seq_length", "train_turns")  # of the options
 
 
 def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_prefix: str) -> list[str]:
@@ -33,6 +37,29 @@ def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_pre
         lonely = [path for path in tokens if not path.with_suffix(".idx").exists()]
         if lonely:
             raise UserError(f"{lonely[0]}: its .idx is missing; copy both files, or remove it")
+        _require_one_making(parts, output)
         merge(parts, output)
         outputs.append(output)
     return outputs
+
+
+def _require_one_making(parts: Sequence[Path], output: str) -> None:
+    """Raise UserError when the parts' records, where they have some, say that they do not belong together, or when the
+    record of other data would speak for what they become."""
+    stale = read_record(output)
+    if stale is not None:
+        raise UserError(f"{stale[0]}: speaks for the data that lie there; choose another --output-prefix, or remove it")
+    first: tuple[Path, dict[str, Any]] | None = None
+    for part in parts:
+        found = read_record(part)
+        if found is None:
+            continue
+        made = {name: found[1]["options"][name] for name in _MADE_ALIKE}
+        made |= {"tokenizer": found[1]["tokenizer"], "template": found[1]["template"]}
+        first = first or (found[0], made)
+        for name, value in made.items():
+            if value != first[1][name]:
+                raise UserError(
+                    f"{found[0]}: {name} is {value!r}, but {first[1][name]!r} in {first[0]}; only data that were made "
+                    f"alike can be merged"
+                )

@@ -7,13 +7,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import DataSettings, Settings
-from tandem.data.blend import BlendedDataset, Segment, blend_sizes, normalized, parse_blend
+from tandem.data.blend import BlendedDataset, ChainedDataset, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import sft_prefix
@@ -30,6 +31,7 @@ from tandem.training.state import TrainerState
 
 # Of `data_identity`: what each dataset's own order depends on, beside the seed. Where it changed, a new order begins.
 _ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack")
+_RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # they look for end-of-document tokens
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
             VALIDATION: _validation(settings, tokenizer)
         }
     notices = [notice for notices, _ in checks for notice in notices] + _notices_of_evaluation(settings, named, valid)
+    if resumed is not None and not _keeps_its_order(settings, resumed):
+        notices.append(
+            "the checkpoint's samples came in an order of another "
+            f"{', '.join(_changed_ordering(settings, resumed))}: a new one begins, at the same position"
+        )
     sources = train.sources() if isinstance(train, BlendedDataset) else []
     lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, sources)]
     return Data(
@@ -132,11 +139,12 @@ def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> D
     return _single(whole, tokenizer, prefix, "valid", None)
 
 
-def with_epochs(settings: Settings) -> Settings:
+def with_epochs(settings: Settings, resumed: TrainerState | None = None) -> Settings:
     """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
 
     Raises:
-        UserError: the prefixes have weights, which say by themselves how often a sample is taken.
+        UserError: the prefixes have weights, which say by themselves how often a sample is taken; or the run goes on
+            from steps of another size, so that the number of steps does not tell how many samples it takes.
     """
     training = settings.training
     if training.epochs is None:
@@ -155,6 +163,13 @@ def with_epochs(settings: Settings) -> Settings:
     counted = dataclasses.replace(settings, data=plain)
     samples = sum(len(_single(counted, None, prefix, "train", None)) for prefix in prefixes)
     iters = max(1, math.ceil(training.epochs * samples / settings.global_batch_size))
+    before = resumed.data.get("global_batch_size") if resumed else None
+    if before not in (None, settings.global_batch_size):
+        raise UserError(
+            f"--epochs {training.epochs:g}: the run's steps took {before} samples so far, and --global-batch-size is "
+            f"now {settings.global_batch_size}; keep {before}, or give --train-samples "
+            f"{math.ceil(training.epochs * samples)} in place of --epochs"
+        )
     return dataclasses.replace(settings, training=dataclasses.replace(training, epochs=None, train_iters=iters))
 
 
@@ -191,20 +206,40 @@ def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> 
         return [*notices, notice], template_entry(template) if template else None
     found = read_record(prefix)
     assert found is not None
-    if not data.is_instruction_dataset:
-        return notices, None
-    _, record = found
-    return [*notices, *_notices_of_record(prefix, record, data)], record["template"]
+    path, record = found
+    _require_recorded_size(prefix, path, record, data)
+    template_made = record["template"] if data.is_instruction_dataset else None
+    return [*notices, *_notices_of_record(prefix, record, data)], template_made
+
+
+def _require_recorded_size(prefix: str, path: Path, record: dict[str, Any], data: DataSettings) -> None:
+    """Raise UserError when the record is that of other data, which lay here before (C3)."""
+    if len(record["files"]) > 1 and not data.is_instruction_dataset:
+        return  # of several json keys, which may have different numbers of texts, one number is recorded
+    sequences = len(IndexedDataset(sft_prefix(prefix, "input_ids") if data.is_instruction_dataset else prefix))
+    recorded = record["counts"]["sequences"]
+    if sequences != recorded:
+        raise UserError(
+            f"{path}: counts.sequences is {recorded}, but {prefix} has {sequences}: the record is that of other data; "
+            f"preprocess again, or remove it"
+        )
 
 
 def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) -> list[str]:
-    """What preprocessing did to conversations that this run may not expect.
+    """What preprocessing did that this run may not expect.
 
     Raises:
         UserError: they are to be kept apart, and nothing shows where they end.
     """
     made, counts = record["options"], record["counts"]
     notices = []
+    resets = [name for name in _RESETS if getattr(data, name)]
+    if resets and not data.is_instruction_dataset and not made["append_eod"]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in resets)
+        notices.append(
+            f"{prefix}: made without --append-eod, so nothing shows where a document ends, unless the texts themselves "
+            f"hold the end-of-document token: {flags} find no other borders, and documents see each other"
+        )
     borders = made["neat_pack"] or (made["append_eod"] and (data.reset_attention_mask or data.reset_position_ids))
     if made["pack"] and not borders:
         told = f"{prefix}: packed without --neat-pack, so nothing shows where the conversations of a row end"
@@ -254,14 +289,16 @@ def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
 
 
 def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:
-    """The template that the flags name, if any; its thinking mode, when they leave it open, is the record's."""
-    if data.prompt_type is None:
+    """The template that the flags name, if any; what they leave open, type or thinking mode, is the record's."""
+    if data.prompt_type is None and data.enable_thinking is None:
         return None
-    if data.enable_thinking is not None:
-        return get_template(data.prompt_type, THINKING_MODES[data.enable_thinking], tokenizer)
     found = read_record(prefix)
-    recorded = found[1]["template"] if found else None
-    return get_template(data.prompt_type, recorded["enable_thinking"] if recorded else None, tokenizer)
+    recorded = (found[1]["template"] if found else None) or {"prompt_type": None, "enable_thinking": None}
+    prompt_type = data.prompt_type or recorded["prompt_type"]
+    if prompt_type is None:
+        return None
+    mode = recorded["enable_thinking"] if data.enable_thinking is None else THINKING_MODES[data.enable_thinking]
+    return get_template(prompt_type, mode, tokenizer)
 
 
 def _is_packed(prefix: str) -> bool:
@@ -271,16 +308,21 @@ def _is_packed(prefix: str) -> bool:
 
 
 def _validation(settings: Settings, tokenizer: Tokenizer | None) -> Dataset:
-    """One epoch of the validation split of each prefix, mixed as the training data are."""
+    """The validation splits of all prefixes: one after the other where all of them is evaluated, else as many samples
+    as they have together, mixed as the training data are."""
     prefixes, weights = parse_blend(settings.data.data_path)
     parts = [_single(settings, tokenizer, prefix, "valid", None) for prefix in prefixes]
     if len(parts) == 1:
         return parts[0]
-    epochs = [len(part) for part in parts]
-    weights = weights or [float(epoch) for epoch in epochs]
-    sizes, length = blend_sizes(weights, sum(epochs))
-    parts = [_single(settings, tokenizer, prefix, "valid", size) for prefix, size in zip(prefixes, sizes)]
-    return BlendedDataset(parts, [Segment(0, tuple(normalized(weights)))], length)
+    if settings.training.eval_iters == "full":
+        return ChainedDataset(parts)
+    sizes = [float(len(part)) for part in parts]
+    mixture = Mixture.of(prefixes, weights or sizes, int(sum(sizes)), None, 0)
+
+    def build(prefix: str, size: int, number: int) -> Dataset:
+        return _single(settings, tokenizer, prefix, "valid", size, settings.training.seed + number)
+
+    return mixture.open(build, grows=settings.data.is_instruction_dataset)[0]
 
 
 def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None) -> tuple[Dataset, Mixture]:
@@ -303,9 +345,14 @@ def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
 
 def _keeps_its_order(settings: Settings, resumed: TrainerState) -> bool:
     """Whether each dataset's own order is still that of the checkpoint."""
+    return not _changed_ordering(settings, resumed)
+
+
+def _changed_ordering(settings: Settings, resumed: TrainerState) -> list[str]:
+    """What the order depends on and is another than in the checkpoint."""
     identity = data_identity(settings)
-    same = all(resumed.data.get(name) == identity[name] for name in _ORDERING)
-    return same and resumed.seed == settings.training.seed
+    changed = [name for name in _ORDERING if resumed.data.get(name) != identity[name]]
+    return changed + ([] if resumed.seed == settings.training.seed else ["seed"])
 
 
 def _single(

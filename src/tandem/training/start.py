@@ -77,10 +77,11 @@ def check_ground(settings: Settings, processes: int) -> Ground:
 
 def with_data(settings: Settings, ground: Ground, leader: bool = True) -> Start:
     """Preprocess raw data, and settle what depends on the data."""
-    settings = with_epochs(with_preprocessed(settings, leader))
+    resumed = None if ground.loading.checkpoint.finetune else TrainerState.from_source(ground.source)
+    settings = with_epochs(with_preprocessed(settings, leader), resumed)
     check_same_data(settings, ground.loading)
     schedule = schedule_from(settings)
-    seeded = with_checkpoint_seed(settings, ground.loading, ground.source)
+    seeded = settings if ground.loading.checkpoint.no_load_rng else with_checkpoint_seed(settings, resumed)
     return Start(**vars(ground), settings=seeded, schedule=schedule)
 
 
@@ -137,11 +138,8 @@ def check_model_flags(settings: Settings, config: ModelConfig) -> None:
         raise UserError(f"{given}: give --seq-length {bound}, or less")
 
 
-def with_checkpoint_seed(settings: Settings, loading: Settings, source: TensorSource) -> Settings:
-    """A resumed run keeps the seed of its data order, unless `--no-load-rng` or `--finetune`."""
-    if loading.checkpoint.finetune or loading.checkpoint.no_load_rng:
-        return settings
-    state = TrainerState.from_source(source)
+def with_checkpoint_seed(settings: Settings, state: TrainerState | None) -> Settings:
+    """A run resumed from `state` keeps the seed of its data order."""
     if state is None or state.seed == settings.training.seed:
         return settings
     kept = f"seed {state.seed} from the checkpoint replaces --seed {settings.training.seed}"

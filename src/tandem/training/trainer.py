@@ -94,7 +94,7 @@ class Trainer:
         self.is_first_rank = self.communicator.world.rank == 0
         data_rank = self.grid.place(self.communicator.world.rank).data
         self._share = Share(settings.training.micro_batch_size, self.grid.data_size, data_rank)
-        self.train_iters = settings.total_iters
+        self.train_iters = settings.iters_from(progress.iteration, progress.consumed_train_samples)
         self._saver, self._on_step = saver, on_step
         self._all_written = True  # whether no rank is still writing a checkpoint
         self._guard = Guard(settings.training, progress.recent_losses)
