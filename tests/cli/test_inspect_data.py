@@ -39,6 +39,12 @@ def test_text_and_its_counts(workspace: Workspace, capsys: pytest.CaptureFixture
     assert "no such file" in capsys.readouterr().err
 
 
+def test_labels_alone_are_no_text(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [sft_prefix(str(workspace.instructions), "labels"), "--tokenizer-name-or-path", str(workspace.hf)]
+    assert main(["inspect", "data", *words]) == 2
+    assert "these are labels, not tokens; name the prefix of all three files" in capsys.readouterr().err
+
+
 def test_neat_packed_rows_count_their_documents_and_no_padding(workspace: Workspace, tmp_path: Path) -> None:
     options = PreprocessOptions(
         (str(workspace.questions),),

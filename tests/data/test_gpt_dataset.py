@@ -115,6 +115,8 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         GPTDataset(prefix, "train", "1", None, 3, seed=0)
     with pytest.raises(UserError, match="0 sequences"):
         GPTDataset(prefix, "valid", "1,0,0", None, 3, seed=0)
+    with pytest.raises(UserError, match="1 sequences with 0 tokens give no sample"):
+        GPTDataset(documents(tmp_path / "empty", []), "train", "1", None, 3, seed=0)
     with pytest.raises(UserError, match="eod_token"):
         GPTDataset(prefix, "train", "1", None, 2, seed=0, reset_attention_mask=True)
     with pytest.raises(UserError, match="did you mean 'train'"):

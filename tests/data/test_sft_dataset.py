@@ -129,6 +129,8 @@ def test_golden_neat_packed_rows_come_apart_into_the_unpacked_samples(shared_dat
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 sequences are empty, the first is number 1"):
+        only(packed_triple(tmp_path / "empty", ([1], [1], [1]), ([], [], [])))
     prefix = packed_triple(tmp_path / "x", ([1, 2], [1, 1], [0, 1]))
     with pytest.raises(UserError, match="valid of split 1,0,0 holds none of its 1 sequences"):
         SFTDataset(prefix, "valid", "1,0,0", None, 10, seed=0)

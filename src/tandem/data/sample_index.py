@@ -117,12 +117,13 @@ def _shuffled_documents(ids: np.ndarray, epochs: int, separate: bool, random: np
 def _sample_starts(stream_lengths: np.ndarray, samples: int, seq_length: int, extra: int) -> np.ndarray:
     """int32 [samples + 1, 2]. A boundary falls with the last token of the sample before it, so a boundary at the very
     end of a document names that document, not the next."""
+    if not samples:
+        return np.zeros((1, 2), np.int32)
     ends = np.cumsum(stream_lengths, dtype=np.int64)
     reached = np.arange(samples + 1, dtype=np.int64) * seq_length + extra  # tokens read up to each boundary
-    if samples:
-        reached[-1] = min(reached[-1], ends[-1])
+    reached[-1] = min(reached[-1], ends[-1])
     documents = np.searchsorted(ends, reached - 1, side="right")
-    offsets = reached - extra - (ends - stream_lengths)[documents] if len(ends) else np.zeros_like(reached)
+    offsets = reached - extra - (ends - stream_lengths)[documents]
     documents[0] = offsets[0] = 0
     dtype = np.int64 if len(stream_lengths) > np.iinfo(np.int32).max else np.int32
     return np.stack([documents, offsets], axis=1).astype(dtype)

@@ -70,6 +70,12 @@ class SFTSequences:
                 f"give it a larger weight"
             )
         self.lengths = self._ids.lengths[self.ids.start : self.ids.stop]
+        empty = np.flatnonzero(self.lengths == 0)
+        if len(empty):
+            raise UserError(
+                f"{self._ids.prefix}: {len(empty)} sequences are empty, the first is number {self.ids[empty[0]]}; "
+                f"leave them out, as `tandem preprocess` does"
+            )
 
     def sample(self, sequence: int) -> Sample:
         """Sequence number `sequence`, with at most `seq_length` positions."""

@@ -13,6 +13,7 @@ from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import sft_prefix
 from tandem.data.tokenizer import Tokenizer
+from tandem.errors import UserError
 
 _BINS = 12
 
@@ -72,6 +73,8 @@ class DataView:
         column = self._columns[which]
         ids = column.ids[number]
         if column.labels is None:
+            if ids.min(initial=0) < 0:
+                raise UserError(f"{self.data_path}: these are labels, not tokens; name the prefix of all three files")
             return [Span(tokenizer.decode(ids.tolist()), True)]
         trained = column.labels[number] != IGNORE
         runs = groupby(range(column.unpadded_length(number)), key=lambda position: bool(trained[position]))

@@ -13,8 +13,9 @@ from tandem.data.naming import sft_prefix
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.parallel.world import World
+from tandem.training.data_checks import check_data
 from tandem.training.evaluation import Choices, Dataset, Evaluation, Share, evaluate, evaluate_choices
-from tandem.training.inputs import check_data, named_sets, open_tokenizer, whole_set
+from tandem.training.inputs import named_sets, open_tokenizer, whole_set
 from tandem.training.start import check_model_flags, engine_settings, laid_out, open_weights
 
 Result = Evaluation | Choices

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tandem.checkpoints.interface import TensorSource
-from tandem.config.settings import DataSettings, Settings
+from tandem.config.settings import Settings
 from tandem.data.blend import BlendedDataset, ChainedDataset, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
-from tandem.data.indexed import IndexedDataset
-from tandem.data.naming import sft_prefix
-from tandem.data.record import check_record, read_record, template_entry
+from tandem.data.record import read_record
 from tandem.data.sft_dataset import SFTDataset
-from tandem.data.templates import THINKING_MODES, Template, get_template
-from tandem.data.tokenize import TOO_LONG
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.training.data_checks import check_data
 from tandem.training.evaluation import Dataset
 from tandem.training.log import VALIDATION
 from tandem.training.mixture import Mixture
@@ -31,7 +24,6 @@ from tandem.training.state import TrainerState
 
 # Of `data_identity`: what each dataset's own order depends on, beside the seed. Where it changed, a new order begins.
 _ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack")
-_RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # they look for end-of-document tokens
 
 
 @dataclass(frozen=True)
@@ -185,120 +177,6 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "is_instruction_dataset": settings.data.is_instruction_dataset,
         "pack": settings.data.pack,
     }
-
-
-def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
-    """Notices, and the template that the record names; without a record, that of the flags."""
-    data = settings.data
-    _check_files(prefix, data.is_instruction_dataset)
-    notices = _notice_of_cuts(prefix, data)
-    if tokenizer is None:
-        return [*notices, f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
-    template = _named_template(prefix, data, tokenizer)
-    notice = check_record(prefix, tokenizer, template, data.seq_length)
-    if notice:
-        if not data.is_instruction_dataset:
-            return [*notices, notice], None
-        if template is None:
-            notice += (
-                "; --prompt-type would tell the checkpoint, and whoever chats with it, what the model was trained on"
-            )
-        return [*notices, notice], template_entry(template) if template else None
-    found = read_record(prefix)
-    assert found is not None
-    path, record = found
-    _require_recorded_size(prefix, path, record, data)
-    template_made = record["template"] if data.is_instruction_dataset else None
-    return [*notices, *_notices_of_record(prefix, record, data)], template_made
-
-
-def _require_recorded_size(prefix: str, path: Path, record: dict[str, Any], data: DataSettings) -> None:
-    """Raise UserError when the record is that of other data, which lay here before (C3)."""
-    if len(record["files"]) > 1 and not data.is_instruction_dataset:
-        return  # of several json keys, which may have different numbers of texts, one number is recorded
-    sequences = len(IndexedDataset(sft_prefix(prefix, "input_ids") if data.is_instruction_dataset else prefix))
-    recorded = record["counts"]["sequences"]
-    if sequences != recorded:
-        raise UserError(
-            f"{path}: counts.sequences is {recorded}, but {prefix} has {sequences}: the record is that of other data; "
-            f"preprocess again, or remove it"
-        )
-
-
-def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) -> list[str]:
-    """What preprocessing did that this run may not expect.
-
-    Raises:
-        UserError: they are to be kept apart, and nothing shows where they end.
-    """
-    made, counts = record["options"], record["counts"]
-    notices = []
-    resets = [name for name in _RESETS if getattr(data, name)]
-    if resets and not data.is_instruction_dataset and not made["append_eod"]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in resets)
-        notices.append(
-            f"{prefix}: made without --append-eod, so nothing shows where a document ends, unless the texts themselves "
-            f"hold the end-of-document token: {flags} find no other borders, and documents see each other"
-        )
-    borders = made["neat_pack"] or (made["append_eod"] and (data.reset_attention_mask or data.reset_position_ids))
-    if made["pack"] and not borders:
-        told = f"{prefix}: packed without --neat-pack, so nothing shows where the conversations of a row end"
-        if data.neat_pack:
-            raise UserError(
-                f"{told}, and --neat-pack cannot keep them apart; preprocess again with --pack --neat-pack, or without "
-                f"--pack, which training can do itself"
-            )
-        notices.append(f"{told}: they see each other")
-    cut = counts["trimmed"] + counts["dropped"].get(TOO_LONG, 0)
-    if cut and made["seq_length"] < data.seq_length:
-        notices.append(
-            f"{prefix}: {cut:,} conversations were cut or left out when preprocessing made them fit --seq-length "
-            f"{made['seq_length']}; this run has room for {data.seq_length}"
-        )
-    return notices
-
-
-def _check_files(prefix: str, is_instruction_dataset: bool) -> None:
-    """Raise UserError, with what would do, when there are no files of this kind but of another."""
-    text, chat = f"{prefix}.idx", f"{sft_prefix(prefix, 'input_ids')}.idx"
-    wanted, other = (chat, text) if is_instruction_dataset else (text, chat)
-    if os.path.exists(wanted):
-        return
-    if os.path.exists(other):
-        kinds = (
-            "plain text, for `tandem pretrain`" if is_instruction_dataset else "conversations, for `tandem finetune`"
-        )
-        raise UserError(f"{prefix}: these data are {kinds}")
-    if os.path.exists(prefix):
-        raise UserError(f"{prefix}: a raw file; only --data-path takes those. Preprocess it first: `tandem preprocess`")
-
-
-def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
-    """Conversations are stored whole unless preprocessing was told a length; what training cuts is said (D7)."""
-    if not data.is_instruction_dataset:
-        return []
-    lengths = IndexedDataset(sft_prefix(prefix, "input_ids")).lengths
-    longer = int(np.count_nonzero(lengths > data.seq_length))
-    if not longer:
-        return []
-    return [
-        f"{prefix}: {longer:,} of {len(lengths):,} conversations are longer than --seq-length {data.seq_length} (up to "
-        f"{lengths.max():,} tokens) and are cut, turn by turn; `tandem preprocess --seq-length {data.seq_length} "
-        f"--over-long drop` leaves them out"
-    ]
-
-
-def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:
-    """The template that the flags name, if any; what they leave open, type or thinking mode, is the record's."""
-    if data.prompt_type is None and data.enable_thinking is None:
-        return None
-    found = read_record(prefix)
-    recorded = (found[1]["template"] if found else None) or {"prompt_type": None, "enable_thinking": None}
-    prompt_type = data.prompt_type or recorded["prompt_type"]
-    if prompt_type is None:
-        return None
-    mode = recorded["enable_thinking"] if data.enable_thinking is None else THINKING_MODES[data.enable_thinking]
-    return get_template(prompt_type, mode, tokenizer)
 
 
 def _is_packed(prefix: str) -> bool:
