@@ -140,6 +140,27 @@ def test_preprocess_writes_a_page_of_hostile_text(workspace: Workspace, tmp_path
     assert page.samples[0].endswith("& </pre>")
 
 
+def test_a_page_where_a_folder_is_known_before_anything_is_done(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_text(json.dumps({"text": "x"}) + "\n")
+    words = ["--input", str(source), "--output-prefix", str(tmp_path / "x"), "--html", str(tmp_path)]
+    assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf)]) == 2
+    assert main(["inspect", "data", str(workspace.instructions), "--html", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("is a folder, where the name of a file is expected") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.parametrize("given", ['{"prompt": ["q"]}', '{"tags": "x"}', '{"messages": {}}'])
+def test_c5_map_keys_of_another_type(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    words = ["--input", "x", "--output-prefix", str(tmp_path / "x"), "--map-keys", given]
+    assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf)]) == 2
+    assert "expected " in capsys.readouterr().err.partition("--map-keys")[2]
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_html_page_in_a_browser(workspace: Workspace, tmp_path: Path) -> None:
     write_page(workspace, tmp_path / "page.html")

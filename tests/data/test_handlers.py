@@ -168,8 +168,8 @@ def test_pairwise_sharegpt() -> None:
         handler.pair({**record, "rejected": turn})
     with pytest.raises(UserError, match="field 'chosen': expected an object with from and value, found str"):
         handler.pair({**record, "chosen": "good"})
-    assert detect_handler(record, ("text",), None) == "SharegptStylePairwiseHandler"
-    assert detect_handler({**PREFERENCE, "output": "O"}, ("text",), None) == "AlpacaStylePairwiseHandler"
+    assert detect_handler(record, ("text",), None) == ("SharegptStylePairwiseHandler", None)
+    assert detect_handler({**PREFERENCE, "output": "O"}, ("text",), None) == ("AlpacaStylePairwiseHandler", None)
 
 
 def test_pretrain_wrappers() -> None:
@@ -184,14 +184,22 @@ def test_pretrain_wrappers() -> None:
 
 
 def test_c5_detection() -> None:
-    assert detect_handler(ALPACA, ("text",), None) == "AlpacaStyleInstructionHandler"
-    assert detect_handler({"messages": []}, ("text",), None) == "OpenAIInstructionHandler"
+    def detect(record: dict[str, Any], map_keys: dict[str, Any] | None = None) -> str:
+        name, used = detect_handler(record, ("text",), map_keys)
+        assert used == map_keys
+        return name
+
+    assert detect(ALPACA) == "AlpacaStyleInstructionHandler"
+    assert detect({"messages": []}) == "OpenAIInstructionHandler"
     sharegpt = {"conversations": [{"from": "human", "value": "x"}]}
-    assert detect_handler(sharegpt, ("text",), None) == "SharegptStyleInstructionHandler"
-    assert detect_handler({"c": sharegpt["conversations"]}, ("text",), {"messages": "c"}).startswith("Sharegpt")
-    assert detect_handler({"c": [{"role": "user"}]}, ("text",), {"messages": "c"}).startswith("OpenAI")
-    assert detect_handler({"text": "x"}, ("text",), None) == "GeneralPretrainHandler"
-    assert detect_handler({"q": 1, "a": 2}, ("text",), {"prompt": "q", "response": "a"}).startswith("Alpaca")
+    assert detect(sharegpt) == "SharegptStyleInstructionHandler"
+    assert detect({"c": sharegpt["conversations"]}, {"messages": "c"}).startswith("Sharegpt")
+    assert detect({"c": [{"role": "user"}]}, {"messages": "c"}).startswith("OpenAI")
+    assert detect({"text": "x"}) == "GeneralPretrainHandler"
+    assert detect({"q": 1, "a": 2}, {"prompt": "q", "response": "a"}).startswith("Alpaca")
+    openai = {"conversations": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]}
+    name, map_keys = detect_handler(openai, ("text",), {"system": "s"})
+    assert (name, map_keys) == ("OpenAIInstructionHandler", {"system": "s", "messages": "conversations"})
     with pytest.raises(UserError, match=r"fields \['body'\] fit no handler"):
         detect_handler({"body": "x"}, ("text",), None)
 
@@ -236,6 +244,8 @@ def test_mapped_columns_must_exist_and_names_be_known() -> None:
         AlpacaStyleInstructionHandler({"promt": "q"})
     with pytest.raises(UserError, match=r"field 'h', turn 1: expected \[user, assistant\] strings"):
         AlpacaStyleInstructionHandler({"history": "h"}).messages({**ALPACA, "h": [["a"]]})
+    with pytest.raises(UserError, match=r"tags.: user_tag is list \['u'\], expected a string"):
+        SharegptStyleInstructionHandler({"tags": {"user_tag": ["u"]}})
     with pytest.raises(UserError, match="did you mean 'GeneralPretrainHandler'"):
         make_handler("GenralPretrainHandler")
     with pytest.raises(UserError, match="renames none"):

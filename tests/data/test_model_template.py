@@ -83,6 +83,42 @@ def test_d5_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) ->
     assert text_of(turns) == text_of(template.turns(messages))
 
 
+@pytest.mark.parametrize("mode", [None, True, False])
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("hm\n</think>\n\nA", "<think>\nhm\n</think>\n\nA<|im_end|>"),  # the prompt held the beginning
+        ("<think>\na\n</think>b<think>c</think>\nA", "<think>\na\n</think>\n\nA<|im_end|>"),
+        ("B <think>hm</think>A", "<think>\nhm\n</think>\n\nA<|im_end|>"),
+        ("<think>\n\n</think>\n\nA", "A<|im_end|>"),
+        ("<think>never ends", "<think>never ends<|im_end|>"),
+        ("A <think>", "A <think><|im_end|>"),
+    ],
+)
+def test_d6_thoughts_in_the_content(tokenizer: Tokenizer, mode: bool | None, content: str, answer: str) -> None:
+    messages = [Message("user", "1"), Message("assistant", content)]
+    template = get_template("chat_template", mode, tokenizer)
+    flags = {} if mode is None else {"enable_thinking": mode}
+    assert text_of(template.turns(messages)) == tokenizer.apply_chat_template(chat(messages), **flags)
+    assert trained(template, *messages) == [answer]
+    more = [*messages, Message("user", "2"), Message("assistant", content)]
+    assert text_of(template.turns(more)) == tokenizer.apply_chat_template(chat(more), **flags)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_d6_thoughts_in_the_content_of_a_template_that_knows_none(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=CHATML))
+    template = get_template("chat_template", tokenizer=tokenizer)
+    messages = [Message("user", "1"), Message("assistant", "<think>\nhm\n</think>\n\nA")]
+    assert text_of(template.turns(messages)) == tokenizer.apply_chat_template(chat(messages))
+    assert trained(template, *messages) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
+
+
 GENERATION = (
     "{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{%- generation -%}{{ m.content }}!"
     "{% if loop.last %}<|im_end|>{% endif %}{% endgeneration %}\n{% else %}{{ m.content }}<|im_end|>\n{% endif %}"

@@ -135,6 +135,13 @@ def test_d7_a_cut_answer_gains_no_false_end_and_is_counted(tokenizer_folder: Pat
     assert whole[-3:].tolist() == [EOD, Tokenizer(tokenizer_folder).encode("\n")[0], EOD]
 
 
+def test_d7_a_cut_prompt_is_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
+    records = [{"instruction": "q" * 100, "output": "a"}, {"instruction": "q", "output": "a" * 100}]
+    source = write_jsonl(tmp_path / "x.jsonl", *records)
+    summary = preprocess(options(source, tmp_path / "x", tokenizer_folder, prompt_type="qwen3", seq_length=80))
+    assert (summary.trimmed, summary.trimmed_prompts, summary.kept) == (2, 1, 2)
+
+
 def test_d7_long_conversations_are_left_out_on_request(tokenizer_folder: Path, tmp_path: Path) -> None:
     records = [{"instruction": "q", "output": "a" * length} for length in (5, 100, 6)]
     source = write_jsonl(tmp_path / "x.jsonl", *records)

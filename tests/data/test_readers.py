@@ -72,11 +72,21 @@ def test_c9_lines_of_text_and_rows_of_csv(tmp_path: Path) -> None:
     ]
     assert rows[2][0] == f"{tmp_path / 'a.txt'}:3"
     (tmp_path / "bad.txt").write_bytes(b"\xff")
-    (tmp_path / "bad.csv").write_bytes(b"text,n\nx,1\ny\n")
+    (tmp_path / "bad.csv").write_bytes(b'text,n\nx,1\n\ny\n"z",2\n')
     with pytest.raises(UserError, match="not UTF-8"):
         parse_row(places_and_rows([tmp_path / "bad.txt"])[0][1])
-    with pytest.raises(UserError, match=r"bad\.csv:3: 1 fields, but the header names 2"):
-        places_and_rows([tmp_path / "bad.csv"])
+    rows = places_and_rows([tmp_path / "bad.csv"])
+    assert rows[1][0] == f"{tmp_path / 'bad.csv'}:row 2"
+    with pytest.raises(UserError, match="line 4: 1 fields, but the header names 2"):
+        parse_row(rows[1][1])
+    assert [parse_row(rows[i][1]) for i in (0, 2)] == [{"text": "x", "n": "1"}, {"text": "z", "n": "2"}]
+
+
+def test_d6_what_a_table_adds_to_the_objects_of_a_column_is_left_out(tmp_path: Path) -> None:
+    calls = [[{"name": "f", "arguments": {"a": 1, "n": [{"x": 1}, {"y": 2}]}}], [{"name": "g", "arguments": {"b": 2}}]]
+    records = [{"calls": value, "system": system} for value, system in zip(calls, [None, "s"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "x.parquet")
+    assert [parse_row(row) for _, row in places_and_rows([tmp_path / "x.parquet"])] == records
 
 
 def test_files_directories_and_patterns(tmp_path: Path) -> None:
@@ -112,7 +122,10 @@ def test_c4_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:
 BAD_LINES = [
     (b"", "empty line"),
     (b"  \t", "empty line"),
-    (b'{"text": "cut of', "not valid JSON, perhaps a truncated line"),
+    (b'{"text": "cut of', "not valid JSON: .*; the line is truncated, or a value goes on over several lines"),
+    (b"{", "not valid JSON: .*; the line is truncated, or a value goes on over several lines"),
+    (b'{"text": "x"},', "not valid JSON: [^;]*$"),
+    (b'{"text": ' + b"[" * 2000 + b"]" * 2000 + b"}", "not valid JSON: [^;]*$"),
     (b'{"text": "\xff"}', "not UTF-8: byte 0xff at position 11"),
     (b'["text"]', "expected an object with named fields, found list"),
     (b'"text"', "expected an object with named fields, found str"),

@@ -198,6 +198,7 @@ def test_upstreams_conversion_flags_are_understood() -> None:
     [
         "--handler-name GeneralPretrainHandler --json-keys text",
         "--handler-name AlpacaStyleInstructionHandler --enable-thinking true --prompt-type qwen3",
+        "--handler-name GeneralPretrainHandler --datasets a b --reward-tokens + - --seed 5",
     ],
 )
 def test_upstreams_preprocessing_flags_are_understood(more: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_what_is_raw(workspace: Workspace, tmp_path: Path) -> None:
     assert is_raw(f"{workspace.root}/*.jsonl") or is_raw(f"{workspace.root}/*.json")
     for prefix in (f"{workspace.text}_text_document", str(workspace.instructions), str(tmp_path / "absent"), "0.3"):
         assert not is_raw(prefix)
+
+
+@pytest.mark.parametrize(("pattern", "folder"), [("{}/*/x.jsonl", ""), ("{}/a/x.json*", "a"), ("{}/**/[x].jsonl", "")])
+def test_what_a_pattern_becomes_lies_where_the_pattern_begins(
+    workspace: Workspace, tmp_path: Path, pattern: str, folder: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    shutil.copyfile(workspace.corpus, tmp_path / "a" / "x.jsonl")
+    ready = with_preprocessed(workspace.settings("torch", data_path=[pattern.format(tmp_path)]))
+    assert Path(ready.data.data_path[0]).parent.parent.parent == tmp_path / folder
 
 
 def test_a_blend_of_raw_and_ready(workspace: Workspace, tmp_path: Path) -> None:

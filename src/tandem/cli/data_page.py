@@ -79,6 +79,7 @@ def _record(record: Mapping[str, Any]) -> str:
         ("options", ", ".join(f"{name}: {value}" for name, value in others.items())),
         ("documents read", f"{counts['documents']:,}"),
         *((name, f"{counts[name]:,}") for name in ("kept", "rejected", "trimmed")),
+        *([("trimmed in a prompt", f"{cut:,}")] if (cut := counts.get("trimmed_prompts")) else []),
         *((f"dropped: {reason}", f"{count:,}") for reason, count in counts["dropped"].items() if count),
         *(("source", f"{source['file']}, {source['bytes']:,} bytes") for source in record["sources"]),
     ]

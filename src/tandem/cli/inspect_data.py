@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tandem.checkpoints.publish import check_file_writable
 from tandem.cli.data_page import write_page
 from tandem.config.flags import parse_dataclass
 from tandem.data.record import read_record
@@ -40,6 +41,8 @@ class InspectDataOptions:
 
 def run(argv: Sequence[str]) -> None:
     options = parse_dataclass(InspectDataOptions, "inspect data", DESCRIPTION, argv)
+    if options.html:
+        check_file_writable(options.html)
     console = make_console()
     view = DataView(options.prefix)
     console.print(overview(options.prefix, view.statistics()))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tandem.checkpoints.publish import check_file_writable
 from tandem.cli.progress import byte_progress
 from tandem.config.flags import parse_dataclass
 from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
@@ -105,6 +106,8 @@ def run(argv: Sequence[str]) -> None:
     flags = parse_dataclass(Flags, "preprocess", DESCRIPTION, rest)
     for notice in notices:
         print(f"> {notice}")
+    if flags.html:
+        check_file_writable(flags.html)
     start = time.perf_counter()
     with byte_progress("tokenising") as progress:
         summary = preprocess(options_from(flags), lambda _, text_bytes: progress(text_bytes, None))
@@ -114,6 +117,11 @@ def run(argv: Sequence[str]) -> None:
         f"{summary.documents:,} documents: {summary.kept:,} kept, {summary.rejected:,} rejected, "
         f"{summary.trimmed:,} trimmed{dropped}"
     )
+    if summary.trimmed_prompts:
+        print(
+            f"> {summary.trimmed_prompts:,} of the trimmed lost the end of a prompt, and with it the header of the "
+            f"answer, which is trained as if the user went on; --over-long drop leaves such conversations out"
+        )
     print(
         f"{summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained; "
         f"{summary.documents / seconds:,.0f} documents/s, "

@@ -10,10 +10,11 @@ from tandem.errors import UserError
 
 @dataclass(frozen=True)
 class Ignored:
-    """`values`: how many words follow the flag. `allowed`: what they may be; None for anything. `refusal`: why the
-    flag is never accepted. `excludes`: another flag of the table that may not stand beside it."""
+    """`values`: how many words follow the flag, None for all up to the next flag. `allowed`: what they may be; None for
+    anything. `refusal`: why the flag is never accepted. `excludes`: another flag of the table that may not stand beside
+    it."""
 
-    values: int = 0
+    values: int | None = 0
     allowed: tuple[str, ...] | None = None
     refusal: str | None = None
     excludes: str | None = None
@@ -80,6 +81,9 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--make-vocab-size-divisible-by": Ignored(1),
     "--pad-vocab-size-to": Ignored(1),
     "--dataset-impl": Ignored(1),
+    "--datasets": Ignored(None),  # read by nothing upstream, as the next
+    "--reward-tokens": Ignored(None),
+    "--dataset-additional-keys": Ignored(refusal="fields for reinforcement learning are not written"),
     "--tokenizer-model": Ignored(1),
     "--vocab-file": Ignored(1),
     "--merge-file": Ignored(1),
@@ -157,9 +161,9 @@ def split_ignored(argv: Sequence[str], table: dict[str, Ignored] = IGNORED) -> t
             continue
         if rule.refusal:
             raise UserError(f"{flag}: {rule.refusal}")
-        values = [inline] if equals else [words.pop(0) for _ in range(rule.values) if words]
+        values = [inline] if equals else _take(words, rule.values)
         wrong = [value for value in values if rule.allowed is not None and value not in rule.allowed]
-        if wrong or (len(values) < rule.values and not equals):
+        if wrong or (len(values) < (rule.values or 0) and not equals):
             raise UserError(f"{flag} {' '.join(values)}: only {' '.join(rule.allowed or ())} is supported")
         taken.append(flag)
     for flag in taken:
@@ -167,3 +171,11 @@ def split_ignored(argv: Sequence[str], table: dict[str, Ignored] = IGNORED) -> t
             raise UserError(f"{flag} and {other} exclude each other")
     notices = [f"accepted, without effect here: {' '.join(dict.fromkeys(taken))}"] if taken else []
     return rest, notices
+
+
+def _take(words: list[str], count: int | None) -> list[str]:
+    """The first `count` words, or those before the next flag, taken off the list."""
+    if count is None:
+        count = next((number for number, word in enumerate(words) if word.startswith("--")), len(words))
+    taken, words[:] = words[:count], words[count:]
+    return taken

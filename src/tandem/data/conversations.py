@@ -30,24 +30,27 @@ class Conversations:
         self.labels = np.where(np.repeat(is_target, self._sides.ravel()), ids, np.int32(IGNORE))
         self.lengths = sums(self._sides.sum(axis=1), self._turns_of)
 
-    def trim(self, room: int) -> int:
-        """Cut conversations longer than `room` turn by turn; how many were cut."""
+    def trim(self, room: int) -> tuple[int, int]:
+        """Cut conversations longer than `room` turn by turn; how many were cut, and how many of them in a prompt whose
+        answer remains: it then lacks its end, and with it the header of that answer."""
         long = np.flatnonzero(self.lengths > room)
         if not len(long):
-            return 0
+            return 0, 0
+        headless = 0
         keep = np.ones(len(self.ids), bool)
         first_turns, starts = (np.cumsum(counts) - counts for counts in (self._turns_of, self.lengths))
         for conversation in long.tolist():
             first, begin = int(first_turns[conversation]), int(starts[conversation])
             sides = self._sides[first : first + int(self._turns_of[conversation])].tolist()
             budgets = turn_budgets([(source, target) for source, target in sides], room)
+            headless += any(kept < side[0] and target for (kept, target), side in zip(budgets, sides))
             budgets += [(0, 0)] * (len(sides) - len(budgets))
             for side, kept in zip(np.ravel(sides).tolist(), np.ravel(budgets).tolist()):
                 keep[begin + kept : begin + side] = False
                 begin += side
         self.lengths = sums(keep, self.lengths)
         self.ids, self.labels = self.ids[keep], self.labels[keep]
-        return len(long)
+        return len(long), headless
 
     def drop_untrained(self) -> int:
         """Leave out conversations without a trained token; how many there were."""

@@ -57,8 +57,11 @@ def check_handler_name(name: str) -> None:
         raise UserError(f"handler {name!r}: expected one of {HANDLER_NAMES}{nearest(name, HANDLER_NAMES)}")
 
 
-def detect_handler(record: Mapping[str, Any], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None) -> str:
-    """The name of the handler whose fields `record` has: preferences before instructions, these before plain text.
+def detect_handler(
+    record: Mapping[str, Any], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None
+) -> tuple[str, Mapping[str, Any] | None]:
+    """The name of the handler whose fields `record` has, and the `map_keys` with which it reads them: preferences
+    before instructions, these before plain text.
 
     Raises:
         UserError: none fits.
@@ -66,9 +69,9 @@ def detect_handler(record: Mapping[str, Any], json_keys: Sequence[str], map_keys
     for name, handler in _CONVERSATIONS.items():
         columns = {**handler.defaults, **(map_keys or {})}
         if all(columns[key] in record for key in handler.needed):
-            return _by_tags(record, columns, map_keys) if handler.needed == ("messages",) else name
+            return _by_tags(record, columns, map_keys) if handler.needed == ("messages",) else (name, map_keys)
     if all(key in record for key in json_keys):
-        return GeneralPretrainHandler.__name__
+        return GeneralPretrainHandler.__name__, map_keys
     raise UserError(
         f"fields {sorted(record)} fit no handler: expected {list(json_keys)} (plain text), instruction and output "
         f"(alpaca), conversations (ShareGPT) or messages (OpenAI); name them with json_keys or map_keys, or choose "
@@ -76,10 +79,14 @@ def detect_handler(record: Mapping[str, Any], json_keys: Sequence[str], map_keys
     )
 
 
-def _by_tags(record: Mapping[str, Any], columns: Mapping[str, Any], map_keys: Mapping[str, Any] | None) -> str:
+def _by_tags(
+    record: Mapping[str, Any], columns: Mapping[str, Any], map_keys: Mapping[str, Any] | None
+) -> tuple[str, Mapping[str, Any] | None]:
     """ShareGPT or OpenAI, whatever the column is called: the first message tells, or that tags are renamed."""
-    messages = record[columns["messages"]]
+    column = columns["messages"]
+    messages = record[column]
     first = messages[0] if isinstance(messages, list) and messages else None
     tagged = isinstance(first, dict) and "role" not in first and "from" in first
     handler = SharegptStyleInstructionHandler if tagged or "tags" in (map_keys or {}) else OpenAIInstructionHandler
-    return handler.__name__
+    renamed = {} if column == handler.defaults["messages"] else {"messages": column}
+    return handler.__name__, {**(map_keys or {}), **renamed} or None

@@ -149,11 +149,13 @@ class SharegptStyleInstructionHandler(InstructionHandler):
         given = self.map_keys.get("tags", {})
         if not isinstance(given, dict):
             raise UserError(f"map_keys 'tags': expected an object of names, found {kind(given)}")
-        for name in given:
+        for name, tag in given.items():
             if name not in self.tags:
                 raise UserError(
                     f"map_keys 'tags': no tag {name!r}; there are {sorted(self.tags)}{nearest(name, sorted(self.tags))}"
                 )
+            if not isinstance(tag, str):
+                raise UserError(f"map_keys 'tags': {name} is {kind(tag)}, expected a string")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         column = self._columns["messages"]

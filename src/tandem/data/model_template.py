@@ -11,12 +11,13 @@ from itertools import accumulate
 from typing import Any
 
 from tandem.data.chat_template import GENERATION_MARKS, MARK_GENERATION
-from tandem.data.templates import CHAT_TEMPLATE, Message, ToolCall, Turn, grouped, split_thought, trained_on_last
+from tandem.data.templates import CHAT_TEMPLATE, Message, ToolCall, Turn, grouped, trained_on_last
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
+_END_OF_THOUGHT = "</think>"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
-_MARK = re.compile("\ue000(\\d+)\ue001")  # characters of private use: no text of a template
+_MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use: no text of a template
 
 
 class ModelTemplate:
@@ -57,6 +58,15 @@ class ModelTemplate:
         """
         grouped(messages[1:] if messages and messages[0].role == "system" else messages, "assistant")
         said = [_Said(message) for message in messages]
+        try:
+            return self._aligned_turns(said, tools)
+        except UserError:
+            if all(entry.content == message.content for entry, message in zip(said, messages)):
+                raise
+        # Many templates know no thoughts: they write one that stands in the content as any other text.
+        return self._aligned_turns([_Said(message, splits_thought=False) for message in messages], tools)
+
+    def _aligned_turns(self, said: Sequence[_Said], tools: Sequence[str]) -> list[Turn]:
         full = self._render([entry.as_it_is() for entry in said], tools)
         marks = [entry.marked(2 * number) for number, entry in enumerate(said)]
         marked, tagged = _generated(self._render(marks, tools, variables={MARK_GENERATION: True}))
@@ -129,13 +139,15 @@ class ModelTemplate:
 
 
 class _Said:
-    """A message, with its thought apart from its content."""
+    """A message, with its thought apart from its content, whichever of the two the data gave it in."""
 
-    def __init__(self, message: Message) -> None:
+    def __init__(self, message: Message, splits_thought: bool = True) -> None:
         self.message = message
         self.reasoning, self.content = message.reasoning, message.content
-        if message.role == "assistant" and not self.reasoning:
-            self.reasoning, self.content = split_thought(message.content)
+        if splits_thought and message.role == "assistant" and not self.reasoning and _END_OF_THOUGHT in self.content:
+            # By Qwen3's rule. Where a template's is another, the two renderings do not agree.
+            first, last = message.content.split(_END_OF_THOUGHT)[0], message.content.split(_END_OF_THOUGHT)[-1]
+            self.reasoning, self.content = first.split("<think>")[-1].strip("\n"), last.lstrip("\n")
 
     def as_it_is(self) -> dict[str, Any]:
         """The message as transformers takes it."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.data.fields import kind
 from tandem.data.handlers import LLAMA_FACTORY, make_handler
 from tandem.data.mixing import MIX_STRATEGIES
 from tandem.data.templates import check_prompt_type
@@ -137,6 +138,10 @@ def parse_map_keys(text: str | None) -> dict[str, Any] | None:
         raise UserError(f"--map-keys {text!r} is not valid JSON: {error.msg}") from None
     if not isinstance(value, dict):
         raise UserError(f"--map-keys {text!r}: expected a JSON object of names")
+    for name, column in value.items():
+        expected = "an object of names" if name == "tags" else "the name of a field"
+        if not isinstance(column, dict if name == "tags" else str):
+            raise UserError(f"--map-keys {text!r}: {name!r} is {kind(column)}, expected {expected}")
     return value
 
 

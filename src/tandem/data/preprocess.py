@@ -48,6 +48,7 @@ class PreprocessSummary:
         kept: those that gave a sequence.
         rejected: unusable rows.
         trimmed: conversations that were cut to seq_length.
+        trimmed_prompts: those of them of which a prompt was cut, and so lacks the header of the answer after it.
         dropped: documents left out, by reason.
         sequences: written for the first key (packed rows with `pack`).
         tokens: in all keys of plain text; in conversations, padding not counted.
@@ -62,6 +63,7 @@ class PreprocessSummary:
     kept: int
     rejected: int
     trimmed: int
+    trimmed_prompts: int
     dropped: dict[str, int]
     sequences: int
     tokens: int
@@ -159,6 +161,7 @@ def _preprocess(
         kept=counts["kept"],
         rejected=spool.rejected,
         trimmed=counts["trimmed"],
+        trimmed_prompts=counts["trimmed_prompts"],
         dropped=dict(spool.dropped),
         sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
         tokens=counts["tokens"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -47,7 +48,7 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
 
     Args:
         options: `input` is the raw data path; `output_prefix` is not used.
-        cache: folder; None is that of the raw files.
+        cache: folder; None is that of the raw files, or the nearest above them that a pattern names in full.
         leader: whether this process does the work; each machine (or shared disk) needs one. The others wait.
         wait: called with the record that the leader writes; returns when it is there.
 
@@ -58,8 +59,10 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
         UserError: as `preprocess`, or the cache cannot be written.
     """
     (raw,) = options.input
-    name = Path(os.path.abspath(raw)).name.replace("*", "_").replace("?", "_")
-    folder = Path(cache or Path(os.path.abspath(raw)).parent) / f"{name}.preprocessed" / _key(options)
+    path = Path(os.path.abspath(raw))
+    name = re.sub(r"[*?[\]]", "_", path.name)
+    beside = next(parent for parent in path.parents if not glob.has_magic(str(parent)) or parent.exists())
+    folder = Path(cache or beside) / f"{name}.preprocessed" / _key(options)
     options = replace(options, output_prefix=str(folder / "data"))
     record = record_path(options.output_prefix)
     if leader and not record.is_file():

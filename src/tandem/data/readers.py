@@ -18,7 +18,7 @@ import orjson
 from tandem.data.json_array import is_array, iter_elements
 from tandem.data.naming import REJECTS_SUFFIX
 from tandem.data.record import is_record
-from tandem.data.tables import TABLE_SUFFIXES, iter_table_rows
+from tandem.data.tables import TABLE_SUFFIXES, UnevenRow, iter_table_rows
 from tandem.errors import UserError
 
 _COMPRESSIONS = ("", ".gz", ".zst")
@@ -66,10 +66,13 @@ def parse_row(row: Any) -> dict[str, Any]:
     """The record of a row.
 
     Raises:
-        UserError: without the place: the line is empty, truncated, not UTF-8 or not JSON, or not an object.
+        UserError: without the place: the line is empty, truncated, not UTF-8 or not JSON, or not an object, or a row
+            has not as many fields as its table.
     """
     if isinstance(row, _TextLine):
         return {"text": _decode(row.rstrip(b"\r\n"))}
+    if isinstance(row, UnevenRow):
+        raise UserError(row.reason)
     try:
         value = orjson.loads(row) if isinstance(row, bytes) else row
     except orjson.JSONDecodeError as error:
@@ -177,7 +180,9 @@ def _json_error(line: bytes, error: orjson.JSONDecodeError) -> UserError:
     if not line.strip():
         return UserError("empty line; expected one JSON object per line")
     _decode(line)
-    return UserError(f"not valid JSON, perhaps a truncated line: {error}")
+    ends_early = error.pos >= len(error.doc.rstrip())
+    hint = "; the line is truncated, or a value goes on over several lines, outside an array" if ends_early else ""
+    return UserError(f"not valid JSON: {error}{hint}")
 
 
 def _decode(line: bytes) -> str:

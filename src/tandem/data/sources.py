@@ -54,7 +54,9 @@ def open_sources(
         assert dataset_dir is not None
         return _llama_factory_sources(dataset_dir, [name for words in inputs for name in words.split(",")])
     files = tuple(expand_input(inputs))
-    name = handler_name or _detect(files, json_keys, map_keys, skip_bad)
+    name = handler_name
+    if not name:
+        name, map_keys = _detect(files, json_keys, map_keys, skip_bad)
     return [Source(files, name, make_handler(name, json_keys, map_keys))]
 
 
@@ -70,8 +72,10 @@ def iter_source_blocks(sources: Sequence[Source], max_samples: int | None = None
                 break
 
 
-def _detect(files: Sequence[Path], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None, skip_bad: bool) -> str:
-    """The handler that fits the first readable row; unreadable ones are reported when their turn comes."""
+def _detect(
+    files: Sequence[Path], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None, skip_bad: bool
+) -> tuple[str, Mapping[str, Any] | None]:
+    """As `detect_handler` of the first readable row; unreadable ones are reported when their turn comes."""
     for block in iter_blocks(files):
         for index, row in enumerate(block.rows()):
             readable = False
@@ -115,7 +119,7 @@ def _llama_factory_source(path: Path, datasets: Mapping[str, dict[str, Any]], na
             f"SharegptStylePairwiseHandler"
         )
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in _FORMATS:
+    if not isinstance(formatting, str) or formatting not in _FORMATS:
         raise UserError(f"{place}: formatting is {formatting!r}, expected one of {sorted(_FORMATS)}")
     handler_name, known = _FORMATS[formatting]
     map_keys = _map_keys(place, entry, known)

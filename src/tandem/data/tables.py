@@ -14,29 +14,38 @@ TABLE_SUFFIXES = (".csv", ".parquet", ".arrow")
 _BATCH_ROWS = 1024  # in memory at a time
 
 
-def iter_table_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a table file, one at a time. The values of a CSV file are all texts.
+class UnevenRow(list[str]):
+    """The values of a CSV row that are not as many as the header names; `reason` says so."""
+
+    reason: str
+
+
+def iter_table_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
+    """The records of a table file, one at a time. The values of a CSV file are all texts; its blank lines are no rows.
 
     Raises:
-        UserError: the file is damaged, or a CSV row has not as many fields as the header.
+        UserError: the file is damaged.
     """
     if file.name.endswith(".csv"):
         return _csv_rows(file)
     return _arrow_rows(file)
 
 
-def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
-            for values in reader:
-                if len(values) != len(header):
-                    raise UserError(
-                        f"{file}:{reader.line_num}: {len(values)} fields, but the header names {len(header)}: {header}"
-                    )
-                yield dict(zip(header, values))
+            for values in filter(None, reader):
+                if len(values) == len(header):
+                    yield dict(zip(header, values))
+                    continue
+                uneven = UnevenRow(values)
+                uneven.reason = (
+                    f"line {reader.line_num}: {len(values)} fields, but the header names {len(header)}: {header}"
+                )
+                yield uneven
         except csv.Error as error:
             raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
         except UnicodeDecodeError as error:
@@ -52,15 +61,22 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in _parquet_batches(file) if file.name.endswith(".parquet") else _arrow_batches(file):
             for begin in range(0, batch.num_rows, _BATCH_ROWS):
-                for value in batch.slice(begin, _BATCH_ROWS).to_pylist():
+                for row in batch.slice(begin, _BATCH_ROWS).to_pylist():
                     number += 1
-                    yield value
+                    yield {column: _without_nulls(value) for column, value in row.items()}
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after row {number}; convert it"
         ) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read beyond row {number}: {error}; the file is damaged") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table gives each object of a column the fields of all of them: those that are null were not there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def _parquet_batches(file: Path) -> Iterator[Any]:

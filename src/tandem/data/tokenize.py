@@ -36,7 +36,7 @@ class TokenizedChunk:
 
     Attributes:
         columns: per output key the tokens int32 [t] of all sequences end to end, and their lengths int64 [sequences].
-        counts: documents, kept, trimmed, tokens, trained_tokens, text_bytes.
+        counts: documents, kept, trimmed, trimmed_prompts, tokens, trained_tokens, text_bytes.
         dropped: documents left out, by reason.
         rejects: rows that could not be used, in order.
         source: which of several sources the block came from.
@@ -216,7 +216,7 @@ class InstructionTokenizer(ChunkTokenizer):
             conversations.keep_only(short)
             chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
         else:
-            chunk.counts["trimmed"] = conversations.trim(self._room)
+            chunk.counts["trimmed"], chunk.counts["trimmed_prompts"] = conversations.trim(self._room)
         chunk.dropped["nothing left to train"] = conversations.drop_untrained()
         ids, labels, lengths = conversations.ids, conversations.labels, conversations.lengths
         if self._eod is not None:
