@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,11 @@ def test_d7_a_cut_prompt_is_counted(tokenizer_folder: Path, tmp_path: Path) -> N
     source = write_jsonl(tmp_path / "x.jsonl", *records)
     summary = preprocess(options(source, tmp_path / "x", tokenizer_folder, prompt_type="qwen3", seq_length=80))
     assert (summary.trimmed, summary.trimmed_prompts, summary.kept) == (2, 1, 2)
+    cut, _ = IndexedDataset(summary.prefixes["input_ids"])
+    header = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    text = Tokenizer(tokenizer_folder).decode(cut.tolist())
+    assert re.fullmatch(rf"<\|im_start\|>user\nq+{re.escape(header)}a<\|im_end\|>\n", text)
+    assert len(cut) == 79
 
 
 def test_d7_long_conversations_are_left_out_on_request(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset, IndexedWriter
 from tandem.data.naming import SFT_KEYS
 from tandem.data.sft_dataset import SFTDataset
-from tandem.data.truncation import infer_seqlen, turn_budgets
+from tandem.data.truncation import TurnLengths, infer_seqlen, kept_tokens, turn_budgets
 from tandem.errors import UserError
 
 EOD = 9
@@ -90,6 +92,37 @@ def test_cutting_follows_upstream(tmp_path: Path) -> None:
     sample = only(prefix, seq_length=14)
     assert sample.tokens.tolist() == [*range(20, 30), 30, 31, 35, 36]
     assert sample.labels.tolist() == [IGNORE] * 4 + [25, 26, 27, 28, 29] + [IGNORE] * 2 + [35, 36, IGNORE]
+
+
+def test_d7_a_cut_prompt_keeps_the_header_of_its_answer(tmp_path: Path) -> None:
+    turns = [TurnLengths(10, 4, 3), TurnLengths(5, 5, 3)]
+    keep, cuts_prompt = kept_tokens(turns, 9)
+    assert (np.flatnonzero(keep).tolist(), cuts_prompt) == ([0, 1, 7, 8, 9, 10, 11, 12, 13], True)
+    keep, cuts_prompt = kept_tokens(turns, 17)  # 3 are left for the second turn, whose header needs 2 of 1
+    assert (np.flatnonzero(keep).tolist(), cuts_prompt) == (list(range(14)), False)
+    assert not kept_tokens(turns, 2)[0].any()
+
+    ids = [20, 21, 22, 23, 24, EOD, 25, 30, 31, EOD]
+    prefix = packed_triple(tmp_path / "x", (ids, [1] * 10, [0] * 7 + [1] * 3))
+    assert only(prefix, seq_length=7, eod_token=EOD).tokens.tolist() == [20, 21, EOD, 25, 30, 31, EOD]
+    assert only(prefix, seq_length=7).tokens.tolist() == [20, 21, 22, 23, 30, 31, EOD]  # no tokenizer is known
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=4),
+    st.integers(1, 50),
+)
+def test_d7_no_answer_of_a_cut_conversation_lacks_its_header(turns: list[tuple[int, int, int]], room: int) -> None:
+    lengths = [TurnLengths(source, target, min(source, header)) for source, target, header in turns]
+    keep, _ = kept_tokens(lengths, room)
+    assert np.count_nonzero(keep) <= room
+    begin = 0
+    for turn in lengths:
+        answer = begin + turn.source
+        if keep[answer : answer + turn.target].any():
+            assert keep[answer - turn.header : answer].all()
+        begin = answer + turn.target
 
 
 def test_order_continues_one_generator_over_epochs_and_is_prefix_stable(tmp_path: Path) -> None:

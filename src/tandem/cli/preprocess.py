@@ -119,8 +119,8 @@ def run(argv: Sequence[str]) -> None:
     )
     if summary.trimmed_prompts:
         print(
-            f"> {summary.trimmed_prompts:,} of the trimmed lost the end of a prompt, and with it the header of the "
-            f"answer, which is trained as if the user went on; --over-long drop leaves such conversations out"
+            f"> {summary.trimmed_prompts:,} of the trimmed lost a part of a prompt, which the answer may be about; "
+            f"--over-long drop leaves out what would have to be cut"
         )
     print(
         f"{summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained; "

@@ -8,7 +8,7 @@ import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.templates import Turn
-from tandem.data.truncation import turn_budgets
+from tandem.data.truncation import TurnLengths, header_length, kept_tokens
 
 
 class Conversations:
@@ -30,27 +30,26 @@ class Conversations:
         self.labels = np.where(np.repeat(is_target, self._sides.ravel()), ids, np.int32(IGNORE))
         self.lengths = sums(self._sides.sum(axis=1), self._turns_of)
 
-    def trim(self, room: int) -> tuple[int, int]:
+    def trim(self, room: int, end: int | None) -> tuple[int, int]:
         """Cut conversations longer than `room` turn by turn; how many were cut, and how many of them in a prompt whose
-        answer remains: it then lacks its end, and with it the header of that answer."""
+        answer remains. `end` is the token that ends a message."""
         long = np.flatnonzero(self.lengths > room)
         if not len(long):
             return 0, 0
-        headless = 0
+        cut_prompts = 0
         keep = np.ones(len(self.ids), bool)
         first_turns, starts = (np.cumsum(counts) - counts for counts in (self._turns_of, self.lengths))
         for conversation in long.tolist():
             first, begin = int(first_turns[conversation]), int(starts[conversation])
-            sides = self._sides[first : first + int(self._turns_of[conversation])].tolist()
-            budgets = turn_budgets([(source, target) for source, target in sides], room)
-            headless += any(kept < side[0] and target for (kept, target), side in zip(budgets, sides))
-            budgets += [(0, 0)] * (len(sides) - len(budgets))
-            for side, kept in zip(np.ravel(sides).tolist(), np.ravel(budgets).tolist()):
-                keep[begin + kept : begin + side] = False
-                begin += side
+            turns, place = [], begin
+            for source, target in self._sides[first : first + int(self._turns_of[conversation])].tolist():
+                turns.append(TurnLengths(source, target, header_length(self.ids[place : place + source], end)))
+                place += source + target
+            keep[begin:place], cuts_prompt = kept_tokens(turns, room)
+            cut_prompts += cuts_prompt
         self.lengths = sums(keep, self.lengths)
         self.ids, self.labels = self.ids[keep], self.labels[keep]
-        return len(long), headless
+        return len(long), cut_prompts
 
     def drop_untrained(self) -> int:
         """Leave out conversations without a trained token; how many there were."""

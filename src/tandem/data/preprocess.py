@@ -48,7 +48,7 @@ class PreprocessSummary:
         kept: those that gave a sequence.
         rejected: unusable rows.
         trimmed: conversations that were cut to seq_length.
-        trimmed_prompts: those of them of which a prompt was cut, and so lacks the header of the answer after it.
+        trimmed_prompts: those of them of which a prompt was cut.
         dropped: documents left out, by reason.
         sequences: written for the first key (packed rows with `pack`).
         tokens: in all keys of plain text; in conversations, padding not counted.
@@ -191,6 +191,7 @@ def _job(
         f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
         f"{tokenizer.folder}; choose the prompt_type of this model",
     )
+    assert stop is not None
     reference = TokenizersEngine(tokenizer, add_special_tokens=False)
     if is_pairwise(handler):
         for option in ("pack", "append_eod"):
@@ -204,7 +205,7 @@ def _job(
     handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
     return (
         InstructionTokenizer(
-            reference, handlers, template, options.seq_length, eod, options.train_turns, options.over_long
+            reference, handlers, template, options.seq_length, stop, eod, options.train_turns, options.over_long
         ),
         template,
     )

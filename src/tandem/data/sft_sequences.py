@@ -12,7 +12,7 @@ from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import SFT_KEYS, sft_prefix
 from tandem.data.sample_index import split_position, split_weights
 from tandem.data.segments import lengths_from_ends, restarting_positions
-from tandem.data.truncation import turn_budgets
+from tandem.data.truncation import TurnLengths, header_length, kept_tokens
 from tandem.errors import UserError
 
 
@@ -27,7 +27,7 @@ class SFTSequences:
         prefix: what preprocessing was given as output prefix.
         split_name, split: which share of the sequences: `"train"` of `"98,1,1"`.
         seq_length: longest sample; longer ones are cut turn by turn (see `tandem.data.truncation`).
-        eod_token: id that ends a document; needed by the two flags below.
+        eod_token: id that ends a document, and a message; needed by the two flags below.
         reset_position_ids: in a plainly packed sequence, positions restart after each `eod_token`.
         reset_attention_mask: in a plainly packed sequence, each `eod_token` ends a document.
 
@@ -100,7 +100,7 @@ class SFTSequences:
         kept = slice(0, trained[-1] + 1 if len(trained) else None)
         ids, labels, segments = ids[kept], labels[kept], segments[kept]
         if len(ids) > self.seq_length:
-            keep = _kept_positions(labels, self.seq_length)
+            keep = _kept(ids, labels, self.seq_length, self._eod_token)
             ids, labels, segments = ids[keep], labels[keep], segments[keep]
         return ids, labels, segments
 
@@ -124,22 +124,18 @@ def _split_range(split: str, split_name: str, sequences: int) -> range:
     return range(bounds[position], bounds[position + 1])
 
 
-def _kept_positions(labels: np.ndarray, seq_length: int) -> np.ndarray:
-    """Positions that remain of a sequence [t] cut to `seq_length`; a turn is a masked run and the trained run after."""
+def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, eod_token: int | None) -> np.ndarray:
+    """What remains of a sequence cut to `seq_length`, bool [t]; a turn is a masked run and the trained run after it."""
     trained = labels != IGNORE
     starts = np.flatnonzero(~trained & np.append(True, trained[:-1]))
     if trained[0]:
         starts = np.append(0, starts)
-    borders = np.append(starts, len(labels))
     turns = []
-    for begin, end in zip(borders[:-1].tolist(), borders[1:].tolist()):
-        target_len = int(np.count_nonzero(trained[begin:end]))
-        turns.append((end - begin - target_len, target_len))
-    kept = []
-    for begin, turn, (source_kept, target_kept) in zip(borders.tolist(), turns, turn_budgets(turns, seq_length)):
-        target_begin = begin + turn[0]
-        kept += [np.arange(begin, begin + source_kept), np.arange(target_begin, target_begin + target_kept)]
-    return np.concatenate(kept)
+    for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(labels)]):
+        target = int(np.count_nonzero(trained[begin:end]))
+        source = end - begin - target
+        turns.append(TurnLengths(source, target, header_length(ids[begin : begin + source], eod_token)))
+    return kept_tokens(turns, seq_length)[0]
 
 
 def _shift(labels: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:

@@ -1,8 +1,46 @@
-"""Cutting a conversation to a token budget, turn by turn, as upstream does."""
+"""Cutting a conversation to a token budget, turn by turn, as upstream does; but a prompt keeps its end, which begins
+the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class TurnLengths(NamedTuple):
+    """Tokens of a turn. The source's last ones are the `header` of the answer."""
+
+    source: int
+    target: int
+    header: int
+
+
+def header_length(source: np.ndarray, end: int | None) -> int:
+    """Tokens of a prompt [t] from the last `end` on, the token that ends a message: what then follows begins the
+    answer. 0 without such a token."""
+    if end is None:
+        return 0
+    places = np.flatnonzero(source == end)
+    return len(source) - int(places[-1]) if len(places) else 0
+
+
+def kept_tokens(turns: Sequence[TurnLengths], cutoff_len: int) -> tuple[np.ndarray, bool]:
+    """Which tokens of a conversation remain, bool [t], at most `cutoff_len`; and whether a prompt lost some whose
+    answer remains. A turn whose header has no room is left out, and so are those after it."""
+    keep = np.zeros(sum(turn.source + turn.target for turn in turns), bool)
+    begin, cuts_prompt = 0, False
+    budgets = turn_budgets([(turn.source, turn.target) for turn in turns], cutoff_len)
+    for turn, (source_kept, target_kept) in zip(turns, budgets):
+        if source_kept < turn.header:
+            break
+        answer = begin + turn.source
+        keep[begin : begin + source_kept - turn.header] = True
+        keep[answer - turn.header : answer + target_kept] = True
+        cuts_prompt |= source_kept < turn.source and target_kept > 0
+        begin = answer + turn.target
+    return keep, cuts_prompt
 
 
 def infer_seqlen(source_len: int, target_len: int, cutoff_len: int) -> tuple[int, int]:
