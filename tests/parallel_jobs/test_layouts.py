@@ -24,8 +24,6 @@ SHORT = {
         Case(dp=2, packed=True),
         Case(dp=2, use_distributed_optimizer=True, tied=False),
         Case(dp=2, use_torch_fsdp2=True, packed=True, idle=True, recompute_layers=2),
-        Case(tp=2, sequence_parallel=True, packed=True, fp16=True),
-        Case(pp=2, packed=True, recompute_layers=1, fp16=True),
         Case(dp=2, use_distributed_optimizer=True, packed=True, fp16=True),
     ],
     4: [
@@ -39,7 +37,6 @@ SHORT = {
         Case(tp=4, tied=False, packed=True),
         Case(pp=4, packed=True),
         Case(pp=4, vpp=1, num_layers=8),
-        Case(tp=2, pp=2, packed=True, fp16=True),
     ],
 }
 
@@ -55,8 +52,6 @@ SHORTER = {
         Case(tp=2, sequence_parallel=True, packed=True, lr=2e-4),
         Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
         Case(dp=2, use_distributed_optimizer=True, packed=True),
-        Case(tp=2, sequence_parallel=True, packed=True, fp16=True),
-        Case(dp=2, use_distributed_optimizer=True, packed=True, fp16=True),
     ],
     4: [
         Case(tp=2, pp=2, packed=True, noop_layers=(0, 5)),
@@ -69,6 +64,22 @@ SHORTER = {
 @pytest.mark.parametrize("processes", list(SHORTER))
 def test_some_layouts_equal_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
     check(require_framework("mindspore"), processes, SHORTER[processes], tmp_path)
+
+
+FP16 = {
+    2: [
+        Case(tp=2, sequence_parallel=True, packed=True, fp16=True),
+        Case(pp=2, packed=True, recompute_layers=1, fp16=True),
+        Case(dp=2, use_distributed_optimizer=True, packed=True, fp16=True),
+    ],
+    4: [Case(tp=2, pp=2, packed=True, fp16=True)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", list(FP16))
+def test_layouts_in_fp16_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
+    check(framework, processes, FP16[processes], tmp_path)
 
 
 # What is NaN on the second tensor rank, stage, or data rank.

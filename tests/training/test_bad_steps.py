@@ -16,6 +16,9 @@ from safetensors.numpy import load_file, save_file
 from runs import assert_same_weights, run
 from tandem.backends.interface import Engine, StepResult
 from tandem.config.settings import TrainingSettings
+from tandem.data.batch import IGNORE
+from tandem.data.indexed import IndexedWriter
+from tandem.data.naming import sft_prefix
 from tandem.errors import UserError
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
@@ -49,6 +52,20 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 
     monkeypatch.setattr(run_module, "create_engine", create_broken)
     return pending
+
+
+def test_d7_a_step_with_nothing_to_train_names_its_samples(
+    framework: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    with IndexedWriter(sft_prefix(tmp_path / "x", "input_ids"), np.int32) as ids:
+        ids.add_document(np.arange(9))
+    with IndexedWriter(sft_prefix(tmp_path / "x", "attention_mask"), np.int32) as mask:
+        mask.add_document(np.ones(9))
+    with IndexedWriter(sft_prefix(tmp_path / "x", "labels"), np.int32) as labels:
+        labels.add_document(np.full(9, IGNORE))
+    values = {"instructions": True, "data_path": str(tmp_path / "x"), "save": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=r"iteration 1: none of its 4 samples has a trained token.*x: sequences 0"):
+        run(workspace, framework, **values)
 
 
 def overflowing(workspace: Workspace, folder: Path, tensor: str) -> Path:

@@ -68,7 +68,6 @@ def test_data_of_another_kind_are_said(workspace: Workspace) -> None:
     for values, expected in (
         ({"data_path": chat}, "these data are conversations, for `tandem finetune`"),
         ({"data_path": text, "is_instruction_dataset": True}, "these data are plain text, for `tandem pretrain`"),
-        ({"valid_data_path": str(workspace.corpus), "eval_iters": 1}, "a raw file; only --data-path takes those"),
     ):
         with pytest.raises(UserError, match=expected):
             dry_run(workspace.settings("torch", **values), 1)
@@ -86,6 +85,17 @@ def test_raw_data_are_tried_and_left_alone(
     assert f"{raw} is raw and is preprocessed before training; of its first {rows} documents {rows} are kept" in text
     assert "nothing was trained" in text
     assert list(tmp_path.iterdir()) == [raw]
+    epochs = {"train_iters": None, "epochs": 2}
+    for values in (
+        {"data_path": [str(raw), "/no/such"]},
+        {"data_path": [str(raw)], "valid_data_path": ["x=/no/such"]},
+        {"data_path": ["/no/such"], **epochs},
+    ):
+        with pytest.raises(UserError, match=r"/no/such\.idx: no such file"):
+            dry_run(workspace.settings("torch", **values), 1)
+    weighted = workspace.settings("torch", data_path=["1", str(raw), "2", str(workspace.corpus)], **epochs)
+    with pytest.raises(UserError, match="--epochs 2 takes every sample so often, but with the weights"):
+        dry_run(weighted, 1)
     raw.write_text('{"text": "good"}\n{"text": 3}\n')
     with pytest.raises(UserError, match=r"raw\.jsonl:2: "):
         dry_run(settings, 1)

@@ -13,6 +13,7 @@ import pytest
 
 from tandem.data.indexed import IndexedDataset, IndexedWriter
 from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.record import record_path
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.inputs import Data, open_data, with_epochs
@@ -45,8 +46,10 @@ def test_c8_templates_of_a_blend_must_agree(workspace: Workspace, tmp_path: Path
     preprocess(dataclasses.replace(options, enable_thinking=True))
     data_path = [str(workspace.instructions), str(other)]
     settings = workspace.settings("torch", instructions=True, data_path=data_path)
-    with pytest.raises(UserError, match="the records name different templates"):
+    with pytest.raises(UserError, match="different templates; preprocess all with the same"):
         open_data(settings, Tokenizer(workspace.hf))
+    record_path(other).unlink()  # of these data it is not known
+    assert open_data(settings, Tokenizer(workspace.hf)).template is not None
 
 
 def test_d7_what_training_cuts_is_said(workspace: Workspace) -> None:
@@ -135,6 +138,22 @@ def test_d4_resets_without_ends_of_documents_are_said(workspace: Workspace, tmp_
         settings = workspace.settings("torch", data_path=[f"{prefix}_text_document"], **resets)
         notices = " ".join(open_data(settings, Tokenizer(workspace.hf)).notices)
         assert ("--reset-attention-mask, --eod-mask-loss find no other borders" in notices) == said
+
+
+def test_d4_resets_change_nothing_in_conversations_that_are_stored_alone(workspace: Workspace, tmp_path: Path) -> None:
+    resets = {"reset_attention_mask": True, "reset_position_ids": True, "seq_length": 128}
+    for values in ({}, {"pack": True}):
+        data = open_chat(workspace, workspace.instructions, **resets, **values)
+        assert "--reset-attention-mask and --reset-position-ids are without effect" in " ".join(data.notices)
+        plain = open_chat(workspace, workspace.instructions, seq_length=128, **values)
+        assert data.train[0].lengths == plain.train[0].lengths
+        assert data.train[0].position_ids.tolist() == plain.train[0].position_ids.tolist()
+
+
+def test_h5_a_validation_split_without_a_whole_sample_names_the_way(workspace: Workspace) -> None:
+    settings = workspace.settings("torch", seq_length=128, eval_iters=1, eval_interval=1, split="999,1,0")
+    with pytest.raises(UserError, match="or --eval-iters full"):
+        open_data(settings, Tokenizer(workspace.hf))
 
 
 def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: Path) -> None:

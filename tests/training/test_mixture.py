@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -164,6 +165,8 @@ def test_a_new_order_is_said(workspace: Workspace) -> None:
     before = workspace.settings("torch", instructions=True, seq_length=128)
     state = after(open_data(before, tokenizer), before, 2)
     assert not open_data(before, tokenizer, state).notices
-    packed = workspace.settings("torch", instructions=True, seq_length=128, pack=True, seed=5)
+    packed = workspace.settings("torch", instructions=True, seq_length=128, pack=True, no_shuffle=True, seed=5)
     (notice,) = open_data(packed, tokenizer, state).notices
-    assert "in an order of another pack, seed: a new one begins, at the same position" in notice
+    assert "in an order of another pack, no shuffle, seed: a new one begins, at the same position" in notice
+    old = dataclasses.replace(state, data={key: value for key, value in state.data.items() if key != "no_shuffle"})
+    assert not open_data(before, tokenizer, old).notices

@@ -80,6 +80,20 @@ def test_what_a_pattern_becomes_lies_where_the_pattern_begins(
     assert Path(ready.data.data_path[0]).parent.parent.parent == tmp_path / folder
 
 
+def test_raw_validation_sets(workspace: Workspace, tmp_path: Path) -> None:
+    ready = f"{workspace.text}_text_document"
+    for words in ([str(workspace.corpus)], [f"a={workspace.corpus}", f"b={ready}"]):
+        raw = workspace.settings(
+            "torch", valid_data_path=words, data_cache_path=str(tmp_path), eval_iters=1, eval_interval=1
+        )
+        found = with_preprocessed(raw)
+        assert found.data.data_path == raw.data.data_path
+        prefix = found.data.valid_data_path[0].removeprefix("a=")
+        assert IndexedDataset(prefix).num_documents == IndexedDataset(ready).num_documents
+        assert found.data.valid_data_path[1:] == raw.data.valid_data_path[1:]
+        assert list(open_data(found, Tokenizer(workspace.hf)).valid)[1:] == ["b"][: len(words) - 1]
+
+
 def test_a_blend_of_raw_and_ready(workspace: Workspace, tmp_path: Path) -> None:
     data_path = ["0.3", str(workspace.corpus), "0.7", f"{workspace.text}_text_document"]
     raw = workspace.settings("torch", data_path=data_path, data_cache_path=str(tmp_path))

@@ -73,6 +73,13 @@ class StepResult:
     applied: bool
 
 
+class UntrainedError(ValueError):
+    """No label of the global batch is trained, so there is no mean of their losses. All ranks raise it together."""
+
+    def __init__(self) -> None:
+        super().__init__("no label of the global batch is trained: every one of them is masked")
+
+
 def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
     """Whether a step is applied. A loss of 0 over trained tokens means that something is broken."""
     return math.isfinite(loss) and 0 < loss <= loss_limit and math.isfinite(grad_norm)
@@ -122,7 +129,7 @@ class Engine(Protocol):
         1711.05101), bias corrected, no decay on 1-D tensors.
 
         Raises:
-            ValueError: no label of the global batch is trained.
+            UntrainedError: no label of the global batch is trained.
         """
         ...
 

@@ -103,7 +103,8 @@ class DataSettings:
     workers: int = 1
     """Processes that tokenise raw files."""
     valid_data_path: tuple[str, ...] = ()
-    """Validation sets in place of the split's: NAME=PREFIX ..., reported separately, or one PREFIX alone."""
+    """Validation sets in place of the split's: NAME=PREFIX ..., reported separately, or one PREFIX alone. Raw
+    files will do, too."""
     split: str = "969,30,1"
     """Proportions of train, validation and test."""
     seq_length: int = 4096

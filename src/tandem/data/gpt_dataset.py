@@ -74,9 +74,10 @@ class GPTDataset:
             drop_last_partial_sequence,
         )
         if len(self) == 0:
+            whole = ", or --eval-iters full" if split_name == "valid" and drop_last_partial_sequence else ""
             raise UserError(
                 f"{self._name}: {self._sequences} sequences with {self._tokens} tokens give no sample of "
-                f"{seq_length} + {self._extra} tokens; use more data, another split or a smaller seq_length"
+                f"{seq_length} + {self._extra} tokens; use more data, another split or a smaller seq_length{whole}"
             )
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ _RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # the
 def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
     """Notices, and the template that the record names; without a record, that of the flags."""
     data = settings.data
-    _check_files(prefix, data.is_instruction_dataset)
+    check_files(prefix, data.is_instruction_dataset)
     notices = _notice_of_cuts(prefix, data)
     if tokenizer is None:
         return [*notices, f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
@@ -73,6 +73,11 @@ def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) 
             f"{prefix}: made without --append-eod, so nothing shows where a document ends, unless the texts themselves "
             f"hold the end-of-document token: {flags} find no other borders, and documents see each other"
         )
+    if data.is_instruction_dataset and not made["pack"] and (data.reset_attention_mask or data.reset_position_ids):
+        notices.append(
+            f"{prefix}: not packed, so each conversation is a document of its own already: --reset-attention-mask and "
+            f"--reset-position-ids are without effect"
+        )
     borders = made["neat_pack"] or (made["append_eod"] and (data.reset_attention_mask or data.reset_position_ids))
     if made["pack"] and not borders:
         told = f"{prefix}: packed without --neat-pack, so nothing shows where the conversations of a row end"
@@ -91,8 +96,14 @@ def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) 
     return notices
 
 
-def _check_files(prefix: str, is_instruction_dataset: bool) -> None:
-    """Raise UserError, with what would do, when there are no files of this kind but of another."""
+def is_packed(prefix: str) -> bool | None:
+    """Whether preprocessing packed these conversations; None where no record tells."""
+    found = read_record(prefix)
+    return bool(found[1]["options"]["pack"]) if found else None
+
+
+def check_files(prefix: str, is_instruction_dataset: bool) -> None:
+    """Raise UserError when there are no files of this kind, and say what others would do."""
     text, chat = f"{prefix}.idx", f"{sft_prefix(prefix, 'input_ids')}.idx"
     wanted, other = (chat, text) if is_instruction_dataset else (text, chat)
     if os.path.exists(wanted):
@@ -103,7 +114,10 @@ def _check_files(prefix: str, is_instruction_dataset: bool) -> None:
         )
         raise UserError(f"{prefix}: these data are {kinds}")
     if os.path.exists(prefix):
-        raise UserError(f"{prefix}: a raw file; only --data-path takes those. Preprocess it first: `tandem preprocess`")
+        raise UserError(f"{prefix}: a raw file; preprocess it first: `tandem preprocess`")
+    raise UserError(
+        f"{wanted}: no such file, nor raw ones of the name {prefix}; give the prefix that `tandem preprocess` wrote"
+    )
 
 
 def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:

@@ -11,8 +11,9 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
 from tandem.training.banner import saving_notice
-from tandem.training.inputs import open_data, open_tokenizer
-from tandem.training.raw_data import describe_raw
+from tandem.training.data_checks import check_data
+from tandem.training.inputs import all_prefixes, open_data, open_tokenizer
+from tandem.training.raw_data import describe_raw, raw_options
 from tandem.training.start import Ground, check_ground, with_data
 
 
@@ -34,7 +35,7 @@ def dry_run(settings: Settings, processes: int) -> None:
         f"global batch {settings.global_batch_size} = {grid.data_size} data ranks x "
         f"{per_data_rank // settings.training.micro_batch_size} micro-batches x {settings.training.micro_batch_size} "
         f"samples of at most {settings.data.seq_length} tokens",
-        *(describe_raw(settings) or describe_data(settings, ground)),
+        *describe_data(settings, ground),
         *check_disk(settings, parameter_count(config)),
         "dry run: all of this can start; nothing was trained",
     ]
@@ -42,9 +43,17 @@ def dry_run(settings: Settings, processes: int) -> None:
 
 
 def describe_data(settings: Settings, ground: Ground) -> list[str]:
-    """Steps and samples, and what there is to say of the data."""
+    """Steps and samples, and what there is to say of the data; where some are raw, what becomes of their first rows,
+    and what there is to say of the others."""
+    tokenizer = open_tokenizer(settings, ground.source)
+    if raw := raw_options(settings):
+        ready = [prefix for prefix in all_prefixes(settings) if prefix not in raw]
+        return [
+            *describe_raw(raw),
+            *(notice for prefix in ready for notice in check_data(prefix, settings, tokenizer)[0]),
+        ]
     settings = with_data(settings, ground).settings
-    data = open_data(settings, open_tokenizer(settings, ground.source))
+    data = open_data(settings, tokenizer)
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.train.describe().items())
     return [
         f"{settings.total_iters:,} steps over {settings.total_samples:,} samples; data: {counts}",

@@ -12,18 +12,17 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
 from tandem.data.blend import BlendedDataset, ChainedDataset, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
-from tandem.data.record import read_record
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.data_checks import check_data
+from tandem.training.data_checks import check_data, check_files, is_packed
 from tandem.training.evaluation import Dataset
 from tandem.training.log import VALIDATION
 from tandem.training.mixture import Mixture
 from tandem.training.state import TrainerState
 
 # Of `data_identity`: what each dataset's own order depends on, beside the seed. Where it changed, a new order begins.
-_ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack")
+_ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack", "no_shuffle")
 
 
 @dataclass(frozen=True)
@@ -60,32 +59,43 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
         UserError: files are missing, or their record names another tokenizer, template or length.
     """
     training = settings.training
-    prefixes, _ = parse_blend(settings.data.data_path)
     named = named_sets(settings.data.valid_data_path)
-    checks = [check_data(prefix, settings, tokenizer) for prefix in [*prefixes, *named.values()]]
-    templates = [template for _, template in checks]
-    if any(template != templates[0] for template in templates):
-        raise UserError(
-            f"--data-path {' '.join(settings.data.data_path)}: the records name different templates: {templates}; "
-            f"preprocess all with the same --prompt-type and --enable-thinking"
-        )
+    checks = {prefix: check_data(prefix, settings, tokenizer) for prefix in all_prefixes(settings)}
+    template = _the_one_template({prefix: found for prefix, (_, found) in checks.items()})
     train, mixture = _training(settings, tokenizer, resumed)
     valid: dict[str, Dataset] = {}
     if training.eval_iters and training.eval_interval <= settings.total_iters:
         valid = {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()} or {
             VALIDATION: _validation(settings, tokenizer)
         }
-    notices = [notice for notices, _ in checks for notice in notices] + _notices_of_evaluation(settings, named, valid)
+    notices = [notice for notices, _ in checks.values() for notice in notices] + _notices_of_evaluation(
+        settings, named, valid
+    )
     if resumed is not None and not _keeps_its_order(settings, resumed):
+        changed = ", ".join(_changed_ordering(settings, resumed)).replace("_", " ")
         notices.append(
-            "the checkpoint's samples came in an order of another "
-            f"{', '.join(_changed_ordering(settings, resumed))}: a new one begins, at the same position"
+            f"the checkpoint's samples came in an order of another {changed}: a new one begins, at the same position"
         )
     sources = train.sources() if isinstance(train, BlendedDataset) else []
     lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, sources)]
-    return Data(
-        train, valid, templates[0], [*lines, *notices], {**data_identity(settings), "mixture": mixture.to_dict()}
-    )
+    return Data(train, valid, template, [*lines, *notices], {**data_identity(settings), "mixture": mixture.to_dict()})
+
+
+def _the_one_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The template of all prefixes of which it is known.
+
+    Raises:
+        UserError: there are several.
+    """
+    known = {prefix: template for prefix, template in templates.items() if template is not None}
+    first = next(iter(known), None)
+    for prefix, template in known.items():
+        if first is not None and template != known[first]:
+            raise UserError(
+                f"{prefix} was made with the template {template}, {first} with {known[first]}: different templates; "
+                f"preprocess all with the same --prompt-type and --enable-thinking"
+            )
+    return known[first] if first is not None else None
 
 
 def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dict[str, Dataset]) -> list[str]:
@@ -104,6 +114,12 @@ def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dic
         for name, prefix in named.items()
         if name in valid and len(valid[name]) > taken
     ]
+
+
+def all_prefixes(settings: Settings) -> list[str]:
+    """Of all data that the run reads."""
+    prefixes, _ = parse_blend(settings.data.data_path)
+    return list(dict.fromkeys([*prefixes, *named_sets(settings.data.valid_data_path).values()]))
 
 
 def named_sets(paths: Sequence[str]) -> dict[str, str]:
@@ -135,19 +151,16 @@ def with_epochs(settings: Settings, resumed: TrainerState | None = None) -> Sett
     """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
 
     Raises:
-        UserError: the prefixes have weights, which say by themselves how often a sample is taken; or the run goes on
-            from steps of another size, so that the number of steps does not tell how many samples it takes.
+        UserError: as `check_epochs`; or the run goes on from steps of another size, so that the number of steps does
+            not tell how many samples it takes.
     """
     training = settings.training
     if training.epochs is None:
         return settings
-    prefixes, weights = parse_blend(settings.data.data_path)
-    if weights is not None:
-        raise UserError(
-            f"--epochs {training.epochs:g} takes every sample so often, but with the weights of --data-path "
-            f"{' '.join(settings.data.data_path)} some come more often than others: leave the weights out, or give "
-            f"--train-iters"
-        )
+    check_epochs(settings)
+    prefixes, _ = parse_blend(settings.data.data_path)
+    for prefix in prefixes:
+        check_files(prefix, settings.data.is_instruction_dataset)
     # The number of samples depends on none of the flags that need a tokenizer.
     plain = dataclasses.replace(
         settings.data, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
@@ -165,6 +178,17 @@ def with_epochs(settings: Settings, resumed: TrainerState | None = None) -> Sett
     return dataclasses.replace(settings, training=dataclasses.replace(training, epochs=None, train_iters=iters))
 
 
+def check_epochs(settings: Settings) -> None:
+    """Raise UserError when the prefixes have weights, which say by themselves how often a sample is taken."""
+    _, weights = parse_blend(settings.data.data_path)
+    if settings.training.epochs is not None and weights is not None:
+        raise UserError(
+            f"--epochs {settings.training.epochs:g} takes every sample so often, but with the weights of --data-path "
+            f"{' '.join(settings.data.data_path)} some come more often than others: leave the weights out, or give "
+            f"--train-iters"
+        )
+
+
 def data_identity(settings: Settings) -> dict[str, Any]:
     """What the order of the samples is a function of, beside the seed."""
     return {
@@ -176,13 +200,8 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "train_samples": settings.training.train_samples,
         "is_instruction_dataset": settings.data.is_instruction_dataset,
         "pack": settings.data.pack,
+        "no_shuffle": settings.data.no_shuffle,
     }
-
-
-def _is_packed(prefix: str) -> bool:
-    """Whether preprocessing packed these data, as far as their record tells."""
-    found = read_record(prefix)
-    return found is not None and bool(found[1]["options"]["pack"])
 
 
 def _validation(settings: Settings, tokenizer: Tokenizer | None) -> Dataset:
@@ -229,7 +248,8 @@ def _keeps_its_order(settings: Settings, resumed: TrainerState) -> bool:
 def _changed_ordering(settings: Settings, resumed: TrainerState) -> list[str]:
     """What the order depends on and is another than in the checkpoint."""
     identity = data_identity(settings)
-    changed = [name for name in _ORDERING if resumed.data.get(name) != identity[name]]
+    before = {"no_shuffle": False, **resumed.data}  # older checkpoints do not say it
+    changed = [name for name in _ORDERING if before.get(name) != identity[name]]
     return changed + ([] if resumed.seed == settings.training.seed else ["seed"])
 
 
@@ -246,6 +266,8 @@ def _single(
     seed = settings.training.seed if seed is None else seed
     eod = tokenizer.eos_id if tokenizer else None
     if data.is_instruction_dataset:
+        packed = is_packed(prefix)
+        resets = packed is not False  # a conversation that is stored alone is a document of its own
         return SFTDataset(
             prefix,
             name,
@@ -254,10 +276,10 @@ def _single(
             data.seq_length,
             seed,
             eod_token=eod,
-            reset_position_ids=data.reset_position_ids,
-            reset_attention_mask=data.reset_attention_mask,
+            reset_position_ids=data.reset_position_ids and resets,
+            reset_attention_mask=data.reset_attention_mask and resets,
             shuffle=not data.no_shuffle,
-            pack=data.pack and not _is_packed(prefix),
+            pack=data.pack and not packed,
         )
     return GPTDataset(
         prefix,

@@ -1,8 +1,9 @@
-"""Raw files in `--data-path`: what training needs is made of them first."""
+"""Raw files in `--data-path` and `--valid-data-path`: what training needs is made of them first."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
@@ -15,7 +16,7 @@ from tandem.training.inputs import open_tokenizer
 
 
 def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait_for) -> Settings:
-    """Raw files in `--data-path` as the prefixes of what they become, preprocessed now unless they were before.
+    """Raw files as the prefixes of what they become, preprocessed now unless they were before.
 
     Args:
         leader: whether this process may do it; the first of each machine, while the others `wait` for its record.
@@ -27,21 +28,23 @@ def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait
     options = raw_options(settings)
     if not options:
         return settings
-    data_path = tuple(
-        preprocess_once(options[path], data.data_cache_path, leader, wait) if path in options else path
-        for path in data.data_path
-    )
-    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=data_path))
+
+    def ready(path: str) -> str:
+        return preprocess_once(options[path], data.data_cache_path, leader, wait) if path in options else path
+
+    paths = tuple(map(ready, data.data_path))
+    valid = tuple(name + ready(path) for name, path in map(_split_name, data.valid_data_path))
+    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=paths, valid_data_path=valid))
 
 
-def describe_raw(settings: Settings) -> list[str]:
-    """What becomes of the first rows of each raw file in `--data-path`; nothing is written.
+def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
+    """What becomes of the first rows of each raw path; nothing is written.
 
     Raises:
         UserError: as preprocessing.
     """
     lines = []
-    for path, options in raw_options(settings).items():
+    for path, options in raw.items():
         counts = try_first_rows(options)
         lines.append(
             f"{path} is raw and is preprocessed before training; of its first {counts['documents']:,} documents "
@@ -57,7 +60,8 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
         UserError: settings do not say how.
     """
     data = settings.data
-    raw = [path for path in data.data_path if is_raw(path)]
+    paths = [*data.data_path, *(path for _, path in map(_split_name, data.valid_data_path))]
+    raw = [path for path in dict.fromkeys(paths) if is_raw(path)]
     if not raw:
         return {}
     if len(data.json_keys) != 1:
@@ -77,11 +81,17 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
     return {path: dataclasses.replace(options, input=(path,)) for path in raw}
 
 
+def _split_name(word: str) -> tuple[str, str]:
+    """`NAME=` and the path of a word of `--valid-data-path`; "" where it is a path alone."""
+    name, equals, path = word.partition("=")
+    return (name + equals, path) if equals else ("", word)
+
+
 def _tokenizer_folder(settings: Settings) -> str:
     if settings.data.tokenizer_name_or_path:
         return settings.data.tokenizer_name_or_path
     source = open_source(settings.checkpoint.load, settings.checkpoint.ckpt_step) if settings.checkpoint.load else None
     tokenizer = open_tokenizer(settings, source) if source else None
     if tokenizer is None:
-        raise UserError("raw files as --data-path need --tokenizer-name-or-path, the folder of the tokenizer")
+        raise UserError("raw files as training data need --tokenizer-name-or-path, the folder of the tokenizer")
     return str(tokenizer.folder)

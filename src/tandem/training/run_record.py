@@ -19,11 +19,10 @@ from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.publish import write_text_atomically
 from tandem.config.settings import Settings
-from tandem.data.blend import parse_blend
 from tandem.data.record import read_record
 from tandem.errors import UserError
 from tandem.models.tensors import parameter_count
-from tandem.training.inputs import named_sets
+from tandem.training.inputs import all_prefixes
 
 RUN_FILE = "run.json"
 FORMAT = {"format": "tandem-run", "version": 1}
@@ -46,7 +45,7 @@ def describe_start(
         "settings": settings.to_dict(),
         "weights": {"location": source.location, "ckpt_step": _iteration_of(source.location)},
         "model": {**source.config.to_dict(), "parameters": parameter_count(source.config)},
-        "data": {prefix: _record_of(prefix) for prefix in _prefixes(settings)},
+        "data": {prefix: _record_of(prefix) for prefix in all_prefixes(settings)},
         "versions": versions(),
         "code": code_version(),
         "device": engine.device_name,
@@ -114,11 +113,6 @@ def _iteration_of(location: str) -> int | None:
     """The iteration of a checkpoint's folder; None for a folder that is no iteration's."""
     found = re.fullmatch(r"iter_(\d+)", Path(location).name)
     return int(found.group(1)) if found else None
-
-
-def _prefixes(settings: Settings) -> list[str]:
-    prefixes, _ = parse_blend(settings.data.data_path)
-    return [*prefixes, *named_sets(settings.data.valid_data_path).values()]
 
 
 def _record_of(prefix: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import World
-from tandem.training.inputs import with_epochs
+from tandem.training.inputs import check_epochs, with_epochs
 from tandem.training.raw_data import with_preprocessed
 from tandem.training.resume import check_same_data, continued, open_initial
 from tandem.training.schedule import Schedule, schedule_from
@@ -66,6 +66,7 @@ def check_ground(settings: Settings, processes: int) -> Ground:
     """Check the settings against each other, the number of processes and the weights' config."""
     framework = check_framework(settings.training.ai_framework)
     settings.check()
+    check_epochs(settings)
     settings.check_grid(Grid(settings.layout, processes))
     if settings.checkpoint.save is not None:
         check_writable(settings.checkpoint.save)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from tandem.backends.interface import Engine, StepResult
+from tandem.backends.interface import Engine, StepResult, UntrainedError
 from tandem.config.settings import Settings
 from tandem.data.batch import MicroBatch
+from tandem.errors import UserError
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import Communicator, SingleProcess
@@ -144,7 +145,10 @@ class Trainer:
         weight_decay = self.schedule.weight_decay(progress.applied_train_samples)
         micro_batches = list(self._share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
         scale = self._scale.value
-        result = self.engine.train_step(micro_batches, lr, weight_decay, self._guard.loss_limit, scale)
+        try:
+            result = self.engine.train_step(micro_batches, lr, weight_decay, self._guard.loss_limit, scale)
+        except UntrainedError:
+            raise UserError(self._untrained(batch)) from None
         self._judge(result, micro_batches, batch)
         if not result.applied:
             progress.skipped_train_samples += batch
@@ -170,6 +174,14 @@ class Trainer:
             memory=self.engine.peak_memory(),
             skipped=not result.applied,
             loss_scale=scale,
+        )
+
+    def _untrained(self, batch: int) -> str:
+        consumed = self.progress.consumed_train_samples
+        return (
+            f"iteration {self.progress.iteration + 1}: none of its {batch} samples has a trained token, so there is no "
+            f"loss; the first is {self.train_data.origin(consumed)}. Preprocess again: `tandem preprocess` leaves such "
+            f"samples out, but a smaller --seq-length in training than there may cut all that was trained"
         )
 
     def _judge(self, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:

@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.interface import EngineSettings, StepResult, is_trusted
+from tandem.backends.interface import EngineSettings, StepResult, UntrainedError, is_trusted
 from tandem.backends.loading import stream_fp32
 from tandem.backends.memory import process_peak
 from tandem.backends.mindspore.communication import Groups, make_groups
@@ -213,7 +213,7 @@ class MindSporeEngine:
         batches = self._trained(micro_batches)
         trained_tokens = int(self._groups.everyone.sum_values(self._counted_tokens(batches))[0])
         if not trained_tokens:
-            raise ValueError("no label of the global batch is trained: every one of them is masked")
+            raise UntrainedError
         for weight in self._weights.values():
             weight.has_gradient = False
         with _non_finite_allowed():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tandem.backends.interface import EngineSettings, StepResult, is_trusted
+from tandem.backends.interface import EngineSettings, StepResult, UntrainedError, is_trusted
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.memory import process_peak
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
@@ -250,7 +250,7 @@ class TorchEngine:
         trained tokens of all ranks."""
         (trained,) = sum_over(self._groups.everyone, [self._counted_tokens(micro_batches)])
         if not trained:
-            raise ValueError(f"none of the {len(micro_batches)} micro-batches has a trained token")
+            raise UntrainedError
         self._sharing.begin(gradients=True)
         loss = self._reported(self._passes.accumulate(self._to_run(micro_batches), loss_scale / trained))
         self._sharing.end()
