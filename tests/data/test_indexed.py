@@ -203,6 +203,8 @@ def test_c3_only_what_was_made_alike_is_merged(tmp_path: Path) -> None:
         merge_groups(parts, ["text"], str(tmp_path / "all"))
     for path in parts.glob("p3*"):
         path.unlink()
-    assert merge_groups(parts, ["text"], str(tmp_path / "all")) == [f"{tmp_path}/all_text"]
+    for _ in range(2):  # what an earlier merge wrote may be replaced
+        assert merge_groups(parts, ["text"], str(tmp_path / "all")) == [f"{tmp_path}/all_text"]
+    (parts / "p2.json").unlink()
     with pytest.raises(UserError, match=r"p1\.json: speaks for the data that lie there"):
         merge_groups(parts, ["text_document"], str(parts / "p1"))

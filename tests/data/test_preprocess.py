@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset, merge
+from tandem.data.merge_groups import merge_groups
 from tandem.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess, try_first_rows
+from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
+from tandem.data.templates import get_template
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -102,6 +105,33 @@ def test_c6_merge_equals_preprocessing_both(
     whole = preprocess(options(files, tmp_path / "whole", tokenizer_folder))
     merged = {f"text.{suffix}": (tmp_path / f"merged.{suffix}").read_bytes() for suffix in ("bin", "idx")}
     assert merged == written(whole)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_c3_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, tmp_path: Path, pack: bool) -> None:
+    (tmp_path / "parts").mkdir()
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", *part) for n, part in enumerate((ALPACA[:10], ALPACA[10:]))]
+    changes = {"prompt_type": "qwen3", "seq_length": 80, "pack": pack}
+    for file in files:
+        preprocess(options(file, tmp_path / "parts" / file.stem, tokenizer_folder, **changes))
+    keys = [f"packed_{key}_document" for key in ("input_ids", "attention_mask", "labels")]
+    merge_groups(tmp_path / "parts", keys, str(tmp_path / "all"))
+    summary = preprocess(options(files, tmp_path / "whole", tokenizer_folder, **changes))
+    (path, merged), (_, whole) = read_record(tmp_path / "all"), read_record(tmp_path / "whole")  # type: ignore[misc]
+    assert path == tmp_path / "all.json"
+    assert check_record(tmp_path / "all", Tokenizer(tokenizer_folder), get_template("qwen3"), 80) is None
+    sequences = sum(len(IndexedDataset(tmp_path / "parts" / f"{n}_{keys[0]}")) for n in range(2))
+    assert merged["counts"] == {**whole["counts"], "sequences": sequences}
+    assert merged["sources"] == whole["sources"]
+    if not pack:
+        names = {key: str(tmp_path / f"all_packed_{key}_document") for key in summary.prefixes}
+        assert written(dataclasses.replace(summary, prefixes=names)) == written(summary)
+
+    merge_groups(tmp_path / "parts", keys[:1], str(tmp_path / "all"))  # no whole set: nothing can vouch for it
+    assert read_record(tmp_path / f"all_{keys[0]}") is None
+    (tmp_path / "parts" / "0.json").unlink()
+    merge_groups(tmp_path / "parts", keys, str(tmp_path / "all"))
+    assert read_record(tmp_path / "all") is None
 
 
 def test_d5_the_mask_covers_the_answers_and_their_end(tokenizer_folder: Path, tmp_path: Path) -> None:

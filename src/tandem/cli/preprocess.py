@@ -14,6 +14,7 @@ from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
 from tandem.data.merge_groups import merge_groups
 from tandem.data.options import PreprocessOptions, parse_map_keys
 from tandem.data.preprocess import preprocess
+from tandem.data.record import read_record
 from tandem.data.statistics import DataView
 from tandem.data.templates import THINKING_MODES
 from tandem.data.tokenizer import Tokenizer
@@ -151,8 +152,11 @@ def show(flags: Flags, view: DataView, tokenizer: Tokenizer) -> None:
 
 def run_merge(argv: Sequence[str]) -> None:
     flags = parse_dataclass(MergeFlags, "preprocess", MERGE_DESCRIPTION, argv)
-    for prefix in merge_groups(flags.input, flags.merge_group_keys, flags.output_prefix):
+    prefixes = merge_groups(flags.input, flags.merge_group_keys, flags.output_prefix)
+    for prefix in prefixes:
         print(f"wrote {prefix}.bin and .idx")
+    found = read_record(prefixes[0])
+    print(f"wrote {found[0]}" if found else "no record: the parts have none, or not all of their files are merged")
 
 
 def options_from(flags: Flags) -> PreprocessOptions:
