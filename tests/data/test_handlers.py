@@ -79,7 +79,7 @@ def test_openai_tools() -> None:
     handler = OpenAIInstructionHandler()
     assert handler.messages(record) == [
         Message("user", "1+2?"),
-        Message("assistant", "", "", (ToolCall("add", '{"a": 1, "b": "é"}'),)),
+        Message("assistant", "", None, (ToolCall("add", '{"a": 1, "b": "é"}'),)),
         Message("tool", "3"),
         Message("assistant", "3", "so"),
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,7 @@ def test_d5_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) ->
         ("<think>\n\n</think>\n\nA", "A<|im_end|>"),
         ("<think>never ends", "<think>never ends<|im_end|>"),
         ("A <think>", "A <think><|im_end|>"),
+        ("<think>hm</think>", "<think>\nhm\n</think>\n\n<|im_end|>"),
     ],
 )
 def test_d6_thoughts_in_the_content(tokenizer: Tokenizer, mode: bool | None, content: str, answer: str) -> None:
@@ -117,6 +120,79 @@ def test_d6_thoughts_in_the_content_of_a_template_that_knows_none(tmp_path: Path
     messages = [Message("user", "1"), Message("assistant", "<think>\nhm\n</think>\n\nA")]
     assert text_of(template.turns(messages)) == tokenizer.apply_chat_template(chat(messages))
     assert trained(template, *messages) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
+
+
+def test_d6_an_empty_reasoning_beside_a_thought_in_the_content(tokenizer: Tokenizer) -> None:
+    message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA", "reasoning_content": ""}
+    messages = [{"role": "user", "content": "1"}, message]
+    turns = get_template("chat_template", None, tokenizer).turns(
+        OpenAIInstructionHandler().messages({"messages": messages})
+    )
+    assert text_of(turns) == tokenizer.apply_chat_template(messages)
+
+
+LAST = "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}"
+SPLIT = "{{ m.content.split('</think>')[-1] }}"
+BEGUN = "{% if loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasoning", "expected"),
+    [
+        (LAST, None, ["\n\nA<|im_end|>", "<think>\nhm\n</think>\n\nA<|im_end|>"]),
+        (SPLIT, None, ["\n\nA<|im_end|>", "\n\nA<|im_end|>"]),
+        (BEGUN, "hm", ["A<|im_end|>", "hm\n</think>\n\nA<|im_end|>"]),
+    ],
+    ids=["strips what is past", "splits and strips no lines", "begins a thought in its prompt"],
+)
+def test_d6_templates_that_treat_thoughts_in_other_ways(
+    tmp_path: Path, answer: str, reasoning: str | None, expected: list[str]
+) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        f"{answer}{{% endif %}}<|im_end|>\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + ("<think>\n" if reasoning else "") + "{% endif %}"
+    )
+    tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=source))
+    template = get_template("chat_template", tokenizer=tokenizer)
+    content = "A" if reasoning else "<think>\nhm\n</think>\n\nA"
+    messages = [Message("user", "1"), Message("assistant", content, reasoning)] * 2
+    assert text_of(template.turns(messages)) == tokenizer.apply_chat_template(chat(messages))
+    assert trained(template, *messages) == expected
+    assert template.answer_header == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_d5_a_template_that_begins_no_answer_is_refused(tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=source))
+    with pytest.raises(UserError, match="begins no answer"):
+        get_template("chat_template", tokenizer=tokenizer).turns([Message("user", "1"), Message("assistant", "A")])
+
+
+DEEPSEEK = (
+    "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}<A>{{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("train_turns", ["all", "last"])
+def test_d7_a_cut_prompt_keeps_the_header_that_its_template_writes(tmp_path: Path, train_turns: str) -> None:
+    folder = byte_tokenizer(tmp_path / "tokenizer", chat_template=DEEPSEEK)
+    talk = [("user", "1"), ("assistant", "A"), ("user", "q" * 99), ("assistant", "B")]
+    record = {"messages": [{"role": role, "content": content} for role, content in talk]}
+    source = write_jsonl(tmp_path / "x.jsonl", record)
+    options = PreprocessOptions((str(source),), str(tmp_path / "x"), str(folder), prompt_type="chat_template")
+    preprocess(dataclasses.replace(options, seq_length=60, train_turns=train_turns))
+    preprocess(dataclasses.replace(options, output_prefix=str(tmp_path / "whole"), train_turns=train_turns))
+    tokenizer = Tokenizer(folder)
+    header = tokenizer.encode("<A>")
+    for prefix in ("x", "whole"):
+        text = tokenizer.decode(SFTDataset(tmp_path / prefix, "train", "1", None, 59, 1, header=header)[0].tokens)
+        assert re.fullmatch(r"<U>1<A>A<\|im_end\|><U>q+<A>B<\|im_end\|>", text)
+        assert len(tokenizer.encode(text)) == 59
 
 
 GENERATION = (

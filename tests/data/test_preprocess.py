@@ -127,11 +127,31 @@ def test_c3_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, 
         names = {key: str(tmp_path / f"all_packed_{key}_document") for key in summary.prefixes}
         assert written(dataclasses.replace(summary, prefixes=names)) == written(summary)
 
+    inside = tmp_path / "parts" / ".." / "parts" / "again"
+    for _ in range(2):  # its own output is no part, however it is spelt
+        merge_groups(tmp_path / "parts", keys, str(inside))
+        assert read_record(inside)[1]["counts"] == merged["counts"]  # type: ignore[index]
+    for path in inside.parent.glob("again*"):
+        path.unlink()
     merge_groups(tmp_path / "parts", keys[:1], str(tmp_path / "all"))  # no whole set: nothing can vouch for it
     assert read_record(tmp_path / f"all_{keys[0]}") is None
     (tmp_path / "parts" / "0.json").unlink()
     merge_groups(tmp_path / "parts", keys, str(tmp_path / "all"))
     assert read_record(tmp_path / "all") is None
+
+
+def test_c3_the_record_of_a_merge_is_found_whatever_the_group_is_called(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for number, over_long in enumerate(("drop", "trim")):
+        source = write_jsonl(tmp_path / f"{number}.jsonl", {"text": "a", "title": "b"})
+        prefix = tmp_path / "parts" / str(number)
+        preprocess(options(source, prefix, tokenizer_folder, json_keys=("text", "title"), over_long=over_long))
+    merge_groups(tmp_path / "parts", ["text", "title"], str(tmp_path / "all"))
+    for key in ("text", "title"):
+        path, record = read_record(tmp_path / f"all_{key}")  # type: ignore[misc]
+        assert path == tmp_path / "all.json"
+        assert record["options"]["json_keys"] == ["text", "title"]
+        assert record["options"]["over_long"] is None  # not the same in all
 
 
 def test_d5_the_mask_covers_the_answers_and_their_end(tokenizer_folder: Path, tmp_path: Path) -> None:

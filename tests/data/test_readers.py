@@ -72,12 +72,12 @@ def test_c9_lines_of_text_and_rows_of_csv(tmp_path: Path) -> None:
     ]
     assert rows[2][0] == f"{tmp_path / 'a.txt'}:3"
     (tmp_path / "bad.txt").write_bytes(b"\xff")
-    (tmp_path / "bad.csv").write_bytes(b'text,n\nx,1\n\ny\n"z",2\n')
+    (tmp_path / "bad.csv").write_bytes(b'\ntext,n\nx,1\n\ny\n"z",2\n')
     with pytest.raises(UserError, match="not UTF-8"):
         parse_row(places_and_rows([tmp_path / "bad.txt"])[0][1])
     rows = places_and_rows([tmp_path / "bad.csv"])
     assert rows[1][0] == f"{tmp_path / 'bad.csv'}:row 2"
-    with pytest.raises(UserError, match="line 4: 1 fields, but the header names 2"):
+    with pytest.raises(UserError, match="line 5: 1 fields, but the header names 2"):
         parse_row(rows[1][1])
     assert [parse_row(rows[i][1]) for i in (0, 2)] == [{"text": "x", "n": "1"}, {"text": "z", "n": "2"}]
 
@@ -107,7 +107,8 @@ def test_what_an_earlier_run_left_in_a_folder_is_no_input(tmp_path: Path) -> Non
     write(tmp_path, "b.jsonl")
     write_record(tmp_path / "out", {}, {})
     (tmp_path / "out.rejects.jsonl").write_text("{}\n")
-    for entry in (tmp_path, tmp_path / "*.json*"):
+    (tmp_path / "out_text_document.bin").write_bytes(b"")
+    for entry in (tmp_path, tmp_path / "*.json*", tmp_path / "*"):
         assert [file.name for file in expand_input([entry])] == ["b.jsonl"]
     assert [file.name for file in expand_input([tmp_path / "out.rejects.jsonl"])] == ["out.rejects.jsonl"]
 

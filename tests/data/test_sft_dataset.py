@@ -85,7 +85,7 @@ def test_cutting_follows_upstream(tmp_path: Path) -> None:
     assert infer_seqlen(100, 10, 50) == (40, 10)  # a short target is kept whole
     assert infer_seqlen(10, 100, 50) == (10, 40)  # a short source is kept whole
     assert infer_seqlen(60, 40, 50) == (30, 20)  # else in proportion
-    assert turn_budgets([(10, 10), (10, 10), (10, 10)], 30) == [(10, 10), (5, 5)]
+    assert turn_budgets([TurnLengths(10, 10, 0)] * 3, 30) == [(10, 10), (5, 5)]
 
     ids = list(range(20, 40))  # two turns of 5 + 5
     prefix = packed_triple(tmp_path / "x", (ids, [1] * 20, ([0] * 5 + [1] * 5) * 2))
@@ -98,14 +98,20 @@ def test_d7_a_cut_prompt_keeps_the_header_of_its_answer(tmp_path: Path) -> None:
     turns = [TurnLengths(10, 4, 3), TurnLengths(5, 5, 3)]
     keep, cuts_prompt = kept_tokens(turns, 9)
     assert (np.flatnonzero(keep).tolist(), cuts_prompt) == ([0, 1, 7, 8, 9, 10, 11, 12, 13], True)
-    keep, cuts_prompt = kept_tokens(turns, 17)  # 3 are left for the second turn, whose header needs 2 of 1
+    keep, cuts_prompt = kept_tokens(turns, 17)  # 3 are left for the second turn: no token after its header
     assert (np.flatnonzero(keep).tolist(), cuts_prompt) == (list(range(14)), False)
-    assert not kept_tokens(turns, 2)[0].any()
+    keep, cuts_prompt = kept_tokens(turns, 18)  # the budgets give its source 2, but the header comes first
+    assert (np.flatnonzero(keep).tolist(), cuts_prompt) == ([*range(14), 16, 17, 18, 19], True)
+    assert np.flatnonzero(kept_tokens([TurnLengths(300, 20000, 9)], 512)[0]).tolist() == list(range(291, 300 + 503))
+    assert np.flatnonzero(kept_tokens(turns, 2)[0]).tolist() == [8, 9]  # something remains
 
     ids = [20, 21, 22, 23, 24, EOD, 25, 30, 31, EOD]
     prefix = packed_triple(tmp_path / "x", (ids, [1] * 10, [0] * 7 + [1] * 3))
-    assert only(prefix, seq_length=7, eod_token=EOD).tokens.tolist() == [20, 21, EOD, 25, 30, 31, EOD]
-    assert only(prefix, seq_length=7).tokens.tolist() == [20, 21, 22, 23, 30, 31, EOD]  # no tokenizer is known
+    assert only(prefix, seq_length=7, header=(EOD, 25)).tokens.tolist() == [20, 21, EOD, 25, 30, 31, EOD]
+    assert only(prefix, seq_length=7, header=(EOD, 26)).tokens.tolist() == [20, 21, 22, 23, 30, 31, EOD]
+    for length in range(1, 10):
+        sample = only(prefix, seq_length=length, header=(EOD, 25))
+        assert len(sample.tokens) == len(sample.labels) == len(sample.position_ids) == sum(sample.lengths) == length
 
 
 @settings(max_examples=200, deadline=None)
@@ -116,11 +122,11 @@ def test_d7_a_cut_prompt_keeps_the_header_of_its_answer(tmp_path: Path) -> None:
 def test_d7_no_answer_of_a_cut_conversation_lacks_its_header(turns: list[tuple[int, int, int]], room: int) -> None:
     lengths = [TurnLengths(source, target, min(source, header)) for source, target, header in turns]
     keep, _ = kept_tokens(lengths, room)
-    assert np.count_nonzero(keep) <= room
+    assert min(1, len(keep)) <= np.count_nonzero(keep) <= room
     begin = 0
     for turn in lengths:
         answer = begin + turn.source
-        if keep[answer : answer + turn.target].any():
+        if keep[answer : answer + turn.target].any() and room > turn.header:
             assert keep[answer - turn.header : answer].all()
         begin = answer + turn.target
 

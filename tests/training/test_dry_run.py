@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.errors import UserError
 from tandem.training.dry_run import dry_run
 from workspace import Workspace
@@ -93,6 +94,18 @@ def test_raw_data_are_tried_and_left_alone(
     ):
         with pytest.raises(UserError, match=r"/no/such\.idx: no such file"):
             dry_run(workspace.settings("torch", **values), 1)
+    twice = workspace.settings("torch", data_path=[str(raw), str(raw)])
+    with pytest.raises(UserError, match="a prefix is named twice"):
+        dry_run(twice, 1)
+    thinking = tmp_path / "thinking"
+    preprocess(
+        PreprocessOptions(
+            (str(workspace.questions),), str(thinking), str(workspace.hf), prompt_type="qwen3", enable_thinking=True
+        )
+    )
+    data_path = [str(workspace.questions), str(thinking)]
+    with pytest.raises(UserError, match="different templates"):
+        dry_run(workspace.settings("torch", instructions=True, data_path=data_path, prompt_type="qwen3"), 1)
     weighted = workspace.settings("torch", data_path=["1", str(raw), "2", str(workspace.corpus)], **epochs)
     with pytest.raises(UserError, match="--epochs 2 takes every sample so often, but with the weights"):
         dry_run(weighted, 1)

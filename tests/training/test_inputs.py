@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,30 @@ def test_d4_resets_change_nothing_in_conversations_that_are_stored_alone(workspa
         assert data.train[0].position_ids.tolist() == plain.train[0].position_ids.tolist()
 
 
+def test_d7_the_ends_of_messages_are_the_templates_whatever_the_tokenizer_calls_its_end(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """As in the folder of Qwen3-0.6B-Base, whose eos_token is <|endoftext|>."""
+    base = tmp_path / "base"
+    shutil.copytree(workspace.hf, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
+    tokenizer = Tokenizer(base)
+    source = tmp_path / "x.jsonl"
+    source.write_text(json.dumps({"instruction": "two " * 99, "output": "one"}) + "\n")
+    options = PreprocessOptions((str(source),), str(tmp_path / "x"), str(base), prompt_type="qwen3", append_eod=True)
+    preprocess(options)
+    settings = workspace.settings("torch", instructions=True, data_path=[str(tmp_path / "x")], split="1")
+    text = tokenizer.decode(open_data(settings, tokenizer).train[0].tokens)
+    assert "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\none<|im_end|>" in text
+
+    preprocess(dataclasses.replace(options, input=(str(workspace.questions),), pack=True, seq_length=128))
+    resets = {"reset_attention_mask": True, "seq_length": 128, "data_path": [str(tmp_path / "x")]}
+    packed = open_data(workspace.settings("torch", instructions=True, **resets), tokenizer).train
+    with pytest.raises(UserError, match="ends prompts as well as answers"):  # it is <|im_end|> that is looked for
+        packed[0]
+
+
 def test_h5_a_validation_split_without_a_whole_sample_names_the_way(workspace: Workspace) -> None:
     settings = workspace.settings("torch", seq_length=128, eval_iters=1, eval_interval=1, split="999,1,0")
     with pytest.raises(UserError, match="or --eval-iters full"):
@@ -197,7 +223,7 @@ def test_h3_epochs(workspace: Workspace, instructions: bool) -> None:
     assert abs(half.total_samples - settings.total_samples / 4) < 1
     weighted = {
         **values,
-        "data_path": ["0.9", f"{workspace.text}_text_document", "0.1", f"{workspace.text}_text_document"],
+        "data_path": ["0.9", f"{workspace.text}_text_document", "0.1", str(workspace.corpus)],
     }
     with pytest.raises(UserError, match="--epochs 1 takes every sample so often, but with the weights"):
         with_epochs(workspace.settings("torch", epochs=1, **{**weighted, "instructions": False}))

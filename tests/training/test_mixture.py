@@ -169,4 +169,8 @@ def test_a_new_order_is_said(workspace: Workspace) -> None:
     (notice,) = open_data(packed, tokenizer, state).notices
     assert "in an order of another pack, no shuffle, seed: a new one begins, at the same position" in notice
     old = dataclasses.replace(state, data={key: value for key, value in state.data.items() if key != "no_shuffle"})
-    assert not open_data(before, tokenizer, old).notices
+    kept = workspace.settings("torch", instructions=True, seq_length=128, no_shuffle=True)
+    assert not open_data(kept, tokenizer, old).notices
+    text = workspace.settings("torch")
+    began = after(open_data(text, tokenizer), text, 2)
+    assert not open_data(workspace.settings("torch", no_shuffle=True), tokenizer, began).notices  # which never reads it

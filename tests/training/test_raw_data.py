@@ -82,7 +82,10 @@ def test_what_a_pattern_becomes_lies_where_the_pattern_begins(
 
 def test_raw_validation_sets(workspace: Workspace, tmp_path: Path) -> None:
     ready = f"{workspace.text}_text_document"
-    for words in ([str(workspace.corpus)], [f"a={workspace.corpus}", f"b={ready}"]):
+    folder = tmp_path / "split=valid"
+    folder.mkdir()
+    shutil.copyfile(workspace.corpus, folder / "x.jsonl")
+    for words in ([str(workspace.corpus)], [str(folder / "x.jsonl")], [f"a={workspace.corpus}", f"b={ready}"]):
         raw = workspace.settings(
             "torch", valid_data_path=words, data_cache_path=str(tmp_path), eval_iters=1, eval_interval=1
         )
@@ -152,6 +155,8 @@ def test_errors(workspace: Workspace, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "processes", "expected"),
     [
+        ({"valid_data_path": ["/no/such"]}, 1, "/no/such.idx: no such file"),
+        ({"valid_data_path": ["/no/such", "b=/no/other"]}, 1, "--valid-data-path /no/such: expected NAME=PREFIX"),
         ({"lr": None}, 1, "--lr is required"),
         ({"train_iters": None, "epochs": 1, "train_samples": 8}, 1, "--epochs 1.0 exclude each other"),
         ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple"),

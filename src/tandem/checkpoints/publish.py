@@ -175,13 +175,6 @@ def check_writable(folder: str | Path) -> None:
         raise UserError(f"{folder}: {place} cannot be written to: choose another folder, or have it made writable")
 
 
-def check_file_writable(path: str | Path) -> None:
-    """Raise UserError when a file of that name cannot be written. Nothing is made."""
-    if Path(path).is_dir():
-        raise UserError(f"{path}: is a folder, where the name of a file is expected")
-    check_writable(Path(path).parent)
-
-
 def check_free_space(folder: str | Path, needed: int) -> None:
     """Raise UserError when the disk that will hold `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(_nearest(folder)).free

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.checkpoints.publish import check_file_writable
 from tandem.cli.data_page import write_page
 from tandem.config.flags import parse_dataclass
 from tandem.data.record import read_record
 from tandem.data.statistics import DataView, Statistics
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.report.page_file import check_page
 
 DESCRIPTION = "Show what preprocessed data hold: counts, lengths, and samples in which trained text is green."
 PLAIN_WIDTH = 140  # columns where the output is no terminal
@@ -42,7 +42,7 @@ class InspectDataOptions:
 def run(argv: Sequence[str]) -> None:
     options = parse_dataclass(InspectDataOptions, "inspect data", DESCRIPTION, argv)
     if options.html:
-        check_file_writable(options.html)
+        check_page(options.html)
     console = make_console()
     view = DataView(options.prefix)
     console.print(overview(options.prefix, view.statistics()))

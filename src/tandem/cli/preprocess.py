@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tandem.checkpoints.publish import check_file_writable
 from tandem.cli.progress import byte_progress
 from tandem.config.flags import parse_dataclass
 from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
@@ -19,6 +18,7 @@ from tandem.data.statistics import DataView
 from tandem.data.templates import THINKING_MODES
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.report.page_file import check_page
 
 DESCRIPTION = (
     "Turn text into PREFIX_text_document.bin/.idx, or instruction data into "
@@ -108,7 +108,7 @@ def run(argv: Sequence[str]) -> None:
     for notice in notices:
         print(f"> {notice}")
     if flags.html:
-        check_file_writable(flags.html)
+        check_page(flags.html)
     start = time.perf_counter()
     with byte_progress("tokenising") as progress:
         summary = preprocess(options_from(flags), lambda _, text_bytes: progress(text_bytes, None))

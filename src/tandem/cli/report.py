@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.checkpoints.publish import check_file_writable, write_text_atomically
+from tandem.checkpoints.publish import write_text_atomically
 from tandem.config.flags import parse_dataclass
 from tandem.report.page import render
+from tandem.report.page_file import check_page
 from tandem.report.run_folder import read_runs
 
 DESCRIPTION = (
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> None:
         folders.append(words.pop(0))
     flags = parse_dataclass(Flags, "report", DESCRIPTION, words)
     if flags.output:
-        check_file_writable(flags.output)
+        check_page(flags.output)
     runs = read_runs(folders)
     path = Path(flags.output) if flags.output else runs[0].folder / PAGE
     write_text_atomically(path, render(runs))

@@ -40,6 +40,8 @@ def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None
                 f"--data-path {' '.join(data_path)}: {prefix} stands where a prefix is expected; give prefixes alone, "
                 f"or a weight before each"
             )
+    if len(set(prefixes)) < len(prefixes):
+        raise UserError(f"--data-path: a prefix is named twice: {' '.join(prefixes)}; give it one weight")
     return prefixes, weights
 
 

@@ -30,9 +30,9 @@ class Conversations:
         self.labels = np.where(np.repeat(is_target, self._sides.ravel()), ids, np.int32(IGNORE))
         self.lengths = sums(self._sides.sum(axis=1), self._turns_of)
 
-    def trim(self, room: int, end: int | None) -> tuple[int, int]:
+    def trim(self, room: int, header: Sequence[int]) -> tuple[int, int]:
         """Cut conversations longer than `room` turn by turn; how many were cut, and how many of them in a prompt whose
-        answer remains. `end` is the token that ends a message."""
+        answer remains. `header` are the ids with which the header of an answer begins."""
         long = np.flatnonzero(self.lengths > room)
         if not len(long):
             return 0, 0
@@ -43,7 +43,7 @@ class Conversations:
             first, begin = int(first_turns[conversation]), int(starts[conversation])
             turns, place = [], begin
             for source, target in self._sides[first : first + int(self._turns_of[conversation])].tolist():
-                turns.append(TurnLengths(source, target, header_length(self.ids[place : place + source], end)))
+                turns.append(TurnLengths(source, target, header_length(self.ids[place : place + source], header)))
                 place += source + target
             keep[begin:place], cuts_prompt = kept_tokens(turns, room)
             cut_prompts += cuts_prompt

@@ -215,14 +215,16 @@ class OpenAIInstructionHandler(InstructionHandler):
             raise UserError(f"field {place}: content: expected a string, found {kind(content)}")
         if reasoning is not None and not isinstance(reasoning, str):
             raise UserError(f"field {place}: reasoning_content: expected a string, found {kind(reasoning)}")
-        return Message(role, content, reasoning or "", calls)
+        return Message(role, content, reasoning, calls)
 
 
 def _function_call(text: str, place: str) -> Message:
     """ShareGPT's turn of calls: a call or a list of calls as JSON, perhaps after a thought."""
     reasoning, rest = split_thought(text)
     value = _parse_json(rest, f"field {place}")
-    return Message("assistant", "", reasoning, _tool_calls(value if isinstance(value, list) else [value], place))
+    return Message(
+        "assistant", "", reasoning or None, _tool_calls(value if isinstance(value, list) else [value], place)
+    )
 
 
 def _tool_calls(value: Any, place: str) -> tuple[ToolCall, ...]:

@@ -47,7 +47,7 @@ def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_pre
 def _parts(folder: Path, key: str, output: str) -> list[Path]:
     """The prefixes that are merged into `output`."""
     found = sorted(path.with_suffix("") for path in folder.glob("*.idx") if key in path.stem)
-    parts = [part for part in found if part.absolute() != Path(output).absolute()]
+    parts = [part for part in found if part.resolve() != Path(output).resolve()]
     if not parts:
         raise UserError(f"--merge-group-keys {key}: no .bin/.idx pair in {folder} has it in its name")
     lonely = [path for path in folder.glob("*.bin") if key in path.stem and not path.with_suffix(".idx").exists()]
@@ -64,42 +64,50 @@ class _Record(NamedTuple):
 
 
 def _merged_record(groups: Mapping[str, Sequence[Path]], output_prefix: str) -> _Record | None:
-    """That of all groups; None where a part has none, or where not every pair that a record speaks for is merged, in
-    the same order as the others."""
+    """That of all groups; None where a part has none, or where a record speaks for more than is merged."""
     files: dict[str, str] = {}
+    merged: list[list[Path]] = []  # the records of each group, which must be the same in the same order
     records: dict[Path, dict[str, Any]] = {}
     for output, parts in groups.items():
-        found = dict(record for record in map(read_record, parts) if record)
-        if len(found) != len(parts) or list(records or found) != list(found):
-            return None
-        keys = {_key_of(record, part) for record, part in zip(found.values(), parts)}
-        if len(keys) != 1:
+        found = [read_record(part) for part in parts]
+        known = dict(record for record in found if record)
+        keys = {key for part in parts for record in known.values() for key in _keys_of(record, part)}
+        if None in found or len(known) != len(parts) or len(keys) != 1:
             return None
         files[keys.pop()] = os.path.basename(output)
-        records = found
-    if any(set(record["files"]) != set(files) for record in records.values()):
+        merged.append(list(known))
+        records = known
+    if any(paths != merged[0] for paths in merged) or any(set(r["files"]) != set(files) for r in records.values()):
         return None
-    first, *_ = records.values()
-    inputs = [name for record in records.values() for name in record["options"]["input"]]
     content = {
-        "tokenizer": first["tokenizer"],
-        "template": first["template"],
-        "options": {**first["options"], "input": inputs, "output_prefix": output_prefix},
+        "tokenizer": next(iter(records.values()))["tokenizer"],
+        "template": next(iter(records.values()))["template"],
+        "options": {**_shared([record["options"] for record in records.values()]), "output_prefix": output_prefix},
         "sources": [source for record in records.values() for source in record["sources"]],
         "counts": _sums([record["counts"] for record in records.values()]),
-        "merged": [str(path) for path in records],
+        "merged": list(map(str, records)),
     }
     return _Record(files, content)
 
 
-def _key_of(record: Mapping[str, Any], part: Path) -> str:
-    """Which of a record's pairs a part is."""
-    return next(key for key, name in record["files"].items() if name == part.name)
+def _keys_of(record: Mapping[str, Any], part: Path) -> list[str]:
+    """Which of a record's pairs a part is, if it is one."""
+    return [key for key, name in record["files"].items() if name == part.name]
+
+
+def _shared(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The inputs of all; of the other options those that are the same in all, None for those that differ."""
+    names = dict.fromkeys(name for option in options for name in option)
+    shared = {name: options[0].get(name) for name in names}
+    for name, value in shared.items():
+        if any(option.get(name) != value for option in options):
+            shared[name] = None
+    return {**shared, "input": [name for option in options for name in option["input"]]}
 
 
 def _sums(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = [name for name in counts[0] if name != "dropped"]
     dropped: Counter[str] = sum((Counter(count["dropped"]) for count in counts), Counter())
+    names = dict.fromkeys(name for count in counts for name in count if name != "dropped")
     return {**{name: sum(count.get(name, 0) for count in counts) for name in names}, "dropped": dict(dropped)}
 
 

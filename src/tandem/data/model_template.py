@@ -15,7 +15,7 @@ from tandem.data.templates import CHAT_TEMPLATE, Message, ToolCall, Turn, groupe
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
-_END_OF_THOUGHT = "</think>"
+_BEGIN_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 _MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use: no text of a template
 
@@ -57,14 +57,27 @@ class ModelTemplate:
                 found.
         """
         grouped(messages[1:] if messages and messages[0].role == "system" else messages, "assistant")
-        said = [_Said(message) for message in messages]
+        inline = {number for number, message in enumerate(messages) if _holds_thought(message)}
+        failure: UserError | None = None
+        # Templates take a thought in the content for a thought, or for any other text, or strip it from what is past.
+        for apart in dict.fromkeys(map(frozenset, (inline, (), inline - {len(messages) - 1}))):
+            try:
+                said = [_Said(message, number in apart) for number, message in enumerate(messages)]
+                return self._aligned_turns(said, tools)
+            except UserError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+    @cached_property
+    def answer_header(self) -> str:
+        """What follows the text of a user; "" where the template does not show it."""
+        question = [{"role": "user", "content": "\ue0000\ue001"}]
         try:
-            return self._aligned_turns(said, tools)
-        except UserError:
-            if all(entry.content == message.content for entry, message in zip(said, messages)):
-                raise
-        # Many templates know no thoughts: they write one that stands in the content as any other text.
-        return self._aligned_turns([_Said(message, splits_thought=False) for message in messages], tools)
+            text = self._tokenizer.apply_chat_template(question, add_generation_prompt=True)
+        except UserError:  # it wants more than a question; prompts that are cut then lose their end
+            return ""
+        return text.partition("\ue0000\ue001")[2].partition(_BEGIN_OF_THOUGHT)[0]
 
     def _aligned_turns(self, said: Sequence[_Said], tools: Sequence[str]) -> list[Turn]:
         full = self._render([entry.as_it_is() for entry in said], tools)
@@ -85,7 +98,8 @@ class ModelTemplate:
 
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
         """The text before the answer to a conversation that ends with the user."""
-        return (self._render([_Said(message).as_it_is() for message in messages], tools, add_generation_prompt=True),)
+        said = [_Said(message, sets_thought_apart=False).as_it_is() for message in messages]
+        return (self._render(said, tools, add_generation_prompt=True),)
 
     def _answers(self, marked: str, said: Sequence[_Said]) -> list[tuple[int, int]]:
         """Where each answer stands in the marked rendering."""
@@ -98,29 +112,31 @@ class ModelTemplate:
 
     def _answer(self, marked: str, begin: int, thinks: bool) -> tuple[int, int]:
         """Where the next answer stands in the marked rendering, from `begin` on."""
-        opening, opening_without_thought = self._openings
-        start = marked.find(opening, begin)
+        role, opening, opening_without_thought = self._openings
+        start = marked.find(role, begin) if role else -1
         if start >= 0:
-            skips_empty_thought = not thinks and marked.startswith(opening_without_thought, start)
-            start += len(opening_without_thought if skips_empty_thought else opening)
+            openings = (opening, role) if thinks else (opening_without_thought, opening, role)
+            start += next(len(text) for text in openings if marked.startswith(text, start))
             end = marked.find(self.stop_word, start)
             if end >= 0:
                 return start, end + len(self.stop_word)
         raise UserError(
-            f"the chat template begins no answer with {opening!r} or ends it without {self.stop_word!r}, so it cannot "
+            f"the chat template begins no answer with {role!r} or ends it without {self.stop_word!r}, so it cannot "
             f"be told what to train; choose a named prompt_type"
         )
 
     @cached_property
-    def _openings(self) -> tuple[str, str]:
-        """What the template writes before an answer, and before one that shall not think."""
+    def _openings(self) -> tuple[str, str, str]:
+        """What the template writes before any answer, before one that is still to come, and before one that shall not
+        think."""
         question = [{"role": "user", "content": "x"}]
         without = self._tokenizer.apply_chat_template(question)
         openings = [
             self._tokenizer.apply_chat_template(question, add_generation_prompt=True, enable_thinking=mode)
             for mode in (True, False)
         ]
-        return openings[0].removeprefix(without), openings[1].removeprefix(without)
+        opening, opening_without_thought = (text.removeprefix(without) for text in openings)
+        return opening.partition(_BEGIN_OF_THOUGHT)[0], opening, opening_without_thought
 
     def _render(
         self,
@@ -138,16 +154,22 @@ class ModelTemplate:
         )
 
 
-class _Said:
-    """A message, with its thought apart from its content, whichever of the two the data gave it in."""
+def _holds_thought(message: Message) -> bool:
+    """Whether a thought stands in the content, and nowhere else."""
+    return message.role == "assistant" and message.reasoning is None and _END_OF_THOUGHT in message.content
 
-    def __init__(self, message: Message, splits_thought: bool = True) -> None:
+
+class _Said:
+    """A message, with its thought apart from its content if so wanted."""
+
+    def __init__(self, message: Message, sets_thought_apart: bool) -> None:
         self.message = message
-        self.reasoning, self.content = message.reasoning, message.content
-        if splits_thought and message.role == "assistant" and not self.reasoning and _END_OF_THOUGHT in self.content:
+        self.reasoning, self.content = message.reasoning or "", message.content
+        if sets_thought_apart:
             # By Qwen3's rule. Where a template's is another, the two renderings do not agree.
-            first, last = message.content.split(_END_OF_THOUGHT)[0], message.content.split(_END_OF_THOUGHT)[-1]
-            self.reasoning, self.content = first.split("<think>")[-1].strip("\n"), last.lstrip("\n")
+            thought = message.content.partition(_END_OF_THOUGHT)[0].rpartition(_BEGIN_OF_THOUGHT)[2]
+            self.reasoning = thought if thought.strip("\n") else ""
+            self.content = message.content.rpartition(_END_OF_THOUGHT)[2]
 
     def as_it_is(self) -> dict[str, Any]:
         """The message as transformers takes it."""
@@ -156,12 +178,13 @@ class _Said:
     def marked(self, number: int) -> dict[str, Any]:
         """The same with marks `number` and `number + 1` for thought and content; empty ones stay empty."""
         return self._with(
-            f"\ue000{number}\ue001" if self.reasoning else "", f"\ue000{number + 1}\ue001" if self.content else ""
+            f"\ue000{number}\ue001" if self.reasoning else self.message.reasoning,
+            f"\ue000{number + 1}\ue001" if self.content else "",
         )
 
-    def _with(self, reasoning: str, content: str) -> dict[str, Any]:
+    def _with(self, reasoning: str | None, content: str) -> dict[str, Any]:
         fields: dict[str, Any] = {"role": self.message.role, "content": content}
-        if reasoning:
+        if reasoning is not None:
             fields["reasoning_content"] = reasoning
         if self.message.tool_calls:
             fields["tool_calls"] = [

@@ -191,7 +191,6 @@ def _job(
         f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
         f"{tokenizer.folder}; choose the prompt_type of this model",
     )
-    assert stop is not None
     reference = TokenizersEngine(tokenizer, add_special_tokens=False)
     if is_pairwise(handler):
         for option in ("pack", "append_eod"):
@@ -201,11 +200,12 @@ def _job(
         not options.pack or tokenizer.pad_id is not None,
         f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
     )
+    header = tokenizer.encode(template.answer_header)
     eod = stop if options.append_eod else None
     handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
     return (
         InstructionTokenizer(
-            reference, handlers, template, options.seq_length, stop, eod, options.train_turns, options.over_long
+            reference, handlers, template, options.seq_length, header, eod, options.train_turns, options.over_long
         ),
         template,
     )
@@ -344,7 +344,9 @@ def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> 
     recorded = asdict(options)
     for name in ("workers", "log_interval"):  # they leave no trace in the data
         del recorded[name]
-    return {**recorded, "handler_name": options.handler_name or sources[0].handler_name}
+    if not options.handler_name:  # what was recognised
+        recorded |= {"handler_name": sources[0].handler_name, "map_keys": sources[0].map_keys}
+    return recorded
 
 
 def _record(

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+from tandem import __version__
 from tandem.data.naming import sft_prefix
 from tandem.data.options import PreprocessOptions
 from tandem.data.preprocess import preprocess
@@ -43,8 +45,8 @@ def wait_for(record: Path) -> None:
 def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool = True, wait: Wait = wait_for) -> str:
     """Preprocess one raw data path, unless that was done before, into `{cache}/{name}.preprocessed/{key}`.
 
-    The key is a hash of the bytes of all files, of the tokenizer, of the template and of the options, so that whatever
-    differs lies elsewhere, and what is the same is found also on another machine.
+    The key is a hash of the bytes of all files, of the tokenizer, of the template, of the options and of our version,
+    so that whatever differs lies elsewhere, and what is the same is found also on another machine.
 
     Args:
         options: `input` is the raw data path; `output_prefix` is not used.
@@ -84,17 +86,22 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
     return options.output_prefix if others else str(folder / first)  # conversations have several files, text has one
 
 
+def template_of_raw(options: PreprocessOptions, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The template that the record of the preprocessed data will name."""
+    if options.prompt_type is None:
+        return None
+    return template_entry(get_template(options.prompt_type, options.enable_thinking, tokenizer))
+
+
 def _key(options: PreprocessOptions) -> str:
-    tokenizer = Tokenizer(options.tokenizer_name_or_path)
-    template = None
-    if options.prompt_type is not None:
-        template = template_entry(get_template(options.prompt_type, options.enable_thinking, tokenizer))
     with source_entries(expand_input(options.input)) as entries:
         sources = entries()
+    tokenizer = Tokenizer(options.tokenizer_name_or_path)
     identity = {
+        "version": __version__,
         "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_TRACE},
         "tokenizer": tokenizer_entry(tokenizer),
-        "template": template,
+        "template": template_of_raw(options, tokenizer),
         "sources": [(Path(entry["file"]).name, entry["sha256"]) for entry in sources],
     }
     return fingerprint(identity)[:16]

@@ -118,8 +118,12 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def _is_output(file: Path) -> bool:
-    """What an earlier run of ours left beside its input: a record, or rows that it rejected."""
-    return file.name.endswith(REJECTS_SUFFIX) or (file.suffix == ".json" and is_record(file))
+    """What an earlier run of ours left beside its input: data, their record, or rows that it rejected."""
+    return (
+        file.suffix in (".bin", ".idx")
+        or file.name.endswith(REJECTS_SUFFIX)
+        or (file.suffix == ".json" and is_record(file))
+    )
 
 
 def iter_blocks(files: Sequence[Path]) -> Iterator[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -27,7 +28,8 @@ class SFTSequences:
         prefix: what preprocessing was given as output prefix.
         split_name, split: which share of the sequences: `"train"` of `"98,1,1"`.
         seq_length: longest sample; longer ones are cut turn by turn (see `tandem.data.truncation`).
-        eod_token: id that ends a document, and a message; needed by the two flags below.
+        eod_token: id that ends a document; needed by the two flags below.
+        header: ids with which the header of an answer begins; a prompt that is cut keeps them and what follows.
         reset_position_ids: in a plainly packed sequence, positions restart after each `eod_token`.
         reset_attention_mask: in a plainly packed sequence, each `eod_token` ends a document.
 
@@ -49,6 +51,7 @@ class SFTSequences:
         eod_token: int | None = None,
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
+        header: Sequence[int] = (),
     ) -> None:
         if eod_token is None and (reset_position_ids or reset_attention_mask):
             raise UserError(
@@ -60,7 +63,7 @@ class SFTSequences:
             if not np.array_equal(self._ids.lengths, other.lengths):
                 raise UserError(f"{other.prefix}: sequence lengths differ from {self._ids.prefix}; preprocess again")
         self.seq_length = seq_length
-        self._eod_token = eod_token
+        self._eod_token, self._header = eod_token, header
         self._reset_position_ids = reset_position_ids
         self._reset_attention_mask = reset_attention_mask
         self.ids = _split_range(split, split_name, len(self._ids))
@@ -100,7 +103,7 @@ class SFTSequences:
         kept = slice(0, trained[-1] + 1 if len(trained) else None)
         ids, labels, segments = ids[kept], labels[kept], segments[kept]
         if len(ids) > self.seq_length:
-            keep = _kept(ids, labels, self.seq_length, self._eod_token)
+            keep = _kept(ids, labels, self.seq_length, self._header)
             ids, labels, segments = ids[keep], labels[keep], segments[keep]
         return ids, labels, segments
 
@@ -124,7 +127,7 @@ def _split_range(split: str, split_name: str, sequences: int) -> range:
     return range(bounds[position], bounds[position + 1])
 
 
-def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, eod_token: int | None) -> np.ndarray:
+def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, header: Sequence[int]) -> np.ndarray:
     """What remains of a sequence cut to `seq_length`, bool [t]; a turn is a masked run and the trained run after it."""
     trained = labels != IGNORE
     starts = np.flatnonzero(~trained & np.append(True, trained[:-1]))
@@ -134,7 +137,7 @@ def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, eod_token: int |
     for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(labels)]):
         target = int(np.count_nonzero(trained[begin:end]))
         source = end - begin - target
-        turns.append(TurnLengths(source, target, header_length(ids[begin : begin + source], eod_token)))
+        turns.append(TurnLengths(source, target, header_length(ids[begin : begin + source], header)))
     return kept_tokens(turns, seq_length)[0]
 
 

@@ -27,11 +27,13 @@ _REQUIRED_COLUMNS = ("prompt", "response", "messages")
 
 @dataclass(frozen=True)
 class Source:
-    """Files whose records mean the same; `handler_name` is the handler's, as upstream calls it."""
+    """Files whose records mean the same; `handler_name` is the handler's, as upstream calls it, and `map_keys` what it
+    was made with."""
 
     files: tuple[Path, ...]
     handler_name: str
     handler: Handler
+    map_keys: Mapping[str, Any] | None = None
 
 
 def open_sources(
@@ -57,7 +59,7 @@ def open_sources(
     name = handler_name
     if not name:
         name, map_keys = _detect(files, json_keys, map_keys, skip_bad)
-    return [Source(files, name, make_handler(name, json_keys, map_keys))]
+    return [Source(files, name, make_handler(name, json_keys, map_keys), map_keys)]
 
 
 def iter_source_blocks(sources: Sequence[Source], max_samples: int | None = None) -> Iterator[Block]:

@@ -36,8 +36,9 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
-            header = next(reader, [])
-            for values in filter(None, reader):
+            rows = filter(None, reader)
+            header = next(rows, [])
+            for values in rows:
                 if len(values) == len(header):
                     yield dict(zip(header, values))
                     continue

@@ -45,13 +45,13 @@ class Message(NamedTuple):
 
     Attributes:
         role: system, user, assistant, or tool for the result of a call.
-        reasoning: an assistant's thought, when the data keeps it apart from the content.
+        reasoning: an assistant's thought, when the data keeps it apart from the content; None when it does not.
         tool_calls: that an assistant makes after the content.
     """
 
     role: str
     content: str
-    reasoning: str = ""
+    reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
 
 
@@ -72,6 +72,7 @@ class Template(Protocol):
 
     Attributes:
         stop_word: the token that ends a message; the end-of-document token of fine-tuning data.
+        answer_header: what follows the text of a user, up to where an answer may begin.
         sha256: identity of its texts, whatever the thinking mode.
     """
 
@@ -83,6 +84,9 @@ class Template(Protocol):
 
     @property
     def stop_word(self) -> str: ...
+
+    @property
+    def answer_header(self) -> str: ...
 
     @property
     def sha256(self) -> str: ...
@@ -120,6 +124,11 @@ class PromptTemplate:
     stop_word: str
     thought_words: tuple[str, str]
     enable_thinking: bool | None = None
+
+    @property
+    def answer_header(self) -> str:
+        """What follows the text of a user."""
+        return self.user.partition("{content}")[2]
 
     @property
     def sha256(self) -> str:

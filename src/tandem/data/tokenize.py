@@ -174,7 +174,8 @@ class InstructionTokenizer(ChunkTokenizer):
     """A sequence per conversation: prompts masked, answers trained, cut to fewer than `seq_length` tokens.
 
     `handlers` are those of the sources. `train_turns` is "all", or "last" to train only the last answer. `over_long` is
-    "trim", "drop" to leave out what would have to be cut, or "stop". `stop` is the id of the template's stop word.
+    "trim", "drop" to leave out what would have to be cut, or "stop". `header` are the ids of the template's
+    `answer_header`, which a prompt that is cut keeps.
     The end-of-document token, if given, follows a conversation that leaves room for it; an answer that had to be cut
     leaves none, so it never gains a false end.
     """
@@ -187,7 +188,7 @@ class InstructionTokenizer(ChunkTokenizer):
         handlers: Sequence[InstructionHandler],
         template: Template,
         seq_length: int | None,
-        stop: int,
+        header: Sequence[int],
         eod: int | None,
         train_turns: str = "all",
         over_long: str = "trim",
@@ -198,7 +199,7 @@ class InstructionTokenizer(ChunkTokenizer):
         self._template = template
         self._train_turns = train_turns
         self._room = room_for(seq_length)
-        self._stop, self._eod = stop, eod
+        self._header, self._eod = header, eod
 
     def read(self, record: dict[str, Any], source: int) -> list[Turn]:
         handler = self._handlers[source]
@@ -217,7 +218,7 @@ class InstructionTokenizer(ChunkTokenizer):
             conversations.keep_only(short)
             chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
         else:
-            chunk.counts["trimmed"], chunk.counts["trimmed_prompts"] = conversations.trim(self._room, self._stop)
+            chunk.counts["trimmed"], chunk.counts["trimmed_prompts"] = conversations.trim(self._room, self._header)
         chunk.dropped["nothing left to train"] = conversations.drop_untrained()
         ids, labels, lengths = conversations.ids, conversations.labels, conversations.lengths
         if self._eod is not None:

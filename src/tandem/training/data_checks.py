@@ -12,7 +12,7 @@ from tandem.config.settings import DataSettings, Settings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import sft_prefix
 from tandem.data.record import check_record, read_record, template_entry
-from tandem.data.templates import THINKING_MODES, Template, get_template
+from tandem.data.templates import THINKING_MODES, Template, get_template, template_from_entry
 from tandem.data.tokenize import TOO_LONG
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -133,6 +133,14 @@ def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
         f"{lengths.max():,} tokens) and are cut, turn by turn; `tandem preprocess --seq-length {data.seq_length} "
         f"--over-long drop` leaves them out"
     ]
+
+
+def template_of(prefix: str, data: DataSettings, tokenizer: Tokenizer | None) -> Template | None:
+    """The template that made these conversations: the record's, or without a record that of the flags."""
+    if tokenizer is None:
+        return None
+    found = read_record(prefix)
+    return template_from_entry(found[1]["template"], tokenizer) if found else _named_template(prefix, data, tokenizer)
 
 
 def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:

@@ -12,8 +12,8 @@ from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
 from tandem.training.banner import saving_notice
 from tandem.training.data_checks import check_data
-from tandem.training.inputs import all_prefixes, open_data, open_tokenizer
-from tandem.training.raw_data import describe_raw, raw_options
+from tandem.training.inputs import all_prefixes, open_data, open_tokenizer, the_one_template
+from tandem.training.raw_data import describe_raw, raw_options, raw_templates
 from tandem.training.start import Ground, check_ground, with_data
 
 
@@ -47,11 +47,9 @@ def describe_data(settings: Settings, ground: Ground) -> list[str]:
     and what there is to say of the others."""
     tokenizer = open_tokenizer(settings, ground.source)
     if raw := raw_options(settings):
-        ready = [prefix for prefix in all_prefixes(settings) if prefix not in raw]
-        return [
-            *describe_raw(raw),
-            *(notice for prefix in ready for notice in check_data(prefix, settings, tokenizer)[0]),
-        ]
+        checks = {p: check_data(p, settings, tokenizer) for p in all_prefixes(settings) if p not in raw}
+        the_one_template({p: template for p, (_, template) in checks.items()} | raw_templates(raw))
+        return [*describe_raw(raw), *(notice for notices, _ in checks.values() for notice in notices)]
     settings = with_data(settings, ground).settings
     data = open_data(settings, tokenizer)
     counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in data.train.describe().items())

@@ -15,7 +15,7 @@ from tandem.data.gpt_dataset import GPTDataset
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.data_checks import check_data, check_files, is_packed
+from tandem.training.data_checks import check_data, check_files, is_packed, template_of
 from tandem.training.evaluation import Dataset
 from tandem.training.log import VALIDATION
 from tandem.training.mixture import Mixture
@@ -61,7 +61,7 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
     training = settings.training
     named = named_sets(settings.data.valid_data_path)
     checks = {prefix: check_data(prefix, settings, tokenizer) for prefix in all_prefixes(settings)}
-    template = _the_one_template({prefix: found for prefix, (_, found) in checks.items()})
+    template = the_one_template({prefix: found for prefix, (_, found) in checks.items()})
     train, mixture = _training(settings, tokenizer, resumed)
     valid: dict[str, Dataset] = {}
     if training.eval_iters and training.eval_interval <= settings.total_iters:
@@ -81,7 +81,7 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
     return Data(train, valid, template, [*lines, *notices], {**data_identity(settings), "mixture": mixture.to_dict()})
 
 
-def _the_one_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+def the_one_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
     """The template of all prefixes of which it is known.
 
     Raises:
@@ -90,12 +90,12 @@ def _the_one_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, 
     known = {prefix: template for prefix, template in templates.items() if template is not None}
     first = next(iter(known), None)
     for prefix, template in known.items():
-        if first is not None and template != known[first]:
+        if first and template != known[first]:
             raise UserError(
                 f"{prefix} was made with the template {template}, {first} with {known[first]}: different templates; "
                 f"preprocess all with the same --prompt-type and --enable-thinking"
             )
-    return known[first] if first is not None else None
+    return known[first] if first else None
 
 
 def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dict[str, Dataset]) -> list[str]:
@@ -128,17 +128,23 @@ def named_sets(paths: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: a name is missing or given twice.
     """
-    if len(paths) == 1 and "=" not in paths[0]:
+    if len(paths) == 1 and split_name(paths[0])[0] is None:
         return {VALIDATION: paths[0]}
     found: dict[str, str] = {}
     for word in paths:
-        name, equals, prefix = word.partition("=")
-        if not equals or not name or not prefix:
+        name, prefix = split_name(word)
+        if not name or not prefix:
             raise UserError(f"--valid-data-path {word}: expected NAME=PREFIX, or one PREFIX alone")
         if name in found:
             raise UserError(f"--valid-data-path: two sets have the name {name!r}")
         found[name] = prefix
     return found
+
+
+def split_name(word: str) -> tuple[str | None, str]:
+    """Name and path of a word NAME=PATH; None for the name of a path alone, which may hold `=` in a folder's name."""
+    name, equals, path = word.partition("=")
+    return (name, path) if equals and "/" not in name else (None, word)
 
 
 def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> Dataset:
@@ -200,7 +206,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "train_samples": settings.training.train_samples,
         "is_instruction_dataset": settings.data.is_instruction_dataset,
         "pack": settings.data.pack,
-        "no_shuffle": settings.data.no_shuffle,
+        "no_shuffle": settings.data.is_instruction_dataset and settings.data.no_shuffle,
     }
 
 
@@ -248,7 +254,7 @@ def _keeps_its_order(settings: Settings, resumed: TrainerState) -> bool:
 def _changed_ordering(settings: Settings, resumed: TrainerState) -> list[str]:
     """What the order depends on and is another than in the checkpoint."""
     identity = data_identity(settings)
-    before = {"no_shuffle": False, **resumed.data}  # older checkpoints do not say it
+    before = {"no_shuffle": identity["no_shuffle"], **resumed.data}  # older checkpoints do not say it
     changed = [name for name in _ORDERING if before.get(name) != identity[name]]
     return changed + ([] if resumed.seed == settings.training.seed else ["seed"])
 
@@ -266,6 +272,10 @@ def _single(
     seed = settings.training.seed if seed is None else seed
     eod = tokenizer.eos_id if tokenizer else None
     if data.is_instruction_dataset:
+        template = template_of(prefix, data, tokenizer)
+        if template is not None and tokenizer is not None:
+            # Not the tokenizer's own end, which is another token in the folders of models that were only pretrained.
+            eod = tokenizer.require_id(template.stop_word)
         packed = is_packed(prefix)
         resets = packed is not False  # a conversation that is stored alone is a document of its own
         return SFTDataset(
@@ -278,6 +288,7 @@ def _single(
             eod_token=eod,
             reset_position_ids=data.reset_position_ids and resets,
             reset_attention_mask=data.reset_attention_mask and resets,
+            header=tokenizer.encode(template.answer_header) if template and tokenizer else (),
             shuffle=not data.no_shuffle,
             pack=data.pack and not packed,
         )

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tandem.data.blend import BlendedDataset, ChainedDataset, Segment, blend_sizes, normalized, segment_indices
-from tandem.errors import UserError
 from tandem.training.trainer import Dataset
 
 # prefix, samples, and which of several datasets of the same prefix it is -> the dataset
@@ -38,8 +37,6 @@ class Mixture:
         cls, prefixes: Sequence[str], weights: Sequence[float], samples: int, earlier: Mixture | None, consumed: int
     ) -> Mixture:
         """The mixture of a run of `samples` samples, which may go on from an `earlier` one after `consumed` samples."""
-        if len(set(prefixes)) < len(prefixes):
-            raise UserError(f"--data-path: a prefix is named twice: {' '.join(prefixes)}; give it one weight")
         now = dict(zip(prefixes, normalized(weights)))
         if earlier is None or not consumed:
             if len(prefixes) == 1:

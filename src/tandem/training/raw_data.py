@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
 from tandem.data.options import PreprocessOptions, parse_map_keys
 from tandem.data.preprocess import try_first_rows
-from tandem.data.raw import Wait, is_raw, preprocess_once, wait_for
+from tandem.data.raw import Wait, is_raw, preprocess_once, template_of_raw, wait_for
 from tandem.data.templates import THINKING_MODES
+from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.inputs import open_tokenizer
+from tandem.training.data_checks import check_files
+from tandem.training.inputs import all_prefixes, open_tokenizer, split_name
 
 
 def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait_for) -> Settings:
@@ -33,8 +36,17 @@ def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait
         return preprocess_once(options[path], data.data_cache_path, leader, wait) if path in options else path
 
     paths = tuple(map(ready, data.data_path))
-    valid = tuple(name + ready(path) for name, path in map(_split_name, data.valid_data_path))
+    valid = tuple(
+        ready(path) if name is None else f"{name}={ready(path)}" for name, path in map(split_name, data.valid_data_path)
+    )
     return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=paths, valid_data_path=valid))
+
+
+def check_ready(settings: Settings) -> None:
+    """Raise UserError when data that are not raw are not there either."""
+    for prefix in all_prefixes(settings):
+        if not is_raw(prefix):
+            check_files(prefix, settings.data.is_instruction_dataset)
 
 
 def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
@@ -53,6 +65,11 @@ def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
     return lines
 
 
+def raw_templates(raw: Mapping[str, PreprocessOptions]) -> dict[str, dict[str, Any] | None]:
+    """The template of which each raw path is made, as its record will name it."""
+    return {path: template_of_raw(options, Tokenizer(options.tokenizer_name_or_path)) for path, options in raw.items()}
+
+
 def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
     """How each raw path is to be preprocessed; where to is not said.
 
@@ -60,8 +77,7 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
         UserError: settings do not say how.
     """
     data = settings.data
-    paths = [*data.data_path, *(path for _, path in map(_split_name, data.valid_data_path))]
-    raw = [path for path in dict.fromkeys(paths) if is_raw(path)]
+    raw = [path for path in all_prefixes(settings) if is_raw(path)]
     if not raw:
         return {}
     if len(data.json_keys) != 1:
@@ -79,12 +95,6 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
         workers=data.workers,
     )
     return {path: dataclasses.replace(options, input=(path,)) for path in raw}
-
-
-def _split_name(word: str) -> tuple[str, str]:
-    """`NAME=` and the path of a word of `--valid-data-path`; "" where it is a path alone."""
-    name, equals, path = word.partition("=")
-    return (name + equals, path) if equals else ("", word)
 
 
 def _tokenizer_folder(settings: Settings) -> str:

@@ -16,7 +16,7 @@ from tandem.models.config import ModelConfig, from_hf
 from tandem.parallel.grid import Grid
 from tandem.parallel.world import World
 from tandem.training.inputs import check_epochs, with_epochs
-from tandem.training.raw_data import with_preprocessed
+from tandem.training.raw_data import check_ready, with_preprocessed
 from tandem.training.resume import check_same_data, continued, open_initial
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.state import TrainerState
@@ -67,6 +67,7 @@ def check_ground(settings: Settings, processes: int) -> Ground:
     framework = check_framework(settings.training.ai_framework)
     settings.check()
     check_epochs(settings)
+    check_ready(settings)
     settings.check_grid(Grid(settings.layout, processes))
     if settings.checkpoint.save is not None:
         check_writable(settings.checkpoint.save)
