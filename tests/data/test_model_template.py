@@ -131,6 +131,15 @@ def test_d6_an_empty_reasoning_beside_a_thought_in_the_content(tokenizer: Tokeni
     assert text_of(turns) == tokenizer.apply_chat_template(messages)
 
 
+@pytest.mark.parametrize("content", ["<think>\nhm\n</think>\n\n", "<think>\n\n</think>\n\n", "hm</think>"])
+def test_d6_a_thought_before_a_call(tokenizer: Tokenizer, content: str) -> None:
+    call = ToolCall("f", "{}")
+    messages = [Message("user", "1"), Message("assistant", content, None, (call,))]
+    for more in ([], [Message("tool", "r"), Message("assistant", "A")]):
+        turns = get_template("chat_template", None, tokenizer).turns([*messages, *more])
+        assert text_of(turns) == tokenizer.apply_chat_template(chat([*messages, *more]))
+
+
 LAST = "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}"
 SPLIT = "{{ m.content.split('</think>')[-1] }}"
 BEGUN = "{% if loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"

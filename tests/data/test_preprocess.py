@@ -140,14 +140,16 @@ def test_c3_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, 
     assert read_record(tmp_path / "all") is None
 
 
-def test_c3_the_record_of_a_merge_is_found_whatever_the_group_is_called(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_c3_the_record_of_a_merge_says_what_all_parts_share(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for number, over_long in enumerate(("drop", "trim")):
         source = write_jsonl(tmp_path / f"{number}.jsonl", {"text": "a", "title": "b"})
         prefix = tmp_path / "parts" / str(number)
         preprocess(options(source, prefix, tokenizer_folder, json_keys=("text", "title"), over_long=over_long))
-    merge_groups(tmp_path / "parts", ["text", "title"], str(tmp_path / "all"))
-    for key in ("text", "title"):
+    merge_groups(tmp_path / "parts", ["text", "title"], str(tmp_path / "all"))  # it would not be found
+    assert not (tmp_path / "all.json").exists()
+    merge_groups(tmp_path / "parts", ["text_document", "title_document"], str(tmp_path / "all"))
+    for key in ("text_document", "title_document"):
         path, record = read_record(tmp_path / f"all_{key}")  # type: ignore[misc]
         assert path == tmp_path / "all.json"
         assert record["options"]["json_keys"] == ["text", "title"]

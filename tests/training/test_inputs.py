@@ -168,12 +168,37 @@ def test_d7_the_ends_of_messages_are_the_templates_whatever_the_tokenizer_calls_
     settings = workspace.settings("torch", instructions=True, data_path=[str(tmp_path / "x")], split="1")
     text = tokenizer.decode(open_data(settings, tokenizer).train[0].tokens)
     assert "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\none<|im_end|>" in text
+    record_path(tmp_path / "x").unlink()  # then a message ends with what the tokenizer calls its end
+    settings = workspace.settings("torch", instructions=True, data_path=[str(tmp_path / "x")], split="1")
+    text = tokenizer.decode(open_data(settings, Tokenizer(workspace.hf)).train[0].tokens)
+    assert "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\none<|im_end|>" in text
 
     preprocess(dataclasses.replace(options, input=(str(workspace.questions),), pack=True, seq_length=128))
     resets = {"reset_attention_mask": True, "seq_length": 128, "data_path": [str(tmp_path / "x")]}
     packed = open_data(workspace.settings("torch", instructions=True, **resets), tokenizer).train
     with pytest.raises(UserError, match="ends prompts as well as answers"):  # it is <|im_end|> that is looked for
         packed[0]
+
+
+def test_c3_a_template_that_is_not_here_stops_no_run(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "with"
+    shutil.copytree(workspace.hf, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    options = PreprocessOptions((str(workspace.questions),), str(tmp_path / "x"), str(folder))
+    preprocess(dataclasses.replace(options, prompt_type="chat_template"))
+    settings = workspace.settings("torch", instructions=True, data_path=[str(tmp_path / "x")])
+    (tmp_path / "bare").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(workspace.hf / name, tmp_path / "bare" / name)
+    config = json.loads((tmp_path / "bare" / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(config))
+    for place in (folder, tmp_path / "bare"):
+        sample = open_data(settings, Tokenizer(place)).train[0]
+        assert "<|im_end|>\n<|im_start|>assistant\n" in Tokenizer(place).decode(sample.tokens)
 
 
 def test_h5_a_validation_split_without_a_whole_sample_names_the_way(workspace: Workspace) -> None:

@@ -156,7 +156,11 @@ def run_merge(argv: Sequence[str]) -> None:
     for prefix in prefixes:
         print(f"wrote {prefix}.bin and .idx")
     found = read_record(prefixes[0])
-    print(f"wrote {found[0]}" if found else "no record: the parts have none, or not all of their files are merged")
+    print(
+        f"wrote {found[0]}"
+        if found
+        else "no record: not all parts have one, not all of their files are merged, or a key does not end in _document"
+    )
 
 
 def options_from(flags: Flags) -> PreprocessOptions:

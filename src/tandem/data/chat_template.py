@@ -31,7 +31,7 @@ def render_chat_template(source: str, **variables: Any) -> str:
     """
     try:
         return _compile(source).render(**variables)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # of foreign code
         raise UserError(f"the chat template cannot render these messages: {error}") from None
 
 

@@ -64,7 +64,8 @@ class _Record(NamedTuple):
 
 
 def _merged_record(groups: Mapping[str, Sequence[Path]], output_prefix: str) -> _Record | None:
-    """That of all groups; None where a part has none, or where a record speaks for more than is merged."""
+    """That of all groups; None where a part has none, where a record speaks for more than is merged, or where it would
+    not be found, which names that end in `_document` see to."""
     files: dict[str, str] = {}
     merged: list[list[Path]] = []  # the records of each group, which must be the same in the same order
     records: dict[Path, dict[str, Any]] = {}
@@ -72,9 +73,12 @@ def _merged_record(groups: Mapping[str, Sequence[Path]], output_prefix: str) -> 
         found = [read_record(part) for part in parts]
         known = dict(record for record in found if record)
         keys = {key for part in parts for record in known.values() for key in _keys_of(record, part)}
-        if None in found or len(known) != len(parts) or len(keys) != 1:
+        if None in found or len(known) != len(parts) or len(keys) != 1 or not output.endswith("_document"):
             return None
-        files[keys.pop()] = os.path.basename(output)
+        (key,) = keys
+        if key in files:
+            return None
+        files[key] = os.path.basename(output)
         merged.append(list(known))
         records = known
     if any(paths != merged[0] for paths in merged) or any(set(r["files"]) != set(files) for r in records.values()):

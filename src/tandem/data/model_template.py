@@ -168,8 +168,8 @@ class _Said:
         if sets_thought_apart:
             # By Qwen3's rule. Where a template's is another, the two renderings do not agree.
             thought = message.content.partition(_END_OF_THOUGHT)[0].rpartition(_BEGIN_OF_THOUGHT)[2]
-            self.reasoning = thought if thought.strip("\n") else ""
-            self.content = message.content.rpartition(_END_OF_THOUGHT)[2]
+            content = message.content.rpartition(_END_OF_THOUGHT)[2]
+            self.reasoning, self.content = (text if text.strip("\n") else "" for text in (thought, content))
 
     def as_it_is(self) -> dict[str, Any]:
         """The message as transformers takes it."""

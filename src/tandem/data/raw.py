@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tandem import __version__
 from tandem.data.naming import sft_prefix
 from tandem.data.options import PreprocessOptions
 from tandem.data.preprocess import preprocess
@@ -22,6 +21,7 @@ from tandem.data.templates import get_template
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
+_REVISION = 2  # one more whenever preprocessing makes other files of the same input
 _WITHOUT_TRACE = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
 _SECONDS_BETWEEN_LOOKS = 0.5
 Wait = Callable[[Path], None]
@@ -45,8 +45,8 @@ def wait_for(record: Path) -> None:
 def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool = True, wait: Wait = wait_for) -> str:
     """Preprocess one raw data path, unless that was done before, into `{cache}/{name}.preprocessed/{key}`.
 
-    The key is a hash of the bytes of all files, of the tokenizer, of the template, of the options and of our version,
-    so that whatever differs lies elsewhere, and what is the same is found also on another machine.
+    The key is a hash of the bytes of all files, of the tokenizer, of the template, of the options and of what we make
+    of them, so that whatever differs lies elsewhere, and what is the same is found also on another machine.
 
     Args:
         options: `input` is the raw data path; `output_prefix` is not used.
@@ -98,7 +98,7 @@ def _key(options: PreprocessOptions) -> str:
         sources = entries()
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     identity = {
-        "version": __version__,
+        "revision": _REVISION,
         "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_TRACE},
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_of_raw(options, tokenizer),

@@ -182,8 +182,9 @@ def _speaks_for(record: Mapping[str, Any], name: str) -> bool:
 
 def _candidates(data_path: str) -> Iterator[Path]:
     """`free_text_document` belongs to `free.json`: a key may hold underscores, so each shorter name is tried."""
-    folder, stem = os.path.split(data_path)
+    folder, name = os.path.split(data_path)
     yield record_path(data_path)
-    while "_" in stem:
+    stem = name.removesuffix("_document")
+    while stem != name and "_" in stem:
         stem = stem.rpartition("_")[0]
         yield record_path(os.path.join(folder, stem))

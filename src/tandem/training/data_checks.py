@@ -12,7 +12,14 @@ from tandem.config.settings import DataSettings, Settings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import sft_prefix
 from tandem.data.record import check_record, read_record, template_entry
-from tandem.data.templates import THINKING_MODES, Template, get_template, template_from_entry
+from tandem.data.templates import (
+    CHAT_TEMPLATE,
+    PROMPT_TYPES,
+    THINKING_MODES,
+    Template,
+    get_template,
+    template_from_entry,
+)
 from tandem.data.tokenize import TOO_LONG
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -135,12 +142,16 @@ def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
     ]
 
 
-def template_of(prefix: str, data: DataSettings, tokenizer: Tokenizer | None) -> Template | None:
-    """The template that made these conversations: the record's, or without a record that of the flags."""
-    if tokenizer is None:
-        return None
+def template_of(prefix: str, tokenizer: Tokenizer | None) -> Template | None:
+    """The template that made these conversations, by their record; None where that does not name one that is here."""
     found = read_record(prefix)
-    return template_from_entry(found[1]["template"], tokenizer) if found else _named_template(prefix, data, tokenizer)
+    entry = found[1]["template"] if found else None
+    if tokenizer is None or entry is None or entry["prompt_type"] not in PROMPT_TYPES:
+        return None
+    if entry["prompt_type"] == CHAT_TEMPLATE and tokenizer.chat_template is None:
+        return None
+    template = template_from_entry(entry, tokenizer)
+    return template if template and template.sha256 == entry["sha256"] else None
 
 
 def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:

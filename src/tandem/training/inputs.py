@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,9 +143,10 @@ def named_sets(paths: Sequence[str]) -> dict[str, str]:
 
 
 def split_name(word: str) -> tuple[str | None, str]:
-    """Name and path of a word NAME=PATH; None for the name of a path alone, which may hold `=` in a folder's name."""
+    """Name and path of a word NAME=PATH; None for the name of a path alone. Where files have the whole word's name, the
+    `=` belongs to it."""
     name, equals, path = word.partition("=")
-    return (name, path) if equals and "/" not in name else (None, word)
+    return (name, path) if equals and not glob.glob(f"{glob.escape(word)}*") else (None, word)
 
 
 def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> Dataset:
@@ -272,10 +274,12 @@ def _single(
     seed = settings.training.seed if seed is None else seed
     eod = tokenizer.eos_id if tokenizer else None
     if data.is_instruction_dataset:
-        template = template_of(prefix, data, tokenizer)
+        template = template_of(prefix, tokenizer)
+        header = [] if eod is None else [eod]  # most templates end a message so before they begin an answer
         if template is not None and tokenizer is not None:
             # Not the tokenizer's own end, which is another token in the folders of models that were only pretrained.
             eod = tokenizer.require_id(template.stop_word)
+            header = tokenizer.encode(template.answer_header) or [eod]
         packed = is_packed(prefix)
         resets = packed is not False  # a conversation that is stored alone is a document of its own
         return SFTDataset(
@@ -288,7 +292,7 @@ def _single(
             eod_token=eod,
             reset_position_ids=data.reset_position_ids and resets,
             reset_attention_mask=data.reset_attention_mask and resets,
-            header=tokenizer.encode(template.answer_header) if template and tokenizer else (),
+            header=header,
             shuffle=not data.no_shuffle,
             pack=data.pack and not packed,
         )
