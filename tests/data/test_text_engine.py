@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_toys import byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from tandem.data.engine import GigatokenEngine, TokenizersEngine, choose_engine
+from tandem.data.engine import GigatokenEngine, Separator, TokenizersEngine, choose_engine, find_separator
 from tandem.data.tokenizer import Tokenizer
 
 TEXTS = ["", "hello world", "中文 e\u0301 <think>\nx</think> <|im_end|>", "x" * 3000]
+END = Separator("<|endoftext|>", 256)  # of the toy
 
 
 @pytest.fixture
@@ -41,8 +45,11 @@ def test_threads_encode_at_once_and_leave_the_environment_alone(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
-    engine = GigatokenEngine(tokenizer.folder / "tokenizer.json", threads=3)
-    parts = [[f"{text} {number}" for text in TEXTS for _ in range(20)] for number in range(24)]
+    separator = find_separator(tokenizer, TEXTS)
+    assert separator == Separator("<|endoftext|>", 151643)
+    engine = GigatokenEngine(tokenizer.folder / "tokenizer.json", threads=3, separator=separator)
+    parts = [[f"{text} {number}" for text in [*TEXTS, *FRAGMENTS] for _ in range(5)] for number in range(24)]
+    parts[::2] = [[text.replace("<|endoftext|>", "") for text in part] for part in parts[::2]]
     with ThreadPoolExecutor(4) as pool:
         encoded = list(pool.map(engine.encode, parts))
     for part, (ids, lengths) in zip(parts, encoded):
@@ -50,6 +57,78 @@ def test_threads_encode_at_once_and_leave_the_environment_alone(
         np.testing.assert_array_equal(ids, expected[0])
         np.testing.assert_array_equal(lengths, expected[1])
     assert "RAYON_NUM_THREADS" not in os.environ
+
+
+FRAGMENTS = [
+    *("<|endoftext|>", "<|endoftext|", "|endoftext|>", "<|im_end|>", "<think>", "</think", "<", ">", "|", " ", "  "),
+    *("\n", "\r\n", "\t", "a", "It's", "12", "中", "。", "\u0301", "\u0338", "\x00", "\U0001f468\u200d", "_"),
+]
+texts = st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=5).map("".join), max_size=6)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bytes", "words"])
+def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Cuts text into bytes, or into words first."""
+    pytest.importorskip("gigatoken")
+    folder = byte_tokenizer(tmp_path_factory.mktemp("toy") / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["use_regex"] = request.param
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return Tokenizer(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=texts, end=st.sampled_from([None, 256, 258]), separator=st.sampled_from([END, None]))
+def test_texts_encoded_as_one_have_the_ids_that_they_have_alone(
+    toy: Tokenizer, texts: list[str], end: int | None, separator: Separator | None
+) -> None:
+    engine = GigatokenEngine(toy.folder / "tokenizer.json", separator=separator)
+    expected = TokenizersEngine(toy, False).encode(texts, end)
+    alone = [toy.encode(text) + ([] if end is None else [end]) for text in texts]
+    assert expected[0].tolist() == [i for ids in alone for i in ids]
+    assert expected[1].tolist() == [len(ids) for ids in alone]
+    for batch in (texts, [text.encode() for text in texts]):
+        for array, reference in zip(engine.encode(batch, end), expected):
+            assert array.dtype == reference.dtype
+            np.testing.assert_array_equal(array, reference)
+
+
+def with_tokens(folder: Path, *tokens: AddedToken) -> Tokenizer:
+    """The toy with more tokens, before it looks for a separator."""
+    tokenizer = Tokenizer(byte_tokenizer(folder))
+    for token in tokens:
+        (tokenizer._tokenizer.add_special_tokens if token.special else tokenizer._tokenizer.add_tokens)([token])
+    return tokenizer
+
+
+def test_the_separator_is_in_none_of_the_sample(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer"))
+    assert find_separator(tokenizer, ["hello"]) == END
+    assert find_separator(tokenizer, ["hello", "a<|endoftext|>"]) == Separator("<|im_start|>", 257)
+    assert find_separator(tokenizer, ["<|im_start|><|im_end|>", "<|endoftext|>"]) is None  # <think> is not special
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("x<", special=False),  # begins in a text and ends in the separator
+        AddedToken(">x<|endoftext|>", special=True),
+        AddedToken("word", special=False, single_word=True),
+    ],
+)
+def test_no_separator_that_another_token_could_hide_or_see(token: AddedToken, tmp_path: Path) -> None:
+    assert find_separator(with_tokens(tmp_path / "tokenizer", token), []) is None
+
+
+def test_the_separator_takes_nothing_from_its_neighbours(tmp_path: Path) -> None:
+    longer = AddedToken("<|endoftext|>!", special=True, normalized=False)
+    assert find_separator(with_tokens(tmp_path / "longer", longer), []) == Separator("<|im_start|>", 257)
+    used = ["<|endoftext|><|im_start|><|im_end|>"]
+    for flags in ({"lstrip": True}, {"rstrip": True}, {"normalized": True}):
+        token = AddedToken("[SEP]", special=True, **{"normalized": False, **flags})
+        assert find_separator(with_tokens(tmp_path / str(flags), token), used) is None
+    token = AddedToken("[SEP]", special=True, normalized=False)
+    assert find_separator(with_tokens(tmp_path / "plain", token), used) == Separator("[SEP]", 261)
 
 
 def test_the_first_difference_means_tokenizers(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import glob
 import gzip
 import io
 import os
+import secrets
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _JSON_SUFFIXES = tuple(json + compression for json in (".json", ".jsonl") for co
 SUFFIXES = (*_JSON_SUFFIXES, *_TEXT_SUFFIXES, *TABLE_SUFFIXES)
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024  # a block ends at either
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_AT_LINE_ENDS = secrets.randbits(62)  # what no file can be made to hold
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,26 @@ def plain_texts(block: Block, keys: Sequence[str]) -> list[list[bytes]] | None:
     if block.is_text:
         return None
     try:
-        records = [orjson.loads(row) for row in block.rows()]
+        records = _lines_at_once(block) or [orjson.loads(row) for row in block.rows()]
         return [[record[key].encode() for record in records] for key in keys]  # only a str has `encode`
     except (ValueError, TypeError, KeyError, AttributeError):
         return None  # whatever it is, `parse_row` says what
+
+
+def _lines_at_once(block: Block) -> list[Any] | None:
+    """The JSON values of all lines, read as one array, which takes less time; None where they are not one value each,
+    or are too deep within an array."""
+    if not isinstance(block.content, bytes):
+        return None
+    lines = block.content if block.content.endswith(b"\n") else block.content + b"\n"
+    try:
+        values: list[Any] = orjson.loads(b"[%b0]" % lines.replace(b"\n", b",%d," % _AT_LINE_ENDS))
+    except orjson.JSONDecodeError:
+        return None
+    # A line that held several values, or a value that went on over lines, would bring the numbers out of their places.
+    if len(values) != 2 * block.count + 1 or values[1::2].count(_AT_LINE_ENDS) != block.count:
+        return None
+    return values[:-1:2]
 
 
 def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:

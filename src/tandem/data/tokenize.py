@@ -157,13 +157,13 @@ class PretrainTokenizer(ChunkTokenizer):
         for key, column in zip(self.output_keys, columns):
             texts = [text for text in column if text]
             chunk.counts["text_bytes"] += sum(map(len, texts))
-            tokens, lengths = self.engine.encode(texts)
+            tokens, lengths = self.engine.encode(texts, None if self._multiple > 1 else self._eod)
             if self._multiple > 1:
                 # As upstream: a document that fits already gains a whole multiple, unless its eod is that token.
                 missing = self._multiple - lengths % self._multiple - (self._eod is not None)
                 tokens, lengths = with_ends(tokens, lengths, missing, self._pad)
-            if self._eod is not None:
-                tokens, lengths = with_ends(tokens, lengths, np.ones_like(lengths), self._eod)
+                if self._eod is not None:
+                    tokens, lengths = with_ends(tokens, lengths, np.ones_like(lengths), self._eod)
             chunk.columns[key] = tokens, lengths
             chunk.counts["tokens"] += tokens.size
             chunk.dropped[f"empty {key}"] += len(column) - len(texts)

@@ -79,9 +79,9 @@ class Tokenizer:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
     @property
-    def added_tokens(self) -> list[str]:
-        """Texts that become one token wherever they stand, special tokens among them."""
-        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+    def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """By id: texts that become one token wherever they stand, special tokens among them."""
+        return self._tokenizer.get_added_tokens_decoder()
 
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
