@@ -13,7 +13,7 @@ from data_toys import byte_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.data.indexed import DTYPE_CODES, IndexedDataset, IndexedWriter, merge
+from tandem.data.indexed import DTYPE_CODES, IndexedDataset, IndexedWriter, merging
 from tandem.data.merge_groups import merge_groups
 from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.errors import UserError
@@ -42,7 +42,8 @@ def test_empty_document_and_merge_equal_megatrons(shared_data: Path, tmp_path: P
     read = IndexedDataset(golden / "emptydoc")
     documents = [[read[0].tolist()], [], [read[1].tolist()]]
     assert both_files(write(tmp_path / "empty", documents, "uint16")) == both_files(golden / "emptydoc")
-    merge([golden / "int32", golden / "int32"], tmp_path / "merged")
+    with merging({str(tmp_path / "merged"): [golden / "int32", golden / "int32"]}):
+        pass
     assert both_files(tmp_path / "merged") == both_files(golden / "merged")
 
 
@@ -71,7 +72,8 @@ documents_strategy = st.lists(st.lists(st.lists(st.integers(-100, 2**31 - 1), ma
 @given(first=documents_strategy, second=documents_strategy)
 def test_c6_merge_equals_writing_in_one_go(first: list, second: list, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("merge")
-    merge([write(folder / "a", first), write(folder / "b", second)], folder / "merged")
+    with merging({str(folder / "merged"): [write(folder / "a", first), write(folder / "b", second)]}):
+        pass
     assert both_files(folder / "merged") == both_files(write(folder / "whole", first + second))
 
 
@@ -171,8 +173,9 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         writer.add_document([65536])
     with pytest.raises(UserError, match=r"folder .* does not exist"):
         IndexedWriter(tmp_path / "absent" / "x")
-    with pytest.raises(UserError, match="only equal dtypes can be merged"):
-        merge([write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[1]]], "int64")], tmp_path / "c")
+    parts = [write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[1]]], "int64")]
+    with pytest.raises(UserError, match="only equal dtypes can be merged"), merging({str(tmp_path / "c"): parts}):
+        pass
 
 
 def test_c6_groups_are_merged_by_name(tmp_path: Path) -> None:
@@ -189,6 +192,28 @@ def test_c6_groups_are_merged_by_name(tmp_path: Path) -> None:
     (tmp_path / "c_text_document.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"its \.idx is missing"):
         merge_groups(tmp_path, ["text"], str(tmp_path / "all"))
+
+
+def test_c4_a_merge_that_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path / "tokenizer")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    keys = ("a", "b")
+    for name in ("p1", "p2"):
+        source = write_jsonl(tmp_path / "x.jsonl", {"a": name, "b": f"{name}{name}"})
+        preprocess(
+            PreprocessOptions((str(source),), str(parts / name), str(tmp_path / "tokenizer"), json_keys=("a", "b"))
+        )
+    names = [f"{key}_document" for key in keys]
+    merge_groups(parts, names, str(tmp_path / "all"))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("all*")}
+    assert len(before) == 5
+    tokens = (parts / "p2_b_document.bin").read_bytes()
+    (parts / "p2_b_document.bin").write_bytes(tokens[:-1])
+    with pytest.raises(UserError, match=r"p2_b_document\.bin"):
+        merge_groups(parts, names, str(tmp_path / "all"))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("all*")} == before
+    assert not list(tmp_path.glob(".all*"))
 
 
 def test_c3_only_what_was_made_alike_is_merged(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.batch import IGNORE
-from tandem.data.indexed import IndexedDataset, merge
+from tandem.data.indexed import IndexedDataset, merging
 from tandem.data.merge_groups import merge_groups
 from tandem.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess, try_first_rows
 from tandem.data.record import check_record, read_record
@@ -101,7 +101,8 @@ def test_c6_merge_equals_preprocessing_both(
         write_jsonl(tmp_path / f"{n}.jsonl", *({"text": t} for t in part)) for n, part in enumerate((first, second))
     ]
     parts = [preprocess(options(file, tmp_path / f"part{file.stem}", tokenizer_folder)) for file in files]
-    merge([part.prefixes["text"] for part in parts], tmp_path / "merged")
+    with merging({str(tmp_path / "merged"): [part.prefixes["text"] for part in parts]}):
+        pass
     whole = preprocess(options(files, tmp_path / "whole", tokenizer_folder))
     merged = {f"text.{suffix}": (tmp_path / f"merged.{suffix}").read_bytes() for suffix in ("bin", "idx")}
     assert merged == written(whole)

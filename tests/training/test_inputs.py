@@ -76,8 +76,6 @@ def test_d4_rows_without_borders_are_not_kept_apart(workspace: Workspace, tmp_pa
         open_chat(workspace, plain, seq_length=128, pack=True, neat_pack=True)
     (notice,) = open_chat(workspace, plain, seq_length=128, pack=True).notices
     assert "they see each other" in notice
-    resets = {"reset_attention_mask": True, "neat_pack": True}  # their end-of-document tokens are borders
-    assert not open_chat(workspace, plain, seq_length=128, **resets).notices
     neat = preprocessed(workspace, tmp_path / "neat", seq_length=128, pack=True, neat_pack=True)
     assert not open_chat(workspace, neat, seq_length=128, pack=True, neat_pack=True).notices
 
@@ -173,11 +171,46 @@ def test_d7_the_ends_of_messages_are_the_templates_whatever_the_tokenizer_calls_
     text = tokenizer.decode(open_data(settings, Tokenizer(workspace.hf)).train[0].tokens)
     assert "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\none<|im_end|>" in text
 
-    preprocess(dataclasses.replace(options, input=(str(workspace.questions),), pack=True, seq_length=128))
-    resets = {"reset_attention_mask": True, "seq_length": 128, "data_path": [str(tmp_path / "x")]}
-    packed = open_data(workspace.settings("torch", instructions=True, **resets), tokenizer).train
-    with pytest.raises(UserError, match="ends prompts as well as answers"):  # it is <|im_end|> that is looked for
-        packed[0]
+
+@pytest.mark.parametrize("flag", ["reset_attention_mask", "reset_position_ids"])
+def test_d7_resets_that_would_cut_answers_from_their_prompts_are_refused_before_the_start(
+    flag: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    """Each message of qwen3 ends with <|im_end|>, a user's too."""
+    made = {"prompt_type": "qwen3", "append_eod": True, "pack": True, "seq_length": 128}
+    options = PreprocessOptions((str(workspace.questions),), str(tmp_path / "x"), str(workspace.hf), **made)
+    preprocess(options)
+    values = {flag: True, "seq_length": 128, "data_path": [str(tmp_path / "x")]}
+    settings = workspace.settings("torch", instructions=True, **values)
+    tokenizer = Tokenizer(workspace.hf)
+    with pytest.raises(UserError, match=rf"--{flag.replace('_', '-')} would cut answers from their prompts"):
+        open_data(settings, tokenizer)
+    preprocess(options)
+    record_path(tmp_path / "x").unlink()  # then the first sample shows it
+    with pytest.raises(UserError, match="ends prompts as well as answers"):
+        open_data(settings, tokenizer).train[0]
+    preprocess(dataclasses.replace(options, neat_pack=True))
+    assert not open_data(settings, tokenizer).notices
+
+
+def test_d4_resets_find_the_borders_of_templates_whose_prompts_end_otherwise(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(workspace.hf, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}"
+        "{{ '\n' if m.role == 'user' else '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    )
+    options = PreprocessOptions((str(workspace.questions),), str(tmp_path / "x"), str(folder), append_eod=True)
+    preprocess(dataclasses.replace(options, prompt_type="chat_template", pack=True, seq_length=128))
+    resets = {"reset_attention_mask": True, "neat_pack": True, "seq_length": 128, "data_path": [str(tmp_path / "x")]}
+    inputs = open_data(workspace.settings("torch", instructions=True, **resets), Tokenizer(folder))
+    assert not inputs.notices
+    sample = inputs.train[0]
+    assert len(sample.lengths) > 1
+    ends = np.cumsum(sample.lengths)[:-1] - 1
+    assert (sample.tokens[ends] == Tokenizer(folder).eos_id).all()
 
 
 def test_c3_a_template_that_is_not_here_stops_no_run(workspace: Workspace, tmp_path: Path) -> None:

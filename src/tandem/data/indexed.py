@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -168,15 +169,19 @@ class IndexedWriter:
         self._documents.append(sequences_of_document)
 
 
-def merge(prefixes: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
-    """Write the documents of all `prefixes`, in order, to `output`: the same bytes as if written in one go."""
-    prefixes = list(prefixes)
-    if not prefixes:
-        raise UserError(f"{output}: nothing to merge; name at least one dataset")
-    dtype, *_ = _read_index(Path(f"{os.fspath(prefixes[0])}.idx"))
-    with IndexedWriter(output, dtype) as writer:
-        for prefix in prefixes:
-            writer.add_dataset(prefix)
+@contextmanager
+def merging(groups: Mapping[str, Sequence[str | os.PathLike[str]]]) -> Iterator[None]:
+    """For each output prefix write the documents of its parts, in order: the same bytes as if written in one go. What
+    is done meanwhile is done when all are written and none has its name yet."""
+    with ExitStack() as stack:
+        for output, parts in groups.items():
+            if not parts:
+                raise UserError(f"{output}: nothing to merge; name at least one dataset")
+            dtype, *_ = _read_index(Path(f"{os.fspath(parts[0])}.idx"))
+            writer = stack.enter_context(IndexedWriter(output, dtype))
+            for part in parts:
+                writer.add_dataset(part)
+        yield
 
 
 def publish(

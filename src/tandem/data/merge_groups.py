@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tandem.data.indexed import merge
+from tandem.data.indexed import merging
 from tandem.data.record import read_record, record_path, require_own, write_record
 from tandem.errors import UserError
 
@@ -35,10 +35,9 @@ def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_pre
     merged = _merged_record(groups, output_prefix)
     if merged:
         require_own(output_prefix, merged.files)
-    for path in earlier:
-        path.unlink()  # it must never meet the new data
-    for output, parts in groups.items():
-        merge(parts, output)
+    with merging(groups):
+        for path in earlier:
+            path.unlink()  # it must never meet the new data
     if merged:
         write_record(output_prefix, merged.files, merged.content)
     return list(groups)

@@ -49,6 +49,7 @@ def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> 
     path, record = found
     _require_recorded_size(prefix, path, record, data)
     template_made = record["template"] if data.is_instruction_dataset else None
+    _require_borders_between_answers(prefix, record, data, tokenizer)
     return [*notices, *_notices_of_record(prefix, record, data)], template_made
 
 
@@ -62,6 +63,24 @@ def _require_recorded_size(prefix: str, path: Path, record: dict[str, Any], data
         raise UserError(
             f"{path}: counts.sequences is {recorded}, but {prefix} has {sequences}: the record is that of other data; "
             f"preprocess again, or remove it"
+        )
+
+
+def _require_borders_between_answers(
+    prefix: str, record: dict[str, Any], data: DataSettings, tokenizer: Tokenizer
+) -> None:
+    """Raise UserError where the flags that reset at each end of a message would cut answers from their prompts."""
+    resets = [name for name in ("reset_attention_mask", "reset_position_ids") if getattr(data, name)]
+    made = record["options"]
+    if not (data.is_instruction_dataset and resets and made["pack"] and not made["neat_pack"]):
+        return
+    template = template_of(prefix, tokenizer)
+    if template is not None and template.stop_word in template.answer_header:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in resets)
+        raise UserError(
+            f"{prefix}: packed without --neat-pack, and {template.stop_word} of prompt type {template.name} ends "
+            f"prompts as well as answers, so {flags} would cut answers from their prompts; leave the flags out, or "
+            f"preprocess again with --pack --neat-pack, which stores the borders"
         )
 
 
