@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from data_toys import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from tandem.data.engine import GigatokenEngine, Separator, TokenizersEngine, choose_engine, find_separator
 from tandem.data.tokenizer import Tokenizer
@@ -46,10 +47,11 @@ def test_threads_encode_at_once_and_leave_the_environment_alone(
 ) -> None:
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
     separator = find_separator(tokenizer, TEXTS)
-    assert separator == Separator("<|endoftext|>", 151643)
+    assert separator == Separator("<|video_pad|>", 151656)
     engine = GigatokenEngine(tokenizer.folder / "tokenizer.json", threads=3, separator=separator)
     parts = [[f"{text} {number}" for text in [*TEXTS, *FRAGMENTS] for _ in range(5)] for number in range(24)]
-    parts[::2] = [[text.replace("<|endoftext|>", "") for text in part] for part in parts[::2]]
+    for part in parts[::2]:
+        part[7] += separator.text
     with ThreadPoolExecutor(4) as pool:
         encoded = list(pool.map(engine.encode, parts))
     for part, (ids, lengths) in zip(parts, encoded):
@@ -101,10 +103,35 @@ def with_tokens(folder: Path, *tokens: AddedToken) -> Tokenizer:
     return tokenizer
 
 
+def test_where_only_the_first_text_is_special_each_is_encoded_alone(tmp_path: Path) -> None:
+    """As with SentencePiece's vocabularies, that may put a space before a whole text alone."""
+    pytest.importorskip("gigatoken")
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁a"]
+    model = models.BPE(
+        {word: number for number, word in enumerate(words)},
+        [("a", "b"), ("▁", "a")],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens([AddedToken("</s>", normalized=False)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    folder = Tokenizer(tmp_path)
+    engine = choose_engine(folder, TokenizersEngine(folder, False), ["ab a"])
+    assert isinstance(engine, GigatokenEngine)
+    texts = ["a", "b ab", "", " a"]
+    assert engine.encode(texts)[0].tolist() == [i for text in texts for i in folder.encode(text)]
+    assert find_separator(folder, texts) is not None
+
+
 def test_the_separator_is_in_none_of_the_sample(tmp_path: Path) -> None:
     tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer"))
-    assert find_separator(tokenizer, ["hello"]) == END
-    assert find_separator(tokenizer, ["hello", "a<|endoftext|>"]) == Separator("<|im_start|>", 257)
+    assert find_separator(tokenizer, ["hello"]) == Separator("<|im_end|>", 258)
+    assert find_separator(tokenizer, ["hello", "a<|im_end|>"]) == Separator("<|im_start|>", 257)
+    assert find_separator(tokenizer, ["<|im_end|>", "a<|im_start|>"]) == END
     assert find_separator(tokenizer, ["<|im_start|><|im_end|>", "<|endoftext|>"]) is None  # <think> is not special
 
 
@@ -121,7 +148,7 @@ def test_no_separator_that_another_token_could_hide_or_see(token: AddedToken, tm
 
 
 def test_the_separator_takes_nothing_from_its_neighbours(tmp_path: Path) -> None:
-    longer = AddedToken("<|endoftext|>!", special=True, normalized=False)
+    longer = AddedToken("<|im_end|>!", special=False, normalized=False)
     assert find_separator(with_tokens(tmp_path / "longer", longer), []) == Separator("<|im_start|>", 257)
     used = ["<|endoftext|><|im_start|><|im_end|>"]
     for flags in ({"lstrip": True}, {"rstrip": True}, {"normalized": True}):
