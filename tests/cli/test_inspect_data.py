@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -42,7 +43,18 @@ def test_text_and_its_counts(workspace: Workspace, capsys: pytest.CaptureFixture
 def test_labels_alone_are_no_text(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     words = [sft_prefix(str(workspace.instructions), "labels"), "--tokenizer-name-or-path", str(workspace.hf)]
     assert main(["inspect", "data", *words]) == 2
-    assert "these are labels, not tokens; name the prefix of all three files" in capsys.readouterr().err
+    assert f"files that belong together; name them all as {workspace.instructions}" in capsys.readouterr().err
+
+
+def test_what_follows_the_last_answer_counts(workspace: Workspace, tmp_path: Path) -> None:
+    """The line end that a chat template writes behind it is not padding."""
+    options = PreprocessOptions((str(workspace.questions),), str(tmp_path / "x"), str(workspace.hf))
+    summary = preprocess(dataclasses.replace(options, prompt_type="chat_template"))
+    view = DataView(tmp_path / "x")
+    assert view.statistics().tokens == summary.tokens
+    assert view.statistics().fill_rate == 1
+    *_, last = view.spans(0, Tokenizer(workspace.hf))
+    assert (last.text, last.trained) == ("\n", False)
 
 
 def test_neat_packed_rows_count_their_documents_and_no_padding(workspace: Workspace, tmp_path: Path) -> None:

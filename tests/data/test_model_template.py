@@ -298,3 +298,11 @@ def test_templates_that_cannot_tell_are_refused(tmp_path: Path) -> None:
         (folder / "chat_template.jinja").write_text(source)
         with pytest.raises(UserError, match=reason):
             get_template("chat_template", tokenizer=Tokenizer(folder)).turns([Message("user", "u"), *messages[1:]])
+
+
+@pytest.mark.parametrize("reasoning", ["", "\n", "\n\n"])
+def test_d5_a_thought_of_line_ends_is_none(tokenizer: Tokenizer, reasoning: str) -> None:
+    messages = [Message("user", "q"), Message("assistant", "ans", reasoning=reasoning)]
+    turns = get_template("chat_template", None, tokenizer).turns(messages)
+    assert turns[0].target == ("ans<|im_end|>",)
+    assert text_of(turns) == tokenizer.apply_chat_template(chat(messages))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -14,12 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.batch import IGNORE
+from tandem.data.engine import TokenizersEngine
 from tandem.data.indexed import IndexedDataset, merging
 from tandem.data.merge_groups import merge_groups
 from tandem.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess, try_first_rows
 from tandem.data.record import check_record, read_record
 from tandem.data.sft_dataset import SFTDataset
+from tandem.data.spool import Spool
 from tandem.data.templates import get_template
+from tandem.data.tokenize import TokenizedChunk
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -134,8 +139,10 @@ def test_c3_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, 
         assert read_record(inside)[1]["counts"] == merged["counts"]  # type: ignore[index]
     for path in inside.parent.glob("again*"):
         path.unlink()
-    merge_groups(tmp_path / "parts", keys[:1], str(tmp_path / "all"))  # no whole set: nothing can vouch for it
-    assert read_record(tmp_path / f"all_{keys[0]}") is None
+    with pytest.raises(UserError, match=r"all_packed_labels_document, too, which would lose their record"):
+        merge_groups(tmp_path / "parts", keys[:1], str(tmp_path / "all"))
+    merge_groups(tmp_path / "parts", keys[:1], str(tmp_path / "one"))  # no whole set: nothing can vouch for it
+    assert read_record(tmp_path / f"one_{keys[0]}") is None
     (tmp_path / "parts" / "0.json").unlink()
     merge_groups(tmp_path / "parts", keys, str(tmp_path / "all"))
     assert read_record(tmp_path / "all") is None
@@ -143,10 +150,10 @@ def test_c3_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, 
 
 def test_c3_the_record_of_a_merge_says_what_all_parts_share(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
-    for number, over_long in enumerate(("drop", "trim")):
+    for number, on_bad in enumerate(("skip", "stop")):
         source = write_jsonl(tmp_path / f"{number}.jsonl", {"text": "a", "title": "b"})
         prefix = tmp_path / "parts" / str(number)
-        preprocess(options(source, prefix, tokenizer_folder, json_keys=("text", "title"), over_long=over_long))
+        preprocess(options(source, prefix, tokenizer_folder, json_keys=("text", "title"), on_bad=on_bad))
     merge_groups(tmp_path / "parts", ["text", "title"], str(tmp_path / "all"))  # it would not be found
     assert not (tmp_path / "all.json").exists()
     merge_groups(tmp_path / "parts", ["text_document", "title_document"], str(tmp_path / "all"))
@@ -154,7 +161,113 @@ def test_c3_the_record_of_a_merge_says_what_all_parts_share(tokenizer_folder: Pa
         path, record = read_record(tmp_path / f"all_{key}")  # type: ignore[misc]
         assert path == tmp_path / "all.json"
         assert record["options"]["json_keys"] == ["text", "title"]
-        assert record["options"]["over_long"] is None  # not the same in all
+        assert record["options"]["on_bad"] is None  # not the same in all
+
+
+def test_c6_a_part_and_what_was_made_of_it_are_not_merged(tokenizer_folder: Path, tmp_path: Path) -> None:
+    for name in ("p1", "p2"):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+        preprocess(options(source, tmp_path / name, tokenizer_folder))
+    merge_groups(tmp_path, ["text_document"], str(tmp_path / "all"))
+    with pytest.raises(UserError, match=r"all_text_document: an earlier merge made it of .*p1\.json"):
+        merge_groups(tmp_path, ["text_document"], str(tmp_path / "again"))
+
+
+def test_nothing_of_someone_elses_is_removed(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.rejects.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match="the rejects of this run would go there"):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder))
+    assert source.exists()
+    (tmp_path / "y.unfinished").mkdir()
+    (tmp_path / "y.unfinished" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"y\.unfinished: holds files of someone else's"):
+        preprocess(options(source, tmp_path / "y", tokenizer_folder))
+    assert (tmp_path / "y.unfinished" / "notes.txt").read_text() == "mine"
+
+
+def test_c4_a_run_that_fails_leaves_the_rejects_of_the_one_before(tokenizer_folder: Path, tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", {"text": "a"}, {"text": 1})
+    preprocess(options(good, tmp_path / "x", tokenizer_folder, on_bad="skip"))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("x*")}
+    assert "x.rejects.jsonl" in before
+    for number, record in enumerate(({"text": ""}, {"text": 2})):
+        bad = write_jsonl(tmp_path / f"bad{number}.jsonl", record)
+        with pytest.raises(UserError, match="nothing kept"):
+            preprocess(options(bad, tmp_path / "x", tokenizer_folder, on_bad="skip"))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("x*")} == before
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", *({"text": f"text {n}"} for n in range(40)))
+    monkeypatch.setattr("tandem.data.readers._BLOCK_BYTES", 100)
+    add = Spool.add
+
+    def full(spool: Spool, chunk: TokenizedChunk) -> None:
+        add(spool, chunk)
+        spool.save()
+        if spool.blocks == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Spool, "add", full)
+    with pytest.raises(UserError, match="No space left on device; what is tokenised so far is kept"):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder))
+    assert (tmp_path / "x.unfinished" / "progress.json").exists()
+    monkeypatch.setattr(Spool, "add", add)
+    summary = preprocess(options(source, tmp_path / "x", tokenizer_folder))
+    whole = preprocess(options(source, tmp_path / "whole", tokenizer_folder))
+    assert written(summary) == written(whole)
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "message"),
+    [
+        ({"text": "a"}, {"train_turns": "last"}, "train_turns is for conversations"),
+        ({"text": "a"}, {"over_long": "stop", "seq_length": 9}, "seq_length is for conversations"),
+        (ALPACA[1], {"prompt_type": "qwen3", "json_keys": ("a", "b")}, "json_keys are for plain text"),
+        (ALPACA[1], {"prompt_type": "qwen3", "over_long": "drop"}, "over_long drop needs seq_length"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    record: dict, changes: dict, message: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", record)
+    with pytest.raises(UserError, match=message):
+        preprocess(options(source, tmp_path / "x", tokenizer_folder, **changes))
+
+
+def test_a_name_that_would_be_too_long_is_refused_before_the_work(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", ALPACA[1])
+    for over in (0, 1):
+        ending = f"._packed_attention_mask_document.idx.{os.getpid()}.part"  # of the longest name, while it is written
+        prefix = tmp_path / ("x" * (255 - len(ending) + over))
+        if over:
+            with pytest.raises(UserError, match="the names of files would be 1 bytes too long"):
+                preprocess(options(source, prefix, tokenizer_folder, prompt_type="qwen3"))
+            assert not list(tmp_path.glob(f"{prefix.name}*"))
+        else:
+            preprocess(options(source, prefix, tokenizer_folder, prompt_type="qwen3"))
+            assert Path(f"{prefix}_packed_attention_mask_document.idx").exists()
+
+
+def test_a_long_text_is_not_a_long_sample(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {"text": "ab " * 100_000}, {"text": "c"})
+    tokenizer = Tokenizer(tokenizer_folder)
+    run = options(source, tmp_path / "x", tokenizer_folder)
+    seen: list[int] = []
+    encode = TokenizersEngine.encode
+
+    def noted(engine: TokenizersEngine, texts: list[str], end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        seen.extend(map(len, texts))
+        return encode(engine, texts, end)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizersEngine, "encode", noted)
+        summary = preprocess(run)
+    if summary.engine == "gigatoken":
+        assert max(seen) == 1 << 16
+    assert IndexedDataset(summary.prefixes["text"])[0].tolist() == tokenizer.encode("ab " * 100_000)
 
 
 def test_d5_the_mask_covers_the_answers_and_their_end(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -273,7 +386,7 @@ BAD_ROWS = [b"", b'{"text": "tru', b'{"text": "\xff"}', b"[1]", b'{"text": 1}', 
 def test_c4_a_bad_row_stops_or_is_set_aside(tokenizer_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "x.jsonl"
     source.write_bytes(b"\n".join([b'{"text": "good"}', *BAD_ROWS, b'{"text": "fine"}', b""]))
-    with pytest.raises(UserError, match=r"x\.jsonl:2: empty line.*on_bad=skip"):
+    with pytest.raises(UserError, match=r"x\.jsonl:2: empty line.*--on-bad skip"):
         preprocess(options(source, tmp_path / "x", tokenizer_folder))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "x.jsonl"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,38 @@ def test_c9_an_array_is_read_in_pieces(
     expected = json.loads(path.read_bytes())
     with path.open("rb") as stream:
         assert [json.loads(element) for element in iter_elements(path, stream)] == expected
+
+
+def test_c9_what_is_no_file_in_a_folder(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl")
+    for name in ("b.json", "c.jsonl.gz", "d.parquet"):
+        (tmp_path / name).mkdir()  # folders in folders are not read
+    assert [file.name for file in expand_input([str(tmp_path)])] == ["a.jsonl"]
+    for name in ("e.json", "e.csv"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+        with pytest.raises(UserError, match=rf"{name}: a link to .*gone, which is not there"):
+            expand_input([str(tmp_path)])
+        (tmp_path / name).unlink()
+
+
+def test_c4_a_column_named_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text,n,text\nfirst,1,second\n")
+    with pytest.raises(UserError, match=r"x\.csv: the header names 'text' more than once"):
+        places_and_rows([tmp_path / "x.csv"])
+
+
+def test_c9_a_string_longer_than_many_reads(tmp_path: Path) -> None:
+    """It is read in ever larger pieces, for each time it is looked at from its beginning."""
+    text = 'a\\"\n]},' * 900_000
+    (tmp_path / "x.json").write_text(json.dumps([{"text": text}, {"text": "b"}]))
+    reads = []
+
+    class Noted(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            reads.append(size)
+            return super().read(size)
+
+    with Noted(io.FileIO(tmp_path / "x.json")) as stream:
+        elements = list(iter_elements(tmp_path / "x.json", stream))
+    assert [json.loads(element)["text"] for element in elements] == [text, "b"]
+    assert len([size for size in reads if size != 1]) < 8  # of a megabyte each it would be more than 10

@@ -33,7 +33,7 @@ def test_c3_agreement_passes_and_a_missing_record_is_a_notice(tmp_path: Path) ->
     assert check_record(tmp_path / "sft", tokenizer) is None
     notice = check_record(tmp_path / "other", tokenizer, get_template("qwen3"))
     assert notice is not None
-    assert "no record beside the data" in notice
+    assert "is the record of" in notice
 
 
 def test_c3_the_differing_field_is_named(tmp_path: Path) -> None:

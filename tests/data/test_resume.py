@@ -104,3 +104,31 @@ def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path) -> None:
         assert entries() == [expected, expected]
     with source_entries([tmp_path / "none"]) as entries, pytest.raises(UserError, match=r"hashed.*No such file.*none"):
         entries()
+
+
+ORPHANED = """
+import sys, time
+from tandem.data import tokenize
+from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data import engine
+engine.GigatokenEngine.encode = lambda self, texts, end=None: 1 / 0
+engine.find_separator = lambda *_: None
+def slow(*_):
+    print("under way", flush=True)
+    time.sleep(600)
+if __name__ == "__main__":
+    import tandem.data.preprocess as p
+    p.choose_engine = lambda tokenizer, reference, *_: reference
+    preprocess(PreprocessOptions((sys.argv[1],), sys.argv[2], sys.argv[3], workers=2), slow)
+"""
+
+
+def test_c2_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", *({"text": "a" * 100} for _ in range(30_000)))
+    (tmp_path / "run.py").write_text(ORPHANED)
+    words = [str(source), str(tmp_path / "x"), str(byte_tokenizer(tmp_path / "tokenizer"))]
+    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), *words], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"under way\n"
+    process.kill()
+    process.communicate(timeout=30)  # whoever still has its output open would keep it from ending

@@ -173,7 +173,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     prefix = packed_triple(tmp_path / "x", ([1, 2], [1, 1], [0, 1]))
     with pytest.raises(UserError, match="valid of split 1,0,0 holds none of its 1 sequences"):
         SFTDataset(prefix, "valid", "1,0,0", None, 10, seed=0)
-    with pytest.raises(UserError, match="eod_token"):
+    with pytest.raises(UserError, match="give tokenizer_name_or_path"):
         only(prefix, reset_position_ids=True)
     with IndexedWriter(f"{prefix}_packed_labels_document") as writer:
         writer.add_document([1])

@@ -147,12 +147,36 @@ def test_no_separator_that_another_token_could_hide_or_see(token: AddedToken, tm
     assert find_separator(with_tokens(tmp_path / "tokenizer", token), []) is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "normalizer", "text"),
+    [
+        ({"single_word": True}, None, "seafood foo"),
+        ({"lstrip": True}, None, "a  foo"),
+        ({"normalized": True}, {"type": "NFC"}, "foo\u0301"),
+    ],
+)
+def test_added_tokens_that_look_around_mean_tokenizers(
+    flags: dict[str, bool], normalizer: dict[str, str] | None, text: str, tmp_path: Path
+) -> None:
+    folder = byte_tokenizer(tmp_path / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = {"id": 261, "content": "foo", "special": False, "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append({**token, "normalized": False, **flags})
+    content["normalizer"] = normalizer
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer(folder)
+    reference = TokenizersEngine(tokenizer, False)
+    assert choose_engine(tokenizer, reference, ["hello"]) is reference  # nothing in the sample would show it
+    assert find_separator(tokenizer, []) is None
+    assert 261 in tokenizer.encode("foo")
+
+
 def test_the_separator_takes_nothing_from_its_neighbours(tmp_path: Path) -> None:
     longer = AddedToken("<|im_end|>!", special=False, normalized=False)
     assert find_separator(with_tokens(tmp_path / "longer", longer), []) == Separator("<|im_start|>", 257)
     used = ["<|endoftext|><|im_start|><|im_end|>"]
-    for flags in ({"lstrip": True}, {"rstrip": True}, {"normalized": True}):
-        token = AddedToken("[SEP]", special=True, **{"normalized": False, **flags})
+    for flags in ({"lstrip": True}, {"rstrip": True}):
+        token = AddedToken("[SEP]", special=True, normalized=False, **flags)
         assert find_separator(with_tokens(tmp_path / str(flags), token), used) is None
     token = AddedToken("[SEP]", special=True, normalized=False)
     assert find_separator(with_tokens(tmp_path / "plain", token), used) == Separator("[SEP]", 261)

@@ -148,6 +148,12 @@ def test_variables_reach_their_flags(site: Site, launchers: Path) -> None:
 
 
 @pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_a_blend_is_several_words(site: Site, launchers: Path, script: str) -> None:
+    settings = launched(site.run(script, launchers=launchers, DATA_PATH="0.3 a_text_document 0.7 b*"))
+    assert settings.data.data_path == ("0.3", "a_text_document", "0.7", "b*")
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
 def test_the_launcher_is_told_the_world(site: Site, launchers: Path, script: str) -> None:
     world = {"NPUS_PER_NODE": 4, "NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "host", "MASTER_PORT": 6000}
     launch = launched(site.run(script, launchers=launchers, **world)).launch

@@ -19,6 +19,7 @@ from tandem.data.record import record_path
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.inputs import Data, open_data, with_epochs
+from tandem.training.start import prepare
 from workspace import Workspace
 
 
@@ -236,8 +237,75 @@ def test_c3_a_template_that_is_not_here_stops_no_run(workspace: Workspace, tmp_p
 
 def test_h5_a_validation_split_without_a_whole_sample_names_the_way(workspace: Workspace) -> None:
     settings = workspace.settings("torch", seq_length=128, eval_iters=1, eval_interval=1, split="999,1,0")
-    with pytest.raises(UserError, match="or --eval-iters full"):
+    with pytest.raises(UserError, match="--eval-iters full takes also less than a sample, --valid-data-path evaluates"):
         open_data(settings, Tokenizer(workspace.hf))
+
+
+def test_h5_a_source_without_a_validation_share_is_named_and_the_others_are_evaluated(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    with IndexedWriter(tmp_path / "one") as writer:
+        writer.add_document(np.arange(99))
+    paths = [str(tmp_path / "one"), f"{workspace.text}_text_document"]
+    for eval_iters in (1, "full"):
+        values = {"data_path": paths, "split": "9,1,0", "eval_iters": eval_iters, "eval_interval": 1}
+        data = open_data(workspace.settings("torch", **values), None)
+        alone = open_data(workspace.settings("torch", **{**values, "data_path": paths[1:]}), None)
+        (valid,), (expected,) = data.valid.values(), alone.valid.values()
+        assert [valid[i].tokens.tolist() for i in range(len(valid))] == [
+            expected[i].tokens.tolist() for i in range(len(expected))
+        ]
+        assert f"{paths[0]}: its share of the split has no validation sample, and is not evaluated" in data.notices
+
+
+def test_d4_packed_rows_without_a_record_are_known_by_their_lengths(workspace: Workspace, tmp_path: Path) -> None:
+    plain = preprocessed(workspace, tmp_path / "plain", seq_length=128, pack=True)
+    neat = preprocessed(workspace, tmp_path / "neat", seq_length=128, pack=True, neat_pack=True)
+    single = preprocessed(workspace, tmp_path / "single")
+    for prefix in (plain, neat, single):
+        record_path(prefix).unlink()
+    assert any(
+        "all rows have 128 tokens and no borders" in n for n in open_chat(workspace, plain, seq_length=128).notices
+    )
+    assert any("cuts rows, not conversations" in n for n in open_chat(workspace, plain, seq_length=64).notices)
+    for prefix in (neat, single):
+        (notice, *_) = open_chat(workspace, prefix, seq_length=128).notices
+        assert "no record beside the data" in notice
+    with pytest.raises(UserError, match="its rows of 128 tokens are packed; --seq-length 64 would cut them"):
+        open_chat(workspace, neat, seq_length=64)
+
+
+def test_c3_the_record_of_a_renamed_set_is_named(workspace: Workspace, tmp_path: Path) -> None:
+    prefix = preprocessed(workspace, tmp_path / "x")
+    for path in list(prefix.parent.glob("chat*")):
+        path.rename(path.with_name(path.name.replace("chat", "other")))
+    (notice, *_) = open_chat(workspace, prefix.with_name("other"), seq_length=128).notices
+    assert "other.json is the record of chat_packed_input_ids_document" in notice
+
+
+def test_flags_that_mean_nothing_here_are_named(workspace: Workspace) -> None:
+    text = open_data(workspace.settings("torch", pack=True, no_shuffle=True), Tokenizer(workspace.hf))
+    assert "--pack --no-shuffle: without effect on plain text" in text.notices
+    chat = open_chat(workspace, workspace.instructions, seq_length=128, eod_mask_loss=True)
+    assert "--eod-mask-loss: without effect on conversations" in chat.notices
+
+
+@pytest.mark.parametrize(
+    ("name", "instructions", "message"),
+    [
+        ("{chat}_packed_input_ids_document", True, "which belong together: {chat} names them"),
+        ("{chat}_packed_labels_document", False, "which belong together: {chat} names them"),
+        ("{text}_text_document.bin", False, r"a prefix is wanted: leave \.bin out"),
+        ("{text}", False, "give {text}_text_document"),
+    ],
+)
+def test_c3_a_name_that_is_nearly_right_is_answered_with_the_right_one(
+    name: str, instructions: bool, message: str, workspace: Workspace
+) -> None:
+    names = {"chat": str(workspace.instructions), "text": str(workspace.text)}
+    settings = workspace.settings("torch", instructions=instructions, data_path=[name.format(**names)], seq_length=128)
+    with pytest.raises(UserError, match=message.format(**names)):
+        prepare(settings, 1)
 
 
 def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: Path) -> None:

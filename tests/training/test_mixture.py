@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
 from tandem.data.blend import BlendedDataset
 from tandem.data.preprocess import PreprocessOptions, preprocess
@@ -173,4 +174,44 @@ def test_a_new_order_is_said(workspace: Workspace) -> None:
     assert not open_data(kept, tokenizer, old).notices
     text = workspace.settings("torch")
     began = after(open_data(text, tokenizer), text, 2)
-    assert not open_data(workspace.settings("torch", no_shuffle=True), tokenizer, began).notices  # which never reads it
+    (notice,) = open_data(workspace.settings("torch", no_shuffle=True), tokenizer, began).notices
+    assert notice == "--no-shuffle: without effect on plain text"  # which keeps its order
+
+
+def test_a_path_in_another_spelling_is_the_same_source(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace.text.parent)
+    name = f"{workspace.text.name}_text_document"
+    short, save = {"lr_warmup_iters": 0}, {"save": str(tmp_path / "run")}
+    train(settings_for(workspace, [f".//{name}"], 2, **short, **save))
+    again = train(settings_for(workspace, [name], 3, **short, **save))
+    whole = train(settings_for(workspace, [name], 3, **short))
+    assert [again.train_data.origin(i) for i in range(12)] == [whole.train_data.origin(i) for i in range(12)]
+    state = TrainerState.from_source(open_source(save["save"], None))
+    assert state is not None
+    assert state.data["mixture"]["prefixes"] == [name]
+
+
+def test_a_run_with_nothing_left_to_train_says_so(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(
+        workspace, [f"{workspace.text}_text_document"], 2, lr_warmup_iters=0, save=str(tmp_path / "run")
+    )
+    train(settings)
+    assert "nothing is left to train" not in capsys.readouterr().out
+    train(settings)
+    assert "nothing is left to train: the weights stand at iteration 2 of 2" in capsys.readouterr().out
+    few = dataclasses.replace(settings.training, train_iters=None, train_samples=BATCH - 1)
+    with pytest.raises(UserError, match="--train-samples 3 are fewer than one step takes, 4"):
+        train(dataclasses.replace(settings, training=few))
+
+
+def test_a_source_that_a_run_goes_on_with_counts_its_epochs(workspace: Workspace) -> None:
+    path, tokenizer = [f"{workspace.text}_text_document"], Tokenizer(workspace.hf)
+    before = settings_for(workspace, path, 3)
+    data = open_data(settings_for(workspace, path, 300), tokenizer, after(open_data(before, tokenizer), before, 3))
+    counts = data.train.describe()
+    assert counts["samples"] >= 300 * BATCH
+    assert counts["epochs"] == -(-counts["samples"] // counts["samples_per_epoch"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,12 +13,15 @@ import pytest
 
 from tandem.config.settings import Settings
 from tandem.data.indexed import IndexedDataset
+from tandem.data.preprocess import PreprocessOptions, preprocess
 from tandem.data.raw import is_raw, preprocess_once
 from tandem.data.spool import BusyError
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.training.dry_run import dry_run
 from tandem.training.inputs import open_data, with_epochs
 from tandem.training.raw_data import with_preprocessed
+from tandem.training.run import train
 from tandem.training.start import prepare
 from workspace import Workspace
 
@@ -170,3 +174,55 @@ def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         prepare(settings_for(workspace, workspace.corpus, tmp_path, **values), processes)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "values", "message"),
+    [
+        (True, {"handler_name": "AlpacaPretrainHandler"}, "these are plain text: `tandem pretrain` takes it"),
+        (False, {"prompt_type": "qwen3"}, "these are conversations: `tandem finetune` takes them"),
+    ],
+)
+def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
+    instructions: bool, values: dict, message: str, workspace: Workspace, tmp_path: Path, never: None
+) -> None:
+    settings = settings_for(workspace, workspace.questions, tmp_path, instructions=instructions, **values)
+    with pytest.raises(UserError, match=message):
+        prepare(settings, 1)
+    with pytest.raises(UserError, match=message):
+        dry_run(settings, 1)
+
+
+def test_i2_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
+    raw = tmp_path / "pairs.jsonl"
+    raw.write_text(json.dumps({"instruction": "q", "chosen": "a", "rejected": "b"}) + "\n")
+    values = {"instructions": True, "prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
+    with pytest.raises(UserError, match="these are preferences: no training uses them"):
+        prepare(settings_for(workspace, raw, tmp_path, **values), 1)
+    options = {"prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
+    preprocess(PreprocessOptions((str(raw),), str(tmp_path / "pairs"), str(workspace.hf), **options))
+    with pytest.raises(UserError, match="these data are preferences; no training uses them"):
+        prepare(settings_for(workspace, tmp_path / "pairs", tmp_path, instructions=True), 1)
+
+
+def test_c3_what_was_removed_from_a_cache_is_made_again(workspace: Workspace, tmp_path: Path) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path)
+    (prefix,) = with_preprocessed(raw).data.data_path
+    tokens = Path(f"{prefix}.bin").read_bytes()
+    for suffixes in (["bin"], ["idx"], ["bin", "idx"]):
+        for suffix in suffixes:
+            Path(f"{prefix}.{suffix}").unlink()
+        assert with_preprocessed(raw).data.data_path == (prefix,)
+        assert Path(f"{prefix}.bin").read_bytes() == tokens
+        assert Path(f"{prefix}.idx").exists()
+
+
+def test_c3_raw_data_that_changed_are_said_to_have(workspace: Workspace, tmp_path: Path) -> None:
+    raw = tmp_path / "x.txt"
+    raw.write_text(workspace.corpus.read_text()[:20_000])
+    settings = settings_for(workspace, raw, tmp_path, save=str(tmp_path / "run"), train_iters=1, lr_warmup_iters=0)
+    train(settings)
+    with raw.open("a") as file:
+        file.write("more\n")
+    with pytest.raises(UserError, match="whose raw data, or the flags that say how they are read, were others"):
+        train(settings)

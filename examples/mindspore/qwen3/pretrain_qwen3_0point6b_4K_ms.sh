@@ -10,7 +10,7 @@ NODE_RANK="${NODE_RANK:-0}"
 
 CKPT_LOAD_DIR="${CKPT_LOAD_DIR-./model_weights/qwen3_mcore/}" # the folder of an earlier run resumes it
 CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-0point6b}"
-DATA_PATH="${DATA_PATH:-./dataset/alpaca_text_document}"
+DATA_PATH="${DATA_PATH:-./dataset/alpaca_text_document}" # one, or several: WEIGHT PREFIX WEIGHT PREFIX
 TOKENIZER_PATH="${TOKENIZER_PATH:-./model_from_hf/qwen3_hf/}"
 INIT="${INIT:-}" # random: random weights for TOKENIZER_PATH's config.json, in place of CKPT_LOAD_DIR
 
@@ -54,8 +54,12 @@ TRAIN_ARGS=(
     --bf16
 )
 
+DATA_WORDS=("$DATA_PATH")
+if [[ "$DATA_PATH" =~ ^[0-9.]+\  ]]; then
+    read -ra DATA_WORDS <<< "$DATA_PATH"
+fi
 DATA_ARGS=(
-    --data-path "$DATA_PATH"
+    --data-path "${DATA_WORDS[@]}"
     --split "100,0,0"
     --seq-length "$SEQ_LENGTH"
     --tokenizer-name-or-path "$TOKENIZER_PATH"

@@ -17,7 +17,7 @@ from tandem.data.record import read_record
 from tandem.data.statistics import DataView
 from tandem.data.templates import THINKING_MODES
 from tandem.data.tokenizer import Tokenizer
-from tandem.errors import UserError
+from tandem.errors import RunStopped, UserError
 from tandem.report.page_file import check_page
 
 DESCRIPTION = (
@@ -109,9 +109,14 @@ def run(argv: Sequence[str]) -> None:
         print(f"> {notice}")
     if flags.html:
         check_page(flags.html)
+    if flags.show < 0:
+        raise UserError(f"--show {flags.show}: expected 0 or more")
     start = time.perf_counter()
-    with byte_progress("tokenising") as progress:
-        summary = preprocess(options_from(flags), lambda _, text_bytes: progress(text_bytes, None))
+    try:
+        with byte_progress("tokenising") as progress:
+            summary = preprocess(options_from(flags), lambda _, text_bytes: progress(text_bytes, None))
+    except KeyboardInterrupt:
+        raise RunStopped("interrupted; what is tokenised so far is kept: the same command goes on") from None
     seconds = time.perf_counter() - start
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in summary.dropped.items())
     print(

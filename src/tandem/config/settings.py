@@ -442,6 +442,11 @@ class Settings:
         self._check_weight_decay()
         self.check_implemented()
         self._check_recompute()
+        if not training.epochs and not self.total_iters:
+            raise UserError(
+                f"--train-samples {training.train_samples} are fewer than one step takes, "
+                f"{self.batch_sizes.at(0)}: give more, or a smaller --global-batch-size"
+            )
 
     def _check_profile(self) -> None:
         logging = self.logging

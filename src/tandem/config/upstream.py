@@ -66,6 +66,12 @@ IGNORED: dict[str, Ignored] = {
     "--lora-target-modules": ALL_WEIGHTS,
     "--lora-load": ALL_WEIGHTS,
     "--lora-fusion": ALL_WEIGHTS,
+    "--num-workers": Ignored(1),
+    "--dataloader-type": Ignored(1, ("single",)),
+    "--no-mmap-bin-files": ALWAYS_ON,
+    "--no-create-attention-mask-in-dataloader": ALWAYS_ON,
+    "--calculate-per-token-loss": ALWAYS_ON,
+    "--pad-to-multiple-of": Ignored(1),  # batches never hold padding
     "--join": Ignored(1, ("True",)),  # this and the next are msrun's
     "--cluster-time-out": Ignored(1),
 }

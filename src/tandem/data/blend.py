@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,11 @@ def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None
     if len(set(prefixes)) < len(prefixes):
         raise UserError(f"--data-path: a prefix is named twice: {' '.join(prefixes)}; give it one weight")
     return prefixes, weights
+
+
+def plain_paths(words: Sequence[str]) -> tuple[str, ...]:
+    """The words of a `--data-path`, each path in its shortest spelling, so that `./x` and `x` are one."""
+    return tuple(map(os.path.normpath, words))
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
@@ -208,7 +214,10 @@ class ChainedDataset:
 
     def describe(self) -> dict[str, int]:
         """Counts for a start banner."""
-        return {**self.parts[0].describe(), "samples": len(self)}
+        counts = {**self.parts[0].describe(), "samples": len(self)}
+        if "epochs" in counts:
+            counts["epochs"] = -(-len(self) // max(1, counts["samples_per_epoch"]))
+        return counts
 
     def _place(self, i: int) -> tuple[Samples, int]:
         """The dataset that sample `i` is in, and its number there."""

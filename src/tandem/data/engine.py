@@ -125,6 +125,8 @@ class GigatokenEngine:
 def choose_engine(tokenizer: Tokenizer, reference: Engine, sample: Sequence[str], threads: int = 1) -> Engine:
     """`gigatoken`, for so many threads, when it is installed and gives the ids of `reference` for `sample`, for each
     added token and for known hard texts; else `reference`."""
+    if tokenizer.added_tokens_look_around:  # gigatoken takes them as they stand, which few texts would show
+        return reference
     added = [token.content for token in tokenizer.added_tokens.values()]
     groups = (_PROBES, added, sample)
     expected = [reference.encode(texts) for texts in groups]
@@ -148,14 +150,13 @@ def find_separator(tokenizer: Tokenizer, sample: Iterable[str]) -> Separator | N
     began before it and reached into it, or begins as it does and is longer.
     """
     tokens = tokenizer.added_tokens
-    if any(token.single_word for token in tokens.values()):  # they look at what is next to them
+    if tokenizer.added_tokens_look_around:
         return None
     contents = [token.content for token in tokens.values()]
     for token_id, token in reversed(tokens.items()):  # the last ones are the rarest in texts
         text = token.content
-        is_plain = token.special and not (token.lstrip or token.rstrip or token.normalized)
         is_hidden = any(text[0] in other[1:] or (other.startswith(text) and other != text) for other in contents)
-        if is_plain and not is_hidden and not any(text in example for example in sample):
+        if token.special and not is_hidden and not any(text in example for example in sample):
             return Separator(text, token_id)
     return None
 

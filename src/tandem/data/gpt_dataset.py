@@ -8,7 +8,13 @@ import numpy as np
 
 from tandem.data.batch import IGNORE, Sample
 from tandem.data.indexed import IndexedDataset
-from tandem.data.sample_index import build_sample_index, split_range
+from tandem.data.sample_index import (
+    EmptySplitError,
+    build_sample_index,
+    share_name,
+    split_range,
+    what_gives_samples,
+)
 from tandem.data.segments import lengths_from_ends, restarting_positions
 from tandem.errors import UserError
 
@@ -50,11 +56,12 @@ class GPTDataset:
     ) -> None:
         if eod_token is None and (reset_position_ids or reset_attention_mask or eod_mask_loss):
             raise UserError(
-                "reset_position_ids, reset_attention_mask, eod_mask_loss need the id that ends a document: eod_token"
+                "reset_position_ids, reset_attention_mask, eod_mask_loss need the token that ends a document: give "
+                "tokenizer_name_or_path, the folder of a tokenizer that names its eos_token"
             )
         self.indexed = IndexedDataset(prefix)
         self.seq_length = seq_length
-        self._name = f"{os.fspath(prefix)} ({split_name} of split {split})"
+        self._name = f"{os.fspath(prefix)} ({share_name(split_name, split)})"
         self._eod_token = eod_token
         self._reset_position_ids = reset_position_ids
         self._reset_attention_mask = reset_attention_mask
@@ -74,10 +81,9 @@ class GPTDataset:
             drop_last_partial_sequence,
         )
         if len(self) == 0:
-            whole = ", or --eval-iters full" if split_name == "valid" and drop_last_partial_sequence else ""
-            raise UserError(
+            raise EmptySplitError(
                 f"{self._name}: {self._sequences} sequences with {self._tokens} tokens give no sample of "
-                f"{seq_length} + {self._extra} tokens; use more data, another split or a smaller seq_length{whole}"
+                f"{seq_length} + {self._extra} tokens; {what_gives_samples(split_name, split)}, or a smaller seq_length"
             )
 
     def __len__(self) -> int:

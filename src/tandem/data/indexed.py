@@ -96,7 +96,7 @@ class IndexedWriter:
         self._lengths: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._sequences = 0
-        self._bin_part = _part(Path(f"{self.prefix}.bin"))
+        self._bin_part = part_of(Path(f"{self.prefix}.bin"))
         self._bin = self._bin_part.open("wb")
 
     def add_document(self, tokens: np.typing.ArrayLike, lengths: Sequence[int] | None = None) -> None:
@@ -194,7 +194,7 @@ def publish(
     """Make the file `tokens`, whose sequences have `lengths`, the `.bin` of `prefix`, and write its `.idx`, which comes
     last. `document_indices` as in `write_index`."""
     bin_path, idx_path = (Path(f"{os.fspath(prefix)}.{suffix}") for suffix in ("bin", "idx"))
-    idx_part = _part(idx_path)
+    idx_part = part_of(idx_path)
     try:
         write_index(idx_part, lengths, dtype, document_indices)
         idx_path.unlink(missing_ok=True)  # an old index must never meet the new tokens
@@ -218,7 +218,8 @@ def write_index(
         _flush_to_disk(file)
 
 
-def _part(path: Path) -> Path:
+def part_of(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 

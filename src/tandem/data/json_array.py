@@ -33,7 +33,7 @@ def iter_elements(file: Path, stream: BinaryIO) -> Iterator[bytes]:
     while True:
         match = _TOKEN.search(buffer, position)
         if match is None or match.group() == b'"':
-            more = stream.read(_READ_BYTES)
+            more = stream.read(max(_READ_BYTES, len(buffer) - begin))  # a long string is looked at from its begin again
             if not more:
                 raise UserError(f"{file}: the JSON array does not end: truncated in row {count + 1}")
             resume = len(buffer) if match is None else match.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_pre
     groups = {f"{output_prefix}_{key}": _parts(Path(folder), key, f"{output_prefix}_{key}") for key in keys}
     for parts in groups.values():
         _require_one_making(parts)
-    earlier = {path for output in groups for path in _earlier_record(output, output_prefix)}
+    earlier = {path for output in groups for path in _earlier_record(output, output_prefix, groups)}
     merged = _merged_record(groups, output_prefix)
     if merged:
         require_own(output_prefix, merged.files)
@@ -49,10 +49,24 @@ def _parts(folder: Path, key: str, output: str) -> list[Path]:
     parts = [part for part in found if part.resolve() != Path(output).resolve()]
     if not parts:
         raise UserError(f"--merge-group-keys {key}: no .bin/.idx pair in {folder} has it in its name")
+    _require_no_part_twice(parts)
     lonely = [path for path in folder.glob("*.bin") if key in path.stem and not path.with_suffix(".idx").exists()]
     if lonely:
         raise UserError(f"{lonely[0]}: its .idx is missing; copy both files, or remove it")
     return parts
+
+
+def _require_no_part_twice(parts: Sequence[Path]) -> None:
+    """Raise UserError when a part is what an earlier merge made of another."""
+    records = {part: found for part in parts if (found := read_record(part)) is not None}
+    places = {str(path.resolve()) for path, _ in records.values()}
+    for part, (_, record) in records.items():
+        twice = places & {str(Path(path).resolve()) for path in record.get("merged", [])}
+        if twice:
+            raise UserError(
+                f"{part}: an earlier merge made it of {', '.join(sorted(twice))}, which are here, too: their documents "
+                f"would come twice; remove it, or merge in another folder"
+            )
 
 
 class _Record(NamedTuple):
@@ -132,15 +146,22 @@ def _require_one_making(parts: Sequence[Path]) -> None:
                 )
 
 
-def _earlier_record(output: str, output_prefix: str) -> list[Path]:
+def _earlier_record(output: str, output_prefix: str, outputs: Iterable[str]) -> list[Path]:
     """The record of an earlier merge, if there is one.
 
     Raises:
-        UserError: the record of other data would speak for what the parts become.
+        UserError: the record of other data would speak for what the parts become, or that of an earlier merge speaks
+            for more than the `outputs`.
     """
     found = read_record(output)
     if found is None:
         return []
+    left = set(found[1]["files"].values()) - set(map(os.path.basename, outputs))
+    if "merged" in found[1] and left:
+        raise UserError(
+            f"{found[0]}: speaks for {', '.join(sorted(left))}, too, which would lose their record; merge all of its "
+            f"keys, or choose another --output-prefix"
+        )
     if found[0] != record_path(output_prefix) or "merged" not in found[1]:
         raise UserError(f"{found[0]}: speaks for the data that lie there; choose another --output-prefix, or remove it")
     return [found[0]]

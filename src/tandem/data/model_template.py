@@ -164,7 +164,9 @@ class _Said:
 
     def __init__(self, message: Message, sets_thought_apart: bool) -> None:
         self.message = message
-        self.reasoning, self.content = message.reasoning or "", message.content
+        reasoning = message.reasoning or ""
+        # Templates strip line ends from a thought: of nothing else it is none.
+        self.reasoning, self.content = reasoning if reasoning.strip("\n") else "", message.content
         if sets_thought_apart:
             # By Qwen3's rule. Where a template's is another, the two renderings do not agree.
             thought = message.content.partition(_END_OF_THOUGHT)[0].rpartition(_BEGIN_OF_THOUGHT)[2]

@@ -21,6 +21,15 @@ def sft_prefix(output_prefix: str, key: str) -> str:
     return f"{output_prefix}_packed_{key}_document"
 
 
+def whole_of(prefix: str) -> str | None:
+    """The output prefix of conversations or preferences of which `prefix` is but one pair; None if it is not."""
+    for key in (*SFT_KEYS, *PAIR_KEYS):
+        output_prefix = prefix.removesuffix(sft_prefix("", key))
+        if output_prefix != prefix and os.path.exists(f"{prefix}.idx"):
+            return output_prefix
+    return None
+
+
 def data_beside(prefix: str | os.PathLike[str]) -> str:
     """For an error about a missing dataset: the ones in its folder, as `--data-path` takes them; "" without any."""
     folder = Path(prefix).parent

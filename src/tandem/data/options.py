@@ -91,6 +91,10 @@ class PreprocessOptions:
         )
         require(self.on_bad in ("stop", "skip"), f"on_bad is {self.on_bad!r}; expected 'stop' or 'skip'")
         require(self.seq_length is None or self.seq_length >= 2, f"seq_length is {self.seq_length}; expected 2 or more")
+        require(
+            self.over_long == "trim" or self.seq_length is not None,
+            f"over_long {self.over_long} needs seq_length, which says what is too long",
+        )
         require(not self.neat_pack or self.pack, "neat_pack needs pack; give both")
         require(not self.pack or self.seq_length is not None, "pack needs seq_length, the length of a packed row")
         require(

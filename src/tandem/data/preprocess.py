@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from tandem import __version__
 from tandem.data.engine import TokenizersEngine, choose_engine
 from tandem.data.handlers import GeneralPretrainHandler, InstructionHandler, is_pairwise
-from tandem.data.indexed import IndexedDataset, IndexedWriter
+from tandem.data.indexed import IndexedDataset, IndexedWriter, part_of
 from tandem.data.mixing import Selection, interleaved
 from tandem.data.naming import REJECTS_SUFFIX, sft_prefix, text_prefix
 from tandem.data.options import PreprocessOptions, require
@@ -32,9 +33,10 @@ from tandem.data.tokenizer import Tokenizer
 from tandem.data.workers import tokenize_blocks
 from tandem.errors import UserError
 
-__all__ = ["PreprocessOptions", "PreprocessSummary", "preprocess", "try_first_rows"]
+__all__ = ["PreprocessOptions", "PreprocessSummary", "kind_of", "preprocess", "try_first_rows"]
 
 Progress = Callable[[int, int], None]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # of each file; what the engines are compared on
 
 
@@ -90,7 +92,14 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     _require_output_folder(options.output_prefix)
     sources = _open(options)
     with source_entries([file for source in sources for file in source.files]) as entries:
-        return _preprocess(options, sources, entries, progress)
+        try:
+            return _preprocess(options, sources, entries, progress)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise UserError(
+                f"{options.output_prefix}: {error.strerror}; what is tokenised so far is kept: the same command goes on"
+            ) from None
 
 
 def try_first_rows(options: PreprocessOptions) -> Counter[str]:
@@ -105,6 +114,18 @@ def try_first_rows(options: PreprocessOptions) -> Counter[str]:
     for block in iter_source_blocks(sources, options.max_samples):
         return _checked(job(block), options).counts
     raise UserError(f"{_files(sources)}: no rows")
+
+
+def kind_of(options: PreprocessOptions) -> str:
+    """What the first record says that the input is: "plain text", "conversations" or "preferences".
+
+    Raises:
+        UserError: as `preprocess`.
+    """
+    handler = _open(options)[0].handler
+    if isinstance(handler, GeneralPretrainHandler):
+        return "plain text"
+    return "preferences" if is_pairwise(handler) else "conversations"
 
 
 def _open(options: PreprocessOptions) -> list[Source]:
@@ -129,18 +150,28 @@ def _preprocess(
     name = sft_prefix if template else text_prefix
     prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
     names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
+    for pair in names.values():
+        over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - os.pathconf(
+            _folder(options.output_prefix), "PC_NAME_MAX"
+        )
+        require(over <= 0, f"output_prefix {options.output_prefix}: the names of files would be {over} bytes too long")
     require_own(options.output_prefix, names)
     rejects = Path(f"{options.output_prefix}{REJECTS_SUFFIX}")
+    for file in (file for source in sources for file in source.files):
+        require(
+            file.resolve() != rejects.resolve(),
+            f"{file}: the rejects of this run would go there, and it is the input; choose another output_prefix",
+        )
 
     keys = ("input_ids", "labels") if options.pack else job.output_keys
     spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
     try:
         job.engine = choose_engine(tokenizer, job.engine, _sample(job, sources), options.workers)
         _tokenize(job, sources, options, spool, progress)
-        spool.publish_rejects(rejects)
         _require_kept(spool, sources)
         order = _order(spool, sources, options)
         remove_record(options.output_prefix, names)  # an old record must never meet the new data
+        spool.publish_rejects(rejects)
         if options.pack or order is not None:
             _rewrite(spool, order, prefixes, tokenizer, options)
         else:
@@ -152,7 +183,7 @@ def _preprocess(
 
     counts = spool.counts
     if order is not None:  # samples were left out or repeated
-        written = DataView(options.output_prefix).statistics()
+        written = DataView(options.output_prefix, options.pack).statistics()
         counts.update(tokens=written.tokens - counts["tokens"])
         counts.update(trained_tokens=written.trained_tokens - counts["trained_tokens"])
     summary = PreprocessSummary(
@@ -184,6 +215,7 @@ def _job(
     require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
     require(options.pad_to_multiple_of == 1, f"pad_to_multiple_of is for plain text, but {name} reads conversations")
     assert options.prompt_type is not None
+    require(options.json_keys == ("text",), f"json_keys are for plain text, but {name} reads conversations")
     template = get_template(options.prompt_type, options.enable_thinking, tokenizer)
     stop = tokenizer.token_to_id(template.stop_word)
     require(
@@ -216,6 +248,8 @@ def _pretrain_job(
 ) -> PretrainTokenizer:
     for option in ("prompt_type", "seq_length", "pack"):
         require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
+    for option, usual in (("train_turns", "all"), ("over_long", "trim")):
+        require(getattr(options, option) == usual, f"{option} is for conversations, but {name} reads plain text")
     require(
         not options.append_eod or tokenizer.eos_id is not None,
         f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
@@ -237,7 +271,7 @@ def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
         size = 0
         for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
             try:
-                found = job.texts(job.read_row(row, number))
+                found = [text[:_SAMPLED_CHARACTERS] for text in job.texts(job.read_row(row, number))]
             except UserError:
                 continue  # reported when its turn comes
             texts += found
@@ -263,7 +297,7 @@ def _tokenize(
 
 def _checked(chunk: TokenizedChunk, options: PreprocessOptions) -> TokenizedChunk:
     if chunk.rejects and options.on_bad == "stop":
-        raise UserError(f"{chunk.rejects[0].reason} (on_bad=skip leaves such rows out)")
+        raise UserError(f"{chunk.rejects[0].reason} (`tandem preprocess --on-bad skip` leaves such rows out)")
     return chunk
 
 
@@ -369,6 +403,10 @@ def _record(
 
 
 def _require_output_folder(output_prefix: str) -> None:
-    folder = Path(os.path.abspath(os.path.dirname(output_prefix)))
+    folder = _folder(output_prefix)
     require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
     require(bool(os.path.basename(output_prefix)), f"output_prefix {output_prefix}: a name for the files is missing")
+
+
+def _folder(output_prefix: str) -> Path:
+    return Path(os.path.abspath(os.path.dirname(output_prefix)))

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,29 @@ from tandem.errors import UserError
 _REVISION = 2  # one more whenever preprocessing makes other files of the same input
 _WITHOUT_TRACE = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
 _SECONDS_BETWEEN_LOOKS = 0.5
+_IN_CACHE = re.compile(r"(\.preprocessed/)[0-9a-f]{16}(?=/)")
 Wait = Callable[[Path], None]
 
 
 def is_raw(data_path: str) -> bool:
     """Whether a data path names files to be preprocessed, and not the prefix of files that were."""
     names = (f"{data_path}.idx", f"{sft_prefix(data_path, 'input_ids')}.idx")
+    if data_path.endswith((".bin", ".idx")):
+        return False
     if read_record(data_path) is not None or any(map(os.path.exists, names)):
         return False
     return os.path.exists(data_path) or bool(glob.glob(data_path, recursive=True))
 
 
+def without_keys(paths: Sequence[str]) -> list[str]:
+    """Paths as `preprocess_once` returns them, but for the keys: the same for whatever became of the same files."""
+    return [_IN_CACHE.sub(r"\1", path) for path in paths]
+
+
 def wait_for(record: Path) -> None:
     """Return when another process has written `record`. It comes last and its name says what is in it, so looking for
     it is enough; nothing times out while a slow preprocessing goes on."""
-    while not record.is_file():
+    while not _is_whole(record):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -67,7 +75,7 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
     folder = Path(cache or beside) / f"{name}.preprocessed" / _key(options)
     options = replace(options, output_prefix=str(folder / "data"))
     record = record_path(options.output_prefix)
-    if leader and not record.is_file():
+    if leader and not _is_whole(record):
         print(f"> preprocessing {raw} into {folder}", flush=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +92,16 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
         raise UserError(f"{record}: the process that preprocesses {raw} did not write it; see its messages")
     (first, *others) = found[1]["files"].values()
     return options.output_prefix if others else str(folder / first)  # conversations have several files, text has one
+
+
+def _is_whole(record: Path) -> bool:
+    """Whether a record is there, and the files that it names: someone may have removed some."""
+    found = read_record(str(record).removesuffix(".json"))
+    return found is not None and all(
+        (record.parent / f"{name}.{suffix}").is_file()
+        for name in found[1]["files"].values()
+        for suffix in ("bin", "idx")
+    )
 
 
 def template_of_raw(options: PreprocessOptions, tokenizer: Tokenizer) -> dict[str, Any] | None:

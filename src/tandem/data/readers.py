@@ -118,7 +118,8 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for entry in inputs:
         given, path = os.fspath(entry), Path(entry)
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not _is_output(file))
+            named = (file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.is_dir())
+            found = sorted(file for file in named if not _is_output(file))
         elif path.is_file():
             found = [path]
         else:
@@ -130,6 +131,8 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
             )
         files += found
     for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: a link to {os.readlink(file)}, which is not there")
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     return files
@@ -140,7 +143,7 @@ def _is_output(file: Path) -> bool:
     return (
         file.suffix in (".bin", ".idx")
         or file.name.endswith(REJECTS_SUFFIX)
-        or (file.suffix == ".json" and is_record(file))
+        or (file.suffix == ".json" and file.is_file() and is_record(file))
     )
 
 

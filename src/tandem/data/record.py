@@ -130,9 +130,12 @@ def check_record(
     """
     found = read_record(data_path)
     if found is None:
-        return (
-            f"{os.fspath(data_path)}: no record beside the data, so nothing shows which tokenizer and template made it"
-        )
+        unknown = "so nothing shows which tokenizer and template made it"
+        for path in _candidates(os.fspath(data_path)):
+            if path.is_file() and is_record(path):
+                named = ", ".join(_load(path)["files"].values())
+                return f"{os.fspath(data_path)}: {path} is the record of {named}, not of these data, {unknown}"
+        return f"{os.fspath(data_path)}: no record beside the data, {unknown}"
     path, record = found
     _compare(path, "tokenizer", record["tokenizer"], tokenizer_entry(tokenizer))
     if template is not None:

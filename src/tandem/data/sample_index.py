@@ -17,6 +17,10 @@ SPLIT_NAMES = ["train", "valid", "test"]
 _FINAL_EPOCH_THRESHOLD = 0.80  # a last epoch used less than this is shuffled on its own
 
 
+class EmptySplitError(UserError):
+    """A split has no sample."""
+
+
 @dataclass(frozen=True)
 class SampleIndex:
     """Where each sample lies in a stream of shuffled documents.
@@ -44,6 +48,20 @@ def split_weights(split: str) -> list[float]:
         raise UserError(f"split {split!r}: expected up to three non-negative weights with a positive sum, as 98,1,1")
     parts += [0.0] * (3 - len(parts))
     return [part / sum(parts) for part in parts]
+
+
+def share_name(split_name: str, split: str) -> str:
+    """How errors name a split."""
+    return "all of it" if _is_whole(split_name, split) else f"{split_name} of split {split}"
+
+
+def what_gives_samples(split_name: str, split: str) -> str:
+    """What an error about an empty split advises."""
+    return "use more data" if _is_whole(split_name, split) else "use more data, or give it a larger weight in the split"
+
+
+def _is_whole(split_name: str, split: str) -> bool:
+    return split_weights(split)[split_position(split_name)] == 1
 
 
 def split_position(split_name: str) -> int:

@@ -11,7 +11,13 @@ import numpy as np
 from tandem.data.batch import IGNORE, Sample
 from tandem.data.indexed import IndexedDataset
 from tandem.data.naming import SFT_KEYS, sft_prefix
-from tandem.data.sample_index import split_position, split_weights
+from tandem.data.sample_index import (
+    EmptySplitError,
+    share_name,
+    split_position,
+    split_weights,
+    what_gives_samples,
+)
 from tandem.data.segments import lengths_from_ends, restarting_positions
 from tandem.data.truncation import TurnLengths, header_length, kept_tokens
 from tandem.errors import UserError
@@ -55,7 +61,8 @@ class SFTSequences:
     ) -> None:
         if eod_token is None and (reset_position_ids or reset_attention_mask):
             raise UserError(
-                "reset_position_ids and reset_attention_mask need the token that ends a document: give eod_token"
+                "reset_position_ids and reset_attention_mask need the token that ends a document: give "
+                "tokenizer_name_or_path, the folder of a tokenizer that names its eos_token"
             )
         self._prefix = os.fspath(prefix)
         self._ids, self._mask, self._labels = (IndexedDataset(sft_prefix(self._prefix, key)) for key in SFT_KEYS)
@@ -68,9 +75,9 @@ class SFTSequences:
         self._reset_attention_mask = reset_attention_mask
         self.ids = _split_range(split, split_name, len(self._ids))
         if not self.ids:
-            raise UserError(
-                f"{self._prefix}: {split_name} of split {split} holds none of its {len(self._ids)} sequences; "
-                f"give it a larger weight"
+            raise EmptySplitError(
+                f"{self._prefix}: {share_name(split_name, split)} holds none of its {len(self._ids)} sequences; "
+                f"{what_gives_samples(split_name, split)}"
             )
         self.lengths = self._ids.lengths[self.ids.start : self.ids.stop]
         empty = np.flatnonzero(self.lengths == 0)

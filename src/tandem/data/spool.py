@@ -59,6 +59,8 @@ class Spool:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another output_prefix") from None
+        if any(self.folder.iterdir()) and not (self.folder / "lock").exists():
+            raise UserError(f"{self.folder}: holds files of someone else's; choose another output_prefix")
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

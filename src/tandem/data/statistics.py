@@ -11,7 +11,8 @@ import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
-from tandem.data.naming import sft_prefix
+from tandem.data.naming import sft_prefix, whole_of
+from tandem.data.record import read_record
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -51,13 +52,19 @@ class DataView:
     """A dataset by its data path: a `.bin/.idx` pair of plain text, or the output prefix of conversations or of
     preferences. The two sequences of a preference are samples of their own.
 
+    Args:
+        packed: whether rows may end in padding; None: what the record says.
+
     Attributes:
         is_instruction_dataset: only a part of each sequence is trained.
+
+    Raises:
+        UserError: the data path is one of several pairs that belong together.
     """
 
-    def __init__(self, data_path: str | os.PathLike[str]) -> None:
+    def __init__(self, data_path: str | os.PathLike[str], packed: bool | None = None) -> None:
         self.data_path = os.fspath(data_path)
-        self._columns = _columns(self.data_path)
+        self._columns = _columns(self.data_path, _is_packed(self.data_path) if packed is None else packed)
         self.is_instruction_dataset = self._columns[0].labels is not None
 
     def __len__(self) -> int:
@@ -74,7 +81,7 @@ class DataView:
         ids = column.ids[number]
         if column.labels is None:
             if ids.min(initial=0) < 0:
-                raise UserError(f"{self.data_path}: these are labels, not tokens; name the prefix of all three files")
+                raise UserError(f"{self.data_path}: these are labels, not tokens")
             return [Span(tokenizer.decode(ids.tolist()), True)]
         trained = column.labels[number] != IGNORE
         runs = groupby(range(column.unpadded_length(number)), key=lambda position: bool(trained[position]))
@@ -96,6 +103,7 @@ class _Column:
     ids: IndexedDataset
     labels: IndexedDataset | None = None
     mask: IndexedDataset | None = None
+    packed: bool = False
 
     def counts(self) -> tuple[int, int, int]:
         """Documents, tokens, trained tokens."""
@@ -109,20 +117,32 @@ class _Column:
         return documents, tokens, trained
 
     def unpadded_length(self, index: int) -> int:
-        """Up to the last token that is trained; the stored length where none is. Padding is never trained."""
+        """The length without padding, which only packed rows have: segment 0 where borders are stored, else what lies
+        after the last token that is trained."""
         assert self.labels is not None
-        trained = np.flatnonzero(self.labels[index] != IGNORE)
-        return int(trained[-1]) + 1 if len(trained) else len(self.labels[index])
+        if not self.packed:
+            return len(self.labels[index])
+        segments = self.mask[index] if self.mask is not None else np.ones(1)
+        used = np.flatnonzero(segments if (segments != 1).any() else self.labels[index] != IGNORE)
+        return int(used[-1]) + 1 if len(used) else len(self.labels[index])
 
 
-def _columns(data_path: str) -> list[_Column]:
+def _is_packed(data_path: str) -> bool:
+    """As the record says; without one, rows may be packed."""
+    found = read_record(data_path)
+    return found is None or bool(found[1]["options"]["pack"])
+
+
+def _columns(data_path: str, packed: bool) -> list[_Column]:
     def stored(key: str) -> IndexedDataset:
         return IndexedDataset(sft_prefix(data_path, key))
 
     if Path(f"{sft_prefix(data_path, 'input_ids')}.idx").exists():
-        return [_Column("", stored("input_ids"), stored("labels"), stored("attention_mask"))]
+        return [_Column("", stored("input_ids"), stored("labels"), stored("attention_mask"), packed)]
     if Path(f"{sft_prefix(data_path, 'chosen_input_ids')}.idx").exists():
         return [_Column(name, stored(f"{name}_input_ids"), stored(f"{name}_labels")) for name in ("chosen", "rejected")]
+    if (whole := whole_of(data_path)) is not None:
+        raise UserError(f"{data_path}: one of several files that belong together; name them all as {whole}")
     return [_Column("", IndexedDataset(data_path))]
 
 

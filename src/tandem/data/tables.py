@@ -38,6 +38,10 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
         try:
             rows = filter(None, reader)
             header = next(rows, [])
+            if twice := [name for number, name in enumerate(header) if name in header[:number]]:
+                raise UserError(
+                    f"{file}: the header names {', '.join(map(repr, twice))} more than once; rename a column"
+                )
             for values in rows:
                 if len(values) == len(header):
                     yield dict(zip(header, values))

@@ -83,6 +83,16 @@ class Tokenizer:
         """By id: texts that become one token wherever they stand, special tokens among them."""
         return self._tokenizer.get_added_tokens_decoder()
 
+    @property
+    def added_tokens_look_around(self) -> bool:
+        """Whether some added token is found by more than its own characters: as a whole word, with the space around it,
+        or in text that was normalised before."""
+        normalizes = self._tokenizer.normalizer is not None
+        return any(
+            token.single_word or token.lstrip or token.rstrip or (token.normalized and normalizes)
+            for token in self.added_tokens.values()
+        )
+
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 

@@ -47,6 +47,11 @@ def print_banner(
         *notices,
         *saving_notice(settings),
     ]
+    if trainer.progress.iteration >= trainer.train_iters:
+        lines.append(
+            f"nothing is left to train: the weights stand at iteration {trainer.progress.iteration:,} of "
+            f"{trainer.train_iters:,}; a larger --train-iters goes on, --finetune begins a new run with them"
+        )
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
         lines += changes(source, settings)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tandem.config.settings import DataSettings, Settings
 from tandem.data.indexed import IndexedDataset
-from tandem.data.naming import sft_prefix
+from tandem.data.naming import PAIR_KEYS, sft_prefix, whole_of
 from tandem.data.record import check_record, read_record, template_entry
 from tandem.data.templates import (
     CHAT_TEMPLATE,
@@ -24,6 +24,7 @@ from tandem.data.tokenize import TOO_LONG
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
 
+_ROWS_LOOKED_AT = 8
 _RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # they look for end-of-document tokens
 
 
@@ -39,6 +40,7 @@ def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> 
     if notice:
         if not data.is_instruction_dataset:
             return [*notices, notice], None
+        notices += _notices_of_unrecorded_rows(prefix, data)
         if template is None:
             notice += (
                 "; --prompt-type would tell the checkpoint, and whoever chats with it, what the model was trained on"
@@ -132,8 +134,16 @@ def check_files(prefix: str, is_instruction_dataset: bool) -> None:
     """Raise UserError when there are no files of this kind, and say what others would do."""
     text, chat = f"{prefix}.idx", f"{sft_prefix(prefix, 'input_ids')}.idx"
     wanted, other = (chat, text) if is_instruction_dataset else (text, chat)
+    if (whole := whole_of(prefix)) is not None:
+        raise UserError(
+            f"{prefix}: one of several files of conversations or preferences, which belong together: {whole} names them"
+        )
     if os.path.exists(wanted):
         return
+    if prefix.endswith((".bin", ".idx")) and os.path.exists(prefix):
+        raise UserError(f"{prefix}: a prefix is wanted: leave {prefix[-4:]} out")
+    if os.path.exists(f"{sft_prefix(prefix, PAIR_KEYS[0])}.idx"):
+        raise UserError(f"{prefix}: these data are preferences; no training uses them")
     if os.path.exists(other):
         kinds = (
             "plain text, for `tandem pretrain`" if is_instruction_dataset else "conversations, for `tandem finetune`"
@@ -141,8 +151,14 @@ def check_files(prefix: str, is_instruction_dataset: bool) -> None:
         raise UserError(f"{prefix}: these data are {kinds}")
     if os.path.exists(prefix):
         raise UserError(f"{prefix}: a raw file; preprocess it first: `tandem preprocess`")
+    found = read_record(prefix)
+    written = [os.path.join(os.path.dirname(prefix), name) for name in found[1]["files"].values()] if found else []
+    missing = [name for name in written if not os.path.exists(f"{name}.idx")]
+    if missing:
+        raise UserError(f"{missing[0]}.idx: no such file, though {found[0]} names it; copy all files")  # type: ignore[index]
     raise UserError(
-        f"{wanted}: no such file, nor raw ones of the name {prefix}; give the prefix that `tandem preprocess` wrote"
+        f"{wanted}: no such file, nor raw ones of the name {prefix}; give "
+        + (" or ".join(written) or "the prefix that `tandem preprocess` wrote")
     )
 
 
@@ -158,6 +174,30 @@ def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
         f"{prefix}: {longer:,} of {len(lengths):,} conversations are longer than --seq-length {data.seq_length} (up to "
         f"{lengths.max():,} tokens) and are cut, turn by turn; `tandem preprocess --seq-length {data.seq_length} "
         f"--over-long drop` leaves them out"
+    ]
+
+
+def _notices_of_unrecorded_rows(prefix: str, data: DataSettings) -> list[str]:
+    """What the rows themselves show where no record says whether they are packed: such rows are equally long.
+
+    Raises:
+        UserError: packed rows would be cut, and with them whole conversations.
+    """
+    lengths = IndexedDataset(sft_prefix(prefix, "input_ids")).lengths
+    if len(lengths) < 2 or lengths.min() != lengths.max():
+        return []
+    length = int(lengths[0])
+    mask = IndexedDataset(sft_prefix(prefix, "attention_mask"))
+    if any((mask[row] != 1).any() for row in range(min(len(mask), _ROWS_LOOKED_AT))):
+        if length > data.seq_length:
+            raise UserError(
+                f"{prefix}: its rows of {length:,} tokens are packed; --seq-length {data.seq_length} would cut them: "
+                f"train with --seq-length {length}, or pack again"
+            )
+        return []
+    return [
+        f"{prefix}: all rows have {length:,} tokens and no borders: if they are packed, their conversations see each "
+        f"other" + (f", and --seq-length {data.seq_length} cuts rows, not conversations" * (length > data.seq_length))
     ]
 
 

@@ -13,6 +13,7 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
 from tandem.data.blend import BlendedDataset, ChainedDataset, parse_blend
 from tandem.data.gpt_dataset import GPTDataset
+from tandem.data.sample_index import EmptySplitError
 from tandem.data.sft_dataset import SFTDataset
 from tandem.data.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -66,12 +67,12 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
     train, mixture = _training(settings, tokenizer, resumed)
     valid: dict[str, Dataset] = {}
     if training.eval_iters and training.eval_interval <= settings.total_iters:
-        valid = {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()} or {
-            VALIDATION: _validation(settings, tokenizer)
-        }
-    notices = [notice for notices, _ in checks.values() for notice in notices] + _notices_of_evaluation(
-        settings, named, valid
-    )
+        valid = {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()}
+    notices = [notice for notices, _ in checks.values() for notice in notices] + _notices_of_flags(settings)
+    if training.eval_iters and training.eval_interval <= settings.total_iters and not named:
+        valid[VALIDATION], unevaluated = _validation(settings, tokenizer)
+        notices += unevaluated
+    notices += _notices_of_evaluation(settings, named, valid)
     if resumed is not None and not _keeps_its_order(settings, resumed):
         changed = ", ".join(_changed_ordering(settings, resumed)).replace("_", " ")
         notices.append(
@@ -115,6 +116,17 @@ def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dic
         for name, prefix in named.items()
         if name in valid and len(valid[name]) > taken
     ]
+
+
+def _notices_of_flags(settings: Settings) -> list[str]:
+    """Flags that mean nothing for this kind of data."""
+    data = settings.data
+    if data.is_instruction_dataset:
+        names, kind = ["eod_mask_loss"], "conversations"
+    else:
+        names, kind = ["pack", "neat_pack", "no_shuffle"], "plain text"
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(data, name)]
+    return [f"{' '.join(given)}: without effect on {kind}"] if given else []
 
 
 def all_prefixes(settings: Settings) -> list[str]:
@@ -212,22 +224,42 @@ def data_identity(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _validation(settings: Settings, tokenizer: Tokenizer | None) -> Dataset:
+def _validation(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset, list[str]]:
     """The validation splits of all prefixes: one after the other where all of them is evaluated, else as many samples
-    as they have together, mixed as the training data are."""
+    as they have together, mixed as the training data are. And notices, where some have none.
+
+    Raises:
+        UserError: all have none.
+    """
     prefixes, weights = parse_blend(settings.data.data_path)
-    parts = [_single(settings, tokenizer, prefix, "valid", None) for prefix in prefixes]
+    parts: dict[str, Dataset] = {}
+    failures: dict[str, EmptySplitError] = {}
+    for prefix in prefixes:
+        try:
+            parts[prefix] = _single(settings, tokenizer, prefix, "valid", None)
+        except EmptySplitError as error:
+            failures[prefix] = error
+    is_full = settings.training.eval_iters == "full"
+    if not parts:
+        full = "" if is_full else "--eval-iters full takes also less than a sample, "
+        raise UserError(
+            f"{failures[prefixes[0]]}. Or: {full}--valid-data-path evaluates other data, --eval-iters 0 nothing"
+        )
+    notices = [
+        f"{prefix}: its share of the split has no validation sample, and is not evaluated" for prefix in failures
+    ]
     if len(parts) == 1:
-        return parts[0]
-    if settings.training.eval_iters == "full":
-        return ChainedDataset(parts)
-    sizes = [float(len(part)) for part in parts]
-    mixture = Mixture.of(prefixes, weights or sizes, int(sum(sizes)), None, 0)
+        return next(iter(parts.values())), notices
+    if is_full:
+        return ChainedDataset(list(parts.values())), notices
+    sizes = [float(len(part)) for part in parts.values()]
+    shares = [dict(zip(prefixes, weights))[prefix] for prefix in parts] if weights else sizes
+    mixture = Mixture.of(list(parts), shares, int(sum(sizes)), None, 0)
 
     def build(prefix: str, size: int, number: int) -> Dataset:
         return _single(settings, tokenizer, prefix, "valid", size, settings.training.seed + number)
 
-    return mixture.open(build, grows=settings.data.is_instruction_dataset)[0]
+    return mixture.open(build, grows=settings.data.is_instruction_dataset)[0], notices
 
 
 def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None) -> tuple[Dataset, Mixture]:

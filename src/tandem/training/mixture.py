@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from tandem.data.blend import BlendedDataset, ChainedDataset, Segment, blend_sizes, normalized, segment_indices
+from tandem.data.blend import (
+    BlendedDataset,
+    ChainedDataset,
+    Segment,
+    blend_sizes,
+    normalized,
+    plain_paths,
+    segment_indices,
+)
 from tandem.training.trainer import Dataset
 
 # prefix, samples, and which of several datasets of the same prefix it is -> the dataset
@@ -87,7 +95,9 @@ class Mixture:
         if value is None:
             return None
         segments = tuple(Segment(entry["begin"], tuple(entry["weights"])) for entry in value["segments"])
-        return cls(tuple(value["prefixes"]), segments, dict(value["sizes"]), value["size"])
+        prefixes = plain_paths(value["prefixes"])
+        sizes = dict(zip(plain_paths(list(value["sizes"])), value["sizes"].values()))
+        return cls(prefixes, segments, sizes, value["size"])
 
 
 def _chain(prefix: str, sizes: list[int], needed: int, build: Build) -> tuple[Dataset, list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
 from tandem.data.options import PreprocessOptions, parse_map_keys
-from tandem.data.preprocess import try_first_rows
+from tandem.data.preprocess import kind_of, try_first_rows
 from tandem.data.raw import Wait, is_raw, preprocess_once, template_of_raw, wait_for
 from tandem.data.templates import THINKING_MODES
 from tandem.data.tokenizer import Tokenizer
@@ -94,7 +94,23 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
         append_eod=data.append_eod,
         workers=data.workers,
     )
-    return {path: dataclasses.replace(options, input=(path,)) for path in raw}
+    found = {path: dataclasses.replace(options, input=(path,)) for path in raw}
+    for path, its_options in found.items():
+        _require_kind(path, kind_of(its_options), data.is_instruction_dataset)
+    return found
+
+
+def _require_kind(path: str, kind: str, is_instruction_dataset: bool) -> None:
+    """Raise UserError where a run cannot train on what the first record of a raw file is."""
+    if kind == ("conversations" if is_instruction_dataset else "plain text"):
+        return
+    ways = {
+        "conversations": "`tandem finetune` takes them; with --handler-name AlpacaPretrainHandler or "
+        "SharegptPretrainHandler they are plain text",
+        "plain text": "`tandem pretrain` takes it; --handler-name and --map-keys say how records are conversations",
+        "preferences": "no training uses them",
+    }
+    raise UserError(f"{path}: by the first record these are {kind}: {ways[kind]}")
 
 
 def _tokenizer_folder(settings: Settings) -> str:

@@ -16,6 +16,8 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.megatron import is_megatron
 from tandem.checkpoints.native import NativeSource
 from tandem.config.settings import Settings
+from tandem.data.blend import plain_paths
+from tandem.data.raw import without_keys
 from tandem.errors import UserError
 from tandem.parallel.world import Communicator
 from tandem.training.state import SETTINGS_FILE, TrainerState, check_optimizer, restore
@@ -65,11 +67,17 @@ def _check_same(names: Iterable[tuple[str, str]], saved: dict[str, dict[str, Any
     now, save = settings.to_dict(), settings.checkpoint.save
     for group, name in names:
         was, new = saved.get(group, {}).get(name), now[group][name]
-        if was != new and not (name == "load" and was == save):
-            raise UserError(
-                f"--save {save} holds a checkpoint of another run, whose {name} was {was}; here it is {new}. "
-                f"Choose another folder, or resume that run with --load {save}"
-            )
+        if name == "data_path" and was is not None:
+            was = list(plain_paths(was))
+        if was == new or (name == "load" and was == save):
+            continue
+        changed = f"whose {name} was {was}; here it is {new}"
+        if name == "data_path" and was is not None and without_keys(was) == without_keys(new):
+            changed = "whose raw data, or the flags that say how they are read, were others: they have changed since"
+        raise UserError(
+            f"--save {save} holds a checkpoint of another run, {changed}. "
+            f"Choose another folder, or resume that run with --load {save}"
+        )
 
 
 def _check_step(saved: dict[str, dict[str, Any]], settings: Settings) -> None:

@@ -11,6 +11,7 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.publish import check_writable
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import Settings
+from tandem.data.blend import plain_paths
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, from_hf
 from tandem.parallel.grid import Grid
@@ -80,7 +81,8 @@ def check_ground(settings: Settings, processes: int) -> Ground:
 def with_data(settings: Settings, ground: Ground, leader: bool = True) -> Start:
     """Preprocess raw data, and settle what depends on the data."""
     resumed = None if ground.loading.checkpoint.finetune else TrainerState.from_source(ground.source)
-    settings = with_epochs(with_preprocessed(settings, leader), resumed)
+    data = dataclasses.replace(settings.data, data_path=plain_paths(settings.data.data_path))
+    settings = with_epochs(with_preprocessed(dataclasses.replace(settings, data=data), leader), resumed)
     check_same_data(settings, ground.loading)
     schedule = schedule_from(settings)
     seeded = settings if ground.loading.checkpoint.no_load_rng else with_checkpoint_seed(settings, resumed)
