@@ -33,7 +33,7 @@ def test_c3_agreement_passes_and_a_missing_record_is_a_notice(tmp_path: Path) ->
     assert check_record(tmp_path / "sft", tokenizer) is None
     notice = check_record(tmp_path / "other", tokenizer, get_template("qwen3"))
     assert notice is not None
-    assert "is the record of" in notice
+    assert "no record beside the data" in notice
 
 
 def test_c3_the_differing_field_is_named(tmp_path: Path) -> None:
@@ -119,5 +119,5 @@ def test_c3_a_record_speaks_for_its_own_files_only(tmp_path: Path) -> None:
     assert read_record(tmp_path / "sft_text_document") is None  # sft.json is not about these files
     notice = check_record(tmp_path / "sft_text_document", tokenizer)
     assert notice is not None
-    assert "no record beside the data" in notice
+    assert "is the record of sft_packed_input_ids_document" in notice
     conversations(tmp_path)  # the same set of files may be made again
