@@ -150,18 +150,8 @@ def _preprocess(
     name = sft_prefix if template else text_prefix
     prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
     names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
-    for pair in names.values():
-        over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - os.pathconf(
-            _folder(options.output_prefix), "PC_NAME_MAX"
-        )
-        require(over <= 0, f"output_prefix {options.output_prefix}: the names of files would be {over} bytes too long")
-    require_own(options.output_prefix, names)
     rejects = Path(f"{options.output_prefix}{REJECTS_SUFFIX}")
-    for file in (file for source in sources for file in source.files):
-        require(
-            file.resolve() != rejects.resolve(),
-            f"{file}: the rejects of this run would go there, and it is the input; choose another output_prefix",
-        )
+    _require_names(options.output_prefix, names, rejects, sources)
 
     keys = ("input_ids", "labels") if options.pack else job.output_keys
     spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
@@ -406,6 +396,20 @@ def _require_output_folder(output_prefix: str) -> None:
     folder = _folder(output_prefix)
     require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
     require(bool(os.path.basename(output_prefix)), f"output_prefix {output_prefix}: a name for the files is missing")
+
+
+def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, sources: Sequence[Source]) -> None:
+    """Raise UserError where files cannot have their names."""
+    longest = os.pathconf(_folder(output_prefix), "PC_NAME_MAX")
+    for pair in names.values():
+        over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - longest
+        require(over <= 0, f"output_prefix {output_prefix}: the names of files would be {over} bytes too long")
+    require_own(output_prefix, names)
+    for file in (file for source in sources for file in source.files):
+        require(
+            file.resolve() != rejects.resolve(),
+            f"{file}: the rejects of this run would go there, and it is the input; choose another output_prefix",
+        )
 
 
 def _folder(output_prefix: str) -> Path:

@@ -31,9 +31,7 @@ Wait = Callable[[Path], None]
 def is_raw(data_path: str) -> bool:
     """Whether a data path names files to be preprocessed, and not the prefix of files that were."""
     names = (f"{data_path}.idx", f"{sft_prefix(data_path, 'input_ids')}.idx")
-    if data_path.endswith((".bin", ".idx")):
-        return False
-    if read_record(data_path) is not None or any(map(os.path.exists, names)):
+    if data_path.endswith((".bin", ".idx")) or read_record(data_path) is not None or any(map(os.path.exists, names)):
         return False
     return os.path.exists(data_path) or bool(glob.glob(data_path, recursive=True))
 

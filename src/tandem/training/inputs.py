@@ -60,19 +60,17 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
     Raises:
         UserError: files are missing, or their record names another tokenizer, template or length.
     """
-    training = settings.training
     named = named_sets(settings.data.valid_data_path)
     checks = {prefix: check_data(prefix, settings, tokenizer) for prefix in all_prefixes(settings)}
     template = the_one_template({prefix: found for prefix, (_, found) in checks.items()})
     train, mixture = _training(settings, tokenizer, resumed)
-    valid: dict[str, Dataset] = {}
-    if training.eval_iters and training.eval_interval <= settings.total_iters:
-        valid = {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()}
-    notices = [notice for notices, _ in checks.values() for notice in notices] + _notices_of_flags(settings)
-    if training.eval_iters and training.eval_interval <= settings.total_iters and not named:
-        valid[VALIDATION], unevaluated = _validation(settings, tokenizer)
-        notices += unevaluated
-    notices += _notices_of_evaluation(settings, named, valid)
+    valid, unevaluated = _validation_sets(settings, tokenizer, named)
+    notices = [
+        *(notice for notices, _ in checks.values() for notice in notices),
+        *_notices_of_flags(settings),
+        *unevaluated,
+        *_notices_of_evaluation(settings, named, valid),
+    ]
     if resumed is not None and not _keeps_its_order(settings, resumed):
         changed = ", ".join(_changed_ordering(settings, resumed)).replace("_", " ")
         notices.append(
@@ -222,6 +220,19 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "pack": settings.data.pack,
         "no_shuffle": settings.data.is_instruction_dataset and settings.data.no_shuffle,
     }
+
+
+def _validation_sets(
+    settings: Settings, tokenizer: Tokenizer | None, named: dict[str, str]
+) -> tuple[dict[str, Dataset], list[str]]:
+    """What the run is evaluated with, by name, and notices; nothing where no evaluation is due."""
+    training = settings.training
+    if not training.eval_iters or training.eval_interval > settings.total_iters:
+        return {}, []
+    if named:
+        return {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()}, []
+    of_the_split, notices = _validation(settings, tokenizer)
+    return {VALIDATION: of_the_split}, notices
 
 
 def _validation(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset, list[str]]:
