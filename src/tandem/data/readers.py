@@ -203,7 +203,7 @@ def _size(row: Any) -> int:
 
 def _json_error(line: bytes, error: orjson.JSONDecodeError) -> UserError:
     if not line.strip():
-        return UserError("empty line; expected one JSON object per line")
+        return UserError("empty line, or nothing between two commas of an array; expected a JSON object")
     _decode(line)
     ends_early = error.pos >= len(error.doc.rstrip())
     hint = "; the line is truncated, or a value goes on over several lines, outside an array" if ends_early else ""
