@@ -132,3 +132,31 @@ def test_c2_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert process.stdout.readline() == b"under way\n"
     process.kill()
     process.communicate(timeout=30)  # whoever still has its output open would keep it from ending
+
+
+INTERRUPTED = """
+import os, signal, sys
+from tandem.__main__ import main
+from tandem.data import readers, spool
+readers._BLOCK_BYTES = 60
+add = spool.Spool.add
+def add_and_interrupt(self, chunk):
+    add(self, chunk)
+    if self.blocks == 7:
+        os.kill(os.getpid(), signal.SIGINT)
+spool.Spool.add = add_and_interrupt
+source, prefix, tokenizer = sys.argv[1:]
+words = ["--input", source, "--output-prefix", prefix, "--tokenizer-name-or-path", tokenizer, "--on-bad", "skip"]
+sys.exit(main(["preprocess", *words]))
+"""
+
+
+def test_c2_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", *RECORDS)
+    words = [str(source), str(tmp_path / "x"), str(byte_tokenizer(tmp_path / "tokenizer"))]
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED, *words], capture_output=True, text=True)
+    assert ended.returncode == 75
+    assert ended.stderr.strip().endswith("interrupted; what is tokenised so far is kept: the same command goes on")
+    assert "Traceback" not in ended.stderr
+    assert (tmp_path / "x.unfinished").is_dir()
+    assert not list(tmp_path.glob("x_text*"))
