@@ -138,6 +138,7 @@ INTERRUPTED = """
 import os, signal, sys
 from tandem.__main__ import main
 from tandem.data import readers, spool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 readers._BLOCK_BYTES = 60
 add = spool.Spool.add
 def add_and_interrupt(self, chunk):
