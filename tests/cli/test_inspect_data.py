@@ -40,10 +40,14 @@ def test_text_and_its_counts(workspace: Workspace, capsys: pytest.CaptureFixture
     assert "no such file" in capsys.readouterr().err
 
 
-def test_labels_alone_are_no_text(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_alone_are_no_text(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [sft_prefix(str(workspace.instructions), "labels"), "--tokenizer-name-or-path", str(workspace.hf)]
     assert main(["inspect", "data", *words]) == 2
     assert f"files that belong together; name them all as {workspace.instructions}" in capsys.readouterr().err
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{words[0]}.{suffix}", tmp_path / f"alone.{suffix}")
+    assert main(["inspect", "data", str(tmp_path / "alone"), "--show", "1", *words[1:]]) == 2
+    assert "these are labels, not tokens" in capsys.readouterr().err
 
 
 def test_what_follows_the_last_answer_counts(workspace: Workspace, tmp_path: Path) -> None:

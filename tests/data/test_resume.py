@@ -108,18 +108,14 @@ def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path) -> None:
 
 ORPHANED = """
 import sys, time
-from tandem.data import tokenize
-from tandem.data.preprocess import PreprocessOptions, preprocess
-from tandem.data import engine
-engine.GigatokenEngine.encode = lambda self, texts, end=None: 1 / 0
-engine.find_separator = lambda *_: None
+from tandem.data import preprocess
 def slow(*_):
     print("under way", flush=True)
     time.sleep(600)
 if __name__ == "__main__":
-    import tandem.data.preprocess as p
-    p.choose_engine = lambda tokenizer, reference, *_: reference
-    preprocess(PreprocessOptions((sys.argv[1],), sys.argv[2], sys.argv[3], workers=2), slow)
+    preprocess.choose_engine = lambda tokenizer, reference, *_: reference  # whose workers are processes
+    source, prefix, tokenizer = sys.argv[1:]
+    preprocess.preprocess(preprocess.PreprocessOptions((source,), prefix, tokenizer, workers=2), slow)
 """
 
 
