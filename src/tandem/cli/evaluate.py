@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
     while words and not words[0].startswith("-"):
         places.append(words.pop(0))
     settings, notices = parse_settings("evaluate", DESCRIPTION, ["--eval-iters", "full", *words])
-    if (code := run_as_processes("evaluate", argv, settings)) is not None:
+    if (code := run_as_processes("evaluate", argv, settings.launch, settings.training.ai_framework)) is not None:
         return code
     found, more = evaluate_weights(with_places(settings, places))
     if World.from_environment().rank == 0:

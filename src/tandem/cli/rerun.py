@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from tandem.cli.processes import run_as_processes
@@ -26,10 +25,9 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("which run? Give its --save folder first: tandem rerun RUN_DIR")
     start = read_starts(folder)[0]
     processes = start["processes"] if options.nproc_per_node is None else options.nproc_per_node
-    settings = dataclasses.replace(
-        from_dict(start["settings"], RUN_FILE), launch=LaunchSettings(nproc_per_node=processes)
-    )
-    if (code := run_as_processes("rerun", argv, settings)) is not None:
+    framework = from_dict(start["settings"], RUN_FILE).training.ai_framework
+    launch = LaunchSettings(nproc_per_node=processes)
+    if (code := run_as_processes("rerun", argv, launch, framework)) is not None:
         return code
     result = rerun(folder, options)
     if result.steps:

@@ -45,7 +45,7 @@ def describe_start(
         "settings": settings.to_dict(),
         "weights": {"location": source.location, "ckpt_step": _iteration_of(source.location)},
         "model": {**source.config.to_dict(), "parameters": parameter_count(source.config)},
-        "data": {prefix: _record_of(prefix) for prefix in all_prefixes(settings)},
+        "data": {prefix: record_of(prefix) for prefix in all_prefixes(settings)},
         "versions": versions(),
         "code": code_version(),
         "device": engine.device_name,
@@ -84,13 +84,13 @@ def read_starts(folder: str | Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Of Python, of this package, and of the packages that are installed."""
-    found = {"python": platform.python_version(), "tandem": tandem.__version__}
+    installed = {"python": platform.python_version(), "tandem": tandem.__version__}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def code_version() -> dict[str, Any] | None:
@@ -111,10 +111,11 @@ def _git(folder: Path, *words: str) -> str | None:
 
 def _iteration_of(location: str) -> int | None:
     """The iteration of a checkpoint's folder; None for a folder that is no iteration's."""
-    found = re.fullmatch(r"iter_(\d+)", Path(location).name)
-    return int(found.group(1)) if found else None
+    match = re.fullmatch(r"iter_(\d+)", Path(location).name)
+    return int(match.group(1)) if match else None
 
 
-def _record_of(prefix: str) -> dict[str, Any] | None:
+def record_of(prefix: str) -> dict[str, Any] | None:
+    """What preprocessing recorded of data; None where no record lies with them."""
     found = read_record(prefix)
     return found[1] if found else None

@@ -104,11 +104,11 @@ def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dic
     if named and training.eval_iters and not valid:
         return [
             f"--valid-data-path: an evaluation is due every {training.eval_interval} steps, and the run has "
-            f"{settings.length.iterations}: nothing will be evaluated; give a smaller --eval-interval"
+            f"{settings.training.length.iterations}: nothing will be evaluated; give a smaller --eval-interval"
         ]
     if training.eval_iters == "full":
         return []
-    taken = training.eval_iters * settings.global_batch_size
+    taken = training.eval_iters * settings.training.final_batch_size
     return [
         f"{prefix}: an evaluation takes {taken:,} of {len(valid[name]):,} samples; --eval-iters full takes all"
         for name, prefix in named.items()
@@ -185,12 +185,12 @@ def with_epochs(settings: Settings, resumed: TrainerState | None = None) -> Sett
     )
     counted = dataclasses.replace(settings, data=plain)
     samples = sum(len(_single(counted, None, prefix, "train", None)) for prefix in prefixes)
-    iters = max(1, math.ceil(training.epochs * samples / settings.global_batch_size))
+    iters = max(1, math.ceil(training.epochs * samples / settings.training.final_batch_size))
     before = resumed.data.get("global_batch_size") if resumed else None
-    if before not in (None, settings.global_batch_size):
+    if before not in (None, settings.training.final_batch_size):
         raise UserError(
             f"--epochs {training.epochs:g}: the run's steps took {before} samples so far, and --global-batch-size is "
-            f"now {settings.global_batch_size}; keep {before}, or give --train-samples "
+            f"now {settings.training.final_batch_size}; keep {before}, or give --train-samples "
             f"{math.ceil(training.epochs * samples)} in place of --epochs"
         )
     return dataclasses.replace(settings, training=dataclasses.replace(training, epochs=None, train_iters=iters))
@@ -213,7 +213,7 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "data_path": list(settings.data.data_path),
         "split": settings.data.split,
         "seq_length": settings.data.seq_length,
-        "global_batch_size": settings.global_batch_size,
+        "global_batch_size": settings.training.final_batch_size,
         "train_iters": settings.training.train_iters,
         "train_samples": settings.training.train_samples,
         "is_instruction_dataset": settings.data.is_instruction_dataset,
@@ -227,7 +227,7 @@ def _validation_sets(
 ) -> tuple[dict[str, Dataset], list[str]]:
     """What the run is evaluated with, by name, and notices; nothing where no evaluation is due."""
     training = settings.training
-    if not training.eval_iters or training.eval_interval > settings.length.iterations:
+    if not training.eval_iters or training.eval_interval > settings.training.length.iterations:
         return {}, []
     if named:
         return {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()}, []
@@ -278,9 +278,9 @@ def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
     prefixes, weights = parse_blend(settings.data.data_path)
     if weights is None and len(prefixes) > 1:
         weights = [float(len(_single(settings, tokenizer, prefix, "train", None))) for prefix in prefixes]
-    earlier, consumed, samples = None, 0, settings.length.samples
+    earlier, consumed, samples = None, 0, settings.training.length.samples
     if resumed is not None:
-        samples = settings.length.samples_from(resumed.iteration, resumed.consumed_train_samples)
+        samples = settings.training.length.samples_from(resumed.iteration, resumed.consumed_train_samples)
         if _keeps_its_order(settings, resumed):
             earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
     mixture = Mixture.of(prefixes, weights or [1.0], samples, earlier, consumed)
