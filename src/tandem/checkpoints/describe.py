@@ -11,7 +11,7 @@ from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.hf.source import HFSource
-from tandem.checkpoints.interface import Kind, TensorSource, dtype_name
+from tandem.checkpoints.interface import TensorKind, TensorSource, dtype_name
 from tandem.checkpoints.megatron.names import FILE as MEGATRON_FILE
 from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.checkpoints.native.source import NativeSource
@@ -29,7 +29,7 @@ BLOCK = 1 << 22  # bytes hashed at a time
 class Content:
     """All tensors of one kind and dtype."""
 
-    kind: Kind
+    kind: TensorKind
     dtype: str
     tensors: int
     numbers: int
@@ -126,7 +126,7 @@ def _format(source: TensorSource) -> str:
 
 
 def _contents(source: TensorSource) -> tuple[Content, ...]:
-    found: dict[tuple[Kind, str], list[int]] = defaultdict(list)
+    found: dict[tuple[TensorKind, str], list[int]] = defaultdict(list)
     table = tensor_table(source.config)
     for kind in source.kinds():
         for name, spec in table.items():

@@ -20,8 +20,8 @@ from tandem.parallel.slices import Part
 
 # "model": the weight, in the dtype it computes in. "master": its fp32 original, when that dtype is smaller.
 # "exp_avg", "exp_avg_sq": Adam's first and second moments, fp32.
-Kind = Literal["model", "master", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+TensorKind = Literal["model", "master", "exp_avg", "exp_avg_sq"]
+TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -58,13 +58,13 @@ class TensorSource(Protocol):
     companions: Companions
     location: str
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         """What is held for every tensor; always contains "model"."""
         ...
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype: ...
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype: ...
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         """The whole global tensor.
 
         Raises:
@@ -72,7 +72,7 @@ class TensorSource(Protocol):
         """
         ...
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         """Part of a global tensor, without reading more of the others than the format makes necessary.
 
         Raises:
@@ -80,7 +80,7 @@ class TensorSource(Protocol):
         """
         ...
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         """The same in blocks of consecutive rows: small ones, or all at once, as the format is best read.
 
         Raises:
@@ -94,7 +94,7 @@ class TensorSink(Protocol):
 
     location: str
 
-    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+    def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         """The next rows of a global tensor: all of them, or block after block."""
         ...
 
@@ -130,7 +130,7 @@ class RowsWritten:
         return range(first, last)
 
 
-def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[Kind, Kind]:
+def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[TensorKind, TensorKind]:
     """What an engine that computes in `param_dtype` takes a weight from, and its fp32 master.
 
     Masters say more than weights in a smaller dtype. But a weight in the very dtype is its master, rounded, and is then

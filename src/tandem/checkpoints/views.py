@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from tandem.checkpoints.formats.arrays import is_finite
-from tandem.checkpoints.interface import DTYPES, Kind, TensorSource
+from tandem.checkpoints.interface import DTYPES, TensorKind, TensorSource
 from tandem.errors import UserError
 from tandem.parallel.slices import Part
 
@@ -24,19 +24,19 @@ class Cast:
         self.config, self.companions, self.location = source.config, source.companions, source.location
         self._source, self._dtype = source, DTYPES[dtype]
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return self._cast(name, self._source.read(name, kind))
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         return self._cast(name, self._source.read_part(name, part, kind))
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         return (self._cast(name, rows) for rows in self._source.stream(name, part, kind))
 
     def _cast(self, name: str, tensor: np.ndarray) -> np.ndarray:
@@ -62,17 +62,17 @@ class FirstLayers:
         self.companions, self.location = source.companions, source.location
         self._source = source
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return self._source.kinds()
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._source.dtype(name, kind)
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return self._source.read(name, kind)
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         return self._source.read_part(name, part, kind)
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         return self._source.stream(name, part, kind)

@@ -25,7 +25,7 @@ from tandem.checkpoints.formats.torch_reader import LazyTensor, load
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import (
     Companions,
-    Kind,
+    TensorKind,
     check_names,
     check_recorded,
     check_shape,
@@ -99,18 +99,18 @@ class MegatronSource:
         self._shards = shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
         self._check()
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._tensor(self._shards[name][0]).dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         stored = Part.whole(self._shards[name][0].spec.shape)
         tensor = self.read_part(name, stored, kind)
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         """Reads the ranks' slices that `part` overlaps, and no others; each whole, for its CRC, with its copies."""
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
         needed: dict[Part, list[Shard]] = {}
@@ -124,7 +124,7 @@ class MegatronSource:
             transfer(self._read_equal(copies), found, values, part)
         return values
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         yield self.read_part(name, part, kind)
 
     def _read_equal(self, copies: Sequence[Shard]) -> np.ndarray:

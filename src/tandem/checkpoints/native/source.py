@@ -28,7 +28,7 @@ from tandem.checkpoints.formats.safetensors import SafetensorsFile
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import (
     DTYPES,
-    Kind,
+    TensorKind,
     TensorSource,
     check_names,
     check_shape,
@@ -66,7 +66,7 @@ class NativeSource:
             self.iteration = int(index["iteration"])
             self.config = ModelConfig.from_dict(index["model"])
             self.layout = Layout.from_dict(index["layout"])
-            self._dtypes: dict[Kind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
+            self._dtypes: dict[TensorKind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
             slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / INDEX}: damaged: {in_words(error)}") from error
@@ -75,16 +75,16 @@ class NativeSource:
         self._check_slices()
         self._files = self._open_files(elsewhere=bool(index.get("elsewhere")))
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return tuple(self._dtypes)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._dtypes[kind]
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""
         values = np.empty(part.shape, self._dtypes[kind])
         for entry in self._overlapping(name, kind, part):
@@ -94,7 +94,7 @@ class NativeSource:
                 first += len(rows)
         return values
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         needed = self._overlapping(name, kind, part)
         if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
             yield from self._stream_slice(name, kind, needed[0])
@@ -156,10 +156,10 @@ class NativeSource:
         paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
         return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
 
-    def _overlapping(self, name: str, kind: Kind, part: Part) -> list[_Slice]:
+    def _overlapping(self, name: str, kind: TensorKind, part: Part) -> list[_Slice]:
         return [entry for entry in self._slices[key_of(name, kind)] if overlaps(entry.part, part)]
 
-    def _stream_slice(self, name: str, kind: Kind, entry: _Slice) -> Iterator[np.ndarray]:
+    def _stream_slice(self, name: str, kind: TensorKind, entry: _Slice) -> Iterator[np.ndarray]:
         """A slice in blocks of rows; after the last one its sha256 is known, and checked."""
         key, digest = key_of(name, kind), hashlib.sha256()
         file = self._file_of(key, entry, self._dtypes[kind])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.interface import Kind, TensorSource
+from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.checkpoints.native.source import NativeSource
 from tandem.config.settings import Settings
 from tandem.errors import UserError
@@ -16,7 +16,7 @@ from tandem.training.progress import Progress
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "settings.yaml"
-OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+OPTIMIZER_KINDS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
