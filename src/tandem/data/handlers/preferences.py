@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from tandem.data.handlers.conversations import AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler
-from tandem.data.handlers.fields import field, kind
+from tandem.data.handlers.fields import described, field
 from tandem.data.templates.messages import Message
 from tandem.errors import UserError
 
@@ -50,7 +50,7 @@ class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler):
         answer = value[position] if isinstance(value, list) and len(value) > position else value
         if not isinstance(answer, str):
             raise UserError(
-                f"field {column!r}: expected a string, or a list with one at place {position}, found {kind(value)}"
+                f"field {column!r}: expected a string, or a list with one at place {position}, found {described(value)}"
             )
         return answer
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.handlers.fields import field, kind, string
+from tandem.data.handlers.fields import described, field, string
 from tandem.errors import UserError
 
 # The wrapper that upstream's AlpacaPretrainHandler gives each record, letter for letter.
@@ -52,5 +52,5 @@ class SharegptPretrainHandler(GeneralPretrainHandler):
     def texts(self, record: Mapping[str, Any]) -> list[str]:
         turns = field(record, "conversations", "sharegpt")
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise UserError(f"field 'conversations': expected a list of turns, found {kind(turns)}")
+            raise UserError(f"field 'conversations': expected a list of turns, found {described(turns)}")
         return ["".join(string(turn, "value", "sharegpt") for turn in turns)]
