@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from tandem.data.handlers.fields import described, field, string
+from tandem.data.kinds import CONVERSATIONS, Kind
 from tandem.data.templates.messages import Message, ToolCall, split_thought
 from tandem.errors import UserError, nearest
 
@@ -18,6 +19,7 @@ from tandem.errors import UserError, nearest
 class InstructionHandler:
     """A conversation; `map_keys` renames the fields it is read from, "" leaves one out."""
 
+    kind: ClassVar[Kind] = CONVERSATIONS
     defaults: ClassVar[dict[str, str]]
     needed: ClassVar[tuple[str, ...]]  # of the defaults, what every record has
     map_keys: Mapping[str, Any] = dataclass_field(default_factory=dict)
