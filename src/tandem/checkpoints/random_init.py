@@ -9,15 +9,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tandem.checkpoints.interface import DTYPES, Companions, TensorKind
+from tandem.checkpoints.interface import DTYPES, RANDOM, Companions, TensorKind, TensorSource
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part, cut
 
 
-class RandomSource:
+class RandomSource(TensorSource):
     """Megatron's initialisation: normal(0, init_method_std); the projections that write to the residual stream
     (`linear_proj`, `linear_fc2`) divided by sqrt(2 * num_layers); norms at one, biases at zero."""
+
+    format = RANDOM
 
     def __init__(
         self, config: ModelConfig, seed: int, dtype: str = "float32", companions: Companions | None = None

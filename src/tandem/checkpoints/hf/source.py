@@ -11,7 +11,7 @@ import numpy as np
 from tandem.checkpoints.formats.arrays import row_blocks, same_bits
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.hf.weights import open_weights
-from tandem.checkpoints.interface import TensorKind, check_names, check_shape, dtype_name
+from tandem.checkpoints.interface import HUGGING_FACE, TensorKind, TensorSource, check_names, check_shape, dtype_name
 from tandem.errors import UserError
 from tandem.models.hf_config import from_hf
 from tandem.models.rows import Ranges
@@ -20,7 +20,7 @@ from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, WeightMap
 from tandem.parallel.slices import Box, Part
 
 
-class HFSource:
+class HFSource(TensorSource):
     """Global tensors out of a Hugging Face folder: `.safetensors` or `pytorch_model*.bin`, single or sharded.
 
     The tensors' names and shapes are checked against the config at once. A tied model may carry an `lm_head`; it
@@ -30,8 +30,11 @@ class HFSource:
         UserError: no weights, or a tensor is missing, left over, mis-shaped, or of an unsupported dtype.
     """
 
+    format = HUGGING_FACE
+    folder: Path
+
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = self.hf_folder = Path(folder)
         self.location = str(folder)
         self.companions = companions_of(folder)
         self.config = from_hf(self.companions.hf_config or {}, where=str(self.folder / "config.json"))

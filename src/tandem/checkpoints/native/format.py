@@ -24,7 +24,6 @@ from tandem.parallel.layout import Layout, Shard
 FORMAT = "tandem"
 VERSION = 1
 INDEX = "index.json"
-PROMPT_FILE = "prompt.json"  # the template that the weights were fine-tuned on, as the data's record gave it
 
 
 def key_of(name: str, kind: TensorKind) -> str:

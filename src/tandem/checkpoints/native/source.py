@@ -22,18 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from tandem.checkpoints.folders import COMPANIONS, find_iteration
+from tandem.checkpoints.folders import COMPANIONS, find_iteration, saved_iterations
 from tandem.checkpoints.formats.arrays import row_blocks
 from tandem.checkpoints.formats.safetensors import SafetensorsFile
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import (
     DTYPES,
+    NATIVE,
     TensorKind,
     TensorSource,
     check_names,
     check_shape,
 )
-from tandem.checkpoints.native.format import FORMAT, INDEX, PROMPT_FILE, VERSION, in_words, key_of, slice_bytes
+from tandem.checkpoints.native.format import FORMAT, INDEX, VERSION, in_words, key_of, slice_bytes
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
@@ -48,7 +49,7 @@ class _Slice:
     sha256: str
 
 
-class NativeSource:
+class NativeSource(TensorSource):
     """Read one iteration, whatever layout wrote it. Every slice's sha256 is checked as it is read.
 
     Args:
@@ -57,6 +58,11 @@ class NativeSource:
     Raises:
         UserError: no such checkpoint, an unknown version, a missing, truncated or damaged file, a missing tensor.
     """
+
+    format = NATIVE
+    folder: Path
+    iteration: int
+    layout: Layout
 
     def __init__(self, folder: str | Path, iteration: int | None = None) -> None:
         self.folder = find_iteration(folder, iteration)
@@ -101,16 +107,21 @@ class NativeSource:
         else:
             yield self.read_part(name, part, kind)
 
-    def document(self, name: str) -> str:
-        """A text file that the trainer stored with the checkpoint.
-
-        Raises:
-            UserError: it is not there: the checkpoint was not written by a trainer.
-        """
+    def document(self, name: str) -> str | None:
         path = self.folder / name
-        if not path.exists():
-            raise UserError(f"{self.folder} has no {name}: it was written by a conversion, not by a training run")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def trainer_state(self) -> tuple[str, ...]:
+        return tuple(sorted(path.name for path in self.folder.glob("*.*") if path.is_file() and path.name != INDEX))
+
+    def earlier(self) -> NativeSource | None:
+        for iteration in saved_iterations(self.folder.parent):
+            if iteration < self.iteration:
+                try:
+                    return NativeSource(self.folder.parent, iteration)
+                except UserError:
+                    continue  # the one before that, then
+        return None
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / INDEX
@@ -194,17 +205,3 @@ def _slices(entry: dict[str, Any]) -> list[_Slice]:
         boxes = tuple(tuple((int(start), int(stop)) for start, stop in box) for box in item["boxes"])
         found.append(_Slice(str(item["file"]), Part(boxes, int(entry["stacked_dim"])), item["sha256"]))
     return found
-
-
-def prompt_text(source: TensorSource) -> str | None:
-    """What a fine-tuned checkpoint says of its template, as it stands there; None for any other source."""
-    if not isinstance(source, NativeSource) or not (source.folder / PROMPT_FILE).exists():
-        return None
-    return source.document(PROMPT_FILE)
-
-
-def prompt_entry(source: TensorSource) -> dict[str, Any] | None:
-    """The same, read."""
-    text = prompt_text(source)
-    entry: dict[str, Any] | None = None if text is None else json.loads(text)
-    return entry

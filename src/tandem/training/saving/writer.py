@@ -15,8 +15,8 @@ import numpy as np
 from tandem.backends.interface import Engine
 from tandem.checkpoints.folders import iteration_folder
 from tandem.checkpoints.interface import TENSOR_KINDS, Companions, TensorKind
-from tandem.checkpoints.native.format import PROMPT_FILE
 from tandem.checkpoints.native.rank_sink import NativeRankSink
+from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import UserError

@@ -49,10 +49,8 @@ class Data:
 
 def open_tokenizer(settings: Settings, source: TensorSource) -> Tokenizer | None:
     """The tokenizer that `--tokenizer-name-or-path` names, or the one that lies beside the weights."""
-    if settings.data.tokenizer_name_or_path:
-        return Tokenizer(settings.data.tokenizer_name_or_path)
-    beside = [path for path in source.companions.files if path.name == "tokenizer.json"]
-    return Tokenizer(beside[0].parent) if beside else None
+    folder = settings.data.tokenizer_name_or_path or source.companions.tokenizer_folder
+    return Tokenizer(folder) if folder else None
 
 
 def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None = None) -> Data:
