@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native.source import prompt_text
+from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.cli.progress import byte_progress
 from tandem.config.parsing import parse_dataclass
 from tandem.config.upstream.flags import CONVERT_IGNORED, split_ignored
@@ -70,7 +70,7 @@ def verification(options: ConvertOptions | ExportOptions) -> Check | None:
 
 
 def _as_trained(source: TensorSource, companions: Companions) -> tuple[Companions, list[str]]:
-    if prompt_text(source) is None:
+    if source.document(PROMPT_FILE) is None:
         return companions, []
     from tandem.conversion.as_trained import as_trained
 

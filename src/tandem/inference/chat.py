@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.native.source import prompt_entry
+from tandem.checkpoints.prompt import prompt_entry
 from tandem.data.templates.catalog import template_from_entry
 from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -74,19 +73,15 @@ def open_model(
         UserError: there is no model, or no tokenizer beside it and none is named.
     """
     source = open_source(load, ckpt_step)
-    tokenizer = Tokenizer(tokenizer_folder or _folder_of_tokenizer(source))
+    folder = tokenizer_folder or source.companions.tokenizer_folder
+    if folder is None:
+        raise UserError(f"{source.location} has no tokenizer beside it: name one with --tokenizer-name-or-path")
+    tokenizer = Tokenizer(folder)
     engine = create_engine(ai_framework, source.config, EngineSettings(training=False, device=device))
     engine.load_weights(source)
     if raw:
         tokenizer.chat_template = None
     return Model(engine, tokenizer, None if raw else template_from_entry(prompt_entry(source), tokenizer))
-
-
-def _folder_of_tokenizer(source: TensorSource) -> str:
-    for path in source.companions.files:
-        if path.name == "tokenizer.json":
-            return str(path.parent)
-    raise UserError(f"{source.location} has no tokenizer beside it: name one with --tokenizer-name-or-path")
 
 
 class _Streamer:

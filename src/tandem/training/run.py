@@ -10,7 +10,6 @@ from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
 from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native.source import NativeSource
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped
@@ -96,12 +95,17 @@ def open_writer(
     )
     if run.world.leads(shared_storage=not checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, description.settings)
-    resumed = None
-    if isinstance(source, NativeSource) and source.folder.parent.resolve() == folder.resolve():
-        resumed = source.iteration
-    by_rows = kinds_by_rows(run.settings.parallel)
+    is_here = source.folder is not None and source.folder.parent.resolve() == folder.resolve()
     return CheckpointWriter(
-        folder, checkpoint, description, engine, run.grid, communicator, events, by_rows=by_rows, resumed=resumed
+        folder,
+        checkpoint,
+        description,
+        engine,
+        run.grid,
+        communicator,
+        events,
+        by_rows=kinds_by_rows(run.settings.parallel),
+        resumed=source.iteration if is_here else None,
     )
 
 

@@ -225,7 +225,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     [
         ({"text": "a"}, {"train_turns": "last"}, "train_turns is for conversations"),
         ({"text": "a"}, {"over_long": "stop", "seq_length": 9}, "seq_length is for conversations"),
-        (ALPACA[1], {"prompt_type": "qwen3", "json_keys": ("a", "b")}, "json_keys are for plain text"),
+        (ALPACA[1], {"prompt_type": "qwen3", "json_keys": ("a", "b")}, "json_keys is for plain text"),
         (ALPACA[1], {"prompt_type": "qwen3", "over_long": "drop"}, "over_long drop needs seq_length"),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.handlers.fields import kind
+from tandem.data.handlers.fields import described
 from tandem.data.handlers.registry import LLAMA_FACTORY, make_handler
 from tandem.data.preprocess.mixing import MIX_STRATEGIES
 from tandem.data.templates.catalog import check_prompt_type
@@ -145,7 +145,7 @@ def parse_map_keys(text: str | None) -> dict[str, Any] | None:
     for name, column in value.items():
         expected = "an object of names" if name == "tags" else "the name of a field"
         if not isinstance(column, dict if name == "tags" else str):
-            raise UserError(f"--map-keys {text!r}: {name!r} is {kind(column)}, expected {expected}")
+            raise UserError(f"--map-keys {text!r}: {name!r} is {described(column)}, expected {expected}")
     return value
 
 

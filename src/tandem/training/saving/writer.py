@@ -14,9 +14,9 @@ import numpy as np
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.folders import iteration_folder
-from tandem.checkpoints.interface import KINDS, Companions, Kind
-from tandem.checkpoints.native.format import PROMPT_FILE
+from tandem.checkpoints.interface import TENSOR_KINDS, Companions, TensorKind
 from tandem.checkpoints.native.rank_sink import NativeRankSink
+from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.config.settings import CheckpointSettings, ParallelSettings
 from tandem.errors import UserError
 from tandem.launch.world import Communicator
@@ -28,7 +28,7 @@ from tandem.training.saving.hf_export import HFExports
 from tandem.training.saving.retention import remove_superseded
 from tandem.training.start.state import OPTIMIZER_KINDS, SETTINGS_FILE, STATE_FILE, TrainerState
 
-Part = tuple[Kind, Shard, np.ndarray]
+Part = tuple[TensorKind, Shard, np.ndarray]
 SECONDS_BETWEEN_SIGNS = 2.0
 
 
@@ -49,11 +49,11 @@ class RunDescription:
     companions: Companions
 
 
-def kinds_by_rows(parallel: ParallelSettings) -> tuple[Kind, ...]:
+def kinds_by_rows(parallel: ParallelSettings) -> tuple[TensorKind, ...]:
     """What an engine shards by rows over data ranks."""
     if parallel.use_torch_fsdp2:
-        return KINDS
-    return tuple(kind for kind in KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
+        return TENSOR_KINDS
+    return tuple(kind for kind in TENSOR_KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class CheckpointWriter:
         communicator: Communicator,
         events: EventLog,
         *,
-        by_rows: tuple[Kind, ...],
+        by_rows: tuple[TensorKind, ...],
         resumed: int | None = None,
     ) -> None:
         self._folder, self._settings, self._description = folder, settings, description
@@ -218,8 +218,8 @@ class CheckpointWriter:
             shared_storage=self._shared_storage,
         )
 
-    def _kinds(self) -> dict[Kind, str]:
-        kinds: dict[Kind, str] = {"model": self._engine.param_dtype}
+    def _kinds(self) -> dict[TensorKind, str]:
+        kinds: dict[TensorKind, str] = {"model": self._engine.param_dtype}
         if not self._settings.no_save_optim:
             if self._engine.param_dtype != "float32":
                 kinds["master"] = "float32"

@@ -14,6 +14,7 @@ from tandem.parallel.grid import Grid, held_shards
 from tandem.training.start.banner import saving_notice
 from tandem.training.start.data import all_prefixes, the_one_template
 from tandem.training.start.data_checks import check_data
+from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.prepare import ModelAndProcesses, check_model_and_processes, with_data
 from tandem.training.start.raw_data import describe_raw, raw_options, raw_templates
 
@@ -46,7 +47,8 @@ def describe_data(settings: Settings, known: ModelAndProcesses) -> list[str]:
     """Steps and samples, and what there is to say of the data; where some are raw, what becomes of their first rows,
     and what there is to say of the others."""
     if raw := raw_options(settings):
-        checks = {p: check_data(p, settings, known.tokenizer) for p in all_prefixes(settings) if p not in raw}
+        kind, ready = kind_to_train(settings.data), [path for path in all_prefixes(settings) if path not in raw]
+        checks = {path: check_data(path, kind, settings.data, known.tokenizer) for path in ready}
         the_one_template({p: template for p, (_, template) in checks.items()} | raw_templates(raw))
         return [*describe_raw(raw), *(notice for notices, _ in checks.values() for notice in notices)]
     run = with_data(settings, known)
