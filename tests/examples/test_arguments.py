@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from scripts import EXAMPLES, PRETRAIN, TUNE, Finished, Site
-from tandem.cli.preprocess import Flags, options_from
+from tandem.cli.arguments import parse
+from tandem.cli.preprocess import PreprocessFlags
+from tandem.cli.settings import parse_settings
 from tandem.config.checks import check_settings
-from tandem.config.parsing import parse_dataclass, parse_settings
 from tandem.config.settings import Settings
 from tandem.config.upstream.flags import CONVERT_IGNORED, PREPROCESS_IGNORED, split_ignored
-from tandem.conversion.convert import ConvertOptions
+from tandem.conversion.options import ConvertOptions
 
 SHARED_SCRIPTS = (
     "ckpt_convert_qwen3_hf2mcore.sh",
@@ -194,7 +195,7 @@ def test_upstreams_flags_are_understood(name: str) -> None:
 
 def test_upstreams_conversion_flags_are_understood() -> None:
     rest, notices = split_ignored(CONVERT.split(), CONVERT_IGNORED)
-    options = parse_dataclass(ConvertOptions, "convert", "", rest)
+    options = parse(ConvertOptions, "convert", "", rest)
     assert (options.load_model_type, options.save_model_type, options.params_dtype) == ("hf", "mg", "bf16")
     assert len(notices) == 1
 
@@ -209,5 +210,5 @@ def test_upstreams_conversion_flags_are_understood() -> None:
 )
 def test_upstreams_preprocessing_flags_are_understood(more: str) -> None:
     rest, _ = split_ignored((PREPROCESS + more).split(), PREPROCESS_IGNORED)
-    options = options_from(parse_dataclass(Flags, "preprocess", "", rest))
+    options = parse(PreprocessFlags, "preprocess", "", rest)
     assert (options.workers, options.handler_name) == (4, more.split()[1])
