@@ -25,7 +25,7 @@ from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, MicroBatch
-from tandem.models.config import from_hf, load_hf_config
+from tandem.models.hf_config import from_hf, load_hf_config
 
 
 def backend(arguments: argparse.Namespace, framework: str) -> turns.Step:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tandem.training.live import LiveView
-from tandem.training.log import StepRecord
-from tandem.training.metrics import MetricsFile
-from tandem.training.tensorboard import TensorBoardWriter
+from tandem.training.logs.live import LiveView
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.metrics import MetricsFile
+from tandem.training.logs.tensorboard import TensorBoardWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from steps import step_record

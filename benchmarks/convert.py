@@ -29,10 +29,10 @@ import ml_dtypes
 import numpy as np
 
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.hf import HFSink
+from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, Kind
 from tandem.models.config import ModelConfig
-from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config
+from tandem.models.published import QWEN3_SIZES, qwen3_config
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part
 

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, Sample, collate
-from tandem.models.config import ModelConfig, from_hf, load_hf_config
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import from_hf, load_hf_config
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD, BETAS = 1e-5, 0.0, 1.0, (0.9, 0.95)
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"

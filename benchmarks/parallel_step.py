@@ -32,7 +32,7 @@ import turns
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
-from tandem.models.qwen3 import qwen3_config
+from tandem.models.published import qwen3_config
 from tandem.parallel.layout import Layout
 from tandem.planning.job import Job
 from tandem.planning.traffic import stage_traffic
@@ -91,8 +91,8 @@ def one_rank(arguments: argparse.Namespace, spread: Spread) -> turns.Step:
     from tandem.backends import connect, create_engine
     from tandem.backends.interface import EngineSettings
     from tandem.backends.torch.communication import SentBytes
+    from tandem.launch.world import World
     from tandem.parallel.grid import Grid
-    from tandem.parallel.world import World
 
     torch.set_num_threads(max(1, arguments.threads // spread.processes))
     start_peers(spread.processes)

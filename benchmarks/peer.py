@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from tandem.checkpoints.interface import TensorSource
-from tandem.models.config import to_hf
+from tandem.models.hf_config import to_hf
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
 

@@ -24,7 +24,7 @@ import numpy as np
 import turns
 
 from tandem.models.config import ModelConfig
-from tandem.models.qwen3 import qwen3_config
+from tandem.models.published import qwen3_config
 from tandem.parallel.grid import Grid
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job

@@ -25,12 +25,13 @@ import plan_memory
 import turns
 
 from tandem.backends import launcher_of, serve_as_scheduler
+from tandem.frameworks import named_framework
+from tandem.launch.supervisor import Machines
+from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid
-from tandem.parallel.launch import Machines
 from tandem.parallel.layout import Layout
-from tandem.parallel.world import World, is_scheduler
 from tandem.planning.hardware import HARDWARE
-from tandem.planning.job import FULLY_SHARDING, Job
+from tandem.planning.job import Job
 from tandem.planning.memory import stage_memories
 from tandem.planning.traffic import stage_traffic
 
@@ -137,7 +138,7 @@ def main() -> None:
     )
     framework = arguments.framework
     for case in CASES:
-        if case[4] == ALL and framework not in FULLY_SHARDING:
+        if case[4] == ALL and not named_framework(framework).shards_weights:
             continue
         job = job_of(framework, case, *arguments.size)
         ranks, live_ranks = (in_children(framework, case, arguments.size, live) for live in (False, True))

@@ -118,7 +118,7 @@ def packing(samples: int = 100_000, capacity: int = 4096) -> None:
 
 
 def first_batch(documents: int = 1_000_000) -> None:
-    from tandem.data.gpt_dataset import GPTDataset
+    from tandem.data.datasets.text import GPTDataset
     from tandem.data.indexed import IndexedWriter
 
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,8 @@ import turns
 
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, Sample, collate
-from tandem.models.config import ModelConfig, from_hf
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import from_hf
 from tandem.models.tensors import parameter_count
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP_GRAD, BETAS = 1e-4, 0.1, 1.0, (0.9, 0.95)

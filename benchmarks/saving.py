@@ -32,18 +32,18 @@ from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.interface import Companions
-from tandem.checkpoints.native import NativeSource
+from tandem.checkpoints.native.source import NativeSource
 from tandem.checkpoints.random_init import RandomSource
-from tandem.config.sources import from_dict
+from tandem.config.parsing import from_dict
 from tandem.data.batch import MicroBatch
+from tandem.launch.world import SingleProcess
 from tandem.models.config import ModelConfig
-from tandem.models.qwen3 import qwen3_config
+from tandem.models.published import qwen3_config
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid
-from tandem.parallel.world import SingleProcess
-from tandem.training.events import EventLog
-from tandem.training.saving import CheckpointWriter
-from tandem.training.trainer import Progress
+from tandem.training.logs.events import EventLog
+from tandem.training.progress import Progress
+from tandem.training.saving.writer import CheckpointWriter
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from tandem.cli.plan import PLAN_COLUMNS, plan_cells
-from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config
+from tandem.models.published import QWEN3_SIZES, qwen3_config
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
 from tandem.planning.search import Plan, suggest

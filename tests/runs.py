@@ -9,7 +9,7 @@ import numpy as np
 
 from tandem.checkpoints.detect import open_source
 from tandem.models.tensors import tensor_table
-from tandem.training.log import StepRecord
+from tandem.training.logs.log import StepRecord
 from tandem.training.run import train
 from workspace import Workspace
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.training.log import StepRecord
+from tandem.training.logs.log import StepRecord
 
 
 def step_record(iteration: int = 1, **changes: object) -> StepRecord:

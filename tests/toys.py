@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tandem.models import qwen3
+from tandem.models import published as qwen3
 from tandem.models.config import ModelConfig
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.config.parsing import from_dict
 from tandem.config.settings import Settings
-from tandem.config.sources import from_dict
-from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.preprocess.run import PreprocessOptions, preprocess
 from tandem.quickstart.tasks import make_world, write_world
 from tandem.quickstart.toy_model import write_toy_model
 

@@ -7,8 +7,8 @@ import sys
 
 from tandem import __version__
 from tandem.errors import RunStopped, UserError, nearest
-from tandem.parallel.job import Member
-from tandem.parallel.world import is_scheduler
+from tandem.launch.member import Member
+from tandem.launch.world import is_scheduler
 
 # command -> its module under tandem.cli, and what it does
 COMMANDS = {

@@ -12,7 +12,8 @@ from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import Companions, Kind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
-from tandem.models.config import ModelConfig, to_hf
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import to_hf
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
 from tandem.parallel.slices import Part, cut

@@ -27,7 +27,7 @@ def _mindspore() -> None:
 
 @pytest.mark.parametrize("toy", TOYS)
 def test_blocks_pieces_and_threads_change_nothing(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.backends.mindspore import attention, functional, loss, threads
+    from tandem.backends.mindspore.compute.cpu import attention, functional, loss, threads
 
     source = toy_weights(TOYS[toy])
     engine = create_engine("mindspore", source.config, EngineSettings(device="cpu"))

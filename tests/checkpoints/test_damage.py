@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.checkpoints import publish
-from tandem.checkpoints.convert import convert
-from tandem.checkpoints.convert_options import ConvertOptions
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.hf import HFSink
+from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.random_init import RandomSource
+from tandem.conversion.convert import convert
+from tandem.conversion.options import ConvertOptions
 from tandem.errors import UserError
+from tandem.files import publish
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from toys import toy_config
@@ -233,8 +233,8 @@ def test_killed_at_any_moment(target: dict[str, Any], tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "hf", toy_config(vocab_size=20_000))
     save = tmp_path / "m"
     script = (
-        "from tandem.checkpoints.convert import convert\n"
-        "from tandem.checkpoints.convert_options import ConvertOptions\n"
+        "from tandem.conversion.convert import convert\n"
+        "from tandem.conversion.options import ConvertOptions\n"
         "print('ready', flush=True)\n"
         f"convert(ConvertOptions(load_dir={str(folder)!r}, save_dir={str(save)!r}, **{target!r}))"
     )
@@ -274,8 +274,8 @@ def test_b9_memory_is_bounded_by_the_largest_tensors(target: dict[str, Any], tmp
     folder = write_hf(tmp_path / "hf", config, shard_bytes=50_000_000)
     sizes = [4 * spec.numel for spec in tensor_table(config).values()]
     script = (
-        "import resource; from tandem.checkpoints.convert import convert\n"
-        "from tandem.checkpoints.convert_options import ConvertOptions\n"
+        "import resource; from tandem.conversion.convert import convert\n"
+        "from tandem.conversion.options import ConvertOptions\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak()\n"
         f"convert(ConvertOptions(load_dir={str(folder)!r}, save_dir={str(tmp_path / 'm')!r}, **{target!r}))\n"

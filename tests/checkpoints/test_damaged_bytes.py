@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.hf import HFSink
-from tandem.checkpoints.hf_weights import TORCH_SINGLE
+from tandem.checkpoints.hf.sink import HFSink
+from tandem.checkpoints.hf.weights import TORCH_SINGLE
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.megatron import MegatronSink
-from tandem.checkpoints.native import NativeSink
+from tandem.checkpoints.megatron.sink import MegatronSink
+from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table

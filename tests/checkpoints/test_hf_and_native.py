@@ -12,11 +12,12 @@ import pytest
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import iteration_folder
-from tandem.checkpoints.hf import HFSink
+from tandem.checkpoints.formats.safetensors import SafetensorsFile
+from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, Kind, TensorSource, kinds_to_load
-from tandem.checkpoints.native import NativeSink, NativeSource
+from tandem.checkpoints.native.sink import NativeSink
+from tandem.checkpoints.native.source import NativeSource
 from tandem.checkpoints.random_init import RandomSource
-from tandem.checkpoints.safetensors_file import SafetensorsFile
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, tensor_table

@@ -10,12 +10,13 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.hf import HFSink, HFSource
+from tandem.checkpoints.hf.sink import HFSink
+from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.interface import Companions, Kind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.cli import convert as command
+from tandem.conversion.verify import Verification, verify
 from tandem.errors import UserError
-from tandem.inference.verify import Verification, verify
 from toys import toy_config
 
 # Every flag that the Qwen3 scripts and the argument parsers of MindSpeed-LLM's converters know, with what a Qwen3
@@ -152,7 +153,7 @@ def test_b1_a_result_that_differs_never_appears(
     def skewed(_: TensorSource, result: TensorSource, framework: str, *, independent: bool) -> Verification:
         return verify(Off(result.config, 3, "bfloat16"), result, framework)
 
-    monkeypatch.setattr("tandem.inference.verify.verify", skewed)
+    monkeypatch.setattr("tandem.conversion.verify.verify", skewed)
     assert main(words(hf, "--ai-framework", framework)) == 2
     assert "first differing tensor is decoder.layers.2.mlp.linear_fc1.weight" in capsys.readouterr().err
     assert [path.name for path in hf.parent.iterdir()] == ["hf"]
@@ -164,7 +165,7 @@ def test_b1_large_models_are_verified_on_request(
     monkeypatch.setattr(command, "VERIFIED_PARAMETERS", 1000)
     assert main(words(hf)) == 0
     assert "logits not compared (" in capsys.readouterr().out
-    monkeypatch.setattr("tandem.backends.installed_frameworks", list)
+    monkeypatch.setattr("tandem.frameworks.installed_frameworks", list)
     (hf.parent / "m").rename(hf.parent / "other")
     assert main(words(hf, "--verify")) == 2
     assert "--verify needs torch or mindspore" in capsys.readouterr().err

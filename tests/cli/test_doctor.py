@@ -10,19 +10,18 @@ from pathlib import Path
 import pytest
 
 from frameworks import require_framework
+from tandem import doctor
 from tandem.__main__ import main
-from tandem.backends import check_framework
-from tandem.backends.versions import VERSIONS, requirement
 from tandem.errors import UserError
-from tandem.training import doctor
+from tandem.frameworks import FRAMEWORKS, SPELLINGS, check_framework
 
 
 def test_this_machine_can_run(framework: str) -> None:
     """The frameworks that tests use are found with their version, device and launcher."""
-    findings = {finding.what: finding for finding in doctor.examine_framework(framework)}
+    findings = {finding.what: finding for finding in doctor.examine_framework(SPELLINGS[framework])}
     assert findings[framework].found.startswith(importlib.metadata.version(framework).split("+")[0])
     assert "cpu" in findings[f"{framework} devices"].found
-    assert findings[doctor.LAUNCHERS[framework]].mend == ""
+    assert findings[SPELLINGS[framework].launcher].mend == ""
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
@@ -79,16 +78,18 @@ def test_a3_a_version_that_was_never_tried_is_refused_unless_asked_for(
     require_framework(package)
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == package else real(name))
-    with pytest.raises(UserError, match=f"never tried here: pip install '{re.escape(requirement(package))}', or try"):
+    with pytest.raises(
+        UserError, match=f"never tried here: pip install '{re.escape(SPELLINGS[package].requirement)}', or try"
+    ):
         check_framework(package)
     monkeypatch.setattr(doctor, "probe", lambda name: {"version": version, "devices": "cpu", "dtypes": "fp32"})
-    assert "pip install" in next(iter(doctor.examine_framework(package))).mend
+    assert "pip install" in next(iter(doctor.examine_framework(SPELLINGS[package]))).mend
     monkeypatch.setenv("TANDEM_ANY_VERSION", "1")
-    assert check_framework(package) == package
+    assert check_framework(package).name == package
 
 
 def test_a3_what_is_refused_is_what_is_not_installed() -> None:
     """pyproject.toml asks pip for the same versions."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    for package in VERSIONS:
-        assert f'{package} = ["{requirement(package)}"]' in project
+    for framework in FRAMEWORKS:
+        assert f'{framework.name} = ["{framework.requirement}"]' in project

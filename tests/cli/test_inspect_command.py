@@ -9,10 +9,10 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.hf import HFSink
+from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, Kind
-from tandem.checkpoints.megatron import MegatronSink
-from tandem.checkpoints.native import NativeSink
+from tandem.checkpoints.megatron.sink import MegatronSink
+from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.random_init import RandomSource
 from tandem.models.tensors import parameter_count, tensor_table
 from tandem.parallel.layout import Layout

@@ -13,10 +13,10 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.data.indexed import IndexedDataset
-from tandem.data.naming import sft_prefix
-from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.kinds import sft_prefix
+from tandem.data.preprocess.run import PreprocessOptions, preprocess
 from tandem.data.statistics import DataView
-from tandem.data.tokenizer import Tokenizer
+from tandem.data.tokens.tokenizer import Tokenizer
 from workspace import Workspace
 
 

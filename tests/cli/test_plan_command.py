@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tandem.__main__ import main
-from tandem.models.config import to_hf
+from tandem.models.hf_config import to_hf
 from toys import toy_config
 
 

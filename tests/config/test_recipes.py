@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.config.sources import from_yaml
+from tandem.config.checks import check_settings
+from tandem.config.parsing import from_yaml
 from tandem.training.schedule import schedule_from
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -15,7 +16,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_consistent(recipe: Path) -> None:
     settings = from_yaml(recipe)
-    settings.check()
+    check_settings(settings)
     schedule = schedule_from(settings)
     assert schedule.lr(schedule.warmup_samples) == pytest.approx(settings.optimizer.lr)
 

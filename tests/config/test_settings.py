@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tandem.config import ranges
+from tandem.config import checks as ranges
+from tandem.config.parsing import from_dict, from_yaml, parse_settings, to_yaml
 from tandem.config.settings import Settings
-from tandem.config.sources import from_dict, from_yaml, parse_settings, to_yaml
-from tandem.config.upstream import split_ignored
+from tandem.config.upstream.flags import split_ignored
 from tandem.errors import UserError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tandem.config.parsing import parse_settings
 from tandem.config.settings import LaunchSettings
-from tandem.config.sources import parse_settings
 from tandem.errors import UserError
 
 # msrun's and torchrun's own, as the scripts pass them; the settings of the launch that they become.

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_toys import byte_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.indexed import DTYPE_CODES, IndexedDataset, IndexedWriter, merging
-from tandem.data.merge_groups import merge_groups
-from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.data.preprocess.merge import merge_groups
+from tandem.data.preprocess.run import PreprocessOptions, preprocess
 from tandem.errors import UserError
 
 

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from data_toys import byte_tokenizer, write_jsonl
 
-from tandem.data.preprocess import PreprocessOptions, preprocess
+from data_toys import byte_tokenizer, write_jsonl
+from tandem.data.preprocess.run import PreprocessOptions, preprocess
 from tandem.data.record import check_record, read_record
-from tandem.data.templates import get_template
-from tandem.data.tokenizer import Tokenizer
+from tandem.data.templates.catalog import get_template
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
 CHAT = {"instruction": "q", "output": "a"}

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from scripts import EXAMPLES, PRETRAIN, TUNE, Finished, Site
-from tandem.checkpoints.convert import ConvertOptions
 from tandem.cli.preprocess import Flags, options_from
-from tandem.config.flags import parse_dataclass
+from tandem.config.checks import check_settings
+from tandem.config.parsing import parse_dataclass, parse_settings
 from tandem.config.settings import Settings
-from tandem.config.sources import parse_settings
-from tandem.config.upstream import CONVERT_IGNORED, PREPROCESS_IGNORED, split_ignored
+from tandem.config.upstream.flags import CONVERT_IGNORED, PREPROCESS_IGNORED, split_ignored
+from tandem.conversion.convert import ConvertOptions
 
 SHARED_SCRIPTS = (
     "ckpt_convert_qwen3_hf2mcore.sh",
@@ -97,7 +97,7 @@ def launched(done: Finished) -> Settings:
     words = done.output.splitlines()
     start = words.index("tandem")
     settings, notices = parse_settings(words[start + 1], "", words[start + 2 :])
-    settings.check()
+    check_settings(settings)
     assert notices == []
     return settings
 
@@ -173,7 +173,7 @@ def test_no_random_weights_unless_asked_for(site: Site, launchers: Path, script:
 
 def test_flags_of_the_larger_sizes_are_understood() -> None:
     settings, notices = parse_settings("pretrain", "", (MODEL + RUN + UPSTREAM["P pretrain"] + LARGER).split())
-    settings.check()
+    check_settings(settings)
     assert len(notices) == 1
     assert settings.data.reset_attention_mask
 
@@ -183,7 +183,7 @@ def test_upstreams_flags_are_understood(name: str) -> None:
     """With the program's name and the paths replaced, MindSpeed-LLM's own 0.6B scripts train Qwen3-0.6B here."""
     command = name.split()[1]
     settings, notices = parse_settings(command, "", (MODEL + RUN + UPSTREAM[name]).split())
-    settings.check()
+    check_settings(settings)
     assert len(notices) == 1
     assert settings.model.num_query_groups == 8
     assert settings.optimizer.adam_beta2 == 0.95

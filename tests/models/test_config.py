@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
-from tandem.models.config import ModelConfig, RotaryScaling, from_hf, to_hf
-from tandem.models.qwen3 import QWEN3_SIZES
+from tandem.models.config import ModelConfig, RotaryScaling
+from tandem.models.hf_config import from_hf, to_hf
+from tandem.models.published import QWEN3_SIZES
 from toys import TOYS, qwen3_config, toy_config
 
 OLD = {

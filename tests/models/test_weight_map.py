@@ -28,7 +28,7 @@ def test_names_are_those_of_transformers(name: str) -> None:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from tandem.models.config import to_hf
+    from tandem.models.hf_config import to_hf
 
     config = TOYS[name]
     hf = to_hf(config, dtype="float32")

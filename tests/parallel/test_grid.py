@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tandem.errors import UserError
+from tandem.launch.world import World
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid, Place, held_shards, saved_shards
 from tandem.parallel.layout import Layout, even_rows
 from tandem.parallel.slices import Part, cut, overlaps, transfer
-from tandem.parallel.world import World
 from toys import toy_config
 
 GRID = Grid(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), size=8)

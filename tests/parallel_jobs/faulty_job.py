@@ -15,8 +15,8 @@ from types import FrameType, SimpleNamespace
 
 from tandem import __main__ as tandem
 from tandem.errors import UserError
-from tandem.parallel.job import placing
-from tandem.parallel.world import World
+from tandem.launch.member import placing
+from tandem.launch.world import World
 from tandem.training.trainer import Trainer
 
 FAULT, FOLDER = sys.argv[1], Path(sys.argv[2])

@@ -16,9 +16,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from jobs import Case, engine_settings, toy_source, train  # noqa: E402
 
 from tandem.backends import connect, create_engine  # noqa: E402
+from tandem.launch.member import Member  # noqa: E402
+from tandem.launch.world import World  # noqa: E402
 from tandem.parallel.grid import Grid  # noqa: E402
-from tandem.parallel.job import Member  # noqa: E402
-from tandem.parallel.world import World  # noqa: E402
 
 
 def main(framework: str, cases: str, folder: str) -> None:

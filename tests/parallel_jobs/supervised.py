@@ -10,7 +10,7 @@ import sys
 import plain_launcher
 
 from tandem.backends import launcher_of
-from tandem.parallel.launch import Machines, launch
+from tandem.launch.supervisor import Machines, launch
 
 if __name__ == "__main__":
     framework, processes, *words = sys.argv[1:]

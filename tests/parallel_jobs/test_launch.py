@@ -20,7 +20,7 @@ from launchers import launcher
 from scripts import free_port
 from tandem.backends import launcher_of
 from tandem.errors import UserError
-from tandem.parallel.launch import Machines, launch
+from tandem.launch.supervisor import Machines, launch
 from tandem.training.run import train
 from workspace import Workspace
 
@@ -234,7 +234,7 @@ def test_a_rank_that_starts_after_its_supervisor_was_killed_leaves(tmp_path: Pat
     supervisor = subprocess.Popen(["true"])
     supervisor.wait()
     job = {"TANDEM_JOB": str(tmp_path), "TANDEM_SUPERVISOR": str(supervisor.pid), "RANK": "0", "WORLD_SIZE": "1"}
-    rank = [sys.executable, "-c", "from tandem.parallel.job import Member; Member.join()"]
+    rank = [sys.executable, "-c", "from tandem.launch.member import Member; Member.join()"]
     assert subprocess.run(rank, env={**os.environ, **job}, timeout=60, check=False).returncode == 1
     assert "supervisor of this job is gone" in (tmp_path / "rank_0.log").read_text(encoding="utf-8")
 

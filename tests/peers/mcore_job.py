@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 
 from tandem.checkpoints.folders import find_iteration
-from tandem.checkpoints.megatron import FILE
+from tandem.checkpoints.megatron.names import FILE
 
 
 def one(folder: Path, tokens: torch.Tensor) -> None:

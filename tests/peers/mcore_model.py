@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_folder
-from tandem.checkpoints.megatron import CHECKPOINT_VERSION, FILE
+from tandem.checkpoints.megatron.names import CHECKPOINT_VERSION, FILE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it misses Apex and Transformer Engine

@@ -13,10 +13,10 @@ import pytest
 from mcore_data import EOD, FLAGS, SEED, SEQUENCE, SPLIT, corpus, megatron_datasets
 
 from tandem.data.batch import IGNORE, Sample
-from tandem.data.blend import BlendedDataset, Segment, blend_sizes
-from tandem.data.gpt_dataset import GPTDataset
+from tandem.data.datasets.blend import BlendedDataset, Segment, blend_sizes
+from tandem.data.datasets.sample_index import SPLIT_NAMES
+from tandem.data.datasets.text import GPTDataset
 from tandem.data.indexed import IndexedDataset, IndexedWriter
-from tandem.data.sample_index import SPLIT_NAMES
 
 SEQUENCES = [[1, 2, 3], [4], [65000], [5, 6], [7, 8, 9]]
 DOCUMENTS = [SEQUENCES[:2], [], SEQUENCES[2:3], SEQUENCES[3:]]

@@ -13,7 +13,8 @@ from reference import toy_batch, toy_weights
 
 from launchers import launcher
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.megatron import MegatronSink, MegatronSource, pad_vocab_size
+from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
+from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout

@@ -17,9 +17,9 @@ from tandem.__main__ import main
 from tandem.backends import transformers_logits
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.hf import HFSink
+from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
-from tandem.checkpoints.megatron_args import to_args
+from tandem.checkpoints.megatron.args import to_args
 from tandem.data.batch import MicroBatch
 from tandem.models.config import RotaryScaling
 from tandem.parallel.layout import Layout

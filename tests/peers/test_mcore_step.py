@@ -13,9 +13,9 @@ from reference import assert_close_gradients, toy_weights
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.megatron import MegatronSink
+from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.data.batch import collate
-from tandem.data.gpt_dataset import GPTDataset
+from tandem.data.datasets.text import GPTDataset
 from tandem.parallel.layout import Layout
 from toys import TOYS
 

@@ -17,7 +17,7 @@ from reference import toy_batch, toy_weights
 
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.megatron import MegatronSink
+from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
 from toys import TOYS

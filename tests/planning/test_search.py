@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.models.qwen3 import qwen3_config
+from tandem.models.published import qwen3_config
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
 from tandem.planning.memory import peak_memory

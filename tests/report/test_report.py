@@ -17,8 +17,8 @@ from tandem.errors import UserError
 from tandem.report.chart import Series, line_chart, number, smoothed, thinned, ticks
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
-from tandem.training.metrics import METRICS_FILE, MetricsFile
-from tandem.training.profiling import write_profile
+from tandem.training.logs.metrics import METRICS_FILE, MetricsFile
+from tandem.training.logs.profiling import write_profile
 from tandem.training.run import train
 from workspace import Workspace
 

@@ -21,8 +21,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from spoiled import spoiled
 from tandem.__main__ import main
-from tandem.checkpoints.native import NativeRankSink
-from tandem.parallel.world import World
+from tandem.checkpoints.native.rank_sink import NativeRankSink
+from tandem.launch.world import World
 from tandem.training import run
 
 

@@ -18,14 +18,14 @@ from tandem.backends.interface import Engine, StepResult
 from tandem.config.settings import TrainingSettings
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedWriter
-from tandem.data.naming import sft_prefix
+from tandem.data.kinds import sft_prefix
 from tandem.errors import UserError
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
 from tandem.training import run as run_module
 from tandem.training.guard import SHORTEST, WINDOW, Guard
-from tandem.training.log import StepRecord
-from tandem.training.metrics import read_metrics
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.metrics import read_metrics
 from workspace import Workspace
 
 SHORT = {"train_iters": 8, "lr_warmup_iters": 2}

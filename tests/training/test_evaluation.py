@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from tandem.__main__ import main
-from tandem.config.sources import from_dict
+from tandem.config.parsing import from_dict
 from tandem.data.batch import MicroBatch, Sample
-from tandem.data.choices import read_questions
+from tandem.data.datasets.questions import read_questions
 from tandem.data.indexed import IndexedDataset
-from tandem.data.tokenizer import Tokenizer
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.evaluate_weights import evaluate_weights
+from tandem.training.evaluate import evaluate_weights
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate
-from tandem.training.inputs import named_sets
-from tandem.training.metrics import METRICS_FILE, read_metrics
+from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
+from tandem.training.start.data import named_sets
 from workspace import Workspace
 
 
@@ -203,7 +203,7 @@ def test_a_bad_question_is_named(workspace: Workspace, tmp_path: Path, line: str
 
 def one_document(workspace: Workspace) -> str:
     """The prefix of a set whose only document is not a whole number of windows."""
-    from tandem.data.preprocess import PreprocessOptions, preprocess
+    from tandem.data.preprocess.run import PreprocessOptions, preprocess
 
     prefix = workspace.root / "single"
     if not Path(f"{prefix}_text_document.idx").exists():

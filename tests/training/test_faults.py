@@ -21,9 +21,9 @@ from scripts import free_port
 from tandem.__main__ import STOPPED
 from tandem.backends import launcher_of
 from tandem.checkpoints.folders import TRACKER
-from tandem.checkpoints.native import NativeSource
+from tandem.checkpoints.native.source import NativeSource
+from tandem.launch.supervisor import Machines
 from tandem.models.tensors import tensor_table
-from tandem.parallel.launch import Machines
 from workspace import Workspace
 
 PROGRAM = Path(__file__).with_name("faulty_run.py")

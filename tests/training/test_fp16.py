@@ -11,7 +11,7 @@ from frameworks import require_framework
 from runs import assert_same_weights, run
 from tandem.config.settings import TrainingSettings
 from tandem.errors import UserError
-from tandem.training.log import StepRecord
+from tandem.training.logs.log import StepRecord
 from tandem.training.loss_scale import LossScale
 from workspace import Workspace
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runs import assert_same_weights, run
-from tandem.training.log import StepRecord
+from tandem.training.logs.log import StepRecord
 from workspace import Workspace
 
 RAMP = {

@@ -11,12 +11,12 @@ import pytest
 
 from frameworks import require_framework
 from tandem.__main__ import main
+from tandem.config.parsing import from_dict, parse_settings, to_yaml
 from tandem.config.settings import Settings
-from tandem.config.sources import from_dict, parse_settings, to_yaml
 from tandem.errors import RunStopped, UserError
-from tandem.training.events import read_events
-from tandem.training.log import StepRecord
-from tandem.training.metrics import METRICS_FILE, read_metrics
+from tandem.training.logs.events import read_events
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.rerun import RerunOptions, compare, rerun
 from tandem.training.run import train
 from tandem.training.run_record import RUN_FILE, read_starts

@@ -13,10 +13,10 @@ import pytest
 from frameworks import require_framework
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import KINDS
-from tandem.checkpoints.native import NativeSource
+from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
-from tandem.training.log import StepRecord
+from tandem.training.logs.log import StepRecord
 from tandem.training.run import train
 from workspace import Workspace
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from tandem.config.sources import from_dict
+from tandem.config.checks import check_settings
+from tandem.config.parsing import from_dict
 from tandem.errors import UserError
 from tandem.training.schedule import schedule_from
 
@@ -95,11 +96,11 @@ def test_the_batch_ramps_up_as_megatrons() -> None:
         {"train_samples": 50, "global_batch_size": 8, "micro_batch_size": 2, "rampup_batch_size": [2, 2, 12]}, "test"
     )
     sizes, consumed = [], 0
-    while consumed < settings.total_samples:
-        sizes.append(settings.batch_sizes.at(consumed))
+    while consumed < settings.length.samples:
+        sizes.append(settings.length.batch_sizes.at(consumed))
         consumed += sizes[-1]
     assert sizes == [2, 2, 4, 6, 8, 8, 8, 8]
-    assert (settings.total_iters, settings.total_samples) == (len(sizes), consumed)
+    assert (settings.length.iterations, settings.length.samples) == (len(sizes), consumed)
 
 
 @pytest.mark.parametrize(
@@ -119,4 +120,4 @@ def test_the_batch_ramps_up_as_megatrons() -> None:
 def test_settings_that_contradict_each_other(values: dict, named: str) -> None:
     settings = from_dict({"lr": 1.0, "global_batch_size": 4, "data_path": "x", "init": "random", **values}, "test")
     with pytest.raises(UserError, match=named):
-        settings.check()
+        check_settings(settings)

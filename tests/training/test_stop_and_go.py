@@ -13,10 +13,10 @@ import pytest
 
 from runs import assert_same_weights, run
 from tandem.__main__ import STOPPED
-from tandem.checkpoints.native import NativeSource
+from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import RunStopped, UserError
-from tandem.training.log import StepRecord
-from tandem.training.resume import agree_on_iteration
+from tandem.training.logs.log import StepRecord
+from tandem.training.start.resume import agree_on_iteration
 from workspace import Workspace
 
 

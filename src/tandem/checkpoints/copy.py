@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from tandem.checkpoints.arrays import is_finite
+from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import Kind, TensorSink, TensorSource
-from tandem.checkpoints.publish import final_place
 from tandem.errors import UserError
+from tandem.files.publish import final_place
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part
 

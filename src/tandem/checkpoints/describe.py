@@ -7,14 +7,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.checkpoints.arrays import is_finite
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.hf import HFSource
+from tandem.checkpoints.formats.arrays import is_finite
+from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.interface import Kind, TensorSource, dtype_name
-from tandem.checkpoints.megatron import FILE as MEGATRON_FILE
-from tandem.checkpoints.megatron import MegatronSource
-from tandem.checkpoints.native import NativeSource
+from tandem.checkpoints.megatron.names import FILE as MEGATRON_FILE
+from tandem.checkpoints.megatron.source import MegatronSource
+from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.checkpoints.folders import find_iteration
-from tandem.checkpoints.hf import HFSource
+from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.interface import TensorSource, check_recorded
-from tandem.checkpoints.megatron import FILE, MegatronSource, is_megatron
-from tandem.checkpoints.native import INDEX, NativeSource
-from tandem.checkpoints.publish import recover
+from tandem.checkpoints.megatron.names import FILE
+from tandem.checkpoints.megatron.source import MegatronSource, is_megatron
+from tandem.checkpoints.native.format import INDEX
+from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import UserError
+from tandem.files.publish import recover
 from tandem.models.config import ModelConfig
 
 

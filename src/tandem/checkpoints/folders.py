@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.checkpoints.publish import recover
 from tandem.errors import UserError
+from tandem.files.publish import recover
 from tandem.parallel.layout import Layout
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tandem.checkpoints.arrays import is_finite
+from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import DTYPES, Kind, TensorSource
 from tandem.errors import UserError
 from tandem.parallel.slices import Part

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tandem.checkpoints.convert import Check, Converted, convert
-from tandem.checkpoints.convert_options import ConvertOptions
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native import prompt_text
+from tandem.checkpoints.native.source import prompt_text
 from tandem.cli.progress import byte_progress
-from tandem.config.flags import parse_dataclass
-from tandem.config.upstream import CONVERT_IGNORED, split_ignored
+from tandem.config.parsing import parse_dataclass
+from tandem.config.upstream.flags import CONVERT_IGNORED, split_ignored
+from tandem.conversion.convert import Check, Converted, convert
+from tandem.conversion.options import ConvertOptions
 from tandem.errors import UserError
 from tandem.models.tensors import parameter_count
 
 if TYPE_CHECKING:
-    from tandem.inference.export import ExportOptions
+    from tandem.conversion.as_trained import ExportOptions
 
 DESCRIPTION = (
     "Convert weights: Hugging Face -> Megatron-core layout for any TP and PP, back, and from one layout to another. "
@@ -48,10 +48,12 @@ def verification(options: ConvertOptions | ExportOptions) -> Check | None:
     if options.no_verify:
         return None
     # Imported where they are needed: engines, templates and tokenizers take a third of the time to start.
-    from tandem.backends import installed_frameworks
-    from tandem.inference.verify import verify
+    from tandem.conversion.verify import verify
+    from tandem.frameworks import installed_frameworks
 
-    frameworks = [options.ai_framework] if options.ai_framework else installed_frameworks()
+    frameworks = (
+        [options.ai_framework] if options.ai_framework else [framework.name for framework in installed_frameworks()]
+    )
     if options.verify and not frameworks:
         raise UserError("--verify needs torch or mindspore, and neither is installed")
 
@@ -70,7 +72,7 @@ def verification(options: ConvertOptions | ExportOptions) -> Check | None:
 def _as_trained(source: TensorSource, companions: Companions) -> tuple[Companions, list[str]]:
     if prompt_text(source) is None:
         return companions, []
-    from tandem.inference.export import as_trained
+    from tandem.conversion.as_trained import as_trained
 
     return as_trained(source, companions)
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import parse_dataclass
+from tandem.doctor import examine
 from tandem.errors import UserError
-from tandem.training.doctor import examine
 
 DESCRIPTION = "Show versions and devices, what is missing and how to install it. Fails when no run could start."
 WIDTH = 140  # of the table where there is no terminal

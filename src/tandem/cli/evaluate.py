@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tandem.cli.processes import run_as_processes
+from tandem.config.parsing import parse_settings
 from tandem.config.settings import Settings
-from tandem.config.sources import parse_settings
-from tandem.parallel.world import World
-from tandem.training.evaluate_weights import Result, evaluate_weights
+from tandem.launch.world import World
+from tandem.training.evaluate import Result, evaluate_weights
 from tandem.training.evaluation import Evaluation
 
 DESCRIPTION = (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tandem.cli.convert import print_result, verification
 from tandem.cli.progress import byte_progress
-from tandem.config.flags import parse_dataclass
-from tandem.inference.export import ExportOptions, export
+from tandem.config.parsing import parse_dataclass
+from tandem.conversion.as_trained import ExportOptions, export
 
 DESCRIPTION = "Write any checkpoint, of any layout, as a Hugging Face folder that AutoModelForCausalLM loads."
 

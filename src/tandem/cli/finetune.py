@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from tandem.cli.processes import run_training
-from tandem.config.sources import parse_settings
+from tandem.config.parsing import parse_settings
 
 DESCRIPTION = (
     "Train on instruction data made by `tandem preprocess`; only answers are trained. "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import parse_dataclass
 from tandem.errors import UserError
+from tandem.frameworks import default_framework
 from tandem.inference.chat import open_model
 from tandem.inference.sampling import Sampling
 
@@ -25,7 +26,7 @@ class Flags:
     """Hugging Face folder or checkpoint."""
     prompt: tuple[str, ...] = ()
     """One or more prompts; default: one prompt per line of standard input."""
-    ai_framework: str = "torch"
+    ai_framework: str = field(default_factory=default_framework)
     """Backend: mindspore, or torch (also: pytorch)."""
     tokenizer_name_or_path: str | None = None
     """Folder of the tokenizer; default: beside the weights."""

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from tandem.checkpoints.describe import Description, check_integrity, describe
 from tandem.cli import inspect_data
 from tandem.cli.progress import byte_progress
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import parse_dataclass
 from tandem.errors import UserError, nearest
 from tandem.models.tensors import parameter_count
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.cli.data_page import write_page
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import parse_dataclass
 from tandem.data.record import read_record
 from tandem.data.statistics import DataView, Statistics
-from tandem.data.tokenizer import Tokenizer
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.report.data_page import write_page
 from tandem.report.page_file import check_page
 
 DESCRIPTION = "Show what preprocessed data hold: counts, lengths, and samples in which trained text is green."

@@ -13,10 +13,11 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import parse_dataclass
 from tandem.errors import UserError
-from tandem.models.config import ModelConfig, from_hf, load_hf_config
-from tandem.models.qwen3 import QWEN3_SIZES, qwen3_config
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import from_hf, load_hf_config
+from tandem.models.published import QWEN3_SIZES, qwen3_config
 from tandem.models.tensors import parameter_count
 from tandem.parallel.layout import Layout, parse_layers
 from tandem.planning.hardware import GIB, HARDWARE, Hardware

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tandem.cli.progress import byte_progress
-from tandem.config.flags import parse_dataclass
-from tandem.config.upstream import PREPROCESS_IGNORED, split_ignored
-from tandem.data.merge_groups import merge_groups
-from tandem.data.options import PreprocessOptions, parse_map_keys
-from tandem.data.preprocess import preprocess
+from tandem.config.parsing import parse_dataclass
+from tandem.config.upstream.flags import PREPROCESS_IGNORED, split_ignored
+from tandem.data.preprocess.merge import merge_groups
+from tandem.data.preprocess.options import PreprocessOptions, parse_map_keys
+from tandem.data.preprocess.run import preprocess
 from tandem.data.record import read_record
 from tandem.data.statistics import DataView
-from tandem.data.templates import THINKING_MODES
-from tandem.data.tokenizer import Tokenizer
+from tandem.data.templates.catalog import THINKING_MODES
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import RunStopped, UserError
 from tandem.report.page_file import check_page
 
@@ -144,8 +144,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def show(flags: Flags, view: DataView, tokenizer: Tokenizer) -> None:
-    from tandem.cli.data_page import write_page  # here: both load `rich`, which takes a while
     from tandem.cli.inspect_data import make_console, overview, show_samples
+    from tandem.report.data_page import write_page  # here: both load `rich`, which takes a while
 
     console = make_console()
     console.print(overview(view.data_path, view.statistics()))

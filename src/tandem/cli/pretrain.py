@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tandem.cli.processes import run_training
-from tandem.config.sources import parse_settings
+from tandem.config.parsing import parse_settings
 from tandem.errors import UserError
 
 DESCRIPTION = "Train on text files made by `tandem preprocess`. --config FILE.yaml gives settings; flags override it."

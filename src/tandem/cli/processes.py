@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from tandem.backends import launcher_of
 from tandem.config.settings import LaunchSettings, Settings
 from tandem.errors import UserError
-from tandem.parallel.job import JOB
-from tandem.parallel.launch import Machines, launch
-from tandem.parallel.world import World
-from tandem.training.dry_run import dry_run
+from tandem.launch.member import JOB
+from tandem.launch.supervisor import Machines, launch
+from tandem.launch.world import World
 from tandem.training.run import train
+from tandem.training.start.dry_run import dry_run
 
 
 def run_training(command: str, argv: Sequence[str], settings: Settings, notices: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import parse_dataclass
 from tandem.quickstart.run import QuickstartOptions, quickstart
 
 DESCRIPTION = (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.checkpoints.publish import write_text_atomically
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import parse_dataclass
+from tandem.files.publish import write_text_atomically
 from tandem.report.page import render
 from tandem.report.page_file import check_page
 from tandem.report.run_folder import read_runs

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from tandem.cli.processes import run_as_processes
-from tandem.config.flags import parse_dataclass
+from tandem.config.parsing import from_dict, parse_dataclass
 from tandem.config.settings import LaunchSettings
-from tandem.config.sources import from_dict
 from tandem.errors import UserError
 from tandem.training.rerun import RerunOptions, rerun
 from tandem.training.run_record import RUN_FILE, read_starts

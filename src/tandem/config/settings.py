@@ -11,10 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tandem.config.batch_size import BatchSizes
-from tandem.config.ranges import check_ranges
-from tandem.errors import UserError
-from tandem.parallel.grid import Grid
+from tandem.config.lengths import BatchSizes, RunLength
+from tandem.frameworks import default_framework
 from tandem.parallel.layout import Layout, parse_layers
 
 
@@ -190,8 +188,8 @@ class OptimizerSettings:
 class TrainingSettings:
     """Training."""
 
-    ai_framework: str = "torch"
-    """Backend: mindspore, or torch (also: pytorch)."""
+    ai_framework: str = field(default_factory=default_framework)
+    """Backend: mindspore, or torch (also: pytorch); default: the one that is installed, torch where both are."""
     device: str | None = None
     """cpu, cuda or npu; default: the best one present."""
     micro_batch_size: int = 1
@@ -377,186 +375,7 @@ class Settings:
         return self.training.global_batch_size or self.training.micro_batch_size
 
     @property
-    def batch_sizes(self) -> BatchSizes:
+    def length(self) -> RunLength:
         final = self.global_batch_size
-        return BatchSizes(final, *(self.training.rampup_batch_size or (final,)))
-
-    @property
-    def total_iters(self) -> int:
-        """Steps of the whole run."""
-        if self.training.train_iters is not None:
-            return self.training.train_iters
-        assert self.training.train_samples is not None
-        return self.batch_sizes.iterations(self.training.train_samples)[0]
-
-    @property
-    def total_samples(self) -> int:
-        """Samples that the whole run consumes."""
-        if self.training.train_iters is not None:
-            return self.training.train_iters * self.global_batch_size
-        assert self.training.train_samples is not None
-        return self.batch_sizes.iterations(self.training.train_samples)[1]
-
-    def iters_from(self, iteration: int, consumed_samples: int) -> int:
-        """Steps of the whole run when it goes on from there, perhaps with another batch size."""
-        if self.training.train_iters is not None:
-            return self.training.train_iters
-        assert self.training.train_samples is not None
-        return iteration + self.batch_sizes.iterations(self.training.train_samples, consumed_samples)[0]
-
-    def samples_from(self, iteration: int, consumed_samples: int) -> int:
-        """Samples that the whole run consumes then."""
-        left = max(0, self.iters_from(iteration, consumed_samples) - iteration)
-        return self.batch_sizes.consumed_after(left, consumed_samples)
-
-    def check(self) -> None:
-        """Raise UserError where settings are missing, out of range, or contradict each other."""
-        check_ranges(self.to_dict())
-        training, optimizer, checkpoint = self.training, self.optimizer, self.checkpoint
-        lengths = {"--train-iters": training.train_iters, "--train-samples": training.train_samples}
-        given = [f"{name} {value}" for name, value in (lengths | {"--epochs": training.epochs}).items() if value]
-        if not given:
-            raise UserError("--train-iters is required, or --train-samples or --epochs")
-        if len(given) > 1 and training.epochs:
-            raise UserError(f"{' and '.join(given)} exclude each other: give one")
-        if optimizer.lr is None:
-            raise UserError("--lr is required")
-        if not self.data.data_path:
-            raise UserError("--data-path is required: the prefix that `tandem preprocess` wrote")
-        if (checkpoint.load is None) == (checkpoint.init is None):
-            raise UserError(
-                "give either --load FOLDER with initial weights, or --init random to start from random ones"
-            )
-        if optimizer.min_lr > optimizer.lr:
-            raise UserError(f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}")
-        if optimizer.lr_warmup_fraction is not None and (optimizer.lr_warmup_iters or optimizer.lr_warmup_samples):
-            raise UserError(
-                "--lr-warmup-fraction and --lr-warmup-iters or --lr-warmup-samples exclude each other: give one"
-            )
-        self._check_profile()
-        self._check_unit_of_length()
-        self._check_saving()
-        self._check_bad_steps()
-        self._check_loss_scale()
-        self._check_batch_size()
-        self._check_weight_decay()
-        self.check_implemented()
-        self._check_recompute()
-        if not training.epochs and not self.total_iters:
-            raise UserError(
-                f"--train-samples {training.train_samples} are fewer than one step takes, "
-                f"{self.batch_sizes.at(0)}: give more, or a smaller --global-batch-size"
-            )
-
-    def _check_profile(self) -> None:
-        logging = self.logging
-        if not logging.profile:
-            return
-        if not 0 <= logging.profile_step_start < logging.profile_step_end:
-            raise UserError(
-                f"--profile-step-start {logging.profile_step_start} and --profile-step-end "
-                f"{logging.profile_step_end}: expected 0 <= start < end"
-            )
-        if logging.profile_save_path is None and self.checkpoint.save is None:
-            raise UserError("--profile needs --save or --profile-save-path, a folder for its files")
-
-    def _check_saving(self) -> None:
-        checkpoint = self.checkpoint
-        if checkpoint.export_hf_every and checkpoint.no_shared_storage:
-            raise UserError(
-                "--export-hf-every needs the whole checkpoint on one disk, and --no-shared-storage spreads it: bring "
-                "the folders together and use `tandem export`"
-            )
-
-    def _check_bad_steps(self) -> None:
-        if self.training.spiky_loss_factor <= 1:
-            raise UserError(f"--spiky-loss-factor {self.training.spiky_loss_factor}: expected more than 1")
-
-    def _check_loss_scale(self) -> None:
-        training = self.training
-        if training.fp16 and training.bf16:
-            raise UserError("--fp16 and --bf16 exclude each other: give one")
-
-    def _check_unit_of_length(self) -> None:
-        """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit; epochs
-        become iterations."""
-        training, optimizer = self.training, self.optimizer
-        by_iterations = {
-            "--train-iters": training.train_iters,
-            "--lr-decay-iters": optimizer.lr_decay_iters,
-            "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
-            "--lr-warmup-iters": optimizer.lr_warmup_iters or None,
-        }
-        by_samples = {
-            "--train-samples": training.train_samples,
-            "--lr-decay-samples": optimizer.lr_decay_samples,
-            "--lr-wsd-decay-samples": optimizer.lr_wsd_decay_samples,
-            "--lr-warmup-samples": optimizer.lr_warmup_samples or None,
-            "--rampup-batch-size": training.rampup_batch_size,
-        }
-        by_epochs = training.epochs is not None
-        by_steps = by_epochs or training.train_iters is not None
-        wrong, unit = (by_samples, "iters") if by_steps else (by_iterations, "samples")
-        if given := [flag for flag, value in wrong.items() if value is not None]:
-            counted = "--epochs" if by_epochs else f"--train-{unit}"
-            raise UserError(f"{' '.join(given)}: a run counted with {counted} takes no such length")
-        wsd = optimizer.lr_wsd_decay_iters if unit == "iters" else optimizer.lr_wsd_decay_samples
-        if optimizer.lr_decay_style == "WSD" and wsd is None:
-            raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}")
-
-    def _check_batch_size(self) -> None:
-        micro, final = self.training.micro_batch_size, self.global_batch_size
-        if final % micro:
-            raise UserError(f"--global-batch-size {final} is not a multiple of --micro-batch-size {micro}")
-        if self.training.rampup_batch_size is None:
-            return
-        start, increment, samples = self.training.rampup_batch_size
-        if not 0 < start <= final or increment <= 0 or samples < 0 or (final - start) % increment:
-            raise UserError(
-                f"--rampup-batch-size {start} {increment} {samples}: whole increments must lead from the first size "
-                f"to --global-batch-size {final}"
-            )
-        if start % micro or increment % micro:
-            raise UserError(f"--rampup-batch-size {start} {increment}: not multiples of --micro-batch-size {micro}")
-
-    def check_grid(self, grid: Grid) -> None:
-        """Raise UserError when the batch sizes do not divide over the data ranks of `grid`."""
-        whole = self.training.micro_batch_size * grid.data_size
-        sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (self.global_batch_size,)}
-        if self.training.rampup_batch_size is not None:
-            sizes["--rampup-batch-size"] = self.training.rampup_batch_size[:2]
-        for flag, values in sizes.items():
-            if any(value % whole for value in values):
-                raise UserError(
-                    f"{flag} {' '.join(map(str, values))}: expected multiples of --micro-batch-size "
-                    f"{self.training.micro_batch_size} x {grid.data_size} data-parallel ranks = {whole}"
-                )
-
-    def _check_weight_decay(self) -> None:
-        optimizer = self.optimizer
-        ends = (optimizer.start_weight_decay, optimizer.end_weight_decay)
-        if optimizer.weight_decay_incr_style == "constant":
-            if ends != (None, None):
-                raise UserError("--start-weight-decay and --end-weight-decay need --weight-decay-incr-style")
-        elif None in ends or not 0 <= ends[0] <= ends[1]:  # type: ignore[operator]
-            raise UserError(
-                f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and an "
-                f"--end-weight-decay that is not smaller; given {ends[0]} and {ends[1]}"
-            )
-
-    def check_implemented(self) -> None:
-        """Raise UserError for what would change the computation and is not there."""
-        for name in ("attention_dropout", "hidden_dropout"):
-            if getattr(self.model, name):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self.model, name)} is not supported; only 0 is")
-        if self.parallel.context_parallel_size != 1:
-            raise UserError(f"--context-parallel-size {self.parallel.context_parallel_size}: only 1 is supported")
-        if self.data.tokenizer_type != "PretrainedFromHF":
-            raise UserError(f"--tokenizer-type {self.data.tokenizer_type}: only PretrainedFromHF is supported")
-
-    def _check_recompute(self) -> None:
-        training = self.training
-        if training.recompute_method == "block" and training.recompute_num_layers is None:
-            raise UserError("--recompute-method block needs --recompute-num-layers")
-        if training.recompute_granularity == "full" and training.recompute_method is None:
-            raise UserError("--recompute-granularity full needs --recompute-method uniform or block")
+        sizes = BatchSizes(final, *(self.training.rampup_batch_size or (final,)))
+        return RunLength(sizes, self.training.train_iters, self.training.train_samples)

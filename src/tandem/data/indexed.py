@@ -24,7 +24,7 @@ from types import TracebackType
 
 import numpy as np
 
-from tandem.data.naming import data_beside
+from tandem.data.kinds import data_beside
 from tandem.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"

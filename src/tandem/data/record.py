@@ -13,11 +13,11 @@ from typing import Any
 
 import orjson
 
-from tandem.data import hashing
-from tandem.data.naming import sft_prefix, text_prefix
-from tandem.data.templates import Template
-from tandem.data.tokenizer import Tokenizer
+from tandem.data.kinds import sft_prefix, text_prefix
+from tandem.data.templates.messages import Template
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.files import sha256 as hashing
 
 FORMAT = "tandem-dataset"
 VERSION = 1

@@ -11,9 +11,9 @@ import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
-from tandem.data.naming import sft_prefix, whole_of
+from tandem.data.kinds import sft_prefix, whole_of
 from tandem.data.record import read_record
-from tandem.data.tokenizer import Tokenizer
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
 _BINS = 12

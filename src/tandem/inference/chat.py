@@ -9,9 +9,10 @@ from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.native import prompt_entry
-from tandem.data.templates import Message, Template, template_from_entry
-from tandem.data.tokenizer import Tokenizer
+from tandem.checkpoints.native.source import prompt_entry
+from tandem.data.templates.catalog import template_from_entry
+from tandem.data.templates.messages import Message, Template
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.inference.generate import generate
 from tandem.inference.sampling import Sampling

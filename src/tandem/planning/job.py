@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tandem.errors import UserError
+from tandem.frameworks import FRAMEWORKS, Framework, named_framework
 from tandem.models.config import ModelConfig
 from tandem.parallel.layout import Layout, Stages
-
-INTERLEAVING = ("torch",)  # backends that run interleaved stages
-FULLY_SHARDING = ("torch",)  # and those that keep weights by rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,10 @@ class Job:
     recompute_layers: int = 0
     half: bool = False
     ai_framework: str = "torch"
+
+    @property
+    def framework(self) -> Framework:
+        return named_framework(self.ai_framework)
 
     @property
     def tensor_size(self) -> int:
@@ -92,7 +94,7 @@ class Job:
         whole = self.micro_batch_size * self.data_parallel_size
         if self.global_batch_size % whole:
             raise UserError(
-                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} x {self.data_parallel_size} data-parallel ranks = {whole}"
             )
         if self.seq_length > self.config.max_position_embeddings:
@@ -100,10 +102,12 @@ class Job:
                 f"seq_length {self.seq_length} is above the model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}"
             )
-        if self.use_torch_fsdp2 and self.ai_framework not in FULLY_SHARDING:
-            raise UserError(f"--use-torch-fsdp2 runs on {' or '.join(FULLY_SHARDING)} only, not on {self.ai_framework}")
-        if self.chunks > 1 and self.ai_framework not in INTERLEAVING:
-            raise UserError(f"interleaved stages run on {' or '.join(INTERLEAVING)} only, not on {self.ai_framework}")
+        if self.use_torch_fsdp2 and not self.framework.shards_weights:
+            able = " or ".join(framework.name for framework in FRAMEWORKS if framework.shards_weights)
+            raise UserError(f"--use-torch-fsdp2 runs on {able} only, not on {self.ai_framework}")
+        if self.chunks > 1 and not self.framework.interleaves_stages:
+            able = " or ".join(framework.name for framework in FRAMEWORKS if framework.interleaves_stages)
+            raise UserError(f"interleaved stages run on {able} only, not on {self.ai_framework}")
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:
             raise UserError(
                 f"interleaved stages need a multiple of pipeline_model_parallel_size {self.pipeline_size} "

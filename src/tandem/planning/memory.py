@@ -19,8 +19,6 @@ from tandem.parallel.pipeline import one_forward_one_backward
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
 
-# Logits of one chunk, fp32: `LOGITS_CHUNK_BYTES` of each backend's loss.
-LOGITS_CHUNK_BYTES = {"torch": 64 * 2**20, "mindspore": 128 * 2**20}
 # Numbers of a weight gradient that PyTorch forms at a time: `PIECE` of its functional.
 PIECE = 2**20
 
@@ -190,7 +188,7 @@ def layer_activations(job: Job) -> float:
 def _logits(job: Job) -> float:
     """A chunk's logits (in 16 bits also as they come and as their gradient goes), and the head's gradient in pieces."""
     vocabulary = -(-job.config.vocab_size // job.tensor_size)
-    rows = min(job.tokens, max(1, LOGITS_CHUNK_BYTES[job.ai_framework] // (4 * vocabulary)))
+    rows = min(job.tokens, max(1, job.framework.logits_chunk_bytes // (4 * vocabulary)))
     # The product for a piece, and both its factors, which are copied as oneDNN wants them.
     hidden = job.config.hidden_size
     piece = min(vocabulary, max(1, PIECE // hidden))
@@ -241,7 +239,7 @@ def _gathered(job: Job, layers: int, weights: StageWeights) -> Gathered:
 
 
 def _gradient_temporaries(job: Job, weights: StageWeights) -> float:
-    """On MindSpore a weight's new gradient is a tensor of its own: beside the last step's, and beside their sum."""
-    if job.ai_framework != "mindspore":
+    """A weight's new gradient, where it is a tensor of its own: there with the last step's, and with their sum."""
+    if job.framework.adds_gradients_in_place:
         return 0
     return 4 * weights.largest * (2 if job.micro_batches > 1 else 1)

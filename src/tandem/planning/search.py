@@ -10,7 +10,7 @@ from itertools import product
 from tandem.errors import UserError
 from tandem.parallel.layout import Layout
 from tandem.planning.hardware import GIB, Hardware
-from tandem.planning.job import FULLY_SHARDING, Job
+from tandem.planning.job import Job
 from tandem.planning.memory import peak_memory
 from tandem.planning.speed import Speed, estimate
 
@@ -82,7 +82,7 @@ def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> 
     data_size = devices // (tensor_size * pipeline_size)
     choices = product(
         _layouts(base, tensor_size, pipeline_size),
-        (False, True) if data_size > 1 and base.ai_framework in FULLY_SHARDING else (False,),
+        (False, True) if data_size > 1 and base.framework.shards_weights else (False,),
         MICRO_BATCH_SIZES,
         sorted({0, layers // 2, layers}),
     )

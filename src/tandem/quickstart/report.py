@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tandem.training.log import StepRecord
+from tandem.training.logs.log import StepRecord
 
 
 @dataclass

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tandem.checkpoints.convert import ConvertOptions, convert
+from tandem.config.parsing import from_dict
 from tandem.config.settings import Settings
-from tandem.config.sources import from_dict
-from tandem.data.preprocess import PreprocessOptions, preprocess
+from tandem.conversion.as_trained import ExportOptions, export
+from tandem.conversion.convert import ConvertOptions, convert
+from tandem.data.preprocess.run import PreprocessOptions, preprocess
 from tandem.errors import UserError
 from tandem.inference.chat import open_model
-from tandem.inference.export import ExportOptions, export
 from tandem.inference.sampling import Sampling
 from tandem.quickstart.report import Stage, print_table, save_curve
 from tandem.quickstart.tasks import World, make_world, write_world
 from tandem.quickstart.toy_model import write_toy_model
-from tandem.training.log import StepRecord
+from tandem.training.logs.log import StepRecord
 from tandem.training.run import train
 
 SEED = 1234

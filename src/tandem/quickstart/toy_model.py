@@ -10,11 +10,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.hf import HFSink, companion_files
+from tandem.checkpoints.hf.companions import companion_files
+from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
-from tandem.checkpoints.publish import publishing
 from tandem.checkpoints.random_init import RandomSource
-from tandem.models.config import ModelConfig, to_hf
+from tandem.files.publish import publishing
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import to_hf
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.checkpoints.publish import check_writable
 from tandem.errors import UserError
+from tandem.files.publish import check_writable
 
 _BEGINNING = b"<!doctype html>"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from tandem.checkpoints.folders import iteration_folder
 from tandem.errors import UserError
-from tandem.training.events import read_events
-from tandem.training.metrics import METRICS_FILE, read_metrics
-from tandem.training.profiling import read_profiles
+from tandem.training.logs.events import read_events
+from tandem.training.logs.metrics import METRICS_FILE, read_metrics
+from tandem.training.logs.profiling import read_profiles
 from tandem.training.run_record import read_starts
 
 WARM_UP = 3  # steps that speed is not judged by, when there are more

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.arrays import is_finite
-from tandem.checkpoints.publish import write_text_atomically
+from tandem.checkpoints.formats.arrays import is_finite
 from tandem.data.batch import MicroBatch
-from tandem.parallel.world import Communicator
+from tandem.files.publish import write_text_atomically
+from tandem.launch.world import Communicator
 
 BAD_STEPS = "bad_steps"  # folder in --save
 

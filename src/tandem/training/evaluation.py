@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from tandem.backends.interface import Engine
-from tandem.data.batch import MicroBatch, Sample, collate
-from tandem.data.choices import Question
+from tandem.data.batch import MicroBatch, collate
+from tandem.data.datasets.dataset import Dataset
+from tandem.data.datasets.questions import Question
 from tandem.errors import UserError
-from tandem.training.log import perplexity
-
-
-class Dataset(Protocol):
-    """Samples in training order: sample `i` is the `i`-th that the run consumes, so that any position is at hand."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def describe(self) -> dict[str, int]: ...
-
-    def origin(self, index: int) -> str:
-        """Where a sample is in the files, in words."""
-        ...
+from tandem.training.logs.log import perplexity
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.config.parsing import from_dict
 from tandem.config.settings import LoggingSettings, Settings
-from tandem.config.sources import from_dict
 from tandem.data.record import read_record
 from tandem.errors import UserError
-from tandem.parallel.world import World
-from tandem.training.log import StepRecord
-from tandem.training.metrics import METRICS_FILE, read_metrics
+from tandem.launch.world import World
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
 from tandem.training.run_record import RUN_FILE, code_version, read_starts, versions
 
@@ -78,7 +78,7 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
     settings = from_dict(start["settings"], RUN_FILE)
     training = dataclasses.replace(
         settings.training,
-        exit_interval=last if last < settings.total_iters else None,
+        exit_interval=last if last < settings.length.iterations else None,
         deterministic_mode=settings.training.deterministic_mode or deterministic,
     )
     weights, load = start["weights"], settings.checkpoint.load

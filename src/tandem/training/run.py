@@ -9,27 +9,27 @@ from pathlib import Path
 
 from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
-from tandem.checkpoints.hf import companion_files
+from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native import NativeSource
-from tandem.checkpoints.publish import write_text_atomically
+from tandem.checkpoints.native.source import NativeSource
+from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
-from tandem.config.sources import to_yaml
 from tandem.errors import RunStopped
+from tandem.files.publish import write_text_atomically
+from tandem.launch.member import placing
+from tandem.launch.world import Communicator, World
 from tandem.parallel.grid import Grid
-from tandem.parallel.job import placing
-from tandem.parallel.world import Communicator, World
-from tandem.training.banner import print_banner
-from tandem.training.events import EventLog
-from tandem.training.inputs import Data, open_data, open_tokenizer
-from tandem.training.log import StepRecord
-from tandem.training.loggers import step_loggers
-from tandem.training.resume import restore_newest
+from tandem.training.logs.events import EventLog
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.loggers import step_loggers
 from tandem.training.run_record import append_start, describe_start
-from tandem.training.saving import CheckpointWriter
+from tandem.training.saving.writer import CheckpointWriter
 from tandem.training.signals import StopSignals
-from tandem.training.start import engine_settings, prepare, report
-from tandem.training.state import SETTINGS_FILE, TrainerState
+from tandem.training.start.banner import print_banner
+from tandem.training.start.data import Data, open_data, open_tokenizer
+from tandem.training.start.prepare import engine_settings, prepare, report
+from tandem.training.start.resume import restore_newest
+from tandem.training.start.state import SETTINGS_FILE, TrainerState
 from tandem.training.trainer import Trainer
 
 

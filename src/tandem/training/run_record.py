@@ -17,12 +17,12 @@ from typing import Any
 import tandem
 from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.publish import write_text_atomically
 from tandem.config.settings import Settings
 from tandem.data.record import read_record
 from tandem.errors import UserError
+from tandem.files.publish import write_text_atomically
 from tandem.models.tensors import parameter_count
-from tandem.training.inputs import all_prefixes
+from tandem.training.start.data import all_prefixes
 
 RUN_FILE = "run.json"
 FORMAT = {"format": "tandem-run", "version": 1}

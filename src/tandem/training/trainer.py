@@ -5,58 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from tandem.backends.interface import Engine, StepResult, UntrainedError
 from tandem.config.settings import Settings
 from tandem.data.batch import MicroBatch
+from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
+from tandem.launch.world import Communicator, SingleProcess
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
-from tandem.parallel.world import Communicator, SingleProcess
 from tandem.planning.hardware import peak_flops
 from tandem.training.diagnosis import dump, first_bad
-from tandem.training.evaluation import Dataset, Share, evaluate
+from tandem.training.evaluation import Share, evaluate
 from tandem.training.guard import Guard
-from tandem.training.log import IterationLog, StepRecord, evaluation_line
+from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line
 from tandem.training.loss_scale import LossScale
+from tandem.training.progress import Progress, Saver
 from tandem.training.schedule import Schedule
 from tandem.training.signals import StopSignals
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all that a resumed run needs beside tensors.
-
-    Attributes:
-        skipped_train_samples: of the consumed samples, those of steps that were not applied. As in Megatron, schedules
-            do not move over them.
-        recent_losses: what a spike is measured against.
-        loss_scale: where the dynamic loss scale of fp16 stands (`LossScale.to_dict`).
-    """
-
-    iteration: int = 0
-    consumed_train_samples: int = 0
-    skipped_train_samples: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    loss_scale: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def applied_train_samples(self) -> int:
-        return self.consumed_train_samples - self.skipped_train_samples
-
-
-class Saver(Protocol):
-    """Who saves a run: `tandem.training.saving.CheckpointWriter`, which documents this."""
-
-    @property
-    def is_written(self) -> bool: ...
-
-    def save(self, progress: Progress) -> None: ...
-
-    def publish(self) -> None: ...
 
 
 class _Told(Exception):
@@ -95,7 +63,7 @@ class Trainer:
         self.is_first_rank = self.communicator.world.rank == 0
         data_rank = self.grid.place(self.communicator.world.rank).data
         self._share = Share(settings.training.micro_batch_size, self.grid.data_size, data_rank)
-        self.train_iters = settings.iters_from(progress.iteration, progress.consumed_train_samples)
+        self.train_iters = settings.length.iterations_from(progress.iteration, progress.consumed_train_samples)
         self._saver, self._on_step = saver, on_step
         self._all_written = True  # whether no rank is still writing a checkpoint
         self._guard = Guard(settings.training, progress.recent_losses)
@@ -103,7 +71,7 @@ class Trainer:
         self._signals = signals or StopSignals()
         self._started, self._out_of_time = time.monotonic(), False
         self.stopped: str | None = None  # the signal that ended the run early, on whichever rank it arrived
-        self._batch_sizes = settings.batch_sizes
+        self._batch_sizes = settings.length.batch_sizes
         self._samples_per_epoch = max(1, train_data.describe()["samples_per_epoch"])
         self._peak_flops = peak_flops(engine.device_name, engine.param_dtype)
         self._log = IterationLog(settings.logging.log_interval, settings.logging.log_throughput)

@@ -24,10 +24,10 @@ from mindspore.mint.distributed import distributed
 
 from tandem.backends.mindspore.device import prepare
 from tandem.errors import UserError
+from tandem.launch.member import NODE
+from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid, Place
-from tandem.parallel.job import NODE
 from tandem.parallel.pipeline import after, before
-from tandem.parallel.world import World, is_scheduler
 
 Result = TypeVar("Result")
 
@@ -40,7 +40,7 @@ class CommunicationError(RuntimeError):
 
 
 class MindSporeCommunicator:
-    """`tandem.parallel.world.Communicator` over all processes."""
+    """`tandem.launch.world.Communicator` over all processes."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -14,16 +14,16 @@ from tandem.backends.interface import EngineSettings, StepResult, UntrainedError
 from tandem.backends.loading import stream_fp32
 from tandem.backends.memory import process_peak
 from tandem.backends.mindspore.communication import Groups, make_groups
+from tandem.backends.mindspore.compute.sets import kernels_for
 from tandem.backends.mindspore.data_parallel import DataParallel
 from tandem.backends.mindspore.device import device_name
-from tandem.backends.mindspore.kernels import kernels_for
 from tandem.backends.mindspore.model import Decoder
 from tandem.backends.mindspore.optimizer import AdamW, clip_coefficient
 from tandem.backends.mindspore.passes import Passes
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
-from tandem.checkpoints.arrays import is_finite
+from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import Kind, TensorSource, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError

@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.mindspore.attention import Documents
+from tandem.backends.mindspore.documents import Documents
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback, Weight

@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.torch.device import choose_device
 from tandem.errors import UserError
+from tandem.launch.world import World
 from tandem.parallel.grid import Grid
-from tandem.parallel.world import World
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 Group = dist.ProcessGroup
 
 
 class TorchCommunicator:
-    """`tandem.parallel.world.Communicator` over the job's default group of CPU processes."""
+    """`tandem.launch.world.Communicator` over the job's default group of CPU processes."""
 
     def __init__(self, world: World, group: Group) -> None:
         self.world = world

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.parallel.launch import Machines
+from tandem.launch.supervisor import Machines
 
 
 def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """See `tandem.parallel.launch.Launcher`."""
+    """See `tandem.launch.supervisor.Launcher`."""
     where = {
         "--nproc-per-node": machines.nproc_per_node,
         "--nnodes": machines.nnodes,

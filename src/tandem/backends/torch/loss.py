@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch.profiler import record_function
 
+from tandem.backends.chunks import chunks
 from tandem.backends.torch.functional import Weight, matmul
 from tandem.backends.torch.tensor_parallel import TensorParallel
+from tandem.frameworks import TORCH
 
-LOGITS_CHUNK_BYTES = 64 * 2**20
+LOGITS_CHUNK_BYTES = TORCH.logits_chunk_bytes
 
 
 @torch.no_grad()
@@ -61,16 +61,11 @@ def _backward_of_chunk(
     return loss
 
 
-def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -> Iterator[slice]:
-    """Rows whose fp32 logits fit LOGITS_CHUNK_BYTES, evenly divided; the same on all tensor ranks.
-
-    No rows are one chunk, too: the head must have a gradient where other data ranks have one.
-    """
+def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -> list[slice]:
+    """The same on all tensor ranks. No rows are one chunk, too: the head must have a gradient where other data ranks
+    have one."""
     vocabulary = head.shape[0] if tensor is None else tensor.vocabulary_rows
-    limit = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
-    chunks = max(1, -(-len(hidden) // limit))
-    for chunk in range(chunks):
-        yield slice(chunk * len(hidden) // chunks, (chunk + 1) * len(hidden) // chunks)
+    return chunks(len(hidden), vocabulary, LOGITS_CHUNK_BYTES) or [slice(0, 0)]
 
 
 def _losses_and_gradient(

@@ -1,0 +1,1 @@
+"""What MindSpore computes with, per device."""

@@ -1,0 +1,134 @@
+"""The output head with cross-entropy on CPU, in chunks of rows and pieces of the vocabulary.
+
+Logits of a chunk become, in place, the gradient of the logits; full logits of a long batch never exist, and neither
+does a second tensor of the head's size. Of fp16 it takes and gives fp16, and computes in fp32 in between.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from mindspore import Tensor, ops
+
+from tandem.backends.chunks import chunks
+from tandem.backends.mindspore.compute.cpu.threads import split_work
+from tandem.backends.mindspore.tensor_parallel import TensorParallel
+from tandem.backends.mindspore.weight import Weight, empty, single, written_in_single
+from tandem.frameworks import MINDSPORE
+
+LOGITS_CHUNK_BYTES = MINDSPORE.logits_chunk_bytes
+# Vocabulary entries multiplied at a time: a piece of the logits, and of the head's gradient, stays in cache.
+PIECE = 4096
+
+_product = ops.MatMul()
+_product_ta = ops.MatMul(transpose_a=True)
+_product_tb = ops.MatMul(transpose_b=True)
+
+
+def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
+    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [n, h], head [v, h], labels [n].
+
+    Where ranks share the vocabulary, `head` is this rank's part of it, and all get the sum.
+    """
+    rows = hidden.asnumpy()
+    return sum(
+        _Chunk(single(rows[part]), head, labels[part], tensor).loss()
+        for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES)
+    )
+
+
+def cross_entropy_and_gradient(
+    hidden: Tensor, head: Weight, labels: np.ndarray, scale: float, tensor: TensorParallel
+) -> tuple[float, Tensor]:
+    """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [n, h]: where ranks share
+    the vocabulary, this rank's part of a sum over ranks.
+
+    The head's gradient is accumulated on the way.
+    """
+    rows = hidden.asnumpy()
+    d_hidden, d_rows = empty(*rows.shape, dtype=hidden.dtype)
+
+    def run(part: slice) -> float:
+        chunk = _Chunk(single(rows[part]), head, labels[part], tensor)
+        with written_in_single(d_rows[part]) as out:
+            chunk.backward(np.float32(scale), out)
+        return chunk.loss()
+
+    return sum(run(part) for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES)), d_hidden
+
+
+class _Chunk:
+    """The logits of some rows, exponentiated: in each piece exp(logits - the row's largest in that piece)."""
+
+    def __init__(self, rows: np.ndarray, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> None:
+        self.hidden = Tensor.from_numpy(rows)
+        self.head = head
+        self.labels = tensor.local(labels)
+        size = head.value.shape[0]
+        self.ranges = [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+        shape = (len(rows), len(self.ranges))
+        self.largest = np.empty(shape, np.float32)
+        self.totals = np.empty(shape, np.float32)
+        label_logits = np.zeros(len(rows), np.float32)
+        self.pieces = [self._exponentials(index, label_logits) for index in range(len(self.ranges))]
+        top = self.largest.max(1)
+        exponentials = self.totals * np.exp(self.largest - top[:, None])
+        log_sum_exp = top + np.log(exponentials.sum(1))
+        self.log_sum_exp, self.label_logits = tensor.softmax_over_ranks(log_sum_exp, label_logits)  # [rows]
+
+    def _exponentials(self, index: int, label_logits: np.ndarray) -> Tensor:
+        piece = _product_tb(self.hidden, self._weights(index))
+        logits = piece.asnumpy()
+        here = self._labelled(index)
+        label_logits[here] = logits[here, self.labels[here] - self.ranges[index].start]
+
+        def exponentiate(part: slice) -> None:
+            values = logits[part]
+            values.max(1, out=self.largest[part, index])
+            values -= self.largest[part, index, None]
+            np.exp(values, out=values)
+            values.sum(1, out=self.totals[part, index])
+
+        split_work(exponentiate, len(logits), logits.size)
+        return piece
+
+    def loss(self) -> float:
+        """Sum over the rows."""
+        return float(np.sum(self.log_sum_exp - self.label_logits, dtype=np.float64))
+
+    def backward(self, scale: np.float32, d_rows: np.ndarray) -> None:
+        """Write the gradient of the rows and accumulate the head's; consumes the pieces."""
+        factors = np.exp(self.largest - self.log_sum_exp[:, None]) * scale
+        d_head = self.head.gradient_rows()
+        for index, piece in enumerate(self.pieces):
+            d_logits = piece.asnumpy()
+            here = self._labelled(index)
+            split_work(functools.partial(_scale_rows, d_logits, factors[:, index, None]), len(d_logits), d_logits.size)
+            d_logits[here, self.labels[here] - self.ranges[index].start] -= scale
+            d_piece = _product(piece, self._weights(index)).asnumpy()
+            d_rows[...] = d_piece if index == 0 else d_rows + d_piece
+            _accumulate(d_head[self.ranges[index]], _product_ta(piece, self.hidden).asnumpy(), self.head.has_gradient)
+        self.head.has_gradient = True
+
+    def _weights(self, index: int) -> Tensor:
+        return Tensor.from_numpy(single(self.head.value.asnumpy()[self.ranges[index]]))
+
+    def _labelled(self, index: int) -> np.ndarray:
+        """Rows whose label lies in the piece."""
+        here = self.ranges[index]
+        return np.flatnonzero((self.labels >= here.start) & (self.labels < here.stop))
+
+
+def _scale_rows(values: np.ndarray, factors: np.ndarray, part: slice) -> None:
+    np.multiply(values[part], factors[part], out=values[part])
+
+
+def _accumulate(buffer: np.ndarray, values: np.ndarray, has_contents: bool) -> None:
+    def run(part: slice) -> None:
+        if has_contents:
+            buffer[part] += values[part]
+        else:
+            buffer[part] = values[part]
+
+    split_work(run, len(buffer), buffer.size)

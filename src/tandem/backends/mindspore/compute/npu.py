@@ -1,0 +1,183 @@
+"""The kernels on Ascend NPUs: fused operators, differentiated by MindSpore one at a time.
+
+Written from MindSpore's documentation; there was no NPU to run it on. A function is differentiated inside its own
+backward pass, forward included: `ms.vjp` keeps memory for a pullback that is never called, and wants pullbacks called
+last in, first out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint, ops
+
+from tandem.backends.chunks import chunks
+from tandem.backends.mindspore.communication import Ranks
+from tandem.backends.mindspore.documents import Documents
+from tandem.backends.mindspore.tensor_parallel import TensorParallel
+from tandem.backends.mindspore.weight import Pullback, Weight
+from tandem.frameworks import MINDSPORE
+from tandem.models.config import ModelConfig
+
+# The causal mask that flash attention takes in its compressed modes, whatever the lengths.
+_MASK_SIZE = 2048
+_CAUSAL = 3  # sparse_mode: each document's lower right triangle
+
+_PRODUCTS = {transposed: ops.MatMul(transpose_b=transposed) for transposed in (False, True)}
+_product_ta = ops.MatMul(transpose_a=True)
+
+
+def _differentiable(
+    function: Callable[..., Tensor], x: Tensor, weights: Sequence[Weight] = ()
+) -> tuple[Tensor, Pullback]:
+    values = [weight.value for weight in weights]
+
+    def backward(gradient: Tensor) -> Tensor:
+        _, pull = ms.vjp(function, x, *values)
+        gradients = pull(gradient)
+        d_x, *d_weights = gradients if isinstance(gradients, tuple) else (gradients,)
+        for weight, d_weight in zip(weights, d_weights):
+            weight.add_gradient(d_weight)
+        return d_x
+
+    return function(x, *values), backward
+
+
+def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
+    return _PRODUCTS[transpose_b](a, b)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    return _product_ta(gradient, x)
+
+
+def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
+    index = Tensor(tokens, ms.int32)
+
+    def backward(gradient: Tensor) -> Tensor:
+        rows = mint.index_add(zeros(weight.value.shape), 0, index, gradient.astype(ms.float32))
+        weight.add_gradient(rows)
+        return gradient
+
+    return mint.index_select(weight.value, 0, index), backward
+
+
+def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
+    count = x.shape[0]
+    return mint.index_select(x, 0, Tensor(rows, ms.int32)), lambda gradient: place_rows(gradient, rows, count)
+
+
+def place_rows(x: Tensor, rows: np.ndarray, count: int) -> Tensor:
+    return mint.index_add(mint.zeros((count, x.shape[1]), dtype=x.dtype), 0, Tensor(rows, ms.int32), x)
+
+
+def rows(x: Tensor, start: int, stop: int) -> Tensor:
+    return x[start:stop].contiguous()
+
+
+def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> tuple[Tensor, Pullback]:
+    return _differentiable(lambda x, gamma: ops.rms_norm(x, gamma, epsilon)[0], x, [weight])
+
+
+def swiglu(gate_up: Tensor) -> tuple[Tensor, Pullback]:
+    return _differentiable(ops.swiglu, gate_up)
+
+
+def attention(
+    qkv: Tensor, q_norm: Weight | None, k_norm: Weight | None, documents: Documents, config: ModelConfig
+) -> tuple[Tensor, Pullback]:
+    """Flash attention over documents; it computes in half precision: that of qkv, or bf16."""
+    tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
+    heads = config.num_attention_heads
+    cos, sin = documents.cos.reshape(tokens, 1, head), documents.sin.reshape(tokens, 1, head)
+    ends = documents.cu_seqlens[1:].tolist()
+    half = ms.bfloat16 if qkv.dtype == ms.float32 else qkv.dtype
+    mask = Tensor(np.triu(np.ones((_MASK_SIZE, _MASK_SIZE), np.uint8), 1))
+
+    def prepared(x: Tensor, gamma: Sequence[Tensor]) -> Tensor:
+        normed = ops.rms_norm(x, gamma[0], config.norm_epsilon)[0] if gamma else x
+        first, second = mint.split(normed, head // 2, -1)
+        return (normed * cos + mint.cat((-second, first), -1) * sin).astype(half)
+
+    def function(qkv: Tensor, *gammas: Tensor) -> Tensor:
+        by_group = qkv.reshape(tokens, groups, heads // groups + 2, head)
+        query = prepared(by_group[:, :, :-2].reshape(tokens, heads, head), gammas[:1])
+        key = prepared(by_group[:, :, -2], gammas[1:])
+        out = ops.flash_attention_score(
+            query,
+            key,
+            by_group[:, :, -1].astype(half),
+            heads,
+            attn_mask=mask,
+            actual_seq_qlen=ends,
+            actual_seq_kvlen=ends,
+            scalar_value=head**-0.5,
+            input_layout="TND",
+            sparse_mode=_CAUSAL,
+        )
+        return out.reshape(tokens, heads * head).astype(qkv.dtype)
+
+    return _differentiable(function, qkv, [norm for norm in (q_norm, k_norm) if norm is not None])
+
+
+def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
+    return sum(
+        _loss(hidden[part], head, labels[part], tensor)[0]
+        for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes)
+    )
+
+
+def cross_entropy_and_gradient(
+    hidden: Tensor, head: Weight, labels: np.ndarray, scale: float, tensor: TensorParallel
+) -> tuple[float, Tensor]:
+    total, gradients = 0.0, []
+    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes):
+        rows = hidden[part]
+        loss, d_logits = _loss(rows, head, labels[part], tensor)
+        total += loss
+        # Scaled only now, so that the loss scale of fp16 takes none of its range away.
+        d_logits = d_logits.astype(hidden.dtype)
+        gradients.append(product(d_logits, head.value) * scale)
+        head.add_gradient(weight_gradient(d_logits, rows).astype(ms.float32) * scale)
+    return total, mint.cat(gradients, 0)
+
+
+def _loss(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> tuple[float, Tensor]:
+    """The sum of the rows' losses, and its gradient with respect to their logits, fp32."""
+    logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
+    local, size = tensor.local(labels), head.value.shape[0]
+    here = (local >= 0) & (local < size)
+    wanted = mint.nn.functional.one_hot(Tensor(np.where(here, local, 0), ms.int64), size).astype(ms.float32)
+    wanted = wanted * Tensor(here[:, None].astype(np.float32))
+    log_sum_exp, label_logits = tensor.softmax_over_ranks(
+        mint.logsumexp(logits, -1).asnumpy(), mint.sum(logits * wanted, -1).asnumpy()
+    )
+    loss = float(np.sum(log_sum_exp - label_logits, dtype=np.float64))
+    return loss, mint.exp(logits - Tensor(log_sum_exp[:, None])) - wanted
+
+
+def zeros(shape: tuple[int, ...]) -> Tensor:
+    return mint.zeros(shape, dtype=ms.float32)
+
+
+def scale(tensor: Tensor, factor: float) -> None:
+    tensor.mul_(factor)
+
+
+def sum_of_squares(tensor: Tensor) -> float:
+    return float(mint.sum(mint.square(tensor)).asnumpy())
+
+
+def sum_over(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.copy_(ranks.sum(tensor))
+
+
+def gather_rows(ranks: Ranks, weights: Sequence[Weight]) -> None:
+    for weight in weights:
+        count, step = weight.value.shape[0], -(-weight.value.shape[0] // ranks.size)
+        own = weight.master.astype(weight.value.dtype)
+        padding = mint.zeros((step - own.shape[0], *own.shape[1:]), dtype=own.dtype)
+        weight.value.copy_(mint.cat(ranks.gather(mint.cat((own, padding), 0)), 0)[:count])

@@ -1,0 +1,58 @@
+"""The kernels of each device. The one place where devices differ, beside preparing them (`device`)."""
+
+from __future__ import annotations
+
+from tandem.backends.mindspore.compute import npu
+from tandem.backends.mindspore.compute.cpu import attention, buckets, functional, loss
+from tandem.backends.mindspore.device import prepare
+from tandem.backends.mindspore.kernels import Kernels
+
+CPU = Kernels(
+    product=functional.product,
+    weight_gradient=functional.weight_gradient,
+    embedding=functional.embedding,
+    select_rows=functional.select_rows,
+    place_rows=functional.place_rows,
+    rows=functional.rows,
+    rms_norm=functional.rms_norm,
+    swiglu=functional.swiglu,
+    attention=attention.attention,
+    cross_entropy=loss.cross_entropy,
+    cross_entropy_and_gradient=loss.cross_entropy_and_gradient,
+    zeros=functional.zeros,
+    scale=functional.scale,
+    sum_of_squares=functional.sum_of_squares,
+    sum_over=buckets.sum_over,
+    gather_rows=buckets.gather_rows,
+    bf16=False,
+)
+
+
+NPU = Kernels(
+    product=npu.product,
+    weight_gradient=npu.weight_gradient,
+    embedding=npu.embedding,
+    select_rows=npu.select_rows,
+    place_rows=npu.place_rows,
+    rows=npu.rows,
+    rms_norm=npu.rms_norm,
+    swiglu=npu.swiglu,
+    attention=npu.attention,
+    cross_entropy=npu.cross_entropy,
+    cross_entropy_and_gradient=npu.cross_entropy_and_gradient,
+    zeros=npu.zeros,
+    scale=npu.scale,
+    sum_of_squares=npu.sum_of_squares,
+    sum_over=npu.sum_over,
+    gather_rows=npu.gather_rows,
+    bf16=True,
+    fp32_notice="fp32: flash attention on Ascend computes in bf16; the rest computes in fp32",
+)
+
+
+_KERNELS = {"cpu": CPU, "npu": NPU}
+
+
+def kernels_for(device: str | None) -> Kernels:
+    """Prepare MindSpore for a device, see `device.prepare`, and give its kernels."""
+    return _KERNELS[prepare(device)]

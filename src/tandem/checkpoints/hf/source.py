@@ -1,0 +1,126 @@
+"""Hugging Face folders as a source of global tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tandem.checkpoints.formats.arrays import row_blocks, same_bits
+from tandem.checkpoints.hf.companions import companions_of
+from tandem.checkpoints.hf.weights import open_weights
+from tandem.checkpoints.interface import Kind, check_names, check_shape, dtype_name
+from tandem.errors import UserError
+from tandem.models.hf_config import from_hf
+from tandem.models.rows import Ranges
+from tandem.models.tensors import EMBEDDING, tensor_table
+from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, WeightMap
+from tandem.parallel.slices import Box, Part
+
+
+class HFSource:
+    """Global tensors out of a Hugging Face folder: `.safetensors` or `pytorch_model*.bin`, single or sharded.
+
+    The tensors' names and shapes are checked against the config at once. A tied model may carry an `lm_head`; it
+    must then equal the embedding.
+
+    Raises:
+        UserError: no weights, or a tensor is missing, left over, mis-shaped, or of an unsupported dtype.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.location = str(folder)
+        self.companions = companions_of(folder)
+        self.config = from_hf(self.companions.hf_config or {}, where=str(self.folder / "config.json"))
+        self._map = WeightMap(self.config)
+        self._table = tensor_table(self.config)
+        self._files = open_weights(self.folder)
+        self._check()
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("model",)
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+        first = next(iter(self._map.rows[name]))
+        return self._files[first].entries[first].dtype
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        return self.read_part(name, Part.whole(self._table[name].shape), kind)
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        """Of safetensors, reads the rows and columns of `part` and no others."""
+        boxes = [self._read_box(name, box) for box in part.boxes]
+        return boxes[0] if len(boxes) == 1 else np.concatenate(boxes, axis=part.dim)
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        """In blocks that stay in the processor's cache, where the files let parts be read."""
+        if all(self._files[hf].partial for hf in self._map.rows[name]):
+            for first, last in row_blocks(part.shape, self.dtype(name)):
+                yield self.read_part(name, part.rows(first, last), kind)
+        else:
+            yield self.read_part(name, part, kind)
+
+    def _read_box(self, name: str, box: Box) -> np.ndarray:
+        shape = tuple(stop - start for start, stop in box)
+        values = np.empty(shape, self.dtype(name))  # costs nothing until it is filled
+        for hf, ranges in self._map.rows[name].items():
+            moves = _moves(ranges, *box[0])
+            if not moves:
+                continue
+            first, last = moves[0].start, moves[-1].stop
+            found = self._files[hf].read(hf, ((first, last), *box[1:]))
+            if found.shape == shape:
+                values = found
+                break
+            for move in moves:
+                values[move.target : move.target + move.rows] = found[move.start - first : move.stop - first]
+        if name == EMBEDDING and self.config.tied and LM_HEAD in self._files:
+            self._check_tied_head(values, box)
+        return values
+
+    def _check(self) -> None:
+        found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
+        expected = self._map.hf_shapes()
+        check_names(self.location, found - ({LM_HEAD} if self.config.tied else set()), set(expected))
+        for name, shape in expected.items():
+            file = self._files[name]
+            check_shape(str(file.path), name, file.entries[name].shape, shape)
+        for parts in self._map.rows.values():
+            dtypes = {dtype_name(self._files[part].entries[part].dtype) for part in parts}
+            if len(dtypes) > 1:
+                raise UserError(f"{self.location}: {', '.join(parts)} must be of one dtype, not {sorted(dtypes)}")
+
+    def _check_tied_head(self, embedding: np.ndarray, box: Box) -> None:
+        head = self._files[LM_HEAD].read(LM_HEAD, box)
+        if head.dtype != embedding.dtype or head.shape != embedding.shape or not same_bits(head, embedding):
+            raise UserError(
+                f"{self._files[LM_HEAD].path}: config.json says tie_word_embeddings, but {LM_HEAD} differs from "
+                f"{HF_EMBEDDING}: set tie_word_embeddings to false if the head is one of its own"
+            )
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Rows `start` to `stop` of a Hugging Face tensor, and the first of the rows they become."""
+
+    start: int
+    stop: int
+    target: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def _moves(ranges: Ranges, first: int, last: int) -> list[_Move]:
+    """Which rows of the tensor that stacks `ranges` of an mcore tensor are among its rows `first` to `last`."""
+    moves, own = [], 0
+    for start, stop in ranges:
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            moves.append(_Move(own + low - start, own + high - start, low - first))
+        own += stop - start
+    return moves

@@ -1,0 +1,112 @@
+"""The weight files of a Hugging Face folder: safetensors or torch's pickles, single or sharded with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tandem.checkpoints.formats.safetensors import SafetensorsFile
+from tandem.checkpoints.formats.torch_reader import LazyTensor, load
+from tandem.checkpoints.interface import check_names
+from tandem.errors import UserError
+from tandem.parallel.slices import Box, Part, cut
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+
+
+class Entry(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class WeightFile(Protocol):
+    """A file of named tensors. `partial`: a box of one is read without the rest of it."""
+
+    path: Path
+    partial: bool
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """The tensor, or a box of it."""
+        ...
+
+
+class TorchWeightFile:
+    """A `pytorch_model*.bin`; its pickle is not executed.
+
+    Raises:
+        UserError: it is damaged, refused, or holds something other than tensors.
+    """
+
+    partial = False
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        content = load(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
+        for name, value in content.items():
+            if not isinstance(value, LazyTensor):
+                raise UserError(f"{path}: {name} is a {type(value).__name__}; expected a tensor")
+        self.entries: dict[str, LazyTensor] = content
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """As for `WeightFile`; the whole tensor is read, for its CRC."""
+        tensor = self.entries[name].read(name)
+        return tensor if box is None else cut(tensor, Part((box,)))
+
+
+def open_weights(folder: Path) -> dict[str, WeightFile]:
+    """Tensor name -> the file that holds it; safetensors where a folder holds both.
+
+    Raises:
+        UserError: no weights, an index that is damaged or disagrees with its files, or a file that is missing.
+    """
+    openers: tuple[tuple[str, str, Callable[[Path], WeightFile]], ...] = (
+        (INDEX, SINGLE, SafetensorsFile),
+        (TORCH_INDEX, TORCH_SINGLE, TorchWeightFile),
+    )
+    for index, single, opener in openers:
+        if (folder / index).exists():
+            return _open_sharded(folder / index, opener)
+        if (folder / single).exists():
+            file = opener(folder / single)
+            return dict.fromkeys(file.entries, file)
+    raise UserError(f"{folder} holds no weights: expected {SINGLE}, {TORCH_SINGLE}, or an index of either")
+
+
+def _open_sharded(index: Path, opener: Callable[[Path], WeightFile]) -> dict[str, WeightFile]:
+    weight_map = _weight_map(index)
+    files = {name: opener(index.parent / name) for name in sorted(set(weight_map.values()))}
+    for name, file in files.items():
+        announced = {tensor for tensor, place in weight_map.items() if place == name}
+        check_names(f"{file.path}, compared with {index.name}", set(file.entries), announced)
+    return {tensor: files[name] for tensor, name in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content: Any = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{index}: damaged: {error}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: holds no weight_map from tensor names to file names")
+    for name in set(weight_map.values()):
+        if Path(name).name != name:
+            raise UserError(f"{index}: names the file {name!r}; expected a file beside the index")
+    return weight_map

@@ -1,0 +1,1 @@
+"""Megatron's `torch` checkpoints, as Megatron-LM and MindSpeed-LLM write them."""

@@ -1,0 +1,199 @@
+"""The `args` inside a Megatron checkpoint <-> ModelConfig and Layout.
+
+Trainers store their whole command line there, MindSpeed-LLM's converter stores Hugging Face's config. Names that
+both use are read; what is written is what either reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig, RotaryScaling
+from tandem.models.families import FAMILIES
+from tandem.parallel.layout import Layout
+
+Args = Mapping[str, Any]
+
+# Settings whose other values change the mathematics without changing the tensors.
+ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),  # the same under its newer name
+    "apply_residual_connection_post_layernorm": (False,),
+    "rope_scaling_type": (),
+    "schedules_method": (),
+}
+
+# Fields that must agree wherever a checkpoint states them twice. `max_position_embeddings` is not among them:
+# trainers set it to the length that they train on.
+AGREEING = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("rotary_base", "untie_embeddings_and_output_weights"),
+)
+
+# Under Megatron-LM's name up to 0.15, its name from 0.16 on, Hugging Face's.
+NORM_EPSILON = ("norm_epsilon", "layernorm_epsilon", "rms_norm_eps")
+
+
+def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: int) -> argparse.Namespace:
+    """What Megatron-LM and MindSpeed-LLM look for when they load or convert: plain values only."""
+    scaling = config.rotary_scaling
+    values: dict[str, Any] = {
+        "model_type_hf": config.model_type,
+        "num_layers": config.num_layers + len(layout.noop_layers),
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": config.num_query_groups,
+        "num_key_value_heads": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "qk_layernorm": config.qk_layernorm,
+        "max_position_embeddings": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "rotary_base": int(config.rotary_base) if config.rotary_base.is_integer() else config.rotary_base,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": scaling.factor if scaling and scaling.kind == "linear" else None,
+        "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
+        "rope_scaling_factor": scaling.factor if scaling and scaling.kind == "llama3" else 8.0,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.norm_epsilon,
+        "apply_layernorm_1p": False,
+        "attention_dropout": 0.0,  # Megatron's own default is 0.1
+        "hidden_dropout": 0.0,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": config.add_qkv_bias,
+        "untie_embeddings_and_output_weights": config.untie_embeddings_and_output_weights,
+        "tie_word_embeddings": config.tied,
+        "init_method_std": config.init_method_std,
+        "vocab_size": config.vocab_size,
+        "true_vocab_size": config.vocab_size,
+        "padded_vocab_size": padded_vocab_size,
+        "params_dtype": f"torch.{dtype}",
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        **_layout_values(config, layout),
+    }
+    return argparse.Namespace(**values)
+
+
+def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> ModelConfig:
+    """The model that `args` describe; `noop_layers` are not counted as its layers.
+
+    The vocabulary is `true_vocab_size` where a converter recorded it, otherwise the padded one: a trainer's
+    `vocab_size` is its tokenizer's.
+
+    Raises:
+        UserError: a value is missing, or one is not supported; `where` is named.
+    """
+    for key, allowed in ONLY_SUPPORTED.items():
+        if args.get(key) not in (*allowed, None):
+            supported = f"supported: {allowed[0]!r}" if allowed else "it must not be set"
+            raise UserError(f"{where}: args say {key} = {args[key]!r}; {supported}")
+    return ModelConfig(
+        model_type=_model_type(args, where),
+        num_layers=_value(args, where, "num_layers") - len(noop_layers),
+        hidden_size=_value(args, where, "hidden_size"),
+        ffn_hidden_size=_value(args, where, "ffn_hidden_size", "intermediate_size"),
+        num_attention_heads=_value(args, where, "num_attention_heads"),
+        num_query_groups=_query_groups(args, where),
+        kv_channels=_value(args, where, "kv_channels", "head_dim"),
+        vocab_size=_value(args, where, "true_vocab_size", "padded_vocab_size", "vocab_size"),
+        max_position_embeddings=_value(args, where, "max_position_embeddings"),
+        norm_epsilon=_value(args, where, *NORM_EPSILON),
+        rotary_base=float(_value(args, where, "rotary_base", "rope_theta")),
+        rotary_scaling=_rotary_scaling(args),
+        untie_embeddings_and_output_weights=_value(args, where, "untie_embeddings_and_output_weights"),
+        init_method_std=_value(args, where, "init_method_std", "initializer_range"),
+    )
+
+
+def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tuple[int, ...]) -> None:
+    """Raise UserError when `args` contradict a config that came from elsewhere."""
+    stated = {field: args[field] for field in AGREEING if args.get(field) is not None}
+    if "num_layers" in stated:
+        stated["num_layers"] -= len(noop_layers)
+    if any(args.get(name) is not None for name in NORM_EPSILON):
+        stated["norm_epsilon"] = _value(args, where, *NORM_EPSILON)
+    if _states_query_groups(args):
+        stated["num_query_groups"] = _query_groups(args, where)
+    for field, value in stated.items():
+        if value != getattr(config, field):
+            hint = "; if some of its layers are noop layers, give noop_layers" if field == "num_layers" else ""
+            raise UserError(
+                f"{where}: args say {field} = {value!r}, the model's config says {getattr(config, field)!r}{hint}"
+            )
+
+
+def numbers(value: Any) -> tuple[int, ...]:
+    """Layer numbers as trainers store them: "0,7", a list, a set, or None."""
+    if value is None:
+        return ()
+    items = value.split(",") if isinstance(value, str) else sorted(value) if isinstance(value, frozenset) else value
+    return tuple(int(item) for item in items)
+
+
+def _layout_values(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+    per_chunk = layout.num_layers_per_virtual_pipeline_stage
+    chunks = len(layout.stages(config.num_layers)[0])
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": chunks if per_chunk else None,
+        "num_layers_per_virtual_pipeline_stage": per_chunk,
+        "expert_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "num_layer_list": ",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
+        "noop_layers": ",".join(map(str, layout.noop_layers)) if layout.noop_layers else None,
+    }
+
+
+def _value(args: Args, where: str, *names: str) -> Any:
+    """The first of `names` that is set."""
+    for name in names:
+        value = args.get(name)
+        if isinstance(value, bool | int | float):
+            return value
+    raise UserError(f"{where}: args do not say {names[0]}: give the model's config.json")
+
+
+def _model_type(args: Args, where: str) -> str:
+    if args.get("model_type_hf") in FAMILIES:
+        return args["model_type_hf"]
+    wanted = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias"))
+    for name, family in FAMILIES.items():
+        if (family.qk_layernorm, family.add_qkv_bias) == wanted:
+            return name
+    raise UserError(f"{where}: args say qk_layernorm and add_qkv_bias; no supported family has both")
+
+
+def _states_query_groups(args: Args) -> bool:
+    return args.get("num_query_groups") is not None or args.get("num_key_value_heads") is not None
+
+
+def _query_groups(args: Args, where: str) -> int:
+    """Megatron leaves `num_query_groups` at 1 when every head has its own; MindSpeed-LLM's converter stores only
+    `num_key_value_heads`, and wrongly `group_query_attention` False."""
+    if args.get("num_query_groups") is None:
+        return _value(args, where, "num_key_value_heads", "num_attention_heads")
+    if args.get("group_query_attention", True):
+        return args["num_query_groups"]
+    return _value(args, where, "num_attention_heads")
+
+
+def _rotary_scaling(args: Args) -> RotaryScaling | None:
+    """Megatron's `--use-rope-scaling` is Llama 3.1's, with every other number at that model's value."""
+    factor = args.get("rotary_seq_len_interpolation_factor")
+    if args.get("use_rope_scaling"):
+        return RotaryScaling("llama3", float(args.get("rope_scaling_factor") or 8.0))
+    return RotaryScaling("linear", float(factor)) if factor not in (None, 1) else None

@@ -1,0 +1,46 @@
+"""Names in Megatron's `torch` checkpoints: folders, files and keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from tandem.checkpoints.formats.torch_reader import LazyTensor
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
+from tandem.parallel.layout import Layout, Shard, shards
+
+FILE = "model_optim_rng.pt"
+CHECKPOINT_VERSION = 3.0  # older versions order the rows of linear_qkv differently
+RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+# Names under which Transformer Engine's fused layers hold a norm.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+EXTRA_STATE = "._extra_state"  # Transformer Engine's fp8 scales; empty otherwise
+VOCABULARY = (EMBEDDING, OUTPUT)  # the tensors that have a row for every token
+Chunk = dict[str, LazyTensor]
+
+
+def model_key(chunk: int, chunks: int) -> str:
+    return "model" if chunks == 1 else f"model{chunk}"
+
+
+def shards_of(config: ModelConfig, layout: Layout) -> dict[str, list[Shard]]:
+    """Global name -> its shards on all ranks, the copies of a tied head included."""
+    found: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
+    for shard in shards(config, layout, tied_head_copy=True):
+        found[shard.spec.name].append(shard)
+    return found
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """`name` with its part behind the layer number exchanged, if it is one of `names`."""
+    layer = LAYER.match(name)
+    prefix = layer[0] if layer else ""
+    rest = name.removeprefix(prefix)
+    return prefix + names.get(rest, rest)

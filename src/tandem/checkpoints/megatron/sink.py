@@ -1,0 +1,138 @@
+"""Writing Megatron's `torch` checkpoints: one pickled file a rank, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tandem.checkpoints.folders import COMPANIONS, TRACKER, iteration_folder, rank_folder
+from tandem.checkpoints.formats.torch_writer import PendingTensor, TorchFileWriter
+from tandem.checkpoints.hf.companions import write_companions
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten
+from tandem.checkpoints.megatron.args import to_args
+from tandem.checkpoints.megatron.names import CHECKPOINT_VERSION, FILE, FUSED_NORMS, model_key, renamed, shards_of
+from tandem.errors import UserError
+from tandem.files.publish import Publication, check_free_space, write_text_atomically
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+from tandem.parallel.layout import Layout, Shard
+from tandem.parallel.slices import cut_rows
+
+
+def pad_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """Megatron's padded vocabulary: the next multiple of both numbers' product."""
+    multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+class MegatronSink:
+    """Write one iteration, as Megatron-LM and MindSpeed-LLM load it.
+
+    Args:
+        padded_vocab_size: rows of embedding and output head, filled up with zeros; None for the vocabulary itself,
+            which tensor_model_parallel_size must then divide. `pad_vocab_size` computes Megatron's number.
+        transformer_engine: name the norms as Transformer Engine's fused layers do.
+
+    Raises:
+        UserError: the model cannot be laid out like this, or the disk is too small.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ModelConfig,
+        layout: Layout,
+        dtype: str,
+        iteration: int = 1,
+        companions: Companions | None = None,
+        padded_vocab_size: int | None = None,
+        transformer_engine: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.location = str(folder)
+        self.iteration = iteration
+        self._config, self._layout, self._dtype = config, layout, dtype
+        self._companions = companions or Companions()
+        self._fused = {norm: name for name, norm in FUSED_NORMS.items()} if transformer_engine else {}
+        self._padded = replace(config, vocab_size=padded_vocab_size or config.vocab_size)
+        self._check_vocabulary()
+        self._shards = shards_of(self._padded, layout)
+        self._unwritten, self._rows = set(self._shards), RowsWritten()
+        self._check_space()
+        self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
+        self._pending: dict[Shard, PendingTensor] = {}
+        self._writers = {rank: self._open_writer(*rank) for rank in self._ranks()}
+
+    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+        assert kind == "model", f"a Megatron checkpoint written here holds no {kind}"
+        shape = tensor_table(self._config)[name].shape
+        written = self._rows.add(name, rows, shape)
+        self._write(name, written.start, rows)
+        if written.stop == shape[0]:
+            self._unwritten.discard(name)
+            if padding := self._shards[name][0].spec.shape[0] - shape[0]:
+                self._write(name, shape[0], np.zeros((padding, *shape[1:]), rows.dtype))
+
+    def _write(self, name: str, first: int, rows: np.ndarray) -> None:
+        for shard in self._shards[name]:
+            found = cut_rows(rows, first, shard.part)
+            if found.size:
+                self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], found)
+
+    def close(self) -> None:
+        if self._unwritten:
+            raise UserError(
+                f"{self.folder}: not every tensor was written. Missing: {', '.join(sorted(self._unwritten))}"
+            )
+        for writer in self._writers.values():
+            writer.close()
+        write_companions(self._publication.work / COMPANIONS, self._companions, self._config, self._dtype)
+        self._publication.commit()
+        write_text_atomically(self.folder / TRACKER, str(self.iteration))
+
+    def abort(self) -> None:
+        for writer in self._writers.values():
+            writer.abort()
+        self._publication.abort()
+
+    def _ranks(self) -> list[tuple[int, int]]:
+        layout = self._layout
+        return [
+            (tensor_rank, pipeline_rank)
+            for pipeline_rank in range(layout.pipeline_model_parallel_size)
+            for tensor_rank in range(layout.tensor_model_parallel_size)
+        ]
+
+    def _check_vocabulary(self) -> None:
+        rows, world = self._padded.vocab_size, self._layout.tensor_model_parallel_size
+        if rows < self._config.vocab_size:
+            raise UserError(f"padded_vocab_size {rows} is smaller than the vocabulary of {self._config.vocab_size}")
+        if rows % world:
+            raise UserError(
+                f"a vocabulary of {rows} does not divide over tensor_model_parallel_size {world}: Megatron could not "
+                f"load it. Pad it with make_vocab_size_divisible_by or padded_vocab_size"
+            )
+
+    def _check_space(self) -> None:
+        numel = sum(int(np.prod(shard.shape)) for found in self._shards.values() for shard in found)
+        check_free_space(self.folder, numel * DTYPES[self._dtype].itemsize)
+
+    def _open_writer(self, tensor_rank: int, pipeline_rank: int) -> TorchFileWriter:
+        chunks = len(self._layout.stages(self._config.num_layers)[pipeline_rank])
+        models: list[OrderedDict[str, PendingTensor]] = [OrderedDict() for _ in range(chunks)]
+        for found in self._shards.values():
+            for shard in found:
+                if (shard.tensor_rank, shard.pipeline_rank) == (tensor_rank, pipeline_rank):
+                    pending = PendingTensor(DTYPES[self._dtype], shard.shape)
+                    self._pending[shard] = models[shard.chunk][renamed(shard.local_name, self._fused)] = pending
+        content = {
+            "args": to_args(self._config, self._layout, self._dtype, self._padded.vocab_size),
+            "checkpoint_version": CHECKPOINT_VERSION,
+            "iteration": self.iteration,
+            **{model_key(chunk, chunks): model for chunk, model in enumerate(models)},
+        }
+        folder = self._publication.work / rank_folder(self._layout, tensor_rank, pipeline_rank)
+        return TorchFileWriter(folder / FILE, content)

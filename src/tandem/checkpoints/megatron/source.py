@@ -1,0 +1,296 @@
+"""Megatron-LM's and MindSpeed-LLM's `torch` checkpoints as a source of global tensors.
+
+    latest_checkpointed_iteration.txt                  a number, or "release"
+    iter_0000001/ or release/
+        mp_rank_00[_000[_000]]/model_optim_rng.pt      tensor rank, pipeline rank, expert rank (always 0)
+        hf/                                            config.json and tokenizer files; written by this toolkit only
+
+A file holds `args`, `checkpoint_version` 3.0, `iteration`, and `model`, or `model0`, `model1`... with virtual stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, rank_folder
+from tandem.checkpoints.formats.arrays import same_bits
+from tandem.checkpoints.formats.torch_reader import LazyTensor, load
+from tandem.checkpoints.hf.companions import companions_of
+from tandem.checkpoints.interface import (
+    Companions,
+    Kind,
+    check_names,
+    check_recorded,
+    check_shape,
+    dtype_name,
+)
+from tandem.checkpoints.megatron.args import check_agreement, config_from_args, numbers
+from tandem.checkpoints.megatron.names import (
+    CHECKPOINT_VERSION,
+    EXTRA_STATE,
+    FILE,
+    FUSED_NORMS,
+    LAYER,
+    RANK_FOLDER,
+    VOCABULARY,
+    Chunk,
+    model_key,
+    renamed,
+    shards_of,
+)
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import from_hf
+from tandem.models.tensors import EMBEDDING
+from tandem.parallel.layout import Layout, Shard
+from tandem.parallel.slices import Part, overlaps, transfer
+
+
+def is_megatron(folder: str | Path, iteration: int | None = None) -> bool:
+    """Whether `folder` holds a Megatron `torch` checkpoint. Raises what `find_iteration` raises."""
+    return any(find_iteration(folder, iteration).glob(f"mp_rank_*/{FILE}"))
+
+
+class MegatronSource:
+    """Read the weights of one iteration, whatever layout wrote it. Sizes come from folder names, `args` and tensors.
+
+    `trainer_state` names what a trainer stored besides (its optimizer, its random state); it is not read.
+
+    Args:
+        iteration: which one; None for the one that the tracker file names.
+        config: the model, when the checkpoint does not say it, or not all of it (a trainer does not record the
+            vocabulary before padding). Needed when there are neither `args` nor `hf/config.json`.
+        noop_layers, num_layer_list: as in `Layout`, when `args` do not record them.
+
+    Raises:
+        UserError: no such checkpoint, a rank folder is missing, a file is damaged, tensors are missing, left over
+            or mis-shaped, or `args` contradict the config.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        iteration: int | None = None,
+        *,
+        config: ModelConfig | None = None,
+        noop_layers: tuple[int, ...] | None = None,
+        num_layer_list: tuple[int, ...] | None = None,
+    ) -> None:
+        self.folder = find_iteration(folder, iteration)
+        self.location = str(self.folder)
+        self._ranks = _open_ranks(self.folder)
+        first = self._ranks[0, 0]
+        self.trainer_state = first.trainer_state
+        recorded = numbers(first.args.get("noop_layers"))
+        if recorded:
+            check_recorded("noop_layers", noop_layers, recorded, self.location)
+        noop = noop_layers or recorded
+        has_companions = (self.folder / COMPANIONS).is_dir()
+        self.companions = companions_of(self.folder / COMPANIONS) if has_companions else Companions()
+        self.config = self._model(config, noop)
+        self.layout = self._layout(noop, num_layer_list or numbers(first.args.get("num_layer_list")))
+        self._shards = shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
+        self._check()
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("model",)
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+        return self._tensor(self._shards[name][0]).dtype
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        stored = Part.whole(self._shards[name][0].spec.shape)
+        tensor = self.read_part(name, stored, kind)
+        return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        """Reads the ranks' slices that `part` overlaps, and no others; each whole, for its CRC, with its copies."""
+        assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
+        needed: dict[Part, list[Shard]] = {}
+        for shard in self._shards[name]:
+            if overlaps(shard.part, part):
+                needed.setdefault(shard.part, []).append(shard)
+        if [found.shape for found in needed] == [part.shape]:  # they are the same
+            return self._read_equal(*needed.values())
+        values = np.empty(part.shape, self.dtype(name))
+        for found, copies in needed.items():
+            transfer(self._read_equal(copies), found, values, part)
+        return values
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        yield self.read_part(name, part, kind)
+
+    def _read_equal(self, copies: Sequence[Shard]) -> np.ndarray:
+        """A slice that several ranks hold: norms, the head of tied embeddings. Training must have kept them equal."""
+        tensor = self._read(copies[0])
+        for copy in copies[1:]:
+            self._check_equal(copies[0], tensor, copy)
+        return tensor
+
+    def _check_equal(self, shard: Shard, tensor: np.ndarray, other: Shard) -> None:
+        if not same_bits(tensor, self._read(other)):
+            raise UserError(
+                f"{self._file(other)}: {other.local_name} differs from {shard.local_name} in {self._file(shard)}; "
+                f"they are copies of one tensor and must be equal"
+            )
+
+    def _tensor(self, shard: Shard) -> LazyTensor:
+        return self._ranks[shard.tensor_rank, shard.pipeline_rank].chunks[shard.chunk][shard.local_name]
+
+    def _read(self, shard: Shard) -> np.ndarray:
+        return self._tensor(shard).read(shard.local_name)
+
+    def _file(self, shard: Shard) -> Path:
+        return self._ranks[shard.tensor_rank, shard.pipeline_rank].path
+
+    def _model(self, given: ModelConfig | None, noop_layers: tuple[int, ...]) -> ModelConfig:
+        first = self._ranks[0, 0]
+        where = str(first.path)
+        config = given
+        if config is None and self.companions.hf_config is not None:
+            config = from_hf(self.companions.hf_config, where=str(self.folder / COMPANIONS / "config.json"))
+        if config is not None:
+            check_agreement(first.args, where, config, noop_layers)
+            return config
+        if not first.args:
+            raise UserError(f"{where} holds no args: the model is unknown. Give its config.json")
+        return config_from_args(first.args, where, noop_layers)
+
+    def _layout(self, noop_layers: tuple[int, ...], num_layer_list: tuple[int, ...]) -> Layout:
+        stages = 1 + max(pipeline_rank for _, pipeline_rank in self._ranks)
+        chunks = len(self._ranks[0, 0].chunks)
+        counts = tuple(_count_layers(self._ranks[0, stage].chunks) for stage in range(stages))
+        total = self.config.num_layers + len(noop_layers)
+        if sum(counts) != self.config.num_layers and not noop_layers:
+            raise UserError(
+                f"{self.location} holds {sum(counts)} decoder layers (by stage: {list(counts)}); the config implies "
+                f"{self.config.num_layers}. Layers are missing or left over, or there are noop layers: give noop_layers"
+            )
+        if not num_layer_list and not noop_layers and chunks == 1 and len(set(counts)) > 1:
+            num_layer_list = counts
+        return Layout(
+            tensor_model_parallel_size=1 + max(tensor_rank for tensor_rank, _ in self._ranks),
+            pipeline_model_parallel_size=stages,
+            num_layers_per_virtual_pipeline_stage=total // (stages * chunks) if chunks > 1 else None,
+            num_layer_list=num_layer_list or None,
+            noop_layers=noop_layers,
+        )
+
+    def _stored_rows(self) -> int:
+        """Rows of the embedding over all ranks, padding included."""
+        first_stage = [rank.chunks[0] for (_, stage), rank in sorted(self._ranks.items()) if stage == 0]
+        rows = sum(chunk[EMBEDDING].shape[0] for chunk in first_stage if EMBEDDING in chunk)
+        if 0 < rows < self.config.vocab_size:
+            raise UserError(
+                f"{self.location}: {EMBEDDING} has {rows} rows; the config implies {self.config.vocab_size}"
+            )
+        return rows or self.config.vocab_size
+
+    def _check(self) -> None:
+        expected = [shard for found in self._shards.values() for shard in found]
+        names = {
+            rank.name_of(chunk, name)
+            for rank in self._ranks.values()
+            for chunk, tensors in enumerate(rank.chunks)
+            for name in tensors
+        }
+        ranks = {shard: self._ranks[shard.tensor_rank, shard.pipeline_rank] for shard in expected}
+        check_names(self.location, names, {rank.name_of(s.chunk, s.local_name) for s, rank in ranks.items()})
+        for shard in expected:
+            tensor = self._tensor(shard)
+            check_shape(str(self._file(shard)), shard.local_name, tensor.shape, shard.shape)
+            if dtype_name(tensor.dtype) != dtype_name(self.dtype(shard.spec.name)):
+                raise UserError(f"{self._file(shard)}: {shard.local_name} is {tensor.dtype}; on other ranks it is not")
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank's file holds."""
+
+    path: Path
+    args: dict[str, Any]
+    chunks: list[Chunk]
+    trainer_state: tuple[str, ...]
+
+    def name_of(self, chunk: int, name: str) -> str:
+        return f"{self.path.parent.name}/{model_key(chunk, len(self.chunks))}/{name}"
+
+
+def _count_layers(chunks: Sequence[Chunk]) -> int:
+    """Distinct decoder layers in a rank's chunks."""
+    return sum(len({match[1] for name in chunk if (match := LAYER.match(name))}) for chunk in chunks)
+
+
+def _open_ranks(folder: Path) -> dict[tuple[int, int], _Rank]:
+    """(tensor rank, pipeline rank) -> its file, for a whole grid of ranks."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: {TRACKER} or the iteration asked for names it")
+    paths = _rank_paths(folder)
+    ranks = {rank: _open_rank(path) for rank, path in sorted(paths.items())}
+    first = next(iter(ranks.values()))
+    sizes = [
+        max(first.args.get(field) or 1, 1 + max(rank[axis] for rank in ranks))
+        for axis, field in enumerate(("tensor_model_parallel_size", "pipeline_model_parallel_size"))
+    ]
+    grid = {(tensor_rank, stage) for tensor_rank in range(sizes[0]) for stage in range(sizes[1])}
+    if missing := sorted(grid - set(ranks)):
+        layout = Layout(tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1])
+        raise UserError(
+            f"{folder}: rank folders are missing: {', '.join(rank_folder(layout, *rank) for rank in missing)}; "
+            f"expected {sizes[0]} tensor ranks x {sizes[1]} pipeline ranks"
+        )
+    for rank in ranks.values():
+        if len(rank.chunks) != len(first.chunks):
+            raise UserError(f"{rank.path} has {len(rank.chunks)} model chunks; {first.path} has {len(first.chunks)}")
+    return ranks
+
+
+def _rank_paths(folder: Path) -> dict[tuple[int, int], Path]:
+    paths: dict[tuple[int, int], Path] = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = RANK_FOLDER.fullmatch(path.name)
+        if match is None or int(match[3] or 0):
+            raise UserError(f"{path}: not a rank of a dense model: expected mp_rank_<tensor>[_<pipeline>[_000]]")
+        rank = int(match[1]), int(match[2] or 0)
+        if rank in paths:
+            raise UserError(f"{path} and {paths[rank]} are the same rank: remove the one that is not meant")
+        paths[rank] = path / FILE
+    if not paths:
+        raise UserError(f"{folder} holds no mp_rank_* folders: not a Megatron torch checkpoint")
+    return paths
+
+
+def _open_rank(path: Path) -> _Rank:
+    content = load(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected the dict that Megatron saves")
+    if content.get("checkpoint_version") != CHECKPOINT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint_version is {content.get('checkpoint_version')}; only {CHECKPOINT_VERSION} is read"
+        )
+    keys = sorted((key for key in content if re.fullmatch(r"model\d*", str(key))), key=lambda key: int(key[5:] or 0))
+    if keys != [model_key(chunk, len(keys)) for chunk in range(len(keys))] or not keys:
+        raise UserError(f"{path}: expected model, or model0, model1 and so on; found {', '.join(keys) or 'neither'}")
+    args = content.get("args", argparse.Namespace())
+    if not isinstance(args, argparse.Namespace):
+        raise UserError(f"{path}: args is a {type(args).__name__}; expected an argparse.Namespace")
+    rest = set(content) - {"args", "checkpoint_version", "iteration", *keys}
+    return _Rank(path, vars(args), [_chunk(path, content[key]) for key in keys], tuple(sorted(rest)))
+
+
+def _chunk(path: Path, tensors: dict[str, Any]) -> Chunk:
+    chunk: Chunk = {}
+    for name, tensor in tensors.items():
+        if name.endswith(EXTRA_STATE):
+            continue
+        if not isinstance(tensor, LazyTensor):
+            raise UserError(f"{path}: {name} is a {type(tensor).__name__}; expected a tensor")
+        chunk[renamed(name, FUSED_NORMS)] = tensor
+    return chunk

@@ -1,0 +1,153 @@
+"""What the files of a native checkpoint are called and hold, and writing one iteration of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.checkpoints.folders import COMPANIONS
+from tandem.checkpoints.formats.arrays import row_blocks
+from tandem.checkpoints.formats.safetensors import SafetensorsWriter
+from tandem.checkpoints.hf.companions import write_companions
+from tandem.checkpoints.interface import DTYPES, Companions, Kind, dtype_name
+from tandem.errors import UserError
+from tandem.files.digests import Digest, Hashing
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import parameter_count, tensor_table
+from tandem.parallel.layout import Layout, Shard
+
+FORMAT = "tandem"
+VERSION = 1
+INDEX = "index.json"
+PROMPT_FILE = "prompt.json"  # the template that the weights were fine-tuned on, as the data's record gave it
+
+
+def key_of(name: str, kind: Kind) -> str:
+    """A tensor's name inside a file."""
+    return name if kind == "model" else f"{kind}.{name}"
+
+
+def slice_bytes(tensor: np.ndarray) -> memoryview:
+    return tensor.reshape(-1).view(np.uint8).data
+
+
+@dataclass(frozen=True)
+class PlannedSlice:
+    """A slice that will be written: which part of which tensor, in which file."""
+
+    file: str
+    kind: Kind
+    shard: Shard
+
+    @property
+    def key(self) -> str:
+        return key_of(self.shard.spec.name, self.kind)
+
+
+class SliceFiles:
+    """The files that one process writes, each made when its first slice comes, and their entries in the index."""
+
+    def __init__(self, work: Path, plan: Sequence[PlannedSlice], dtypes: Mapping[Kind, str]) -> None:
+        self._work = work
+        self._entries: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
+        for item in plan:
+            self._entries.setdefault(item.file, {})[item.key] = (DTYPES[dtypes[item.kind]], item.shard.shape)
+        self._writers: dict[str, SafetensorsWriter] = {}
+        self._hashing = Hashing()
+        self._digests: dict[PlannedSlice, Digest] = {}
+        self.index: dict[str, dict[str, Any]] = {}
+
+    @property
+    def keys(self) -> set[str]:
+        """Of which tensors something was written."""
+        return {item.key for item in self._digests}
+
+    def write(self, item: PlannedSlice, rows: np.ndarray, dtype: np.dtype) -> None:
+        """Append the next rows of a slice. They must stay as they are until `close`."""
+        if item.file not in self._writers:
+            self._writers[item.file] = SafetensorsWriter(self._work / item.file, self._entries[item.file])
+        if item not in self._digests:
+            self._digests[item] = self._hashing.digest()
+        digest = self._digests[item]
+        rows = np.ascontiguousarray(rows, dtype=dtype)
+        for first, last in row_blocks(rows.shape, dtype):
+            self._hashing.update(digest, slice_bytes(rows[first:last]))
+            self._writers[item.file].write(item.key, rows[first:last])
+
+    def close(self) -> None:
+        """The files are whole and on the disk, and the index has an entry of every slice."""
+        assert self._writers.keys() == self._entries.keys(), "a file was announced and nothing written to it"
+        for writer in self._writers.values():
+            writer.close()
+        self._hashing.close()
+        for item, digest in self._digests.items():
+            self._enter(item, digest.hexdigest())
+
+    def abort(self) -> None:
+        self._hashing.close()
+        for writer in self._writers.values():
+            writer.abort()
+
+    def _enter(self, item: PlannedSlice, digest: str) -> None:
+        spec = item.shard.spec
+        dtype, _ = self._entries[item.file][item.key]
+        entry = self.index.setdefault(
+            item.key,
+            {"shape": spec.shape, "dtype": dtype_name(dtype), "stacked_dim": spec.split.dim or 0, "slices": []},
+        )
+        entry["slices"].append({"file": item.file, "boxes": item.shard.part.boxes, "sha256": digest})
+
+
+@dataclass(frozen=True)
+class IterationWriter:
+    """What every native checkpoint says of itself, beside its slices."""
+
+    config: ModelConfig
+    layout: Layout
+    dtypes: Mapping[Kind, str]
+    number: int
+    companions: Companions
+    documents: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return parameter_count(self.config) * sum(DTYPES[dtype].itemsize for dtype in self.dtypes.values())
+
+    def check_complete(self, where: Path, keys: Collection[str]) -> None:
+        missing = [
+            key_of(name, kind)
+            for kind in self.dtypes
+            for name in tensor_table(self.config)
+            if key_of(name, kind) not in keys
+        ]
+        if missing:
+            raise UserError(f"{where}: {missing[0]} was never written ({len(missing)} tensors missing)")
+
+    def describe(self, work: Path, index: Mapping[str, Any], *, elsewhere: bool) -> None:
+        """Write all but the slices into `work`. `elsewhere`: other machines hold some of the files."""
+        write_companions(work / COMPANIONS, self.companions, self.config, self.dtypes["model"])
+        for name, text in self.documents.items():
+            (work / name).write_text(text, encoding="utf-8")
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "iteration": self.number,
+            "model": self.config.to_dict(),
+            "layout": asdict(self.layout),
+            "kinds": dict(self.dtypes),
+            **({"elsewhere": True} if elsewhere else {}),
+            "tensors": index,
+        }
+        (work / INDEX).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def in_words(error: BaseException | None) -> str | None:
+    """An error in words, which can travel between ranks."""
+    if error is None:
+        return None
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

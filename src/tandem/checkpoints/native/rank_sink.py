@@ -1,0 +1,145 @@
+"""Writing a native checkpoint from all ranks of a job, each its own slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.checkpoints.folders import TRACKER, iteration_folder, rank_folder
+from tandem.checkpoints.interface import DTYPES, Companions, Kind
+from tandem.checkpoints.native.format import IterationWriter, PlannedSlice, SliceFiles, in_words
+from tandem.errors import UserError
+from tandem.files.publish import Publication, check_free_space, write_text_atomically
+from tandem.launch.world import Communicator
+from tandem.models.config import ModelConfig
+from tandem.parallel.grid import Grid, saved_shards
+from tandem.parallel.layout import Shard
+
+
+class NativeRankSink:
+    """One rank's part in writing an iteration: each rank writes its own slices, none gathers the others'.
+
+    Making it and `publish` are collective. Between them a rank calls `write_part` for what `saved_shards` lists, in
+    order, and `finish`; neither waits for other ranks, so a thread of its own may do that.
+
+    Args:
+        by_rows: the kinds that are sharded by rows over data ranks.
+        shared_storage: False when every machine has a disk of its own: each then gets a folder with its own ranks'
+            files and the whole index.
+
+    Raises:
+        UserError: on every rank, when the folder cannot be made on one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ModelConfig,
+        grid: Grid,
+        dtypes: Mapping[Kind, str],
+        iteration: int,
+        companions: Companions,
+        documents: Mapping[str, str],
+        communicator: Communicator,
+        *,
+        by_rows: Collection[Kind],
+        shared_storage: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self._dtypes, self._communicator = dict(dtypes), communicator
+        self._iteration = IterationWriter(config, grid.layout, self._dtypes, iteration, companions, dict(documents))
+        self._elsewhere = not shared_storage
+        world, place = communicator.world, grid.place(communicator.world.rank)
+        self._rank_folder = rank_folder(grid.layout, place.tensor, place.pipeline)
+        self._data_rank = place.data
+        self._leads = world.leads(shared_storage=shared_storage)
+        self._publication: Publication | None = None
+        try:
+            self._together(self._make_folder)
+        except BaseException:
+            if self._publication is not None:
+                self._publication.abort()
+            raise
+        first = world.first_on_disk(shared_storage=shared_storage)
+        plan = [
+            self._planned(kind, shard)
+            for kind in self._dtypes
+            for shard in saved_shards(config, grid, world.rank, by_rows=kind in by_rows, first_rank=first)
+        ]
+        self._files = SliceFiles(Publication.working_folder(self._final), plan, self._dtypes)
+
+    def write_part(self, kind: Kind, shard: Shard, values: np.ndarray) -> None:
+        assert values.shape == shard.shape, f"{shard.spec.name}: {values.shape} where {shard.shape} is laid out"
+        self._files.write(self._planned(kind, shard), values, DTYPES[self._dtypes[kind]])
+
+    def finish(self) -> None:
+        """All of this rank's files are whole and on the disk."""
+        self._files.close()
+
+    def publish(self, error: BaseException | None = None) -> None:
+        """Make the iteration visible, and the newest, when every rank has finished.
+
+        Args:
+            error: what kept this rank from finishing.
+
+        Raises:
+            UserError: on every rank, when one has failed; nothing is visible then.
+        """
+        try:
+            found = self._communicator.all_gather([in_words(error), None if error else self._files.index])
+            failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text]
+            if failures:
+                raise UserError(f"{self._final} was not saved: {'; '.join(failures)}")
+            self._together(lambda: self._publish([index for _, index in found]))
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        self._files.abort()
+        if self._publication is not None:
+            self._publication.abort()
+
+    @property
+    def _final(self) -> Path:
+        return iteration_folder(self.folder, self._iteration.number)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Leaders act while the others wait; what fails on one fails on all."""
+        failure: Exception | None = None
+        if self._leads:
+            try:
+                act()
+            except (UserError, OSError) as error:
+                failure = error
+        texts = self._communicator.all_gather(in_words(failure))
+        if failed := [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]:
+            raise UserError(f"{self._final} was not saved: {'; '.join(failed)}") from failure
+
+    def _make_folder(self) -> None:
+        world = self._communicator.world
+        # Without shared storage a machine holds what its ranks write; how many they are is not known to be equal.
+        check_free_space(self.folder, self._iteration.nbytes // (world.size if self._elsewhere else 1))
+        self._publication = Publication(self._final, replace=True)
+
+    def _publish(self, fragments: Sequence[Mapping[str, Any]]) -> None:
+        assert self._publication is not None
+        index: dict[str, Any] = {
+            key: {**entry, "slices": []} for fragment in fragments for key, entry in fragment.items()
+        }
+        for fragment in fragments:
+            for key, entry in fragment.items():
+                index[key]["slices"] += entry["slices"]
+        self._iteration.check_complete(self._final, index)
+        self._iteration.describe(self._publication.work, index, elsewhere=self._elsewhere)
+        self._publication.commit()
+        write_text_atomically(self.folder / TRACKER, str(self._iteration.number))
+
+    def _planned(self, kind: Kind, shard: Shard) -> PlannedSlice:
+        suffix = f"_{self._data_rank:03d}" if self._data_rank else ""  # data ranks share a folder
+        return PlannedSlice(
+            f"{self._rank_folder}/{'model' if kind == 'model' else 'optimizer'}{suffix}.safetensors", kind, shard
+        )

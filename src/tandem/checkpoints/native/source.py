@@ -1,0 +1,210 @@
+"""The native checkpoint: Megatron's folders with safetensors, and an index that any layout can be read from.
+
+    latest_checkpointed_iteration.txt      the newest whole iteration; written last
+    iter_0000010/
+        index.json                         global name -> shape, dtype, slices (file, boxes, sha256); config, layout
+        mp_rank_00[_000]/model.safetensors       a rank's slices of the weights
+        mp_rank_00[_000]/optimizer.safetensors   its slices of master weights and Adam's moments
+        hf/                                config.json and tokenizer files, for export
+        *.json, *.yaml                     documents of the trainer: counters, data position, settings
+
+Names in the files are global. Both backends write the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.checkpoints.folders import COMPANIONS, find_iteration
+from tandem.checkpoints.formats.arrays import row_blocks
+from tandem.checkpoints.formats.safetensors import SafetensorsFile
+from tandem.checkpoints.hf.companions import companions_of
+from tandem.checkpoints.interface import (
+    DTYPES,
+    Kind,
+    TensorSource,
+    check_names,
+    check_shape,
+)
+from tandem.checkpoints.native.format import FORMAT, INDEX, PROMPT_FILE, VERSION, in_words, key_of, slice_bytes
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import tensor_table
+from tandem.parallel.layout import Layout
+from tandem.parallel.slices import Part, overlaps, tiles, transfer
+
+
+@dataclass(frozen=True)
+class _Slice:
+    file: str
+    part: Part
+    sha256: str
+
+
+class NativeSource:
+    """Read one iteration, whatever layout wrote it. Every slice's sha256 is checked as it is read.
+
+    Args:
+        iteration: which one; None for the one that the tracker file names.
+
+    Raises:
+        UserError: no such checkpoint, an unknown version, a missing, truncated or damaged file, a missing tensor.
+    """
+
+    def __init__(self, folder: str | Path, iteration: int | None = None) -> None:
+        self.folder = find_iteration(folder, iteration)
+        self.location = str(self.folder)
+        index = self._read_index()
+        try:
+            self.iteration = int(index["iteration"])
+            self.config = ModelConfig.from_dict(index["model"])
+            self.layout = Layout.from_dict(index["layout"])
+            self._dtypes: dict[Kind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
+            slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / INDEX}: damaged: {in_words(error)}") from error
+        self.companions = companions_of(self.folder / COMPANIONS)
+        self._slices = self._here(slices) if index.get("elsewhere") else slices
+        self._check_slices()
+        self._files = self._open_files(elsewhere=bool(index.get("elsewhere")))
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(self._dtypes)
+
+    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+        return self._dtypes[kind]
+
+    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        return self.read_part(name, Part.whole(self._table[name].shape), kind)
+
+    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+        """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""
+        values = np.empty(part.shape, self._dtypes[kind])
+        for entry in self._overlapping(name, kind, part):
+            first = 0
+            for rows in self._stream_slice(name, kind, entry):
+                transfer(rows, entry.part.rows(first, first + len(rows)), values, part)
+                first += len(rows)
+        return values
+
+    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+        needed = self._overlapping(name, kind, part)
+        if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
+            yield from self._stream_slice(name, kind, needed[0])
+        else:
+            yield self.read_part(name, part, kind)
+
+    def document(self, name: str) -> str:
+        """A text file that the trainer stored with the checkpoint.
+
+        Raises:
+            UserError: it is not there: the checkpoint was not written by a trainer.
+        """
+        path = self.folder / name
+        if not path.exists():
+            raise UserError(f"{self.folder} has no {name}: it was written by a conversion, not by a training run")
+        return path.read_text(encoding="utf-8")
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self.folder / INDEX
+        try:
+            index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} has no {INDEX}: not a native checkpoint") from None
+        except ValueError as error:
+            raise UserError(f"{path}: damaged: {error}") from error
+        if not isinstance(index, dict):
+            raise UserError(f"{path}: damaged: holds {type(index).__name__}, not a JSON object")
+        if index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise UserError(
+                f"{path}: format {index.get('format')!r} version {index.get('version')!r}; this release reads "
+                f"{FORMAT!r} version {VERSION}"
+            )
+        return index
+
+    def _check_slices(self) -> None:
+        """The index names every tensor, and the slices of each cover it."""
+        self._table = tensor_table(self.config)
+        expected = {key_of(name, kind): spec for kind in self.kinds() for name, spec in self._table.items()}
+        check_names(self.location, set(self._slices), set(expected))
+        for key, spec in expected.items():
+            if not tiles((entry.part for entry in self._slices[key]), spec.shape):
+                raise UserError(
+                    f"{self.folder / INDEX}: damaged: the slices of {key} do not cover its shape {list(spec.shape)}"
+                )
+
+    def _here(self, slices: dict[str, list[_Slice]]) -> dict[str, list[_Slice]]:
+        """Of slices that several machines hold, the one that is here, if any."""
+        files = {entry.file for entries in slices.values() for entry in entries}
+        present = {file for file in files if (self.folder / file).exists()}
+        chosen: dict[str, dict[Part, _Slice]] = {key: {} for key in slices}
+        for key, entries in slices.items():
+            for entry in entries:
+                if entry.file in present or entry.part not in chosen[key]:
+                    chosen[key][entry.part] = entry
+        return {key: list(found.values()) for key, found in chosen.items()}
+
+    def _open_files(self, *, elsewhere: bool) -> dict[str, SafetensorsFile]:
+        """The files that are here; with `elsewhere`, other machines hold the rest."""
+        paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
+        return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
+
+    def _overlapping(self, name: str, kind: Kind, part: Part) -> list[_Slice]:
+        return [entry for entry in self._slices[key_of(name, kind)] if overlaps(entry.part, part)]
+
+    def _stream_slice(self, name: str, kind: Kind, entry: _Slice) -> Iterator[np.ndarray]:
+        """A slice in blocks of rows; after the last one its sha256 is known, and checked."""
+        key, digest = key_of(name, kind), hashlib.sha256()
+        file = self._file_of(key, entry, self._dtypes[kind])
+        shape = entry.part.shape
+        for first, last in row_blocks(shape, self._dtypes[kind]):
+            rows = file.read(key, ((first, last), *((0, size) for size in shape[1:])))
+            digest.update(slice_bytes(rows))
+            yield rows
+        if digest.hexdigest() != entry.sha256:
+            raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
+
+    def _file_of(self, key: str, entry: _Slice, dtype: np.dtype) -> SafetensorsFile:
+        """The file that holds a slice, after what its header says was compared with the index."""
+        if entry.file not in self._files:
+            raise UserError(
+                f"{self.folder}: tensor {key} is in {entry.file}, which another machine holds: the checkpoint was "
+                f"saved with --no-shared-storage; copy that folder here, too"
+            )
+        file = self._files[entry.file]
+        if key not in file.entries:
+            raise UserError(f"{file.path}: tensor {key} is missing; {INDEX} says it is there")
+        check_shape(str(file.path), key, file.entries[key].shape, entry.part.shape)
+        if (found := file.entries[key].dtype) != dtype:
+            raise UserError(f"{file.path}: tensor {key} is of {found}; {INDEX} says {dtype}")
+        return file
+
+
+def _slices(entry: dict[str, Any]) -> list[_Slice]:
+    """What the index says of one tensor."""
+    found = []
+    for item in entry["slices"]:
+        boxes = tuple(tuple((int(start), int(stop)) for start, stop in box) for box in item["boxes"])
+        found.append(_Slice(str(item["file"]), Part(boxes, int(entry["stacked_dim"])), item["sha256"]))
+    return found
+
+
+def prompt_text(source: TensorSource) -> str | None:
+    """What a fine-tuned checkpoint says of its template, as it stands there; None for any other source."""
+    if not isinstance(source, NativeSource) or not (source.folder / PROMPT_FILE).exists():
+        return None
+    return source.document(PROMPT_FILE)
+
+
+def prompt_entry(source: TensorSource) -> dict[str, Any] | None:
+    """The same, read."""
+    text = prompt_text(source)
+    entry: dict[str, Any] | None = None if text is None else json.loads(text)
+    return entry

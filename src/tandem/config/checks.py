@@ -1,0 +1,239 @@
+"""Which settings a run can use: each number in its range, and no two that contradict each other.
+
+Every check yields what is wrong, in words, so that one error can name all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tandem.config.settings import (
+    CheckpointSettings,
+    LoggingSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Settings,
+    TrainingSettings,
+)
+from tandem.errors import UserError
+from tandem.parallel.grid import Grid
+
+# fmt: off
+# Whole numbers of something that must be there.
+ONE_OR_MORE = {
+    "max_position_embeddings", "padded_vocab_size", "make_vocab_size_divisible_by",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
+    "context_parallel_size", "distributed_timeout_minutes", "nproc_per_node", "nnodes", "workers", "seq_length",
+    "micro_batch_size", "global_batch_size", "train_iters", "train_samples",
+    "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
+    "loss_scale_window", "hysteresis", "max_consecutive_skips", "log_interval", "tensorboard_log_interval",
+    "save_interval", "save_total_limit", "save_retain_interval", "export_hf_every",
+}
+# fmt: on
+ABOVE_ZERO = {"epochs", "loss_scale", "initial_loss_scale", "min_loss_scale"}
+BELOW_ONE = {"adam_beta1", "adam_beta2", "lr_warmup_fraction"}  # and not below 0
+LARGEST = {"seed": 2**32 - 1, "master_port": 65535}  # NumPy's and TCP's
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UserError where settings are missing, out of range, or contradict each other; all is named."""
+    fail_with(wrong_ranges(settings.to_dict()))
+    fail_with(wrong_settings(settings))
+
+
+def check_ranges(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError for numbers that no run can use; `settings` are groups of plain values by name."""
+    fail_with(wrong_ranges(settings))
+
+
+def check_implemented(settings: Settings) -> None:
+    """Raise UserError for what would change the computation and is not there."""
+    fail_with(not_implemented(settings))
+
+
+def check_grid(settings: Settings, grid: Grid) -> None:
+    """Raise UserError when the batch sizes do not divide over the data ranks of `grid`."""
+    training = settings.training
+    whole = training.micro_batch_size * grid.data_size
+    sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (settings.global_batch_size,)}
+    if training.rampup_batch_size is not None:
+        sizes["--rampup-batch-size"] = training.rampup_batch_size[:2]
+    fail_with(
+        f"{flag} {' '.join(map(str, values))}: expected multiples of --micro-batch-size "
+        f"{training.micro_batch_size} x {grid.data_size} data-parallel ranks = {whole}"
+        for flag, values in sizes.items()
+        if any(value % whole for value in values)
+    )
+
+
+def fail_with(wrong: Iterable[str]) -> None:
+    """Raise UserError with all that is wrong, a line each; nothing when nothing is."""
+    if lines := list(wrong):
+        raise UserError("\n".join(lines))
+
+
+def wrong_ranges(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Numbers that no run can use. Every number without a rule of its own is at least 0, and all of them are finite."""
+    for values in settings.values():
+        for name, value in values.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and (expected := _expected(name, number)):
+                    yield f"--{name.replace('_', '-')} {number}: expected {expected}"
+
+
+def wrong_settings(settings: Settings) -> Iterator[str]:
+    """What is missing, and what contradicts something else."""
+    checkpoint = settings.checkpoint
+    if not settings.data.data_path:
+        yield "--data-path is required: the prefix that `tandem preprocess` wrote"
+    if (checkpoint.load is None) == (checkpoint.init is None):
+        yield "give either --load FOLDER with initial weights, or --init random to start from random ones"
+    yield from _wrong_length(settings)
+    yield from _wrong_rate(settings.optimizer)
+    yield from _wrong_weight_decay(settings.optimizer)
+    yield from _wrong_batch_size(settings.training, settings.global_batch_size)
+    yield from _wrong_precision(settings.training)
+    yield from _wrong_recompute(settings.training)
+    yield from _wrong_profile(settings.logging, settings.checkpoint)
+    yield from not_implemented(settings)
+    if checkpoint.export_hf_every and checkpoint.no_shared_storage:
+        yield (
+            "--export-hf-every needs the whole checkpoint on one disk, and --no-shared-storage spreads it: bring "
+            "the folders together and use `tandem export`"
+        )
+    if settings.training.spiky_loss_factor <= 1:
+        yield f"--spiky-loss-factor {settings.training.spiky_loss_factor}: expected more than 1"
+
+
+def not_implemented(settings: Settings) -> Iterator[str]:
+    """What would change the computation and is not there."""
+    yield from _wrong_dropout(settings.model)
+    if settings.parallel.context_parallel_size != 1:
+        yield f"--context-parallel-size {settings.parallel.context_parallel_size}: only 1 is supported"
+    if settings.data.tokenizer_type != "PretrainedFromHF":
+        yield f"--tokenizer-type {settings.data.tokenizer_type}: only PretrainedFromHF is supported"
+
+
+def _wrong_dropout(model: ModelSettings) -> Iterator[str]:
+    for name in ("attention_dropout", "hidden_dropout"):
+        if value := getattr(model, name):
+            yield f"--{name.replace('_', '-')} {value} is not supported; only 0 is"
+
+
+def _wrong_length(settings: Settings) -> Iterator[str]:
+    """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit; epochs
+    become iterations."""
+    training, optimizer = settings.training, settings.optimizer
+    counts = {"--train-iters": training.train_iters, "--train-samples": training.train_samples}
+    given = [f"{name} {value}" for name, value in (counts | {"--epochs": training.epochs}).items() if value]
+    if not given:
+        yield "--train-iters is required, or --train-samples or --epochs"
+        return
+    if len(given) > 1 and training.epochs:
+        yield f"{' and '.join(given)} exclude each other: give one"
+        return
+    by_iterations = {
+        "--train-iters": training.train_iters,
+        "--lr-decay-iters": optimizer.lr_decay_iters,
+        "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
+        "--lr-warmup-iters": optimizer.lr_warmup_iters or None,
+    }
+    by_samples = {
+        "--train-samples": training.train_samples,
+        "--lr-decay-samples": optimizer.lr_decay_samples,
+        "--lr-wsd-decay-samples": optimizer.lr_wsd_decay_samples,
+        "--lr-warmup-samples": optimizer.lr_warmup_samples or None,
+        "--rampup-batch-size": training.rampup_batch_size,
+    }
+    by_steps = training.epochs is not None or training.train_iters is not None
+    excluded, unit = (by_samples, "iters") if by_steps else (by_iterations, "samples")
+    if misplaced := [flag for flag, value in excluded.items() if value is not None]:
+        counted = "--epochs" if training.epochs is not None else f"--train-{unit}"
+        yield f"{' '.join(misplaced)}: a run counted with {counted} takes no such length"
+        return
+    wsd = optimizer.lr_wsd_decay_iters if unit == "iters" else optimizer.lr_wsd_decay_samples
+    if optimizer.lr_decay_style == "WSD" and wsd is None:
+        yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}"
+    if not training.epochs and not settings.length.iterations:
+        yield (
+            f"--train-samples {training.train_samples} are fewer than one step takes, "
+            f"{settings.length.batch_sizes.at(0)}: give more, or a smaller --global-batch-size"
+        )
+
+
+def _wrong_rate(optimizer: OptimizerSettings) -> Iterator[str]:
+    if optimizer.lr is None:
+        yield "--lr is required"
+    elif optimizer.min_lr > optimizer.lr:
+        yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}"
+    if optimizer.lr_warmup_fraction is not None and (optimizer.lr_warmup_iters or optimizer.lr_warmup_samples):
+        yield "--lr-warmup-fraction and --lr-warmup-iters or --lr-warmup-samples exclude each other: give one"
+
+
+def _wrong_weight_decay(optimizer: OptimizerSettings) -> Iterator[str]:
+    ends = (optimizer.start_weight_decay, optimizer.end_weight_decay)
+    if optimizer.weight_decay_incr_style == "constant":
+        if ends != (None, None):
+            yield "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style"
+    elif None in ends or not 0 <= ends[0] <= ends[1]:  # type: ignore[operator]
+        yield (
+            f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and an "
+            f"--end-weight-decay that is not smaller; given {ends[0]} and {ends[1]}"
+        )
+
+
+def _wrong_batch_size(training: TrainingSettings, final: int) -> Iterator[str]:
+    micro = training.micro_batch_size
+    if final % micro:
+        yield f"--global-batch-size {final} is not a multiple of --micro-batch-size {micro}"
+        return
+    if training.rampup_batch_size is None:
+        return
+    start, increment, samples = training.rampup_batch_size
+    if not 0 < start <= final or increment <= 0 or samples < 0 or (final - start) % increment:
+        yield (
+            f"--rampup-batch-size {start} {increment} {samples}: whole increments must lead from the first size "
+            f"to --global-batch-size {final}"
+        )
+    elif start % micro or increment % micro:
+        yield f"--rampup-batch-size {start} {increment}: not multiples of --micro-batch-size {micro}"
+
+
+def _wrong_precision(training: TrainingSettings) -> Iterator[str]:
+    if training.fp16 and training.bf16:
+        yield "--fp16 and --bf16 exclude each other: give one"
+
+
+def _wrong_recompute(training: TrainingSettings) -> Iterator[str]:
+    if training.recompute_method == "block" and training.recompute_num_layers is None:
+        yield "--recompute-method block needs --recompute-num-layers"
+    if training.recompute_granularity == "full" and training.recompute_method is None:
+        yield "--recompute-granularity full needs --recompute-method uniform or block"
+
+
+def _wrong_profile(logging: LoggingSettings, checkpoint: CheckpointSettings) -> Iterator[str]:
+    if not logging.profile:
+        return
+    if not 0 <= logging.profile_step_start < logging.profile_step_end:
+        yield (
+            f"--profile-step-start {logging.profile_step_start} and --profile-step-end "
+            f"{logging.profile_step_end}: expected 0 <= start < end"
+        )
+    if logging.profile_save_path is None and checkpoint.save is None:
+        yield "--profile needs --save or --profile-save-path, a folder for its files"
+
+
+def _expected(name: str, number: float) -> str | None:
+    """What should stand there; None when all is well."""
+    if name in ONE_OR_MORE and number < 1:
+        return "1 or more"
+    if name in ABOVE_ZERO and not 0 < number < math.inf:
+        return "a positive number"
+    if name in BELOW_ONE and not 0 <= number < 1:
+        return "a number from 0 to below 1"
+    if not 0 <= number < math.inf:
+        return "0 or more"
+    largest = LARGEST.get(name, math.inf)
+    return None if number <= largest else f"{largest} or less"

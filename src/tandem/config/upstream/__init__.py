@@ -1,0 +1,1 @@
+"""Command lines of Megatron-LM and MindSpeed-LLM scripts."""

@@ -1,0 +1,1 @@
+"""From one format of weights to another, and the check that both compute the same."""

@@ -1,0 +1,194 @@
+"""`tandem convert`: choose a source and a sink, and copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.checkpoints.copy import Progress, copy
+from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.hf.companions import companions_of
+from tandem.checkpoints.hf.sink import HFSink
+from tandem.checkpoints.hf.source import HFSource
+from tandem.checkpoints.interface import DTYPE_ALIASES, Companions, TensorSink, TensorSource, dtype_name
+from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
+from tandem.checkpoints.native.format import PROMPT_FILE
+from tandem.checkpoints.native.sink import NativeSink
+from tandem.checkpoints.native.source import prompt_text
+from tandem.checkpoints.random_init import RandomSource
+from tandem.checkpoints.views import Cast, FirstLayers
+from tandem.conversion.options import ConvertOptions
+from tandem.errors import UserError
+from tandem.files.publish import publishing
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import from_hf, hf_dtype
+from tandem.models.tensors import parameter_count, tensor_table
+
+MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as upstream's converters write it
+
+# called with what was to be written and with what can be read back, before the result becomes visible
+Check = Callable[[TensorSource, TensorSource], None]
+# source and its companions -> the companions to write, and what the user should be told
+Adapt = Callable[[TensorSource, Companions], tuple[Companions, list[str]]]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did: where the result lies, its iteration (None for Hugging Face), its size, and what the user
+    should be told."""
+
+    folder: Path
+    iteration: int | None
+    tensors: int
+    parameters: int
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folder: Path, iteration: int | None, config: ModelConfig, notices: Sequence[str] = ()) -> Converted:
+        return cls(folder, iteration, len(tensor_table(config)), parameter_count(config), tuple(notices))
+
+
+def convert(
+    options: ConvertOptions, progress: Progress | None = None, check: Check | None = None, adapt: Adapt | None = None
+) -> Converted:
+    """Read the source, write the target; it appears whole or not at all.
+
+    Args:
+        check: what it raises keeps the target from appearing.
+        adapt: makes the companions of a Hugging Face folder fit what its model was trained on.
+
+    Raises:
+        UserError: bad options, a source that is incomplete or damaged, or a target that exists.
+    """
+    options.check()
+    folder, origin = _target(options)
+    source = _open(options, origin)
+    companions, notices = companions_for(source, origin), list[str]()
+    if options.save_model_type == "hf" and adapt:
+        companions, notices = adapt(source, companions)
+    documents = {} if (prompt := prompt_text(source)) is None else {PROMPT_FILE: prompt}
+    if options.num_layers is not None:
+        source = FirstLayers(source, options.num_layers)
+    source = with_one_dtype(source, options.params_dtype)
+    write_checked(folder, source, lambda work: _sink(work, options, source, companions, documents), progress, check)
+    iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
+    return Converted.of(folder, iteration, source.config, notices)
+
+
+def write_checked(
+    folder: Path,
+    source: TensorSource,
+    make_sink: Callable[[Path], TensorSink],
+    progress: Progress | None,
+    check: Check | None,
+) -> None:
+    """Copy `source` into `folder`; what `check` raises keeps the folder from appearing."""
+    with publishing(folder) as work:
+        copy(source, make_sink(work), progress=progress)
+        if check:
+            check(source, open_source(work))
+
+
+def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSource:
+    """The weights of `source` in the dtype asked for, or in its own.
+
+    Raises:
+        UserError: none is asked for and the source has several.
+    """
+    dtypes = sorted({dtype_name(source.dtype(name)) for name in tensor_table(source.config)})
+    if params_dtype is None and len(dtypes) > 1:
+        raise UserError(f"{source.location} holds {' and '.join(dtypes)}: choose one with --params-dtype")
+    wanted = DTYPE_ALIASES[params_dtype or dtypes[0]]
+    if (dtypes, source.kinds()) == ([wanted], ("model",)):
+        return source
+    return Cast(source, wanted)
+
+
+def companions_for(source: TensorSource, origin: str | None) -> Companions:
+    """The source's companions, or those of the folder `origin`, whose config must describe the same model."""
+    if origin is None:
+        return source.companions
+    companions = companions_of(origin)
+    given, actual = _config_of(origin).to_dict(), source.config.to_dict()
+    different = [
+        f"{name} is {given[name]} there, {actual[name]} in the checkpoint"
+        for name in given
+        if given[name] != actual[name] and name != "init_method_std"
+    ]
+    if different:
+        raise UserError(f"{origin}/config.json contradicts {source.location}: {'; '.join(different)}")
+    return companions
+
+
+def _target(options: ConvertOptions) -> tuple[Path, str | None]:
+    """Where to write, and the folder that config and tokenizer come from (None: the source's own)."""
+    folder = Path(options.save_dir)
+    if options.save_model_type == "hf" and (folder / "config.json").exists():
+        return folder / "mg2hf", options.hf_cfg_dir or str(folder)
+    return folder, options.hf_cfg_dir
+
+
+def _open(options: ConvertOptions, origin: str | None) -> TensorSource:
+    source = _open_random(options) if options.load_model_type == "random" else _open_stored(options, origin)
+    if options.model_type_hf not in (None, source.config.model_type):
+        raise UserError(f"--model-type-hf {options.model_type_hf}: {options.load_dir} holds {source.config.model_type}")
+    options.stated.check(source.config, options.load_dir)
+    return source
+
+
+def _open_random(options: ConvertOptions) -> TensorSource:
+    companions = companions_of(options.load_dir)
+    hf: dict[str, Any] = companions.hf_config or {}
+    dtype = DTYPE_ALIASES.get(options.params_dtype or hf_dtype(hf) or "float32", "float32")
+    return RandomSource(_config_of(options.load_dir), options.seed, dtype, companions)
+
+
+def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
+    noop_layers, num_layer_list = options.source_layers()
+    source = open_source(
+        options.load_dir,
+        options.ckpt_step,
+        config=_config_of(origin) if origin else None,
+        noop_layers=noop_layers,
+        num_layer_list=num_layer_list,
+    )
+    is_hf = isinstance(source, HFSource)
+    if is_hf != (options.load_model_type == "hf"):
+        found = "a Hugging Face folder" if is_hf else "a Megatron-core checkpoint"
+        raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {found}")
+    return source
+
+
+def _config_of(folder: str) -> ModelConfig:
+    return from_hf(companions_of(folder).hf_config or {}, where=f"{folder}/config.json")
+
+
+def _sink(
+    work: Path, options: ConvertOptions, source: TensorSource, companions: Companions, documents: Mapping[str, str]
+) -> TensorSink:
+    config = source.config
+    dtype = dtype_name(source.dtype(next(iter(tensor_table(config)))))
+    if options.save_model_type == "hf":
+        return HFSink(work, config, dtype, companions)
+    layout = options.target_layout()
+    if options.ckpt_format == "native":
+        return NativeSink(work, config, layout, {"model": dtype}, MCORE_ITERATION, companions, documents)
+    return MegatronSink(
+        work,
+        config,
+        layout,
+        dtype,
+        MCORE_ITERATION,
+        companions,
+        _padded_vocab_size(options, config),
+        transformer_engine=options.transformer_impl == "transformer_engine",
+    )
+
+
+def _padded_vocab_size(options: ConvertOptions, config: ModelConfig) -> int | None:
+    if options.make_vocab_size_divisible_by is None:
+        return options.padded_vocab_size
+    size = pad_vocab_size(config.vocab_size, options.make_vocab_size_divisible_by, options.target_tensor_parallel_size)
+    return max(size, options.padded_vocab_size or 0)

@@ -1,0 +1,1 @@
+"""Preprocessed files as samples in training order."""

@@ -1,0 +1,94 @@
+"""Questions with given answers, of which a model finds one likeliest: `{"context", "choices", "answer"}` a line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tandem.data.batch import IGNORE, Sample
+from tandem.data.handlers.fields import field, kind, string
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+SUFFIX = ".jsonl"
+_FIELDS = "a question is {context: text, choices: [text, ...], answer: number of the right one, from 0}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """`choices` continue `context`, the text of both as it stands there; `samples` are the same in tokens, of which
+    only the choice counts."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    samples: tuple[Sample, ...]
+
+
+def holds_questions(path: str) -> bool:
+    """Whether a data path names questions, and not the prefix of preprocessed files."""
+    return path.endswith(SUFFIX) and os.path.isfile(path)
+
+
+def read_questions(path: str | Path, tokenizer: Tokenizer, seq_length: int) -> list[Question]:
+    """All questions of a file; empty lines are passed over.
+
+    Raises:
+        UserError: a line is not a question, or longer than `seq_length` tokens; names file, line and field. Or there is
+            none.
+    """
+    questions = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(_question(line, tokenizer, seq_length))
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+    if not questions:
+        raise UserError(f"{path}: no question; {_FIELDS}")
+    return questions
+
+
+def _question(line: bytes, tokenizer: Tokenizer, seq_length: int) -> Question:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error}; {_FIELDS}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"expected an object, found {kind(record)}; {_FIELDS}")
+    context = string(record, "context", _FIELDS)
+    choices, answer = _choices(record)
+    samples = tuple(_sample(context, choice, tokenizer, seq_length) for choice in choices)
+    return Question(context, choices, answer, samples)
+
+
+def _choices(record: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    choices, answer = field(record, "choices", _FIELDS), field(record, "answer", _FIELDS)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
+        raise UserError(f"field 'choices': expected two texts or more, none of them empty, found {kind(choices)}")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise UserError(f"field 'answer': expected a number from 0 to {len(choices) - 1}, found {kind(answer)}")
+    return tuple(choices), answer
+
+
+def _sample(context: str, choice: str, tokenizer: Tokenizer, seq_length: int) -> Sample:
+    """Context and choice are tokenised together, and the context alone tells where the choice begins. White space at
+    the context's end goes with the choice, whose first token it belongs to. Source: `_encode_pair` of
+    lm-evaluation-harness."""
+    stripped = context.rstrip()
+    begin = len(tokenizer.encode(stripped))
+    ids = np.asarray(tokenizer.encode(context + choice), np.int32)
+    if not begin or begin >= len(ids):
+        raise UserError("field 'context': expected text before the choices, and a choice of a token at least")
+    if len(ids) - 1 > seq_length:
+        raise UserError(f"context and choice have {len(ids)} tokens, --seq-length is {seq_length}: raise it")
+    labels = ids[1:].copy()
+    labels[: begin - 1] = IGNORE
+    return Sample(ids[:-1], labels, np.arange(len(labels), dtype=np.int32), (len(labels),))

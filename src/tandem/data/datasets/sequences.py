@@ -1,0 +1,155 @@
+"""Stored conversations, one by one, from `{prefix}_packed_{input_ids,attention_mask,labels}_document`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from tandem.data.batch import IGNORE, Sample
+from tandem.data.datasets.sample_index import (
+    EmptySplitError,
+    share_name,
+    split_position,
+    split_weights,
+    what_gives_samples,
+)
+from tandem.data.datasets.segments import lengths_from_ends, restarting_positions
+from tandem.data.indexed import IndexedDataset
+from tandem.data.kinds import SFT_KEYS, sft_prefix
+from tandem.data.templates.truncation import TurnLengths, header_length, kept_tokens
+from tandem.errors import UserError
+
+
+class SFTSequences:
+    """The stored sequences of a split, each as a sample.
+
+    What lies after the last trained token of a sequence (padding above all) is dropped: it can influence no loss.
+    Segments of a neat-packed sequence are documents of their own, with positions that restart; any other sequence is
+    one document.
+
+    Args:
+        prefix: what preprocessing was given as output prefix.
+        split_name, split: which share of the sequences: `"train"` of `"98,1,1"`.
+        seq_length: longest sample; longer ones are cut turn by turn (see `tandem.data.templates.truncation`).
+        eod_token: id that ends a document; needed by the two flags below.
+        header: ids with which the header of an answer begins; a prompt that is cut keeps them and what follows.
+        reset_position_ids: in a plainly packed sequence, positions restart after each `eod_token`.
+        reset_attention_mask: in a plainly packed sequence, each `eod_token` ends a document.
+
+    Attributes:
+        ids: numbers of the sequences that belong to the split.
+        lengths: int32 [len(ids)], tokens of each, padding and what is cut included.
+
+    Raises:
+        UserError: the files do not belong together or the split is empty; on reading, when `eod_token` also occurs
+            inside a prompt, so that a reset would cut a prompt from its answer.
+    """
+
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        split_name: str,
+        split: str,
+        seq_length: int,
+        eod_token: int | None = None,
+        reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
+        header: Sequence[int] = (),
+    ) -> None:
+        if eod_token is None and (reset_position_ids or reset_attention_mask):
+            raise UserError(
+                "reset_position_ids and reset_attention_mask need the token that ends a document: give "
+                "tokenizer_name_or_path, the folder of a tokenizer that names its eos_token"
+            )
+        self._prefix = os.fspath(prefix)
+        self._ids, self._mask, self._labels = (IndexedDataset(sft_prefix(self._prefix, key)) for key in SFT_KEYS)
+        for other in (self._mask, self._labels):
+            if not np.array_equal(self._ids.lengths, other.lengths):
+                raise UserError(f"{other.prefix}: sequence lengths differ from {self._ids.prefix}; preprocess again")
+        self.seq_length = seq_length
+        self._eod_token, self._header = eod_token, header
+        self._reset_position_ids = reset_position_ids
+        self._reset_attention_mask = reset_attention_mask
+        self.ids = _split_range(split, split_name, len(self._ids))
+        if not self.ids:
+            raise EmptySplitError(
+                f"{self._prefix}: {share_name(split_name, split)} holds none of its {len(self._ids)} sequences; "
+                f"{what_gives_samples(split_name, split)}"
+            )
+        self.lengths = self._ids.lengths[self.ids.start : self.ids.stop]
+        empty = np.flatnonzero(self.lengths == 0)
+        if len(empty):
+            raise UserError(
+                f"{self._ids.prefix}: {len(empty)} sequences are empty, the first is number {self.ids[empty[0]]}; "
+                f"leave them out, as `tandem preprocess` does"
+            )
+
+    def sample(self, sequence: int) -> Sample:
+        """Sequence number `sequence`, with at most `seq_length` positions."""
+        ids, labels, segments = self._read(sequence)
+        lengths = lengths_from_ends(np.append(segments[1:] != segments[:-1], False))
+        position_ids = restarting_positions(lengths)
+        borders_are_stored = bool((self._mask[sequence] != 1).any())  # a neat-packed row ends in padding, 0
+        if not borders_are_stored and (self._reset_attention_mask or self._reset_position_ids):
+            is_eod = ids == self._eod_token
+            self._check_eods(is_eod, labels)
+            documents = lengths_from_ends(is_eod)
+            lengths = documents if self._reset_attention_mask else lengths
+            position_ids = restarting_positions(documents) if self._reset_position_ids else position_ids
+        return Sample(ids, _shift(labels, lengths), position_ids, lengths)
+
+    def _read(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels (unshifted) and segment numbers of a sequence, each int32 [t <= seq_length]."""
+        ids, labels, segments = (
+            dataset[sequence].astype(np.int32, copy=False) for dataset in (self._ids, self._labels, self._mask)
+        )
+        trained = np.flatnonzero(labels != IGNORE)
+        kept = slice(0, trained[-1] + 1 if len(trained) else None)
+        ids, labels, segments = ids[kept], labels[kept], segments[kept]
+        if len(ids) > self.seq_length:
+            keep = _kept(ids, labels, self.seq_length, self._header)
+            ids, labels, segments = ids[keep], labels[keep], segments[keep]
+        return ids, labels, segments
+
+    def _check_eods(self, is_eod: np.ndarray, labels: np.ndarray) -> None:
+        inside_prompt = np.flatnonzero(is_eod & (labels == IGNORE))
+        if len(inside_prompt):
+            raise UserError(
+                f"{self._prefix}: token {self._eod_token} ends prompts as well as answers (position "
+                f"{inside_prompt[0]}), so reset_attention_mask and reset_position_ids would cut prompts from their "
+                f"answers; leave both out, or preprocess with neat_pack, which stores the borders"
+            )
+
+
+def _split_range(split: str, split_name: str, sequences: int) -> range:
+    """Sequence ids of a split. Each share is rounded on its own and the rounding error taken from the first border,
+    as Megatron's legacy `get_train_valid_test_split_` does, which upstream uses for fine-tuning."""
+    position = split_position(split_name)
+    bounds = [0, *accumulate(round(weight * sequences) for weight in split_weights(split))]
+    excess = bounds[-1] - sequences
+    bounds = [0, *(bound - excess for bound in bounds[1:])]
+    return range(bounds[position], bounds[position + 1])
+
+
+def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, header: Sequence[int]) -> np.ndarray:
+    """What remains of a sequence cut to `seq_length`, bool [t]; a turn is a masked run and the trained run after it."""
+    trained = labels != IGNORE
+    starts = np.flatnonzero(~trained & np.append(True, trained[:-1]))
+    if trained[0]:
+        starts = np.append(0, starts)
+    turns = []
+    for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(labels)]):
+        target = int(np.count_nonzero(trained[begin:end]))
+        source = end - begin - target
+        turns.append(TurnLengths(source, target, header_length(ids[begin : begin + source], header)))
+    return kept_tokens(turns, seq_length)[0]
+
+
+def _shift(labels: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
+    """Labels [t] moved to the position that predicts them; the last position of a document predicts nothing."""
+    shifted = np.append(labels[1:], np.int32(IGNORE))
+    shifted[np.cumsum(lengths) - 1] = IGNORE
+    return shifted

@@ -1,0 +1,1 @@
+"""Records of raw data into text, conversations or preferences."""

@@ -1,0 +1,79 @@
+"""Handlers of preferences: a prompt with the answer that was chosen and the one that was rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from tandem.data.handlers.conversations import AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler
+from tandem.data.handlers.fields import field, kind
+from tandem.data.templates.messages import Message
+from tandem.errors import UserError
+
+
+class PairwiseHandler(Protocol):
+    """Two conversations that differ in their last message."""
+
+    def pair(self, record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+        """The conversation with the chosen answer, and with the rejected one.
+
+        Raises:
+            UserError: a field is missing or of another type; names field, expected and found.
+        """
+        ...
+
+    def tools(self, record: Mapping[str, Any]) -> tuple[str, ...]: ...
+
+
+class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler):
+    """`instruction`, `input`, `chosen`, `rejected`; on request `system` and `history`.
+
+    The answers are strings, or lists of which the first is the chosen and the second the rejected one, as upstream
+    takes them.
+    """
+
+    defaults: ClassVar[dict[str, str]] = {
+        **AlpacaStyleInstructionHandler.defaults,
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
+    needed: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected")
+
+    def pair(self, record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+        prompt = self._prompt(record)
+        chosen, rejected = self._answer(record, "chosen", 0), self._answer(record, "rejected", 1)
+        return [*prompt, Message("assistant", chosen)], [*prompt, Message("assistant", rejected)]
+
+    def _answer(self, record: Mapping[str, Any], name: str, position: int) -> str:
+        column = self._columns[name]
+        value = field(record, column, f"map_keys {name!r}")
+        answer = value[position] if isinstance(value, list) and len(value) > position else value
+        if not isinstance(answer, str):
+            raise UserError(
+                f"field {column!r}: expected a string, or a list with one at place {position}, found {kind(value)}"
+            )
+        return answer
+
+
+class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler):
+    """`conversations` up to the question, `chosen` and `rejected` as one turn `{from, value}` each; `tags` as in
+    instruction data."""
+
+    defaults: ClassVar[dict[str, str]] = {
+        **SharegptStyleInstructionHandler.defaults,
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
+    needed: ClassVar[tuple[str, ...]] = ("messages", "chosen", "rejected")
+
+    def pair(self, record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+        prompt = self.messages(record)
+        chosen, rejected = self._answer(record, "chosen"), self._answer(record, "rejected")
+        return [*prompt, chosen], [*prompt, rejected]
+
+    def _answer(self, record: Mapping[str, Any], name: str) -> Message:
+        column = self._columns[name]
+        message = self._message(repr(column), field(record, column, f"map_keys {name!r}"))
+        if message.role != "assistant":
+            raise UserError(f"field {column!r}: expected a turn of the assistant, found one of {message.role!r}")
+        return message

@@ -1,0 +1,89 @@
+"""Handlers: what the fields of a record mean. This file finds the one that is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from tandem.data.handlers.conversations import (
+    AlpacaStyleInstructionHandler,
+    InstructionHandler,
+    OpenAIInstructionHandler,
+    SharegptStyleInstructionHandler,
+)
+from tandem.data.handlers.preferences import AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler
+from tandem.data.handlers.text import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
+from tandem.errors import UserError, nearest
+
+PretrainHandler = GeneralPretrainHandler
+Handler = PretrainHandler | InstructionHandler  # a PairwiseHandler is of the latter kind
+
+_WRAPPED_TEXT: dict[str, type[GeneralPretrainHandler]] = {
+    handler.__name__: handler for handler in (AlpacaPretrainHandler, SharegptPretrainHandler)
+}
+_INSTRUCTIONS: dict[str, type[InstructionHandler]] = {
+    handler.__name__: handler
+    for handler in (AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler, OpenAIInstructionHandler)
+}
+_PAIRS: dict[str, type[InstructionHandler]] = {
+    handler.__name__: handler for handler in (AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler)
+}
+_CONVERSATIONS = {**_PAIRS, **_INSTRUCTIONS}  # a record that fits several is what comes first
+LLAMA_FACTORY = "LlamaFactoryInstructionHandler"  # whose datasets each have a handler of their own
+HANDLER_NAMES = [GeneralPretrainHandler.__name__, *_WRAPPED_TEXT, *_INSTRUCTIONS, *_PAIRS, LLAMA_FACTORY]
+
+
+def make_handler(name: str, json_keys: Sequence[str] = ("text",), map_keys: Mapping[str, Any] | None = None) -> Handler:
+    """The handler of a `--handler-name`; an unknown name is an error."""
+    check_handler_name(name)
+    if name in _CONVERSATIONS:
+        return _CONVERSATIONS[name](dict(map_keys or {}))
+    if map_keys:
+        raise UserError(f"map_keys: {name} reads fixed fields or those of json_keys and renames none")
+    return _WRAPPED_TEXT[name]() if name in _WRAPPED_TEXT else GeneralPretrainHandler(tuple(json_keys))
+
+
+def is_pairwise(handler: Handler) -> TypeGuard[AlpacaStylePairwiseHandler | SharegptStylePairwiseHandler]:
+    """Whether its records are preferences."""
+    return type(handler).__name__ in _PAIRS
+
+
+def check_handler_name(name: str) -> None:
+    """An unknown name is an error."""
+    if name not in HANDLER_NAMES:
+        raise UserError(f"handler {name!r}: expected one of {HANDLER_NAMES}{nearest(name, HANDLER_NAMES)}")
+
+
+def detect_handler(
+    record: Mapping[str, Any], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None
+) -> tuple[str, Mapping[str, Any] | None]:
+    """The name of the handler whose fields `record` has, and the `map_keys` with which it reads them: preferences
+    before instructions, these before plain text.
+
+    Raises:
+        UserError: none fits.
+    """
+    for name, handler in _CONVERSATIONS.items():
+        columns = {**handler.defaults, **(map_keys or {})}
+        if all(columns[key] in record for key in handler.needed):
+            return _by_tags(record, columns, map_keys) if handler.needed == ("messages",) else (name, map_keys)
+    if all(key in record for key in json_keys):
+        return GeneralPretrainHandler.__name__, map_keys
+    raise UserError(
+        f"fields {sorted(record)} fit no handler: expected {list(json_keys)} (plain text), instruction and output "
+        f"(alpaca), conversations (ShareGPT) or messages (OpenAI); name them with json_keys or map_keys, or choose "
+        f"one of {HANDLER_NAMES}"
+    )
+
+
+def _by_tags(
+    record: Mapping[str, Any], columns: Mapping[str, Any], map_keys: Mapping[str, Any] | None
+) -> tuple[str, Mapping[str, Any] | None]:
+    """ShareGPT or OpenAI, whatever the column is called: the first message tells, or that tags are renamed."""
+    column = columns["messages"]
+    messages = record[column]
+    first = messages[0] if isinstance(messages, list) and messages else None
+    tagged = isinstance(first, dict) and "role" not in first and "from" in first
+    handler = SharegptStyleInstructionHandler if tagged or "tags" in (map_keys or {}) else OpenAIInstructionHandler
+    renamed = {} if column == handler.defaults["messages"] else {"messages": column}
+    return handler.__name__, {**(map_keys or {}), **renamed} or None

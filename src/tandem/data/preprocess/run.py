@@ -1,0 +1,423 @@
+"""Raw records to `.bin/.idx`: read, render, tokenise, pack, write, and record what was done."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem import __version__
+from tandem.data.handlers.registry import GeneralPretrainHandler, InstructionHandler, is_pairwise
+from tandem.data.indexed import IndexedDataset, IndexedWriter, part_of
+from tandem.data.kinds import REJECTS_SUFFIX, sft_prefix, text_prefix
+from tandem.data.packing import Sequences, packed_rows
+from tandem.data.preprocess.chunks import (
+    ChunkTokenizer,
+    InstructionTokenizer,
+    PairTokenizer,
+    PretrainTokenizer,
+    TokenizedChunk,
+)
+from tandem.data.preprocess.mixing import Selection, interleaved
+from tandem.data.preprocess.options import PreprocessOptions, require
+from tandem.data.preprocess.spool import Spool, fingerprint
+from tandem.data.preprocess.workers import tokenize_blocks
+from tandem.data.record import remove_record, require_own, source_entries, template_entry, tokenizer_entry, write_record
+from tandem.data.sources.readers import iter_blocks
+from tandem.data.sources.sources import Source, iter_source_blocks, open_sources
+from tandem.data.statistics import DataView
+from tandem.data.templates.catalog import get_template
+from tandem.data.templates.messages import Template
+from tandem.data.tokens.encoder import TokenizersEngine, choose_engine
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+__all__ = ["PreprocessOptions", "PreprocessSummary", "kind_of", "preprocess", "try_first_rows"]
+
+Progress = Callable[[int, int], None]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # of each file; what the engines are compared on
+
+
+@dataclass(frozen=True)
+class PreprocessSummary:
+    """What `preprocess` did.
+
+    Attributes:
+        prefixes: of the `.bin/.idx` pairs, by key.
+        documents: rows read.
+        kept: those that gave a sequence.
+        rejected: unusable rows.
+        trimmed: conversations that were cut to seq_length.
+        trimmed_prompts: those of them of which a prompt was cut.
+        dropped: documents left out, by reason.
+        sequences: written for the first key (packed rows with `pack`).
+        tokens: in all keys of plain text; in conversations, padding not counted.
+        trained_tokens: those with a label; of plain text all.
+        text_bytes: UTF-8 bytes tokenised.
+        rejects: file of rejected rows, if any.
+        engine: what tokenised: gigatoken or tokenizers, with the same result.
+    """
+
+    prefixes: dict[str, str]
+    documents: int
+    kept: int
+    rejected: int
+    trimmed: int
+    trimmed_prompts: int
+    dropped: dict[str, int]
+    sequences: int
+    tokens: int
+    trained_tokens: int
+    text_bytes: int
+    rejects: str | None
+    engine: str
+
+
+def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessSummary:
+    """Write `{output_prefix}_{key}_document.bin/.idx` per json key, or for conversations
+    `{output_prefix}_packed_{input_ids,attention_mask,labels}_document.bin/.idx`, for pairs
+    `{output_prefix}_packed_{chosen,rejected}_{input_ids,labels}_document.bin/.idx`, and the record
+    `{output_prefix}.json`.
+
+    Nothing appears under a final name before all is tokenised; the record comes last.
+
+    Args:
+        progress: called with (documents done, bytes of text done).
+
+    Raises:
+        UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
+    """
+    _require_output_folder(options.output_prefix)
+    sources = _open(options)
+    with source_entries([file for source in sources for file in source.files]) as entries:
+        try:
+            return _preprocess(options, sources, entries, progress)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise UserError(
+                f"{options.output_prefix}: {error.strerror}; what is tokenised so far is kept: the same command goes on"
+            ) from None
+
+
+def try_first_rows(options: PreprocessOptions) -> Counter[str]:
+    """Tokenise the first block of the input, about a megabyte, and write nothing: whether `preprocess` would do, and
+    the counts of a `TokenizedChunk`.
+
+    Raises:
+        UserError: as `preprocess`.
+    """
+    sources = _open(options)
+    job, _ = _job(options, sources, Tokenizer(options.tokenizer_name_or_path))
+    for block in iter_source_blocks(sources, options.max_samples):
+        return _checked(job(block), options).counts
+    raise UserError(f"{_files(sources)}: no rows")
+
+
+def kind_of(options: PreprocessOptions) -> str:
+    """What the first record says that the input is: "plain text", "conversations" or "preferences".
+
+    Raises:
+        UserError: as `preprocess`.
+    """
+    handler = _open(options)[0].handler
+    if isinstance(handler, GeneralPretrainHandler):
+        return "plain text"
+    return "preferences" if is_pairwise(handler) else "conversations"
+
+
+def _open(options: PreprocessOptions) -> list[Source]:
+    return open_sources(
+        options.input,
+        options.handler_name,
+        options.json_keys,
+        options.map_keys,
+        options.dataset_dir,
+        skip_bad=options.on_bad == "skip",
+    )
+
+
+def _preprocess(
+    options: PreprocessOptions,
+    sources: Sequence[Source],
+    entries: Callable[[], list[dict[str, Any]]],
+    progress: Progress | None,
+) -> PreprocessSummary:
+    tokenizer = Tokenizer(options.tokenizer_name_or_path)
+    job, template = _job(options, sources, tokenizer)
+    name = sft_prefix if template else text_prefix
+    prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
+    names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
+    rejects = Path(f"{options.output_prefix}{REJECTS_SUFFIX}")
+    _require_names(options.output_prefix, names, rejects, sources)
+
+    keys = ("input_ids", "labels") if options.pack else job.output_keys
+    spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
+    try:
+        job.engine = choose_engine(tokenizer, job.engine, _sample(job, sources), options.workers)
+        _tokenize(job, sources, options, spool, progress)
+        _require_kept(spool, sources)
+        order = _order(spool, sources, options)
+        remove_record(options.output_prefix, names)  # an old record must never meet the new data
+        spool.publish_rejects(rejects)
+        if options.pack or order is not None:
+            _rewrite(spool, order, prefixes, tokenizer, options)
+        else:
+            spool.publish(prefixes)
+    except UserError:
+        spool.remove()  # the same run would fail again
+        raise
+    spool.remove()
+
+    counts = spool.counts
+    if order is not None:  # samples were left out or repeated
+        written = DataView(options.output_prefix, options.pack).statistics()
+        counts.update(tokens=written.tokens - counts["tokens"])
+        counts.update(trained_tokens=written.trained_tokens - counts["trained_tokens"])
+    summary = PreprocessSummary(
+        prefixes=prefixes,
+        documents=counts["documents"],
+        kept=counts["kept"],
+        rejected=spool.rejected,
+        trimmed=counts["trimmed"],
+        trimmed_prompts=counts["trimmed_prompts"],
+        dropped=dict(spool.dropped),
+        sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
+        tokens=counts["tokens"],
+        trained_tokens=counts["trained_tokens"] if template else counts["tokens"],
+        text_bytes=counts["text_bytes"],
+        rejects=str(rejects) if spool.rejected else None,
+        engine=job.engine.name,
+    )
+    write_record(options.output_prefix, names, _record(options, sources, tokenizer, template, entries(), summary))
+    return summary
+
+
+def _job(
+    options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer
+) -> tuple[ChunkTokenizer, Template | None]:
+    """What the workers do, and the template if conversations are rendered."""
+    handler, name = sources[0].handler, sources[0].handler_name
+    if isinstance(handler, GeneralPretrainHandler):
+        return _pretrain_job(options, handler, name, tokenizer), None
+    require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
+    require(options.pad_to_multiple_of == 1, f"pad_to_multiple_of is for plain text, but {name} reads conversations")
+    assert options.prompt_type is not None
+    require(options.json_keys == ("text",), f"json_keys are for plain text, but {name} reads conversations")
+    template = get_template(options.prompt_type, options.enable_thinking, tokenizer)
+    stop = tokenizer.token_to_id(template.stop_word)
+    require(
+        stop is not None,
+        f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
+        f"{tokenizer.folder}; choose the prompt_type of this model",
+    )
+    reference = TokenizersEngine(tokenizer, add_special_tokens=False)
+    if is_pairwise(handler):
+        for option in ("pack", "append_eod"):
+            require(not getattr(options, option), f"{option}: the pairs of {name} stay as they are; leave it out")
+        return PairTokenizer(reference, handler, template, options.seq_length, options.over_long), template
+    require(
+        not options.pack or tokenizer.pad_id is not None,
+        f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
+    )
+    header = tokenizer.encode(template.answer_header)
+    eod = stop if options.append_eod else None
+    handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
+    return (
+        InstructionTokenizer(
+            reference, handlers, template, options.seq_length, header, eod, options.train_turns, options.over_long
+        ),
+        template,
+    )
+
+
+def _pretrain_job(
+    options: PreprocessOptions, handler: GeneralPretrainHandler, name: str, tokenizer: Tokenizer
+) -> PretrainTokenizer:
+    for option in ("prompt_type", "seq_length", "pack"):
+        require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
+    for option, usual in (("train_turns", "all"), ("over_long", "trim")):
+        require(getattr(options, option) == usual, f"{option} is for conversations, but {name} reads plain text")
+    require(
+        not options.append_eod or tokenizer.eos_id is not None,
+        f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
+    )
+    return PretrainTokenizer(
+        TokenizersEngine(tokenizer, add_special_tokens=True),
+        handler,
+        tokenizer.eos_id if options.append_eod else None,
+        options.pad_to_multiple_of,
+        pad=len(tokenizer),  # upstream's choice
+    )
+
+
+def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
+    """Some texts from the beginning of some of the files, as the job sees them."""
+    files = [(number, file) for number, source in enumerate(sources) for file in source.files]
+    texts: list[str] = []
+    for number, file in files[:: -(-len(files) // _SAMPLED_FILES)]:
+        size = 0
+        for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
+            try:
+                found = [text[:_SAMPLED_CHARACTERS] for text in job.texts(job.read_row(row, number))]
+            except UserError:
+                continue  # reported when its turn comes
+            texts += found
+            size += sum(map(len, found))
+            if size >= _SAMPLED_CHARACTERS:
+                break
+    return texts
+
+
+def _tokenize(
+    job: ChunkTokenizer, sources: Sequence[Source], options: PreprocessOptions, spool: Spool, progress: Progress | None
+) -> None:
+    """Bring what is left of the input into the spool."""
+    reported = 0
+    blocks = iter_source_blocks(sources, options.max_samples)
+    for chunk in tokenize_blocks(job, islice(blocks, spool.blocks, None), options.workers):
+        spool.add(_checked(chunk, options))
+        documents = spool.counts["documents"]
+        if progress and documents - reported >= options.log_interval:
+            reported = documents
+            progress(documents, spool.counts["text_bytes"])
+
+
+def _checked(chunk: TokenizedChunk, options: PreprocessOptions) -> TokenizedChunk:
+    if chunk.rejects and options.on_bad == "stop":
+        raise UserError(f"{chunk.rejects[0].reason} (`tandem preprocess --on-bad skip` leaves such rows out)")
+    return chunk
+
+
+def _require_kept(spool: Spool, sources: Sequence[Source]) -> None:
+    first = f"; first: {spool.first_reason}" if spool.rejected else ""
+    require(
+        bool(spool.counts["kept"]),
+        f"{_files(sources)}: nothing kept of {spool.counts['documents']} documents; "
+        f"rejected {spool.rejected}, dropped {dict(spool.dropped)}{first}",
+    )
+
+
+def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) -> np.ndarray | None:
+    """Which sequence of the spool comes next, when sources are interleaved; None as they lie there."""
+    if options.mix_strategy == "concat" or len(sources) == 1:
+        return None
+    kept = [spool.kept_of[str(number)] for number in range(len(sources))]
+    for source, count in zip(sources, kept):
+        require(count > 0, f"{_files([source])}: nothing kept, so it cannot be interleaved")
+    probabilities = options.interleave_probs
+    require(
+        probabilities is None or len(probabilities) == len(sources),
+        f"interleave_probs {probabilities}: expected one for each of the {len(sources)} datasets",
+    )
+    return interleaved(kept, probabilities, options.seed, options.mix_strategy == "interleave_over")
+
+
+def _files(sources: Sequence[Source]) -> str:
+    return ", ".join(str(file) for source in sources for file in source.files)
+
+
+def _rewrite(
+    spool: Spool,
+    order: np.ndarray | None,
+    prefixes: Mapping[str, str],
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+) -> None:
+    """Write the sequences in another order, packed or not."""
+    stored = spool.datasets()
+    columns: Mapping[str, Sequences] = stored
+    if order is not None:
+        columns = {key: Selection(dataset, order) for key, dataset in stored.items()}
+    if options.pack:
+        assert options.seq_length is not None
+        assert tokenizer.pad_id is not None
+        rows = packed_rows(
+            columns["input_ids"], columns["labels"], options.seq_length, tokenizer.pad_id, options.neat_pack
+        )
+    else:
+        count = len(columns["input_ids"].lengths)
+        rows = ({key: columns[key][index] for key in columns} for index in range(count))
+    with ExitStack() as stack:
+        writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}
+        for row in rows:
+            for key, writer in writers.items():
+                writer.add_document(row[key])
+
+
+def _identity(
+    options: PreprocessOptions, tokenizer: Tokenizer, template: Template | None, sources: Sequence[Source]
+) -> str:
+    """Of all that the output is a function of. Whole inputs are not read for it: size and time stand for them."""
+    files = [file for source in sources for file in source.files]
+    return fingerprint(
+        {
+            "version": __version__,
+            "options": _recorded_options(options, sources),
+            "handlers": [str(source.handler) for source in sources],
+            "tokenizer": tokenizer_entry(tokenizer),
+            "template": template_entry(template) if template else None,
+            "sources": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        }
+    )
+
+
+def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
+    recorded = asdict(options)
+    for name in ("workers", "log_interval"):  # they leave no trace in the data
+        del recorded[name]
+    if not options.handler_name:  # what was recognised
+        recorded |= {"handler_name": sources[0].handler_name, "map_keys": sources[0].map_keys}
+    return recorded
+
+
+def _record(
+    options: PreprocessOptions,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    template: Template | None,
+    hashes: list[dict[str, Any]],
+    summary: PreprocessSummary,
+) -> dict[str, Any]:
+    counts = asdict(summary)
+    del counts["prefixes"], counts["rejects"], counts["engine"]
+    return {
+        "tokenizer": tokenizer_entry(tokenizer),
+        "template": template_entry(template) if template else None,
+        "options": _recorded_options(options, sources),
+        "sources": hashes,
+        "counts": counts,
+    }
+
+
+def _require_output_folder(output_prefix: str) -> None:
+    folder = _folder(output_prefix)
+    require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
+    require(bool(os.path.basename(output_prefix)), f"output_prefix {output_prefix}: a name for the files is missing")
+
+
+def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, sources: Sequence[Source]) -> None:
+    """Raise UserError where files cannot have their names."""
+    longest = os.pathconf(_folder(output_prefix), "PC_NAME_MAX")
+    for pair in names.values():
+        over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - longest
+        require(over <= 0, f"output_prefix {output_prefix}: the names of files would be {over} bytes too long")
+    require_own(output_prefix, names)
+    for file in (file for source in sources for file in source.files):
+        require(
+            file.resolve() != rejects.resolve(),
+            f"{file}: the rejects of this run would go there, and it is the input; choose another output_prefix",
+        )
+
+
+def _folder(output_prefix: str) -> Path:
+    return Path(os.path.abspath(os.path.dirname(output_prefix)))

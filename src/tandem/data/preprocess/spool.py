@@ -1,0 +1,188 @@
+"""What preprocessing has tokenised so far, kept so that a run that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tandem.data.indexed import IndexedDataset, publish, write_index
+from tandem.data.preprocess.chunks import Reject, TokenizedChunk
+from tandem.errors import UserError
+
+_SECONDS_BETWEEN_SAVES = 0.5  # from one to the next, if that is over
+_REJECTS = "rejects.jsonl"
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """sha256 of all that the output is a function of."""
+    return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
+
+
+class BusyError(UserError):
+    """Another process is writing the same output."""
+
+
+class Spool:
+    """The folder `{output_prefix}.unfinished`: per output key a file of tokens and one of lengths, the rejected rows,
+    and `progress.json`, which says how much of each file belongs to whole blocks.
+
+    Args:
+        keys: output keys.
+        identity: `fingerprint` of the run; what another run left is discarded.
+
+    Attributes:
+        blocks: of the input, done so far.
+        counts, dropped: as in `TokenizedChunk`, of all blocks.
+        kept_of: kept documents, by the number of their source.
+        rejected: rows that could not be used; `first_reason` is that of the first.
+
+    Raises:
+        BusyError: another process is writing the same output.
+    """
+
+    def __init__(self, output_prefix: str, keys: Iterable[str], identity: str) -> None:
+        self.folder = Path(f"{output_prefix}.unfinished")
+        self.keys = tuple(keys)
+        self._identity = identity
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another output_prefix") from None
+        if any(self.folder.iterdir()) and not (self.folder / "lock").exists():
+            raise UserError(f"{self.folder}: holds files of someone else's; choose another output_prefix")
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BusyError(f"{output_prefix}: another process is writing this output; wait for it") from None
+        names = [f"{key}.{suffix}" for key in self.keys for suffix in ("bin", "lengths")]
+        progress = self._read_progress([*names, _REJECTS])
+        self.blocks: int = progress["blocks"]
+        self.counts, self.dropped = Counter(progress["counts"]), Counter(progress["dropped"])
+        self.kept_of = Counter(progress["kept_of"])
+        self.rejected: int = progress["rejected"]
+        self.first_reason: str = progress["first_reason"]
+        self._files = {name: _open_at(self.folder / name, size) for name, size in progress["sizes"].items()}
+        self._disk = ThreadPoolExecutor(1)
+        self._saving = self._disk.submit(lambda: None)
+        self._saved_at = time.monotonic()
+
+    def add(self, chunk: TokenizedChunk) -> None:
+        """Append what the next block became."""
+        for key, (tokens, lengths) in chunk.columns.items():
+            if key in self.keys:
+                self._files[f"{key}.bin"].write(np.ascontiguousarray(tokens, "<i4").data)
+                self._files[f"{key}.lengths"].write(lengths.astype("<i4").data)
+        for reject in chunk.rejects:
+            self._add_reject(reject)
+        self.counts += chunk.counts
+        self.dropped += chunk.dropped
+        self.kept_of[str(chunk.source)] += chunk.counts["kept"]
+        self.blocks += 1
+        if self._saving.done() and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
+            self._save_meanwhile()
+
+    def save(self) -> None:
+        """Return when everything is on the disk, and `progress.json` says so."""
+        self._save_meanwhile()
+        self._saving.result()
+
+    def _save_meanwhile(self) -> None:
+        """From a thread: the disk works while tokens are made, and little is left for it to do at the end."""
+        self._saving.result()
+        for file in self._files.values():
+            file.flush()
+        progress = {
+            "identity": self._identity,
+            "blocks": self.blocks,
+            "counts": self.counts,
+            "dropped": self.dropped,
+            "kept_of": self.kept_of,
+            "rejected": self.rejected,
+            "first_reason": self.first_reason,
+            "sizes": {name: file.tell() for name, file in self._files.items()},
+        }
+        self._saving = self._disk.submit(self._save, orjson.dumps(progress))
+        self._saved_at = time.monotonic()
+
+    def _save(self, progress: bytes) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        part = self.folder / "progress.part"
+        part.write_bytes(progress)
+        os.replace(part, self.folder / "progress.json")
+
+    def datasets(self) -> dict[str, IndexedDataset]:
+        """The sequences of each key, to be read again."""
+        self.save()
+        for key in self.keys:
+            write_index(self.folder / f"{key}.idx", self._lengths(key), np.int32)
+        return {key: IndexedDataset(self.folder / key) for key in self.keys}
+
+    def publish(self, prefixes: Mapping[str, str]) -> None:
+        """Give the files of each key their final names."""
+        self.save()
+        for key, prefix in prefixes.items():
+            publish(self.folder / f"{key}.bin", self._lengths(key), np.int32, prefix)
+
+    def publish_rejects(self, path: Path) -> None:
+        """The rejected rows, a line `{reason, content}` each; without any, those of an earlier run are removed."""
+        if self.rejected:
+            self._files[_REJECTS].flush()
+            os.replace(self.folder / _REJECTS, path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        self._disk.shutdown()
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self.folder)
+        self._lock.close()
+
+    def _add_reject(self, reject: Reject) -> None:
+        self.rejected += 1
+        self.first_reason = self.first_reason or reject.reason
+        content = reject.content
+        if isinstance(content, bytes):
+            content = content.rstrip(b"\r\n").decode(errors="replace")
+        self._files[_REJECTS].write(orjson.dumps({"reason": reject.reason, "content": content}, default=str) + b"\n")
+
+    def _lengths(self, key: str) -> np.ndarray:
+        return np.fromfile(self.folder / f"{key}.lengths", "<i4")
+
+    def _read_progress(self, names: list[str]) -> dict[str, Any]:
+        """That of a run of the same identity, if its files are all there; else that of a run that has done nothing."""
+        fresh = {"blocks": 0, "counts": {}, "dropped": {}, "kept_of": {}, "rejected": 0, "first_reason": ""}
+        fresh["sizes"] = dict.fromkeys(names, 0)
+        path = self.folder / "progress.json"
+        if not path.is_file():
+            return fresh
+        progress = orjson.loads(path.read_bytes())
+        if progress["identity"] != self._identity:
+            return fresh
+        for name, size in progress["sizes"].items():
+            file = self.folder / name
+            if not file.is_file() or file.stat().st_size < size:
+                return fresh
+        return dict(progress)
+
+
+def _open_at(path: Path, size: int) -> Any:
+    """For appending, after what lies beyond `size` is cut off."""
+    path.touch()
+    file = path.open("r+b")
+    file.truncate(size)
+    file.seek(size)
+    return file

@@ -1,0 +1,1 @@
+"""Raw files and folders as records, each with its place."""

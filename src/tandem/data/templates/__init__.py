@@ -1,0 +1,1 @@
+"""Conversations into text, with what is trained marked."""

@@ -1,0 +1,83 @@
+"""The tokens of many conversations at once: labels, cuts, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tandem.data.batch import IGNORE
+from tandem.data.templates.messages import Turn
+from tandem.data.templates.truncation import TurnLengths, header_length, kept_tokens
+
+
+class Conversations:
+    """The tokens of conversations, end to end.
+
+    Attributes:
+        ids, labels: int32 [t]; labels of sources are IGNORE.
+        lengths: int64 [conversations], tokens of each.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[Turn]], ids: np.ndarray, piece_lengths: np.ndarray) -> None:
+        turns = [turn for turns in documents for turn in turns]
+        self._turns_of = np.array([len(turns) for turns in documents], np.int64)
+        sides = [len(side) for turn in turns for side in (turn.source, turn.target)]
+        # Tokens of each turn's source and target, int64 [turns, 2].
+        self._sides = sums(piece_lengths, np.array(sides, np.int64)).reshape(-1, 2)
+        self.ids = ids
+        is_target = np.tile(np.array([False, True]), len(turns))
+        self.labels = np.where(np.repeat(is_target, self._sides.ravel()), ids, np.int32(IGNORE))
+        self.lengths = sums(self._sides.sum(axis=1), self._turns_of)
+
+    def trim(self, room: int, header: Sequence[int]) -> tuple[int, int]:
+        """Cut conversations longer than `room` turn by turn; how many were cut, and how many of them in a prompt whose
+        answer remains. `header` are the ids with which the header of an answer begins."""
+        long = np.flatnonzero(self.lengths > room)
+        if not len(long):
+            return 0, 0
+        cut_prompts = 0
+        keep = np.ones(len(self.ids), bool)
+        first_turns, starts = (np.cumsum(counts) - counts for counts in (self._turns_of, self.lengths))
+        for conversation in long.tolist():
+            first, begin = int(first_turns[conversation]), int(starts[conversation])
+            turns, place = [], begin
+            for source, target in self._sides[first : first + int(self._turns_of[conversation])].tolist():
+                turns.append(TurnLengths(source, target, header_length(self.ids[place : place + source], header)))
+                place += source + target
+            keep[begin:place], cuts_prompt = kept_tokens(turns, room)
+            cut_prompts += cuts_prompt
+        self.lengths = sums(keep, self.lengths)
+        self.ids, self.labels = self.ids[keep], self.labels[keep]
+        return len(long), cut_prompts
+
+    def drop_untrained(self) -> int:
+        """Leave out conversations without a trained token; how many there were."""
+        trained = sums(self.labels != IGNORE, self.lengths) > 0
+        self.keep_only(trained)
+        return int(np.count_nonzero(~trained))
+
+    def keep_only(self, chosen: np.ndarray) -> None:
+        """Leave out all conversations but the `chosen`, bool [conversations]."""
+        if not chosen.all():
+            self.ids, self.labels, self.lengths = self._part(chosen)
+
+    def every_other(self, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids, labels and lengths of conversations `first`, `first + 2`, .."""
+        return self._part(np.arange(len(self.lengths)) % 2 == first)
+
+    def _part(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        keep = np.repeat(chosen, self.lengths)
+        return self.ids[keep], self.labels[keep], self.lengths[chosen]
+
+
+def sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 [groups]: sums of groups of `values` that lie end to end, `counts` entries each."""
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    ends = np.cumsum(counts)
+    return totals[ends] - totals[ends - counts]
+
+
+def with_ends(tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """`end` put `counts` times after each sequence (int or bool [sequences])."""
+    return np.insert(tokens, np.repeat(np.cumsum(lengths), counts), end), lengths + counts

@@ -1,0 +1,234 @@
+"""The prompt type `chat_template`: conversations as the model's own Jinja template writes them, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from tandem.data.templates.messages import CHAT_TEMPLATE, Message, ToolCall, Turn, grouped, trained_on_last
+from tandem.data.tokens.chat_template import GENERATION_MARKS, MARK_GENERATION
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+_BEGIN_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
+_MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use: no text of a template
+
+
+class ModelTemplate:
+    """A prompt type that renders with the tokenizer's chat template.
+
+    Which characters are trained is found by construction. The conversation is rendered twice: as it is, and with a mark
+    in place of each text that someone said. Between the marks stands what the template itself writes: there each answer
+    begins after the generation prompt and ends with the end token, or where the template's own `{% generation %}` tags
+    say. The marks are then replaced, in order, by what stands in the first rendering, which must be used up exactly.
+
+    An answer is trained from its thought, or from its content where it has no thought: an empty thought that the
+    template inserts is not trained.
+
+    Attributes:
+        stop_word: the tokenizer's end-of-sequence token, which ends an answer.
+    """
+
+    name = CHAT_TEMPLATE
+
+    def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None) -> None:
+        if tokenizer.chat_template is None or tokenizer.eos_id is None:
+            raise UserError(
+                f"{tokenizer.folder}: prompt_type {self.name} needs the model's chat template (chat_template.jinja or "
+                f"in tokenizer_config.json) and its eos_token; choose a named prompt_type"
+            )
+        self.enable_thinking = enable_thinking
+        self.sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        self.stop_word = tokenizer.decode([tokenizer.eos_id])
+        self._has_tags = _GENERATION_TAG.search(tokenizer.chat_template) is not None
+        self._tokenizer = tokenizer
+
+    def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """As `PromptTemplate.turns`; what follows the last end token is a turn without a target.
+
+        Raises:
+            UserError: the roles do not follow each other, or the template changes a text so that its place cannot be
+                found.
+        """
+        grouped(messages[1:] if messages and messages[0].role == "system" else messages, "assistant")
+        inline = {number for number, message in enumerate(messages) if _holds_thought(message)}
+        failure: UserError | None = None
+        # Templates take a thought in the content for a thought, or for any other text, or strip it from what is past.
+        for apart in dict.fromkeys(map(frozenset, (inline, (), inline - {len(messages) - 1}))):
+            try:
+                said = [_Said(message, number in apart) for number, message in enumerate(messages)]
+                return self._aligned_turns(said, tools)
+            except UserError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+    @cached_property
+    def answer_header(self) -> str:
+        """What follows the text of a user; "" where the template does not show it."""
+        question = [{"role": "user", "content": "\ue0000\ue001"}]
+        try:
+            text = self._tokenizer.apply_chat_template(question, add_generation_prompt=True)
+        except UserError:  # it wants more than a question; prompts that are cut then lose their end
+            return ""
+        return text.partition("\ue0000\ue001")[2].partition(_BEGIN_OF_THOUGHT)[0]
+
+    def _aligned_turns(self, said: Sequence[_Said], tools: Sequence[str]) -> list[Turn]:
+        full = self._render([entry.as_it_is() for entry in said], tools)
+        marks = [entry.marked(2 * number) for number, entry in enumerate(said)]
+        marked, tagged = _generated(self._render(marks, tools, variables={MARK_GENERATION: True}))
+        pieces = _aligned(marked, full, [text for entry in said for text in (entry.reasoning, entry.content)])
+        turns = []
+        done = 0
+        for begin, end in tagged if self._has_tags else self._answers(marked, said):
+            turns.append(Turn((_replaced(marked[done:begin], pieces),), (_replaced(marked[begin:end], pieces),)))
+            done = end
+        rest = _replaced(marked[done:], pieces)
+        return [*turns, Turn((rest,), ())] if rest else turns
+
+    def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """The same text with only the last answer trained."""
+        return trained_on_last(self.turns(messages, tools))
+
+    def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
+        """The text before the answer to a conversation that ends with the user."""
+        said = [_Said(message, sets_thought_apart=False).as_it_is() for message in messages]
+        return (self._render(said, tools, add_generation_prompt=True),)
+
+    def _answers(self, marked: str, said: Sequence[_Said]) -> list[tuple[int, int]]:
+        """Where each answer stands in the marked rendering."""
+        answers: list[tuple[int, int]] = []
+        for entry in said:
+            if entry.message.role == "assistant":
+                done = answers[-1][1] if answers else 0
+                answers.append(self._answer(marked, done, thinks=bool(entry.reasoning)))
+        return answers
+
+    def _answer(self, marked: str, begin: int, thinks: bool) -> tuple[int, int]:
+        """Where the next answer stands in the marked rendering, from `begin` on."""
+        role, opening, opening_without_thought = self._openings
+        start = marked.find(role, begin) if role else -1
+        if start >= 0:
+            openings = (opening, role) if thinks else (opening_without_thought, opening, role)
+            start += next(len(text) for text in openings if marked.startswith(text, start))
+            end = marked.find(self.stop_word, start)
+            if end >= 0:
+                return start, end + len(self.stop_word)
+        raise UserError(
+            f"the chat template begins no answer with {role!r} or ends it without {self.stop_word!r}, so it cannot "
+            f"be told what to train; choose a named prompt_type"
+        )
+
+    @cached_property
+    def _openings(self) -> tuple[str, str, str]:
+        """What the template writes before any answer, before one that is still to come, and before one that shall not
+        think."""
+        question = [{"role": "user", "content": "x"}]
+        without = self._tokenizer.apply_chat_template(question)
+        openings = [
+            self._tokenizer.apply_chat_template(question, add_generation_prompt=True, enable_thinking=mode)
+            for mode in (True, False)
+        ]
+        opening, opening_without_thought = (text.removeprefix(without) for text in openings)
+        return opening.partition(_BEGIN_OF_THOUGHT)[0], opening, opening_without_thought
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[str],
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        mode = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return self._tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt,
+            tools=[json.loads(tool) for tool in tools] or None,
+            **{**mode, **(variables or {})},
+        )
+
+
+def _holds_thought(message: Message) -> bool:
+    """Whether a thought stands in the content, and nowhere else."""
+    return message.role == "assistant" and message.reasoning is None and _END_OF_THOUGHT in message.content
+
+
+class _Said:
+    """A message, with its thought apart from its content if so wanted."""
+
+    def __init__(self, message: Message, sets_thought_apart: bool) -> None:
+        self.message = message
+        reasoning = message.reasoning or ""
+        # Templates strip line ends from a thought: of nothing else it is none.
+        self.reasoning, self.content = reasoning if reasoning.strip("\n") else "", message.content
+        if sets_thought_apart:
+            # By Qwen3's rule. Where a template's is another, the two renderings do not agree.
+            thought = message.content.partition(_END_OF_THOUGHT)[0].rpartition(_BEGIN_OF_THOUGHT)[2]
+            content = message.content.rpartition(_END_OF_THOUGHT)[2]
+            self.reasoning, self.content = (text if text.strip("\n") else "" for text in (thought, content))
+
+    def as_it_is(self) -> dict[str, Any]:
+        """The message as transformers takes it."""
+        return self._with(self.message.reasoning, self.message.content)
+
+    def marked(self, number: int) -> dict[str, Any]:
+        """The same with marks `number` and `number + 1` for thought and content; empty ones stay empty."""
+        return self._with(
+            f"\ue000{number}\ue001" if self.reasoning else self.message.reasoning,
+            f"\ue000{number + 1}\ue001" if self.content else "",
+        )
+
+    def _with(self, reasoning: str | None, content: str) -> dict[str, Any]:
+        fields: dict[str, Any] = {"role": self.message.role, "content": content}
+        if reasoning is not None:
+            fields["reasoning_content"] = reasoning
+        if self.message.tool_calls:
+            fields["tool_calls"] = [
+                {"type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
+                for call in self.message.tool_calls
+            ]
+        return fields
+
+
+def _arguments(call: ToolCall) -> Any:
+    """An object or a text, whichever the data gave."""
+    return call.arguments if call.given_as_text else json.loads(call.arguments)
+
+
+def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:
+    """What stands in `full` at each mark; templates may strip white space from a text."""
+    parts = _MARK.split(marked)  # text, number, text, number, ..., text
+    found: dict[str, str] = {}
+    place = len(parts[0])
+    matches = full.startswith(parts[0])
+    for number, following in zip(parts[1::2], parts[2::2]):
+        text = texts[int(number)] if int(number) < len(texts) else ""  # a mark that the conversation itself holds
+        forms = (text, text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"), text.strip())
+        form = next((form for form in forms if full.startswith(form + following, place)), None)
+        if form is None or found.setdefault(number, form) != form:
+            matches = False
+            break
+        place += len(form) + len(following)
+    if not matches or place != len(full):
+        raise UserError(
+            "the chat template writes this conversation differently when its texts differ, so it cannot be told what "
+            "to train; choose a named prompt_type"
+        )
+    return found
+
+
+def _generated(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of generation, and what stood between them."""
+    parts = re.split("|".join(GENERATION_MARKS), marked)  # outside, inside, outside, ..
+    ends = list(accumulate(map(len, parts)))
+    return "".join(parts), list(zip(ends[0::2], ends[1::2]))
+
+
+def _replaced(marked: str, texts: dict[str, str]) -> str:
+    return _MARK.sub(lambda match: texts[match.group(1)], marked)

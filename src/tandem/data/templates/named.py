@@ -1,0 +1,176 @@
+"""The built-in prompt types."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tandem.data.templates.messages import Message, Turn, grouped
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt type in one thinking mode.
+
+    Attributes:
+        system, user, assistant: the text of a message; `{content}` is what it says.
+        tool_results: that of the results of calls, which stand where a user's message would; each is a `tool_result`.
+        tool_call: an assistant's call, `{name}` with `{arguments}`.
+        tools: follows the system prompt when tools are offered; `{tools}` is a line for each.
+        stop_word: the token that ends a message; the end-of-document token of fine-tuning data.
+        thought_words: what begins and ends a thought.
+        enable_thinking: for an answer without a thought, an empty one is written: True trains it; None and False put it
+            into the prompt, untrained. False also removes the thoughts of all answers.
+    """
+
+    name: str
+    system: str
+    user: str
+    assistant: str
+    tool_results: str
+    tool_result: str
+    tool_call: str
+    tools: str
+    stop_word: str
+    thought_words: tuple[str, str]
+    enable_thinking: bool | None = None
+
+    @property
+    def answer_header(self) -> str:
+        """What follows the text of a user."""
+        return self.user.partition("{content}")[2]
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the texts, whatever the thinking mode."""
+        texts = {**dataclasses.asdict(self), "enable_thinking": None}
+        return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+
+    def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """The trained form of a conversation: [system], then user (or results of tools) and assistant in turn.
+
+        Args:
+            tools: the JSON text of each tool that is offered.
+
+        Raises:
+            UserError: the roles do not follow each other so.
+        """
+        prefix, prompts, answers = self._parts(messages, tools, "assistant")
+        turns = []
+        for prompt, answer in zip(prompts, answers):
+            turns.append(self._turn((*prefix, prompt), answer))
+            prefix = ()
+        return turns
+
+    def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
+        """The same with only the last answer trained and earlier thoughts left out, as upstream's pairwise data have
+        it."""
+        return [self._turn(self._history(messages[:-1], tools), messages[-1])]
+
+    def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
+        """The pieces before the answer to a conversation that ends with the user; earlier thoughts are left out."""
+        pieces = self._history(messages, tools)
+        return pieces if self.enable_thinking else (*pieces, self._empty_thought)
+
+    @cached_property
+    def _empty_thought(self) -> str:
+        return "".join(self.thought_words)
+
+    def _history(self, messages: Sequence[Message], tools: Sequence[str]) -> tuple[str, ...]:
+        prefix, prompts, answers = self._parts(messages, tools, "user")
+        pieces = [*prefix, prompts[0]]
+        for answer, prompt in zip(answers, prompts[1:]):
+            content = self._without_thought(answer.content) + self._calls(answer)
+            pieces += [_filled(self.assistant, content), prompt]
+        return tuple(pieces)
+
+    def _turn(self, source: tuple[str, ...], message: Message) -> Turn:
+        answer = self._answer(message)
+        target = (_filled(self.assistant, answer),)
+        if self._has_thought(answer):
+            return Turn(source, target)
+        if self.enable_thinking:
+            return Turn(source, (self._empty_thought, *target))
+        return Turn((*source, self._empty_thought), target)
+
+    def _parts(
+        self, messages: Sequence[Message], tools: Sequence[str], last: str
+    ) -> tuple[tuple[str, ...], list[str], list[Message]]:
+        """System text, the text before each answer, and the answers."""
+        system, dialogue = "", messages
+        if messages and messages[0].role == "system":
+            system, dialogue = messages[0].content, messages[1:]
+        if tools:
+            offer = self.tools.format(tools="".join("\n" + tool for tool in tools))
+            system = f"{system}\n\n{offer}" if system else offer
+        prefix = (_filled(self.system, system),) if system else ()
+        prompts: list[str] = []
+        answers: list[Message] = []
+        for role, group in grouped(dialogue, last):
+            if role == "assistant":
+                answers += group
+            elif role == "user":
+                prompts.append(_filled(self.user, group[0].content))
+            else:
+                results = "\n".join(_filled(self.tool_result, result.content) for result in group)
+                prompts.append(_filled(self.tool_results, results))
+        return prefix, prompts, answers
+
+    def _answer(self, message: Message) -> str:
+        begin, end = self.thought_words
+        content = f"{begin}{message.reasoning}{end}{message.content}" if message.reasoning else message.content
+        content = self._without_thought(content) if self.enable_thinking is False else content
+        return content + self._calls(message)
+
+    def _calls(self, message: Message) -> str:
+        """The calls of an answer, parted from its content by a new line."""
+        if not message.tool_calls:
+            return ""
+        calls = "\n".join(
+            self.tool_call.format(name=call.name, arguments=call.arguments) for call in message.tool_calls
+        )
+        return f"\n{calls}" if self._without_thought(message.content) else calls
+
+    def _has_thought(self, answer: str) -> bool:
+        begin, end = self.thought_words
+        return begin in answer or end in answer
+
+    def _without_thought(self, answer: str) -> str:
+        begin, end = map(re.escape, self.thought_words)
+        return re.sub(f"{begin}.*?{end}", "", answer, flags=re.DOTALL).lstrip("\n")
+
+
+def _filled(text: str, content: str) -> str:
+    """`text` with its one `{content}` filled in. Not `str.format`, which takes several times as long."""
+    return text.replace("{content}", content)
+
+
+NAMED_TEMPLATES = {
+    template.name: template
+    for template in [
+        PromptTemplate(
+            name="qwen3",
+            system="<|im_start|>system\n{content}<|im_end|>\n",
+            user="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
+            assistant="{content}<|im_end|>\n",
+            tool_results="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",
+            tool_result="<tool_response>\n{content}\n</tool_response>",
+            tool_call='<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>',
+            tools=(
+                "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+                "You are provided with function signatures within <tools></tools> XML tags:\n"
+                "<tools>{tools}\n</tools>\n\n"
+                "For each function call, return a json object with function name and arguments within "
+                "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+                '{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
+            ),
+            stop_word="<|im_end|>",
+            thought_words=("<think>\n", "\n</think>\n\n"),
+        ),
+    ]
+}

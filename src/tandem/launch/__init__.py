@@ -1,0 +1,1 @@
+"""Processes: what the launcher says, starting a job, being in one."""

@@ -1,0 +1,88 @@
+"""A row of the weight map: one mcore tensor, and the Hugging Face tensors that it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+Shape = tuple[int, ...]
+# Half-open ranges of the first dimension.
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Heads(Protocol):
+    """What rows need to know of a model: `tandem.models.config.ModelConfig`."""
+
+    @property
+    def num_query_groups(self) -> int: ...
+
+    @property
+    def kv_channels(self) -> int: ...
+
+
+class Row(Protocol):
+    """One mcore tensor and the Hugging Face tensors it is made of."""
+
+    @property
+    def mcore(self) -> str: ...
+
+    @property
+    def hf(self) -> tuple[str, ...]: ...
+
+    def ranges(self, rows: int, heads: Heads) -> tuple[Ranges, ...]:
+        """For each Hugging Face tensor, the ranges of the mcore tensor's `rows` rows that, stacked, are it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The same tensor under another name."""
+
+    mcore: str
+    source: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    def ranges(self, rows: int, heads: Heads) -> tuple[Ranges, ...]:
+        return (((0, rows),),)
+
+
+@dataclass(frozen=True)
+class GroupedQKV:
+    """q [A*D, h], k [G*D, h], v [G*D, h] <-> [(A+2G)*D, h], group after group: its A/G queries, its key, its value."""
+
+    mcore: str
+    q: str
+    k: str
+    v: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.q, self.k, self.v)
+
+    def ranges(self, rows: int, heads: Heads) -> tuple[Ranges, ...]:
+        size = rows // heads.num_query_groups
+        key, value = size - 2 * heads.kv_channels, size - heads.kv_channels
+        groups = range(0, rows, size)
+        return tuple(
+            tuple((group + start, group + stop) for group in groups)
+            for start, stop in ((0, key), (key, value), (value, size))
+        )
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """gate [f, h], up [f, h] <-> [2f, h]: gate above up."""
+
+    mcore: str
+    gate: str
+    up: str
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    def ranges(self, rows: int, heads: Heads) -> tuple[Ranges, ...]:
+        return ((0, rows // 2),), ((rows // 2, rows),)

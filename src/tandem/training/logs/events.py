@@ -1,0 +1,52 @@
+"""`events.jsonl`: what happened to a run beside its steps. It only grows: a resumed run adds to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.files.jsonl import append_line, read_json_lines
+from tandem.training.progress import Progress
+
+EVENTS_FILE = "events.jsonl"
+
+
+class EventLog:
+    """Appends one JSON object per event, with its time.
+
+    Args:
+        folder: of the run; None keeps nothing, as on every rank but the first.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = folder / EVENTS_FILE if folder else None
+
+    def add(self, event: str, **values: Any) -> None:
+        if self._path is None:
+            return
+        line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **values}
+        with FileIO(self._path, "a") as file:
+            append_line(file, line)
+
+    @contextmanager
+    def around(self, progress: Progress) -> Iterator[None]:
+        """Tells when a run starts, and whether it finishes or is stopped by an error."""
+        self.add("started", iteration=progress.iteration)
+        try:
+            yield
+        except BaseException as error:
+            with suppress(UserError):  # what stops the run must be told, not that the disk had no room to note it
+                self.add("stopped", iteration=progress.iteration, reason=f"{type(error).__name__}: {error}")
+            raise
+        self.add("finished", iteration=progress.iteration)
+
+
+def read_events(folder: str | Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; none when it kept no record of them."""
+    path = Path(folder) / EVENTS_FILE
+    return read_json_lines(path, "event", str) if path.exists() else []

@@ -1,0 +1,90 @@
+"""The live view of a run on a terminal: where it stands, how fast it goes, where the loss is heading."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from datetime import timedelta
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tandem.training.logs.log import StepRecord, perplexity
+
+BARS = "▁▂▃▄▅▆▇█"
+RECENT = 20  # steps whose mean gives speed and the time left
+REFRESHES_PER_SECOND = 2.0
+
+
+class LiveView:
+    """A panel below the plain lines, which go on as if it were not there; it vanishes with the run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._losses: list[float] = []
+        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self._validation: dict[str, float] = {}
+        self._start = time.monotonic()
+        self._live = Live(
+            console=console,
+            get_renderable=self.render,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            transient=True,
+        )
+        self._live.start()
+
+    def on_step(self, record: StepRecord) -> None:
+        if math.isfinite(record.loss):  # a bad one, passed over, has no place on the curve
+            self._losses.append(record.loss)
+        self._recent.append(record)
+        self._validation.update(record.validation)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def render(self) -> RenderableType:
+        if not self._recent:
+            return Text("waiting for the first step", style="dim")
+        last = self._recent[-1]
+        seconds = sum(record.seconds for record in self._recent)
+        left = timedelta(seconds=round(seconds / len(self._recent) * (last.train_iters - last.iteration)))
+        passed = timedelta(seconds=round(time.monotonic() - self._start))
+        table = Table.grid(padding=(0, 3), expand=True)
+        for cells in self._cells(last, seconds):
+            table.add_row(*cells)
+        bar = ProgressBar(total=last.train_iters, completed=last.iteration)
+        curve = Text(sparkline(self._losses, self._live.console.width - 6), style="cyan")
+        title = f"step {last.iteration:,} of {last.train_iters:,}"
+        return Panel(Group(bar, table, curve), title=title, subtitle=f"{passed} passed, {left} left", style="default")
+
+    def _cells(self, last: StepRecord, seconds: float) -> list[list[str]]:
+        tokens = sum(record.tokens for record in self._recent)
+        trained = sum(record.trained_tokens for record in self._recent)
+        flops = sum(record.flops for record in self._recent) / seconds / last.devices
+        mfu = f", MFU {flops / last.peak_flops:.1%}" if last.peak_flops else ""
+        lines = [
+            [f"loss [bold]{last.loss:.4f}[/]", f"grad norm {last.grad_norm:.3f}", f"lr {last.lr:.3e}"],
+            [
+                f"{tokens / seconds:,.0f} tokens/s",
+                f"{trained / seconds:,.0f} trained",
+                f"{flops / 1e12:.2f} TFLOP/s{mfu}",
+            ],
+            [f"epoch {last.epoch:.3f}", f"{last.memory / 1e9:.2f} GB", f"batch {last.batch_size}"],
+        ]
+        for name, loss in self._validation.items():
+            lines.append([name, f"loss [bold]{loss:.4f}[/]", f"perplexity {perplexity(loss):.3f}"])
+        return lines
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Values as bars, the means of equal stretches when there are more of them than `width`."""
+    if not values:
+        return ""
+    stretch = -(-len(values) // max(1, width))
+    means = [sum(part) / len(part) for part in (values[i : i + stretch] for i in range(0, len(values), stretch))]
+    low, high = min(means), max(means)
+    return "".join(BARS[int((mean - low) / ((high - low) or 1.0) * (len(BARS) - 1))] for mean in means)

@@ -1,0 +1,80 @@
+"""`--profile`: the framework's own profiler over a few steps, and where their time went, module by module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tandem.backends import start_profiler
+from tandem.backends.interface import Profiler
+from tandem.config.settings import Settings
+from tandem.files.publish import write_text_atomically
+from tandem.training.logs.log import StepRecord, print_now
+
+PROFILE_FOLDER = "profile"
+
+
+class StepProfiler:
+    """Profiles the steps after `--profile-step-start` up to `--profile-step-end`, on the first rank.
+
+    Evaluations and saves between these steps are in it, too.
+
+    Args:
+        iteration: where the run stands; a run that resumes within or after those steps profiles nothing.
+    """
+
+    def __init__(self, settings: Settings, iteration: int) -> None:
+        logging = settings.logging
+        self._framework = settings.training.ai_framework
+        self._start, self._end = logging.profile_step_start, logging.profile_step_end
+        self._save = Path(settings.checkpoint.save) if settings.checkpoint.save else None
+        self._folder = Path(logging.profile_save_path or Path(settings.checkpoint.save or "") / PROFILE_FOLDER)
+        self._profiler: Profiler | None = None
+        self._begin_at(iteration)
+
+    def on_step(self, record: StepRecord) -> None:
+        self._begin_at(record.iteration)
+        if record.iteration == self._end:
+            self._finish(record.iteration)
+
+    def close(self) -> None:
+        """A run that ends early keeps the trace, but no summary of steps that were not all taken."""
+        if self._profiler is not None:
+            self._profiler.stop()
+
+    def _begin_at(self, iteration: int) -> None:
+        if iteration == self._start:
+            self._profiler = start_profiler(self._framework, self._folder)
+
+    def _finish(self, iteration: int) -> None:
+        if self._profiler is None:
+            return
+        seconds, trace = self._profiler.stop()
+        self._profiler = None
+        print_now(table(self._start + 1, iteration, seconds, trace))
+        if self._save:
+            write_profile(self._save, self._start + 1, iteration, seconds, trace)
+
+
+def table(first: int, last: int, seconds: Mapping[str, float], trace: str) -> str:
+    """The summary as plain lines, the longest first."""
+    total = sum(seconds.values()) or 1.0
+    lines = [f" profile of iterations {first} to {last} | trace: {trace}"]
+    for name, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        lines.append(f"    {name:.<48} {spent:9.4f} s {spent / total:6.1%}")
+    return "\n".join(lines)
+
+
+def write_profile(folder: Path, first: int, last: int, seconds: Mapping[str, float], trace: str) -> None:
+    """Keep a summary in a run's folder."""
+    content = {"first": first, "last": last, "seconds": dict(seconds), "trace": trace}
+    path = folder / PROFILE_FOLDER / f"steps_{first}_{last}.json"
+    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_profiles(folder: Path) -> list[dict[str, Any]]:
+    """Every summary of a run, by its first step."""
+    files = (folder / PROFILE_FOLDER).glob("steps_*.json")
+    return sorted((json.loads(file.read_text()) for file in files), key=lambda profile: profile["first"])

@@ -1,0 +1,48 @@
+"""TensorBoard's event files."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tandem.errors import UserError
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.scalars import scalars
+
+FLUSH_SECONDS = 10
+
+
+class TensorBoardWriter:
+    """Writes every `interval`-th step, and every evaluation, with TensorBoard's own library.
+
+    Args:
+        iteration: where the run stands. TensorBoard is told to forget what an earlier process wrote of later steps.
+
+    Raises:
+        UserError: the library is not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: str, interval: int, iteration: int) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise UserError(f"--tensorboard-dir {folder}: {error}; pip install 'tandem-llm[tensorboard]'") from error
+        self._event, self._summary, self._interval = Event, Summary, interval
+        try:
+            self._writer: Any = EventFileWriter(folder, flush_secs=FLUSH_SECONDS)
+        except OSError as error:
+            raise UserError(f"--tensorboard-dir {folder}: {error.strerror}") from error
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=iteration + 1, session_log=start))
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.iteration % self._interval and not record.validation:
+            return
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
+        summary = self._summary(value=values)
+        self._writer.add_event(self._event(wall_time=time.time(), step=record.iteration, summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,53 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tandem.config.settings import Settings
+from tandem.errors import UserError
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.scalars import scalars
+
+
+class WandbRun:
+    """Sends every step to a run of `--wandb-project`, with the run's settings as its config.
+
+    Each process that resumes the training is a run of its own there, in the group of its name: W&B takes no step twice.
+
+    Raises:
+        UserError: the library is not installed, or refuses to begin.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        logging = settings.logging
+        try:
+            import wandb
+        except ImportError as error:
+            flag = f"--wandb-project {logging.wandb_project}"
+            raise UserError(f"{flag}: {error}; pip install 'tandem-llm[wandb]'") from error
+        folder = logging.wandb_save_dir
+        if folder is None and settings.checkpoint.save is not None:
+            folder = str(Path(settings.checkpoint.save) / "wandb")
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            self._run: Any = wandb.init(
+                project=logging.wandb_project,
+                name=logging.wandb_exp_name,
+                group=logging.wandb_exp_name,
+                entity=logging.wandb_entity,
+                dir=folder,
+                config=settings.to_dict(),
+            )
+        except wandb.Error as error:
+            raise UserError(f"--wandb-project {logging.wandb_project}: {error}") from error
+
+    def on_step(self, record: StepRecord) -> None:
+        self._run.log(scalars(record), step=record.iteration)
+
+    def close(self) -> None:
+        # The end of a run that an error ends must not look like success there.
+        self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)

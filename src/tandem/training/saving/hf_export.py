@@ -1,0 +1,82 @@
+"""Hugging Face folders of a run's checkpoints, written beside it by a process of its own while training goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.checkpoints.folders import iteration_folder
+from tandem.launch.member import JOB
+from tandem.training.logs.events import EventLog
+
+EXPORTS = "hf"  # SAVE/hf/iter_0000020
+
+
+@dataclass(frozen=True)
+class _Running:
+    iteration: int
+    process: subprocess.Popen[str]
+
+
+class HFExports:
+    """Runs `tandem export`, one at a time. An export that fails is reported, and does not end the run.
+
+    Args:
+        every: iterations that are a multiple are exported; None exports none.
+    """
+
+    def __init__(self, folder: Path, every: int | None, events: EventLog) -> None:
+        self._folder, self._every, self._events = folder, every, events
+        self._running: _Running | None = None
+
+    @property
+    def reading(self) -> int | None:
+        """The iteration that is being exported."""
+        if self._running is not None and self._running.process.poll() is not None:
+            self.wait()
+        return self._running.iteration if self._running else None
+
+    def start(self, iteration: int) -> None:
+        """Export a published iteration, if it is due, after the one before it."""
+        if not self._every or iteration % self._every:
+            return
+        self.wait()
+        target = iteration_folder(self._folder / EXPORTS, iteration)
+        shutil.rmtree(target, ignore_errors=True)  # of steps that were taken again after a resume
+        words = ["--load", str(self._folder), "--ckpt-step", str(iteration), "--save-dir", str(target), "--no-verify"]
+        # A process of its own, no rank of a supervised job.
+        environment = {name: value for name, value in os.environ.items() if name != JOB}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tandem", "export", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C is for the run, which then waits
+        )
+        self._running = _Running(iteration, process)
+
+    def wait(self) -> None:
+        """Until nothing is being exported."""
+        if self._running is None:
+            return
+        running, self._running = self._running, None
+        output, _ = running.process.communicate()
+        if running.process.returncode == 0:
+            self._events.add("exported", iteration=running.iteration)
+            return
+        reason = output.strip().splitlines()[-1] if output.strip() else f"exit code {running.process.returncode}"
+        print(f"  iteration {running.iteration} was not exported: {reason}", flush=True)
+        self._events.add("export failed", iteration=running.iteration, reason=reason)
+
+    def stop(self) -> None:
+        """Give up what is being exported; nothing of it stays under its name."""
+        if self._running is not None:
+            self._running.process.kill()
+            self._running.process.wait()
+            self._running = None

@@ -1,0 +1,1 @@
+"""What a run begins with, checked before the first step."""

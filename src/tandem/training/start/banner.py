@@ -1,0 +1,58 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from tandem.checkpoints.interface import TensorSource
+from tandem.config.parsing import departures
+from tandem.config.settings import Settings
+from tandem.models.tensors import parameter_count
+from tandem.training.start.resume import changes
+from tandem.training.start.state import TrainerState
+from tandem.training.trainer import Trainer
+
+
+def saving_notice(settings: Settings) -> list[str]:
+    """What to say when nothing is saved, or when a script asks for a format that training does not write."""
+    if settings.checkpoint.save is None:
+        return ["--save is not given: nothing will be saved"]
+    if settings.checkpoint.ckpt_format == "native":
+        return []
+    return [
+        f"--ckpt-format {settings.checkpoint.ckpt_format}: training saves native checkpoints; "
+        f"`tandem convert --ckpt-format torch` turns one into Megatron's"
+    ]
+
+
+def print_banner(
+    settings: Settings,
+    source: TensorSource,
+    trainer: Trainer,
+    state: TrainerState | None,
+    notices: list[str],
+) -> None:
+    """Say what will run: framework, model, weights, data, batch, and what a resumed run has changed."""
+    config, engine = source.config, trainer.engine
+    given = [f"{group}: {' '.join(values)}" for group, values in departures(settings).items()]
+    counts = trainer.train_data.describe()
+    batch = settings.global_batch_size
+    lines = [
+        f"{settings.training.ai_framework}: {config.model_type}, {parameter_count(config):,} parameters, "
+        f"{engine.param_dtype}, weights from {source.location}",
+        f"data {' '.join(settings.data.data_path)}: "
+        + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()),
+        f"batch {batch} x {settings.data.seq_length} tokens, "
+        f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
+        *given,
+        *engine.notices,
+        *notices,
+        *saving_notice(settings),
+    ]
+    if trainer.progress.iteration >= trainer.train_iters:
+        lines.append(
+            f"nothing is left to train: the weights stand at iteration {trainer.progress.iteration:,} of "
+            f"{trainer.train_iters:,}; a larger --train-iters goes on, --finetune begins a new run with them"
+        )
+    if state is not None:
+        lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
+        lines += changes(source, settings)
+    print("\n".join(f"> {line}" for line in lines), flush=True)

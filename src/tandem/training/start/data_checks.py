@@ -1,0 +1,220 @@
+"""Whether data fit a run, as far as their files and their record tell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.config.settings import DataSettings, Settings
+from tandem.data.indexed import IndexedDataset
+from tandem.data.kinds import PAIR_KEYS, sft_prefix, whole_of
+from tandem.data.preprocess.chunks import TOO_LONG
+from tandem.data.record import check_record, read_record, template_entry
+from tandem.data.templates.catalog import PROMPT_TYPES, THINKING_MODES, get_template, template_from_entry
+from tandem.data.templates.messages import CHAT_TEMPLATE, Template
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+_ROWS_LOOKED_AT = 8
+_RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # they look for end-of-document tokens
+
+
+def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
+    """Notices, and the template that the record names; without a record, that of the flags."""
+    data = settings.data
+    check_files(prefix, data.is_instruction_dataset)
+    notices = _notice_of_cuts(prefix, data)
+    if tokenizer is None:
+        return [*notices, f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
+    template = _named_template(prefix, data, tokenizer)
+    notice = check_record(prefix, tokenizer, template, data.seq_length)
+    if notice:
+        if not data.is_instruction_dataset:
+            return [*notices, notice], None
+        notices += _notices_of_unrecorded_rows(prefix, data)
+        if template is None:
+            notice += (
+                "; --prompt-type would tell the checkpoint, and whoever chats with it, what the model was trained on"
+            )
+        return [*notices, notice], template_entry(template) if template else None
+    found = read_record(prefix)
+    assert found is not None
+    path, record = found
+    _require_recorded_size(prefix, path, record, data)
+    template_made = record["template"] if data.is_instruction_dataset else None
+    _require_borders_between_answers(prefix, record, data, tokenizer)
+    return [*notices, *_notices_of_record(prefix, record, data)], template_made
+
+
+def _require_recorded_size(prefix: str, path: Path, record: dict[str, Any], data: DataSettings) -> None:
+    """Raise UserError when the record is that of other data, which lay here before (C3)."""
+    if len(record["files"]) > 1 and not data.is_instruction_dataset:
+        return  # of several json keys, which may have different numbers of texts, one number is recorded
+    sequences = len(IndexedDataset(sft_prefix(prefix, "input_ids") if data.is_instruction_dataset else prefix))
+    recorded = record["counts"]["sequences"]
+    if sequences != recorded:
+        raise UserError(
+            f"{path}: counts.sequences is {recorded}, but {prefix} has {sequences}: the record is that of other data; "
+            f"preprocess again, or remove it"
+        )
+
+
+def _require_borders_between_answers(
+    prefix: str, record: dict[str, Any], data: DataSettings, tokenizer: Tokenizer
+) -> None:
+    """Raise UserError where the flags that reset at each end of a message would cut answers from their prompts."""
+    resets = [name for name in ("reset_attention_mask", "reset_position_ids") if getattr(data, name)]
+    made = record["options"]
+    if not (data.is_instruction_dataset and resets and made["pack"] and not made["neat_pack"]):
+        return
+    template = template_of(prefix, tokenizer)
+    if template is not None and template.stop_word in template.answer_header:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in resets)
+        raise UserError(
+            f"{prefix}: packed without --neat-pack, and {template.stop_word} of prompt type {template.name} ends "
+            f"prompts as well as answers, so {flags} would cut answers from their prompts; leave the flags out, or "
+            f"preprocess again with --pack --neat-pack, which stores the borders"
+        )
+
+
+def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) -> list[str]:
+    """What preprocessing did that this run may not expect.
+
+    Raises:
+        UserError: they are to be kept apart, and nothing shows where they end.
+    """
+    made, counts = record["options"], record["counts"]
+    notices = []
+    resets = [name for name in _RESETS if getattr(data, name)]
+    if resets and not data.is_instruction_dataset and not made["append_eod"]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in resets)
+        notices.append(
+            f"{prefix}: made without --append-eod, so nothing shows where a document ends, unless the texts themselves "
+            f"hold the end-of-document token: {flags} find no other borders, and documents see each other"
+        )
+    if data.is_instruction_dataset and not made["pack"] and (data.reset_attention_mask or data.reset_position_ids):
+        notices.append(
+            f"{prefix}: not packed, so each conversation is a document of its own already: --reset-attention-mask and "
+            f"--reset-position-ids are without effect"
+        )
+    borders = made["neat_pack"] or (made["append_eod"] and (data.reset_attention_mask or data.reset_position_ids))
+    if made["pack"] and not borders:
+        told = f"{prefix}: packed without --neat-pack, so nothing shows where the conversations of a row end"
+        if data.neat_pack:
+            raise UserError(
+                f"{told}, and --neat-pack cannot keep them apart; preprocess again with --pack --neat-pack, or without "
+                f"--pack, which training can do itself"
+            )
+        notices.append(f"{told}: they see each other")
+    cut = counts["trimmed"] + counts["dropped"].get(TOO_LONG, 0)
+    if cut and made["seq_length"] < data.seq_length:
+        notices.append(
+            f"{prefix}: {cut:,} conversations were cut or left out when preprocessing made them fit --seq-length "
+            f"{made['seq_length']}; this run has room for {data.seq_length}"
+        )
+    return notices
+
+
+def is_packed(prefix: str) -> bool | None:
+    """Whether preprocessing packed these conversations; None where no record tells."""
+    found = read_record(prefix)
+    return bool(found[1]["options"]["pack"]) if found else None
+
+
+def check_files(prefix: str, is_instruction_dataset: bool) -> None:
+    """Raise UserError when there are no files of this kind, and say what others would do."""
+    text, chat = f"{prefix}.idx", f"{sft_prefix(prefix, 'input_ids')}.idx"
+    wanted, other = (chat, text) if is_instruction_dataset else (text, chat)
+    if (whole := whole_of(prefix)) is not None:
+        raise UserError(
+            f"{prefix}: one of several files of conversations or preferences, which belong together: {whole} names them"
+        )
+    if os.path.exists(wanted):
+        return
+    if prefix.endswith((".bin", ".idx")) and os.path.exists(prefix):
+        raise UserError(f"{prefix}: a prefix is wanted: leave {prefix[-4:]} out")
+    if os.path.exists(f"{sft_prefix(prefix, PAIR_KEYS[0])}.idx"):
+        raise UserError(f"{prefix}: these data are preferences; no training uses them")
+    if os.path.exists(other):
+        kinds = (
+            "plain text, for `tandem pretrain`" if is_instruction_dataset else "conversations, for `tandem finetune`"
+        )
+        raise UserError(f"{prefix}: these data are {kinds}")
+    if os.path.exists(prefix):
+        raise UserError(f"{prefix}: a raw file; preprocess it first: `tandem preprocess`")
+    found = read_record(prefix)
+    written = [os.path.join(os.path.dirname(prefix), name) for name in found[1]["files"].values()] if found else []
+    missing = [name for name in written if not os.path.exists(f"{name}.idx")]
+    if missing:
+        raise UserError(f"{missing[0]}.idx: no such file, though {found[0]} names it; copy all files")  # type: ignore[index]
+    raise UserError(
+        f"{wanted}: no such file, nor raw ones of the name {prefix}; give "
+        + (" or ".join(written) or "the prefix that `tandem preprocess` wrote")
+    )
+
+
+def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
+    """Conversations are stored whole unless preprocessing was told a length; what training cuts is said (D7)."""
+    if not data.is_instruction_dataset:
+        return []
+    lengths = IndexedDataset(sft_prefix(prefix, "input_ids")).lengths
+    longer = int(np.count_nonzero(lengths > data.seq_length))
+    if not longer:
+        return []
+    return [
+        f"{prefix}: {longer:,} of {len(lengths):,} conversations are longer than --seq-length {data.seq_length} (up to "
+        f"{lengths.max():,} tokens) and are cut, turn by turn; `tandem preprocess --seq-length {data.seq_length} "
+        f"--over-long drop` leaves them out"
+    ]
+
+
+def _notices_of_unrecorded_rows(prefix: str, data: DataSettings) -> list[str]:
+    """What the rows themselves show where no record says whether they are packed: such rows are equally long.
+
+    Raises:
+        UserError: packed rows would be cut, and with them whole conversations.
+    """
+    lengths = IndexedDataset(sft_prefix(prefix, "input_ids")).lengths
+    if len(lengths) < 2 or lengths.min() != lengths.max():
+        return []
+    length = int(lengths[0])
+    mask = IndexedDataset(sft_prefix(prefix, "attention_mask"))
+    if any((mask[row] != 1).any() for row in range(min(len(mask), _ROWS_LOOKED_AT))):
+        if length > data.seq_length:
+            raise UserError(
+                f"{prefix}: its rows of {length:,} tokens are packed; --seq-length {data.seq_length} would cut them: "
+                f"train with --seq-length {length}, or pack again"
+            )
+        return []
+    return [
+        f"{prefix}: all rows have {length:,} tokens and no borders: if they are packed, their conversations see each "
+        f"other" + (f", and --seq-length {data.seq_length} cuts rows, not conversations" * (length > data.seq_length))
+    ]
+
+
+def template_of(prefix: str, tokenizer: Tokenizer | None) -> Template | None:
+    """The template that made these conversations, by their record; None where that does not name one that is here."""
+    found = read_record(prefix)
+    entry = found[1]["template"] if found else None
+    if tokenizer is None or entry is None or entry["prompt_type"] not in PROMPT_TYPES:
+        return None
+    if entry["prompt_type"] == CHAT_TEMPLATE and tokenizer.chat_template is None:
+        return None
+    template = template_from_entry(entry, tokenizer)
+    return template if template and template.sha256 == entry["sha256"] else None
+
+
+def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:
+    """The template that the flags name, if any; what they leave open, type or thinking mode, is the record's."""
+    if data.prompt_type is None and data.enable_thinking is None:
+        return None
+    found = read_record(prefix)
+    recorded = (found[1]["template"] if found else None) or {"prompt_type": None, "enable_thinking": None}
+    prompt_type = data.prompt_type or recorded["prompt_type"]
+    if prompt_type is None:
+        return None
+    mode = recorded["enable_thinking"] if data.enable_thinking is None else THINKING_MODES[data.enable_thinking]
+    return get_template(prompt_type, mode, tokenizer)

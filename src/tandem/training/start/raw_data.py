@@ -1,0 +1,123 @@
+"""Raw files in `--data-path` and `--valid-data-path`: what training needs is made of them first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tandem.checkpoints.detect import open_source
+from tandem.config.settings import Settings
+from tandem.data.preprocess.cache import Wait, is_raw, preprocess_once, template_of_raw, wait_for
+from tandem.data.preprocess.options import PreprocessOptions, parse_map_keys
+from tandem.data.preprocess.run import kind_of, try_first_rows
+from tandem.data.templates.catalog import THINKING_MODES
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.training.start.data import all_prefixes, open_tokenizer, split_name
+from tandem.training.start.data_checks import check_files
+
+
+def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait_for) -> Settings:
+    """Raw files as the prefixes of what they become, preprocessed now unless they were before.
+
+    Args:
+        leader: whether this process may do it; the first of each machine, while the others `wait` for its record.
+
+    Raises:
+        UserError: as preprocessing.
+    """
+    data = settings.data
+    options = raw_options(settings)
+    if not options:
+        return settings
+
+    def ready(path: str) -> str:
+        return preprocess_once(options[path], data.data_cache_path, leader, wait) if path in options else path
+
+    paths = tuple(map(ready, data.data_path))
+    valid = tuple(
+        ready(path) if name is None else f"{name}={ready(path)}" for name, path in map(split_name, data.valid_data_path)
+    )
+    return dataclasses.replace(settings, data=dataclasses.replace(data, data_path=paths, valid_data_path=valid))
+
+
+def check_ready(settings: Settings) -> None:
+    """Raise UserError when data that are not raw are not there either."""
+    for prefix in all_prefixes(settings):
+        if not is_raw(prefix):
+            check_files(prefix, settings.data.is_instruction_dataset)
+
+
+def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
+    """What becomes of the first rows of each raw path; nothing is written.
+
+    Raises:
+        UserError: as preprocessing.
+    """
+    lines = []
+    for path, options in raw.items():
+        counts = try_first_rows(options)
+        lines.append(
+            f"{path} is raw and is preprocessed before training; of its first {counts['documents']:,} documents "
+            f"{counts['kept']:,} are kept, {counts['tokens']:,} tokens"
+        )
+    return lines
+
+
+def raw_templates(raw: Mapping[str, PreprocessOptions]) -> dict[str, dict[str, Any] | None]:
+    """The template of which each raw path is made, as its record will name it."""
+    return {path: template_of_raw(options, Tokenizer(options.tokenizer_name_or_path)) for path, options in raw.items()}
+
+
+def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
+    """How each raw path is to be preprocessed; where to is not said.
+
+    Raises:
+        UserError: settings do not say how.
+    """
+    data = settings.data
+    raw = [path for path in all_prefixes(settings) if is_raw(path)]
+    if not raw:
+        return {}
+    if len(data.json_keys) != 1:
+        raise UserError(f"--json-keys {' '.join(data.json_keys)}: training on raw files reads one field")
+    options = PreprocessOptions(
+        input=(raw[0],),
+        output_prefix="",
+        tokenizer_name_or_path=_tokenizer_folder(settings),
+        handler_name=data.handler_name,
+        json_keys=data.json_keys,
+        map_keys=parse_map_keys(data.map_keys),
+        prompt_type=data.prompt_type,
+        enable_thinking=THINKING_MODES[data.enable_thinking or "none"],
+        append_eod=data.append_eod,
+        workers=data.workers,
+    )
+    found = {path: dataclasses.replace(options, input=(path,)) for path in raw}
+    for path, its_options in found.items():
+        _require_kind(path, kind_of(its_options), data.is_instruction_dataset)
+    return found
+
+
+def _require_kind(path: str, kind: str, is_instruction_dataset: bool) -> None:
+    """Raise UserError where a run cannot train on what the first record of a raw file is."""
+    if kind == ("conversations" if is_instruction_dataset else "plain text"):
+        return
+    ways = {
+        "conversations": "`tandem finetune` takes them; with --handler-name AlpacaPretrainHandler or "
+        "SharegptPretrainHandler they are plain text",
+        "plain text": "`tandem pretrain` takes it; --handler-name and --map-keys say how records are conversations",
+        "preferences": "no training uses them",
+    }
+    raise UserError(f"{path}: by the first record these are {kind}: {ways[kind]}")
+
+
+def _tokenizer_folder(settings: Settings) -> str:
+    if settings.data.tokenizer_name_or_path:
+        return settings.data.tokenizer_name_or_path
+    source = open_source(settings.checkpoint.load, settings.checkpoint.ckpt_step) if settings.checkpoint.load else None
+    tokenizer = open_tokenizer(settings, source) if source else None
+    if tokenizer is None:
+        raise UserError("raw files as training data need --tokenizer-name-or-path, the folder of the tokenizer")
+    return str(tokenizer.folder)

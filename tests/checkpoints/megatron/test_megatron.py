@@ -1,0 +1,539 @@
+"""Megatron `torch` checkpoints: equal to real ones, invertible at every layout, and refused when anything is amiss."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import tracemalloc
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tandem.checkpoints.copy import copy
+from tandem.checkpoints.folders import find_iteration
+from tandem.checkpoints.formats.torch_reader import load
+from tandem.checkpoints.hf.source import HFSource
+from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.megatron.names import FILE
+from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
+from tandem.checkpoints.megatron.source import MegatronSource, is_megatron
+from tandem.checkpoints.random_init import RandomSource
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig, RotaryScaling
+from tandem.models.hf_config import to_hf
+from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
+from tandem.parallel.layout import Layout
+from toys import toy_config
+
+torch = pytest.importorskip("torch")
+
+TIED, UNTIED = False, True
+GOLDEN = [
+    ("v4_tp1pp1", "hf_v4", Layout()),
+    ("v4_tp2pp2", "hf_v4", Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    ("v4tied_tp1pp1", "hf_v4_tied", Layout()),
+    ("v4tied_tp1pp2", "hf_v4_tied", Layout(pipeline_model_parallel_size=2)),
+]
+
+
+def divisible_config(untie: bool = UNTIED, **changes: object) -> ModelConfig:
+    """A toy that divides by four tensor ranks and by two stages of two chunks."""
+    sizes = {"num_layers": 8, "num_attention_heads": 8, "num_query_groups": 4, "vocab_size": 212}
+    return toy_config(**{**sizes, "untie_embeddings_and_output_weights": untie, **changes})
+
+
+def layout(tp: int = 1, pp: int = 1, vpp: int | None = None, **changes: Any) -> Layout:
+    return Layout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=vpp,
+        **changes,
+    )
+
+
+def write(folder: Path, config: ModelConfig, target: Layout, **options: Any) -> TensorSource:
+    """A checkpoint of random weights; returns what it was copied from."""
+    source = RandomSource(config, seed=1, dtype=options.pop("dtype", "bfloat16"))
+    copy(source, MegatronSink(folder, config, target, options.pop("stored", "bfloat16"), **options))
+    return source
+
+
+def assert_equal(found: TensorSource, expected: TensorSource) -> None:
+    for name in tensor_table(expected.config):
+        tensor, other = found.read(name), expected.read(name)
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
+        assert tensor.tobytes() == other.tobytes(), name
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    """Change a file as a program with torch would."""
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+# --- against real checkpoints
+
+
+@pytest.mark.parametrize(("name", "hf", "expected"), GOLDEN)
+def test_real_megatron_checkpoints_equal_their_hf_models(
+    shared_data: Path, name: str, hf: str, expected: Layout
+) -> None:
+    """B2, B3: tied and untied, over TP and PP; the config comes from the trainer's args."""
+    reference = HFSource(shared_data / "golden/mcore" / hf)
+    source = MegatronSource(shared_data / "golden/mcore" / name)
+    assert source.layout == expected
+    assert source.kinds() == ("model",)
+    assert source.trainer_state == ("num_floating_point_operations_so_far", "rerun_state_machine")
+    # a trainer sets max_position_embeddings to its own sequence length
+    assert dataclasses.replace(source.config, max_position_embeddings=40960) == reference.config
+    assert_equal(source, reference)
+    assert_equal(MegatronSource(shared_data / "golden/mcore" / name, config=reference.config), reference)
+
+
+@pytest.mark.parametrize(("name", "hf", "target"), GOLDEN)
+def test_files_equal_real_megatron_files_key_by_key(
+    shared_data: Path, tmp_path: Path, name: str, hf: str, target: Layout
+) -> None:
+    """B3: what Megatron 0.12.1's own save_checkpoint wrote, key by key, apart from empty `_extra_state`."""
+    reference = HFSource(shared_data / "golden/mcore" / hf)
+    copy(reference, MegatronSink(tmp_path, reference.config, target, "float32", companions=reference.companions))
+    real_folder = find_iteration(shared_data / "golden/mcore" / name)
+    real_files = sorted(real_folder.glob(f"*/{FILE}"))
+    assert sorted(find_iteration(tmp_path).glob(f"*/{FILE}")) == [
+        find_iteration(tmp_path) / path.relative_to(real_folder) for path in real_files
+    ]
+    for path in real_files:
+        real = load(path)
+        ours = torch.load(find_iteration(tmp_path) / path.relative_to(real_folder), weights_only=False)
+        expected = {key: value for key, value in real["model"].items() if not key.endswith("_extra_state")}
+        assert set(ours["model"]) == set(expected)
+        for key, value in expected.items():
+            assert np.array_equal(ours["model"][key].numpy(), value.read(key)), key
+        assert (ours["checkpoint_version"], ours["iteration"]) == (3.0, real["iteration"])
+        stated = {key: value for key, value in vars(ours["args"]).items() if hasattr(real["args"], key)}
+        differing = {key for key, value in stated.items() if getattr(real["args"], key) != value}
+        # NullTokenizer's size, and the sequence length trained on
+        assert differing <= {"vocab_size", "max_position_embeddings"}
+
+
+# --- every layout
+
+
+LAYOUTS = [
+    *(layout(tp, pp) for tp in (1, 2, 4) for pp in (1, 2)),
+    layout(pp=4),
+    layout(pp=2, vpp=2),
+    layout(tp=2, pp=2, vpp=1),
+    layout(pp=2, num_layer_list=(3, 5)),
+    layout(tp=2, pp=2, noop_layers=(0, 9)),
+    layout(pp=2, noop_layers=(8, 9)),
+    layout(pp=2, vpp=3, noop_layers=(0, 4, 10, 11)),
+]
+
+
+@pytest.mark.parametrize("untie", [TIED, UNTIED])
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_round_trip_is_bit_identical(tmp_path: Path, target: Layout, untie: bool) -> None:
+    """B3, B7: any layout, read back without being told which, and written at another."""
+    config = divisible_config(untie)
+    source = write(tmp_path / "a", config, target)
+    found = MegatronSource(tmp_path / "a")
+    assert (found.layout, found.config) == (target, config)
+    assert_equal(found, source)
+    copy(found, MegatronSink(tmp_path / "b", config, layout(tp=2, pp=2, vpp=2), "bfloat16"))
+    assert_equal(MegatronSource(tmp_path / "b"), source)
+
+
+@pytest.mark.parametrize("scaling", [None, RotaryScaling("linear", 4.0), RotaryScaling("llama3", 8.0)])
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+def test_args_alone_tell_the_model(tmp_path: Path, model_type: str, scaling: RotaryScaling | None) -> None:
+    """B6: without hf/config.json the model is read from args."""
+    config = divisible_config(model_type=model_type, rotary_scaling=scaling, rotary_base=5e5)
+    source = write(tmp_path, config, layout(tp=2, pp=2, noop_layers=(3, 7)))
+    shutil.rmtree(find_iteration(tmp_path) / "hf")
+    found = MegatronSource(tmp_path)
+    assert found.config == config
+    assert_equal(found, source)
+
+
+def test_args_under_their_newer_names(tmp_path: Path) -> None:
+    """Megatron-LM calls `norm_epsilon` `layernorm_epsilon` since 0.16."""
+    config = divisible_config()
+    write(tmp_path, config, layout())
+    path = find_iteration(tmp_path) / "mp_rank_00" / FILE
+    edit(
+        path, lambda content: vars(content["args"]).update(layernorm_epsilon=vars(content["args"]).pop("norm_epsilon"))
+    )
+    hf = find_iteration(tmp_path) / "hf"
+    hf.rename(tmp_path / "hf")
+    assert MegatronSource(tmp_path).config == config
+    (tmp_path / "hf").rename(hf)
+    edit(path, lambda content: vars(content["args"]).update(layernorm_epsilon=1e-5))
+    with pytest.raises(UserError, match="args say norm_epsilon = 1e-05, the model's config says 1e-06"):
+        MegatronSource(tmp_path)
+    edit(path, lambda content: vars(content["args"]).update(layernorm_zero_centered_gamma=True))
+    hf.rename(tmp_path / "hf")
+    with pytest.raises(UserError, match="args say layernorm_zero_centered_gamma = True; supported: False"):
+        MegatronSource(tmp_path)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_loads_every_rank(tmp_path: Path, weights_only: bool, mmap: bool) -> None:
+    config = divisible_config(num_layers=4)
+    source = write(tmp_path, config, layout(tp=2, pp=2, vpp=1), iteration=12)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "12"
+    folder = tmp_path / "iter_0000012"
+    assert sorted(path.parent.name for path in folder.glob(f"*/{FILE}")) == [
+        f"mp_rank_{tp}_{pp}" for tp in ("00", "01") for pp in ("000", "001")
+    ]
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(folder / "mp_rank_01_000" / FILE, weights_only=weights_only, mmap=mmap)
+    assert list(content) == ["args", "checkpoint_version", "iteration", "model0", "model1"]
+    args = content["args"]
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
+    assert (args.virtual_pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage) == (2, 1)
+    assert (args.num_query_groups, args.num_key_value_heads, args.group_query_attention) == (4, 4, True)
+    assert args.params_dtype == "torch.bfloat16"
+    # local layer 0 of chunk 1 on stage 0 is global layer 2; gate and up are cut apart
+    gate, up = torch.from_numpy(source.read("decoder.layers.2.mlp.linear_fc1.weight").view(np.int16)).chunk(2)
+    expected = torch.cat([gate.chunk(2)[1], up.chunk(2)[1]])
+    found = content["model1"]["decoder.layers.0.mlp.linear_fc1.weight"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.view(torch.int16), expected)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_dtype_of_the_file(tmp_path: Path, stored: str) -> None:
+    source = write(tmp_path, divisible_config(), layout(), dtype="float32", stored=stored)
+    found = MegatronSource(tmp_path)
+    assert found.dtype(EMBEDDING).name == stored
+    assert np.array_equal(found.read(EMBEDDING), source.read(EMBEDDING).astype(found.dtype(EMBEDDING)))
+
+
+def test_companions_travel_with_the_weights(tmp_path: Path) -> None:
+    """J2: a checkpoint can be exported without anything else."""
+    config = divisible_config()
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    hf = {**to_hf(config), "eos_token_id": 17}
+    write(tmp_path / "c", config, layout(tp=2), companions=Companions(hf, [tokenizer]))
+    found = MegatronSource(tmp_path / "c").companions
+    assert found.hf_config is not None
+    assert found.hf_config["eos_token_id"] == 17
+    assert [path.read_text() for path in found.files if path.name == "tokenizer.json"] == ["{}"]
+
+
+# --- vocabulary
+
+
+@pytest.mark.parametrize(("size", "tp", "expected"), [(151936, 2, 152064), (151936, 1, 151936), (1009, 4, 1024)])
+def test_padded_size_is_megatrons(size: int, tp: int, expected: int) -> None:
+    assert pad_vocab_size(size, 128, tp) == expected
+
+
+@pytest.mark.parametrize("untie", [TIED, UNTIED])
+@pytest.mark.parametrize("with_hf", [False, True])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_vocabulary_is_padded_and_the_padding_removed(tmp_path: Path, tp: int, with_hf: bool, untie: bool) -> None:
+    """B5: a prime vocabulary comes back with its own rows."""
+    config = divisible_config(untie, vocab_size=211)
+    rows = pad_vocab_size(211, 32, tp)
+    source = write(tmp_path, config, layout(tp=tp, pp=2), padded_vocab_size=rows)
+    last = torch.load(find_iteration(tmp_path) / f"mp_rank_{tp - 1:02d}_001" / FILE, weights_only=False)
+    assert last["model"][OUTPUT].shape[0] == rows // tp
+    assert not last["model"][OUTPUT][211 - rows :].any()
+    assert (last["args"].vocab_size, last["args"].padded_vocab_size) == (211, rows)
+    if not with_hf:
+        shutil.rmtree(find_iteration(tmp_path) / "hf")
+    found = MegatronSource(tmp_path)
+    assert found.config.vocab_size == 211
+    assert_equal(found, source)
+
+
+def test_padding_may_cover_whole_ranks(tmp_path: Path) -> None:
+    source = write(tmp_path, divisible_config(), layout(tp=4), padded_vocab_size=1024)
+    assert_equal(MegatronSource(tmp_path), source)
+
+
+def test_a_vocabulary_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    """B5: upstream writes ranks of unequal size, which no trainer loads."""
+    config = divisible_config(vocab_size=211)
+    with pytest.raises(UserError, match=r"vocabulary of 211 does not divide over tensor_model_parallel_size 2.*Pad it"):
+        MegatronSink(tmp_path, config, layout(tp=2), "float32")
+    with pytest.raises(UserError, match="padded_vocab_size 100 is smaller"):
+        MegatronSink(tmp_path, config, layout(), "float32", padded_vocab_size=100)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    config = divisible_config()
+    write(tmp_path, config, layout(tp=2))
+    with pytest.raises(UserError, match=f"{EMBEDDING} has 212 rows; the config implies 999"):
+        MegatronSource(tmp_path, config=dataclasses.replace(config, vocab_size=999))
+
+
+# --- files of other writers
+
+
+def as_mindspeed(folder: Path, config: ModelConfig) -> None:
+    """Rewrite a checkpoint as MindSpeed-LLM's converter v2 does: protocol 4, defaultdict, Hugging Face's names."""
+    hf = {key: value for key, value in to_hf(config).items() if isinstance(value, bool | int | float | str)}
+    for path in find_iteration(folder).glob(f"*/{FILE}"):
+        content = torch.load(path, weights_only=False)
+        args = content["args"]
+        kept = ("num_layers", "kv_channels", "ffn_hidden_size", "norm_epsilon", "untie_embeddings_and_output_weights")
+        kept += ("qk_layernorm", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        content["args"] = argparse.Namespace(
+            **hf, **{key: getattr(args, key) for key in kept}, group_query_attention=False, seq_length=4096
+        )
+        model: dict[str, Any] = defaultdict(dict)
+        model.update(content["model"])
+        content["model"] = model
+        torch.save(content, path, pickle_protocol=4)
+    shutil.rmtree(find_iteration(folder) / "hf")
+
+
+def test_mindspeed_converter_files(tmp_path: Path) -> None:
+    config = divisible_config()
+    source = write(tmp_path, config, layout(tp=2, pp=2))
+    as_mindspeed(tmp_path, config)
+    found = MegatronSource(tmp_path)
+    assert found.config == config
+    assert_equal(found, source)
+
+
+def test_noop_layers_that_the_converter_did_not_record_must_be_given(tmp_path: Path) -> None:
+    config = divisible_config(num_layers=6)
+    source = write(tmp_path, config, layout(pp=2, noop_layers=(0, 7)))
+    as_mindspeed(tmp_path, config)
+    with pytest.raises(UserError, match=r"holds 6 decoder layers \(by stage: \[3, 3\]\).* implies 8.*give noop_layers"):
+        MegatronSource(tmp_path)
+    with pytest.raises(UserError, match=r"num_layers = 8, the model's config says 6; .*give noop_layers"):
+        MegatronSource(tmp_path, config=config)
+    with pytest.raises(UserError, match=r"missing: .*decoder\.layers\.0\."):
+        MegatronSource(tmp_path, noop_layers=(1, 7))
+    assert_equal(MegatronSource(tmp_path, noop_layers=(0, 7)), source)
+
+
+def test_transformer_engine_names(tmp_path: Path) -> None:
+    source = write(tmp_path, divisible_config(), layout(tp=2))
+
+    def fuse(content: dict) -> None:
+        model = content["model"]
+        for key in list(model):
+            for norm, fused in (
+                ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+                ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+            ):
+                if key.endswith(norm):
+                    model[key.replace(norm, fused)] = model.pop(key)
+        model["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
+
+    for path in find_iteration(tmp_path).glob(f"*/{FILE}"):
+        edit(path, fuse)
+    assert_equal(MegatronSource(tmp_path), source)
+
+
+def test_release_tracker_and_expert_suffix(tmp_path: Path) -> None:
+    source = write(tmp_path, divisible_config(), layout(tp=2, pp=2))
+    find_iteration(tmp_path).rename(tmp_path / "release")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    for path in list((tmp_path / "release").glob("mp_rank_*")):
+        path.rename(f"{path}_000")
+    assert is_megatron(tmp_path)
+    assert_equal(MegatronSource(tmp_path), source)
+    (tmp_path / "release" / "mp_rank_00_000_000").rename(tmp_path / "release" / "mp_rank_00_000_001")
+    with pytest.raises(UserError, match="mp_rank_00_000_001: not a rank of a dense model"):
+        MegatronSource(tmp_path)
+
+
+def test_iterations_are_chosen(tmp_path: Path) -> None:
+    config = divisible_config(num_layers=2)
+    write(tmp_path, config, layout(), iteration=3)
+    write(tmp_path, config, layout(tp=2), iteration=5)
+    assert MegatronSource(tmp_path).layout.tensor_model_parallel_size == 2
+    assert MegatronSource(tmp_path, 3).layout.tensor_model_parallel_size == 1
+    with pytest.raises(UserError, match="iter_0000004 does not exist"):
+        MegatronSource(tmp_path, 4)
+
+
+# --- what is amiss is named
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The iteration folder of a tied model at TP2 PP2; its parent is the checkpoint."""
+    write(tmp_path, divisible_config(TIED, num_layers=4), layout(tp=2, pp=2))
+    return find_iteration(tmp_path)
+
+
+Change = Callable[[dict], Any]
+QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
+NORM = "decoder.layers.1.input_layernorm.weight"
+DAMAGE: dict[str, tuple[Change, str]] = {
+    "missing tensor": (
+        lambda content: content["model"].pop(QKV),
+        rf"missing: mp_rank_01_001/model/{QKV}$",
+    ),
+    "left over tensor": (
+        lambda content: content["model"].update({"decoder.layers.1.mlp.router.weight": torch.ones(2)}),
+        r"left over: mp_rank_01_001/model/decoder\.layers\.1\.mlp\.router\.weight$",
+    ),
+    "missing layer": (
+        lambda content: [content["model"].pop(key) for key in list(content["model"]) if ".layers.1." in key],
+        rf"missing: .*mp_rank_01_001/model/{QKV}",
+    ),
+    "tied head absent": (
+        lambda content: content["model"].pop(OUTPUT),
+        rf"missing: mp_rank_01_001/model/{OUTPUT}$",
+    ),
+    "wrong shape": (
+        lambda content: content["model"].update({QKV: torch.ones(3, 4)}),
+        rf"mp_rank_01_001/{FILE}: tensor {QKV} has shape \[3, 4\]; the config implies \[128, 48\]",
+    ),
+    "other dtype": (
+        lambda content: content["model"].update({QKV: content["model"][QKV].float()}),
+        rf"mp_rank_01_001/{FILE}: {QKV} is float32; on other ranks it is not",
+    ),
+    "not a tensor": (
+        lambda content: content["model"].update({QKV: [1.0]}),
+        rf"mp_rank_01_001/{FILE}: {QKV} is a list; expected a tensor",
+    ),
+    "old version": (
+        lambda content: content.update(checkpoint_version=2.0),
+        rf"mp_rank_01_001/{FILE}: checkpoint_version is 2.0; only 3.0 is read",
+    ),
+    "no model": (
+        lambda content: content.pop("model"),
+        rf"mp_rank_01_001/{FILE}: expected model, or model0, model1 and so on; found neither",
+    ),
+    "other chunks": (
+        lambda content: content.update(model0=content.pop("model"), model1={}),
+        "has 2 model chunks; .* has 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_rank_is_refused_when_opened(checkpoint: Path, damage: str) -> None:
+    """B10: nothing is trained from a partial checkpoint."""
+    change, message = DAMAGE[damage]
+    edit(checkpoint / "mp_rank_01_001" / FILE, change)
+    with pytest.raises(UserError, match=message):
+        MegatronSource(checkpoint.parent)
+
+
+def test_copies_must_be_equal(checkpoint: Path) -> None:
+    """B2: replicated tensors and the tied head."""
+    path = checkpoint / "mp_rank_01_001" / FILE
+    edit(path, lambda content: content["model"][NORM].add_(1))
+    edit(path, lambda content: content["model"][OUTPUT].add_(1))
+    source = MegatronSource(checkpoint.parent)
+    with pytest.raises(UserError, match=rf"mp_rank_01_001/{FILE}: {NORM} differs from {NORM} in .*mp_rank_00_001"):
+        source.read("decoder.layers.3.input_layernorm.weight")
+    with pytest.raises(UserError, match=rf"mp_rank_01_001/{FILE}: {OUTPUT} differs from {EMBEDDING} in .*mp_rank_01_0"):
+        source.read(EMBEDDING)
+
+
+@pytest.mark.parametrize("rank", ["mp_rank_00_000", "mp_rank_01_000", "mp_rank_01_001"])
+def test_a_missing_rank_is_named(checkpoint: Path, rank: str) -> None:
+    shutil.rmtree(checkpoint / rank)
+    with pytest.raises(UserError, match=f"rank folders are missing: {rank}; expected 2 tensor ranks x 2 pipeline"):
+        MegatronSource(checkpoint.parent)
+
+
+def test_a_missing_last_stage_is_known_from_args(checkpoint: Path) -> None:
+    for path in checkpoint.glob("mp_rank_*_001"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="rank folders are missing: mp_rank_00_001, mp_rank_01_001"):
+        MegatronSource(checkpoint.parent)
+
+
+def test_a_truncated_file_is_named(checkpoint: Path) -> None:
+    path = checkpoint / "mp_rank_01_000" / FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"mp_rank_01_000/{FILE}: truncated or damaged"):
+        MegatronSource(checkpoint.parent)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rotary_base", 12345), ("norm_epsilon", 1e-5), ("hidden_size", 64), ("num_query_groups", 2)]
+)
+def test_args_that_contradict_the_config_are_refused(checkpoint: Path, field: str, value: float) -> None:
+    """B6: both values are printed."""
+    edit(checkpoint / "mp_rank_00_000" / FILE, lambda content: setattr(content["args"], field, value))
+    with pytest.raises(UserError, match=f"args say {field} = {value}, the model's config says "):
+        MegatronSource(checkpoint.parent)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rotary_percent", 0.5), ("swiglu", False), ("rope_scaling_type", "yarn")]
+)
+def test_args_that_change_the_mathematics_are_refused(checkpoint: Path, field: str, value: object) -> None:
+    shutil.rmtree(checkpoint / "hf")
+    edit(checkpoint / "mp_rank_00_000" / FILE, lambda content: setattr(content["args"], field, value))
+    with pytest.raises(UserError, match=f"args say {field} = {value!r}; "):
+        MegatronSource(checkpoint.parent)
+
+
+def test_the_smallest_checkpoint_needs_a_config(checkpoint: Path) -> None:
+    """What Megatron itself needs: version, iteration, model."""
+    config = MegatronSource(checkpoint.parent).config
+    shutil.rmtree(checkpoint / "hf")
+    for path in checkpoint.glob(f"*/{FILE}"):
+        edit(path, lambda content: content.pop("args"))
+    with pytest.raises(UserError, match="holds no args: the model is unknown"):
+        MegatronSource(checkpoint.parent)
+    assert_equal(MegatronSource(checkpoint.parent, config=config), RandomSource(config, seed=1, dtype="bfloat16"))
+
+
+def test_uneven_stages_need_no_args(tmp_path: Path) -> None:
+    config = divisible_config()
+    source = write(tmp_path, config, layout(pp=3, num_layer_list=(1, 5, 2)))
+    for path in find_iteration(tmp_path).glob(f"*/{FILE}"):
+        edit(path, lambda content: content.pop("args"))
+    assert_equal(MegatronSource(tmp_path, config=config), source)
+
+
+# --- whole or not at all
+
+
+def test_nothing_appears_before_close_or_after_abort(tmp_path: Path) -> None:
+    config = divisible_config()
+    sink = MegatronSink(tmp_path, config, layout(tp=2), "float32")
+    sink.write(EMBEDDING, np.zeros((212, 48), np.float32))
+    assert not find_iteration(tmp_path, 1).exists()
+    with pytest.raises(UserError, match=r"not every tensor was written\. Missing: decoder"):
+        sink.close()
+    sink.abort()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
+    sink = MegatronSink(tmp_path, divisible_config(), layout(tp=2), "float32")
+    with pytest.raises(UserError, match=r"word_embeddings.weight has shape \[1, 2\]"):
+        sink.write(EMBEDDING, np.zeros((1, 2), np.float32))
+    sink.abort()
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    """B9: re-sharding holds one tensor and the slices of one rank, not the model."""
+    config = divisible_config(vocab_size=4096, hidden_size=256, num_layers=8, ffn_hidden_size=1024)
+    largest = 4096 * 256 * 4
+    source = write(tmp_path / "a", config, layout(tp=2, pp=2), dtype="float32", stored="float32")
+    total = sum(source.read(name).nbytes for name in tensor_table(config))
+    assert total > 8 * largest
+    tracemalloc.start()
+    try:
+        copy(MegatronSource(tmp_path / "a"), MegatronSink(tmp_path / "b", config, layout(tp=4), "float32"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * largest

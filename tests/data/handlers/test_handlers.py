@@ -1,0 +1,253 @@
+"""Handlers: which fields mean what, and errors that name field, expected and found (C5)."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from typing import Any
+
+import pytest
+
+from tandem.data.handlers.conversations import (
+    AlpacaStyleInstructionHandler,
+    OpenAIInstructionHandler,
+    SharegptStyleInstructionHandler,
+)
+from tandem.data.handlers.preferences import AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler
+from tandem.data.handlers.registry import detect_handler, make_handler
+from tandem.data.handlers.text import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
+from tandem.data.templates.messages import Message, ToolCall
+from tandem.errors import UserError
+
+ALPACA = {"instruction": "I", "input": "", "output": "O"}
+
+
+def test_alpaca() -> None:
+    handler = AlpacaStyleInstructionHandler()
+    assert handler.messages(ALPACA) == [Message("user", "I"), Message("assistant", "O")]
+    assert handler.messages({**ALPACA, "input": "x"})[0].content == "I\nx"
+    assert handler.messages({**ALPACA, "input": None})[0].content == "I"
+    assert handler.messages({"instruction": "", "output": ""}) == [Message("user", ""), Message("assistant", "")]
+    ignored = {**ALPACA, "system": "S", "history": [["a", "b"]]}
+    assert len(handler.messages(ignored)) == 2  # as upstream: only when mapped
+
+
+def test_alpaca_map_keys() -> None:
+    handler = AlpacaStyleInstructionHandler(
+        {"prompt": "q", "query": "", "response": "a", "system": "s", "history": "past"}
+    )
+    record = {"q": "Q", "a": "A", "input": "not read", "s": "S", "past": [["1", "2"], ["3", "4"]]}
+    assert [(m.role, m.content) for m in handler.messages(record)] == [
+        ("system", "S"),
+        ("user", "1"),
+        ("assistant", "2"),
+        ("user", "3"),
+        ("assistant", "4"),
+        ("user", "Q"),
+        ("assistant", "A"),
+    ]
+    assert handler.messages({**record, "past": None, "s": None})[0] == Message("user", "Q")
+
+
+def test_openai() -> None:
+    record = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "U"},
+            {"role": "assistant", "content": "A", "reasoning_content": "hm"},
+        ]
+    }
+    expected = [Message("system", "S"), Message("user", "U"), Message("assistant", "A", "hm")]
+    assert OpenAIInstructionHandler().messages(record) == expected
+    assert OpenAIInstructionHandler({"messages": "chat"}).messages({"chat": record["messages"]}) == expected
+
+
+CALL = {"name": "add", "arguments": {"a": 1, "b": "é"}}
+TOOL = {"type": "function", "function": {"name": "add"}}
+
+
+def test_openai_tools() -> None:
+    record = {
+        "tools": [TOOL],
+        "messages": [
+            {"role": "user", "content": "1+2?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "3", "reasoning_content": "so"},
+        ],
+    }
+    handler = OpenAIInstructionHandler()
+    assert handler.messages(record) == [
+        Message("user", "1+2?"),
+        Message("assistant", "", None, (ToolCall("add", '{"a": 1, "b": "é"}'),)),
+        Message("tool", "3"),
+        Message("assistant", "3", "so"),
+    ]
+    assert handler.tools(record) == ('{"type": "function", "function": {"name": "add"}}',)
+    assert handler.tools({**record, "tools": None}) == handler.tools({"messages": []}) == ()
+    with pytest.raises(UserError, match="field 'tools': expected a list of tools"):
+        handler.tools({"tools": {"a": 1}})
+    with pytest.raises(UserError, match="field 'tools': Object of type date is not JSON"):
+        handler.tools({"tools": [{"a": date(2026, 1, 2)}]})
+
+
+def test_sharegpt() -> None:
+    turns = [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "1+2?"},
+        {"from": "function_call", "value": "<think>\nhm\n</think>\n\n" + json.dumps([CALL])},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "3"},
+    ]
+    record = {"conversations": turns, "tools": json.dumps([TOOL]), "prompt": "from the field"}
+    messages = [
+        Message("system", "S"),
+        Message("user", "1+2?"),
+        Message("assistant", "", "hm", (ToolCall("add", '{"a": 1, "b": "é"}'),)),
+        Message("tool", "3"),
+        Message("assistant", "3"),
+    ]
+    handler = SharegptStyleInstructionHandler({"tools": "tools", "system": "prompt"})
+    assert handler.messages(record) == messages
+    assert handler.messages({**record, "conversations": turns[1:]})[0] == Message("system", "from the field")
+    assert handler.tools(record) == (json.dumps(TOOL),)
+    assert SharegptStyleInstructionHandler().tools(record) == ()  # as upstream: only when mapped
+    with pytest.raises(UserError, match="'conversations', turn 1: not valid JSON"):
+        handler.messages({**record, "conversations": [{"from": "function_call", "value": "add"}]})
+
+
+def test_sharegpt_tags() -> None:
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    handler = SharegptStyleInstructionHandler({"messages": "chat", "tags": tags})
+    chat = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    assert handler.messages({"chat": chat}) == [Message("user", "U"), Message("assistant", "A")]
+    with pytest.raises(UserError, match=r"turn 1: role is 'human', expected one of"):
+        handler.messages({"chat": [{"role": "human", "content": "U"}]})
+    with pytest.raises(UserError, match=r"no tag 'usr_tag'.*did you mean 'user_tag'"):
+        SharegptStyleInstructionHandler({"tags": {"usr_tag": "x"}})
+    for bad, reason in (
+        ("x", "expected an object with from and value"),
+        ({"from": "gpt", "value": 1}, "value: expected"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            SharegptStyleInstructionHandler().messages({"conversations": [bad]})
+
+
+PREFERENCE = {"instruction": "I", "input": "x", "chosen": "good", "rejected": "bad"}
+
+
+def test_pairwise_alpaca() -> None:
+    handler = AlpacaStylePairwiseHandler()
+    user = Message("user", "I\nx")
+    expected = ([user, Message("assistant", "good")], [user, Message("assistant", "bad")])
+    assert handler.pair(PREFERENCE) == expected
+    lists = {**PREFERENCE, "chosen": ["good", "bad"], "rejected": ["good", "bad"]}
+    assert handler.pair(lists) == expected  # upstream takes the first of one and the second of the other
+    renamed = AlpacaStylePairwiseHandler({"prompt": "q", "query": "", "system": "s", "chosen": "c", "rejected": "r"})
+    chosen, rejected = renamed.pair({"q": "Q", "s": "S", "c": "1", "r": "2"})
+    assert [m.content for m in chosen + rejected] == ["S", "Q", "1", "S", "Q", "2"]
+    for bad, reason in (("rejected", "field 'rejected'.*is missing"), ("chosen", "field 'chosen'.*is missing")):
+        with pytest.raises(UserError, match=reason):
+            handler.pair({name: value for name, value in PREFERENCE.items() if name != bad})
+    with pytest.raises(UserError, match=r"or a list with one at place 1, found list \['bad'\]"):
+        handler.pair({**PREFERENCE, "rejected": ["bad"]})
+
+
+def test_pairwise_sharegpt() -> None:
+    turn = {"from": "human", "value": "U"}
+    record = {
+        "conversations": [turn],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    }
+    handler = SharegptStylePairwiseHandler()
+    user = Message("user", "U")
+    expected = ([user, Message("assistant", "good")], [user, Message("assistant", "bad")])
+    assert handler.pair(record) == expected
+    with pytest.raises(UserError, match="field 'rejected': expected a turn of the assistant, found one of 'user'"):
+        handler.pair({**record, "rejected": turn})
+    with pytest.raises(UserError, match="field 'chosen': expected an object with from and value, found str"):
+        handler.pair({**record, "chosen": "good"})
+    assert detect_handler(record, ("text",), None) == ("SharegptStylePairwiseHandler", None)
+    assert detect_handler({**PREFERENCE, "output": "O"}, ("text",), None) == ("AlpacaStylePairwiseHandler", None)
+
+
+def test_pretrain_wrappers() -> None:
+    (text,) = AlpacaPretrainHandler().texts({"instruction": "I", "input": "x", "output": "O"})
+    assert text.endswith("request.\n\n### Instruction:\nI\n\n### Input:\nx\n\n### Response: ASSISTANT: O")
+    (bare,) = AlpacaPretrainHandler().texts({"instruction": "I", "output": "O"})
+    assert bare.endswith("### Instruction:\nI\n\n### Response: ASSISTANT: O")
+    turns = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert SharegptPretrainHandler().texts(turns) == ["ab"]
+    with pytest.raises(UserError, match="expected a list of turns, found str"):
+        SharegptPretrainHandler().texts({"conversations": "x"})
+
+
+def test_c5_detection() -> None:
+    def detect(record: dict[str, Any], map_keys: dict[str, Any] | None = None) -> str:
+        name, used = detect_handler(record, ("text",), map_keys)
+        assert used == map_keys
+        return name
+
+    assert detect(ALPACA) == "AlpacaStyleInstructionHandler"
+    assert detect({"messages": []}) == "OpenAIInstructionHandler"
+    sharegpt = {"conversations": [{"from": "human", "value": "x"}]}
+    assert detect(sharegpt) == "SharegptStyleInstructionHandler"
+    assert detect({"c": sharegpt["conversations"]}, {"messages": "c"}).startswith("Sharegpt")
+    assert detect({"c": [{"role": "user"}]}, {"messages": "c"}).startswith("OpenAI")
+    assert detect({"text": "x"}) == "GeneralPretrainHandler"
+    assert detect({"q": 1, "a": 2}, {"prompt": "q", "response": "a"}).startswith("Alpaca")
+    openai = {"conversations": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]}
+    name, map_keys = detect_handler(openai, ("text",), {"system": "s"})
+    assert (name, map_keys) == ("OpenAIInstructionHandler", {"system": "s", "messages": "conversations"})
+    with pytest.raises(UserError, match=r"fields \['body'\] fit no handler"):
+        detect_handler({"body": "x"}, ("text",), None)
+
+
+BAD_ALPACA: list[tuple[dict[str, Any], str]] = [
+    ({"instruction": "I"}, r"field 'output' \(map_keys 'response'\) is missing; found \['instruction'\]"),
+    ({"instruction": "I", "ouput": "O"}, "did you mean 'ouput'"),
+    ({**ALPACA, "output": 4}, "field 'output': expected a string, found int 4"),
+    ({**ALPACA, "output": None}, "field 'output': expected a string, found null"),
+    ({**ALPACA, "input": ["a"]}, r"field 'input': expected a string, found list \['a'\]"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD_ALPACA)
+def test_c5_alpaca_schema_errors(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AlpacaStyleInstructionHandler().messages(record)
+
+
+BAD_MESSAGES: list[tuple[Any, str]] = [
+    ("hi", "field 'messages': expected a list of messages, found str 'hi'"),
+    ([], r"expected a list of messages, found list \[\]"),
+    (["hi"], "'messages', message 1: expected an object with role and content"),
+    ([{"role": "bot", "content": "x"}], "'messages', message 1: role is 'bot', expected 'system', 'user', 'a"),
+    ([{"role": "user", "content": [1]}], "'messages', message 1: content: expected a string, found list"),
+    ([{"role": "assistant", "content": "", "tool_calls": [1]}], "expected a call with name and arguments, found int 1"),
+    ([{"role": "assistant", "content": "", "tool_calls": 1}], "tool_calls: expected a list, found int 1"),
+    ([{"role": "assistant", "content": "", "reasoning_content": 1}], "reasoning_content: expected a string, found int"),
+]
+
+
+@pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES)
+def test_c5_message_schema_errors(messages: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        OpenAIInstructionHandler().messages({"messages": messages})
+
+
+def test_mapped_columns_must_exist_and_names_be_known() -> None:
+    with pytest.raises(UserError, match="field 'context'"):
+        AlpacaStyleInstructionHandler({"query": "context"}).messages(ALPACA)
+    with pytest.raises(UserError, match=r"no field 'promt'.*did you mean 'prompt'"):
+        AlpacaStyleInstructionHandler({"promt": "q"})
+    with pytest.raises(UserError, match=r"field 'h', turn 1: expected \[user, assistant\] strings"):
+        AlpacaStyleInstructionHandler({"history": "h"}).messages({**ALPACA, "h": [["a"]]})
+    with pytest.raises(UserError, match=r"tags.: user_tag is list \['u'\], expected a string"):
+        SharegptStyleInstructionHandler({"tags": {"user_tag": ["u"]}})
+    with pytest.raises(UserError, match="did you mean 'GeneralPretrainHandler'"):
+        make_handler("GenralPretrainHandler")
+    with pytest.raises(UserError, match="renames none"):
+        make_handler("GeneralPretrainHandler", map_keys={"prompt": "x"})
+    assert make_handler("GeneralPretrainHandler", ["a", "b"]) == GeneralPretrainHandler(("a", "b"))

@@ -1,0 +1,163 @@
+"""The `qwen3` prompt type: upstream's table, and agreement with the model's own chat template (D5, D6)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.data.templates.catalog import get_template
+from tandem.data.templates.messages import Message, ToolCall, Turn, trained_on_last
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+USER = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+EMPTY = "<think>\n\n</think>\n\n"
+THOUGHT = "<think>\nhm\n</think>\n\nA"
+
+
+def user(content: str = "U") -> Message:
+    return Message("user", content)
+
+
+def assistant(content: str = "A", reasoning: str = "") -> Message:
+    return Message("assistant", content, reasoning)
+
+
+TABLE: list[tuple[bool | None, Message, tuple[str, ...], tuple[str, ...]]] = [
+    (None, assistant(), (USER, EMPTY), ("A<|im_end|>\n",)),
+    (None, assistant(THOUGHT), (USER,), (THOUGHT + "<|im_end|>\n",)),
+    (None, assistant("A", "hm"), (USER,), (THOUGHT + "<|im_end|>\n",)),
+    (True, assistant(), (USER,), (EMPTY, "A<|im_end|>\n")),
+    (True, assistant(THOUGHT), (USER,), (THOUGHT + "<|im_end|>\n",)),
+    (True, assistant(""), (USER,), (EMPTY, "<|im_end|>\n")),
+    (False, assistant(), (USER, EMPTY), ("A<|im_end|>\n",)),
+    (False, assistant(THOUGHT), (USER, EMPTY), ("A<|im_end|>\n",)),
+    (False, assistant("A", "hm"), (USER, EMPTY), ("A<|im_end|>\n",)),
+]
+
+
+@pytest.mark.parametrize(("mode", "answer", "source", "target"), TABLE)
+def test_d6_thinking_modes(
+    mode: bool | None, answer: Message, source: tuple[str, ...], target: tuple[str, ...]
+) -> None:
+    assert get_template("qwen3", mode).turns([user(), answer]) == [Turn(source, target)]
+
+
+def test_d5_system_comes_once_and_every_answer_is_trained() -> None:
+    messages = [Message("system", "S"), user("1"), assistant(THOUGHT), user("2"), assistant("B")]
+    first, second = get_template("qwen3").turns(messages)
+    assert first.source == ("<|im_start|>system\nS<|im_end|>\n", USER.replace("U", "1"))
+    assert first.target == (THOUGHT + "<|im_end|>\n",)
+    assert second == Turn((USER.replace("U", "2"), EMPTY), ("B<|im_end|>\n",))
+    assert get_template("qwen3").turns([Message("system", ""), user(), assistant()])[0].source == (USER, EMPTY)
+
+
+def test_braces_in_content_are_text() -> None:
+    (turn,) = get_template("qwen3").turns([user("{content} {0}"), assistant("{}")])
+    assert "{content} {0}" in turn.source[0]
+    assert turn.target == ("{}<|im_end|>\n",)
+
+
+@pytest.mark.parametrize("mode", [True, False, None])
+@pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")]])
+@pytest.mark.parametrize("answer", ["4.", THOUGHT, "多 行\n\n- x"])
+def test_d6_one_turn_equals_the_models_template(
+    mode: bool | None, system: list[Message], answer: str, shared_data: Path
+) -> None:
+    tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
+    template = get_template("qwen3", mode)
+    messages: list[Message] = [*system, user("2+2?"), assistant(answer)]
+    expected_answer = answer.removeprefix("<think>\nhm\n</think>\n\n") if mode is False else answer
+    chat: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages[:-1]]
+    full = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": expected_answer}])
+
+    (turn,) = template.turns(messages)
+    assert "".join((*turn.source, *turn.target)) == full
+    ids = [i for piece in (*turn.source, *turn.target) for i in tokenizer.encode(piece)]
+    assert ids == tokenizer.encode(full)
+    if mode is not None:
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=mode)
+        assert "".join(template.generation_prompt(messages[:-1])) == prompt
+
+
+def test_d6_generation_prompt_with_history_equals_the_models_template(shared_data: Path) -> None:
+    tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
+    messages = [user("1"), assistant(THOUGHT), user("2"), assistant("B"), user("3")]
+    chat = [{"role": m.role, "content": m.content} for m in messages]
+    for mode in (True, False):
+        ours = "".join(get_template("qwen3", mode).generation_prompt(messages))
+        assert ours == tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=mode)
+
+
+CALLS = (ToolCall("add", '{"a": 1}'), ToolCall("mul", '{"b": "é"}'))
+TOOLS = ({"type": "function", "function": {"name": "add", "description": "Sum: {a}"}}, {"name": "mul"})
+
+
+@pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")]])
+@pytest.mark.parametrize("said", ["", "Let me see."])
+def test_d6_tools_equal_the_models_template(system: list[Message], said: str, shared_data: Path) -> None:
+    """Each answer of a conversation with calls, results and thoughts, beside the model's own rendering."""
+    tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
+    messages = [*system, user(), Message("assistant", said, "hm", CALLS), Message("tool", "1"), Message("tool", "2")]
+    messages.append(assistant("3", "so"))
+    chat: list[dict[str, Any]] = []
+    for m in messages:
+        chat.append({"role": m.role, "content": m.content})
+        if m.reasoning:
+            chat[-1]["reasoning_content"] = m.reasoning
+        if m.tool_calls:
+            chat[-1]["tool_calls"] = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in m.tool_calls]
+    tools = [json.dumps(tool, ensure_ascii=False) for tool in TOOLS]
+    turns = get_template("qwen3", True).turns(messages, tools)
+    assert "".join("".join((*turn.source, *turn.target)) for turn in turns) == tokenizer.apply_chat_template(
+        chat, tools=list(TOOLS)
+    )
+    assert "<tool_call>" in turns[0].target[0]
+    assert "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>" in turns[1].source[0]
+
+
+def test_d5_only_the_last_answer() -> None:
+    messages = [user("1"), assistant("A"), user("2"), assistant("B")]
+    turns = get_template("qwen3").turns(messages)
+    last = trained_on_last(turns)
+    assert [turn.target for turn in last] == [(), ("B<|im_end|>\n",)]
+    assert "".join("".join((*t.source, *t.target)) for t in last) == "".join(
+        "".join((*t.source, *t.target)) for t in turns
+    )
+
+
+def test_upstream_differs_from_the_models_template_on_earlier_turns(shared_data: Path) -> None:
+    """Upstream gives an earlier answer an empty thought, the model's template gives it none. Kept so."""
+    tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
+    messages = [user("1"), assistant("A"), user("2"), assistant("B")]
+    ours = "".join("".join((*turn.source, *turn.target)) for turn in get_template("qwen3").turns(messages))
+    theirs = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in messages])
+    assert ours != theirs
+    assert ours.replace(EMPTY, "", 1) == theirs
+
+
+def test_identity_covers_the_texts_but_not_the_mode() -> None:
+    import dataclasses
+
+    template = get_template("qwen3", True)
+    assert template.sha256 == get_template("qwen3").sha256
+    assert template.sha256 != dataclasses.replace(template, assistant="{content}<|im_end|>").sha256
+
+
+def test_errors() -> None:
+    with pytest.raises(UserError, match=r"prompt type 'qwen33'.*did you mean 'qwen3'"):
+        get_template("qwen33")
+    template = get_template("qwen3")
+    with pytest.raises(UserError, match="turn 1 has role 'assistant', expected 'user'"):
+        template.turns([assistant()])
+    with pytest.raises(UserError, match="turn 2 has role 'user', expected 'assistant'"):
+        template.turns([user(), user()])
+    with pytest.raises(UserError, match="ends with 'user', expected it to end with 'assistant'"):
+        template.turns([user()])
+    with pytest.raises(UserError, match="turn 2 has role 'system'"):
+        template.turns([user(), Message("system", "late")])
+    with pytest.raises(UserError, match="has no turns"):
+        template.generation_prompt([Message("system", "S")])

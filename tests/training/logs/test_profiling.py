@@ -1,0 +1,68 @@
+"""`--profile`: which steps, what of them, and that it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.errors import UserError
+from tandem.training.logs.log import StepRecord
+from tandem.training.logs.profiling import read_profiles
+from tandem.training.run import train
+from workspace import Workspace
+
+MODULES = {
+    "torch": {"linear layers", "norms", "attention", "SwiGLU", "head and loss", "optimizer", "gradient norm"},
+    "mindspore": {"linear layers, head", "attention", "optimizer", "outside operators"},
+}
+
+
+def test_a_run_tells_where_the_time_of_its_profiled_steps_went(
+    workspace: Workspace, framework: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds: list[float] = []
+
+    def keep(record: StepRecord) -> None:
+        seconds.append(record.seconds)
+
+    settings = workspace.settings(
+        framework,
+        train_iters=5,
+        lr_warmup_iters=0,
+        save=str(tmp_path),
+        profile=True,
+        profile_step_start=2,
+        profile_step_end=4,
+    )
+    train(settings, keep)
+    (profile,) = read_profiles(tmp_path)
+    assert (profile["first"], profile["last"]) == (3, 4)
+    assert profile["seconds"].keys() >= MODULES[framework]
+    assert Path(profile["trace"]).exists()
+    # Several threads may be busy at once, and steps are not all that happens.
+    assert 0.2 * sum(seconds[2:4]) < sum(profile["seconds"].values()) < 4 * sum(seconds[2:4]) + 1
+    assert "profile of iterations 3 to 4" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_before_keeps_no_summary(workspace: Workspace, tmp_path: Path) -> None:
+    settings = workspace.settings(
+        "torch",
+        train_iters=3,
+        lr_warmup_iters=0,
+        profile=True,
+        profile_step_start=1,
+        profile_step_end=9,
+        save=str(tmp_path),
+    )
+    train(settings)
+    assert read_profiles(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({"profile_step_start": 12}, "start < end"), ({"save": None}, "--profile-save-path")],
+)
+def test_wrong_profiles_are_refused(workspace: Workspace, tmp_path: Path, values: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        train(workspace.settings("torch", **{"profile": True, "save": str(tmp_path), **values}))

@@ -1,0 +1,122 @@
+"""`--dry-run` finds what would stop a run, before anything is loaded, and says what would run (F2)."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.errors import UserError
+from tandem.training.start.dry_run import dry_run
+from workspace import Workspace
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_good_run_is_described(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = workspace.settings(
+        "torch", tensor_model_parallel_size=2, pipeline_model_parallel_size=2, global_batch_size=8, save=str(tmp_path)
+    )
+    dry_run(settings, 8)
+    text = capsys.readouterr().out
+    assert "8 processes: tensor 2 x pipeline 2 x data 2; a rank holds" in text
+    assert "global batch 8 = 2 data ranks x 2 micro-batches x 2 samples" in text
+    assert "20 steps over 160 samples" in text
+    assert "nothing was trained" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_f1_layers_that_do_not_divide_are_split_evenly(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(workspace.settings("torch", pipeline_model_parallel_size=3), 3)
+    assert "4 layers over 3 stages: (1, 2, 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "processes", "expected"),
+    [
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple of --tensor-model-parallel-size 3"),
+        ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
+        ({"pipeline_model_parallel_size": 7}, 7, "do not divide over pipeline_model_parallel_size 7"),
+        ({"global_batch_size": 6}, 2, "--global-batch-size 6: expected multiples of --micro-batch-size 2 x 2"),
+        ({"data_path": "/no/such/data"}, 1, "/no/such/data"),
+        ({"save": "/dev/null/run"}, 1, "/dev/null is a file, where a folder is expected"),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, 1, "give --pipeline-model-parallel-size 2 or more"),
+        ({"context_parallel_size": 2}, 2, "--context-parallel-size 2: only 1"),
+    ],
+)
+def test_what_cannot_run_is_said(
+    workspace: Workspace, values: dict[str, object], processes: int, expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        dry_run(workspace.settings("torch", **values), processes)
+
+
+def test_a_disk_too_small_for_one_checkpoint_is_said(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match="the disk has 0 MB free"):
+        dry_run(workspace.settings("torch", save=str(tmp_path)), 1)
+
+
+def test_data_of_another_kind_are_said(workspace: Workspace) -> None:
+    text, chat = f"{workspace.text}_text_document", str(workspace.instructions)
+    for values, expected in (
+        ({"data_path": chat}, "these data are conversations, for `tandem finetune`"),
+        ({"data_path": text, "is_instruction_dataset": True}, "these data are plain text, for `tandem pretrain`"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            dry_run(workspace.settings("torch", **values), 1)
+
+
+def test_raw_data_are_tried_and_left_alone(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw.jsonl"
+    shutil.copy(workspace.corpus, raw)
+    settings = workspace.settings("torch", data_path=str(raw), train_iters=None, epochs=2)
+    dry_run(settings, 1)
+    text = capsys.readouterr().out
+    rows = len(raw.read_text().splitlines())
+    assert f"{raw} is raw and is preprocessed before training; of its first {rows} documents {rows} are kept" in text
+    assert "nothing was trained" in text
+    assert list(tmp_path.iterdir()) == [raw]
+    epochs = {"train_iters": None, "epochs": 2}
+    for values in (
+        {"data_path": [str(raw), "/no/such"]},
+        {"data_path": [str(raw)], "valid_data_path": ["x=/no/such"]},
+        {"data_path": ["/no/such"], **epochs},
+    ):
+        with pytest.raises(UserError, match=r"/no/such\.idx: no such file"):
+            dry_run(workspace.settings("torch", **values), 1)
+    twice = workspace.settings("torch", data_path=[str(raw), str(raw)])
+    with pytest.raises(UserError, match="a prefix is named twice"):
+        dry_run(twice, 1)
+    thinking = tmp_path / "thinking"
+    preprocess(
+        PreprocessOptions(
+            (str(workspace.questions),), str(thinking), str(workspace.hf), prompt_type="qwen3", enable_thinking=True
+        )
+    )
+    data_path = [str(workspace.questions), str(thinking)]
+    with pytest.raises(UserError, match="different templates"):
+        dry_run(workspace.settings("torch", instructions=True, data_path=data_path, prompt_type="qwen3"), 1)
+    weighted = workspace.settings("torch", data_path=["1", str(raw), "2", str(workspace.corpus)], **epochs)
+    with pytest.raises(UserError, match="--epochs 2 takes every sample so often, but with the weights"):
+        dry_run(weighted, 1)
+    raw.write_text('{"text": "good"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"raw\.jsonl:2: "):
+        dry_run(settings, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # as root, nothing else refuses
+    with pytest.raises(UserError, match="cannot be written to: choose another folder"):
+        dry_run(workspace.settings("torch", save=str(tmp_path / "run")), 1)

@@ -1,0 +1,228 @@
+"""Raw files as --data-path: preprocessed once, found again, by one process of a machine (C3, C7)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tandem.config.settings import Settings
+from tandem.data.indexed import IndexedDataset
+from tandem.data.preprocess.cache import is_raw, preprocess_once
+from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.spool import BusyError
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.training.run import train
+from tandem.training.start.data import open_data, with_epochs
+from tandem.training.start.dry_run import dry_run
+from tandem.training.start.prepare import prepare
+from tandem.training.start.raw_data import with_preprocessed
+from workspace import Workspace
+
+
+def settings_for(workspace: Workspace, raw: object, cache: Path, **values: object) -> Settings:
+    return workspace.settings("torch", data_path=str(raw), data_cache_path=str(cache), **values)
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No preprocessing may happen."""
+    monkeypatch.setattr("tandem.data.preprocess.cache.preprocess", lambda *_: 1 / 0)
+
+
+def test_raw_text_is_preprocessed_once(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path, append_eod=True)
+    ready = with_preprocessed(raw)
+    assert "preprocessing" in capsys.readouterr().out
+    (prefix,) = ready.data.data_path
+    by_hand = Path(f"{workspace.text}_text_document.bin").read_bytes()
+    assert Path(f"{prefix}.bin").read_bytes() == by_hand
+    assert with_preprocessed(ready) is ready
+    assert len(open_data(ready, Tokenizer(workspace.hf)).train) > 0
+    monkeypatch.setattr("tandem.data.preprocess.cache.preprocess", lambda *_: 1 / 0)
+    os.utime(workspace.corpus)  # the bytes count, not the time
+    assert with_preprocessed(raw) == ready
+    assert with_preprocessed(raw, leader=False) == ready
+    for change in ({"append_eod": False}, {"tokenizer_name_or_path": str(tmp_path)}):
+        other = dataclasses.replace(raw, data=dataclasses.replace(raw.data, **change))
+        with pytest.raises((ZeroDivisionError, UserError)):
+            with_preprocessed(other)
+
+
+def test_raw_conversations_with_epochs_and_packing(workspace: Workspace, tmp_path: Path) -> None:
+    values = {"instructions": True, "train_iters": None, "epochs": 1, "pack": True, "seq_length": 128}
+    raw = settings_for(workspace, workspace.questions, tmp_path, prompt_type="qwen3", **values)
+    ready = with_epochs(with_preprocessed(raw))
+    assert open_data(ready, Tokenizer(workspace.hf)).template["prompt_type"] == "qwen3"  # type: ignore[index]
+    with pytest.raises(UserError, match="needs prompt_type"):
+        with_preprocessed(settings_for(workspace, workspace.questions, tmp_path, **values))
+
+
+def test_what_is_raw(workspace: Workspace, tmp_path: Path) -> None:
+    assert is_raw(str(workspace.corpus))
+    assert is_raw(str(workspace.root))
+    assert is_raw(f"{workspace.root}/*.jsonl") or is_raw(f"{workspace.root}/*.json")
+    for prefix in (f"{workspace.text}_text_document", str(workspace.instructions), str(tmp_path / "absent"), "0.3"):
+        assert not is_raw(prefix)
+
+
+@pytest.mark.parametrize(("pattern", "folder"), [("{}/*/x.jsonl", ""), ("{}/a/x.json*", "a"), ("{}/**/[x].jsonl", "")])
+def test_what_a_pattern_becomes_lies_where_the_pattern_begins(
+    workspace: Workspace, tmp_path: Path, pattern: str, folder: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    shutil.copyfile(workspace.corpus, tmp_path / "a" / "x.jsonl")
+    ready = with_preprocessed(workspace.settings("torch", data_path=[pattern.format(tmp_path)]))
+    assert Path(ready.data.data_path[0]).parent.parent.parent == tmp_path / folder
+
+
+def test_raw_validation_sets(workspace: Workspace, tmp_path: Path) -> None:
+    ready = f"{workspace.text}_text_document"
+    folder = tmp_path / "split=valid"
+    folder.mkdir()
+    shutil.copyfile(workspace.corpus, folder / "x.jsonl")
+    for words in ([str(workspace.corpus)], [str(folder / "x.jsonl")], [f"a={workspace.corpus}", f"b={ready}"]):
+        raw = workspace.settings(
+            "torch", valid_data_path=words, data_cache_path=str(tmp_path), eval_iters=1, eval_interval=1
+        )
+        found = with_preprocessed(raw)
+        assert found.data.data_path == raw.data.data_path
+        prefix = found.data.valid_data_path[0].removeprefix("a=")
+        assert IndexedDataset(prefix).num_documents == IndexedDataset(ready).num_documents
+        assert found.data.valid_data_path[1:] == raw.data.valid_data_path[1:]
+        assert list(open_data(found, Tokenizer(workspace.hf)).valid)[1:] == ["b"][: len(words) - 1]
+
+
+def test_a_blend_of_raw_and_ready(workspace: Workspace, tmp_path: Path) -> None:
+    data_path = ["0.3", str(workspace.corpus), "0.7", f"{workspace.text}_text_document"]
+    raw = workspace.settings("torch", data_path=data_path, data_cache_path=str(tmp_path))
+    ready = with_preprocessed(raw)
+    assert [ready.data.data_path[i] for i in (0, 2, 3)] == [data_path[i] for i in (0, 2, 3)]
+    assert IndexedDataset(ready.data.data_path[1]).num_documents > 0
+
+
+def test_the_others_wait_for_the_leader(workspace: Workspace, tmp_path: Path) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path)
+    waiting = multiprocessing.get_context("fork").Process(target=with_preprocessed, args=(raw, False))
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive()
+    with_preprocessed(raw)
+    waiting.join(20)
+    assert waiting.exitcode == 0
+
+    with pytest.raises(UserError, match="did not write it"):
+        with_preprocessed(settings_for(workspace, workspace.questions.parent, tmp_path), False, wait=lambda _: None)
+
+
+def test_a_second_job_waits_for_the_first(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path)
+    real = preprocess_once.__globals__["preprocess"]
+
+    def busy(*_: object) -> None:
+        raise BusyError("another process is writing")
+
+    monkeypatch.setattr("tandem.data.preprocess.cache.preprocess", busy)
+    waited: list[Path] = []
+
+    def first_job_finishes(record: Path) -> None:
+        waited.append(record)
+        monkeypatch.setattr("tandem.data.preprocess.cache.preprocess", real)
+        with_preprocessed(raw)
+
+    with_preprocessed(raw, wait=first_job_finishes)
+    assert len(waited) == 1
+
+
+def test_errors(workspace: Workspace, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="give a folder of yours with --data-cache-path"):
+        with_preprocessed(settings_for(workspace, workspace.corpus, file))
+    with pytest.raises(UserError, match="--json-keys a b: training on raw files reads one field"):
+        with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, json_keys=["a", "b"]))
+    with pytest.raises(UserError, match="need --tokenizer-name-or-path"):
+        with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, init="random"))
+
+
+@pytest.mark.usefixtures("never")
+@pytest.mark.parametrize(
+    ("values", "processes", "expected"),
+    [
+        ({"valid_data_path": ["/no/such"]}, 1, "/no/such.idx: no such file"),
+        ({"valid_data_path": ["/no/such", "b=/no/other"]}, 1, "--valid-data-path /no/such: expected NAME=PREFIX"),
+        ({"lr": None}, 1, "--lr is required"),
+        ({"train_iters": None, "epochs": 1, "train_samples": 8}, 1, "--epochs 1.0 exclude each other"),
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple"),
+        ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
+        ({"num_layers": 7}, 1, "--num-layers 7 contradicts"),
+        ({"load": "/no/such/folder"}, 1, "/no/such/folder does not exist"),
+    ],
+)
+def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
+    workspace: Workspace, tmp_path: Path, values: dict[str, object], processes: int, expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        prepare(settings_for(workspace, workspace.corpus, tmp_path, **values), processes)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "values", "message"),
+    [
+        (True, {"handler_name": "AlpacaPretrainHandler"}, "these are plain text: `tandem pretrain` takes it"),
+        (False, {"prompt_type": "qwen3"}, "these are conversations: `tandem finetune` takes them"),
+    ],
+)
+def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
+    instructions: bool, values: dict, message: str, workspace: Workspace, tmp_path: Path, never: None
+) -> None:
+    settings = settings_for(workspace, workspace.questions, tmp_path, instructions=instructions, **values)
+    with pytest.raises(UserError, match=message):
+        prepare(settings, 1)
+    with pytest.raises(UserError, match=message):
+        dry_run(settings, 1)
+
+
+def test_i2_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
+    raw = tmp_path / "pairs.jsonl"
+    raw.write_text(json.dumps({"instruction": "q", "chosen": "a", "rejected": "b"}) + "\n")
+    values = {"instructions": True, "prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
+    with pytest.raises(UserError, match="these are preferences: no training uses them"):
+        prepare(settings_for(workspace, raw, tmp_path, **values), 1)
+    options = {"prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
+    preprocess(PreprocessOptions((str(raw),), str(tmp_path / "pairs"), str(workspace.hf), **options))
+    with pytest.raises(UserError, match="these data are preferences; no training uses them"):
+        prepare(settings_for(workspace, tmp_path / "pairs", tmp_path, instructions=True), 1)
+
+
+def test_c3_what_was_removed_from_a_cache_is_made_again(workspace: Workspace, tmp_path: Path) -> None:
+    raw = settings_for(workspace, workspace.corpus, tmp_path)
+    (prefix,) = with_preprocessed(raw).data.data_path
+    tokens = Path(f"{prefix}.bin").read_bytes()
+    for suffixes in (["bin"], ["idx"], ["bin", "idx"]):
+        for suffix in suffixes:
+            Path(f"{prefix}.{suffix}").unlink()
+        assert with_preprocessed(raw).data.data_path == (prefix,)
+        assert Path(f"{prefix}.bin").read_bytes() == tokens
+        assert Path(f"{prefix}.idx").exists()
+
+
+def test_c3_raw_data_that_changed_are_said_to_have(workspace: Workspace, tmp_path: Path) -> None:
+    raw = tmp_path / "x.txt"
+    raw.write_text(workspace.corpus.read_text()[:20_000])
+    settings = settings_for(workspace, raw, tmp_path, save=str(tmp_path / "run"), train_iters=1, lr_warmup_iters=0)
+    train(settings)
+    with raw.open("a") as file:
+        file.write("more\n")
+    with pytest.raises(UserError, match="whose raw data, or the flags that say how they are read, were others"):
+        train(settings)
