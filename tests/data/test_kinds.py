@@ -11,10 +11,12 @@ from tandem.data.handlers.registry import HANDLER_NAMES, LLAMA_FACTORY, make_han
 from tandem.data.indexed import IndexedDataset
 from tandem.data.kinds import CONVERSATIONS, KINDS, PREFERENCES, TEXT, Kind, data_beside, kind_of, whole_of
 from tandem.data.preprocess.cache import is_raw, preprocess_once
-from tandem.data.preprocess.run import PreprocessOptions, PreprocessSummary, kind_of_input, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import PreprocessSummary, kind_of_input, preprocess
 from tandem.data.record import read_record
 from tandem.data.statistics import DataView
 from tandem.errors import UserError
+from tandem.options import flag_of
 
 RECORDS = {
     TEXT: {"text": "some text"},
@@ -101,7 +103,7 @@ def test_data_that_lie_beside_a_missing_name_are_listed(kind: Kind, tmp_path: Pa
 def test_an_option_of_preprocessing_that_a_kind_does_not_use_is_refused(
     kind: Kind, option: str, tmp_path: Path
 ) -> None:
-    named = option if len(GIVEN[option]) == 1 else r"\w+"  # or the option that it needs is named first
+    named = flag_of(option) if len(GIVEN[option]) == 1 else r"\S+"  # or the option that it needs is named first
     users = r".*\b".join(other.name for other in KINDS if option not in other.unused_by_preprocess)
     with pytest.raises(UserError, match=rf"^{named} is for {users}.*, but \w+ reads {kind.name}; leave it out$"):
         preprocess(options(tmp_path, kind, **GIVEN[option]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tandem.checkpoints.copy import Progress
@@ -42,6 +42,8 @@ class Description:
         optimizer: whether and where the optimizer's state is there, in words.
         trainer_state: what a trainer stored beside the model.
         files: weight files, relative to `folder`, with their sizes in bytes.
+        integrity: what was checked, in words.
+        digests: sha256 of each file, where it was read.
     """
 
     source: TensorSource
@@ -55,6 +57,8 @@ class Description:
     optimizer: str
     trainer_state: tuple[str, ...]
     files: dict[str, int]
+    integrity: str = "headers and shapes are in order; tensors were not read"
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def describe(path: str | Path, iteration: int | None = None) -> Description:
@@ -82,11 +86,8 @@ def describe(path: str | Path, iteration: int | None = None) -> Description:
     )
 
 
-def check_integrity(description: Description, progress: Progress | None = None) -> tuple[str, dict[str, str]]:
-    """Read everything.
-
-    Returns:
-        A sentence that says what was found in order, and the sha256 of each file.
+def with_integrity(description: Description, progress: Progress | None = None) -> Description:
+    """The description of a checkpoint of which everything was read and checked.
 
     Raises:
         UserError: a tensor is damaged, or holds NaN or infinity.
@@ -109,7 +110,7 @@ def check_integrity(description: Description, progress: Progress | None = None) 
             progress(done, total)
     checksums = source.format.checksums
     proved = f"{checksums}, and" if checksums else "this format records no checksums;"
-    return f"{proved} every number is finite", digests
+    return replace(description, integrity=f"{proved} every number is finite", digests=digests)
 
 
 def _contents(source: TensorSource) -> tuple[Content, ...]:

@@ -15,7 +15,8 @@ import pytest
 
 from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.preprocess.chunks import ChunkTokenizer, TokenizedChunk
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.workers import tokenize_blocks
 from tandem.data.record import source_entries
 from tandem.data.sources.readers import Block
@@ -27,7 +28,8 @@ KILLED = """
 import os, signal, sys
 from tandem.data.preprocess import spool
 from tandem.data.sources import readers
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 readers._BLOCK_BYTES = 60
 add = spool.Spool.add
 def add_and_die(self, chunk):
@@ -109,14 +111,14 @@ def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path) -> None:
 
 ORPHANED = """
 import sys, time
-from tandem.data.preprocess import run
+from tandem.data.preprocess import options, run as preprocess
 def slow(*_):
     print("under way", flush=True)
     time.sleep(600)
 if __name__ == "__main__":
-    run.choose_engine = lambda tokenizer, reference, *_: reference  # whose workers are processes
+    preprocess.choose_engine = lambda tokenizer, reference, *_: reference  # whose workers are processes
     source, prefix, tokenizer = sys.argv[1:]
-    run.preprocess(run.PreprocessOptions((source,), prefix, tokenizer, workers=2), slow)
+    preprocess.preprocess(options.PreprocessOptions((source,), prefix, tokenizer, workers=2), slow)
 """
 
 

@@ -16,6 +16,7 @@ from tandem.data.templates.catalog import get_template
 from tandem.data.templates.messages import Template
 from tandem.data.tokens.encoder import TokenizersEngine
 from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.options import flag_of
 
 Job = tuple[ChunkTokenizer, Template | None]  # the template, if conversations are rendered
 
@@ -38,7 +39,7 @@ def _require_used(options: PreprocessOptions, kind: Kind, handler_name: str) -> 
             users = " or ".join(other.name for other in KINDS if field.name not in other.unused_by_preprocess)
             require(
                 getattr(options, field.name) == field.default,
-                f"{field.name} is for {users}, but {handler_name} reads {kind.name}; leave it out",
+                f"{flag_of(field.name)} is for {users}, but {handler_name} reads {kind.name}; leave it out",
             )
 
 
@@ -47,7 +48,7 @@ def _text_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
     assert isinstance(handler, GeneralPretrainHandler)
     require(
         not options.append_eod or tokenizer.eos_id is not None,
-        f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
+        f"--append-eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
     )
     job = PretrainTokenizer(
         TokenizersEngine(tokenizer, add_special_tokens=True),
@@ -63,7 +64,7 @@ def _conversation_job(options: PreprocessOptions, sources: Sequence[Source], tok
     template, stop = _template(options, sources, tokenizer)
     require(
         not options.pack or tokenizer.pad_id is not None,
-        f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
+        f"--pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
     )
     handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
     job = InstructionTokenizer(
@@ -90,14 +91,14 @@ def _pair_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
 def _template(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Template, int]:
     """The template of messages, and the id of the token that ends one."""
     name = sources[0].handler_name
-    require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
+    require(options.prompt_type is not None, f"{name} needs --prompt-type, the template of its conversations (qwen3)")
     assert options.prompt_type is not None
-    template = get_template(options.prompt_type, options.enable_thinking, tokenizer)
+    template = get_template(options.prompt_type, options.thinking_mode, tokenizer)
     stop = tokenizer.token_to_id(template.stop_word)
     require(
         stop is not None,
-        f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
-        f"{tokenizer.folder}; choose the prompt_type of this model",
+        f"--prompt-type {template.name} ends messages with {template.stop_word}, which is no token of "
+        f"{tokenizer.folder}; choose the --prompt-type of this model",
     )
     assert stop is not None
     return template, stop

@@ -33,8 +33,6 @@ from tandem.data.tokens.encoder import choose_engine
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
-__all__ = ["PreprocessOptions", "PreprocessSummary", "kind_of_input", "preprocess", "try_first_rows"]
-
 Progress = Callable[[int, int], None]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # of each file; what the engines are compared on
@@ -250,10 +248,9 @@ def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) 
     for source, count in zip(sources, kept):
         require(count > 0, f"{_files([source])}: nothing kept, so it cannot be interleaved")
     probabilities = options.interleave_probs
-    require(
-        probabilities is None or len(probabilities) == len(sources),
-        f"interleave_probs {probabilities}: expected one for each of the {len(sources)} datasets",
-    )
+    if probabilities is not None and len(probabilities) != len(sources):
+        given = ",".join(map(str, probabilities))
+        raise UserError(f"--interleave-probs {given}: expected one for each of the {len(sources)} datasets")
     return interleaved(kept, probabilities, options.seed, options.mix_strategy == "interleave_over")
 
 
@@ -307,7 +304,7 @@ def _identity(
 
 
 def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
-    recorded = asdict(options)
+    recorded = options.recorded()
     for name in ("workers", "log_interval"):  # they leave no trace in the data
         del recorded[name]
     if not options.handler_name:  # what was recognised
@@ -336,8 +333,8 @@ def _record(
 
 def _require_output_folder(output_prefix: str) -> None:
     folder = _folder(output_prefix)
-    require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
-    require(bool(os.path.basename(output_prefix)), f"output_prefix {output_prefix}: a name for the files is missing")
+    require(folder.is_dir(), f"--output-prefix {output_prefix}: the folder {folder} does not exist; create it first")
+    require(bool(os.path.basename(output_prefix)), f"--output-prefix {output_prefix}: a name for the files is missing")
 
 
 def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, sources: Sequence[Source]) -> None:
@@ -345,12 +342,12 @@ def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, 
     longest = os.pathconf(_folder(output_prefix), "PC_NAME_MAX")
     for pair in names.values():
         over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - longest
-        require(over <= 0, f"output_prefix {output_prefix}: the names of files would be {over} bytes too long")
+        require(over <= 0, f"--output-prefix {output_prefix}: the names of files would be {over} bytes too long")
     require_own(output_prefix, names)
     for file in (file for source in sources for file in source.files):
         require(
             file.resolve() != rejects.resolve(),
-            f"{file}: the rejects of this run would go there, and it is the input; choose another output_prefix",
+            f"{file}: the rejects of this run would go there, and it is the input; choose another --output-prefix",
         )
 
 
