@@ -7,7 +7,7 @@ import dataclasses
 from tandem.backends import connect, create_engine
 from tandem.backends.interface import Engine
 from tandem.config.checks import check_implemented
-from tandem.config.settings import Settings, TrainingSettings
+from tandem.config.settings import DataSettings, Settings, TrainingSettings
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.questions import Question, holds_questions, read_questions
 from tandem.data.kinds import TEXT, kind_of
@@ -16,8 +16,9 @@ from tandem.errors import UserError
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate, evaluate_choices
-from tandem.training.start.data import named_sets, open_tokenizer
+from tandem.training.start.data import open_tokenizer
 from tandem.training.start.data_checks import check_data
+from tandem.training.start.data_paths import named_sets
 from tandem.training.start.datasets import Datasets
 from tandem.training.start.engine import engine_settings, make_grid
 from tandem.training.start.weights import check_model_flags, open_weights
@@ -49,8 +50,8 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     source = open_weights(settings.checkpoint, model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(model, data.seq_length, source.config)
     grid = make_grid(parallel, source.config, world.size)
-    tokenizer = open_tokenizer(settings, source)
-    opened = {name: _open(place, settings, tokenizer) for name, place in places.items()}
+    tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)
+    opened = {name: _open(place, data, training, tokenizer) for name, place in places.items()}
 
     communicator = connect(framework, world, training.device, parallel.distributed_timeout_minutes)
     for_training = engine_settings(training, settings.optimizer, parallel, source.config, grid, world.rank)
@@ -62,15 +63,17 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     return results, [*engine.notices, *(notice for _, notices in opened.values() for notice in notices)]
 
 
-def _open(place: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset | list[Question], list[str]]:
+def _open(
+    place: str, data: DataSettings, training: TrainingSettings, tokenizer: Tokenizer | None
+) -> tuple[Dataset | list[Question], list[str]]:
     """A set, and what the user should be told of it."""
     if holds_questions(place):
         if tokenizer is None:
             raise UserError(f"{place}: questions need the tokenizer's folder: --tokenizer-name-or-path")
-        return read_questions(place, tokenizer, settings.data.seq_length), []
+        return read_questions(place, tokenizer, data.seq_length), []
     kind = kind_of(place) or TEXT
-    notices, _ = check_data(place, kind, settings.data, tokenizer)
-    return Datasets.of(kind, settings, tokenizer).whole(place), notices
+    notices, _ = check_data(place, kind, data, tokenizer)
+    return Datasets.of(kind, data, training, tokenizer).whole(place), notices
 
 
 def _evaluate(

@@ -21,7 +21,7 @@ from tandem.data.record import read_record
 from tandem.errors import UserError
 from tandem.files.publish import write_text_atomically
 from tandem.models.tensors import parameter_count
-from tandem.training.start.data import all_prefixes
+from tandem.training.start.data_paths import all_prefixes
 
 RUN_FILE = "run.json"
 FORMAT = {"format": "tandem-run", "version": 1}
@@ -44,7 +44,7 @@ def describe_start(
         "settings": settings.to_dict(),
         "weights": {"location": source.location, "ckpt_step": source.iteration},
         "model": {**source.config.to_dict(), "parameters": parameter_count(source.config)},
-        "data": {prefix: record_of(prefix) for prefix in all_prefixes(settings)},
+        "data": {prefix: record_of(prefix) for prefix in all_prefixes(settings.data)},
         "versions": versions(),
         "code": code_version(),
         "device": engine.device_name,

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runs import open_data, with_epochs
 from tandem.data.batch import Sample
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.indexed import IndexedWriter
@@ -19,7 +20,6 @@ from tandem.data.kinds import CONVERSATIONS
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.tokens.tokenizer import Tokenizer
-from tandem.training.start.data import open_data, with_epochs
 from workspace import Workspace
 
 Document = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

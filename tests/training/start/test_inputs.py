@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runs import open_data, with_epochs
 from tandem.config.checks import check_settings
 from tandem.data.indexed import IndexedDataset, IndexedWriter
 from tandem.data.preprocess.options import PreprocessOptions
@@ -21,7 +22,7 @@ from tandem.data.record import record_path
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.launch.world import World
-from tandem.training.start.data import Data, open_data, with_epochs
+from tandem.training.start.data import Data
 from tandem.training.start.prepare import prepare
 from workspace import Workspace
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from runs import open_data, with_epochs, with_preprocessed
 from tandem.config.settings import Settings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.preprocess.cache import is_raw, preprocess_once
@@ -21,10 +22,9 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.launch.world import World
 from tandem.training.run import train
-from tandem.training.start.data import open_data, with_epochs
+from tandem.training.start import raw_data
 from tandem.training.start.dry_run import dry_run
 from tandem.training.start.prepare import prepare
-from tandem.training.start.raw_data import with_preprocessed
 from workspace import Workspace
 
 
@@ -47,7 +47,7 @@ def test_raw_text_is_preprocessed_once(
     (prefix,) = ready.data.data_path
     by_hand = Path(f"{workspace.text}_text_document.bin").read_bytes()
     assert Path(f"{prefix}.bin").read_bytes() == by_hand
-    assert with_preprocessed(ready) is ready
+    assert raw_data.with_preprocessed(ready.data, Tokenizer(workspace.hf)) is ready.data
     assert len(open_data(ready, Tokenizer(workspace.hf)).train) > 0
     monkeypatch.setattr("tandem.data.preprocess.cache.preprocess", lambda *_: 1 / 0)
     os.utime(workspace.corpus)  # the bytes count, not the time

@@ -48,5 +48,5 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         )
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
-        lines += changes(run.source, settings)
+        lines += changes(run.source, settings.to_dict())
     print("\n".join(f"> {line}" for line in lines), flush=True)

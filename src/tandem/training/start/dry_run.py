@@ -12,8 +12,9 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
 from tandem.training.start.banner import saving_notice
-from tandem.training.start.data import all_prefixes, the_one_template
+from tandem.training.start.data import common_template
 from tandem.training.start.data_checks import check_data
+from tandem.training.start.data_paths import all_prefixes
 from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.prepare import ModelAndProcesses, check_model_and_processes, with_data
 from tandem.training.start.raw_data import describe_raw, raw_options, raw_templates
@@ -36,22 +37,23 @@ def dry_run(settings: Settings, processes: int) -> None:
         f"global batch {batch} = {grid.data_size} data ranks x "
         f"{batch // grid.data_size // micro_batch} micro-batches x {micro_batch} samples "
         f"of at most {settings.data.seq_length} tokens",
-        *describe_data(settings, known),
+        *describe_data(known),
         *check_disk(settings.checkpoint, settings.training, parameter_count(config)),
         "dry run: all of this can start; nothing was trained",
     ]
     print("\n".join(f"> {line}" for line in lines), flush=True)
 
 
-def describe_data(settings: Settings, known: ModelAndProcesses) -> list[str]:
+def describe_data(known: ModelAndProcesses) -> list[str]:
     """Steps and samples, and what there is to say of the data; where some are raw, what becomes of their first rows,
     and what there is to say of the others."""
-    if raw := raw_options(settings):
-        kind, ready = kind_to_train(settings.data), [path for path in all_prefixes(settings) if path not in raw]
-        checks = {path: check_data(path, kind, settings.data, known.tokenizer) for path in ready}
-        the_one_template({p: template for p, (_, template) in checks.items()} | raw_templates(raw))
+    data = known.settings.data
+    if raw := raw_options(data, known.tokenizer):
+        kind, ready = kind_to_train(data), [path for path in all_prefixes(data) if path not in raw]
+        checks = {path: check_data(path, kind, data, known.tokenizer) for path in ready}
+        common_template({p: template for p, (_, template) in checks.items()} | raw_templates(raw))
         return [*describe_raw(raw), *(notice for notices, _ in checks.values() for notice in notices)]
-    run = with_data(settings, known)
+    run = with_data(known)
     length, counts = run.settings.training.length, run.data.train.describe()
     counted = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items())
     return [f"{length.iterations:,} steps over {length.samples:,} samples; data: {counted}", *run.data.notices]

@@ -17,8 +17,9 @@ from tandem.launch.world import World
 from tandem.parallel.grid import Grid
 from tandem.training.logs.log import print_notice
 from tandem.training.schedule import Schedule, schedule_from
-from tandem.training.start.data import Data, check_epochs, open_data, open_tokenizer, with_epochs
+from tandem.training.start.data import Data, open_data, open_tokenizer
 from tandem.training.start.engine import engine_settings, make_grid
+from tandem.training.start.epochs import check_epochs, with_epochs
 from tandem.training.start.raw_data import check_ready, with_preprocessed
 from tandem.training.start.resume import check_same_data, continued
 from tandem.training.start.state import TrainerState, state_to_continue
@@ -30,6 +31,7 @@ class ModelAndProcesses:
     """What a run begins with, but for its data.
 
     Attributes:
+        settings: as they were given; those of a `PreparedRun` are as the run records them, see `settle`.
         world: this process among those of the run.
         grid: which process does what.
         source: the weights; those of the run's newest checkpoint go before those of `--load`.
@@ -38,6 +40,7 @@ class ModelAndProcesses:
         tokenizer: None where neither the flags nor the weights have one.
     """
 
+    settings: Settings
     framework: str
     world: World
     grid: Grid
@@ -49,13 +52,8 @@ class ModelAndProcesses:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun(ModelAndProcesses):
-    """All that a run begins with.
+    """All that a run begins with."""
 
-    Attributes:
-        settings: as the run records them, see `settle`.
-    """
-
-    settings: Settings
     engine: EngineSettings
     schedule: Schedule
     data: Data
@@ -70,7 +68,8 @@ class PreparedRun(ModelAndProcesses):
         if source is self.source:
             return self
         state = state_to_continue(source, self.loading)
-        return replace(self, source=source, state=state, data=open_data(self.settings, self.tokenizer, state))
+        data = open_data(self.settings.data, self.settings.training, self.tokenizer, state)
+        return replace(self, source=source, state=state, data=data)
 
 
 def prepare(settings: Settings, world: World) -> PreparedRun:
@@ -81,7 +80,7 @@ def prepare(settings: Settings, world: World) -> PreparedRun:
     Raises:
         UserError: something is missing, contradictory or damaged.
     """
-    return with_data(settings, check_model_and_processes(settings, world))
+    return with_data(check_model_and_processes(settings, world))
 
 
 def check_model_and_processes(settings: Settings, world: World) -> ModelAndProcesses:
@@ -93,8 +92,8 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     training, data, checkpoint = settings.training, settings.data, settings.checkpoint
     framework = check_framework(training.ai_framework).name
     check_settings(settings)
-    check_epochs(settings)
-    check_ready(settings)
+    check_epochs(data, training)
+    check_ready(data)
     check_batch_sizes(training, Grid(settings.parallel.layout, world.size))
     if checkpoint.save is not None:
         check_writable(checkpoint.save)
@@ -102,48 +101,49 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     source = open_weights(loading, settings.model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(settings.model, data.seq_length, source.config)
     return ModelAndProcesses(
+        settings=settings,
         framework=framework,
         world=world,
         grid=make_grid(settings.parallel, source.config, world.size),
         source=source,
         loading=loading,
         state=state_to_continue(source, loading),
-        tokenizer=open_tokenizer(settings, source),
+        tokenizer=open_tokenizer(data.tokenizer_name_or_path, source),
     )
 
 
-def with_data(settings: Settings, known: ModelAndProcesses) -> PreparedRun:
+def with_data(known: ModelAndProcesses) -> PreparedRun:
     """Preprocess raw data, and settle and open what depends on the data."""
-    settings = settle(settings, known)
+    settings = settle(known)
     training, config = settings.training, known.source.config
     return PreparedRun(
-        **vars(known),
-        settings=settings,
+        **{**vars(known), "settings": settings},
         engine=engine_settings(
             training, settings.optimizer, settings.parallel, config, known.grid, rank=known.world.rank
         ),
         schedule=schedule_from(settings.optimizer, training),
-        data=open_data(settings, known.tokenizer, known.state),
+        data=open_data(settings.data, training, known.tokenizer, known.state),
     )
 
 
-def settle(settings: Settings, known: ModelAndProcesses) -> Settings:
+def settle(known: ModelAndProcesses) -> Settings:
     """The settings as a run records them. They differ from those that were given in:
 
-    - `data_path`, `valid_data_path`: in place of raw files the prefixes of what they became, each in its shortest
-      spelling;
+    - `data_path`: each path in its shortest spelling;
+    - `data_path` and `valid_data_path`: in place of raw files the prefixes of what they became;
     - `epochs`: None, and `train_iters` the steps that they take;
     - `seed`: that of the checkpoint that the run goes on from, unless `--no-load-rng` asks for another.
 
     Raises:
         UserError: the run goes on from a checkpoint that was trained on other data; or as preprocessing.
     """
+    settings = known.settings
     data = replace(settings.data, data_path=plain_paths(settings.data.data_path))
-    settings = with_preprocessed(replace(settings, data=data), leader=known.world.local_rank == 0)
-    settings = with_epochs(settings, known.state)
-    check_same_data(settings.data, settings.checkpoint, known.loading)
-    seed = settled_seed(settings.training.seed, known.loading, known.state)
-    return replace(settings, training=replace(settings.training, seed=seed))
+    data = with_preprocessed(data, known.tokenizer, leader=known.world.local_rank == 0)
+    training = with_epochs(data, settings.training, known.state)
+    check_same_data(data, settings.checkpoint, known.loading)
+    seed = settled_seed(training.seed, known.loading, known.state)
+    return replace(settings, data=data, training=replace(training, seed=seed))
 
 
 def settled_seed(seed: int, loading: CheckpointSettings, state: TrainerState | None) -> int:

@@ -13,7 +13,7 @@ from tandem.backends.interface import Engine
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, saved_iterations
 from tandem.checkpoints.interface import TensorSource
-from tandem.config.settings import CheckpointSettings, DataSettings, Settings, plain_values
+from tandem.config.settings import CheckpointSettings, DataSettings, plain_values
 from tandem.data.datasets.blend import plain_paths
 from tandem.data.preprocess.cache import without_keys
 from tandem.errors import UserError
@@ -196,14 +196,14 @@ def saved_settings(source: TensorSource) -> dict[str, dict[str, Any]] | None:
     return settings
 
 
-def changes(source: TensorSource, settings: Settings) -> list[str]:
-    """A table of what differs from the settings that the checkpoint was saved with; the new values apply."""
+def changes(source: TensorSource, now: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of which settings differ from those that the checkpoint was saved with; those of `now` apply."""
     saved = saved_settings(source)
     if saved is None:
         return []
     rows = [
         (name, str(saved.get(group, {}).get(name)), str(value))
-        for group, values in settings.to_dict().items()
+        for group, values in now.items()
         for name, value in values.items()
         if name not in PLACES and name in saved.get(group, {}) and saved[group][name] != value
     ]
