@@ -11,13 +11,14 @@ from typing import Any
 
 from tandem.config.parsing import from_dict
 from tandem.config.settings import LoggingSettings, Settings
+from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.launch.world import World
 from tandem.options import Options, PathText, positional
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
-from tandem.training.run_record import RUN_FILE, code_version, read_starts, record_of, versions
+from tandem.training.run_record import RUN_FILE, code_version, read_starts, versions
 
 
 @dataclass(frozen=True)

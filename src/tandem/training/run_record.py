@@ -17,7 +17,7 @@ import tandem
 from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
-from tandem.data.record import read_record
+from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.files.publish import write_text_atomically
 from tandem.models.tensors import parameter_count
@@ -106,9 +106,3 @@ def _git(folder: Path, *words: str) -> str | None:
     except OSError:  # no git here
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def record_of(prefix: str) -> dict[str, Any] | None:
-    """What preprocessing recorded of data; None where no record lies with them."""
-    found = read_record(prefix)
-    return found[1] if found else None

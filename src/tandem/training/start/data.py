@@ -23,7 +23,7 @@ from tandem.training.start.data_paths import all_prefixes, named_sets
 from tandem.training.start.datasets import Datasets, kind_to_train
 from tandem.training.start.state import TrainerState
 
-# Of `data_identity`: what each dataset's own order depends on, beside the seed. Where it changed, a new order begins.
+# Of `data_identity`: what each dataset's own order depends on, besides the seed. Where it changed, a new order begins.
 _ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack", "no_shuffle")
 
 

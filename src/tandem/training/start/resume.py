@@ -182,7 +182,7 @@ def agree_on_iteration(source: TensorSource, communicator: Communicator) -> Tens
             absent = ", ".join(str(rank) for rank, number in enumerate(numbers) if number is None)
             raise UserError(
                 f"ranks {absent} hold no checkpoint of the run that the other ranks go on with: copy the newest "
-                f"iteration, and the tracker file, to their machines, or remove both everywhere to start anew"
+                f"iteration and the tracker file to their machines, or remove both everywhere to begin again"
             )
         if iteration != min(numbers):
             assert current is not None, "a rank without an iteration has ended the search"
