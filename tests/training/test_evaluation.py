@@ -21,7 +21,7 @@ from tandem.training.evaluate import evaluate_weights
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
-from tandem.training.start.data import named_sets
+from tandem.training.start.data_paths import named_sets
 from workspace import Workspace
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from tandem.cli.arguments import parse
@@ -22,10 +21,9 @@ def run(argv: Sequence[str]) -> int:
     options = parse(RerunOptions, "rerun", DESCRIPTION, argv)
     start = read_starts(options.run)[0]
     processes = start["processes"] if options.nproc_per_node is None else options.nproc_per_node
-    settings = dataclasses.replace(
-        from_dict(start["settings"], RUN_FILE), launch=LaunchSettings(nproc_per_node=processes)
-    )
-    if (code := run_as_processes("rerun", argv, settings)) is not None:
+    framework = from_dict(start["settings"], RUN_FILE).training.ai_framework
+    launch = LaunchSettings(nproc_per_node=processes)
+    if (code := run_as_processes("rerun", argv, launch, framework)) is not None:
         return code
     result = rerun(options)
     if result.steps:

@@ -78,6 +78,16 @@ class ParallelSettings:
     distributed_timeout_minutes: int = 10
     """How long ranks wait for one that is late."""
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
+            num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
+            noop_layers=parse_layers("--noop-layers", self.noop_layers) or (),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -247,6 +257,21 @@ class TrainingSettings:
     eval_iters: int | Literal["full"] = 100
     """Global batches of one evaluation, at most the whole set; full takes all of it, and 0 turns evaluation off."""
 
+    @property
+    def final_batch_size(self) -> int:
+        """Samples of one step, once the batch size is no longer ramped up."""
+        return self.global_batch_size or self.micro_batch_size
+
+    @property
+    def length(self) -> RunLength:
+        final = self.final_batch_size
+        return RunLength(BatchSizes(final, *(self.rampup_batch_size or (final,))), self.train_iters, self.train_samples)
+
+    @property
+    def eval_batches(self) -> int | None:
+        """Global batches of one evaluation; None for all of a set."""
+        return None if self.eval_iters == "full" else self.eval_iters
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingSettings:
@@ -380,28 +405,10 @@ class Settings:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Groups of plain values, as YAML and JSON hold them."""
-        return {
-            group: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-            for group, values in dataclasses.asdict(self).items()
-        }
+        return {group.name: plain_values(getattr(self, group.name)) for group in dataclasses.fields(self)}
 
-    @property
-    def layout(self) -> Layout:
-        parallel = self.parallel
-        return Layout(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
-            num_layer_list=parse_layers("--num-layer-list", parallel.num_layer_list),
-            noop_layers=parse_layers("--noop-layers", parallel.noop_layers) or (),
-        )
 
-    @property
-    def global_batch_size(self) -> int:
-        return self.training.global_batch_size or self.training.micro_batch_size
-
-    @property
-    def length(self) -> RunLength:
-        final = self.global_batch_size
-        sizes = BatchSizes(final, *(self.training.rampup_batch_size or (final,)))
-        return RunLength(sizes, self.training.train_iters, self.training.train_samples)
+def plain_values(group: Any) -> dict[str, Any]:
+    """A group's values by name, as YAML and JSON hold them."""
+    values = dataclasses.asdict(group)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -110,6 +110,12 @@ def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]
     return None
 
 
+def record_of(data_path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What the record of a dataset says; None without one."""
+    path_and_record = read_record(data_path)
+    return path_and_record[1] if path_and_record else None
+
+
 def check_record(
     data_path: str | os.PathLike[str],
     tokenizer: Tokenizer,

@@ -40,5 +40,5 @@ def dump(
         content = {"iteration": iteration, "rank": rank, **values, "first_bad": first}
         write_text_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     places = [f"rank {number}: {place}" for number, place in enumerate(communicator.all_gather(first)) if place]
-    found = f"First bad: {'; '.join(places)}" if places else "All tensors are finite"
-    return f"{found}. Details: {folder / BAD_STEPS}" if folder else found
+    summary = f"First bad: {'; '.join(places)}" if places else "All tensors are finite"
+    return f"{summary}. Details: {folder / BAD_STEPS}" if folder else summary

@@ -11,7 +11,7 @@ from typing import Any
 
 from tandem.config.parsing import from_dict
 from tandem.config.settings import LoggingSettings, Settings
-from tandem.data.record import read_record
+from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.launch.world import World
 from tandem.options import Options, PathText, positional
@@ -67,15 +67,15 @@ def rerun(options: RerunOptions) -> Comparison:
     if World.from_environment().rank == 0:
         for notice in differences(starts):
             print(f"> {notice}")
-    found: dict[int, float] = {}
+    again: dict[int, float] = {}
 
     def keep(record: StepRecord) -> None:
-        found[record.iteration] = record.loss
+        again[record.iteration] = record.loss
 
     os.chdir(start["directory"])  # the settings' paths are relative to it
     check_data(start)
     train(settings_again(start, save, max(recorded), options.deterministic_mode), keep)
-    return compare(recorded, found, options.tolerance) if found else Comparison(0, 0, 0.0)
+    return compare(recorded, again, options.tolerance) if again else Comparison(0, 0, 0.0)
 
 
 def settings_again(start: dict[str, Any], save: str | None, last: int, deterministic: bool) -> Settings:
@@ -83,7 +83,7 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
     settings = from_dict(start["settings"], RUN_FILE)
     training = dataclasses.replace(
         settings.training,
-        exit_interval=last if last < settings.length.iterations else None,
+        exit_interval=last if last < settings.training.length.iterations else None,
         deterministic_mode=settings.training.deterministic_mode or deterministic,
     )
     weights, load = start["weights"], settings.checkpoint.load
@@ -115,23 +115,22 @@ def differences(starts: list[dict[str, Any]]) -> Iterator[str]:
 def check_data(start: dict[str, Any]) -> None:
     """Raise UserError when a record beside the data is another than the run had."""
     for prefix, record in start["data"].items():
-        found = read_record(prefix)
-        if (found[1] if found else None) != record:
+        if record_of(prefix) != record:
             raise UserError(f"{prefix}: its record is not the one that the run had: the data were made again since")
 
 
-def compare(recorded: dict[int, float], found: dict[int, float], tolerance: float) -> Comparison:
+def compare(recorded: dict[int, float], again: dict[int, float], tolerance: float) -> Comparison:
     """The losses of the steps that both have.
 
     Raises:
         UserError: one is further off than `tolerance`; the first such step is named.
     """
-    both = sorted(recorded.keys() & found.keys())
-    off = {iteration: abs(recorded[iteration] - found[iteration]) for iteration in both}
+    both = sorted(recorded.keys() & again.keys())
+    off = {iteration: abs(recorded[iteration] - again[iteration]) for iteration in both}
     for iteration in both:
         if not off[iteration] <= tolerance:
             raise UserError(
-                f"iteration {iteration}: the loss was {recorded[iteration]!r}, is {found[iteration]!r}, further off "
+                f"iteration {iteration}: the loss was {recorded[iteration]!r}, is {again[iteration]!r}, further off "
                 f"than --tolerance {tolerance}. Other devices, layouts or thread counts add in another order: give a "
                 f"tolerance; on the same device, --deterministic-mode in both runs"
             )

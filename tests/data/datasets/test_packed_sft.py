@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runs import open_data, with_epochs
 from tandem.data.batch import Sample
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.indexed import IndexedWriter
@@ -19,7 +20,6 @@ from tandem.data.kinds import CONVERSATIONS
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.tokens.tokenizer import Tokenizer
-from tandem.training.start.data import open_data, with_epochs
 from workspace import Workspace
 
 Document = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -82,11 +82,11 @@ def test_h3_the_setting_counts_rows_and_leaves_packed_data_alone(workspace: Work
     values = {"instructions": True, "seq_length": 128, "train_iters": None, "epochs": 2, "micro_batch_size": 1}
     packed = with_epochs(workspace.settings("torch", pack=True, global_batch_size=1, **values))
     plain = with_epochs(workspace.settings("torch", global_batch_size=1, **values))
-    assert packed.length.samples < plain.length.samples / 2
+    assert packed.training.length.samples < plain.training.length.samples / 2
     tokenizer = Tokenizer(workspace.hf)
     data = [open_data(run, tokenizer).train for run in (packed, plain)]
     seen = [
-        Counter(document for i in range(run.length.samples) for document in documents(train[i]))
+        Counter(document for i in range(run.training.length.samples) for document in documents(train[i]))
         for run, train in zip((packed, plain), data)
     ]
     assert seen[0] == seen[1]
@@ -95,4 +95,4 @@ def test_h3_the_setting_counts_rows_and_leaves_packed_data_alone(workspace: Work
     options = PreprocessOptions((str(workspace.questions),), str(prefix), str(workspace.hf), prompt_type="qwen3")
     preprocess(dataclasses.replace(options, pack=True, neat_pack=True, seq_length=128))
     ready = [workspace.settings("torch", pack=pack, data_path=str(prefix), **values) for pack in (True, False)]
-    assert with_epochs(ready[0]).length.samples == with_epochs(ready[1]).length.samples
+    assert with_epochs(ready[0]).training.length.samples == with_epochs(ready[1]).training.length.samples

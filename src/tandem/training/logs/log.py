@@ -8,9 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from tandem.launch.world import World
+
 Print = Callable[[str], None]
 VALIDATION = "validation"  # the name of the validation set, when there is only the split's
 print_now: Print = partial(print, flush=True)  # a log file read while the run goes on must not lag
+
+
+def print_notice(text: str) -> None:
+    """What the user must know, said by the first rank."""
+    if World.from_environment().rank == 0:
+        print_now(f"> {text}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tandem.config.settings import DataSettings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.kinds import Kind, kind_of, whole_of
 from tandem.data.preprocess.chunks import TOO_LONG
-from tandem.data.record import check_record, read_record, template_entry
+from tandem.data.record import check_record, read_record, record_of, template_entry
 from tandem.data.templates.catalog import PROMPT_TYPES, THINKING_MODES, get_template, template_from_entry
 from tandem.data.templates.messages import CHAT_TEMPLATE, Template
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -45,9 +45,9 @@ def check_data(
                 "; --prompt-type would tell the checkpoint, and whoever chats with it, what the model was trained on"
             )
         return [*notices, notice], template_entry(template) if template else None
-    found = read_record(prefix)
-    assert found is not None
-    path, record = found
+    path_and_record = read_record(prefix)
+    assert path_and_record is not None, "without a record there is a notice"
+    path, record = path_and_record
     _require_recorded_size(prefix, kind, path, record)
     if kind.has_labels:
         _require_borders_between_answers(prefix, record, data, tokenizer)
@@ -125,8 +125,8 @@ def _notices_of_record(prefix: str, kind: Kind, record: dict[str, Any], data: Da
 
 def is_packed(prefix: str) -> bool | None:
     """Whether preprocessing packed these conversations; None where no record tells."""
-    found = read_record(prefix)
-    return bool(found[1]["options"]["pack"]) if found else None
+    record = record_of(prefix)
+    return bool(record["options"]["pack"]) if record else None
 
 
 def check_files(prefix: str, kind: Kind) -> None:
@@ -143,11 +143,12 @@ def check_files(prefix: str, kind: Kind) -> None:
         raise UserError(f"{prefix}: these data are {other.in_words}")
     if os.path.exists(prefix):
         raise UserError(f"{prefix}: a raw file; preprocess it first: `tandem preprocess`")
-    found = read_record(prefix)
-    written = [os.path.join(os.path.dirname(prefix), name) for name in found[1]["files"].values()] if found else []
-    missing = [name for name in written if not os.path.exists(f"{name}.idx")]
-    if missing:
-        raise UserError(f"{missing[0]}.idx: no such file, though {found[0]} names it; copy all files")  # type: ignore[index]
+    written = []
+    if path_and_record := read_record(prefix):
+        path, record = path_and_record
+        written = [os.path.join(os.path.dirname(prefix), name) for name in record["files"].values()]
+        if missing := [name for name in written if not os.path.exists(f"{name}.idx")]:
+            raise UserError(f"{missing[0]}.idx: no such file, though {path} names it; copy all files")
     raise UserError(
         f"{kind.first_pair(prefix)}.idx: no such file, nor raw ones of the name {prefix}; give "
         + (" or ".join(written) or "the prefix that `tandem preprocess` wrote")
@@ -196,8 +197,8 @@ def _notices_of_unrecorded_rows(prefix: str, kind: Kind, data: DataSettings) -> 
 
 def template_of(prefix: str, tokenizer: Tokenizer | None) -> Template | None:
     """The template that made these conversations, by their record; None where that does not name one that is here."""
-    found = read_record(prefix)
-    entry = found[1]["template"] if found else None
+    record = record_of(prefix)
+    entry = record["template"] if record else None
     if tokenizer is None or entry is None or entry["prompt_type"] not in PROMPT_TYPES:
         return None
     if entry["prompt_type"] == CHAT_TEMPLATE and tokenizer.chat_template is None:
@@ -210,8 +211,8 @@ def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Te
     """The template that the flags name, if any; what they leave open, type or thinking mode, is the record's."""
     if data.prompt_type is None and data.enable_thinking is None:
         return None
-    found = read_record(prefix)
-    recorded = (found[1]["template"] if found else None) or {"prompt_type": None, "enable_thinking": None}
+    record = record_of(prefix)
+    recorded = (record["template"] if record else None) or {"prompt_type": None, "enable_thinking": None}
     prompt_type = data.prompt_type or recorded["prompt_type"]
     if prompt_type is None:
         return None

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tandem.config.settings import DataSettings, Settings
+from tandem.config.settings import DataSettings, TrainingSettings
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.text import GPTDataset
@@ -35,8 +35,8 @@ class Datasets:
     whole_validation: bool
 
     @classmethod
-    def of(cls, kind: Kind, settings: Settings, tokenizer: Tokenizer | None) -> Datasets:
-        return cls(kind, settings.data, settings.training.seed, tokenizer, settings.training.eval_iters == "full")
+    def of(cls, kind: Kind, data: DataSettings, training: TrainingSettings, tokenizer: Tokenizer | None) -> Datasets:
+        return cls(kind, data, training.seed, tokenizer, whole_validation=training.eval_iters == "full")
 
     def split(self, name: str, prefix: str, samples: int | None = None, number: int = 0) -> Dataset:
         """A split of one prefix.
