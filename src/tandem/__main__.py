@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 from tandem import __version__
 from tandem.errors import RunStopped, UserError, nearest
-from tandem.launch.member import Member
+from tandem.launch.member import Member, exit_with
 from tandem.launch.world import is_scheduler
 
 # command -> its module under tandem.cli, and what it does
@@ -73,5 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
+def run() -> NoReturn:
+    exit_with(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
