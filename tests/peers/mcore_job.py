@@ -31,9 +31,13 @@ def one(folder: Path, tokens: torch.Tensor) -> None:
     parallel_state.destroy_model_parallel()
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.distributed.init_process_group("gloo")
     with mcore_model.on_cpu():
         for path in sys.argv[2:]:
             one(Path(path), torch.from_numpy(np.load(sys.argv[1])))
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    exit_with(main)
