@@ -14,6 +14,7 @@ from tandem.data.batch import MicroBatch
 from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
 from tandem.launch.world import Communicator
+from tandem.logs import log
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.planning.hardware import peak_flops
@@ -100,7 +101,7 @@ class Trainer:
                 self.log.step(record)
             iteration = self.progress.iteration
             if self._due(self.intervals.evaluation) and not self.stopped:
-                record = replace(record, validation=self._evaluate_and_print())
+                record = replace(record, validation=self._evaluate())
             if self.is_first_rank and self.on_step:
                 self.on_step(record)
             leaving = self._due(self.intervals.exit) or self._out_of_time or self.stopped is not None
@@ -110,7 +111,7 @@ class Trainer:
                 self.saver.save(self.progress)
                 saved_at = iteration
             if leaving:
-                self._print(f"exiting program at iteration {iteration}")
+                self._log_first(f"exiting program at iteration {iteration}")
                 break
         if self.saver and saved_at != self.progress.iteration:
             self.saver.save(self.progress)
@@ -192,7 +193,7 @@ class Trainer:
         details = dump(self.folder, self.communicator, iteration, known, first)
         if self.saver:
             self.saver.publish()  # should the run stop now, what is being written is kept
-        self._print(self.guard.act(iteration, wrong, details))
+        self._log_first(self.guard.act(iteration, wrong, details))
 
     def _agree(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
         """Tokens of the global batch, and the floating-point operations that they need; whether all leave,
@@ -212,7 +213,7 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
-    def _evaluate_and_print(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """Mean loss of each validation set; fewer when a signal ends the evaluation."""
         size, batches = self.validation.batch_size, self.validation.batches
         losses: dict[str, float] = {}
@@ -222,7 +223,7 @@ class Trainer:
             except _Signalled:
                 break
             losses[name] = result.loss
-            self._print(evaluation_line(self.progress.iteration, name, result.loss))
+            self._log_first(evaluation_line(self.progress.iteration, name, result.loss))
         return losses
 
     def _leave_if_signalled(self) -> None:
@@ -235,6 +236,6 @@ class Trainer:
         """The run stops when a rank has received a signal."""
         self.stopped = next((signal for signal in received if signal), None)
 
-    def _print(self, text: str) -> None:
+    def _log_first(self, text: str) -> None:
         if self.is_first_rank:
-            print(text, flush=True)
+            log.info(text)
