@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from parts import import_part
 from reference import (
     MemorySource,
     Reference,
@@ -161,8 +161,7 @@ def test_e2_chunked_loss_equals_unchunked(framework: str, toy: str, monkeypatch:
     batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
     engine = build(framework, source)
     whole_loss, whole = engine.loss_and_gradients(batches)
-    module = importlib.import_module(f"tandem.backends.{framework}.loss")
-    monkeypatch.setattr(module, "LOGITS_CHUNK_BYTES", 5 * source.config.vocab_size * 4)
+    monkeypatch.setattr(import_part(framework, "loss"), "LOGITS_CHUNK_BYTES", 5 * source.config.vocab_size * 4)
     loss, gradients = engine.loss_and_gradients(batches)
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     assert_close_gradients(gradients, whole, rtol=1e-5)
