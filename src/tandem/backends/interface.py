@@ -64,7 +64,8 @@ class StepResult:
         loss: mean over the trained tokens of the whole global batch.
         grad_norm: global L2 norm of the gradients, before clipping.
         trained_tokens: labels that counted, over the whole global batch.
-        applied: False when the step was not `is_trusted`: weights and optimizer state are as before.
+        applied: False when a number was not finite, or the loss 0 or above its limit: weights and optimizer state are
+            as before.
     """
 
     loss: float
@@ -78,11 +79,6 @@ class UntrainedError(ValueError):
 
     def __init__(self) -> None:
         super().__init__("no label of the global batch is trained: every one of them is masked")
-
-
-def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
-    """Whether a step is applied. A loss of 0 over trained tokens means that something is broken."""
-    return math.isfinite(loss) and 0 < loss <= loss_limit and math.isfinite(grad_norm)
 
 
 class Engine(Protocol):
@@ -120,7 +116,8 @@ class Engine(Protocol):
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
     ) -> StepResult:
-        """Forward and backward over all micro-batches, clip, AdamW; the update only when the step `is_trusted`.
+        """Forward and backward over all micro-batches, clip, AdamW; the update only when loss and norm are finite, and
+        the loss is above 0 and at most `loss_limit`.
 
         The gradients of `loss_scale` times the loss are computed, and divided by it before they are used.
 

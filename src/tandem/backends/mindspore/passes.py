@@ -14,7 +14,9 @@ from tandem.backends.mindspore.model import Decoder
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback
-from tandem.data.batch import IGNORE, MicroBatch, padded
+from tandem.backends.passes import follow, trained_rows
+from tandem.data.batch import MicroBatch, padded
+from tandem.parallel.pipeline import Action
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,14 @@ class Passes:
         Returns:
             The sum of the losses; 0 on all stages but the last.
         """
-        total = 0.0
-        in_flight: dict[int, _InFlight] = {}
-        for action in self.pipeline.schedule(len(batches)):
-            if action.forward:
-                loss, in_flight[action.micro_batch] = self._forward(batches[action.micro_batch], scale)
-                total += loss
-            else:
-                self._backward(in_flight.pop(action.micro_batch))
+
+        def forward(action: Action) -> tuple[float, _InFlight]:
+            return self._forward(batches[action.micro_batch], scale)
+
+        def backward(_: Action, done: _InFlight) -> None:
+            self._backward(done)
+
+        total = follow(self.pipeline.schedule(len(batches)), forward, backward)
         self.pipeline.finish()
         return total
 
@@ -97,8 +99,3 @@ class Passes:
             tokens = len(batch.tokens) // (self.tensor.ranks.size if self.tensor.sequence else 1)
             x = self.pipeline.receive(True, mint.empty((tokens, self.decoder.config.hidden_size), dtype=self.dtype))
         return self.decoder.forward(batch, rows, x, differentiable)
-
-
-def trained_rows(batch: MicroBatch) -> np.ndarray:
-    """The positions whose labels count."""
-    return np.flatnonzero(batch.labels != IGNORE)
