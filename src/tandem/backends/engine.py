@@ -15,8 +15,9 @@ from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from tandem.backends.interface import EngineSettings, StepResult, UntrainedError
+from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.loading import load_each, stream_fp32
+from tandem.backends.passes import WeightedBatch
 from tandem.checkpoints.interface import KINDS, Kind, TensorSource, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
@@ -28,6 +29,7 @@ from tandem.parallel.layout import Shard, even_rows, part_of
 from tandem.parallel.slices import Part
 
 T = TypeVar("T")  # the framework's tensor
+Batch = TypeVar("Batch", MicroBatch, WeightedBatch)
 
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 
@@ -138,35 +140,35 @@ class BaseEngine(ABC, Generic[T]):
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
+        weights: Sequence[np.ndarray],
         lr: float,
         weight_decay: float,
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
     ) -> StepResult:
-        loss, trained = self._forward_backward(micro_batches, loss_scale)
-        loss, squares = self._sum_over_ranks(loss, self._squares())
-        loss, norm = loss / trained, math.sqrt(squares) / loss_scale
+        loss = self._forward_backward(micro_batches, [of_batch * loss_scale for of_batch in weights])
+        totals = (loss, self._squares(), self._counted_tokens(micro_batches))
+        loss, squares, trained = self._sum_over_ranks(*totals)
+        loss, norm = loss / loss_scale, math.sqrt(squares) / loss_scale
         applied = is_trusted(loss, norm, loss_limit)
         if applied:
             self.optimizer_step += 1
             self._update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad) / loss_scale)
-        return StepResult(loss, norm, trained, applied)
+        return StepResult(loss, norm, int(trained), applied)
 
-    def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
-        loss, trained = self._forward_backward(micro_batches, loss_scale=1.0)
-        (loss,) = self._sum_over_ranks(loss)
-        return loss / trained, self._gradients()
+    def loss_and_gradients(
+        self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        (loss,) = self._sum_over_ranks(self._forward_backward(micro_batches, weights))
+        return loss, self._gradients()
 
-    def _forward_backward(self, micro_batches: Sequence[MicroBatch], loss_scale: float) -> tuple[float, int]:
-        """Leave the global batch's gradients, `loss_scale` times too large, where `_update` looks for them. Returns
-        this rank's part of the summed loss, and the trained tokens of all ranks."""
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]) -> float:
+        """Leave the global batch's gradients where `_update` looks for them. Returns this rank's part of the loss."""
         self._require_training()
-        (trained,) = self._sum_over_ranks(self._counted_tokens(micro_batches))
-        if not trained:
-            raise UntrainedError
-        loss = self._reported(self._accumulate(self._to_run(micro_batches), loss_scale / trained))
+        batches = [WeightedBatch.of(*pair) for pair in zip(micro_batches, weights, strict=True)]
+        loss = self._reported(self._accumulate(self._to_run(batches)))
         self._sum_gradients()
-        return loss, int(trained)
+        return loss
 
     def _squares(self) -> float:
         """What this rank adds to the square of the gradient's L2 norm, in which each number of the model counts once;
@@ -216,7 +218,7 @@ class BaseEngine(ABC, Generic[T]):
 
     # --- this rank's share
 
-    def _to_run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """Those with something to train, after a look at all."""
         for batch in micro_batches:
             batch.check_vocabulary(self.config.vocab_size)
@@ -281,9 +283,9 @@ class BaseEngine(ABC, Generic[T]):
         """The sums over all ranks, in double precision."""
 
     @abstractmethod
-    def _accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
-        """Forward and backward passes, after which this rank has the gradients of `scale` times the summed losses.
-        Returns the sum of the losses; 0 where the model does not end here."""
+    def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+        """Forward and backward passes, after which this rank has the gradients of the sum of the weighted losses.
+        Returns that sum; 0 where the model does not end here."""
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +12,20 @@ from tandem.data.batch import IGNORE, MicroBatch
 from tandem.parallel.pipeline import Action
 
 T = TypeVar("T")  # what a forward pass keeps for its backward pass
+
+
+@dataclass(frozen=True)
+class WeightedBatch(MicroBatch):
+    """A micro-batch with the weight of each of its tokens in the loss, float64 [t]."""
+
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, batch: MicroBatch, weights: np.ndarray) -> WeightedBatch:
+        """Raises ValueError when there is not one weight for each token."""
+        if weights.shape != batch.labels.shape:
+            raise ValueError(f"weights {list(weights.shape)} of a micro-batch with labels {list(batch.labels.shape)}")
+        return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights)
 
 
 def follow(

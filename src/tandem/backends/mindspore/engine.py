@@ -21,6 +21,7 @@ from tandem.backends.mindspore.passes import Passes
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
+from tandem.backends.passes import WeightedBatch
 from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import Kind
 from tandem.data.batch import MicroBatch
@@ -107,11 +108,11 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _sum_over_ranks(self, *values: float) -> list[float]:
         return self._groups.everyone.sum_values(*values)
 
-    def _accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
+    def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
         for weight in self._weights.values():
             weight.has_gradient = False
         with _non_finite_allowed():
-            return self._passes.accumulate(batches, scale)
+            return self._passes.accumulate(batches)
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
         with _non_finite_allowed():

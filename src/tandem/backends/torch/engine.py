@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from tandem.backends.engine import BaseEngine, ByRows
+from tandem.backends.engine import BaseEngine, Batch, ByRows
 from tandem.backends.interface import EngineSettings
+from tandem.backends.passes import WeightedBatch
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
 from tandem.backends.torch.data_parallel import Replicated, Sharing
 from tandem.backends.torch.device import choose_device, device_name, has_native_bf16
@@ -29,11 +30,12 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING
 
 # One token that predicts nothing.
-UNTRAINED = MicroBatch(
+UNTRAINED = WeightedBatch(
     tokens=np.zeros(1, np.int32),
     labels=np.full(1, IGNORE, np.int32),
     position_ids=np.zeros(1, np.int32),
     cu_seqlens=np.array([0, 1], np.int32),
+    weights=np.zeros(1),
 )
 
 
@@ -134,7 +136,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
     def _sum_over_ranks(self, *values: float) -> list[float]:
         return sum_over(self._groups.everyone, list(values))
 
-    def _to_run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """But interleaved stages need whole rounds of micro-batches, and ranks that gather weights from each other must
         run equally many."""
         trained = super()._to_run(micro_batches)
@@ -143,9 +145,9 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             batches += [UNTRAINED] * (maximum_over(self._sharing.ranks, len(batches)) - len(batches))
         return batches
 
-    def _accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
+    def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
         self._sharing.begin(gradients=True)
-        loss = self._passes.accumulate(batches, scale)
+        loss = self._passes.accumulate(batches)
         self._sharing.end()
         return loss
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tandem.backends.passes import follow, trained_rows
+from tandem.backends.passes import WeightedBatch, follow, trained_rows
 from tandem.backends.torch.data_parallel import Sharing
 from tandem.backends.torch.loss import cross_entropy, cross_entropy_and_gradient
 from tandem.backends.torch.model import GPTModel, Inputs, prepare
@@ -40,15 +40,15 @@ class Passes:
     dtype: torch.dtype
     device: torch.device
 
-    def accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
-        """Add the gradients of `scale` times the batches' summed losses to the weights' buffers.
+    def accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+        """Add the gradients of the sum of the batches' weighted losses to the weights' buffers.
 
         Returns:
-            The sum of the losses; 0 where the last chunk is elsewhere.
+            That sum; 0 where the last chunk is elsewhere.
         """
 
         def forward(action: Action) -> tuple[float, _InFlight]:
-            return self._forward(action, batches[action.micro_batch], scale)
+            return self._forward(action, batches[action.micro_batch])
 
         def backward(action: Action, done: _InFlight) -> None:
             self.sharing.before_backward(self.chunks[action.chunk], last=action.micro_batch == len(batches) - 1)
@@ -88,7 +88,7 @@ class Passes:
                 if module is not None:
                     yield ".".join(everywhere[:depth]), module
 
-    def _forward(self, action: Action, batch: MicroBatch, scale: float) -> tuple[float, _InFlight]:
+    def _forward(self, action: Action, batch: WeightedBatch) -> tuple[float, _InFlight]:
         chunk, target = self.chunks[action.chunk], self.pipeline.target(action.chunk)
         rows, labels = self._trained(batch)
         inputs = self._prepare(batch)
@@ -96,7 +96,8 @@ class Passes:
         output = chunk(inputs, x, rows)
         loss, gradient = 0.0, None
         if target is None:
-            loss, gradient = cross_entropy_and_gradient(output.detach(), chunk.head, labels, scale, chunk.tensor)
+            weights = batch.weights[trained_rows(batch)]
+            loss, gradient = cross_entropy_and_gradient(output.detach(), chunk.head, labels, weights, chunk.tensor)
         else:
             self.pipeline.send(target, True, output.detach())
         return loss, _InFlight(x, output, gradient)
