@@ -18,7 +18,7 @@ import numpy as np
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch
-from tandem.checkpoints.interface import KINDS, Kind, TensorSource, kinds_to_load
+from tandem.checkpoints.interface import TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.frameworks import Framework
@@ -31,7 +31,7 @@ from tandem.parallel.slices import Part
 T = TypeVar("T")  # the framework's tensor
 Batch = TypeVar("Batch", MicroBatch, WeightedBatch)
 
-MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+MOMENTS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
 def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
@@ -106,14 +106,14 @@ class BaseEngine(ABC, Generic[T]):
             raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
         moments = {kind: self._kept(kind) for kind in MOMENTS}
 
-        def load(item: tuple[Kind, str]) -> None:
+        def load(item: tuple[TensorKind, str]) -> None:
             kind, name = item
             self._fill(stream_fp32(source, name, self._updated_part(name), kind), (moments[kind][name], 0))
 
         load_each(load, [(kind, name) for kind, tensors in moments.items() for name in tensors], self.readers)
         self.optimizer_step = optimizer_step
 
-    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
         for kind in self._saved_kinds():
             tensors = self._kept(kind)
             by_rows = self.by_rows.weights if kind == "model" else self.by_rows.optimizer_state
@@ -122,10 +122,10 @@ class BaseEngine(ABC, Generic[T]):
             ):
                 yield kind, shard, self._to_numpy(kind, tensors[shard.spec.name])
 
-    def _saved_kinds(self) -> list[Kind]:
+    def _saved_kinds(self) -> list[TensorKind]:
         if not self._settings.training:
             return ["model"]
-        return [kind for kind in KINDS if kind != "master" or self.param_dtype != "float32"]
+        return [kind for kind in TENSOR_KINDS if kind != "master" or self.param_dtype != "float32"]
 
     def _updated_rows(self, name: str) -> tuple[int, int]:
         """The rows of a weight's slice that this rank updates."""
@@ -265,7 +265,7 @@ class BaseEngine(ABC, Generic[T]):
     # --- what the framework does
 
     @abstractmethod
-    def _kept(self, kind: Kind) -> Mapping[str, T]:
+    def _kept(self, kind: TensorKind) -> Mapping[str, T]:
         """What this rank keeps of a kind, by name. Of masters those that have memory of their own."""
 
     @staticmethod
@@ -275,7 +275,7 @@ class BaseEngine(ABC, Generic[T]):
         first one takes all."""
 
     @abstractmethod
-    def _to_numpy(self, kind: Kind, tensor: T) -> np.ndarray:
+    def _to_numpy(self, kind: TensorKind, tensor: T) -> np.ndarray:
         """What a checkpoint takes of a tensor that is kept."""
 
     @abstractmethod

@@ -14,7 +14,8 @@ import pytest
 from tandem.config.settings import Settings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.preprocess.cache import is_raw, preprocess_once
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import BusyError
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -62,7 +63,7 @@ def test_raw_conversations_with_epochs_and_packing(workspace: Workspace, tmp_pat
     raw = settings_for(workspace, workspace.questions, tmp_path, prompt_type="qwen3", **values)
     ready = with_epochs(with_preprocessed(raw))
     assert open_data(ready, Tokenizer(workspace.hf)).template["prompt_type"] == "qwen3"  # type: ignore[index]
-    with pytest.raises(UserError, match="needs prompt_type"):
+    with pytest.raises(UserError, match="needs --prompt-type"):
         with_preprocessed(settings_for(workspace, workspace.questions, tmp_path, **values))
 
 
@@ -179,8 +180,12 @@ def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
 @pytest.mark.parametrize(
     ("instructions", "values", "message"),
     [
-        (True, {"handler_name": "AlpacaPretrainHandler"}, "these are plain text: `tandem pretrain` takes it"),
-        (False, {"prompt_type": "qwen3"}, "these are conversations: `tandem finetune` takes them"),
+        (
+            True,
+            {"handler_name": "AlpacaPretrainHandler"},
+            "these are plain text, for `tandem pretrain`; --handler-name",
+        ),
+        (False, {"prompt_type": "qwen3"}, "these are conversations, for `tandem finetune`; with --handler-name"),
     ],
 )
 def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
@@ -197,7 +202,7 @@ def test_i2_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
     raw = tmp_path / "pairs.jsonl"
     raw.write_text(json.dumps({"instruction": "q", "chosen": "a", "rejected": "b"}) + "\n")
     values = {"instructions": True, "prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
-    with pytest.raises(UserError, match="these are preferences: no training uses them"):
+    with pytest.raises(UserError, match="these are preferences; no training uses them"):
         prepare(settings_for(workspace, raw, tmp_path, **values), 1)
     options = {"prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
     preprocess(PreprocessOptions((str(raw),), str(tmp_path / "pairs"), str(workspace.hf), **options))

@@ -23,7 +23,7 @@ from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
 from tandem.backends.passes import WeightedBatch
 from tandem.checkpoints.formats.arrays import is_finite
-from tandem.checkpoints.interface import Kind
+from tandem.checkpoints.interface import TensorKind
 from tandem.data.batch import MicroBatch
 from tandem.frameworks import MINDSPORE
 from tandem.models.config import ModelConfig
@@ -86,7 +86,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         )
         return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype)
 
-    def _kept(self, kind: Kind) -> Mapping[str, Tensor]:
+    def _kept(self, kind: TensorKind) -> Mapping[str, Tensor]:
         if kind == "model":
             return {name: weight.value for name, weight in self._weights.items()}
         if kind == "master":
@@ -102,7 +102,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
             own = values[start : start + target.shape[0]]
             target.copy_(Tensor.from_numpy(own).astype(target.dtype))
 
-    def _to_numpy(self, kind: Kind, tensor: Tensor) -> np.ndarray:
+    def _to_numpy(self, kind: TensorKind, tensor: Tensor) -> np.ndarray:
         return tensor.asnumpy()
 
     def _sum_over_ranks(self, *values: float) -> list[float]:

@@ -23,7 +23,7 @@ from tandem.backends.torch.optimizer import AdamW, norm_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.tensor_parallel import TensorParallel
-from tandem.checkpoints.interface import Kind
+from tandem.checkpoints.interface import TensorKind
 from tandem.data.batch import IGNORE, MicroBatch
 from tandem.frameworks import TORCH
 from tandem.models.config import ModelConfig
@@ -109,7 +109,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             self._settings,
         )
 
-    def _kept(self, kind: Kind) -> Mapping[str, torch.Tensor]:
+    def _kept(self, kind: TensorKind) -> Mapping[str, torch.Tensor]:
         if kind == "model":
             return {name: self._sharing.kept(weight) for name, weight in self._weights.items()}
         if self._adamw is None or (kind == "master" and self._dtype == torch.float32):
@@ -127,7 +127,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
                 if low < high:
                     target[low - start : high - start].copy_(rows[low - first : high - first])
 
-    def _to_numpy(self, kind: Kind, tensor: torch.Tensor) -> np.ndarray:
+    def _to_numpy(self, kind: TensorKind, tensor: torch.Tensor) -> np.ndarray:
         host = (tensor.to(self._dtype) if kind == "model" else tensor).detach().cpu()
         if host.dtype == torch.bfloat16:
             return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
