@@ -1,3 +1,3 @@
 """Tandem: train Qwen3 end to end on MindSpore and on PyTorch, from the same bytes."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
