@@ -14,7 +14,8 @@ import pytest
 from tandem.__main__ import main
 from tandem.data.indexed import IndexedDataset
 from tandem.data.kinds import sft_prefix
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.statistics import DataView
 from tandem.data.tokens.tokenizer import Tokenizer
 from workspace import Workspace

@@ -11,7 +11,8 @@ import pytest
 
 from frameworks import require_framework
 from tandem.__main__ import main
-from tandem.config.parsing import from_dict, parse_settings, to_yaml
+from tandem.cli.settings import parse_settings
+from tandem.config.parsing import from_dict, to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped, UserError
 from tandem.training.logs.events import read_events

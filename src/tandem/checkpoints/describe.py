@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tandem.checkpoints.copy import Progress
@@ -47,6 +47,8 @@ class Description:
         optimizer: whether and where the optimizer's state is there, in words.
         trainer_state: what a trainer stored beside the model.
         files: weight files, relative to `folder`, with their sizes in bytes.
+        integrity: what was checked, in words.
+        digests: sha256 of each file, where it was read.
     """
 
     source: TensorSource
@@ -60,6 +62,8 @@ class Description:
     optimizer: str
     trainer_state: tuple[str, ...]
     files: dict[str, int]
+    integrity: str = "headers and shapes are in order; tensors were not read"
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def describe(path: str | Path, iteration: int | None = None) -> Description:
@@ -87,11 +91,8 @@ def describe(path: str | Path, iteration: int | None = None) -> Description:
     )
 
 
-def check_integrity(description: Description, progress: Progress | None = None) -> tuple[str, dict[str, str]]:
-    """Read everything.
-
-    Returns:
-        A sentence that says what was found in order, and the sha256 of each file.
+def with_integrity(description: Description, progress: Progress | None = None) -> Description:
+    """The description of a checkpoint of which everything was read and checked.
 
     Raises:
         UserError: a tensor is damaged, or holds NaN or infinity.
@@ -112,11 +113,12 @@ def check_integrity(description: Description, progress: Progress | None = None) 
         done += size
         if progress:
             progress(done, total)
-    found = {
+    checked = {
         "native": "every slice has the sha256 that index.json records, and every number is finite",
         "Megatron torch": "every tensor has the CRC that its file records, and every number is finite",
     }
-    return found.get(description.format, "this format records no checksums; every number is finite"), digests
+    integrity = checked.get(description.format, "this format records no checksums; every number is finite")
+    return replace(description, integrity=integrity, digests=digests)
 
 
 def _format(source: TensorSource) -> str:

@@ -6,7 +6,7 @@ Every check yields what is wrong, in words, so that one error can name all of it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tandem.config.settings import (
@@ -17,7 +17,7 @@ from tandem.config.settings import (
     Settings,
     TrainingSettings,
 )
-from tandem.errors import UserError
+from tandem.errors import raise_all
 from tandem.parallel.grid import Grid
 
 # fmt: off
@@ -39,18 +39,18 @@ LARGEST = {"seed": 2**32 - 1, "master_port": 65535}  # NumPy's and TCP's
 
 def check_settings(settings: Settings) -> None:
     """Raise UserError where settings are missing, out of range, or contradict each other; all is named."""
-    fail_with(wrong_ranges(settings.to_dict()))
-    fail_with(wrong_settings(settings))
+    raise_all(wrong_ranges(settings.to_dict()))
+    raise_all(wrong_settings(settings))
 
 
 def check_ranges(settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise UserError for numbers that no run can use; `settings` are groups of plain values by name."""
-    fail_with(wrong_ranges(settings))
+    raise_all(wrong_ranges(settings))
 
 
 def check_implemented(settings: Settings) -> None:
     """Raise UserError for what would change the computation and is not there."""
-    fail_with(not_implemented(settings))
+    raise_all(not_implemented(settings))
 
 
 def check_grid(settings: Settings, grid: Grid) -> None:
@@ -60,18 +60,12 @@ def check_grid(settings: Settings, grid: Grid) -> None:
     sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (settings.global_batch_size,)}
     if training.rampup_batch_size is not None:
         sizes["--rampup-batch-size"] = training.rampup_batch_size[:2]
-    fail_with(
+    raise_all(
         f"{flag} {' '.join(map(str, values))}: expected multiples of --micro-batch-size "
         f"{training.micro_batch_size} x {grid.data_size} data-parallel ranks = {whole}"
         for flag, values in sizes.items()
         if any(value % whole for value in values)
     )
-
-
-def fail_with(wrong: Iterable[str]) -> None:
-    """Raise UserError with all that is wrong, a line each; nothing when nothing is."""
-    if lines := list(wrong):
-        raise UserError("\n".join(lines))
 
 
 def wrong_ranges(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -36,14 +36,22 @@ Adapt = Callable[[TensorSource, Companions], tuple[Companions, list[str]]]
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did: where the result lies, its iteration (None for Hugging Face), its size, and what the user
-    should be told."""
+    """What a conversion did.
+
+    Attributes:
+        folder: where the result is.
+        iteration: that of the checkpoint; None of a Hugging Face folder.
+        tensors, parameters: how many were written.
+        notices: what the user should be told.
+        verification: whether logits were compared, and how far they are apart, in words.
+    """
 
     folder: Path
     iteration: int | None
     tensors: int
     parameters: int
     notices: tuple[str, ...] = ()
+    verification: str = ""
 
     @classmethod
     def of(cls, folder: Path, iteration: int | None, config: ModelConfig, notices: Sequence[str] = ()) -> Converted:
@@ -62,7 +70,6 @@ def convert(
     Raises:
         UserError: bad options, a source that is incomplete or damaged, or a target that exists.
     """
-    options.check()
     folder, origin = _target(options)
     source = _open(options, origin)
     companions, notices = companions_for(source, origin), list[str]()

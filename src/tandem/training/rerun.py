@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,21 @@ from tandem.config.settings import LoggingSettings, Settings
 from tandem.data.record import read_record
 from tandem.errors import UserError
 from tandem.launch.world import World
+from tandem.options import Options, PathText, positional
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
 from tandem.training.run_record import RUN_FILE, code_version, read_starts, versions
 
 
-@dataclass(frozen=True, kw_only=True)
-class RerunOptions:
-    """Options."""
+@dataclass(frozen=True)
+class RerunOptions(Options):
+    """Options of `tandem rerun`."""
 
-    save: str | None = None
+    run: PathText = field(metadata=positional("RUN"))
+    """--save folder of the recorded run."""
+    _: KW_ONLY
+    save: PathText | None = None
     """Folder for the new run; default: nothing is kept."""
     tolerance: float = 0.0
     """How far a loss may be from the recorded one; 0 asks for the same bits."""
@@ -43,13 +47,14 @@ class Comparison:
     difference: float
 
 
-def rerun(folder: str, options: RerunOptions) -> Comparison:
+def rerun(options: RerunOptions) -> Comparison:
     """Train again with the settings of a run's first start, from its weights and data, over its recorded steps.
 
     Raises:
         UserError: the folder records no run, its data or weights are not as they were, or a loss is further off than
             the tolerance.
     """
+    folder = options.run
     starts = read_starts(folder)
     start = starts[0]
     metrics = read_metrics(Path(folder) / METRICS_FILE)

@@ -11,7 +11,8 @@ import pytest
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
 from tandem.data.datasets.blend import BlendedDataset
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.run import train

@@ -16,7 +16,8 @@ from tandem.data.batch import Sample
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.indexed import IndexedWriter
 from tandem.data.kinds import SFT_KEYS
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.training.start.data import open_data, with_epochs
 from workspace import Workspace

@@ -10,7 +10,8 @@ import pytest
 from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.statistics import DataView
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from data_toys import byte_tokenizer
 from tandem.data.handlers.text import GeneralPretrainHandler
 from tandem.data.preprocess import chunks as tokenize
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.sources.readers import Block, parse_row, plain_texts
 from tandem.errors import UserError
 

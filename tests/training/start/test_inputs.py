@@ -15,7 +15,8 @@ import pytest
 
 from tandem.config.checks import check_settings
 from tandem.data.indexed import IndexedDataset, IndexedWriter
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.record import record_path
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -47,7 +48,7 @@ def test_c8_a_blend_says_what_it_takes_of_each_source(workspace: Workspace, seco
 def test_c8_templates_of_a_blend_must_agree(workspace: Workspace, tmp_path: Path) -> None:
     other = tmp_path / "chat"
     options = PreprocessOptions((str(workspace.questions),), str(other), str(workspace.hf), prompt_type="qwen3")
-    preprocess(dataclasses.replace(options, enable_thinking=True))
+    preprocess(dataclasses.replace(options, enable_thinking="true"))
     data_path = [str(workspace.instructions), str(other)]
     settings = workspace.settings("torch", instructions=True, data_path=data_path)
     with pytest.raises(UserError, match="different templates; preprocess all with the same"):
@@ -83,7 +84,7 @@ def test_d4_rows_without_borders_are_not_kept_apart(workspace: Workspace, tmp_pa
 
 
 def test_d6_without_a_record_the_flags_name_the_template(workspace: Workspace, tmp_path: Path) -> None:
-    prefix = preprocessed(workspace, tmp_path, enable_thinking=False)
+    prefix = preprocessed(workspace, tmp_path, enable_thinking="false")
     recorded = open_chat(workspace, prefix, seq_length=128).template
     Path(f"{prefix}.json").unlink()
     unknown = open_chat(workspace, prefix, seq_length=128)
@@ -319,7 +320,7 @@ def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: 
 
 
 def test_c3_a_thinking_mode_alone_is_compared(workspace: Workspace, tmp_path: Path) -> None:
-    prefix = preprocessed(workspace, tmp_path, enable_thinking=True)
+    prefix = preprocessed(workspace, tmp_path, enable_thinking="true")
     with pytest.raises(UserError, match=r"template\.enable_thinking is True, this run's is False"):
         open_chat(workspace, prefix, seq_length=128, enable_thinking="false")
     assert not open_chat(workspace, prefix, seq_length=128, enable_thinking="true").notices

@@ -14,7 +14,8 @@ import pytest
 from tandem.config.settings import Settings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.preprocess.cache import is_raw, preprocess_once
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import BusyError
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -62,7 +63,7 @@ def test_raw_conversations_with_epochs_and_packing(workspace: Workspace, tmp_pat
     raw = settings_for(workspace, workspace.questions, tmp_path, prompt_type="qwen3", **values)
     ready = with_epochs(with_preprocessed(raw))
     assert open_data(ready, Tokenizer(workspace.hf)).template["prompt_type"] == "qwen3"  # type: ignore[index]
-    with pytest.raises(UserError, match="needs prompt_type"):
+    with pytest.raises(UserError, match="needs --prompt-type"):
         with_preprocessed(settings_for(workspace, workspace.questions, tmp_path, **values))
 
 

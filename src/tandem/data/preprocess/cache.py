@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def template_of_raw(options: PreprocessOptions, tokenizer: Tokenizer) -> dict[st
     """The template that the record of the preprocessed data will name."""
     if options.prompt_type is None:
         return None
-    return template_entry(get_template(options.prompt_type, options.enable_thinking, tokenizer))
+    return template_entry(get_template(options.prompt_type, options.thinking_mode, tokenizer))
 
 
 def _key(options: PreprocessOptions) -> str:
@@ -115,7 +115,7 @@ def _key(options: PreprocessOptions) -> str:
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     identity = {
         "revision": _REVISION,
-        "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_TRACE},
+        "options": {name: value for name, value in options.recorded().items() if name not in _WITHOUT_TRACE},
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_of_raw(options, tokenizer),
         "sources": [(Path(entry["file"]).name, entry["sha256"]) for entry in sources],

@@ -39,8 +39,7 @@ from tandem.data.templates.messages import Template
 from tandem.data.tokens.encoder import TokenizersEngine, choose_engine
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-
-__all__ = ["PreprocessOptions", "PreprocessSummary", "kind_of", "preprocess", "try_first_rows"]
+from tandem.options import flag_of
 
 Progress = Callable[[int, int], None]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -209,25 +208,27 @@ def _job(
     handler, name = sources[0].handler, sources[0].handler_name
     if isinstance(handler, GeneralPretrainHandler):
         return _pretrain_job(options, handler, name, tokenizer), None
-    require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
-    require(options.pad_to_multiple_of == 1, f"pad_to_multiple_of is for plain text, but {name} reads conversations")
+    require(options.prompt_type is not None, f"{name} needs --prompt-type, the template of its conversations (qwen3)")
+    require(options.pad_to_multiple_of == 1, f"--pad-to-multiple-of is for plain text, but {name} reads conversations")
     assert options.prompt_type is not None
-    require(options.json_keys == ("text",), f"json_keys are for plain text, but {name} reads conversations")
-    template = get_template(options.prompt_type, options.enable_thinking, tokenizer)
+    require(options.json_keys == ("text",), f"--json-keys is for plain text, but {name} reads conversations")
+    template = get_template(options.prompt_type, options.thinking_mode, tokenizer)
     stop = tokenizer.token_to_id(template.stop_word)
     require(
         stop is not None,
-        f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
-        f"{tokenizer.folder}; choose the prompt_type of this model",
+        f"--prompt-type {template.name} ends messages with {template.stop_word}, which is no token of "
+        f"{tokenizer.folder}; choose the --prompt-type of this model",
     )
     reference = TokenizersEngine(tokenizer, add_special_tokens=False)
     if is_pairwise(handler):
         for option in ("pack", "append_eod"):
-            require(not getattr(options, option), f"{option}: the pairs of {name} stay as they are; leave it out")
+            require(
+                not getattr(options, option), f"{flag_of(option)}: the pairs of {name} stay as they are; leave it out"
+            )
         return PairTokenizer(reference, handler, template, options.seq_length, options.over_long), template
     require(
         not options.pack or tokenizer.pad_id is not None,
-        f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
+        f"--pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
     )
     header = tokenizer.encode(template.answer_header)
     eod = stop if options.append_eod else None
@@ -244,12 +245,14 @@ def _pretrain_job(
     options: PreprocessOptions, handler: GeneralPretrainHandler, name: str, tokenizer: Tokenizer
 ) -> PretrainTokenizer:
     for option in ("prompt_type", "seq_length", "pack"):
-        require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
+        require(not getattr(options, option), f"{flag_of(option)} is for conversations, but {name} reads plain text")
     for option, usual in (("train_turns", "all"), ("over_long", "trim")):
-        require(getattr(options, option) == usual, f"{option} is for conversations, but {name} reads plain text")
+        require(
+            getattr(options, option) == usual, f"{flag_of(option)} is for conversations, but {name} reads plain text"
+        )
     require(
         not options.append_eod or tokenizer.eos_id is not None,
-        f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
+        f"--append-eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
     )
     return PretrainTokenizer(
         TokenizersEngine(tokenizer, add_special_tokens=True),
@@ -315,10 +318,9 @@ def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) 
     for source, count in zip(sources, kept):
         require(count > 0, f"{_files([source])}: nothing kept, so it cannot be interleaved")
     probabilities = options.interleave_probs
-    require(
-        probabilities is None or len(probabilities) == len(sources),
-        f"interleave_probs {probabilities}: expected one for each of the {len(sources)} datasets",
-    )
+    if probabilities is not None and len(probabilities) != len(sources):
+        given = ",".join(map(str, probabilities))
+        raise UserError(f"--interleave-probs {given}: expected one for each of the {len(sources)} datasets")
     return interleaved(kept, probabilities, options.seed, options.mix_strategy == "interleave_over")
 
 
@@ -372,7 +374,7 @@ def _identity(
 
 
 def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
-    recorded = asdict(options)
+    recorded = options.recorded()
     for name in ("workers", "log_interval"):  # they leave no trace in the data
         del recorded[name]
     if not options.handler_name:  # what was recognised
@@ -401,8 +403,8 @@ def _record(
 
 def _require_output_folder(output_prefix: str) -> None:
     folder = _folder(output_prefix)
-    require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
-    require(bool(os.path.basename(output_prefix)), f"output_prefix {output_prefix}: a name for the files is missing")
+    require(folder.is_dir(), f"--output-prefix {output_prefix}: the folder {folder} does not exist; create it first")
+    require(bool(os.path.basename(output_prefix)), f"--output-prefix {output_prefix}: a name for the files is missing")
 
 
 def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, sources: Sequence[Source]) -> None:
@@ -410,12 +412,12 @@ def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, 
     longest = os.pathconf(_folder(output_prefix), "PC_NAME_MAX")
     for pair in names.values():
         over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - longest
-        require(over <= 0, f"output_prefix {output_prefix}: the names of files would be {over} bytes too long")
+        require(over <= 0, f"--output-prefix {output_prefix}: the names of files would be {over} bytes too long")
     require_own(output_prefix, names)
     for file in (file for source in sources for file in source.files):
         require(
             file.resolve() != rejects.resolve(),
-            f"{file}: the rejects of this run would go there, and it is the input; choose another output_prefix",
+            f"{file}: the rejects of this run would go there, and it is the input; choose another --output-prefix",
         )
 
 

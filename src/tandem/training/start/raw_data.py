@@ -9,11 +9,11 @@ from typing import Any
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
 from tandem.data.preprocess.cache import Wait, is_raw, preprocess_once, template_of_raw, wait_for
-from tandem.data.preprocess.options import PreprocessOptions, parse_map_keys
+from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import kind_of, try_first_rows
-from tandem.data.templates.catalog import THINKING_MODES
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.options import parse_json_object
 from tandem.training.start.data import all_prefixes, open_tokenizer, split_name
 from tandem.training.start.data_checks import check_files
 
@@ -88,9 +88,9 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
         tokenizer_name_or_path=_tokenizer_folder(settings),
         handler_name=data.handler_name,
         json_keys=data.json_keys,
-        map_keys=parse_map_keys(data.map_keys),
+        map_keys=parse_json_object("--map-keys", data.map_keys),
         prompt_type=data.prompt_type,
-        enable_thinking=THINKING_MODES[data.enable_thinking or "none"],
+        enable_thinking=data.enable_thinking or "none",
         append_eod=data.append_eod,
         workers=data.workers,
     )
