@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -77,15 +76,24 @@ def known_words() -> set[str]:
 
 @pytest.mark.slow
 def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The `bash` blocks of docs/guide, in the order of the site, on a short quickstart's files."""
+    """On a short quickstart's files: the `bash` blocks of docs/guide, in the order of the site, and the Python page."""
     for name in ("torch", "mindspore"):
         require_framework(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["quickstart", "--pretrain-iters", "2", "--finetune-iters", "2", "--questions", "2"]) == 0
     pages = re.findall(r"guide/\w+\.md", text("mkdocs.yml"))
-    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", text(f"docs/{page}"), re.DOTALL)]
-    assert len(blocks) > 20
-    program = f'set -eux\ntandem() {{ "{sys.executable}" -m tandem "$@"; }}\n' + "".join(blocks)
-    done = subprocess.run(["bash", "-c", program], env=os.environ, capture_output=True, text=True)
+    commands = [block for page in pages for block in blocks("bash", f"docs/{page}")]
+    assert len(commands) > 20
+    python = f'"{sys.executable}"'
+    run("bash", "-c", "\n".join(["set -eux", f'tandem() {{ {python} -m tandem "$@"; }}', *commands]))
+    run(sys.executable, "-c", "".join(blocks("python", "docs/reference/python.md")))
+
+
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text(page), re.DOTALL)
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
