@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.config.checks import check_settings
-from tandem.config.parsing import parse_settings
+from tandem.cli.settings import parse_settings
 from tandem.config.settings import Settings
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

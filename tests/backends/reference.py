@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.interface import Companions, Kind, TensorSource
+from tandem.checkpoints.interface import Companions, TensorKind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig
@@ -24,24 +24,24 @@ class MemorySource:
 
     location = "memory"
 
-    def __init__(self, config: ModelConfig, tensors: dict[Kind, dict[str, np.ndarray]]) -> None:
+    def __init__(self, config: ModelConfig, tensors: dict[TensorKind, dict[str, np.ndarray]]) -> None:
         self.config = config
         self.companions = Companions()
         self._tensors = tensors
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return tuple(self._tensors)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._tensors[kind][name].dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return self._tensors[kind][name]
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         return cut(self.read(name, kind), part)
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         yield self.read_part(name, part, kind)
 
 
@@ -59,7 +59,7 @@ def toy_weights(config: ModelConfig, seed: int = 0) -> MemorySource:
 
 def snapshot(engine: Engine) -> MemorySource:
     """A copy of everything that a checkpoint of `engine` would hold."""
-    tensors: dict[Kind, dict[str, np.ndarray]] = {}
+    tensors: dict[TensorKind, dict[str, np.ndarray]] = {}
     for kind, shard, array in engine.tensors():
         tensors.setdefault(kind, {})[shard.spec.name] = array.copy()
     return MemorySource(engine.config, tensors)

@@ -12,7 +12,7 @@ from tandem.__main__ import main
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.hf.source import HFSource
-from tandem.checkpoints.interface import Companions, Kind, TensorSource
+from tandem.checkpoints.interface import Companions, TensorKind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.conversion import run as command
 from tandem.conversion.verify import Verification, verify
@@ -100,7 +100,7 @@ def test_b1_small_models_are_verified_unasked(
 class Off(RandomSource):
     """One number of one tensor is another."""
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         tensor = super().read(name, kind)
         if name == "decoder.layers.2.mlp.linear_fc1.weight":
             tensor[3, 4] += 5

@@ -16,7 +16,7 @@ import pytest
 from frameworks import require_framework
 from scripts import EXAMPLES, FRAMEWORKS, SIZES, Site, training_script
 from tandem.__main__ import main
-from tandem.config.parsing import parse_settings
+from tandem.cli.settings import parse_settings
 from tandem.config.settings import Settings
 from tandem.data.preprocess.run import PreprocessOptions, preprocess
 from tandem.models.hf_config import to_hf

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tandem.checkpoints.interface import Kind, TensorSource
+from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
@@ -106,7 +106,7 @@ class Engine(Protocol):
         """Take this rank's share of Adam's moments."""
         ...
 
-    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
         """Everything a checkpoint must hold of this rank, as (kind, which part of which tensor, host array): what
         `saved_shards` lists, by rows where the settings shard that kind, "model" first. `first_rank` is the first that
         writes to this rank's disk. An array is valid until the next one is asked for."""

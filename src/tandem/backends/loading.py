@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tandem.checkpoints.interface import Kind, TensorSource, check_shape
+from tandem.checkpoints.interface import TensorKind, TensorSource, check_shape
 from tandem.parallel.slices import Part
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ def load_each(load: Callable[[T], None], items: Iterable[T]) -> None:
             pass
 
 
-def stream_fp32(source: TensorSource, name: str, part: Part, kind: Kind) -> Iterator[tuple[int, np.ndarray]]:
+def stream_fp32(source: TensorSource, name: str, part: Part, kind: TensorKind) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of rows of a part, fp32, contiguous and writable, each with the number of its first row.
 
     Raises:

@@ -80,7 +80,7 @@ def show_samples(console: Console, view: DataView, tokenizer: Tokenizer, count: 
     for index in range(min(count, len(view))):
         text = Text()
         for span in view.spans(index, tokenizer):
-            marked = view.is_instruction_dataset and span.trained
+            marked = view.kind.has_labels and span.trained
             shown = f"[[{span.text}]]" if marked and not coloured else span.text
             text.append(shown, style="green" if marked else "")
         console.rule(view.title(index), align="left")

@@ -86,8 +86,7 @@ def run(argv: Sequence[str]) -> None:
     if summary.rejects:
         print(f"wrote {summary.rejects}")
     if flags.show or flags.html:
-        path = next(iter(summary.prefixes.values())) if flags.prompt_type is None else flags.output_prefix
-        show(flags, DataView(path), Tokenizer(flags.tokenizer_name_or_path))
+        show(flags, DataView(summary.data_paths[0]), Tokenizer(flags.tokenizer_name_or_path))
 
 
 def show(flags: PreprocessFlags, view: DataView, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
-from tandem.checkpoints.native.source import prompt_entry
+from tandem.checkpoints.prompt import prompt_entry
 from tandem.conversion.convert import Check, Converted, companions_for, with_one_dtype, write_checked
 from tandem.conversion.options import ExportOptions
 from tandem.data.templates.catalog import template_from_entry
@@ -50,7 +50,8 @@ def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions
     Raises:
         UserError: the tokenizer lacks the template's end token.
     """
-    entry, tokenizer = prompt_entry(source), _tokenizer(companions)
+    folder = companions.tokenizer_folder
+    entry, tokenizer = prompt_entry(source), Tokenizer(folder) if folder else None
     template = template_from_entry(entry, tokenizer)
     if template is None or tokenizer is None or companions.hf_config is None:
         return companions, []
@@ -113,11 +114,6 @@ def _with_chat_template(companions: Companions, chat_template: str) -> Companion
             config["chat_template"] = chat_template
         changed = {"tokenizer_config.json": _text(config)}
     return dataclasses.replace(companions, texts={**companions.texts, **changed})
-
-
-def _tokenizer(companions: Companions) -> Tokenizer | None:
-    folders = [path.parent for path in companions.files if path.name == "tokenizer.json"]
-    return Tokenizer(folders[0]) if folders else None
 
 
 def _json(companions: Companions, name: str) -> dict[str, Any]:

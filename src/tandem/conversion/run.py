@@ -6,7 +6,7 @@ import dataclasses
 
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native.source import prompt_text
+from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.conversion.convert import Check, Converted, convert
 from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.errors import UserError
@@ -65,7 +65,7 @@ def _check(options: ConvertOptions | ExportOptions, told: list[str]) -> Check | 
 
 
 def _as_trained(source: TensorSource, companions: Companions) -> tuple[Companions, list[str]]:
-    if prompt_text(source) is None:
+    if source.document(PROMPT_FILE) is None:
         return companions, []
     from tandem.conversion.as_trained import as_trained
 

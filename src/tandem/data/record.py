@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tandem.data.kinds import sft_prefix, text_prefix
+from tandem.data.kinds import KINDS
 from tandem.data.templates.messages import Template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -179,7 +179,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _speaks_for(record: Mapping[str, Any], name: str) -> bool:
     """Whether a data path of this name is one of the record's pairs, or their output prefix."""
     return name in record["files"].values() or all(
-        file in (sft_prefix(name, key), text_prefix(name, key)) for key, file in record["files"].items()
+        file in [kind.pair(name, key) for kind in KINDS] for key, file in record["files"].items()
     )
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.native.source import prompt_entry
+from tandem.checkpoints.prompt import prompt_entry
 from tandem.data.templates.catalog import template_from_entry
 from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -85,20 +84,16 @@ def open_model(options: LoadOptions) -> Model:
         UserError: there is no model, or no tokenizer with it and none is named.
     """
     source = open_source(options.load, options.ckpt_step)
-    tokenizer = Tokenizer(options.tokenizer_name_or_path or _folder_of_tokenizer(source))
+    folder = options.tokenizer_name_or_path or source.companions.tokenizer_folder
+    if folder is None:
+        raise UserError(f"{source.location} has no tokenizer with it: name one with --tokenizer-name-or-path")
+    tokenizer = Tokenizer(folder)
     settings = EngineSettings(training=False, device=options.device)
     engine = create_engine(options.ai_framework, source.config, settings)
     engine.load_weights(source)
     if options.raw:
         tokenizer.chat_template = None
     return Model(engine, tokenizer, None if options.raw else template_from_entry(prompt_entry(source), tokenizer))
-
-
-def _folder_of_tokenizer(source: TensorSource) -> str:
-    for path in source.companions.files:
-        if path.name == "tokenizer.json":
-            return str(path.parent)
-    raise UserError(f"{source.location} has no tokenizer with it: name one with --tokenizer-name-or-path")
 
 
 class _Streamer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from tandem.backends import connect, create_engine
 from tandem.backends.interface import Engine
@@ -11,14 +10,15 @@ from tandem.config.checks import check_implemented
 from tandem.config.settings import Settings
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.questions import Question, holds_questions, read_questions
-from tandem.data.kinds import sft_prefix
+from tandem.data.kinds import TEXT, kind_of
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate, evaluate_choices
-from tandem.training.start.data import named_sets, open_tokenizer, whole_set
+from tandem.training.start.data import named_sets, open_tokenizer
 from tandem.training.start.data_checks import check_data
+from tandem.training.start.datasets import Datasets
 from tandem.training.start.prepare import check_model_flags, engine_settings, laid_out, open_weights
 
 Result = Evaluation | Choices
@@ -27,7 +27,7 @@ Result = Evaluation | Choices
 def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     """The loss of `--load` on each set of `--valid-data-path`, at the layout and on as many processes as were started.
 
-    Instruction data are known by their files; only their answers count then. `--eval-iters` bounds each set of either
+    Conversations are known by their files; only their answers count then. `--eval-iters` bounds each set of either
     kind. A `.jsonl` file holds questions with choices (`tandem.data.datasets.questions`), all of which are asked.
 
     Returns:
@@ -67,12 +67,9 @@ def _open(place: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[
         if tokenizer is None:
             raise UserError(f"{place}: questions need the tokenizer's folder: --tokenizer-name-or-path")
         return read_questions(place, tokenizer, settings.data.seq_length), []
-    has_instructions = Path(sft_prefix(place, "input_ids") + ".idx").exists()
-    own = dataclasses.replace(
-        settings, data=dataclasses.replace(settings.data, is_instruction_dataset=has_instructions)
-    )
-    notices, _ = check_data(place, own, tokenizer)
-    return whole_set(own, tokenizer, place), notices
+    kind = kind_of(place) or TEXT
+    notices, _ = check_data(place, kind, settings.data, tokenizer)
+    return Datasets.of(kind, settings, tokenizer).whole(place), notices
 
 
 def _evaluate(engine: Engine, name: str, data: Dataset | list[Question], share: Share, settings: Settings) -> Result:

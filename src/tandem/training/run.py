@@ -11,7 +11,6 @@ from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
 from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native.source import NativeSource
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped
@@ -113,9 +112,7 @@ def open_writer(
     if communicator.world.leads(shared_storage=not settings.checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
     companions = gather_companions(settings, source)
-    resumed = None
-    if isinstance(source, NativeSource) and source.folder.parent.resolve() == folder.resolve():
-        resumed = source.iteration
+    is_here = source.folder is not None and source.folder.parent.resolve() == folder.resolve()
     return CheckpointWriter(
         folder,
         engine,
@@ -125,7 +122,7 @@ def open_writer(
         companions,
         data.identity,
         data.template,
-        resumed,
+        source.iteration if is_here else None,
         events,
     )
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def describe_start(
         "directory": os.getcwd(),
         "processes": processes,
         "settings": settings.to_dict(),
-        "weights": {"location": source.location, "ckpt_step": _iteration_of(source.location)},
+        "weights": {"location": source.location, "ckpt_step": source.iteration},
         "model": {**source.config.to_dict(), "parameters": parameter_count(source.config)},
         "data": {prefix: _record_of(prefix) for prefix in all_prefixes(settings)},
         "versions": versions(),
@@ -107,12 +106,6 @@ def _git(folder: Path, *words: str) -> str | None:
     except OSError:  # no git here
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _iteration_of(location: str) -> int | None:
-    """The iteration of a checkpoint's folder; None for a folder that is no iteration's."""
-    found = re.fullmatch(r"iter_(\d+)", Path(location).name)
-    return int(found.group(1)) if found else None
 
 
 def _record_of(prefix: str) -> dict[str, Any] | None:

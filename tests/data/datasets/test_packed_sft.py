@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tandem.data.batch import Sample
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.indexed import IndexedWriter
-from tandem.data.kinds import SFT_KEYS
+from tandem.data.kinds import CONVERSATIONS
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -27,11 +27,11 @@ Document = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 def write(folder: Path, lengths: list[int]) -> Path:
     """Sequences of these lengths, each of one token that no other has, trained but for the first."""
-    writers = {key: IndexedWriter(f"{folder / 'x'}_packed_{key}_document") for key in SFT_KEYS}
+    writers = {key: IndexedWriter(f"{folder / 'x'}_packed_{key}_document") for key in CONVERSATIONS.keys}
     for number, length in enumerate(lengths):
         ids = np.full(length, number + 1)
         labels = np.where(np.arange(length) > 0, ids, -100)
-        for key, values in zip(SFT_KEYS, (ids, np.ones(length), labels)):
+        for key, values in zip(CONVERSATIONS.keys, (ids, np.ones(length), labels)):
             writers[key].add_document(values.astype(np.int32))
     for writer in writers.values():
         writer.publish()

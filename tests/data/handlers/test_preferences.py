@@ -68,7 +68,7 @@ def test_a_pair_is_dropped_when_one_of_it_is_too_long(folder: Path) -> None:
     with pytest.raises(UserError, match=r"nothing kept of 2 documents.*'longer than seq_length': 2"):
         run(folder, seq_length=20)
     for option in ({"pack": True, "seq_length": 99}, {"append_eod": True}):
-        with pytest.raises(UserError, match="the pairs of AlpacaStylePairwiseHandler stay as they are"):
+        with pytest.raises(UserError, match="but AlpacaStylePairwiseHandler reads preferences; leave it out"):
             run(folder, **option)
 
 

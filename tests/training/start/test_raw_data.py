@@ -180,8 +180,12 @@ def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
 @pytest.mark.parametrize(
     ("instructions", "values", "message"),
     [
-        (True, {"handler_name": "AlpacaPretrainHandler"}, "these are plain text: `tandem pretrain` takes it"),
-        (False, {"prompt_type": "qwen3"}, "these are conversations: `tandem finetune` takes them"),
+        (
+            True,
+            {"handler_name": "AlpacaPretrainHandler"},
+            "these are plain text, for `tandem pretrain`; --handler-name",
+        ),
+        (False, {"prompt_type": "qwen3"}, "these are conversations, for `tandem finetune`; with --handler-name"),
     ],
 )
 def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
@@ -198,7 +202,7 @@ def test_i2_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
     raw = tmp_path / "pairs.jsonl"
     raw.write_text(json.dumps({"instruction": "q", "chosen": "a", "rejected": "b"}) + "\n")
     values = {"instructions": True, "prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
-    with pytest.raises(UserError, match="these are preferences: no training uses them"):
+    with pytest.raises(UserError, match="these are preferences; no training uses them"):
         prepare(settings_for(workspace, raw, tmp_path, **values), 1)
     options = {"prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
     preprocess(PreprocessOptions((str(raw),), str(tmp_path / "pairs"), str(workspace.hf), **options))

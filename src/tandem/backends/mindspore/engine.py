@@ -24,7 +24,7 @@ from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
 from tandem.checkpoints.formats.arrays import is_finite
-from tandem.checkpoints.interface import Kind, TensorSource, kinds_to_load
+from tandem.checkpoints.interface import TensorKind, TensorSource, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -92,7 +92,7 @@ class MindSporeEngine:
         part = self._shards[name].part
         return part.rows(*self._data.own_rows(part.shape[0])) if self._data.by_rows else part
 
-    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
         def saved(by_rows: bool) -> list[Shard]:
             return saved_shards(self.config, self._grid, self._settings.rank, by_rows=by_rows, first_rank=first_rank)
 
@@ -100,7 +100,7 @@ class MindSporeEngine:
             yield "model", shard, self._weights[shard.spec.name].value.asnumpy()
         if self._optimizer is None:
             return
-        kinds: list[tuple[Kind, dict[str, Tensor]]] = []
+        kinds: list[tuple[TensorKind, dict[str, Tensor]]] = []
         if self.param_dtype != "float32":
             kinds.append(("master", {name: weight.master for name, weight in self._weights.items()}))
         kinds += [("exp_avg", self._optimizer.exp_avg), ("exp_avg_sq", self._optimizer.exp_avg_sq)]
@@ -304,7 +304,7 @@ def make_tensor_parallel(config: ModelConfig, settings: EngineSettings, groups: 
     return TensorParallel(ranks, sequence, rows, kernels_for(settings.device))
 
 
-def _read(source: TensorSource, name: str, kind: Kind, part: Part) -> np.ndarray:
+def _read(source: TensorSource, name: str, kind: TensorKind, part: Part) -> np.ndarray:
     values = np.empty(part.shape, np.float32)
     for first, rows in stream_fp32(source, name, part, kind):
         values[first : first + len(rows)] = rows

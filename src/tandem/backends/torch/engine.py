@@ -24,7 +24,7 @@ from tandem.backends.torch.optimizer import AdamW, clip_coefficient, norm_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.tensor_parallel import TensorParallel
-from tandem.checkpoints.interface import Kind, TensorSource, kinds_to_load
+from tandem.checkpoints.interface import TensorKind, TensorSource, kinds_to_load
 from tandem.data.batch import IGNORE, MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -123,9 +123,9 @@ class TorchEngine:
         absent = {"exp_avg", "exp_avg_sq"} - set(source.kinds())
         if absent:
             raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
-        moments: dict[Kind, dict[str, torch.Tensor]] = {"exp_avg": adamw.exp_avg, "exp_avg_sq": adamw.exp_avg_sq}
+        moments: dict[TensorKind, dict[str, torch.Tensor]] = {"exp_avg": adamw.exp_avg, "exp_avg_sq": adamw.exp_avg_sq}
 
-        def load(item: tuple[Kind, str]) -> None:
+        def load(item: tuple[TensorKind, str]) -> None:
             kind, name = item
             _fill(stream_fp32(source, name, self._own_part(name), kind), (moments[kind][name], 0))
 
@@ -139,7 +139,7 @@ class TorchEngine:
     def _own_part(self, name: str) -> Part:
         return self._shards[name].part.rows(*self._own_rows(name))
 
-    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
         def saved(by_rows: bool) -> list[Shard]:
             return saved_shards(self.config, self._grid, self._settings.rank, by_rows=by_rows, first_rank=first_rank)
 
@@ -147,7 +147,7 @@ class TorchEngine:
             yield "model", shard, _to_numpy(self._sharing.kept(self._weights[shard.spec.name]).to(self._dtype))
         if self._adamw is None:
             return
-        kinds: list[tuple[Kind, dict[str, torch.Tensor]]] = []
+        kinds: list[tuple[TensorKind, dict[str, torch.Tensor]]] = []
         if self._dtype != torch.float32:
             kinds.append(("master", self._adamw.master))
         kinds += [("exp_avg", self._adamw.exp_avg), ("exp_avg_sq", self._adamw.exp_avg_sq)]

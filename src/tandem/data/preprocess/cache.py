@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tandem.data.kinds import sft_prefix
+from tandem.data.kinds import kind_of
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import BusyError, fingerprint
@@ -30,8 +30,7 @@ Wait = Callable[[Path], None]
 
 def is_raw(data_path: str) -> bool:
     """Whether a data path names files to be preprocessed, and not the prefix of files that were."""
-    names = (f"{data_path}.idx", f"{sft_prefix(data_path, 'input_ids')}.idx")
-    if data_path.endswith((".bin", ".idx")) or read_record(data_path) is not None or any(map(os.path.exists, names)):
+    if data_path.endswith((".bin", ".idx")) or read_record(data_path) is not None or kind_of(data_path) is not None:
         return False
     return os.path.exists(data_path) or bool(glob.glob(data_path, recursive=True))
 
@@ -88,8 +87,9 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
     found = read_record(options.output_prefix)
     if found is None:
         raise UserError(f"{record}: the process that preprocesses {raw} did not write it; see its messages")
-    (first, *others) = found[1]["files"].values()
-    return options.output_prefix if others else str(folder / first)  # conversations have several files, text has one
+    if kind_of(options.output_prefix):
+        return options.output_prefix
+    return str(folder / next(iter(found[1]["files"].values())))  # of text, the pair is the data path
 
 
 def _is_whole(record: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 
-from tandem.data.handlers.fields import kind
+from tandem.data.handlers.fields import described
 from tandem.data.handlers.registry import LLAMA_FACTORY, make_handler
 from tandem.data.templates.catalog import THINKING_MODES, check_prompt_type
 from tandem.errors import UserError
@@ -101,7 +101,7 @@ class PreprocessOptions(Options):
         for name, column in (self.map_keys or {}).items():
             if not isinstance(column, dict if name == "tags" else str):
                 expected = "an object of names" if name == "tags" else "the name of a field"
-                yield f"--map-keys: {name!r} is {kind(column)}, expected {expected}"
+                yield f"--map-keys: {name!r} is {described(column)}, expected {expected}"
 
     def _wrong_numbers(self) -> Iterator[str]:
         for name, least in (("workers", 1), ("log_interval", 1), ("max_samples", 1), ("pad_to_multiple_of", 1)):

@@ -14,9 +14,9 @@ import numpy as np
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.folders import iteration_folder
-from tandem.checkpoints.interface import KINDS, Companions, Kind
-from tandem.checkpoints.native.format import PROMPT_FILE
+from tandem.checkpoints.interface import TENSOR_KINDS, Companions, TensorKind
 from tandem.checkpoints.native.rank_sink import NativeRankSink
+from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import UserError
@@ -29,7 +29,7 @@ from tandem.training.saving.hf_export import HFExports
 from tandem.training.saving.retention import remove_superseded
 from tandem.training.start.state import OPTIMIZER_KINDS, SETTINGS_FILE, STATE_FILE, TrainerState
 
-Part = tuple[Kind, Shard, np.ndarray]
+Part = tuple[TensorKind, Shard, np.ndarray]
 SECONDS_BETWEEN_SIGNS = 2.0
 
 
@@ -193,20 +193,20 @@ class CheckpointWriter:
             shared_storage=not self._settings.checkpoint.no_shared_storage,
         )
 
-    def _kinds(self) -> dict[Kind, str]:
-        kinds: dict[Kind, str] = {"model": self._engine.param_dtype}
+    def _kinds(self) -> dict[TensorKind, str]:
+        kinds: dict[TensorKind, str] = {"model": self._engine.param_dtype}
         if not self._settings.checkpoint.no_save_optim:
             if self._engine.param_dtype != "float32":
                 kinds["master"] = "float32"
             kinds |= dict.fromkeys(OPTIMIZER_KINDS, "float32")
         return kinds
 
-    def _kinds_by_rows(self) -> tuple[Kind, ...]:
+    def _kinds_by_rows(self) -> tuple[TensorKind, ...]:
         """What the engine shards by rows over data ranks."""
         parallel = self._settings.parallel
         if parallel.use_torch_fsdp2:
-            return KINDS
-        return tuple(kind for kind in KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
+            return TENSOR_KINDS
+        return tuple(kind for kind in TENSOR_KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
 
     def _parts(self) -> Iterator[Part]:
         kinds = self._kinds()

@@ -7,20 +7,21 @@ import glob
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
 from tandem.data.datasets.blend import BlendedDataset, ChainedDataset, parse_blend
-from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.mixture import Mixture
 from tandem.data.datasets.sample_index import EmptySplitError
-from tandem.data.datasets.text import GPTDataset
+from tandem.data.kinds import CONVERSATIONS
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.logs.log import VALIDATION
-from tandem.training.start.data_checks import check_data, check_files, is_packed, template_of
+from tandem.training.start.data_checks import check_data, check_files
+from tandem.training.start.datasets import Datasets, kind_to_train
 from tandem.training.start.state import TrainerState
 
 # Of `data_identity`: what each dataset's own order depends on, beside the seed. Where it changed, a new order begins.
@@ -48,10 +49,8 @@ class Data:
 
 def open_tokenizer(settings: Settings, source: TensorSource) -> Tokenizer | None:
     """The tokenizer that `--tokenizer-name-or-path` names, or the one that lies beside the weights."""
-    if settings.data.tokenizer_name_or_path:
-        return Tokenizer(settings.data.tokenizer_name_or_path)
-    beside = [path for path in source.companions.files if path.name == "tokenizer.json"]
-    return Tokenizer(beside[0].parent) if beside else None
+    folder = settings.data.tokenizer_name_or_path or source.companions.tokenizer_folder
+    return Tokenizer(folder) if folder else None
 
 
 def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None = None) -> Data:
@@ -60,11 +59,12 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
     Raises:
         UserError: files are missing, or their record names another tokenizer, template or length.
     """
-    named = named_sets(settings.data.valid_data_path)
-    checks = {prefix: check_data(prefix, settings, tokenizer) for prefix in all_prefixes(settings)}
+    kind, named = kind_to_train(settings.data), named_sets(settings.data.valid_data_path)
+    checks = {prefix: check_data(prefix, kind, settings.data, tokenizer) for prefix in all_prefixes(settings)}
     template = the_one_template({prefix: found for prefix, (_, found) in checks.items()})
-    train, mixture = _training(settings, tokenizer, resumed)
-    valid, unevaluated = _validation_sets(settings, tokenizer, named)
+    datasets = Datasets.of(kind, settings, tokenizer)
+    train, mixture = _training(settings, datasets, resumed)
+    valid, unevaluated = _validation_sets(settings, datasets, named)
     notices = [
         *(notice for notices, _ in checks.values() for notice in notices),
         *_notices_of_flags(settings),
@@ -118,13 +118,9 @@ def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dic
 
 def _notices_of_flags(settings: Settings) -> list[str]:
     """Flags that mean nothing for this kind of data."""
-    data = settings.data
-    if data.is_instruction_dataset:
-        names, kind = ["eod_mask_loss"], "conversations"
-    else:
-        names, kind = ["pack", "neat_pack", "no_shuffle"], "plain text"
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(data, name)]
-    return [f"{' '.join(given)}: without effect on {kind}"] if given else []
+    kind = kind_to_train(settings.data)
+    given = [f"--{name.replace('_', '-')}" for name in kind.unused_by_training if getattr(settings.data, name)]
+    return [f"{' '.join(given)}: without effect on {kind.name}"] if given else []
 
 
 def all_prefixes(settings: Settings) -> list[str]:
@@ -159,12 +155,6 @@ def split_name(word: str) -> tuple[str | None, str]:
     return (name, path) if equals and not glob.glob(f"{glob.escape(word)}*") else (None, word)
 
 
-def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> Dataset:
-    """All samples of a prefix once, as a validation set."""
-    whole = dataclasses.replace(settings, data=dataclasses.replace(settings.data, split="0,1,0"))
-    return _single(whole, tokenizer, prefix, "valid", None)
-
-
 def with_epochs(settings: Settings, resumed: TrainerState | None = None) -> Settings:
     """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
 
@@ -176,15 +166,15 @@ def with_epochs(settings: Settings, resumed: TrainerState | None = None) -> Sett
     if training.epochs is None:
         return settings
     check_epochs(settings)
-    prefixes, _ = parse_blend(settings.data.data_path)
+    kind, (prefixes, _) = kind_to_train(settings.data), parse_blend(settings.data.data_path)
     for prefix in prefixes:
-        check_files(prefix, settings.data.is_instruction_dataset)
+        check_files(prefix, kind)
     # The number of samples depends on none of the flags that need a tokenizer.
     plain = dataclasses.replace(
         settings.data, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
     )
-    counted = dataclasses.replace(settings, data=plain)
-    samples = sum(len(_single(counted, None, prefix, "train", None)) for prefix in prefixes)
+    datasets = Datasets.of(kind, dataclasses.replace(settings, data=plain), None)
+    samples = sum(len(datasets.split("train", prefix)) for prefix in prefixes)
     iters = max(1, math.ceil(training.epochs * samples / settings.global_batch_size))
     before = resumed.data.get("global_batch_size") if resumed else None
     if before not in (None, settings.global_batch_size):
@@ -209,6 +199,7 @@ def check_epochs(settings: Settings) -> None:
 
 def data_identity(settings: Settings) -> dict[str, Any]:
     """What the order of the samples is a function of, beside the seed."""
+    kind = kind_to_train(settings.data)
     return {
         "data_path": list(settings.data.data_path),
         "split": settings.data.split,
@@ -216,26 +207,26 @@ def data_identity(settings: Settings) -> dict[str, Any]:
         "global_batch_size": settings.global_batch_size,
         "train_iters": settings.training.train_iters,
         "train_samples": settings.training.train_samples,
-        "is_instruction_dataset": settings.data.is_instruction_dataset,
+        "is_instruction_dataset": kind is CONVERSATIONS,
         "pack": settings.data.pack,
-        "no_shuffle": settings.data.is_instruction_dataset and settings.data.no_shuffle,
+        "no_shuffle": settings.data.no_shuffle and "no_shuffle" not in kind.unused_by_training,
     }
 
 
 def _validation_sets(
-    settings: Settings, tokenizer: Tokenizer | None, named: dict[str, str]
+    settings: Settings, datasets: Datasets, named: dict[str, str]
 ) -> tuple[dict[str, Dataset], list[str]]:
     """What the run is evaluated with, by name, and notices; nothing where no evaluation is due."""
     training = settings.training
     if not training.eval_iters or training.eval_interval > settings.length.iterations:
         return {}, []
     if named:
-        return {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()}, []
-    of_the_split, notices = _validation(settings, tokenizer)
+        return {name: datasets.whole(prefix) for name, prefix in named.items()}, []
+    of_the_split, notices = _validation(settings, datasets)
     return {VALIDATION: of_the_split}, notices
 
 
-def _validation(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset, list[str]]:
+def _validation(settings: Settings, datasets: Datasets) -> tuple[Dataset, list[str]]:
     """The validation splits of all prefixes: one after the other where all of them is evaluated, else as many samples
     as they have together, mixed as the training data are. And notices, where some have none.
 
@@ -247,7 +238,7 @@ def _validation(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Datase
     failures: dict[str, EmptySplitError] = {}
     for prefix in prefixes:
         try:
-            parts[prefix] = _single(settings, tokenizer, prefix, "valid", None)
+            parts[prefix] = datasets.split("valid", prefix)
         except EmptySplitError as error:
             failures[prefix] = error
     is_full = settings.training.eval_iters == "full"
@@ -266,29 +257,21 @@ def _validation(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Datase
     sizes = [float(len(part)) for part in parts.values()]
     shares = [dict(zip(prefixes, weights))[prefix] for prefix in parts] if weights else sizes
     mixture = Mixture.of(list(parts), shares, int(sum(sizes)), None, 0)
-
-    def build(prefix: str, size: int, number: int) -> Dataset:
-        return _single(settings, tokenizer, prefix, "valid", size, settings.training.seed + number)
-
-    return mixture.open(build, grows=settings.data.is_instruction_dataset)[0], notices
+    return mixture.open(partial(datasets.split, "valid"), grows=datasets.kind.grows)[0], notices
 
 
-def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None) -> tuple[Dataset, Mixture]:
+def _training(settings: Settings, datasets: Datasets, resumed: TrainerState | None) -> tuple[Dataset, Mixture]:
     """The training samples, going on in each prefix where `resumed` stopped, and the mixture that they are."""
     prefixes, weights = parse_blend(settings.data.data_path)
     if weights is None and len(prefixes) > 1:
-        weights = [float(len(_single(settings, tokenizer, prefix, "train", None))) for prefix in prefixes]
+        weights = [float(len(datasets.split("train", prefix))) for prefix in prefixes]
     earlier, consumed, samples = None, 0, settings.length.samples
     if resumed is not None:
         samples = settings.length.samples_from(resumed.iteration, resumed.consumed_train_samples)
         if _keeps_its_order(settings, resumed):
             earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
     mixture = Mixture.of(prefixes, weights or [1.0], samples, earlier, consumed)
-
-    def build(prefix: str, size: int, number: int) -> Dataset:
-        return _single(settings, tokenizer, prefix, "train", size, settings.training.seed + number)
-
-    return mixture.open(build, grows=settings.data.is_instruction_dataset)
+    return mixture.open(partial(datasets.split, "train"), grows=datasets.kind.grows)
 
 
 def _keeps_its_order(settings: Settings, resumed: TrainerState) -> bool:
@@ -302,53 +285,3 @@ def _changed_ordering(settings: Settings, resumed: TrainerState) -> list[str]:
     before = {"no_shuffle": identity["no_shuffle"], **resumed.data}  # older checkpoints do not say it
     changed = [name for name in _ORDERING if before.get(name) != identity[name]]
     return changed + ([] if resumed.seed == settings.training.seed else ["seed"])
-
-
-def _single(
-    settings: Settings,
-    tokenizer: Tokenizer | None,
-    prefix: str,
-    name: str,
-    samples: int | None,
-    seed: int | None = None,
-) -> GPTDataset | SFTDataset:
-    """The samples of one prefix; `samples` None is one epoch, `seed` None the run's."""
-    data = settings.data
-    seed = settings.training.seed if seed is None else seed
-    eod = tokenizer.eos_id if tokenizer else None
-    if data.is_instruction_dataset:
-        template = template_of(prefix, tokenizer)
-        header = [] if eod is None else [eod]  # most templates end a message so before they begin an answer
-        if template is not None and tokenizer is not None:
-            # Not the tokenizer's own end, which is another token in the folders of models that were only pretrained.
-            eod = tokenizer.require_id(template.stop_word)
-            header = tokenizer.encode(template.answer_header) or [eod]
-        packed = is_packed(prefix)
-        resets = packed is not False  # a conversation that is stored alone is a document of its own
-        return SFTDataset(
-            prefix,
-            name,
-            data.split,
-            samples,
-            data.seq_length,
-            seed,
-            eod_token=eod,
-            reset_position_ids=data.reset_position_ids and resets,
-            reset_attention_mask=data.reset_attention_mask and resets,
-            header=header,
-            shuffle=not data.no_shuffle,
-            pack=data.pack and not packed,
-        )
-    return GPTDataset(
-        prefix,
-        name,
-        data.split,
-        samples,
-        data.seq_length,
-        seed,
-        eod_token=eod,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        drop_last_partial_sequence=not (name == "valid" and settings.training.eval_iters == "full"),
-    )

@@ -13,6 +13,7 @@ from tandem.parallel.grid import Grid, held_shards
 from tandem.training.start.banner import saving_notice
 from tandem.training.start.data import all_prefixes, open_data, open_tokenizer, the_one_template
 from tandem.training.start.data_checks import check_data
+from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.prepare import Ground, check_ground, with_data
 from tandem.training.start.raw_data import describe_raw, raw_options, raw_templates
 
@@ -47,7 +48,8 @@ def describe_data(settings: Settings, ground: Ground) -> list[str]:
     and what there is to say of the others."""
     tokenizer = open_tokenizer(settings, ground.source)
     if raw := raw_options(settings):
-        checks = {p: check_data(p, settings, tokenizer) for p in all_prefixes(settings) if p not in raw}
+        kind, ready = kind_to_train(settings.data), [path for path in all_prefixes(settings) if path not in raw]
+        checks = {path: check_data(path, kind, settings.data, tokenizer) for path in ready}
         the_one_template({p: template for p, (_, template) in checks.items()} | raw_templates(raw))
         return [*describe_raw(raw), *(notice for notices, _ in checks.values() for notice in notices)]
     settings = with_data(settings, ground).settings

@@ -8,14 +8,22 @@ from typing import Any
 
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
+from tandem.data.kinds import CONVERSATIONS, TEXT, Kind
 from tandem.data.preprocess.cache import Wait, is_raw, preprocess_once, template_of_raw, wait_for
 from tandem.data.preprocess.options import PreprocessOptions
-from tandem.data.preprocess.run import kind_of, try_first_rows
+from tandem.data.preprocess.run import kind_of_input, try_first_rows
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.options import parse_json_object
 from tandem.training.start.data import all_prefixes, open_tokenizer, split_name
 from tandem.training.start.data_checks import check_files
+from tandem.training.start.datasets import kind_to_train
+
+# How the same files may be read as data of another kind.
+_OTHER_READINGS = {
+    TEXT: "; --handler-name and --map-keys say how records are conversations",
+    CONVERSATIONS: "; with --handler-name AlpacaPretrainHandler or SharegptPretrainHandler they are plain text",
+}
 
 
 def with_preprocessed(settings: Settings, leader: bool = True, wait: Wait = wait_for) -> Settings:
@@ -46,7 +54,7 @@ def check_ready(settings: Settings) -> None:
     """Raise UserError when data that are not raw are not there either."""
     for prefix in all_prefixes(settings):
         if not is_raw(prefix):
-            check_files(prefix, settings.data.is_instruction_dataset)
+            check_files(prefix, kind_to_train(settings.data))
 
 
 def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
@@ -96,21 +104,14 @@ def raw_options(settings: Settings) -> dict[str, PreprocessOptions]:
     )
     found = {path: dataclasses.replace(options, input=(path,)) for path in raw}
     for path, its_options in found.items():
-        _require_kind(path, kind_of(its_options), data.is_instruction_dataset)
+        _require_kind(path, kind_of_input(its_options), kind_to_train(data))
     return found
 
 
-def _require_kind(path: str, kind: str, is_instruction_dataset: bool) -> None:
+def _require_kind(path: str, kind: Kind, wanted: Kind) -> None:
     """Raise UserError where a run cannot train on what the first record of a raw file is."""
-    if kind == ("conversations" if is_instruction_dataset else "plain text"):
-        return
-    ways = {
-        "conversations": "`tandem finetune` takes them; with --handler-name AlpacaPretrainHandler or "
-        "SharegptPretrainHandler they are plain text",
-        "plain text": "`tandem pretrain` takes it; --handler-name and --map-keys say how records are conversations",
-        "preferences": "no training uses them",
-    }
-    raise UserError(f"{path}: by the first record these are {kind}: {ways[kind]}")
+    if kind is not wanted:
+        raise UserError(f"{path}: by the first record these are {kind.in_words}{_OTHER_READINGS.get(kind, '')}")
 
 
 def _tokenizer_folder(settings: Settings) -> str:

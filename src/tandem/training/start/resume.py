@@ -11,10 +11,8 @@ import yaml
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.folders import TRACKER, find_iteration, saved_iterations
+from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, saved_iterations
 from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.megatron.source import is_megatron
-from tandem.checkpoints.native.source import NativeSource
 from tandem.config.settings import Settings
 from tandem.data.datasets.blend import plain_paths
 from tandem.data.preprocess.cache import without_keys
@@ -96,7 +94,7 @@ def _without_what_was_done(settings: Settings) -> Settings:
     """For a run that loads and saves in one folder: without those flags for the first start that the newest checkpoint
     there was already made with."""
     given = [name for name in FIRST_START if getattr(settings.checkpoint, name)]
-    if not given or is_megatron(Path(str(settings.checkpoint.save)), None):
+    if not given:
         return settings
     saved = (saved_settings(find_newest(str(settings.checkpoint.save), report=None)) or {}).get("checkpoint", {})
     if saved.get("load") != settings.checkpoint.load:
@@ -105,19 +103,22 @@ def _without_what_was_done(settings: Settings) -> Settings:
     return dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, **done))
 
 
-def find_newest(folder: str | Path, report: Callable[[str], None] | None) -> NativeSource:
-    """The newest iteration of a native checkpoint folder that can be opened; what cannot is reported.
+def find_newest(folder: str | Path, report: Callable[[str], None] | None) -> TensorSource:
+    """The newest iteration of a checkpoint folder that can be opened; what cannot is reported.
 
     Raises:
         UserError: none can; the newest one's error.
     """
     newest = find_iteration(folder)
+    number = iteration_of(newest)
+    if number is None:  # a release has no iterations
+        return open_source(folder)
     failure: UserError | None = None
     for iteration in saved_iterations(folder):
-        if iteration > int(newest.name.split("_")[-1]):
+        if iteration > number:
             continue  # not published to its end
         try:
-            return NativeSource(folder, iteration)
+            return open_source(folder, iteration)
         except UserError as error:
             failure = failure or error
             if report:
@@ -159,7 +160,7 @@ def restore_newest(
         broken = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
         if not broken:
             return source, progress, state
-        older = _before(source) if settings.checkpoint.ckpt_step is None else None
+        older = source.earlier() if settings.checkpoint.ckpt_step is None else None
         if older is None:
             raise failure or UserError("; ".join(broken))
         report(f"{source.location} cannot be used: {'; '.join(broken)}; taking the iteration before it")
@@ -174,7 +175,7 @@ def agree_on_iteration(source: TensorSource, communicator: Communicator) -> Tens
     """
     current: TensorSource | None = source
     while True:
-        own = current.iteration if isinstance(current, NativeSource) else None
+        own = current.iteration if current is not None else None
         found = communicator.all_gather([own, current is not None])
         if all(other == found[0] for other in found) and current is not None:
             return current
@@ -187,14 +188,13 @@ def agree_on_iteration(source: TensorSource, communicator: Communicator) -> Tens
             )
         if own != min(numbers):
             assert current is not None, "a rank without an iteration has ended the search"
-            current = _before(current)
+            current = current.earlier()
 
 
 def saved_settings(source: TensorSource) -> dict[str, dict[str, Any]] | None:
     """The settings that a trainer stored with a checkpoint; None for any other source."""
-    if not isinstance(source, NativeSource) or not (source.folder / SETTINGS_FILE).exists():
-        return None
-    settings: dict[str, dict[str, Any]] = yaml.safe_load(source.document(SETTINGS_FILE))
+    text = source.document(SETTINGS_FILE)
+    settings: dict[str, dict[str, Any]] | None = None if text is None else yaml.safe_load(text)
     return settings
 
 
@@ -218,16 +218,3 @@ def changes(source: TensorSource, settings: Settings) -> list[str]:
 def _loads_own_folder(settings: Settings) -> bool:
     load, save = settings.checkpoint.load, settings.checkpoint.save
     return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
-
-
-def _before(source: TensorSource) -> NativeSource | None:
-    """The newest iteration before that of `source`, in the same folder, that can be opened."""
-    if not isinstance(source, NativeSource):
-        return None
-    for iteration in saved_iterations(source.folder.parent):
-        if iteration < source.iteration:
-            try:
-                return NativeSource(source.folder.parent, iteration)
-            except UserError:
-                continue  # the one before that, then; if there is none, the first error is raised
-    return None

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.interface import Kind, TensorSource
-from tandem.checkpoints.native.source import NativeSource
+from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.config.settings import Settings
 from tandem.errors import UserError
 from tandem.training.progress import Progress
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "settings.yaml"
-OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+OPTIMIZER_KINDS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ class TrainerState:
     @classmethod
     def from_source(cls, source: TensorSource) -> TrainerState | None:
         """The state in a checkpoint, or None when it was not written by a trainer."""
-        if not isinstance(source, NativeSource) or not (source.folder / STATE_FILE).exists():
-            return None
-        return cls(**json.loads(source.document(STATE_FILE)))
+        text = source.document(STATE_FILE)
+        return None if text is None else cls(**json.loads(text))
 
 
 def check_optimizer(source: TensorSource, settings: Settings) -> None:
