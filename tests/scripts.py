@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.config.checks import check_settings
 from tandem.cli.settings import parse_settings
+from tandem.config.checks import check_settings
 from tandem.config.settings import Settings
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
