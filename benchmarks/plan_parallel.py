@@ -26,6 +26,7 @@ import turns
 
 from tandem.backends import launcher_of, serve_as_scheduler
 from tandem.frameworks import named_framework
+from tandem.launch.member import exit_with
 from tandem.launch.supervisor import Machines
 from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid
@@ -174,4 +175,4 @@ def fullest(ranks: list[dict[str, Any]], stage: int, name: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

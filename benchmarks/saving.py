@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from weights import mean_weights
 
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def measure(engine: Engine, micro_batch: MicroBatch, folder: Path, nbytes: int, rounds: int) -> None:
-    step = lambda: engine.train_step([micro_batch], 1e-5, 0.1)  # noqa: E731
+    step = lambda: engine.train_step([micro_batch], mean_weights([micro_batch]), 1e-5, 0.1)  # noqa: E731
     step()
     figures: dict[str, list[float]] = {}
 

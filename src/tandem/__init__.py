@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tandem.config.settings import Settings
     from tandem.errors import RunStopped, UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "RunStopped",
     "Settings",

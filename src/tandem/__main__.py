@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from tandem import __version__
 from tandem.errors import RunStopped, UserError, nearest
-from tandem.launch.member import Member
+from tandem.launch.member import Member, exit_with
 from tandem.launch.world import is_scheduler
 from tandem.logs import printed
 
@@ -90,5 +91,9 @@ def _error(command: str, error: UserError) -> str:
     return "\n".join([f"tandem {command}: {len(problems)} errors:", *(f"  {problem}" for problem in problems)])
 
 
+def run() -> NoReturn:
+    exit_with(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

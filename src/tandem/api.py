@@ -132,7 +132,7 @@ class AllSettings(
 def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     """Turn text, conversations or preferences into `.bin/.idx` files, as `tandem preprocess` does.
 
-    Example:
+    Examples:
         >>> tandem.preprocess("chat.jsonl", "run/chat", "qwen3-0.6b", prompt_type="qwen3").sequences  # doctest: +SKIP
         12000
 
@@ -161,7 +161,7 @@ def merge(options: MergeOptions) -> list[str]:
 def convert(options: ConvertOptions) -> Converted:
     """Convert weights between Hugging Face and Megatron-core layout, as `tandem convert` does.
 
-    Example:
+    Examples:
         >>> tandem.convert("qwen3-0.6b", "run/mcore", target_tensor_parallel_size=2).folder  # doctest: +SKIP
         PosixPath('run/mcore')
 
@@ -192,7 +192,7 @@ def train(settings: Settings) -> TrainingResult:
     Settings are keywords, or one `tandem.Settings`. With `nproc_per_node` above 1 the processes are started as the
     command line does, and `save` is required.
 
-    Example:
+    Examples:
         >>> tandem.train(
         ...     load="run/mcore", data_path="run/text_text_document", train_iters=2, lr=1e-4, seq_length=512
         ... ).losses  # doctest: +SKIP
@@ -250,10 +250,10 @@ def evaluate(load: str | Path, *data: str | Path, **settings: Any) -> dict[str, 
 def plan(options: PlanOptions) -> LayoutPlan | Suggestions:
     """Memory, traffic and speed of a layout; with `devices`, the layouts that fit. As `tandem plan`.
 
-    Example:
+    Examples:
         >>> found = tandem.plan("qwen3-8B", hardware="910b", devices=16, global_batch_size=64, bf16=True)
         >>> found.plans[0].job.tensor_size
-        2
+        1
 
     Raises:
         UserError: the model is unknown, or the layout does not divide.
@@ -288,7 +288,7 @@ def inspect(path: str | Path, *, ckpt_step: int | None = None, quick: bool = Fal
 def load(options: LoadOptions) -> Model:
     """Open a Hugging Face folder or a checkpoint to ask it.
 
-    Example:
+    Examples:
         >>> model = tandem.load("run/exported")  # doctest: +SKIP
         >>> model.generate(["Reverse 123.", "Reverse 45."], max_new_tokens=8)  # doctest: +SKIP
         ['321', '54']

@@ -25,6 +25,9 @@ class _Printer(logging.Handler):
 @contextmanager
 def printed() -> Iterator[None]:
     """Print what is logged while this lasts, and pass it on to no other handler."""
+    if any(isinstance(handler, _Printer) for handler in log.handlers):  # it is printed already
+        yield
+        return
     printer, level, propagate = _Printer(), log.level, log.propagate
     log.addHandler(printer)
     log.setLevel(logging.INFO)

@@ -15,7 +15,7 @@ from types import FrameType, SimpleNamespace
 
 from tandem import __main__ as tandem
 from tandem.errors import UserError
-from tandem.launch.member import placing
+from tandem.launch.member import exit_with, placing
 from tandem.launch.world import World
 from tandem.training.trainer import Trainer
 
@@ -72,4 +72,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[3:]))
+    exit_with(lambda: main(sys.argv[3:]))

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from jobs import Case, engine_settings, toy_source, train  # noqa: E402
 
 from tandem.backends import connect, create_engine  # noqa: E402
-from tandem.launch.member import Member  # noqa: E402
+from tandem.launch.member import Member, exit_with  # noqa: E402
 from tandem.launch.world import World  # noqa: E402
 from tandem.parallel.grid import Grid  # noqa: E402
 
@@ -42,11 +42,15 @@ def main(framework: str, cases: str, folder: str) -> None:
     communicator.close()
 
 
-if __name__ == "__main__":
+def run() -> int:
     member = Member.join()
     try:
         main(*sys.argv[1:])
-        member.ended(0)
+        return member.ended(0)
     except Exception as error:
         member.crashed(error)
         raise
+
+
+if __name__ == "__main__":
+    exit_with(run)

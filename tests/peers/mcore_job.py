@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.megatron.names import FILE
+from tandem.launch.member import exit_with
 
 
 def one(folder: Path, tokens: torch.Tensor) -> None:
@@ -31,9 +32,13 @@ def one(folder: Path, tokens: torch.Tensor) -> None:
     parallel_state.destroy_model_parallel()
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.distributed.init_process_group("gloo")
     with mcore_model.on_cpu():
         for path in sys.argv[2:]:
             one(Path(path), torch.from_numpy(np.load(sys.argv[1])))
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from spoiled import spoiled
 from tandem.__main__ import main
 from tandem.checkpoints.native.rank_sink import NativeRankSink
+from tandem.launch.member import exit_with
 from tandem.launch.world import World
 from tandem.training import run
 
@@ -71,7 +72,8 @@ def install(fault: dict[str, Any]) -> None:
 
 METHODS = {"step": "train_step", "evaluation": "evaluate"}
 
-if __name__ == "__main__":
+
+def run_told() -> int:
     told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     rank = World.from_environment().rank
     if told.get("rank", rank) == rank:
@@ -81,4 +83,8 @@ if __name__ == "__main__":
         run.connect = lambda framework, world, device, _: connect(framework, world, device, told["timeout"])
     code = main(sys.argv[2:])
     Path(f"{sys.argv[1]}.{rank}").write_text(str(code), encoding="utf-8")
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    exit_with(run_told)

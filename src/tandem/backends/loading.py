@@ -13,13 +13,15 @@ from tandem.parallel.slices import Part
 
 T = TypeVar("T")
 
-READERS = 2  # threads: to hash a block takes longer than to read it
 
-
-def load_each(load: Callable[[T], None], items: Iterable[T]) -> None:
-    """Call `load` with each item, from several threads; the first failure is raised, and the rest left."""
-    with ThreadPoolExecutor(READERS) as readers:
-        for _ in readers.map(load, items):
+def load_each(load: Callable[[T], None], items: Iterable[T], readers: int) -> None:
+    """Call `load` with each item, from so many threads; the first failure is raised, and the rest left."""
+    if readers == 1:
+        for item in items:
+            load(item)
+        return
+    with ThreadPoolExecutor(readers) as threads:
+        for _ in threads.map(load, items):
             pass
 
 

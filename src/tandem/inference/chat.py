@@ -48,7 +48,7 @@ class Model:
         Args:
             sampling: the fields of `Sampling`, such as `max_new_tokens=64, temperature=0.7`.
 
-        Example:
+        Examples:
             >>> tandem.load("exported").generate("Reverse 123.", max_new_tokens=8)  # doctest: +SKIP
             '321'
 

@@ -6,19 +6,22 @@ a record. Without that variable a process only sees to it that it ends with its 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from tandem.launch.world import World, is_scheduler
+from tandem.launch.world import World, is_one_of_several, is_scheduler
 
 JOB = "TANDEM_JOB"
 SUPERVISOR = "TANDEM_SUPERVISOR"  # its process
@@ -93,6 +96,39 @@ def placing(place: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         error.place = place()  # type: ignore[attr-defined]
         raise
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's main function and end the process, as `sys.exit(main())` does.
+
+    A process of several ends without taking its Python interpreter apart. From then on that would end every thread
+    which asks for Python's lock. gloo's threads ask for it to let go of a tensor, which may be long after a collective
+    is over, and after its group was destroyed. Within a C++ destructor such an end is an abort: "terminate called
+    without an active exception" (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if not is_one_of_several():
+        sys.exit(main())
+    code = _exit_code(main)
+    threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter does first: wait for Python's own threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _exit_code(main: Callable[[], int | None]) -> int:
+    """Run it; whatever it raises is shown as the interpreter shows it."""
+    try:
+        code: object = main()
+    except SystemExit as ending:
+        code = ending.code
+    except Exception:  # noqa: BLE001 - the last place that can show it
+        sys.excepthook(*sys.exc_info())
+        return 1
+    if code is None or isinstance(code, int):
+        return code or 0
+    print(code, file=sys.stderr)
+    return 1
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:

@@ -61,6 +61,11 @@ def is_scheduler(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("MS_ROLE") == "MS_SCHED"
 
 
+def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process together with others that it computes with."""
+    return any(environment.get(size, "1") != "1" for size, *_ in VARIABLES) and not is_scheduler(environment)
+
+
 class Communicator(Protocol):
     """All processes of a job. Every method is called by every process, in the same order."""
 

@@ -14,6 +14,7 @@ from tandem.config.settings import LoggingSettings, Settings
 from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.launch.world import World
+from tandem.logs import log
 from tandem.options import Options, PathText, positional
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
@@ -66,7 +67,7 @@ def rerun(options: RerunOptions) -> Comparison:
         raise UserError(f"--save {options.save} is the run itself: choose another folder")
     if World.from_environment().rank == 0:
         for notice in differences(starts):
-            print(f"> {notice}")
+            log.info("> %s", notice)
     again: dict[int, float] = {}
 
     def keep(record: StepRecord) -> None:

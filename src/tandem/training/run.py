@@ -16,6 +16,7 @@ from tandem.errors import RunStopped
 from tandem.files.publish import write_text_atomically
 from tandem.launch.member import placing
 from tandem.launch.world import Communicator, World
+from tandem.logs import log
 from tandem.training.evaluation import Share, Validation
 from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
@@ -67,7 +68,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
                     when = f"after iteration {progress.iteration}"
                     raise RunStopped(f"stopped by {trainer.stopped} {when}; the same command goes on")
         if first:
-            print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+            log.info("[after training is done] datetime: %s", time.strftime("%Y-%m-%d %H:%M:%S"))
         return trainer
 
 

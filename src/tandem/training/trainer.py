@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from tandem.backends.interface import Engine, StepResult, UntrainedError
+import numpy as np
+
+from tandem.backends.interface import Engine, StepResult
 from tandem.config.lengths import RunLength
 from tandem.data.batch import MicroBatch
 from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
 from tandem.launch.world import Communicator
+from tandem.logs import log
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.planning.hardware import peak_flops
@@ -22,9 +26,12 @@ from tandem.training.evaluation import Share, Validation, evaluate
 from tandem.training.guard import Guard
 from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line
 from tandem.training.loss_scale import LossScale
+from tandem.training.objectives import MeanLoss, Objective, RankBatch, UntrainedError
 from tandem.training.progress import Progress, Saver
 from tandem.training.schedule import Schedule
 from tandem.training.signals import StopSignals
+
+Number = TypeVar("Number", int, float)
 
 
 class _Signalled(Exception):
@@ -74,6 +81,7 @@ class Trainer:
     intervals: Intervals
     log: IterationLog
     signals: StopSignals
+    objective: Objective = field(default_factory=MeanLoss)
     folder: Path | None = None
     saver: Saver | None = None
     on_step: Callable[[StepRecord], None] | None = None
@@ -83,6 +91,7 @@ class Trainer:
         self.is_first_rank = self.communicator.world.rank == 0
         self.train_iters = self.length.iterations_from(self.progress.iteration, self.progress.consumed_train_samples)
         self._all_written = True  # whether no rank is still writing a checkpoint
+        assert not self.objective.needs_log_probabilities, "a forward pass before the step is yet to be written"
         self._started, self._out_of_time = time.monotonic(), False
         self._samples_per_epoch = max(1, self.train_data.describe()["samples_per_epoch"])
         self._peak_flops = peak_flops(self.engine.device_name, self.engine.param_dtype)
@@ -100,7 +109,7 @@ class Trainer:
                 self.log.step(record)
             iteration = self.progress.iteration
             if self._due(self.intervals.evaluation) and not self.stopped:
-                record = replace(record, validation=self._evaluate_and_print())
+                record = replace(record, validation=self._evaluate())
             if self.is_first_rank and self.on_step:
                 self.on_step(record)
             leaving = self._due(self.intervals.exit) or self._out_of_time or self.stopped is not None
@@ -110,7 +119,7 @@ class Trainer:
                 self.saver.save(self.progress)
                 saved_at = iteration
             if leaving:
-                self._print(f"exiting program at iteration {iteration}")
+                self._log_first(f"exiting program at iteration {iteration}")
                 break
         if self.saver and saved_at != self.progress.iteration:
             self.saver.save(self.progress)
@@ -123,12 +132,10 @@ class Trainer:
         lr = self.schedule.lr(progress.applied_train_samples)
         weight_decay = self.schedule.weight_decay(progress.applied_train_samples)
         micro_batches = list(self.share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
+        weights = self._weigh(micro_batches, batch)
         scale = self.loss_scale.value
-        try:
-            result = self.engine.train_step(micro_batches, lr, weight_decay, self.guard.loss_limit, scale)
-        except UntrainedError:
-            raise UserError(self._untrained(batch)) from None
-        self._judge(result, micro_batches, batch)
+        result = self.engine.train_step(micro_batches, weights, lr, weight_decay, self.guard.loss_limit, scale)
+        self._judge(result, micro_batches, weights, batch)
         if not result.applied:
             progress.skipped_train_samples += batch
         progress.iteration += 1
@@ -155,6 +162,19 @@ class Trainer:
             loss_scale=scale,
         )
 
+    def _weigh(self, micro_batches: list[MicroBatch], batch: int) -> list[np.ndarray]:
+        """The weights of this rank's tokens. Collective.
+
+        Raises:
+            UserError: the global batch has nothing to train.
+        """
+        trained = self.communicator.all_gather(sum(micro_batch.trained_tokens for micro_batch in micro_batches))
+        try:
+            _, weights = self.objective(None, RankBatch(micro_batches, self._sum_over_data_ranks(trained)))
+        except UntrainedError:
+            raise UserError(self._untrained(batch)) from None
+        return weights
+
     def _untrained(self, batch: int) -> str:
         consumed = self.progress.consumed_train_samples
         return (
@@ -163,16 +183,20 @@ class Trainer:
             f"samples out, but a smaller --seq-length in training than there may cut all that was trained"
         )
 
-    def _judge(self, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:
+    def _judge(
+        self, result: StepResult, micro_batches: list[MicroBatch], weights: list[np.ndarray], batch: int
+    ) -> None:
         """Move the loss scale, and act on a step that went wrong in another way than by too large a scale."""
         overflow = math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
         expected = overflow and self.loss_scale.may_fall
         self.loss_scale.update(overflow=overflow)
         self.progress.loss_scale = self.loss_scale.to_dict()
         if not expected and (wrong := self.guard.judge(result)):
-            self._pass_over(wrong, result, micro_batches, batch)
+            self._pass_over(wrong, result, micro_batches, weights, batch)
 
-    def _pass_over(self, wrong: str, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:
+    def _pass_over(
+        self, wrong: str, result: StepResult, micro_batches: list[MicroBatch], weights: list[np.ndarray], batch: int
+    ) -> None:
         """Leave what is known of a step that was not applied.
 
         Raises:
@@ -188,11 +212,11 @@ class Trainer:
             "samples": {number: self.train_data.origin(number) for number in samples},
         }
         finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        first = None if finite else first_bad(self.engine, micro_batches)
+        first = None if finite else first_bad(self.engine, micro_batches, weights)
         details = dump(self.folder, self.communicator, iteration, known, first)
         if self.saver:
             self.saver.publish()  # should the run stop now, what is being written is kept
-        self._print(self.guard.act(iteration, wrong, details))
+        self._log_first(self.guard.act(iteration, wrong, details))
 
     def _agree(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
         """Tokens of the global batch, and the floating-point operations that they need; whether all leave,
@@ -206,13 +230,16 @@ class Trainer:
         tokens, flops, signals, lateness, written = zip(*self.communicator.all_gather(values))
         self._note_signals(signals)
         self._out_of_time, self._all_written = lateness[0], all(written)
-        ranks = self.grid.group("data", self.grid.place(0))  # the other ranks of a model have the same samples
-        return sum(tokens[rank] for rank in ranks), sum(flops[rank] for rank in ranks)
+        return self._sum_over_data_ranks(tokens), self._sum_over_data_ranks(flops)
+
+    def _sum_over_data_ranks(self, values: Sequence[Number]) -> Number:
+        """Of each rank's number; the other ranks of a model have the same samples."""
+        return sum(values[rank] for rank in self.grid.group("data", self.grid.place(0)))
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
-    def _evaluate_and_print(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """Mean loss of each validation set; fewer when a signal ends the evaluation."""
         size, batches = self.validation.batch_size, self.validation.batches
         losses: dict[str, float] = {}
@@ -222,7 +249,7 @@ class Trainer:
             except _Signalled:
                 break
             losses[name] = result.loss
-            self._print(evaluation_line(self.progress.iteration, name, result.loss))
+            self._log_first(evaluation_line(self.progress.iteration, name, result.loss))
         return losses
 
     def _leave_if_signalled(self) -> None:
@@ -235,6 +262,6 @@ class Trainer:
         """The run stops when a rank has received a signal."""
         self.stopped = next((signal for signal in received if signal), None)
 
-    def _print(self, text: str) -> None:
+    def _log_first(self, text: str) -> None:
         if self.is_first_rank:
-            print(text, flush=True)
+            log.info(text)

@@ -20,6 +20,7 @@ from tandem.data.sources.readers import expand_input
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.logs import log
 
 _REVISION = 2  # one more whenever preprocessing makes other files of the same input
 _WITHOUT_TRACE = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
@@ -73,7 +74,7 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
     options = replace(options, output_prefix=str(folder / "data"))
     record = record_path(options.output_prefix)
     if leader and not _is_whole(record):
-        print(f"> preprocessing {raw} into {folder}", flush=True)
+        log.info("> preprocessing %s into %s", raw, folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from logging import INFO
 from pathlib import Path
 from typing import Any, Protocol
 
 from tandem.config.settings import LoggingSettings
+from tandem.logs import log
 from tandem.training.logs.live import LiveView
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, MetricsFile
@@ -76,5 +78,5 @@ def _opened(logging: LoggingSettings, run: LoggedRun) -> Iterator[StepLogger]:
         yield WandbRun(logging, run.folder, run.settings)
     if logging.profile:
         yield StepProfiler(logging, run.ai_framework, run.folder, run.iteration)
-    if sys.stdout.isatty() and not logging.no_live_view:
+    if sys.stdout.isatty() and log.isEnabledFor(INFO) and not logging.no_live_view:
         yield LiveView()

@@ -11,7 +11,8 @@ from tandem.backends import start_profiler
 from tandem.backends.interface import Profiler
 from tandem.config.settings import LoggingSettings
 from tandem.files.publish import write_text_atomically
-from tandem.training.logs.log import StepRecord, print_now
+from tandem.logs import log
+from tandem.training.logs.log import StepRecord
 
 PROFILE_FOLDER = "profile"
 
@@ -52,7 +53,7 @@ class StepProfiler:
             return
         seconds, trace = self._profiler.stop()
         self._profiler = None
-        print_now(table(self._start + 1, iteration, seconds, trace))
+        log.info(table(self._start + 1, iteration, seconds, trace))
         if self._save:
             write_profile(self._save, self._start + 1, iteration, seconds, trace)
 

@@ -20,6 +20,7 @@ from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.config.settings import CheckpointSettings, ParallelSettings
 from tandem.errors import UserError
 from tandem.launch.world import Communicator
+from tandem.logs import log
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Shard
 from tandem.training.logs.events import EventLog
@@ -252,16 +253,15 @@ class CheckpointWriter:
                 needed={self._resumed, self._exports.reading},
             )
         except OSError as error:
-            print(f"  an old checkpoint cannot be removed: {error.filename}: {error.strerror}", flush=True)
+            log.warning("  an old checkpoint cannot be removed: %s: %s", error.filename, error.strerror)
 
     def _tell(self, iteration: int, waited: float, seconds: float) -> None:
         files = iteration_folder(self._folder, iteration).rglob("*")
         nbytes = sum(path.stat().st_size for path in files if path.is_file())
-        print(
+        log.info(
             f"  successfully saved checkpoint from iteration {iteration:7d} to {self._folder} "
             f"({nbytes / 1e6:,.1f} MB in {seconds:.2f} s, {nbytes / 1e6 / seconds:,.0f} MB/s; training waited "
-            f"{waited:.2f} s)",
-            flush=True,
+            f"{waited:.2f} s)"
         )
         self._events.add("saved", iteration=iteration, seconds=round(waited, 3), bytes=nbytes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tandem.config.parsing import departures
 from tandem.config.settings import CheckpointSettings
+from tandem.logs import log
 from tandem.models.tensors import parameter_count
 from tandem.training.start.prepare import PreparedRun
 from tandem.training.start.resume import changes
@@ -49,4 +50,4 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
         lines += changes(run.source, settings.to_dict())
-    print("\n".join(f"> {line}" for line in lines), flush=True)
+    log.info("\n".join(f"> {line}" for line in lines))

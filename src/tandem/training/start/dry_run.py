@@ -8,6 +8,7 @@ from pathlib import Path
 from tandem.config.settings import CheckpointSettings, Settings, TrainingSettings
 from tandem.files.publish import check_free_space
 from tandem.launch.world import World
+from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
@@ -41,7 +42,7 @@ def dry_run(settings: Settings, processes: int) -> None:
         *check_disk(settings.checkpoint, settings.training, parameter_count(config)),
         "dry run: all of this can start; nothing was trained",
     ]
-    print("\n".join(f"> {line}" for line in lines), flush=True)
+    log.info("\n".join(f"> {line}" for line in lines))
 
 
 def describe_data(known: ModelAndProcesses) -> list[str]:

@@ -7,7 +7,7 @@ from tandem.config.settings import OptimizerSettings, ParallelSettings, Training
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
-from tandem.training.logs.log import print_notice
+from tandem.training.logs.log import log_notice
 
 
 def make_grid(parallel: ParallelSettings, config: ModelConfig, processes: int) -> Grid:
@@ -26,7 +26,7 @@ def make_grid(parallel: ParallelSettings, config: ModelConfig, processes: int) -
         )
     if layout != parallel.layout:
         stages = layout.pipeline_model_parallel_size
-        print_notice(f"{config.num_layers} layers over {stages} stages: {layout.num_layer_list}")
+        log_notice(f"{config.num_layers} layers over {stages} stages: {layout.num_layer_list}")
     return Grid(layout, processes)
 
 

@@ -15,7 +15,7 @@ from tandem.files.publish import check_writable
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
 from tandem.parallel.grid import Grid
-from tandem.training.logs.log import print_notice
+from tandem.training.logs.log import log_notice
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.start.data import Data, open_data, open_tokenizer
 from tandem.training.start.engine import engine_settings, make_grid
@@ -150,5 +150,5 @@ def settled_seed(seed: int, loading: CheckpointSettings, state: TrainerState | N
     """A run that goes on keeps the seed of its data order."""
     if state is None or loading.no_load_rng or state.seed == seed:
         return seed
-    print_notice(f"seed {state.seed} from the checkpoint replaces --seed {seed} (--no-load-rng keeps yours)")
+    log_notice(f"seed {state.seed} from the checkpoint replaces --seed {seed} (--no-load-rng keeps yours)")
     return state.seed

@@ -18,7 +18,7 @@ from tandem.data.datasets.blend import plain_paths
 from tandem.data.preprocess.cache import without_keys
 from tandem.errors import UserError
 from tandem.launch.world import Communicator
-from tandem.training.logs.log import print_notice
+from tandem.training.logs.log import log_notice
 from tandem.training.progress import Progress
 from tandem.training.start.state import SETTINGS_FILE, check_optimizer, restore
 
@@ -132,7 +132,7 @@ def open_initial(folder: str, iteration: int | None) -> TensorSource:
     except UserError:
         if iteration is not None or len(saved_iterations(folder)) < 2:
             raise
-    return find_newest(folder, print_notice)
+    return find_newest(folder, log_notice)
 
 
 def restore_newest(
@@ -161,7 +161,7 @@ def restore_newest(
         older = source.earlier() if checkpoint.ckpt_step is None else None
         if older is None:
             raise failure or UserError("; ".join(broken))
-        print_notice(f"{source.location} cannot be used: {'; '.join(broken)}; taking the iteration before it")
+        log_notice(f"{source.location} cannot be used: {'; '.join(broken)}; taking the iteration before it")
         source = older
 
 
