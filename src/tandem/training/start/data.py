@@ -12,7 +12,7 @@ from typing import Any
 
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
-from tandem.data.datasets.blend import BlendedDataset, ChainedDataset, parse_blend
+from tandem.data.datasets.blend import ChainedDataset, parse_blend
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.mixture import Mixture
 from tandem.data.datasets.sample_index import EmptySplitError
@@ -76,8 +76,7 @@ def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerS
         notices.append(
             f"the checkpoint's samples came in an order of another {changed}: a new one begins, at the same position"
         )
-    sources = train.sources() if isinstance(train, BlendedDataset) else []
-    lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, sources)]
+    lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, train.sources())]
     return Data(train, valid, template, [*lines, *notices], {**data_identity(settings), "mixture": mixture.to_dict()})
 
 
