@@ -13,9 +13,7 @@ Progress goes to the logger "tandem" of the standard library's `logging`; nothin
 from __future__ import annotations
 
 import dataclasses
-import glob
 import inspect as signatures
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -275,10 +273,11 @@ def inspect(path: str | Path, *, ckpt_step: int | None = None, quick: bool = Fal
         UserError: it is none of these, or damaged.
     """
     from tandem.checkpoints.describe import describe, with_integrity
+    from tandem.data.kinds import kind_of
     from tandem.data.statistics import DataView
 
     path = expand(str(path))
-    if os.path.exists(f"{path}.idx") or glob.glob(f"{glob.escape(path)}_packed_*_document.idx"):
+    if kind_of(path) is not None:
         return DataView(path).statistics()
     description = describe(path, ckpt_step)
     return description if quick else with_integrity(description, _logged("reading"))
