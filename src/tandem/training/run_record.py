@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 def code_version() -> dict[str, Any] | None:
     """Commit of this package's code, and whether files differ from it; None when it is not a git checkout."""
-    folder = Path(tandem.__file__).parent
+    folder = Path(__file__).parents[1]
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # installed, perhaps into the folder of a project that is a checkout itself
     return {"commit": _git(folder, "rev-parse", "HEAD"), "modified": bool(_git(folder, "status", "--porcelain", "."))}
