@@ -72,7 +72,7 @@ def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("package", "version"), [("torch", "3.0.0+cu130"), ("torch", "2.5.1"), ("mindspore", "2.11.0")]
 )
-def test_a3_a_version_that_was_never_tried_is_refused_unless_asked_for(
+def test_a_version_that_was_never_tried_is_refused_unless_asked_for(
     package: str, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_framework(package)
@@ -88,7 +88,7 @@ def test_a3_a_version_that_was_never_tried_is_refused_unless_asked_for(
     assert check_framework(package).name == package
 
 
-def test_a3_what_is_refused_is_what_is_not_installed() -> None:
+def test_what_is_refused_is_what_is_not_installed() -> None:
     """pyproject.toml asks pip for the same versions."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     for framework in FRAMEWORKS:

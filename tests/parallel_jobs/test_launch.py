@@ -1,4 +1,4 @@
-"""`--nproc-per-node`: a job starts, shows its first rank, ends as a whole, and leaves no process behind (F3)."""
+"""`--nproc-per-node`: a job starts, shows its first rank, ends as a whole, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def one_process(workspace: Workspace, framework: str) -> list[float]:
 def test_a_command_as_two_processes_trains_as_one(
     workspace: Workspace, framework: str, axis: str, tmp_path: Path
 ) -> None:
-    """D3, and across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
+    """And across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path)]
     logs = tmp_path / "logs"
     job = start(

@@ -33,7 +33,7 @@ def at(iteration: int, number: signal.Signals) -> Callable[[StepRecord], None]:
 def test_a_signal_saves_and_the_same_command_goes_on(
     workspace: Workspace, framework: str, number: signal.Signals, instructions: bool, tmp_path: Path
 ) -> None:
-    """G6, G1: what was trained is kept, and the whole run equals an unbroken one bit by bit."""
+    """What was trained is kept, and the whole run equals an unbroken one bit by bit."""
     common = {"instructions": instructions, "train_iters": 12}
     unbroken = run(workspace, framework, save=str(tmp_path / "a"), **common)
     with pytest.raises(RunStopped, match=f"stopped by {number.name} after iteration 6"):

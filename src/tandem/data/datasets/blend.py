@@ -168,7 +168,7 @@ class BlendedDataset(Dataset):
         return {**counts, "samples": len(self)}
 
     def sources(self) -> list[str]:
-        """For each dataset its weight, its size, and how often the blend goes through it (C8)."""
+        """For each dataset its weight, its size, and how often the blend goes through it."""
         lines = []
         for dataset, weight, used in zip(self.datasets, self.weights, self.counts()):
             if dataset is None:
