@@ -26,7 +26,7 @@ def test_ranks_follow_megatron() -> None:
 
 
 def test_processes_that_make_no_whole_models_are_refused() -> None:
-    with pytest.raises(UserError, match=r"6 processes are no multiple of .* = 4"):
+    with pytest.raises(UserError, match=r"6 processes: expected a multiple of .* = 4"):
         Grid(GRID.layout, size=6)
 
 

@@ -137,7 +137,7 @@ def test_tied_head_copy_only_on_the_last_of_several_stages() -> None:
         ({"pipeline_model_parallel_size": 2}, "3 layers"),
         ({"tensor_model_parallel_size": 4}, "num_query_groups 2"),
         ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 1)}, "num_layer_list"),
-        ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 2), "noop_layers": (0,)}, "excludes"),
+        ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 2), "noop_layers": (0,)}, "cannot be used with"),
         ({"pipeline_model_parallel_size": 3, "num_layers_per_virtual_pipeline_stage": 1}, "virtual"),
         ({"noop_layers": (9,)}, "noop_layers"),
     ],

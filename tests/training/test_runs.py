@@ -209,7 +209,7 @@ def changed(**values: object) -> object:
         (changed(rotary_base=5.0), "--rotary-base 5.0 contradicts .* 10000.0"),
         (changed(untie_embeddings_and_output_weights=True), "--untie-embeddings"),
         (changed(seq_length=100_000), "max_position_embeddings 512"),
-        (changed(tensor_model_parallel_size=2), "1 processes are no multiple of --tensor-model-parallel-size 2"),
+        (changed(tensor_model_parallel_size=2), "1 processes: expected a multiple of --tensor-model-parallel-size 2"),
         (changed(hidden_dropout=0.1), "hidden-dropout"),
         (changed(global_batch_size=3), "multiple"),
         (changed(data_path="/no/such/data"), "/no/such/data"),

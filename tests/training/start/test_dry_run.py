@@ -38,7 +38,7 @@ def test_layers_that_do_not_divide_are_split_evenly(workspace: Workspace, capsys
 @pytest.mark.parametrize(
     ("values", "processes", "expected"),
     [
-        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple of --tensor-model-parallel-size 3"),
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes: expected a multiple of --tensor-model-parallel-size 3"),
         ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
         ({"pipeline_model_parallel_size": 7}, 7, "do not divide over pipeline_model_parallel_size 7"),
         ({"global_batch_size": 6}, 2, "--global-batch-size 6: expected multiples of --micro-batch-size 2 x 2"),
