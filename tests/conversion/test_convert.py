@@ -329,7 +329,7 @@ def test_several_dtypes_need_a_choice(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     tensors[name] = tensors[name].astype(np.float16)
     save_file(tensors, hf / SINGLE)
-    with pytest.raises(UserError, match=r"self_attn\.k_proj\.weight, .* must be of one dtype"):
+    with pytest.raises(UserError, match=r"self_attn\.k_proj\.weight, .* must have one dtype"):
         run(hf, tmp_path / "n", "hf-mg", params_dtype="fp32")
 
 

@@ -65,7 +65,7 @@ class LargeFile:
             self.abort()
 
     def abort(self) -> None:
-        """Stop writing; what is there is not a whole file."""
+        """Stop writing. The file is not whole."""
         self._thread.shutdown(cancel_futures=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)

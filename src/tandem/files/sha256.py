@@ -1,4 +1,5 @@
 """The sha256 of files, as a program.
+
 It reads file names from standard input, separated by NUL, and prints a line with each file's hash.
 
 It is a process of its own: a thread would wait whenever Python's lock is held, as while a tokenizer is loaded. It

@@ -400,7 +400,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "other dtype": (
         lambda content: content["model"].update({QKV: content["model"][QKV].float()}),
-        rf"mp_rank_01_001/{FILE}: {QKV} is float32; on other ranks it is not",
+        rf"mp_rank_01_001/{FILE}: {QKV} is float32; other ranks have another dtype",
     ),
     "not a tensor": (
         lambda content: content["model"].update({QKV: [1.0]}),
