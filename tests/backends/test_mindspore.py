@@ -1,4 +1,4 @@
-"""What is MindSpore's own: work in blocks and over threads, and starting under msrun."""
+"""What only MindSpore has: work in blocks and over threads, and starting under msrun."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_blocks_pieces_and_threads_change_nothing(toy: str, monkeypatch: pytest.
     monkeypatch.setattr(functional, "BLOCK", 7)
     monkeypatch.setattr(loss, "PIECE", 50)
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
-    found_loss, found = mean_gradients(engine, batches)
-    assert found_loss == pytest.approx(expected_loss, rel=1e-6)
-    assert_close_gradients(found, expected, rtol=1e-5)
+    actual_loss, gradients = mean_gradients(engine, batches)
+    assert actual_loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close_gradients(gradients, expected, rtol=1e-5)
 
 
 def test_a_device_that_mindspore_has_not_is_refused() -> None:

@@ -256,9 +256,9 @@ def test_killed_at_any_moment(target: dict[str, Any], tmp_path: Path) -> None:
 
 
 def assert_whole(save: Path, folder: Path) -> None:
-    found, expected = open_source(save), open_source(folder)
+    actual, expected = open_source(save), open_source(folder)
     for name in tensor_table(expected.config):
-        assert found.read(name).tobytes() == expected.read(name).tobytes()
+        assert actual.read(name).tobytes() == expected.read(name).tobytes()
 
 
 # --- memory

@@ -165,7 +165,7 @@ def fine_tuned(workspace: Workspace, folder: Path, chat_template: object, place:
 def test_the_written_folder_asks_as_in_training(
     workspace: Workspace, tmp_path: Path, place: str, command: str, thinking: bool | None
 ) -> None:
-    """By default, and as it is told where it is told."""
+    """By default, and with an explicit `enable_thinking`."""
     from transformers import AutoTokenizer
 
     run = fine_tuned(workspace, tmp_path, THINKING_TEMPLATE, place, thinking)
