@@ -90,7 +90,7 @@ def measure(engine: Engine, micro_batch: MicroBatch, folder: Path, nbytes: int, 
             shutil.rmtree(find_iteration(folder / kept))
     for case, timings in figures.items():
         print(f"{case:>20}: {', '.join(f'{second:.2f}' for second in timings)} s")
-    middle = {case: statistics.median(timings) for case, seconds in figures.items()}
+    middle = {case: statistics.median(timings) for case, timings in figures.items()}
     print(f"training waits {middle['wait'] / middle['step']:.2f}x a step (the first time {figures['wait'][0]:.2f} s)")
     print(f"saving at {middle['dd'] / middle['save']:.0%} of dd's {nbytes / middle['dd'] / 1e6:,.0f} MB/s")
     print(f"loading takes {middle['load'] / middle['cat']:.2f}x the time of cat")
