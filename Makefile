@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: quickstart test test-slow lint types clean
+.PHONY: quickstart test test-slow lint types docs clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) tandem quickstart
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(RUN) mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
@@ -34,4 +37,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(RUN) pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import turns
+from weights import mean_weights
 
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
@@ -39,7 +40,8 @@ def backend(arguments: argparse.Namespace, framework: str) -> turns.Step:
     def step(number: int) -> dict[str, float]:
         tokens = np.random.default_rng(number).integers(0, config.vocab_size, length, dtype=np.int32)
         batch = MicroBatch(tokens, np.append(tokens[1:], np.int32(IGNORE)), positions, bounds)
-        return {"tokens": length, "loss": engine.train_step([batch], lr=1e-4, weight_decay=0.1).loss}
+        result = engine.train_step([batch], mean_weights([batch]), lr=1e-4, weight_decay=0.1)
+        return {"tokens": length, "loss": result.loss}
 
     return step
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.hf.sink import HFSink
-from tandem.checkpoints.interface import Companions, Kind
+from tandem.checkpoints.interface import Companions, TensorKind
 from tandem.models.config import ModelConfig
 from tandem.models.published import QWEN3_SIZES, qwen3_config
 from tandem.models.tensors import tensor_table
@@ -47,16 +47,16 @@ class Noise:
         self._table = tensor_table(config)
         self._numbers = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(ml_dtypes.bfloat16)
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._numbers.dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return np.resize(self._numbers, self._table[name].shape)
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         yield self.read(name, kind)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import turns
 from tokenizers import Tokenizer
+from weights import mean_weights
 
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, Sample, collate
@@ -71,7 +72,7 @@ def tandem(arguments: argparse.Namespace) -> turns.Step:
 
     def step(number: int) -> dict[str, float]:
         batches = [collate(samples) for samples in micro_batches(number, arguments)]
-        result = engine.train_step(batches, LEARNING_RATE, WEIGHT_DECAY)
+        result = engine.train_step(batches, mean_weights(batches), LEARNING_RATE, WEIGHT_DECAY)
         return {"tokens": result.trained_tokens, "loss": result.loss}
 
     return step

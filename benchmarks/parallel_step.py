@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import turns
+from weights import mean_weights
 
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import MicroBatch
@@ -114,14 +115,14 @@ def one_rank(arguments: argparse.Namespace, spread: Spread) -> turns.Step:
         ),
     )
     engine.load_weights(RandomSource(config, 0))
-    data_rank = grid.place(world.rank).data
+    own = slice(grid.place(world.rank).data, None, grid.data_size)
     sent = SentBytes()
 
     def step(number: int) -> dict[str, float]:
         batches = [micro_batch(number * MICRO_BATCHES + k, arguments, config) for k in range(MICRO_BATCHES)]
         # Counting slows a step, and the first is not measured.
         with sent if number == 0 else nullcontext():
-            result = engine.train_step(batches[data_rank :: grid.data_size], lr=1e-4, weight_decay=0.1)
+            result = engine.train_step(batches[own], mean_weights(batches)[own], lr=1e-4, weight_decay=0.1)
         moments = sum(array.nbytes for kind, _, array in engine.tensors() if kind in ("exp_avg", "exp_avg_sq"))
         tokens = MICRO_BATCHES * arguments.seq_length
         return {"tokens": tokens, "loss": result.loss, "sent": sent.total, "moments": moments, "floor": floor}

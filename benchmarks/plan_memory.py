@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import turns
+from weights import mean_weights
 
 from tandem.models.config import ModelConfig
 from tandem.models.published import qwen3_config
@@ -116,15 +117,16 @@ def train(
     words = tokens % job.config.vocab_size
     samples = [Sample(words, words, tokens, (job.seq_length,))] * job.micro_batch_size
     batches = [collate(samples)] * job.micro_batches
+    weights = mean_weights(batches)
     if counter is not None:
         with counter:
-            engine.train_step(batches, 1e-4, 0.1)
+            engine.train_step(batches, weights, 1e-4, 0.1)
     if reset:
         turns.reset_peak()
     seconds = []
     for _ in range(STEPS):
         start = time.process_time()
-        engine.train_step(batches, 1e-4, 0.1)
+        engine.train_step(batches, weights, 1e-4, 0.1)
         seconds.append(time.process_time() - start)
     return min(seconds)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import turns
+from weights import mean_weights
 
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, Sample, collate
@@ -54,7 +55,8 @@ def tandem(arguments: argparse.Namespace) -> turns.Step:
 
     def step(number: int) -> dict[str, float]:
         tokens = tokens_of(number, arguments, config)
-        result = engine.train_step([collate([sample(row) for row in tokens])], LEARNING_RATE, WEIGHT_DECAY)
+        batches = [collate([sample(row) for row in tokens])]
+        result = engine.train_step(batches, mean_weights(batches), LEARNING_RATE, WEIGHT_DECAY)
         return {"tokens": tokens.size, "loss": result.loss}
 
     return step

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from weights import mean_weights
 
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
@@ -34,7 +35,7 @@ from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.native.source import NativeSource
 from tandem.checkpoints.random_init import RandomSource
-from tandem.config.parsing import from_dict
+from tandem.config.parsing import from_dict, to_yaml
 from tandem.data.batch import MicroBatch
 from tandem.launch.world import SingleProcess
 from tandem.models.config import ModelConfig
@@ -43,7 +44,7 @@ from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid
 from tandem.training.logs.events import EventLog
 from tandem.training.progress import Progress
-from tandem.training.saving.writer import CheckpointWriter
+from tandem.training.saving.writer import CheckpointWriter, RunDescription
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def measure(engine: Engine, micro_batch: MicroBatch, folder: Path, nbytes: int, rounds: int) -> None:
-    step = lambda: engine.train_step([micro_batch], 1e-5, 0.1)  # noqa: E731
+    step = lambda: engine.train_step([micro_batch], mean_weights([micro_batch]), 1e-5, 0.1)  # noqa: E731
     step()
     figures: dict[str, list[float]] = {}
 
@@ -97,8 +98,11 @@ def measure(engine: Engine, micro_batch: MicroBatch, folder: Path, nbytes: int, 
 
 def writer(engine: Engine, folder: Path, async_save: bool) -> CheckpointWriter:
     settings = from_dict({"async_save": async_save, "save": str(folder)}, "benchmark")
+    description = RunDescription(
+        settings=to_yaml(settings), seed=settings.training.seed, data={}, template=None, companions=Companions()
+    )
     return CheckpointWriter(
-        folder, engine, settings, Grid(), SingleProcess(), Companions(), {}, None, None, EventLog(None)
+        folder, settings.checkpoint, description, engine, Grid(), SingleProcess(), EventLog(None), by_rows=()
     )
 
 

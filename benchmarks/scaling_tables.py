@@ -1,6 +1,6 @@
-"""The tables of docs/scaling.md: what `tandem plan --devices` finds, for Qwen3's sizes and for numbers of devices.
+"""The tables of docs/lab/layouts.md: what `tandem plan --devices` finds, for Qwen3's sizes and for numbers of devices.
 
-python benchmarks/scaling_tables.py            print the page with its tables made anew
+python benchmarks/scaling_tables.py            print the page with its tables as they are now
 python benchmarks/scaling_tables.py --write    put it in place
 """
 
@@ -16,7 +16,7 @@ from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
 from tandem.planning.search import Plan, suggest
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/scaling.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/lab/layouts.md"
 # A table stands between `<!-- table: NAME ARGUMENT... -->` and `<!-- end -->`.
 TABLE = re.compile(r"(<!-- table: (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

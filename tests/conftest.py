@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from frameworks import require_framework
+from tandem.logs import printed
 from workspace import Workspace, make_workspace
 
 # Toy products gain nothing from threads, and several test processes share the cores.
@@ -22,6 +23,13 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """What failing jobs and launchers leave behind lies in pytest's own folder, of which it keeps the last three."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def printed_log() -> Iterator[None]:
+    """What is logged is printed, as on the command line, so that `capsys` sees it."""
+    with printed():
         yield
 
 

@@ -10,19 +10,27 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.cli.settings import parse_settings
+from tandem.config.checks import check_settings
+from tandem.config.settings import Settings
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 HF2MCORE = "mindspore/qwen3/ckpt_convert_qwen3_hf2mcore.sh"
 MCORE2HF = "mindspore/qwen3/ckpt_convert_qwen3_mcore2hf.sh"
 TEXT = "mindspore/qwen3/data_convert_qwen3_pretrain.sh"
 INSTRUCTIONS = "mindspore/qwen3/data_convert_qwen3_instruction.sh"
-PRETRAIN = {
-    "mindspore": "mindspore/qwen3/pretrain_qwen3_0point6b_4K_ms.sh",
-    "torch": "torch/qwen3/pretrain_qwen3_0point6b_4K_ptd.sh",
-}
-TUNE = {
-    "mindspore": "mindspore/qwen3/tune_qwen3_0point6b_4K_full_ms.sh",
-    "torch": "torch/qwen3/tune_qwen3_0point6b_4K_full_ptd.sh",
-}
+FRAMEWORKS = {"mindspore": "ms", "torch": "ptd"}  # folder, and how its scripts end
+SIZES = {"0point6b": "0.6B", "1point7b": "1.7B", "4b": "4B", "8b": "8B", "14b": "14B", "32b": "32B"}
+
+
+def training_script(command: str, size: str, framework: str) -> str:
+    """The script of a size, under the name that it has in a framework's folder."""
+    name = {"pretrain": f"pretrain_qwen3_{size}_4K", "finetune": f"tune_qwen3_{size}_4K_full"}[command]
+    return f"{framework}/qwen3/{name}_{FRAMEWORKS[framework]}.sh"
+
+
+PRETRAIN = {framework: training_script("pretrain", "0point6b", framework) for framework in FRAMEWORKS}
+TUNE = {framework: training_script("finetune", "0point6b", framework) for framework in FRAMEWORKS}
 # the scripts' default paths
 HF, MCORE = "model_from_hf/qwen3_hf", "model_weights/qwen3_mcore"
 PRETRAINED, TUNED = "ckpt/qwen3-0point6b", "ckpt/qwen3-0point6b_tune"
@@ -87,6 +95,22 @@ class Finished:
     @property
     def last_line(self) -> str:
         return self.output.splitlines()[-1]
+
+    @property
+    def command(self) -> list[str]:
+        """The words behind `tandem`, where the launchers only printed them."""
+        assert self.code == 0, self.output
+        words = self.output.splitlines()
+        return words[words.index("tandem") + 1 :]
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the training command that the launchers printed."""
+        command, *words = self.command
+        settings, notices = parse_settings(command, "", words)
+        check_settings(settings)
+        assert notices == []
+        return settings
 
 
 def free_port() -> int:

@@ -29,7 +29,8 @@ def test_the_walkthrough_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     short = ["--pretrain-iters", "2", "--finetune-iters", "2", "--questions", "2"]
     assert main(["quickstart", *short]) == 0  # what `make quickstart` runs, shortened
     steps = [words[1:] for words in commands("README.md") if words[0] == "tandem"]
-    expected = ["convert", "preprocess", "preprocess", "pretrain", "finetune", "export", "generate"]
+    expected = ["generate", "report"]
+    expected += ["convert", "preprocess", "preprocess", "pretrain", "finetune", "export", "generate"]
     expected += ["pretrain", "plan", "report", "doctor"]
     assert [words[0] for words in steps] == expected
     for words in steps:
@@ -39,7 +40,7 @@ def test_the_walkthrough_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = [words[1] for words in commands("README.md") if words[0] == "make"]
-    assert targets == ["quickstart", "test"]
+    assert targets == ["quickstart", "docs", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
@@ -49,7 +50,8 @@ def test_both_languages_show_the_same_commands() -> None:
 
 
 PAGES = sorted(
-    str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"))
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"))
 )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from tandem.config.parsing import from_dict
 from tandem.config.settings import Settings
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.quickstart.tasks import make_world, write_world
 from tandem.quickstart.toy_model import write_toy_model
 

@@ -1,3 +1,61 @@
-"""Tandem: train Qwen3 end to end on MindSpore and on PyTorch, from the same bytes."""
+"""Tandem: train Qwen3 end to end on MindSpore and on PyTorch, from the same bytes.
 
-__version__ = "0.1.0"
+>>> import tandem
+>>> tandem.preprocess("text.jsonl", "run/text", "qwen3-0.6b", append_eod=True)  # doctest: +SKIP
+>>> tandem.pretrain(load="qwen3-0.6b", data_path="run/text_text_document", save="run/pretrained", ...)  # doctest: +SKIP
+>>> tandem.load("run/pretrained").generate("Hello")  # doctest: +SKIP
+
+The functions are those of `tandem.api`; they and what they need are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tandem.api import (
+        convert,
+        evaluate,
+        export,
+        finetune,
+        inspect,
+        load,
+        merge,
+        plan,
+        preprocess,
+        pretrain,
+        train,
+    )
+    from tandem.config.settings import Settings
+    from tandem.errors import RunStopped, UserError
+
+__version__ = "0.2.0"
+__all__ = [
+    "RunStopped",
+    "Settings",
+    "UserError",
+    "convert",
+    "evaluate",
+    "export",
+    "finetune",
+    "inspect",
+    "load",
+    "merge",
+    "plan",
+    "preprocess",
+    "pretrain",
+    "train",
+]
+_ELSEWHERE = {"Settings": "tandem.config.settings", "RunStopped": "tandem.errors", "UserError": "tandem.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'tandem' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, "tandem.api")), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ from tandem import __version__
 from tandem.errors import RunStopped, UserError, nearest
 from tandem.launch.member import Member, exit_with
 from tandem.launch.world import is_scheduler
+from tandem.logs import printed
 
 # command -> its module under tandem.cli, and what it does
 COMMANDS = {
@@ -30,6 +32,7 @@ COMMANDS = {
 
 
 STOPPED = 75  # exit code of a run that was asked to stop, and can go on
+UNREAD = 141  # as a shell tells of a program that SIGPIPE ended
 
 
 def usage() -> str:
@@ -64,14 +67,28 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module("tandem.backends").serve_as_scheduler()
     try:
         module = importlib.import_module(f"tandem.cli.{command}")
-        return member.ended(module.run(words[1:]) or 0)
+        with printed():
+            code = module.run(words[1:]) or 0
+            sys.stdout.flush()
+        return member.ended(code)
     except UserError as error:
-        return member.ended(2, f"tandem {command}: error: {error}")
+        return member.ended(2, _error(command, error))
+    except BrokenPipeError:  # the reader of `tandem ... | head` has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return member.ended(UNREAD)
     except RunStopped as stopped:
         return member.ended(STOPPED, f"tandem {command}: {stopped}")
     except Exception as error:
         member.crashed(error)
         raise
+
+
+def _error(command: str, error: UserError) -> str:
+    """All that is wrong, a line each."""
+    problems = error.problems
+    if len(problems) == 1:
+        return f"tandem {command}: error: {error}"
+    return "\n".join([f"tandem {command}: {len(problems)} errors:", *(f"  {problem}" for problem in problems)])
 
 
 def run() -> NoReturn:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tandem.frameworks import FRAMEWORKS, TORCH, Framework
 
 PYTHON = ((3, 10), (3, 12))  # first and last minor version
-REQUIRED = ("numpy", "ml_dtypes", "tokenizers", "orjson", "pyarrow", "jinja2", "pyyaml", "rich", "tyro")
+REQUIRED = ("numpy", "ml_dtypes", "tokenizers", "orjson", "pyarrow", "jinja2", "pyyaml", "rich")
 # Package -> what it is for, and the extra that installs it.
 OPTIONAL = {
     "gigatoken": ("fast tokenising", "fast"),

@@ -48,6 +48,22 @@ class Framework:
         first, beyond = (".".join(map(str, version)) for version in (self.first_version, self.untried_version))
         return f"{self.name}>={first},<{beyond}"
 
+    def check(self, *, shards_weights: bool, interleaves_stages: bool) -> None:
+        """Raise UserError when this framework is to do what only another one does."""
+        wanted = {
+            "--use-torch-fsdp2": (shards_weights, [one.name for one in FRAMEWORKS if one.shards_weights]),
+            "--num-layers-per-virtual-pipeline-stage": (
+                interleaves_stages,
+                [one.name for one in FRAMEWORKS if one.interleaves_stages],
+            ),
+        }
+        for flag, (is_wanted, able) in wanted.items():
+            if is_wanted and self.name not in able:
+                raise UserError(
+                    f"{flag} runs on {' or '.join(able)} only, not on {self.name}; leave it out, or take "
+                    f"--ai-framework {able[0]}"
+                )
+
     def untried(self) -> str | None:
         """Why the installed version is refused, and what to do; None when it is not refused."""
         try:

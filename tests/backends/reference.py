@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import transformers
 
-from tandem.backends.interface import Engine
-from tandem.checkpoints.interface import Companions, Kind, TensorSource
+from tandem.backends.interface import Engine, StepResult
+from tandem.checkpoints.interface import Companions, TensorKind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig
@@ -17,6 +17,7 @@ from tandem.models.hf_config import to_hf
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
 from tandem.parallel.slices import Part, cut
+from tandem.training.objectives import MeanLoss, RankBatch
 
 
 class MemorySource:
@@ -24,24 +25,24 @@ class MemorySource:
 
     location = "memory"
 
-    def __init__(self, config: ModelConfig, tensors: dict[Kind, dict[str, np.ndarray]]) -> None:
+    def __init__(self, config: ModelConfig, tensors: dict[TensorKind, dict[str, np.ndarray]]) -> None:
         self.config = config
         self.companions = Companions()
         self._tensors = tensors
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return tuple(self._tensors)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._tensors[kind][name].dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return self._tensors[kind][name]
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         return cut(self.read(name, kind), part)
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         yield self.read_part(name, part, kind)
 
 
@@ -59,7 +60,7 @@ def toy_weights(config: ModelConfig, seed: int = 0) -> MemorySource:
 
 def snapshot(engine: Engine) -> MemorySource:
     """A copy of everything that a checkpoint of `engine` would hold."""
-    tensors: dict[Kind, dict[str, np.ndarray]] = {}
+    tensors: dict[TensorKind, dict[str, np.ndarray]] = {}
     for kind, shard, array in engine.tensors():
         tensors.setdefault(kind, {})[shard.spec.name] = array.copy()
     return MemorySource(engine.config, tensors)
@@ -84,6 +85,27 @@ def untrained(sample: Sample) -> Sample:
 
 def toy_batch(config: ModelConfig, lengths: Iterable[int], seed: int = 0, trained: float = 1.0) -> MicroBatch:
     return collate(toy_samples(config, lengths, seed, trained))
+
+
+def mean_weights(batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    """Of the tokens of all batches of a step, when the loss is the mean over those that are trained."""
+    return MeanLoss()(None, RankBatch(batches, sum(batch.trained_tokens for batch in batches)))[1]
+
+
+def any_weights(batches: Sequence[MicroBatch], seed: int = 0) -> list[np.ndarray]:
+    """Weights over three orders of magnitude, some of them 0; of tokens that are not trained, too."""
+    generator = np.random.default_rng(seed)
+    sizes = [len(batch.tokens) for batch in batches]
+    return [10 ** generator.uniform(-4, -1, size) * (generator.random(size) < 0.9) for size in sizes]
+
+
+def mean_step(engine: Engine, batches: Sequence[MicroBatch], *settings: float, **named: float) -> StepResult:
+    """A train step on the mean over the trained tokens."""
+    return engine.train_step(batches, mean_weights(batches), *settings, **named)
+
+
+def mean_gradients(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
+    return engine.loss_and_gradients(batches, mean_weights(batches))
 
 
 class Reference:
@@ -115,15 +137,20 @@ class Reference:
             ]
         )
 
-    def loss(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """Mean over the trained tokens of all batches."""
+    def loss(self, batches: Sequence[MicroBatch], weights: Sequence[np.ndarray] | None = None) -> torch.Tensor:
+        """The sum of weight * -log p(label); without weights the mean over the trained tokens of all batches."""
         logits = torch.cat([self.logits(batch) for batch in batches])
         labels = torch.from_numpy(np.concatenate([batch.labels for batch in batches])).long()
-        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE)
+        if weights is None:
+            return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE)
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+        return torch.sum(losses * torch.from_numpy(np.concatenate(weights)))
 
-    def loss_and_gradients(self, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
+    def loss_and_gradients(
+        self, batches: Sequence[MicroBatch], weights: Sequence[np.ndarray] | None = None
+    ) -> tuple[float, dict[str, np.ndarray]]:
         self.model.zero_grad()
-        loss = self.loss(batches)
+        loss = self.loss(batches, weights)
         loss.backward()
         gradients = {name: p.grad.numpy() for name, p in self.model.named_parameters() if p.grad is not None}
         return loss.item(), self._to_mcore(gradients)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from parts import import_part
 from reference import (
     MemorySource,
     Reference,
+    any_weights,
     assert_close_gradients,
+    mean_gradients,
+    mean_step,
     snapshot,
     toy_batch,
     toy_samples,
@@ -22,7 +25,7 @@ from reference import (
 )
 
 from tandem.backends import create_engine
-from tandem.backends.interface import Engine, EngineSettings
+from tandem.backends.interface import Engine, EngineSettings, StepResult
 from tandem.checkpoints.interface import TensorSource
 from tandem.data.batch import IGNORE, MicroBatch, collate
 from tandem.errors import UserError
@@ -59,7 +62,7 @@ def test_loss_and_every_gradient_equal_hugging_face(framework: str, toy: str, le
     source = toy_weights(TOYS[toy])
     batches = [toy_batch(source.config, lengths, seed=1, trained=0.7)]
     expected_loss, expected = Reference(source).loss_and_gradients(batches)
-    loss, gradients = build(framework, source).loss_and_gradients(batches)
+    loss, gradients = mean_gradients(build(framework, source), batches)
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     assert_close_gradients(gradients, expected, rtol=1e-4)
 
@@ -89,8 +92,8 @@ def test_d4_packed_equals_unpacked(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-untied"])
     samples = toy_samples(source.config, RAGGED, trained=0.6)
     engine = build(framework, source)
-    loss, gradients = engine.loss_and_gradients([collate(samples)])
-    alone = [engine.loss_and_gradients([collate([sample])]) for sample in samples]
+    loss, gradients = mean_gradients(engine, [collate(samples)])
+    alone = [mean_gradients(engine, [collate([sample])]) for sample in samples]
     shares = np.array([np.count_nonzero(sample.labels != IGNORE) for sample in samples], dtype=np.float64)
     shares /= shares.sum()
     assert loss == pytest.approx(sum(share * one for share, (one, _) in zip(shares, alone)), rel=1e-5)
@@ -128,7 +131,7 @@ def test_evaluate_equals_the_training_loss(framework: str) -> None:
     batch = toy_batch(source.config, RAGGED, trained=0.5)
     total, count = build(framework, source, training=False).evaluate([batch])
     assert count == batch.trained_tokens
-    assert total / count == pytest.approx(build(framework, source).loss_and_gradients([batch])[0], rel=1e-6)
+    assert total / count == pytest.approx(mean_gradients(build(framework, source), [batch])[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("field", ["tokens", "labels"])
@@ -143,7 +146,7 @@ def test_ids_beyond_the_vocabulary_are_named(framework: str, field: str, wrong: 
     for use in (
         lambda batch: engine.evaluate([batch]),
         engine.logits,
-        lambda batch: engine.train_step([batch], 1e-3, 0.0),
+        lambda batch: mean_step(engine, [batch], 1e-3, 0.0),
     ):
         with pytest.raises(UserError, match=f"{field} of a micro-batch span .*another tokenizer"):
             use(damaged)
@@ -159,11 +162,10 @@ def test_evaluate_without_trained_tokens_is_zero(framework: str) -> None:
 def test_e2_chunked_loss_equals_unchunked(framework: str, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(TOYS[toy])
     batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
-    engine = build(framework, source)
-    whole_loss, whole = engine.loss_and_gradients(batches)
-    module = importlib.import_module(f"tandem.backends.{framework}.loss")
-    monkeypatch.setattr(module, "LOGITS_CHUNK_BYTES", 5 * source.config.vocab_size * 4)
-    loss, gradients = engine.loss_and_gradients(batches)
+    engine, weights = build(framework, source), any_weights(batches)
+    whole_loss, whole = engine.loss_and_gradients(batches, weights)
+    monkeypatch.setattr(import_part(framework, "loss"), "LOGITS_CHUNK_BYTES", 5 * source.config.vocab_size * 4)
+    loss, gradients = engine.loss_and_gradients(batches, weights)
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     assert_close_gradients(gradients, whole, rtol=1e-5)
 
@@ -186,12 +188,13 @@ framework, config = sys.argv[1], ModelConfig(
     kv_channels=16, vocab_size=65536, max_position_embeddings=4096, norm_epsilon=1e-6, rotary_base=1e4)
 engine = create_engine(framework, config, EngineSettings(device="cpu"))
 engine.load_weights(RandomSource(config, 0))
-def batch(tokens):
+def step(tokens):
     ids = np.arange(tokens, dtype=np.int32)
-    return MicroBatch(ids, ids, ids % 512, np.arange(0, tokens + 1, 512, dtype=np.int32))
-engine.train_step([batch(512)], 1e-3, 0.0)
+    batch = MicroBatch(ids, ids, ids % 512, np.arange(0, tokens + 1, 512, dtype=np.int32))
+    engine.train_step([batch], [np.full(tokens, 1 / tokens)], 1e-3, 0.0)
+step(512)
 before = peak_mib()
-engine.train_step([batch(4096)], 1e-3, 0.0)
+step(4096)
 print(peak_mib() - before)
 """
 
@@ -214,10 +217,10 @@ def test_d1_the_split_into_micro_batches_does_not_matter(framework: str, toy: st
     samples = toy_samples(source.config, (7, 1, 19, 12, 12, 5, 30, 2), trained=0.5)
     samples[3] = untrained(samples[3])
     engine = build(framework, source)
-    whole_loss, whole = engine.loss_and_gradients([collate(samples)])
+    whole_loss, whole = mean_gradients(engine, [collate(samples)])
     for size in (4, 1):
         batches = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-        loss, gradients = engine.loss_and_gradients(batches)
+        loss, gradients = mean_gradients(engine, batches)
         assert loss == pytest.approx(whole_loss, rel=1e-5)
         assert_close_gradients(gradients, whole, rtol=1e-5)
 
@@ -227,20 +230,64 @@ def test_d1_a_first_micro_batch_without_trained_tokens(framework: str) -> None:
     engine = build(framework, source)
     trained = toy_batch(source.config, RAGGED)
     empty = collate([untrained(sample) for sample in toy_samples(source.config, (9,), seed=3)])
-    alone_loss, alone = engine.loss_and_gradients([trained])
-    engine.loss_and_gradients([toy_batch(source.config, (11,), seed=4)])  # leaves something else in the buffers
-    loss, gradients = engine.loss_and_gradients([empty, trained, empty])
+    alone_loss, alone = mean_gradients(engine, [trained])
+    mean_gradients(engine, [toy_batch(source.config, (11,), seed=4)])  # leaves something else in the buffers
+    loss, gradients = mean_gradients(engine, [empty, trained, empty])
     assert loss == pytest.approx(alone_loss, rel=1e-6)
     assert_close_gradients(gradients, alone, rtol=1e-6)
 
 
 def test_no_trained_token_at_all_is_an_error(framework: str) -> None:
+    """There is no mean of nothing; an engine that is given weights for it changes nothing."""
     source = toy_weights(TOYS["qwen3-tied"])
     engine = build(framework, source)
     batch = collate([untrained(sample) for sample in toy_samples(source.config, (9, 3))])
     with pytest.raises(ValueError, match="trained"):
-        engine.train_step([batch], lr=1e-3, weight_decay=0.0)
+        mean_step(engine, [batch], lr=1e-3, weight_decay=0.0)
+    result = engine.train_step([batch], [np.ones(12)], lr=1e-3, weight_decay=0.1)
+    assert result == StepResult(loss=0.0, grad_norm=0.0, trained_tokens=0, applied=False)
     assert engine.optimizer_step == 0
+    assert_same_bits(snapshot(engine), snapshot(build(framework, source)))
+
+
+# --- weights of tokens
+
+
+@pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-untied"])
+def test_any_weights_give_the_gradient_of_the_weighted_sum(framework: str, toy: str) -> None:
+    """Over two micro-batches, and of either sign: what objectives beyond the mean rest on."""
+    source = toy_weights(TOYS[toy])
+    batches = [toy_batch(source.config, RAGGED, seed=1 + i, trained=0.7) for i in range(2)]
+    weights = any_weights(batches)
+    weights[0][::3] *= -1
+    expected_loss, expected = Reference(source).loss_and_gradients(batches, weights)
+    loss, gradients = build(framework, source).loss_and_gradients(batches, weights)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_gradients(gradients, expected, rtol=1e-4)
+
+
+def test_small_weights_keep_their_digits_in_fp16(framework: str) -> None:
+    source = toy_weights(toy_config(init_method_std=0.05))
+    batches = [toy_batch(source.config, RAGGED, seed=seed, trained=0.7) for seed in range(2)]
+    results, moments = [], []
+    for fp16, loss_scale in ((False, 1.0), (True, 2.0**14)):
+        engine = build(framework, source, fp16=fp16, clip_grad=0.0)
+        results.append(engine.train_step(batches, any_weights(batches), 1e-3, 0.0, loss_scale=loss_scale))
+        moments.append(snapshot(engine))
+    assert results[1].loss == pytest.approx(results[0].loss, rel=FP16_ROUNDING)
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=16 * FP16_ROUNDING)
+    names = list(tensor_table(source.config))
+    found, expected = ({name: moment.read(name, "exp_avg") for name in names} for moment in (moments[1], moments[0]))
+    assert_close_gradients(found, expected, rtol=16 * FP16_ROUNDING)
+
+
+def test_a_weight_for_each_token_or_an_error(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    engine = build(framework, source)
+    batch = toy_batch(source.config, RAGGED)
+    for weights in ([], [np.ones(3)]):
+        with pytest.raises(ValueError, match=r"zip|weights \[3\] of a micro-batch with labels \[56\]"):
+            engine.train_step([batch], weights, 1e-3, 0.1)
 
 
 # --- the optimizer
@@ -267,7 +314,7 @@ def test_train_steps_equal_torch_adamw(framework: str, toy: str, clip_grad: floa
         expected.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or float("inf"))
         adamw.step()
-        result = engine.train_step(batches, lr=1e-3 / (step + 1), weight_decay=0.1)
+        result = mean_step(engine, batches, lr=1e-3 / (step + 1), weight_decay=0.1)
         assert result.applied
         assert result.trained_tokens == sum(batch.trained_tokens for batch in batches)
         assert result.loss == pytest.approx(expected.item(), abs=1e-4)
@@ -282,8 +329,8 @@ def test_one_dimensional_tensors_do_not_decay(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batch = toy_batch(source.config, RAGGED)
     decayed, plain = (build(framework, source) for _ in range(2))
-    decayed.train_step([batch], lr=1e-2, weight_decay=0.5)
-    plain.train_step([batch], lr=1e-2, weight_decay=0.0)
+    mean_step(decayed, [batch], lr=1e-2, weight_decay=0.5)
+    mean_step(plain, [batch], lr=1e-2, weight_decay=0.0)
     after, without = snapshot(decayed), snapshot(plain)
     for name, spec in tensor_table(source.config).items():
         shrinkage = 0.0 if len(spec.shape) == 1 else 1e-2 * 0.5
@@ -295,11 +342,11 @@ def test_nothing_changes_when_gradients_are_not_finite(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-untied"])
     batch = toy_batch(source.config, RAGGED)
     engine = build(framework, source)
-    engine.train_step([batch], lr=1e-3, weight_decay=0.1)
+    mean_step(engine, [batch], lr=1e-3, weight_decay=0.1)
     broken = snapshot(engine)
     broken.read("decoder.final_layernorm.weight")[0] = np.inf
     engine.load_weights(broken)
-    result = engine.train_step([batch], lr=1e-3, weight_decay=0.1)
+    result = mean_step(engine, [batch], lr=1e-3, weight_decay=0.1)
     assert not result.applied
     assert engine.optimizer_step == 1
     after = snapshot(engine)
@@ -307,21 +354,21 @@ def test_nothing_changes_when_gradients_are_not_finite(framework: str) -> None:
         for name in tensor_table(source.config):
             np.testing.assert_array_equal(after.read(name, kind), broken.read(name, kind))
     engine.load_weights(source)
-    assert engine.train_step([batch], lr=1e-3, weight_decay=0.1).applied
+    assert mean_step(engine, [batch], lr=1e-3, weight_decay=0.1).applied
 
 
 def test_a_loss_above_the_limit_changes_nothing(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batch = toy_batch(source.config, RAGGED)
     engine = build(framework, source)
-    loss, _ = engine.loss_and_gradients([batch])
-    result = engine.train_step([batch], lr=1e-3, weight_decay=0.1, loss_limit=loss * 0.99)
+    loss, _ = mean_gradients(engine, [batch])
+    result = mean_step(engine, [batch], lr=1e-3, weight_decay=0.1, loss_limit=loss * 0.99)
     assert not result.applied
     assert result.loss == pytest.approx(loss)
     assert np.isfinite(result.grad_norm)
     after = snapshot(engine)
     assert all(np.array_equal(after.read(name), source.read(name)) for name in tensor_table(source.config))
-    assert engine.train_step([batch], lr=1e-3, weight_decay=0.1, loss_limit=loss * 1.01).applied
+    assert mean_step(engine, [batch], lr=1e-3, weight_decay=0.1, loss_limit=loss * 1.01).applied
 
 
 @pytest.mark.parametrize(
@@ -351,7 +398,7 @@ def test_save_and_restore_is_bitwise(framework: str, fp16: bool) -> None:
 
     def train(engine: Engine, part: list[MicroBatch]) -> list[float]:
         scale = 1024.0 if fp16 else 1.0
-        return [engine.train_step([batch], lr=1e-3, weight_decay=0.1, loss_scale=scale).loss for batch in part]
+        return [mean_step(engine, [batch], lr=1e-3, weight_decay=0.1, loss_scale=scale).loss for batch in part]
 
     straight = build(framework, source, fp16=fp16)
     expected = train(straight, batches)
@@ -393,10 +440,10 @@ def test_gradients_and_evaluation_change_no_state(framework: str) -> None:
     batch = toy_batch(source.config, RAGGED)
     plain, watched = build(framework, source), build(framework, source)
     for _ in range(2):
-        watched.loss_and_gradients([toy_batch(source.config, (9, 9), seed=5)])
+        mean_gradients(watched, [toy_batch(source.config, (9, 9), seed=5)])
         watched.evaluate([batch])
         watched.logits(batch)
-        step = (plain.train_step([batch], 1e-3, 0.1), watched.train_step([batch], 1e-3, 0.1))
+        step = (mean_step(plain, [batch], 1e-3, 0.1), mean_step(watched, [batch], 1e-3, 0.1))
         assert step[0] == step[1]
 
 
@@ -407,10 +454,10 @@ def test_gradients_and_evaluation_change_no_state(framework: str) -> None:
 def test_recompute_is_bitwise_equal(framework: str, fp16: bool) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED, seed=seed, trained=0.8) for seed in range(2)]
-    plain_loss, plain = build(framework, source, fp16=fp16).loss_and_gradients(batches)
+    plain_loss, plain = mean_gradients(build(framework, source, fp16=fp16), batches)
     for layers in (1, source.config.num_layers):
         engine = build(framework, source, recompute_layers=layers, fp16=fp16)
-        loss, gradients = engine.loss_and_gradients(batches)
+        loss, gradients = mean_gradients(engine, batches)
         assert loss == plain_loss
         for name, gradient in plain.items():
             np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
@@ -428,8 +475,8 @@ def test_bf16_is_used_or_refused_aloud(framework: str) -> None:
     kinds = {kind for kind, _, _ in engine.tensors()}
     assert ("master" in kinds) == (engine.param_dtype == "bfloat16")
     batch = toy_batch(source.config, RAGGED)
-    found = engine.train_step([batch], 1e-3, 0.1)
-    expected = build(framework, source).train_step([batch], 1e-3, 0.1)
+    found = mean_step(engine, [batch], 1e-3, 0.1)
+    expected = mean_step(build(framework, source), [batch], 1e-3, 0.1)
     assert found.loss == pytest.approx(expected.loss, rel=2e-2)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
 
@@ -441,13 +488,13 @@ def test_fp16_trains_near_fp32_with_a_scaled_loss(framework: str) -> None:
     assert half.param_dtype == "float16"
     for step in range(5):
         batches = [toy_batch(source.config, RAGGED, seed=step)]
-        found = half.train_step(batches, 1e-3, 0.1, loss_scale=1024.0)
-        expected = full.train_step(batches, 1e-3, 0.1)
+        found = mean_step(half, batches, 1e-3, 0.1, loss_scale=1024.0)
+        expected = mean_step(full, batches, 1e-3, 0.1)
         assert found.applied
         assert found.loss == pytest.approx(expected.loss, rel=1e-2)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
     held = snapshot(half)
-    refused = half.train_step(batches, 1e-3, 0.1, loss_scale=2.0**40)
+    refused = mean_step(half, batches, 1e-3, 0.1, loss_scale=2.0**40)
     assert not refused.applied
     assert np.isfinite(refused.loss)
     assert not np.isfinite(refused.grad_norm)
@@ -459,7 +506,7 @@ def test_fp16_trains_near_fp32_with_a_scaled_loss(framework: str) -> None:
         "exp_avg_sq": "float32",
     }
     assert half.optimizer_step == 5
-    assert half.train_step(batches, 1e-3, 0.1, loss_scale=1024.0).applied
+    assert mean_step(half, batches, 1e-3, 0.1, loss_scale=1024.0).applied
 
 
 def test_a_loss_scale_keeps_gradients_that_fp16_loses(framework: str) -> None:
@@ -469,7 +516,7 @@ def test_a_loss_scale_keeps_gradients_that_fp16_loses(framework: str) -> None:
 
     def first_moment(loss_scale: float, fp16: bool) -> np.ndarray:
         engine = build(framework, source, fp16=fp16, clip_grad=0.0)
-        engine.train_step([toy_batch(source.config, RAGGED)], 1e-3, 0.0, loss_scale=loss_scale)
+        mean_step(engine, [toy_batch(source.config, RAGGED)], 1e-3, 0.0, loss_scale=loss_scale)
         return snapshot(engine).read("decoder.layers.0.mlp.linear_fc1.weight", "exp_avg")
 
     expected = first_moment(1.0, fp16=False)
@@ -482,7 +529,7 @@ def test_an_engine_without_training_refuses_to_train(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     engine = build(framework, source, training=False)
     with pytest.raises(ValueError, match="training"):
-        engine.train_step([toy_batch(source.config, (5,))], 1e-3, 0.0)
+        mean_step(engine, [toy_batch(source.config, (5,))], 1e-3, 0.0)
 
 
 # --- both frameworks
@@ -495,7 +542,7 @@ def test_fp16_losses_and_gradients_are_the_other_backends(both_frameworks: tuple
     source = toy_weights(TOYS[toy])
     batches = [toy_batch(source.config, RAGGED, seed=1, trained=0.7)]
     engines = [build(framework, source, fp16=True) for framework in both_frameworks]
-    (expected_loss, expected), (loss, gradients) = (engine.loss_and_gradients(batches) for engine in engines)
+    (expected_loss, expected), (loss, gradients) = (mean_gradients(engine, batches) for engine in engines)
     assert loss == pytest.approx(expected_loss, rel=FP16_ROUNDING)
     assert_close_gradients(gradients, expected, rtol=16 * FP16_ROUNDING)
     for engine in engines:
@@ -512,7 +559,7 @@ def test_fp16_trains_alike_and_its_state_is_the_same_to_the_bit(both_frameworks:
     for step in range(10):
         batches = [toy_batch(source.config, RAGGED, seed=100 + 2 * step + i, trained=0.7) for i in range(2)]
         scale = 2.0**40 if step == 4 else 1024.0
-        results = [engine.train_step(batches, lr=1e-3, weight_decay=0.1, loss_scale=scale) for engine in engines]
+        results = [mean_step(engine, batches, lr=1e-3, weight_decay=0.1, loss_scale=scale) for engine in engines]
         assert [result.applied for result in results] == [step != 4] * 2
         assert results[1].loss == pytest.approx(results[0].loss, rel=FP16_ROUNDING), f"step {step}"
     saved = [snapshot(engine) for engine in engines]
@@ -533,5 +580,5 @@ def test_d8_backends_train_alike(both_frameworks: tuple[str, str]) -> None:
     engines = [build(framework, source, adam_beta2=0.95) for framework in both_frameworks]
     for step in range(20):
         batches = [toy_batch(source.config, RAGGED, seed=100 + 2 * step + i, trained=0.7) for i in range(2)]
-        losses = [engine.train_step(batches, lr=1e-3, weight_decay=0.1).loss for engine in engines]
+        losses = [mean_step(engine, batches, lr=1e-3, weight_decay=0.1).loss for engine in engines]
         assert losses[0] == pytest.approx(losses[1], abs=1e-4), f"step {step}"

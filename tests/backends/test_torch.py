@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import assert_close_gradients, toy_batch, toy_weights
+from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.interface import EngineSettings
@@ -52,7 +52,7 @@ def test_e2_no_product_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -
     engine = build(source)
     batch = toy_batch(source.config, (400, 100))
     with LargestTensor() as largest:
-        engine.train_step([batch], 1e-3, 0.1)
+        mean_step(engine, [batch], 1e-3, 0.1)
         engine.evaluate([batch])
     embedding = source.config.vocab_size * source.config.hidden_size
     activations = 500 * 2 * source.config.ffn_hidden_size
@@ -64,7 +64,7 @@ def test_attention_forms_no_matrix_of_scores() -> None:
     length = 512
     engine = build(source)
     with LargestTensor() as largest:
-        engine.train_step([toy_batch(source.config, (length,))], 1e-3, 0.1)
+        mean_step(engine, [toy_batch(source.config, (length,))], 1e-3, 0.1)
     assert largest.numel < length * length * source.config.num_attention_heads / 4
 
 
@@ -75,9 +75,9 @@ def test_equal_neighbours_share_a_call() -> None:
 def test_products_without_onednn_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED)]
-    expected_loss, expected = build(source).loss_and_gradients(batches)
+    expected_loss, expected = mean_gradients(build(source), batches)
     monkeypatch.setattr(functional, "_HAS_ONEDNN", False)
-    found_loss, found = build(source).loss_and_gradients(batches)
+    found_loss, found = mean_gradients(build(source), batches)
     assert found_loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close_gradients(found, expected, rtol=1e-5)
 
@@ -85,9 +85,9 @@ def test_products_without_onednn_are_the_same(monkeypatch: pytest.MonkeyPatch) -
 def test_gradients_of_a_large_weight_are_added_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(TOYS["qwen3-untied"])
     batches = [toy_batch(source.config, RAGGED, seed=seed) for seed in range(2)]
-    _, expected = build(source).loss_and_gradients(batches)
+    _, expected = mean_gradients(build(source), batches)
     monkeypatch.setattr(functional, "PIECE", 100)
-    _, found = build(source).loss_and_gradients(batches)
+    _, found = mean_gradients(build(source), batches)
     assert_close_gradients(found, expected, rtol=1e-5)
 
 
@@ -121,7 +121,7 @@ def test_tokens_of_a_read_only_file_are_taken_without_a_warning(recwarn: pytest.
     batch.tokens.flags.writeable = False
     torch.set_warn_always(True)  # otherwise it warns once in a process
     try:
-        build(source).train_step([batch], 1e-3, 0.1)
+        mean_step(build(source), [batch], 1e-3, 0.1)
     finally:
         torch.set_warn_always(False)
     assert not [warning for warning in recwarn if "not writable" in str(warning.message)]
@@ -132,7 +132,7 @@ def test_a_step_leaves_no_tensor_behind() -> None:
     engine = build(source, recompute_layers=1)
 
     def tensors_after_a_step() -> int:
-        engine.train_step([toy_batch(source.config, RAGGED)], 1e-3, 0.1)
+        mean_step(engine, [toy_batch(source.config, RAGGED)], 1e-3, 0.1)
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # proxies may be dead
 
     gc.collect()
@@ -150,8 +150,8 @@ def test_bf16_trains_near_fp32_and_keeps_fp32_masters(monkeypatch: pytest.Monkey
     assert half.param_dtype == "bfloat16"
     for step in range(5):
         batches = [toy_batch(source.config, RAGGED, seed=step)]
-        assert half.train_step(batches, 1e-3, 0.1).loss == pytest.approx(
-            full.train_step(batches, 1e-3, 0.1).loss, rel=1e-2
+        assert mean_step(half, batches, 1e-3, 0.1).loss == pytest.approx(
+            mean_step(full, batches, 1e-3, 0.1).loss, rel=1e-2
         )
     held = {(kind, shard.spec.name): array.copy() for kind, shard, array in half.tensors()}
     assert {kind for kind, _ in held} == {"model", "master", "exp_avg", "exp_avg_sq"}

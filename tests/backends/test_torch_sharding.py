@@ -59,7 +59,7 @@ def step(model: GPTModel, sharing: Sharing, dtype: torch.dtype) -> None:
         batch = toy_batch(CONFIG, lengths)
         hidden = model(prepare(CONFIG, batch, dtype, CPU, None), None)
         labels = torch.from_numpy(batch.tokens.astype(np.int64))
-        _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, labels, 1 / 24)
+        _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, labels, np.full(len(labels), 1 / 24))
         sharing.before_backward(model, last=bool(last))
         hidden.backward(gradient)
     sharing.end()

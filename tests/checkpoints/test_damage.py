@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_meanwhile(
     target: dict[str, Any], small_disk: Path, two_megabytes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("native", "megatron"):
-        monkeypatch.setattr(f"tandem.checkpoints.{module}.check_free_space", lambda *_: None)
+        monkeypatch.setattr(f"tandem.checkpoints.{module}.sink.check_free_space", lambda *_: None)
     with pytest.raises(UserError, match=r"to .*/disk/m: .*No space left on device; nothing of it was kept"):
         convert(options(two_megabytes, small_disk / "m", **target))
     assert not any(small_disk.iterdir())

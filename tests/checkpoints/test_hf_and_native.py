@@ -14,7 +14,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import iteration_folder
 from tandem.checkpoints.formats.safetensors import SafetensorsFile
 from tandem.checkpoints.hf.sink import HFSink
-from tandem.checkpoints.interface import Companions, Kind, TensorSource, kinds_to_load
+from tandem.checkpoints.interface import Companions, TensorKind, TensorSource, kinds_to_load
 from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.native.source import NativeSource
 from tandem.checkpoints.random_init import RandomSource
@@ -226,7 +226,7 @@ def test_random_weights_depend_on_seed_and_name_only() -> None:
     ],
 )
 def test_masters_are_taken_where_they_say_more(
-    tmp_path: Path, kinds: dict[Kind, str], param_dtype: str, expected: tuple[Kind, Kind]
+    tmp_path: Path, kinds: dict[TensorKind, str], param_dtype: str, expected: tuple[TensorKind, TensorKind]
 ) -> None:
     config = toy_config()
     sink = NativeSink(tmp_path, config, Layout(), kinds, 1, Companions())

@@ -73,7 +73,7 @@ def test_help_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "--load-dir", "/no/such", "--save-dir", "y"], "/no/such does not exist"),
         (["pretrain", "--spec", "other", "layer_spec"], "--spec"),
         (["pretrain", "--ai-framework", "torch", "--lr", "1"], "--train-iters is required"),
-        (["pretrain", "--ai-framework", "jax", "--lr", "1"], "expected one of ['mindspore', 'torch', 'pytorch']"),
+        (["pretrain", "--ai-framework", "jax", "--lr", "1"], "expected one of ['torch', 'mindspore', 'pytorch']"),
         (["pretrain", "--nnodes", "2"], "--nnodes 2 --node-rank 0: give --nproc-per-node, too"),
     ],
 )

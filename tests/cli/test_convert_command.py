@@ -12,9 +12,9 @@ from tandem.__main__ import main
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.hf.source import HFSource
-from tandem.checkpoints.interface import Companions, Kind, TensorSource
+from tandem.checkpoints.interface import Companions, TensorKind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
-from tandem.cli import convert as command
+from tandem.conversion import run as command
 from tandem.conversion.verify import Verification, verify
 from tandem.errors import UserError
 from toys import toy_config
@@ -78,9 +78,7 @@ def test_flags_that_cannot_be_met_stop(
 
 
 def test_an_unknown_flag_is_an_error_with_the_nearest_name(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(words(hf, "--target-tensor-paralel-size", "2"))
-    assert stopped.value.code == 2
+    assert main(words(hf, "--target-tensor-paralel-size", "2")) == 2
     assert "--target-tensor-parallel-size" in capsys.readouterr().err
 
 
@@ -102,7 +100,7 @@ def test_b1_small_models_are_verified_unasked(
 class Off(RandomSource):
     """One number of one tensor is another."""
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         tensor = super().read(name, kind)
         if name == "decoder.layers.2.mlp.linear_fc1.weight":
             tensor[3, 4] += 5
@@ -165,7 +163,7 @@ def test_b1_large_models_are_verified_on_request(
     monkeypatch.setattr(command, "VERIFIED_PARAMETERS", 1000)
     assert main(words(hf)) == 0
     assert "logits not compared (" in capsys.readouterr().out
-    monkeypatch.setattr("tandem.frameworks.installed_frameworks", list)
+    monkeypatch.setattr(command, "installed_frameworks", list)
     (hf.parent / "m").rename(hf.parent / "other")
     assert main(words(hf, "--verify")) == 2
     assert "--verify needs torch or mindspore" in capsys.readouterr().err

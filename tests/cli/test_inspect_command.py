@@ -10,7 +10,7 @@ import pytest
 from tandem.__main__ import main
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.hf.sink import HFSink
-from tandem.checkpoints.interface import Companions, Kind
+from tandem.checkpoints.interface import Companions, TensorKind
 from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.random_init import RandomSource
@@ -33,7 +33,7 @@ def write_megatron(folder: Path) -> Path:
 
 
 def write_native(folder: Path, iteration: int = 1) -> Path:
-    kinds: dict[Kind, str] = {"model": "bfloat16", "exp_avg": "float32", "exp_avg_sq": "float32"}
+    kinds: dict[TensorKind, str] = {"model": "bfloat16", "exp_avg": "float32", "exp_avg_sq": "float32"}
     documents = {"trainer_state.json": "{}"}
     sink = NativeSink(folder, CONFIG, LAYOUT, kinds, iteration, Companions(), documents)
     for kind, dtype in kinds.items():

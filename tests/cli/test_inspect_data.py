@@ -13,8 +13,9 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import sft_prefix
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.kinds import CONVERSATIONS
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.statistics import DataView
 from tandem.data.tokens.tokenizer import Tokenizer
 from workspace import Workspace
@@ -41,7 +42,7 @@ def test_text_and_its_counts(workspace: Workspace, capsys: pytest.CaptureFixture
 
 
 def test_labels_alone_are_no_text(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [sft_prefix(str(workspace.instructions), "labels"), "--tokenizer-name-or-path", str(workspace.hf)]
+    words = [CONVERSATIONS.pair(str(workspace.instructions), "labels"), "--tokenizer-name-or-path", str(workspace.hf)]
     assert main(["inspect", "data", *words]) == 2
     assert f"files that belong together; name them all as {workspace.instructions}" in capsys.readouterr().err
     for suffix in ("bin", "idx"):
@@ -75,7 +76,7 @@ def test_neat_packed_rows_count_their_documents_and_no_padding(workspace: Worksp
     statistics = DataView(tmp_path / "x").statistics()
     assert (statistics.documents, statistics.tokens) == (summary.kept, summary.tokens)
     assert statistics.trained_tokens == summary.trained_tokens
-    stored = IndexedDataset(sft_prefix(str(tmp_path / "x"), "input_ids")).num_tokens
+    stored = IndexedDataset(CONVERSATIONS.pair(str(tmp_path / "x"), "input_ids")).num_tokens
     assert statistics.fill_rate == summary.tokens / stored
 
 

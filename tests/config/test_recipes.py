@@ -17,7 +17,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 def test_recipe_is_consistent(recipe: Path) -> None:
     settings = from_yaml(recipe)
     check_settings(settings)
-    schedule = schedule_from(settings)
+    schedule = schedule_from(settings.optimizer, settings.training)
     assert schedule.lr(schedule.warmup_samples) == pytest.approx(settings.optimizer.lr)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tandem.cli.settings import parse_settings
 from tandem.config import checks as ranges
-from tandem.config.parsing import from_dict, from_yaml, parse_settings, to_yaml
+from tandem.config.parsing import from_dict, from_yaml, to_yaml
 from tandem.config.settings import Settings
 from tandem.config.upstream.flags import split_ignored
 from tandem.errors import UserError
@@ -37,11 +38,11 @@ def test_a_saved_run_reads_back_as_it_was(tmp_path: Path) -> None:
     [
         ({"train_itrs": 3}, "did you mean 'train_iters'"),
         ({"training": {"lr": 3}}, "group training: unknown setting 'lr'"),
-        ({"seed": "many"}, "expected int"),
-        ({"bf16": 1}, "expected bool"),
+        ({"seed": "many"}, "expected a whole number"),
+        ({"bf16": 1}, "expected true or false"),
         ({"lr_decay_style": "step"}, "'step': expected constant or linear or cosine or"),
         ({"enable_thinking": "yes"}, "expected true or false or none or nothing"),
-        ({"lr": "fast"}, "expected float"),
+        ({"lr": "fast"}, "expected a number"),
     ],
 )
 def test_wrong_yaml_is_named(values: dict, named: str) -> None:

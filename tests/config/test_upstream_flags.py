@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tandem.config.parsing import parse_settings
+from tandem.cli.settings import parse_settings
 from tandem.config.settings import LaunchSettings
 from tandem.errors import UserError
 

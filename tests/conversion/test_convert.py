@@ -20,7 +20,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.formats.torch_reader import load
 from tandem.checkpoints.hf.sink import HFSink
-from tandem.checkpoints.interface import Companions, Kind
+from tandem.checkpoints.interface import Companions, TensorKind
 from tandem.checkpoints.megatron.names import FILE
 from tandem.checkpoints.megatron.sink import pad_vocab_size
 from tandem.checkpoints.megatron.source import MegatronSource
@@ -49,7 +49,7 @@ def emptied(tmp_path: Path) -> Iterator[None]:
 class Biased(RandomSource):
     """Random weights whose norms and biases are random as well."""
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         tensor = super().read(name, kind)
         if tensor.ndim > 1:
             return tensor
@@ -228,7 +228,12 @@ def test_torch_weights_of_hugging_face(shards: int, tmp_path: Path) -> None:
 def test_trainer_checkpoints_convert_without_their_optimizer(tmp_path: Path) -> None:
     """G: the weights alone travel, in the dtype that computes, not the optimizer's masters."""
     config = toy_config(num_layers=4, vocab_size=212)
-    kinds: dict[Kind, str] = {"model": "bfloat16", "master": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"}
+    kinds: dict[TensorKind, str] = {
+        "model": "bfloat16",
+        "master": "float32",
+        "exp_avg": "float32",
+        "exp_avg_sq": "float32",
+    }
     sink = NativeSink(tmp_path / "run", config, Layout(tensor_model_parallel_size=2), kinds, 30, Companions())
     for kind, dtype in kinds.items():
         source = Biased(config, 3, dtype)
@@ -298,7 +303,7 @@ def test_dtypes(stored: str, written: str, tmp_path: Path) -> None:
 
 def test_numbers_beyond_fp16_are_refused(tmp_path: Path) -> None:
     class Large(RandomSource):
-        def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+        def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
             tensor = super().read(name, kind)
             if name == "decoder.final_layernorm.weight":
                 tensor[5] = 1e5

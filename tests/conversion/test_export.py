@@ -13,10 +13,13 @@ from tandem.__main__ import main
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.detect import open_source
-from tandem.conversion.as_trained import ExportOptions, export
+from tandem.conversion.as_trained import export
+from tandem.conversion.options import ExportOptions
 from tandem.data.batch import IGNORE, Sample, collate
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.inference.chat import open_model
+from tandem.inference.options import LoadOptions
 from tandem.inference.sampling import Sampling
 from tandem.quickstart.toy_model import CHAT_TEMPLATE
 from tandem.training.run import train
@@ -76,7 +79,7 @@ def test_generate_stops_at_the_end_of_the_turn(exported: Path, framework: str, t
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    ours = open_model(str(tmp_path / "run"), framework)
+    ours = open_model(LoadOptions(str(tmp_path / "run"), ai_framework=framework))
     prompt = ours.prompt_ids("What is a tandem?")
     message = [{"role": "user", "content": "What is a tandem?"}]
     assert tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False) == prompt
@@ -171,8 +174,8 @@ def test_d6_the_written_folder_asks_as_in_training(
     if command == "convert":
         words = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", str(run), "--save-dir", out]
     assert main([command, *words]) == 0
-    asked = open_model(str(run), "torch").prompt_ids("How?")
-    assert open_model(out, "torch").prompt_ids("How?") == asked
+    asked = open_model(LoadOptions(str(run), ai_framework="torch")).prompt_ids("How?")
+    assert open_model(LoadOptions(str(out), ai_framework="torch")).prompt_ids("How?") == asked
     tokenizer = AutoTokenizer.from_pretrained(out)
     message = [{"role": "user", "content": "How?"}]
     ids = [
@@ -198,5 +201,8 @@ def test_another_layout_keeps_what_was_trained_on(workspace: Workspace, tmp_path
     run = fine_tuned(workspace, tmp_path, THINKING_TEMPLATE, "config", None)
     words = ["--load-model-type", "mg", "--load-dir", str(run), "--save-dir", str(tmp_path / "tp2")]
     assert main(["convert", *words, "--target-tensor-parallel-size", "2"]) == 0
-    asked = [open_model(str(folder), "torch").prompt_ids("How?") for folder in (run, tmp_path / "tp2")]
+    asked = [
+        open_model(LoadOptions(str(folder), ai_framework="torch")).prompt_ids("How?")
+        for folder in (run, tmp_path / "tp2")
+    ]
     assert asked[0] == asked[1]

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.indexed import DTYPE_CODES, IndexedDataset, IndexedWriter, merging
 from tandem.data.preprocess.merge import merge_groups
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_toys import byte_tokenizer, write_jsonl
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.record import check_record, read_record
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer

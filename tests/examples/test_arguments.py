@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from scripts import EXAMPLES, PRETRAIN, TUNE, Finished, Site
-from tandem.cli.preprocess import Flags, options_from
+from scripts import EXAMPLES, FRAMEWORKS, PRETRAIN, SIZES, TUNE, Site, training_script
+from tandem.cli.arguments import parse
+from tandem.cli.preprocess import PreprocessFlags
+from tandem.cli.settings import parse_settings
 from tandem.config.checks import check_settings
-from tandem.config.parsing import parse_dataclass, parse_settings
-from tandem.config.settings import Settings
 from tandem.config.upstream.flags import CONVERT_IGNORED, PREPROCESS_IGNORED, split_ignored
-from tandem.conversion.convert import ConvertOptions
+from tandem.conversion.options import ConvertOptions
 
 SHARED_SCRIPTS = (
     "ckpt_convert_qwen3_hf2mcore.sh",
@@ -22,7 +22,12 @@ SHARED_SCRIPTS = (
     "data_convert_qwen3_instruction.sh",
     "data_convert_qwen3_pretrain.sh",
 )
-TRAINING_SCRIPTS = [*PRETRAIN.values(), *TUNE.values()]
+TRAINING_SCRIPTS = [
+    training_script(command, size, framework)
+    for command in ("pretrain", "finetune")
+    for size in SIZES
+    for framework in FRAMEWORKS
+]
 # Of the 0.6B scripts in MindSpeed-LLM's examples/mindspore/qwen3 (M) and examples/mcore/qwen3 (P).
 MODEL = """
     --use-mcore-models --sequence-parallel --spec mindspeed_llm.tasks.models.spec.qwen3_spec layer_spec
@@ -76,36 +81,16 @@ PREPROCESS = """
 """
 
 
-@pytest.fixture
-def launchers(tmp_path: Path) -> Path:
-    """A folder with a python that prints its arguments, one a line."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "python").write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
-    (folder / "python").chmod(0o755)
-    return folder
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
-
-
-def launched(done: Finished) -> Settings:
-    """The settings of the training command."""
-    assert done.code == 0, done.output
-    words = done.output.splitlines()
-    start = words.index("tandem")
-    settings, notices = parse_settings(words[start + 1], "", words[start + 2 :])
-    check_settings(settings)
-    assert notices == []
-    return settings
-
-
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*/*/*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda path: path.stem)
 def test_syntax(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert os.access(script, os.X_OK)
+    assert os.access(script, os.X_OK) == (script.parent.name != "common")  # which is sourced, not run
+
+
+def test_there_are_no_other_scripts() -> None:
+    names = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/qwen3/*")}
+    shared = {f"{framework}/qwen3/{name}" for framework in FRAMEWORKS for name in SHARED_SCRIPTS}
+    assert names == shared | set(TRAINING_SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SHARED_SCRIPTS)
@@ -114,9 +99,13 @@ def test_conversion_and_data_are_the_same_for_both_frameworks(name: str) -> None
     assert (EXAMPLES / "torch/qwen3" / name).samefile(EXAMPLES / "mindspore/qwen3" / name)
 
 
-@pytest.mark.parametrize("scripts", [PRETRAIN, TUNE], ids=["pretrain", "finetune"])
-def test_both_frameworks_are_told_the_same(site: Site, launchers: Path, scripts: dict[str, str]) -> None:
-    told = {name: launched(site.run(script, launchers=launchers)).to_dict() for name, script in scripts.items()}
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_both_frameworks_are_told_the_same(site: Site, launchers: Path, command: str, size: str) -> None:
+    told = {
+        framework: site.run(training_script(command, size, framework), launchers=launchers).settings.to_dict()
+        for framework in FRAMEWORKS
+    }
     assert {name: values["training"].pop("ai_framework") for name, values in told.items()} == {
         "mindspore": "mindspore",
         "torch": "torch",
@@ -125,7 +114,7 @@ def test_both_frameworks_are_told_the_same(site: Site, launchers: Path, scripts:
 
 
 def test_defaults_are_the_guides(site: Site, launchers: Path) -> None:
-    settings = launched(site.run(PRETRAIN["mindspore"], launchers=launchers))
+    settings = site.run(PRETRAIN["mindspore"], launchers=launchers).settings
     theirs, _ = parse_settings("pretrain", "", (MODEL + RUN + UPSTREAM["M pretrain"]).split())
     assert settings.optimizer == theirs.optimizer
     for name in ("micro_batch_size", "global_batch_size", "train_iters", "seed", "bf16"):
@@ -139,7 +128,7 @@ def test_defaults_are_the_guides(site: Site, launchers: Path) -> None:
 def test_variables_reach_their_flags(site: Site, launchers: Path) -> None:
     variables = {"GBS": 6, "MBS": 3, "SEQ_LENGTH": 77, "TRAIN_ITERS": 5, "DATA_PATH": "my data", "CKPT_SAVE_DIR": "s"}
     extra = {"CKPT_LOAD_DIR": "l", "TOKENIZER_PATH": "t", "EXTRA_ARGS": "--seed 7 --lr 1e-3"}
-    settings = launched(site.run(TUNE["torch"], launchers=launchers, **variables, **extra))
+    settings = site.run(TUNE["torch"], launchers=launchers, **variables, **extra).settings
     assert (settings.training.global_batch_size, settings.training.micro_batch_size) == (6, 3)
     assert (settings.training.train_iters, settings.training.seed, settings.optimizer.lr) == (5, 7, 1e-3)
     assert (settings.data.seq_length, settings.data.data_path) == (77, ("my data",))
@@ -147,28 +136,37 @@ def test_variables_reach_their_flags(site: Site, launchers: Path) -> None:
     assert settings.data.tokenizer_name_or_path == "t"
 
 
-@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+@pytest.mark.parametrize("script", [*PRETRAIN.values(), *TUNE.values()])
 def test_a_blend_is_several_words(site: Site, launchers: Path, script: str) -> None:
-    settings = launched(site.run(script, launchers=launchers, DATA_PATH="0.3 a_text_document 0.7 b*"))
+    settings = site.run(script, launchers=launchers, DATA_PATH="0.3 a_text_document 0.7 b*").settings
     assert settings.data.data_path == ("0.3", "a_text_document", "0.7", "b*")
 
 
-@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+@pytest.mark.parametrize("script", [*PRETRAIN.values(), *TUNE.values()])
 def test_the_launcher_is_told_the_world(site: Site, launchers: Path, script: str) -> None:
     world = {"NPUS_PER_NODE": 4, "NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "host", "MASTER_PORT": 6000}
-    launch = launched(site.run(script, launchers=launchers, **world)).launch
+    launch = site.run(script, launchers=launchers, **world).settings.launch
     assert (launch.nproc_per_node, launch.nnodes, launch.node_rank) == (4, 2, 1)
     assert (launch.master_addr, launch.master_port) == ("host", 6000)
 
 
-@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+@pytest.mark.parametrize("script", [name for name in TRAINING_SCRIPTS if name.startswith("mindspore")])
 def test_no_random_weights_unless_asked_for(site: Site, launchers: Path, script: str) -> None:
-    """B10."""
+    """B10: a folder, named or not, is loaded; INIT=random goes before it."""
+    for variables, load in (({}, "./model_weights/qwen3_mcore/"), ({"CKPT_LOAD_DIR": "nowhere"}, "nowhere")):
+        done = site.run(script, launchers=launchers, **variables)
+        assert (done.settings.checkpoint.init, done.settings.checkpoint.load) == (None, load)
+        assert "random" not in done.output
+    checkpoint = site.run(script, launchers=launchers, CKPT_LOAD_DIR="nowhere", INIT="random").settings.checkpoint
+    assert (checkpoint.init, checkpoint.load) == ("random", None)
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS)
+def test_an_empty_ckpt_load_dir_means_random_weights(site: Site, launchers: Path, script: str) -> None:
+    """As the guide says; one line says so, before all else."""
     done = site.run(script, launchers=launchers, CKPT_LOAD_DIR="")
-    assert done.code != 0
-    assert "CKPT_LOAD_DIR: is empty: name the folder of the initial weights, or set INIT=random" in done.output
-    settings = launched(site.run(script, launchers=launchers, CKPT_LOAD_DIR="", INIT="random"))
-    assert (settings.checkpoint.init, settings.checkpoint.load) == ("random", None)
+    assert done.output.splitlines()[0] == "> CKPT_LOAD_DIR is empty: a new run starts from random weights"
+    assert (done.settings.checkpoint.init, done.settings.checkpoint.load) == ("random", None)
 
 
 def test_flags_of_the_larger_sizes_are_understood() -> None:
@@ -194,7 +192,7 @@ def test_upstreams_flags_are_understood(name: str) -> None:
 
 def test_upstreams_conversion_flags_are_understood() -> None:
     rest, notices = split_ignored(CONVERT.split(), CONVERT_IGNORED)
-    options = parse_dataclass(ConvertOptions, "convert", "", rest)
+    options = parse(ConvertOptions, "convert", "", rest)
     assert (options.load_model_type, options.save_model_type, options.params_dtype) == ("hf", "mg", "bf16")
     assert len(notices) == 1
 
@@ -209,5 +207,5 @@ def test_upstreams_conversion_flags_are_understood() -> None:
 )
 def test_upstreams_preprocessing_flags_are_understood(more: str) -> None:
     rest, _ = split_ignored((PREPROCESS + more).split(), PREPROCESS_IGNORED)
-    options = options_from(parse_dataclass(Flags, "preprocess", "", rest))
+    options = parse(PreprocessFlags, "preprocess", "", rest)
     assert (options.workers, options.handler_name) == (4, more.split()[1])

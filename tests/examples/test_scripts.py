@@ -113,12 +113,25 @@ def test_fine_tuning_and_export(site: Site, pretrained: Finished) -> None:
     assert {"config.json", "tokenizer.json"} < {path.name for path in (site.root / "exported").iterdir()}
 
 
-def test_random_weights_when_asked_for(site: Site) -> None:
+@pytest.mark.parametrize("variables", [{"CKPT_LOAD_DIR": ""}, {"INIT": "random"}], ids=str)
+def test_random_weights_when_asked_for(site: Site, variables: dict[str, str]) -> None:
     """B10."""
     require_framework("torch")
-    done = site.train(PRETRAIN["torch"], **SMALL, INIT="random", CKPT_LOAD_DIR="", CKPT_SAVE_DIR="ckpt/random")
+    save = "-".join(["ckpt/random", *variables])
+    done = site.train(PRETRAIN["torch"], **SMALL, **variables, CKPT_SAVE_DIR=save)
     assert "weights from random" in done.output
-    assert done.saved == [(2, Path("ckpt/random"))]
+    assert ("CKPT_LOAD_DIR is empty" in done.output) == (variables == {"CKPT_LOAD_DIR": ""})
+    assert done.saved == [(2, Path(save))]
+
+
+@pytest.mark.parametrize("script", [PRETRAIN["torch"], TUNE["torch"]])
+def test_a_missing_checkpoint_is_an_error(site: Site, script: str) -> None:
+    """B10."""
+    require_framework("torch")
+    done = site.run(script, **SMALL, CKPT_LOAD_DIR="nowhere", CKPT_SAVE_DIR="ckpt/never")
+    assert done.code == 2
+    assert "nowhere does not exist" in done.last_line
+    assert not (site.root / "ckpt/never").exists()
 
 
 def test_the_documented_command_for_random_weights(site: Site) -> None:

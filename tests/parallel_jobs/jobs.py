@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference import MemorySource, toy_samples, toy_weights, untrained
+from reference import MemorySource, any_weights, mean_weights, toy_samples, toy_weights, untrained
 
 from launchers import launcher
 from spoiled import Where, spoiled
@@ -43,6 +43,7 @@ class Case:
         idle: one micro-batch of each step has nothing to train.
         spoiled: what is NaN on rank SPOILED_RANK in step SPOILED_STEP.
         fp16: with a loss scale, which is too large in step SPOILED_STEP.
+        weighted: each token has a weight of its own; otherwise the loss is the mean.
     """
 
     tp: int = 1
@@ -63,6 +64,7 @@ class Case:
     lr: float = 1e-3
     spoiled: Where | None = None
     fp16: bool = False
+    weighted: bool = False
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
@@ -99,7 +101,7 @@ class Case:
     @property
     def work(self) -> Case:
         """What must not depend on the layout: the same in one process."""
-        names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled", "fp16")
+        names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled", "fp16", "weighted")
         return Case(**{name: getattr(self, name) for name in names})
 
 
@@ -175,12 +177,14 @@ def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = s
     steps = micro_batches(case, source.config)
     # Data ranks may bring different numbers of micro-batches.
     evaluated = engine.evaluate(steps[0][:-1][data])
-    first_loss, _ = engine.loss_and_gradients(steps[0][data])
+    weigh = any_weights if case.weighted else mean_weights
+    first_loss, _ = engine.loss_and_gradients(steps[0][data], weigh(steps[0])[data])
     results = []
     for number, batches in enumerate(steps):
+        weights = weigh(batches)[data]
         spoils = case.spoiled and (rank, number) == (SPOILED_RANK, SPOILED_STEP)
         with spoiled(framework, engine, case.spoiled) if spoils else nullcontext():
-            results.append(engine.train_step(batches[data], case.lr, 0.1, loss_scale=case.loss_scale(number)))
+            results.append(engine.train_step(batches[data], weights, case.lr, 0.1, loss_scale=case.loss_scale(number)))
     return {
         "evaluated": list(evaluated),
         "first_loss": first_loss,

@@ -17,6 +17,7 @@ SHORT = {
         # them small.
         Case(tp=2, family="qwen2", recompute_layers=2, lr=2e-4),
         Case(tp=2, tied=False, family="llama"),
+        Case(tp=2, packed=True, weighted=True),
         Case(pp=2, packed=True),
         Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
         Case(pp=2, noop_layers=(0, 5)),
@@ -58,6 +59,7 @@ def test_more_layouts_equal_one_process_on_pytorch(tmp_path: Path) -> None:
 SHORTER = {
     2: [
         Case(tp=2, sequence_parallel=True, packed=True, lr=2e-4),
+        Case(tp=2, packed=True, weighted=True, lr=2e-4),
         Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
         Case(dp=2, use_distributed_optimizer=True, packed=True),
     ],

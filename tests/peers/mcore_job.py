@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.megatron.names import FILE
+from tandem.launch.member import exit_with
 
 
 def one(folder: Path, tokens: torch.Tensor) -> None:

@@ -130,9 +130,10 @@ def test_a_train_step_allocates_what_is_planned(seq_length: int, recompute_layer
     engine.load_weights(RandomSource(config, 0))
     tokens = np.arange(seq_length, dtype=np.int32)
     batch = [collate([Sample(tokens, tokens, tokens, (seq_length,))])]
-    engine.train_step(batch, 1e-4, 0.0)
+    weights = [np.full(seq_length, 1 / seq_length)]
+    engine.train_step(batch, weights, 1e-4, 0.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine.train_step(batch, 1e-4, 0.0)
+        engine.train_step(batch, weights, 1e-4, 0.0)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")

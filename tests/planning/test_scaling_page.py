@@ -1,4 +1,4 @@
-"""docs/scaling.md holds what the plan says today."""
+"""docs/lab/layouts.md holds what the plan says today."""
 
 from __future__ import annotations
 

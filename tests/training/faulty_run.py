@@ -72,6 +72,7 @@ def install(fault: dict[str, Any]) -> None:
 
 METHODS = {"step": "train_step", "evaluation": "evaluate"}
 
+
 def run_told() -> int:
     told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     rank = World.from_environment().rank

@@ -18,7 +18,7 @@ from tandem.backends.interface import Engine, StepResult
 from tandem.config.settings import TrainingSettings
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedWriter
-from tandem.data.kinds import sft_prefix
+from tandem.data.kinds import CONVERSATIONS
 from tandem.errors import UserError
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
@@ -57,11 +57,11 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 def test_d7_a_step_with_nothing_to_train_names_its_samples(
     framework: str, workspace: Workspace, tmp_path: Path
 ) -> None:
-    with IndexedWriter(sft_prefix(tmp_path / "x", "input_ids"), np.int32) as ids:
+    with IndexedWriter(CONVERSATIONS.pair(tmp_path / "x", "input_ids"), np.int32) as ids:
         ids.add_document(np.arange(9))
-    with IndexedWriter(sft_prefix(tmp_path / "x", "attention_mask"), np.int32) as mask:
+    with IndexedWriter(CONVERSATIONS.pair(tmp_path / "x", "attention_mask"), np.int32) as mask:
         mask.add_document(np.ones(9))
-    with IndexedWriter(sft_prefix(tmp_path / "x", "labels"), np.int32) as labels:
+    with IndexedWriter(CONVERSATIONS.pair(tmp_path / "x", "labels"), np.int32) as labels:
         labels.add_document(np.full(9, IGNORE))
     values = {"instructions": True, "data_path": str(tmp_path / "x"), "save": str(tmp_path / "run")}
     with pytest.raises(UserError, match=r"iteration 1: none of its 4 samples has a trained token.*x: sequences 0"):

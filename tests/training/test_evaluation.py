@@ -21,7 +21,7 @@ from tandem.training.evaluate import evaluate_weights
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
-from tandem.training.start.data import named_sets
+from tandem.training.start.data_paths import named_sets
 from workspace import Workspace
 
 
@@ -203,7 +203,8 @@ def test_a_bad_question_is_named(workspace: Workspace, tmp_path: Path, line: str
 
 def one_document(workspace: Workspace) -> str:
     """The prefix of a set whose only document is not a whole number of windows."""
-    from tandem.data.preprocess.run import PreprocessOptions, preprocess
+    from tandem.data.preprocess.options import PreprocessOptions
+    from tandem.data.preprocess.run import preprocess
 
     prefix = workspace.root / "single"
     if not Path(f"{prefix}_text_document.idx").exists():

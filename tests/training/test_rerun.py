@@ -11,7 +11,8 @@ import pytest
 
 from frameworks import require_framework
 from tandem.__main__ import main
-from tandem.config.parsing import from_dict, parse_settings, to_yaml
+from tandem.cli.settings import parse_settings
+from tandem.config.parsing import from_dict, to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped, UserError
 from tandem.training.logs.events import read_events
@@ -35,7 +36,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_i3_a_rerun_gives_the_same_losses(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     train(short(workspace, tmp_path / "a", framework))
-    found = rerun(str(tmp_path / "a"), RerunOptions(save=str(tmp_path / "b"), deterministic_mode=True))
+    found = rerun(RerunOptions(str(tmp_path / "a"), save=str(tmp_path / "b"), deterministic_mode=True))
     assert (found.steps, found.difference) == (6, 0.0)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
@@ -58,7 +59,7 @@ def test_a_run_that_resumes_elsewhere_starts_from_the_same_iteration(workspace: 
     train(short(workspace, tmp_path / "a", exit_interval=2))
     train(short(workspace, tmp_path / "b", load=str(tmp_path / "a")))
     train(short(workspace, tmp_path / "a", load=str(tmp_path / "a")))
-    assert rerun(str(tmp_path / "b"), RerunOptions()).steps == 4
+    assert rerun(RerunOptions(str(tmp_path / "b"))).steps == 4
 
 
 def test_a_run_of_two_processes_is_run_again_by_two(
@@ -132,7 +133,7 @@ def test_changed_data_are_not_run_again(workspace: Workspace, tmp_path: Path) ->
     record["sources"][0]["sha256"] = "0" * 64
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="the data were made again"):
-        rerun(str(tmp_path), RerunOptions())
+        rerun(RerunOptions(str(tmp_path)))
 
 
 def test_a_loss_that_is_off_is_named() -> None:
@@ -143,7 +144,7 @@ def test_a_loss_that_is_off_is_named() -> None:
     assert compare({1: 2.0, 2: 1.0}, {1: 2.0, 2: 1.25}, 0.5).worst == 2
 
 
-@pytest.mark.parametrize(("words", "named"), [([], "which run"), (["/no/run"], "/no/run/run.json")])
+@pytest.mark.parametrize(("words", "named"), [([], "RUN is required"), (["/no/run"], "/no/run/run.json")])
 def test_a_folder_without_a_run_is_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rerun", *words]) == 2
     assert named in capsys.readouterr().err

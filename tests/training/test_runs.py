@@ -12,7 +12,7 @@ import pytest
 
 from frameworks import require_framework
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.interface import KINDS
+from tandem.checkpoints.interface import TENSOR_KINDS
 from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
@@ -45,7 +45,7 @@ def state(folder: Path) -> dict[str, np.ndarray]:
     assert set(source.kinds()) == {"model", "exp_avg", "exp_avg_sq"}
     return {
         f"{kind} {name}": source.read(name, kind)
-        for kind in KINDS
+        for kind in TENSOR_KINDS
         if kind in source.kinds()
         for name in tensor_table(source.config)
     }

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tandem.checkpoints.interface import Kind, TensorSource
+from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
@@ -61,28 +61,17 @@ class StepResult:
     """What one optimizer step reports, the same on every rank.
 
     Attributes:
-        loss: mean over the trained tokens of the whole global batch.
+        loss: the weighted sum over the trained tokens of the whole global batch.
         grad_norm: global L2 norm of the gradients, before clipping.
         trained_tokens: labels that counted, over the whole global batch.
-        applied: False when the step was not `is_trusted`: weights and optimizer state are as before.
+        applied: False when a number was not finite, or the loss 0 or above its limit: weights and optimizer state are
+            as before.
     """
 
     loss: float
     grad_norm: float
     trained_tokens: int
     applied: bool
-
-
-class UntrainedError(ValueError):
-    """No label of the global batch is trained, so there is no mean of their losses. All ranks raise it together."""
-
-    def __init__(self) -> None:
-        super().__init__("no label of the global batch is trained: every one of them is masked")
-
-
-def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
-    """Whether a step is applied. A loss of 0 over trained tokens means that something is broken."""
-    return math.isfinite(loss) and 0 < loss <= loss_limit and math.isfinite(grad_norm)
 
 
 class Engine(Protocol):
@@ -106,7 +95,7 @@ class Engine(Protocol):
         """Take this rank's share of Adam's moments."""
         ...
 
-    def tensors(self, first_rank: int = 0) -> Iterator[tuple[Kind, Shard, np.ndarray]]:
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
         """Everything a checkpoint must hold of this rank, as (kind, which part of which tensor, host array): what
         `saved_shards` lists, by rows where the settings shard that kind, "model" first. `first_rank` is the first that
         writes to this rank's disk. An array is valid until the next one is asked for."""
@@ -115,25 +104,32 @@ class Engine(Protocol):
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
+        weights: Sequence[np.ndarray],
         lr: float,
         weight_decay: float,
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
     ) -> StepResult:
-        """Forward and backward over all micro-batches, clip, AdamW; the update only when the step `is_trusted`.
+        """Forward and backward over all micro-batches, clip, AdamW; the update only when loss and norm are finite, and
+        the loss is above 0 and at most `loss_limit`.
 
-        The gradients of `loss_scale` times the loss are computed, and divided by it before they are used.
-
-        The loss is the sum over trained tokens of all ranks' micro-batches divided by their number, so the split into
+        The loss is the sum of weight * -log p(label) over the tokens of all ranks' micro-batches, so the split into
         micro-batches and over data ranks does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv
         1711.05101), bias corrected, no decay on 1-D tensors.
 
+        Args:
+            weights: of the tokens of each micro-batch, float64 [t] (`tandem.training.objectives`). A token whose label
+                is IGNORE weighs nothing, whatever stands there.
+            loss_scale: the gradients of so many times the loss are computed, and divided by it before they are used.
+
         Raises:
-            UntrainedError: no label of the global batch is trained.
+            ValueError: there is not one weight for each token.
         """
         ...
 
-    def loss_and_gradients(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, dict[str, np.ndarray]]:
+    def loss_and_gradients(
+        self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]
+    ) -> tuple[float, dict[str, np.ndarray]]:
         """The loss, and the gradients that `train_step` would use, before clipping, of the shards that this rank
         holds, by global name; changes no state."""
         ...

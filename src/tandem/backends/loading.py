@@ -8,22 +8,24 @@ from typing import TypeVar
 
 import numpy as np
 
-from tandem.checkpoints.interface import Kind, TensorSource, check_shape
+from tandem.checkpoints.interface import TensorKind, TensorSource, check_shape
 from tandem.parallel.slices import Part
 
 T = TypeVar("T")
 
-READERS = 2  # threads: to hash a block takes longer than to read it
 
-
-def load_each(load: Callable[[T], None], items: Iterable[T]) -> None:
-    """Call `load` with each item, from several threads; the first failure is raised, and the rest left."""
-    with ThreadPoolExecutor(READERS) as readers:
-        for _ in readers.map(load, items):
+def load_each(load: Callable[[T], None], items: Iterable[T], readers: int) -> None:
+    """Call `load` with each item, from so many threads; the first failure is raised, and the rest left."""
+    if readers == 1:
+        for item in items:
+            load(item)
+        return
+    with ThreadPoolExecutor(readers) as threads:
+        for _ in threads.map(load, items):
             pass
 
 
-def stream_fp32(source: TensorSource, name: str, part: Part, kind: Kind) -> Iterator[tuple[int, np.ndarray]]:
+def stream_fp32(source: TensorSource, name: str, part: Part, kind: TensorKind) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of rows of a part, fp32, contiguous and writable, each with the number of its first row.
 
     Raises:

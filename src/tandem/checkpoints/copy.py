@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from tandem.checkpoints.formats.arrays import is_finite
-from tandem.checkpoints.interface import Kind, TensorSink, TensorSource
+from tandem.checkpoints.interface import TensorKind, TensorSink, TensorSource
 from tandem.errors import UserError
 from tandem.files.publish import final_place
 from tandem.models.tensors import tensor_table
@@ -20,11 +20,11 @@ AHEAD = 8  # blocks: enough to go on reading while a write waits for the disk
 # called after each block with the bytes read so far and in all
 Progress = Callable[[int, int], None]
 # the next rows of a tensor
-Block = tuple[Kind, str, np.ndarray]
+Block = tuple[TensorKind, str, np.ndarray]
 
 
 def copy(
-    source: TensorSource, sink: TensorSink, kinds: tuple[Kind, ...] = ("model",), progress: Progress | None = None
+    source: TensorSource, sink: TensorSink, kinds: tuple[TensorKind, ...] = ("model",), progress: Progress | None = None
 ) -> None:
     """Move every tensor of `kinds` from source to sink, in turn; the sink appears whole or not at all.
 
@@ -52,7 +52,7 @@ def copy(
         raise
 
 
-def _checked(source: TensorSource, items: Sequence[tuple[Kind, str]]) -> Iterator[Block]:
+def _checked(source: TensorSource, items: Sequence[tuple[TensorKind, str]]) -> Iterator[Block]:
     table = tensor_table(source.config)
     for kind, name in items:
         for rows in source.stream(name, Part.whole(table[name].shape), kind):

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.formats.arrays import is_finite
-from tandem.checkpoints.hf.source import HFSource
-from tandem.checkpoints.interface import Kind, TensorSource, dtype_name
-from tandem.checkpoints.megatron.names import FILE as MEGATRON_FILE
-from tandem.checkpoints.megatron.source import MegatronSource
-from tandem.checkpoints.native.source import NativeSource
+from tandem.checkpoints.interface import TensorKind, TensorSource, dtype_name
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
-DISTRIBUTED_OPTIMIZER = "distrib_optim.pt"  # Megatron's, beside its model file, with --use-distributed-optimizer
 BLOCK = 1 << 22  # bytes hashed at a time
 
 
@@ -29,7 +24,7 @@ BLOCK = 1 << 22  # bytes hashed at a time
 class Content:
     """All tensors of one kind and dtype."""
 
-    kind: Kind
+    kind: TensorKind
     dtype: str
     tensors: int
     numbers: int
@@ -41,12 +36,14 @@ class Description:
     """What a checkpoint holds.
 
     Attributes:
-        iteration: name of its folder, `iter_0000001` or `release`; None for Hugging Face.
+        iteration: name of its folder, `iter_0000001` or `release`; None where the format has no iterations.
         others: further iterations beside it.
-        layout: None for Hugging Face.
+        layout: None where files hold whole tensors.
         optimizer: whether and where the optimizer's state is there, in words.
         trainer_state: what a trainer stored beside the model.
         files: weight files, relative to `folder`, with their sizes in bytes.
+        integrity: what was checked, in words.
+        digests: sha256 of each file, where it was read.
     """
 
     source: TensorSource
@@ -60,6 +57,8 @@ class Description:
     optimizer: str
     trainer_state: tuple[str, ...]
     files: dict[str, int]
+    integrity: str = "headers and shapes are in order; tensors were not read"
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def describe(path: str | Path, iteration: int | None = None) -> Description:
@@ -69,29 +68,26 @@ def describe(path: str | Path, iteration: int | None = None) -> Description:
         UserError: it is none, or it is damaged.
     """
     source = open_source(path, iteration)
-    assert isinstance(source, HFSource | NativeSource | MegatronSource)
-    files = sorted(file for file in source.folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES)
-    is_hf = isinstance(source, HFSource)
+    folder, has_iterations = source.folder, source.format.has_iterations
+    assert folder is not None
+    files = sorted(file for file in folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES)
     return Description(
         source,
-        format=_format(source),
-        folder=source.folder,
+        format=source.format.name,
+        folder=folder,
         config=source.config,
-        layout=None if isinstance(source, HFSource) else source.layout,
-        iteration=None if is_hf else source.folder.name,
-        others=() if is_hf else _other_iterations(source.folder),
+        layout=source.layout,
+        iteration=folder.name if has_iterations else None,
+        others=_other_iterations(folder) if has_iterations else (),
         contents=_contents(source),
         optimizer=_optimizer(source),
-        trainer_state=_trainer_state(source),
-        files={str(file.relative_to(source.folder)): file.stat().st_size for file in files},
+        trainer_state=source.trainer_state(),
+        files={str(file.relative_to(folder)): file.stat().st_size for file in files},
     )
 
 
-def check_integrity(description: Description, progress: Progress | None = None) -> tuple[str, dict[str, str]]:
-    """Read everything.
-
-    Returns:
-        A sentence that says what was found in order, and the sha256 of each file.
+def with_integrity(description: Description, progress: Progress | None = None) -> Description:
+    """The description of a checkpoint of which everything was read and checked.
 
     Raises:
         UserError: a tensor is damaged, or holds NaN or infinity.
@@ -112,21 +108,13 @@ def check_integrity(description: Description, progress: Progress | None = None) 
         done += size
         if progress:
             progress(done, total)
-    found = {
-        "native": "every slice has the sha256 that index.json records, and every number is finite",
-        "Megatron torch": "every tensor has the CRC that its file records, and every number is finite",
-    }
-    return found.get(description.format, "this format records no checksums; every number is finite"), digests
-
-
-def _format(source: TensorSource) -> str:
-    if isinstance(source, HFSource):
-        return "Hugging Face"
-    return "native" if isinstance(source, NativeSource) else "Megatron torch"
+    checksums = source.format.checksums
+    proved = f"{checksums}, and" if checksums else "this format records no checksums;"
+    return replace(description, integrity=f"{proved} every number is finite", digests=digests)
 
 
 def _contents(source: TensorSource) -> tuple[Content, ...]:
-    found: dict[tuple[Kind, str], list[int]] = defaultdict(list)
+    found: dict[tuple[TensorKind, str], list[int]] = defaultdict(list)
     table = tensor_table(source.config)
     for kind in source.kinds():
         for name, spec in table.items():
@@ -138,20 +126,10 @@ def _contents(source: TensorSource) -> tuple[Content, ...]:
 
 
 def _optimizer(source: TensorSource) -> str:
-    if isinstance(source, MegatronSource):
-        places = [MEGATRON_FILE] if "optimizer" in source.trainer_state else []
-        places += [DISTRIBUTED_OPTIMIZER] if any(source.folder.glob(f"mp_rank_*/{DISTRIBUTED_OPTIMIZER}")) else []
-        return f"yes, in {' and '.join(places)}; it is not read here" if places else "no"
+    if places := source.unread_optimizer():
+        return f"yes, in {' and '.join(places)}; it is not read here"
     kept = [kind for kind in source.kinds() if kind != "model"]
     return f"yes: {', '.join(kept)}" if kept else "no"
-
-
-def _trainer_state(source: TensorSource) -> tuple[str, ...]:
-    if isinstance(source, MegatronSource):
-        return source.trainer_state
-    if isinstance(source, NativeSource):
-        return tuple(sorted(p.name for p in source.folder.glob("*.*") if p.is_file() and p.name != "index.json"))
-    return ()
 
 
 def _other_iterations(folder: Path) -> tuple[str, ...]:

@@ -17,6 +17,12 @@ def iteration_folder(folder: str | Path, iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path) -> int | None:
+    """The number of an iteration's folder; None for any other, such as `release`."""
+    prefix, _, number = folder.name.partition("_")
+    return int(number) if prefix == "iter" and number.isdigit() else None
+
+
 def rank_folder(layout: Layout, tensor_rank: int, pipeline_rank: int) -> str:
     name = f"mp_rank_{tensor_rank:02d}"
     return name if layout.pipeline_model_parallel_size == 1 else f"{name}_{pipeline_rank:03d}"
@@ -50,5 +56,5 @@ def _newest(folder: str | Path) -> Path:
 
 def saved_iterations(folder: str | Path) -> list[int]:
     """The iterations that a checkpoint folder holds, newest first."""
-    found = (path.name.removeprefix("iter_") for path in Path(folder).glob("iter_*") if path.is_dir())
-    return sorted((int(number) for number in found if number.isdigit()), reverse=True)
+    numbers = (iteration_of(path) for path in Path(folder).glob("iter_*") if path.is_dir())
+    return sorted((number for number in numbers if number is not None), reverse=True)

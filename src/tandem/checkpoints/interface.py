@@ -16,12 +16,13 @@ import numpy as np
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.parallel.layout import Layout
 from tandem.parallel.slices import Part
 
 # "model": the weight, in the dtype it computes in. "master": its fp32 original, when that dtype is smaller.
 # "exp_avg", "exp_avg_sq": Adam's first and second moments, fp32.
-Kind = Literal["model", "master", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+TensorKind = Literal["model", "master", "exp_avg", "exp_avg_sq"]
+TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -50,21 +51,92 @@ class Companions:
     files: list[Path] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder of the tokenizer, if there is one."""
+        return next((path.parent for path in self.files if path.name == "tokenizer.json"), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What weights are stored as.
+
+    Attributes:
+        name: in words.
+        load_model_type: upstream's word for it, as `--load-model-type` takes it.
+        holder: what is stored so, in words.
+        has_iterations: a folder of it holds iterations, each in a folder of its own.
+        checksums: what reading all tensors proves, in words; None where nothing is recorded to compare with.
+    """
+
+    name: str
+    load_model_type: str
+    holder: str
+    has_iterations: bool = False
+    checksums: str | None = None
+
+
+HUGGING_FACE = Format(name="Hugging Face", load_model_type="hf", holder="a Hugging Face folder")
+NATIVE = Format(
+    name="native",
+    load_model_type="mg",
+    holder="a Megatron-core checkpoint",
+    has_iterations=True,
+    checksums="every slice has the sha256 that index.json records",
+)
+MEGATRON = Format(
+    name="Megatron torch",
+    load_model_type="mg",
+    holder="a Megatron-core checkpoint",
+    has_iterations=True,
+    checksums="every tensor has the CRC that its file records",
+)
+RANDOM = Format(name="random weights", load_model_type="random", holder="nothing: its weights are random")
+
 
 class TensorSource(Protocol):
-    """Somewhere to read global tensors from, one at a time."""
+    """Somewhere to read global tensors from, one at a time. Sources inherit from it what they do not know better.
+
+    Attributes:
+        location: where it is, for messages.
+        folder: where its files are; of an iteration, that one's own folder. None without files.
+        iteration: the number that `--ckpt-step` takes; None where there is none.
+        layout: how its files share the tensors out; None where they hold them whole.
+        hf_folder: a Hugging Face folder with these very tensors; None where there is none.
+    """
 
     config: ModelConfig
     companions: Companions
     location: str
+    format: Format
+    folder: Path | None = None
+    iteration: int | None = None
+    layout: Layout | None = None
+    hf_folder: Path | None = None
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def document(self, name: str) -> str | None:
+        """A small text file that was stored with the tensors, such as a trainer's counters; None where it is not."""
+        return None
+
+    def trainer_state(self) -> tuple[str, ...]:
+        """Names of what a trainer stored with the tensors."""
+        return ()
+
+    def unread_optimizer(self) -> tuple[str, ...]:
+        """Files that hold an optimizer's state in a form that is not read."""
+        return ()
+
+    def earlier(self) -> TensorSource | None:
+        """The newest iteration before this one that can be opened; None where there is none."""
+        return None
+
+    def kinds(self) -> tuple[TensorKind, ...]:
         """What is held for every tensor; always contains "model"."""
         ...
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype: ...
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype: ...
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         """The whole global tensor.
 
         Raises:
@@ -72,7 +144,7 @@ class TensorSource(Protocol):
         """
         ...
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         """Part of a global tensor, without reading more of the others than the format makes necessary.
 
         Raises:
@@ -80,7 +152,7 @@ class TensorSource(Protocol):
         """
         ...
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         """The same in blocks of consecutive rows: small ones, or all at once, as the format is best read.
 
         Raises:
@@ -94,7 +166,7 @@ class TensorSink(Protocol):
 
     location: str
 
-    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+    def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         """The next rows of a global tensor: all of them, or block after block."""
         ...
 
@@ -130,7 +202,7 @@ class RowsWritten:
         return range(first, last)
 
 
-def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[Kind, Kind]:
+def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[TensorKind, TensorKind]:
     """What an engine that computes in `param_dtype` takes a weight from, and its fp32 master.
 
     Masters say more than weights in a smaller dtype. But a weight in the very dtype is its master, rounded, and is then

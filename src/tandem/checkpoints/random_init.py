@@ -9,15 +9,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tandem.checkpoints.interface import DTYPES, Companions, Kind
+from tandem.checkpoints.interface import DTYPES, RANDOM, Companions, TensorKind, TensorSource
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part, cut
 
 
-class RandomSource:
+class RandomSource(TensorSource):
     """Megatron's initialisation: normal(0, init_method_std); the projections that write to the residual stream
     (`linear_proj`, `linear_fc2`) divided by sqrt(2 * num_layers); norms at one, biases at zero."""
+
+    format = RANDOM
 
     def __init__(
         self, config: ModelConfig, seed: int, dtype: str = "float32", companions: Companions | None = None
@@ -29,13 +31,13 @@ class RandomSource:
         self._dtype = DTYPES[dtype]
         self._table = tensor_table(config)
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         spec = self._table[name]
         if name.endswith("layernorm.weight"):
             return np.ones(spec.shape, self._dtype)
@@ -49,8 +51,8 @@ class RandomSource:
         values *= np.float32(std)
         return values.astype(self._dtype, copy=False)
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         return cut(self.read(name, kind), part)
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         yield self.read_part(name, part, kind)

@@ -9,21 +9,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.config.parsing import parse_dataclass
+from tandem.cli.arguments import parse
 from tandem.doctor import examine
 from tandem.errors import UserError
+from tandem.options import Options
 
 DESCRIPTION = "Show versions and devices, what is missing and how to install it. Fails when no run could start."
 WIDTH = 140  # of the table where there is no terminal
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags:
+@dataclass(frozen=True)
+class Flags(Options):
     """There are no options."""
 
 
 def run(argv: Sequence[str]) -> None:
-    parse_dataclass(Flags, "doctor", DESCRIPTION, argv)
+    parse(Flags, "doctor", DESCRIPTION, argv)
     diagnosis = examine()
     table = Table(show_header=False, box=None, padding=(0, 2))
     for finding in diagnosis.findings:

@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from tandem.cli.processes import run_as_processes
-from tandem.config.parsing import parse_settings
-from tandem.config.settings import Settings
+from tandem.cli.settings import parse_settings
 from tandem.launch.world import World
 from tandem.training.evaluate import Result, evaluate_weights
 from tandem.training.evaluation import Evaluation
 
 DESCRIPTION = (
-    "tandem evaluate CHECKPOINT DATA... [OPTIONS]: loss, perplexity and tokens of a checkpoint or a Hugging Face "
+    "Loss, perplexity and tokens of a checkpoint or a Hugging Face "
     "folder on data that `tandem preprocess` made. DATA is PREFIX, or NAME=PREFIX for several sets. Whole sets are "
     "taken; --eval-iters takes less. A FILE.jsonl in place of a PREFIX holds a question per line, {context, choices, "
     "answer}, and its accuracy is found. Runs at any layout with --nproc-per-node, or under torchrun or msrun."
 )
+FIRST = (
+    *("seq_length", "eval_iters", "tokenizer_name_or_path", "prompt_type", "ckpt_step", "micro_batch_size"),
+    *("ai_framework", "device", "bf16", "tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
+)
+GROUPS = ("model", "parallel", "data", "training", "checkpoint", "launch")
 WIDTH = 100  # of the table where there is no terminal
 
 
 def run(argv: Sequence[str]) -> int:
-    words = list(argv)
-    places = []
-    while words and not words[0].startswith("-"):
-        places.append(words.pop(0))
-    settings, notices = parse_settings("evaluate", DESCRIPTION, ["--eval-iters", "full", *words])
-    if (code := run_as_processes("evaluate", argv, settings)) is not None:
+    settings, notices = parse_settings(
+        *("evaluate", DESCRIPTION, argv),
+        first=FIRST,
+        groups=GROUPS,
+        positionals={"load": "CHECKPOINT", "valid_data_path": "DATA..."},
+        values={"eval_iters": "full"},
+    )
+    if (code := run_as_processes("evaluate", argv, settings.launch, settings.training.ai_framework)) is not None:
         return code
-    found, more = evaluate_weights(with_places(settings, places))
+    found, more = evaluate_weights(settings)
     if World.from_environment().rank == 0:
         for notice in [*notices, *more]:
             print(f"> {notice}")
         print_tables(found)
     return 0
-
-
-def with_places(settings: Settings, places: Sequence[str]) -> Settings:
-    """The words before the first flag: the checkpoint, then the data."""
-    data, checkpoint = settings.data, settings.checkpoint
-    if places:
-        checkpoint = dataclasses.replace(checkpoint, load=places[0])
-    if places[1:]:
-        data = dataclasses.replace(data, valid_data_path=tuple(places[1:]))
-    return dataclasses.replace(settings, data=data, checkpoint=checkpoint)
 
 
 def print_tables(found: dict[str, Result]) -> None:

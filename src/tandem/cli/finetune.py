@@ -6,15 +6,29 @@ import dataclasses
 from collections.abc import Sequence
 
 from tandem.cli.processes import run_training
-from tandem.config.parsing import parse_settings
+from tandem.cli.settings import parse_settings
 
 DESCRIPTION = (
     "Train on instruction data made by `tandem preprocess`; only answers are trained. "
     "--config FILE.yaml gives settings; flags override it."
 )
+FIRST = (
+    *("load", "save", "data_path", "tokenizer_name_or_path", "seq_length", "micro_batch_size", "global_batch_size"),
+    *(
+        "train_iters",
+        "lr",
+        "save_interval",
+        "ai_framework",
+        "nproc_per_node",
+        "bf16",
+        "prompt_type",
+        "pack",
+        "finetune",
+    ),
+)
 
 
 def run(argv: Sequence[str]) -> int:
-    settings, notices = parse_settings("finetune", DESCRIPTION, argv)
+    settings, notices = parse_settings("finetune", DESCRIPTION, argv, first=FIRST)
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, is_instruction_dataset=True))
     return run_training("finetune", argv, settings, notices)

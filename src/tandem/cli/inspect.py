@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import KW_ONLY, dataclass, field
 
-import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from tandem.checkpoints.describe import Description, check_integrity, describe
+from tandem.checkpoints.describe import Description, describe, with_integrity
 from tandem.cli import inspect_data
+from tandem.cli.arguments import parse
 from tandem.cli.progress import byte_progress
-from tandem.config.parsing import parse_dataclass
 from tandem.errors import UserError, nearest
 from tandem.models.tensors import parameter_count
+from tandem.options import Options, PathText, positional
 
 DESCRIPTION = "Show what a Hugging Face folder or a checkpoint of any format holds, and whether it is undamaged."
 SUBJECTS = ("checkpoint", "data")
 PLAIN_WIDTH = 140  # columns where the output is no terminal
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions:
+@dataclass(frozen=True)
+class InspectOptions(Options):
     """Options of `tandem inspect checkpoint`."""
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    path: PathText = field(metadata=positional("PATH"))
     """Hugging Face folder or checkpoint folder."""
+    _: KW_ONLY
     ckpt_step: int | None = None
     """Iteration; default: the newest."""
     quick: bool = False
@@ -46,19 +46,18 @@ def run(argv: Sequence[str]) -> None:
         inspect_data.run(argv[1:])
         return
     words = argv[1:] if subject in SUBJECTS else argv
-    options = parse_dataclass(InspectOptions, "inspect checkpoint", DESCRIPTION, words)
+    options = parse(InspectOptions, "inspect checkpoint", DESCRIPTION, words)
     description = describe(options.path, options.ckpt_step)
-    integrity, digests = "headers and shapes are in order; tensors were not read (--quick)", dict[str, str]()
     if not options.quick:
         with byte_progress("reading") as progress:
-            integrity, digests = check_integrity(description, progress)
+            description = with_integrity(description, progress)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(overview(description, integrity))
+    console.print(overview(description))
     console.print(contents(description))
-    console.print(files(description, digests))
+    console.print(files(description))
 
 
-def overview(description: Description, integrity: str) -> Table:
+def overview(description: Description) -> Table:
     config, layout = description.config, description.layout
     table = Table("", "", show_header=False, title=str(description.folder), title_justify="left")
     table.add_row("format", description.format)
@@ -77,7 +76,7 @@ def overview(description: Description, integrity: str) -> Table:
     table.add_row("optimizer", description.optimizer)
     if description.trainer_state:
         table.add_row("beside it", ", ".join(description.trainer_state))
-    table.add_row("integrity", integrity)
+    table.add_row("integrity", description.integrity)
     return table
 
 
@@ -89,7 +88,8 @@ def contents(description: Description) -> Table:
     return table
 
 
-def files(description: Description, digests: dict[str, str]) -> Table:
+def files(description: Description) -> Table:
+    digests = description.digests
     table = Table("file", _right("bytes"), *(["sha256"] if digests else []))
     for file, size in description.files.items():
         table.add_row(file, f"{size:,}", *([digests[file]] if digests else []))

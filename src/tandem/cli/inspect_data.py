@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import KW_ONLY, dataclass, field
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.config.parsing import parse_dataclass
+from tandem.cli.arguments import parse
 from tandem.data.record import read_record
 from tandem.data.statistics import DataView, Statistics
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.options import Options, PathText, positional
 from tandem.report.data_page import write_page
 from tandem.report.page_file import check_page
 
@@ -25,22 +24,23 @@ PLAIN_WIDTH = 140  # columns where the output is no terminal
 BAR_WIDTH = 40
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectDataOptions:
+@dataclass(frozen=True)
+class InspectDataOptions(Options):
     """Options of `tandem inspect data`."""
 
-    prefix: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PREFIX")]
+    prefix: PathText = field(metadata=positional("PREFIX"))
     """The data path: PREFIX_text_document, or the output prefix of instruction data."""
-    tokenizer_name_or_path: str | None = None
+    _: KW_ONLY
+    tokenizer_name_or_path: PathText | None = None
     """Folder of the tokenizer; default: the one that the data's record names."""
     show: int = 3
     """How many samples to print."""
-    html: str | None = None
+    html: PathText | None = None
     """Write all this as one HTML page to a file."""
 
 
 def run(argv: Sequence[str]) -> None:
-    options = parse_dataclass(InspectDataOptions, "inspect data", DESCRIPTION, argv)
+    options = parse(InspectDataOptions, "inspect data", DESCRIPTION, argv)
     if options.html:
         check_page(options.html)
     console = make_console()
@@ -80,7 +80,7 @@ def show_samples(console: Console, view: DataView, tokenizer: Tokenizer, count: 
     for index in range(min(count, len(view))):
         text = Text()
         for span in view.spans(index, tokenizer):
-            marked = view.is_instruction_dataset and span.trained
+            marked = view.kind.has_labels and span.trained
             shown = f"[[{span.text}]]" if marked and not coloured else span.text
             text.append(shown, style="green" if marked else "")
         console.rule(view.title(index), align="left")

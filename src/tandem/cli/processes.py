@@ -18,34 +18,35 @@ from tandem.training.start.dry_run import dry_run
 
 def run_training(command: str, argv: Sequence[str], settings: Settings, notices: Sequence[str]) -> int:
     """Train as the processes that the settings ask for, or only check with `--dry-run`; returns the exit code."""
-    if not settings.launch.dry_run and (code := run_as_processes(command, argv, settings)) is not None:
+    asked, framework = settings.launch, settings.training.ai_framework
+    if not asked.dry_run and (code := run_as_processes(command, argv, asked, framework)) is not None:
         return code
     if World.from_environment().rank == 0:
         for notice in notices:
             print(f"> {notice}")
-    if settings.launch.dry_run:
-        dry_run(settings, processes_of(settings))
+    if asked.dry_run:
+        dry_run(settings, processes_of(asked))
     else:
         train(settings)
     return 0
 
 
-def run_as_processes(command: str, argv: Sequence[str], settings: Settings) -> int | None:
+def run_as_processes(command: str, argv: Sequence[str], settings: LaunchSettings, ai_framework: str) -> int | None:
     """Run `tandem COMMAND ARGV` as the processes that the settings ask for, and wait for them.
 
     Returns:
         The job's exit code; None when this process is to do the work itself, alone or as one of a job.
     """
-    machines = machines_of(settings.launch)
+    machines = machines_of(settings)
     if machines is None or machines.processes == 1 or JOB in os.environ or World.from_environment().size > 1:
         return None
     words = ["-m", "tandem", command, *argv]
-    return launch(machines, launcher_of(settings.training.ai_framework), words, settings.launch.log_dir)
+    return launch(machines, launcher_of(ai_framework), words, settings.log_dir)
 
 
-def processes_of(settings: Settings) -> int:
+def processes_of(settings: LaunchSettings) -> int:
     """How many processes the run has, started or not."""
-    machines = machines_of(settings.launch)
+    machines = machines_of(settings)
     return machines.processes if machines else World.from_environment().size
 
 

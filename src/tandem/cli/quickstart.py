@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tandem.config.parsing import parse_dataclass
+from tandem.cli.arguments import parse
 from tandem.quickstart.run import QuickstartOptions, quickstart
 
 DESCRIPTION = (
@@ -14,4 +14,4 @@ DESCRIPTION = (
 
 
 def run(argv: Sequence[str]) -> None:
-    quickstart(parse_dataclass(QuickstartOptions, "quickstart", DESCRIPTION, argv))
+    quickstart(parse(QuickstartOptions, "quickstart", DESCRIPTION, argv))

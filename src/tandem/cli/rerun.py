@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
+from tandem.cli.arguments import parse
 from tandem.cli.processes import run_as_processes
-from tandem.config.parsing import from_dict, parse_dataclass
+from tandem.config.parsing import from_dict
 from tandem.config.settings import LaunchSettings
-from tandem.errors import UserError
 from tandem.training.rerun import RerunOptions, rerun
 from tandem.training.run_record import RUN_FILE, read_starts
 
 DESCRIPTION = (
-    "tandem rerun RUN_DIR [OPTIONS]: train again as run.json in a --save folder tells, with as many processes, and "
+    "Train again as run.json in a --save folder tells, with as many processes, and "
     "compare every loss with metrics.jsonl there."
 )
 
 
 def run(argv: Sequence[str]) -> int:
-    words = list(argv)
-    folder = words.pop(0) if words and not words[0].startswith("-") else None
-    options = parse_dataclass(RerunOptions, "rerun", DESCRIPTION, words)
-    if folder is None:
-        raise UserError("which run? Give its --save folder first: tandem rerun RUN_DIR")
-    start = read_starts(folder)[0]
+    options = parse(RerunOptions, "rerun", DESCRIPTION, argv)
+    start = read_starts(options.run)[0]
     processes = start["processes"] if options.nproc_per_node is None else options.nproc_per_node
-    settings = dataclasses.replace(
-        from_dict(start["settings"], RUN_FILE), launch=LaunchSettings(nproc_per_node=processes)
-    )
-    if (code := run_as_processes("rerun", argv, settings)) is not None:
+    framework = from_dict(start["settings"], RUN_FILE).training.ai_framework
+    launch = LaunchSettings(nproc_per_node=processes)
+    if (code := run_as_processes("rerun", argv, launch, framework)) is not None:
         return code
-    result = rerun(folder, options)
+    result = rerun(options)
     if result.steps:
         off = f"at most {result.difference:.3g} off, at iteration {result.worst}" if result.difference else "identical"
         print(f"losses of {result.steps} steps: {off}")

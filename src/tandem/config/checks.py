@@ -6,18 +6,20 @@ Every check yields what is wrong, in words, so that one error can name all of it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tandem.config.settings import (
     CheckpointSettings,
+    DataSettings,
     LoggingSettings,
     ModelSettings,
     OptimizerSettings,
+    ParallelSettings,
     Settings,
     TrainingSettings,
 )
-from tandem.errors import UserError
+from tandem.errors import raise_all
 from tandem.parallel.grid import Grid
 
 # fmt: off
@@ -39,39 +41,32 @@ LARGEST = {"seed": 2**32 - 1, "master_port": 65535}  # NumPy's and TCP's
 
 def check_settings(settings: Settings) -> None:
     """Raise UserError where settings are missing, out of range, or contradict each other; all is named."""
-    fail_with(wrong_ranges(settings.to_dict()))
-    fail_with(wrong_settings(settings))
+    raise_all(wrong_ranges(settings.to_dict()))
+    raise_all(wrong_settings(settings))
 
 
 def check_ranges(settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise UserError for numbers that no run can use; `settings` are groups of plain values by name."""
-    fail_with(wrong_ranges(settings))
+    raise_all(wrong_ranges(settings))
 
 
-def check_implemented(settings: Settings) -> None:
+def check_implemented(model: ModelSettings, parallel: ParallelSettings, data: DataSettings) -> None:
     """Raise UserError for what would change the computation and is not there."""
-    fail_with(not_implemented(settings))
+    raise_all(not_implemented(model, parallel, data))
 
 
-def check_grid(settings: Settings, grid: Grid) -> None:
+def check_batch_sizes(training: TrainingSettings, grid: Grid) -> None:
     """Raise UserError when the batch sizes do not divide over the data ranks of `grid`."""
-    training = settings.training
     whole = training.micro_batch_size * grid.data_size
-    sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (settings.global_batch_size,)}
+    sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (training.final_batch_size,)}
     if training.rampup_batch_size is not None:
         sizes["--rampup-batch-size"] = training.rampup_batch_size[:2]
-    fail_with(
+    raise_all(
         f"{flag} {' '.join(map(str, values))}: expected multiples of --micro-batch-size "
         f"{training.micro_batch_size} x {grid.data_size} data-parallel ranks = {whole}"
         for flag, values in sizes.items()
         if any(value % whole for value in values)
     )
-
-
-def fail_with(wrong: Iterable[str]) -> None:
-    """Raise UserError with all that is wrong, a line each; nothing when nothing is."""
-    if lines := list(wrong):
-        raise UserError("\n".join(lines))
 
 
 def wrong_ranges(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -90,14 +85,14 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
         yield "--data-path is required: the prefix that `tandem preprocess` wrote"
     if (checkpoint.load is None) == (checkpoint.init is None):
         yield "give either --load FOLDER with initial weights, or --init random to start from random ones"
-    yield from _wrong_length(settings)
+    yield from _wrong_length(settings.training, settings.optimizer)
     yield from _wrong_rate(settings.optimizer)
     yield from _wrong_weight_decay(settings.optimizer)
-    yield from _wrong_batch_size(settings.training, settings.global_batch_size)
+    yield from _wrong_batch_size(settings.training)
     yield from _wrong_precision(settings.training)
     yield from _wrong_recompute(settings.training)
     yield from _wrong_profile(settings.logging, settings.checkpoint)
-    yield from not_implemented(settings)
+    yield from not_implemented(settings.model, settings.parallel, settings.data)
     if checkpoint.export_hf_every and checkpoint.no_shared_storage:
         yield (
             "--export-hf-every needs the whole checkpoint on one disk, and --no-shared-storage spreads it: bring "
@@ -107,13 +102,13 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
         yield f"--spiky-loss-factor {settings.training.spiky_loss_factor}: expected more than 1"
 
 
-def not_implemented(settings: Settings) -> Iterator[str]:
+def not_implemented(model: ModelSettings, parallel: ParallelSettings, data: DataSettings) -> Iterator[str]:
     """What would change the computation and is not there."""
-    yield from _wrong_dropout(settings.model)
-    if settings.parallel.context_parallel_size != 1:
-        yield f"--context-parallel-size {settings.parallel.context_parallel_size}: only 1 is supported"
-    if settings.data.tokenizer_type != "PretrainedFromHF":
-        yield f"--tokenizer-type {settings.data.tokenizer_type}: only PretrainedFromHF is supported"
+    yield from _wrong_dropout(model)
+    if parallel.context_parallel_size != 1:
+        yield f"--context-parallel-size {parallel.context_parallel_size}: only 1 is supported"
+    if data.tokenizer_type != "PretrainedFromHF":
+        yield f"--tokenizer-type {data.tokenizer_type}: only PretrainedFromHF is supported"
 
 
 def _wrong_dropout(model: ModelSettings) -> Iterator[str]:
@@ -122,10 +117,9 @@ def _wrong_dropout(model: ModelSettings) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} {value} is not supported; only 0 is"
 
 
-def _wrong_length(settings: Settings) -> Iterator[str]:
+def _wrong_length(training: TrainingSettings, optimizer: OptimizerSettings) -> Iterator[str]:
     """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit; epochs
     become iterations."""
-    training, optimizer = settings.training, settings.optimizer
     counts = {"--train-iters": training.train_iters, "--train-samples": training.train_samples}
     given = [f"{name} {value}" for name, value in (counts | {"--epochs": training.epochs}).items() if value]
     if not given:
@@ -156,10 +150,10 @@ def _wrong_length(settings: Settings) -> Iterator[str]:
     wsd = optimizer.lr_wsd_decay_iters if unit == "iters" else optimizer.lr_wsd_decay_samples
     if optimizer.lr_decay_style == "WSD" and wsd is None:
         yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}"
-    if not training.epochs and not settings.length.iterations:
+    if not training.epochs and not training.length.iterations:
         yield (
             f"--train-samples {training.train_samples} are fewer than one step takes, "
-            f"{settings.length.batch_sizes.at(0)}: give more, or a smaller --global-batch-size"
+            f"{training.length.batch_sizes.at(0)}: give more, or a smaller --global-batch-size"
         )
 
 
@@ -184,8 +178,8 @@ def _wrong_weight_decay(optimizer: OptimizerSettings) -> Iterator[str]:
         )
 
 
-def _wrong_batch_size(training: TrainingSettings, final: int) -> Iterator[str]:
-    micro = training.micro_batch_size
+def _wrong_batch_size(training: TrainingSettings) -> Iterator[str]:
+    micro, final = training.micro_batch_size, training.final_batch_size
     if final % micro:
         yield f"--global-batch-size {final} is not a multiple of --micro-batch-size {micro}"
         return

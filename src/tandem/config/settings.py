@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from tandem.config.lengths import BatchSizes, RunLength
 from tandem.frameworks import default_framework
+from tandem.options import PathText, aliases, as_groups
 from tandem.parallel.layout import Layout, parse_layers
 
 
@@ -50,7 +49,7 @@ class ModelSettings:
     """Only 0 is supported."""
     hidden_dropout: float = 0.0
     """Only 0 is supported."""
-    hf_cfg_dir: str | None = None
+    hf_cfg_dir: PathText | None = None
     """Folder with the config.json of a model that starts from random weights; default: the tokenizer's folder."""
 
 
@@ -79,16 +78,26 @@ class ParallelSettings:
     distributed_timeout_minutes: int = 10
     """How long ranks wait for one that is late."""
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
+            num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
+            noop_layers=parse_layers("--noop-layers", self.noop_layers) or (),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Data."""
 
-    data_path: tuple[str, ...] = ()
+    data_path: tuple[PathText, ...] = ()
     """Prefix of the preprocessed files: PREFIX.bin/.idx for pretraining, PREFIX_packed_*_document for instructions.
     Several are blended by their sizes, or by weights: WEIGHT PREFIX WEIGHT PREFIX. Raw files (.jsonl, .parquet, ...),
     folders and patterns are preprocessed first, and found in a cache the next time."""
-    data_cache_path: str | None = None
+    data_cache_path: PathText | None = None
     """Folder for what raw files become; default: beside them."""
     handler_name: str = ""
     """How the records of raw files are read; default: recognised by the first one's fields."""
@@ -100,7 +109,7 @@ class DataSettings:
     """End each document of raw files with the end-of-document token."""
     workers: int = 1
     """Processes that tokenise raw files."""
-    valid_data_path: tuple[str, ...] = ()
+    valid_data_path: tuple[PathText, ...] = ()
     """Validation sets in place of the split's: NAME=PREFIX ..., reported separately, or one PREFIX alone. Raw
     files will do, too."""
     split: str = "969,30,1"
@@ -109,7 +118,7 @@ class DataSettings:
     """Tokens of a sample."""
     tokenizer_type: str = "PretrainedFromHF"
     """Only PretrainedFromHF."""
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: PathText | None = None
     """Folder of the Hugging Face tokenizer."""
     prompt_type: str | None = None
     """Chat template of the instruction data; must agree with the data's record, which names it when this does not."""
@@ -210,7 +219,7 @@ class TrainingSettings:
     """Save and leave after the step that ends later than this."""
     seed: int = 1234
     """Seed of random weights and of the order of the data."""
-    deterministic_mode: Annotated[bool, tyro.conf.arg(aliases=("--deterministic", "--npu-deterministic"))] = False
+    deterministic_mode: bool = field(default=False, metadata=aliases("--deterministic", "--npu-deterministic"))
     """The same bits each time on the same devices, at the price of speed; a CPU computes so anyway."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights, where the device computes bfloat16."""
@@ -248,6 +257,21 @@ class TrainingSettings:
     eval_iters: int | Literal["full"] = 100
     """Global batches of one evaluation, at most the whole set; full takes all of it, and 0 turns evaluation off."""
 
+    @property
+    def final_batch_size(self) -> int:
+        """Samples of one step, once the batch size is no longer ramped up."""
+        return self.global_batch_size or self.micro_batch_size
+
+    @property
+    def length(self) -> RunLength:
+        final = self.final_batch_size
+        return RunLength(BatchSizes(final, *(self.rampup_batch_size or (final,))), self.train_iters, self.train_samples)
+
+    @property
+    def eval_batches(self) -> int | None:
+        """Global batches of one evaluation; None for all of a set."""
+        return None if self.eval_iters == "full" else self.eval_iters
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingSettings:
@@ -259,7 +283,7 @@ class LoggingSettings:
     """Add TFLOP/s to the log line."""
     no_live_view: bool = False
     """Plain lines only, on a terminal, too."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: PathText | None = None
     """Folder for TensorBoard's files, under Megatron's tags."""
     tensorboard_log_interval: int = 1
     """Steps between TensorBoard's points."""
@@ -269,7 +293,7 @@ class LoggingSettings:
     """Iteration after which profiling begins."""
     profile_step_end: int = 12
     """Last iteration that is profiled."""
-    profile_save_path: str | None = None
+    profile_save_path: PathText | None = None
     """Folder for the profiler's files; default: profile in --save."""
     wandb_project: str | None = None
     """Project on Weights & Biases; without it nothing is sent there."""
@@ -277,7 +301,7 @@ class LoggingSettings:
     """Name of the run there; default: theirs."""
     wandb_entity: str | None = None
     """User or team there; default: the one that is logged in."""
-    wandb_save_dir: str | None = None
+    wandb_save_dir: PathText | None = None
     """Folder for its local files; default: wandb in --save."""
 
 
@@ -285,21 +309,21 @@ class LoggingSettings:
 class CheckpointSettings:
     """Checkpoints."""
 
-    load: str | None = None
+    load: PathText | None = None
     """Folder of the initial weights or of the run to resume: Hugging Face, native, or Megatron torch."""
     ckpt_step: int | None = None
     """Iteration to load; default: the newest."""
     init: Literal["random"] | None = None
     """Start from random weights; excludes --load."""
-    save: str | None = None
+    save: PathText | None = None
     """Folder for checkpoints."""
     save_interval: int | None = None
     """Steps between saves; the last step is always saved."""
     async_save: bool = False
     """Training waits for a copy in host memory only; a thread writes it to the disk."""
-    save_total_limit: Annotated[int | None, tyro.conf.arg(aliases=("--keep-last",))] = None
+    save_total_limit: int | None = field(default=None, metadata=aliases("--keep-last"))
     """Keep the newest so many checkpoints, and remove older ones once a new one is on the disk; default: all."""
-    save_retain_interval: Annotated[int | None, tyro.conf.arg(aliases=("--keep-every",))] = None
+    save_retain_interval: int | None = field(default=None, metadata=aliases("--keep-every"))
     """Keep checkpoints of iterations that are a multiple of this, beside the newest --save-total-limit (default 1)."""
     export_hf_every: int | None = None
     """Write checkpoints of iterations that are a multiple of this as Hugging Face folders, too, in SAVE/hf."""
@@ -333,49 +357,58 @@ class LaunchSettings:
     """Address of machine 0."""
     master_port: int | None = None
     """Port on machine 0; default: a free one on a single machine, 29500 on several."""
-    log_dir: str | None = None
+    log_dir: PathText | None = None
     """Folder for each started process's output, rank_N.log; default: it is kept only when the job fails."""
     dry_run: bool = False
     """Check settings, weights, data and disk for so many processes, say what would run, and leave."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that defines a training run."""
+GROUPS: dict[str, type] = {
+    "model": ModelSettings,
+    "parallel": ParallelSettings,
+    "data": DataSettings,
+    "optimizer": OptimizerSettings,
+    "training": TrainingSettings,
+    "checkpoint": CheckpointSettings,
+    "launch": LaunchSettings,
+    "logging": LoggingSettings,
+}
 
-    model: ModelSettings = field(default_factory=ModelSettings)
-    parallel: ParallelSettings = field(default_factory=ParallelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    launch: LaunchSettings = field(default_factory=LaunchSettings)
-    logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+@dataclass(frozen=True, init=False)
+class Settings:
+    """Everything that defines a training run.
+
+    Settings are given by name, groups as a whole, or both: `Settings(lr=1e-3, train_iters=10)`,
+    `Settings(optimizer=OptimizerSettings(lr=1e-3))`.
+    """
+
+    model: ModelSettings
+    parallel: ParallelSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    training: TrainingSettings
+    checkpoint: CheckpointSettings
+    launch: LaunchSettings
+    logging: LoggingSettings
+
+    def __init__(self, **values: Any) -> None:
+        """
+        Raises:
+            UserError: names every unknown setting, and every value of another type.
+        """
+        named = {name: value for name, value in values.items() if name not in GROUPS}
+        groups = as_groups(Settings, named) if named else {}
+        for name, group in GROUPS.items():
+            given = values.get(name, group())
+            object.__setattr__(self, name, dataclasses.replace(given, **groups.get(name, {})))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Groups of plain values, as YAML and JSON hold them."""
-        return {
-            group: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-            for group, values in dataclasses.asdict(self).items()
-        }
+        return {group.name: plain_values(getattr(self, group.name)) for group in dataclasses.fields(self)}
 
-    @property
-    def layout(self) -> Layout:
-        parallel = self.parallel
-        return Layout(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
-            num_layer_list=parse_layers("--num-layer-list", parallel.num_layer_list),
-            noop_layers=parse_layers("--noop-layers", parallel.noop_layers) or (),
-        )
 
-    @property
-    def global_batch_size(self) -> int:
-        return self.training.global_batch_size or self.training.micro_batch_size
-
-    @property
-    def length(self) -> RunLength:
-        final = self.global_batch_size
-        sizes = BatchSizes(final, *(self.training.rampup_batch_size or (final,)))
-        return RunLength(sizes, self.training.train_iters, self.training.train_samples)
+def plain_values(group: Any) -> dict[str, Any]:
+    """A group's values by name, as YAML and JSON hold them."""
+    values = dataclasses.asdict(group)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

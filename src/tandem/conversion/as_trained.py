@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
-from tandem.checkpoints.native.source import prompt_entry
+from tandem.checkpoints.prompt import prompt_entry
 from tandem.conversion.convert import Check, Converted, companions_for, with_one_dtype, write_checked
+from tandem.conversion.options import ExportOptions
 from tandem.data.templates.catalog import template_from_entry
 from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.chat_template import render_chat_template
@@ -24,29 +24,6 @@ from tandem.models.tensors import EMBEDDING
 
 # Before a chat template: what it takes `enable_thinking` for where nobody says.
 THINKING_DEFAULT = "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {} %}}{{%- endif %}}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """Options of `tandem export`."""
-
-    load: str
-    """Checkpoint folder, of a training run or of a conversion."""
-    save_dir: str
-    """Folder for the Hugging Face model; must not hold anything yet."""
-    params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Dtype to write; default: the checkpoint's."""
-    ckpt_step: int | None = None
-    """Iteration to export; default: the newest."""
-    hf_cfg_dir: str | None = None
-    """Take config and tokenizer files from this folder instead of the checkpoint."""
-    ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
-    """Framework that computes the checkpoint's logits for --verify; default: the one installed."""
-    verify: bool = False
-    """Compare the logits of the checkpoint with those of the folder, computed by transformers where that is installed;
-    small models are always compared, by one framework."""
-    no_verify: bool = False
-    """Never compare the logits."""
 
 
 def export(options: ExportOptions, progress: Progress | None = None, check: Check | None = None) -> Converted:
@@ -73,7 +50,8 @@ def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions
     Raises:
         UserError: the tokenizer lacks the template's end token.
     """
-    entry, tokenizer = prompt_entry(source), _tokenizer(companions)
+    folder = companions.tokenizer_folder
+    entry, tokenizer = prompt_entry(source), Tokenizer(folder) if folder else None
     template = template_from_entry(entry, tokenizer)
     if template is None or tokenizer is None or companions.hf_config is None:
         return companions, []
@@ -136,11 +114,6 @@ def _with_chat_template(companions: Companions, chat_template: str) -> Companion
             config["chat_template"] = chat_template
         changed = {"tokenizer_config.json": _text(config)}
     return dataclasses.replace(companions, texts={**companions.texts, **changed})
-
-
-def _tokenizer(companions: Companions) -> Tokenizer | None:
-    folders = [path.parent for path in companions.files if path.name == "tokenizer.json"]
-    return Tokenizer(folders[0]) if folders else None
 
 
 def _json(companions: Companions, name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,10 @@ from tandem.checkpoints.copy import Progress, copy
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.hf.sink import HFSink
-from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.interface import DTYPE_ALIASES, Companions, TensorSink, TensorSource, dtype_name
 from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
-from tandem.checkpoints.native.format import PROMPT_FILE
 from tandem.checkpoints.native.sink import NativeSink
-from tandem.checkpoints.native.source import prompt_text
+from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.views import Cast, FirstLayers
 from tandem.conversion.options import ConvertOptions
@@ -36,14 +34,22 @@ Adapt = Callable[[TensorSource, Companions], tuple[Companions, list[str]]]
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did: where the result lies, its iteration (None for Hugging Face), its size, and what the user
-    should be told."""
+    """What a conversion did.
+
+    Attributes:
+        folder: where the result is.
+        iteration: that of the checkpoint; None of a Hugging Face folder.
+        tensors, parameters: how many were written.
+        notices: what the user should be told.
+        verification: whether logits were compared, and how far they are apart, in words.
+    """
 
     folder: Path
     iteration: int | None
     tensors: int
     parameters: int
     notices: tuple[str, ...] = ()
+    verification: str = ""
 
     @classmethod
     def of(cls, folder: Path, iteration: int | None, config: ModelConfig, notices: Sequence[str] = ()) -> Converted:
@@ -62,17 +68,15 @@ def convert(
     Raises:
         UserError: bad options, a source that is incomplete or damaged, or a target that exists.
     """
-    options.check()
     folder, origin = _target(options)
     source = _open(options, origin)
     companions, notices = companions_for(source, origin), list[str]()
     if options.save_model_type == "hf" and adapt:
         companions, notices = adapt(source, companions)
-    documents = {} if (prompt := prompt_text(source)) is None else {PROMPT_FILE: prompt}
     if options.num_layers is not None:
         source = FirstLayers(source, options.num_layers)
     source = with_one_dtype(source, options.params_dtype)
-    write_checked(folder, source, lambda work: _sink(work, options, source, companions, documents), progress, check)
+    write_checked(folder, source, lambda work: _sink(work, options, source, companions), progress, check)
     iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
     return Converted.of(folder, iteration, source.config, notices)
 
@@ -154,10 +158,8 @@ def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
         noop_layers=noop_layers,
         num_layer_list=num_layer_list,
     )
-    is_hf = isinstance(source, HFSource)
-    if is_hf != (options.load_model_type == "hf"):
-        found = "a Hugging Face folder" if is_hf else "a Megatron-core checkpoint"
-        raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {found}")
+    if options.load_model_type != source.format.load_model_type:
+        raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {source.format.holder}")
     return source
 
 
@@ -165,15 +167,14 @@ def _config_of(folder: str) -> ModelConfig:
     return from_hf(companions_of(folder).hf_config or {}, where=f"{folder}/config.json")
 
 
-def _sink(
-    work: Path, options: ConvertOptions, source: TensorSource, companions: Companions, documents: Mapping[str, str]
-) -> TensorSink:
+def _sink(work: Path, options: ConvertOptions, source: TensorSource, companions: Companions) -> TensorSink:
     config = source.config
     dtype = dtype_name(source.dtype(next(iter(tensor_table(config)))))
     if options.save_model_type == "hf":
         return HFSink(work, config, dtype, companions)
     layout = options.target_layout()
     if options.ckpt_format == "native":
+        documents = {} if (prompt := source.document(PROMPT_FILE)) is None else {PROMPT_FILE: prompt}
         return NativeSink(work, config, layout, {"model": dtype}, MCORE_ITERATION, companions, documents)
     return MegatronSink(
         work,

@@ -1,12 +1,14 @@
-"""What `tandem convert` can be told: the flags of MindSpeed-LLM's two converters, under their names."""
+"""The options of conversion and of export; those of conversion are named as the flags of MindSpeed-LLM's converters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Literal
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.options import Options, PathText, flag_of, positional
 from tandem.parallel.layout import Layout, parse_layers
 
 
@@ -47,19 +49,20 @@ class StatedModel:
                 raise UserError(f"--{flag} {given} contradicts the config of {where}, which has {actual}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
+@dataclass(frozen=True)
+class ConvertOptions(Options):
     """Options of `tandem convert`, named as the flags of MindSpeed-LLM's converters."""
 
+    load_dir: PathText
+    """Source folder; with --load-model-type random, the folder that holds config.json and the tokenizer."""
+    save_dir: PathText
+    """Target folder; must not hold anything yet. For hf, a folder with a model is taken as the origin of config and
+    tokenizer, and the weights go to its subfolder mg2hf, as upstream does."""
+    _: KW_ONLY
     load_model_type: Literal["hf", "mg", "random"] = "hf"
     """What --load-dir holds: hf, mg (native or torch, recognised), or random: random weights for a config.json."""
     save_model_type: Literal["mg", "hf"] = "mg"
     """What to write: mg (Megatron-core layout) or hf."""
-    load_dir: str
-    """Source folder; with random, the folder that holds config.json and the tokenizer."""
-    save_dir: str
-    """Target folder; must not hold anything yet. For hf, a folder with a model is taken as the origin of config and
-    tokenizer, and the weights go to its subfolder mg2hf, as upstream does."""
     ckpt_step: int | None = None
     """Iteration of the source; default: the newest."""
     target_tensor_parallel_size: int = 1
@@ -90,7 +93,7 @@ class ConvertOptions:
     """For torch: pad the vocabulary to this many rows. Export removes the padding."""
     model_type_hf: str | None = None
     """Family that the source must have, such as qwen3."""
-    hf_cfg_dir: str | None = None
+    hf_cfg_dir: PathText | None = None
     """Take config and tokenizer files from this folder."""
     seed: int = 1234
     """Seed of random weights."""
@@ -103,19 +106,20 @@ class ConvertOptions:
     """Never compare the logits."""
     stated: StatedModel = field(default_factory=StatedModel)
 
-    def check(self) -> None:
-        """Raise UserError where options exclude each other."""
+    def problems(self) -> Iterator[str]:
         if (self.load_model_type, self.save_model_type) == ("hf", "hf"):
-            raise UserError("--load-model-type hf --save-model-type hf: nothing to convert")
+            yield "--load-model-type hf --save-model-type hf: nothing to convert"
         if self.num_layers is not None and self.load_model_type == "mg":
-            raise UserError("--num-layers keeps the first layers of a Hugging Face model, not of a checkpoint")
+            yield "--num-layers keeps the first layers of a Hugging Face model, not of a checkpoint"
         if self.num_layers is not None and self.noop_layers:
-            raise UserError("--num-layers and --noop-layers exclude each other")
+            yield "--num-layers and --noop-layers exclude each other"
         for name in ("make_vocab_size_divisible_by", "padded_vocab_size"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+                yield f"{flag_of(name)} {value}: expected 1 or more"
         if self.padded_vocab_size is not None and self.make_vocab_size_divisible_by not in (None, 1):
-            raise UserError("--padded-vocab-size and --make-vocab-size-divisible-by exclude each other")
+            yield "--padded-vocab-size and --make-vocab-size-divisible-by exclude each other"
+        if self.verify and self.no_verify:
+            yield "--verify and --no-verify exclude each other"
 
     def target_layout(self) -> Layout:
         """The layout to write."""
@@ -146,4 +150,32 @@ class ConvertOptions:
             idle += ["target_tensor_parallel_size", "target_pipeline_parallel_size"]
             idle += ["num_layers_per_virtual_pipeline_stage", "ckpt_format"]
         defaults = {item.name: item.default for item in fields(self)}
-        return [f"--{name.replace('_', '-')}" for name in idle if getattr(self, name) != defaults[name]]
+        return [flag_of(name) for name in idle if getattr(self, name) != defaults[name]]
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options):
+    """Options of `tandem export`."""
+
+    load: PathText = field(metadata=positional("CHECKPOINT", flag_too=True))
+    """Checkpoint folder, of a training run or of a conversion."""
+    save_dir: PathText
+    """Folder for the Hugging Face model; must not hold anything yet."""
+    _: KW_ONLY
+    params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Dtype to write; default: the checkpoint's."""
+    ckpt_step: int | None = None
+    """Iteration to export; default: the newest."""
+    hf_cfg_dir: PathText | None = None
+    """Take config and tokenizer files from this folder instead of the checkpoint."""
+    ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
+    """Framework that computes the checkpoint's logits for --verify; default: the one installed."""
+    verify: bool = False
+    """Compare the logits of the checkpoint with those of the folder, computed by transformers where that is installed;
+    small models are always compared, by one framework."""
+    no_verify: bool = False
+    """Never compare the logits."""
+
+    def problems(self) -> Iterator[str]:
+        if self.verify and self.no_verify:
+            yield "--verify and --no-verify exclude each other"

@@ -9,7 +9,6 @@ import numpy as np
 from tandem.backends import create_engine, transformers_logits
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.formats.arrays import same_bits
-from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.interface import TensorSource
 from tandem.data.batch import MicroBatch, Sample, collate
 from tandem.errors import UserError
@@ -66,8 +65,8 @@ def verify(source: TensorSource, result: TensorSource, ai_framework: str, *, ind
     engine = create_engine(ai_framework, source.config, EngineSettings(training=False, device="cpu"))
 
     def compute(side: TensorSource) -> tuple[str, np.ndarray]:
-        if independent and isinstance(side, HFSource) and has_transformers():
-            return "transformers", transformers_logits(side.folder, batch)
+        if independent and side.hf_folder and has_transformers():
+            return "transformers", transformers_logits(side.hf_folder, batch)
         engine.load_weights(side)
         return ai_framework, engine.logits(batch)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from tandem.data.kinds import sft_prefix, text_prefix
+from tandem.data.kinds import KINDS
 from tandem.data.templates.messages import Template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -110,6 +110,12 @@ def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]
     return None
 
 
+def record_of(data_path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What the record of a dataset says; None without one."""
+    path_and_record = read_record(data_path)
+    return path_and_record[1] if path_and_record else None
+
+
 def check_record(
     data_path: str | os.PathLike[str],
     tokenizer: Tokenizer,
@@ -179,7 +185,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _speaks_for(record: Mapping[str, Any], name: str) -> bool:
     """Whether a data path of this name is one of the record's pairs, or their output prefix."""
     return name in record["files"].values() or all(
-        file in (sft_prefix(name, key), text_prefix(name, key)) for key, file in record["files"].items()
+        file in [kind.pair(name, key) for kind in KINDS] for key, file in record["files"].items()
     )
 
 

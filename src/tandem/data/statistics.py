@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import sft_prefix, whole_of
+from tandem.data.kinds import TEXT, Kind, kind_of, whole_of
 from tandem.data.record import read_record
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -56,7 +55,7 @@ class DataView:
         packed: whether rows may end in padding; None: what the record says.
 
     Attributes:
-        is_instruction_dataset: only a part of each sequence is trained.
+        kind: of the data.
 
     Raises:
         UserError: the data path is one of several pairs that belong together.
@@ -64,8 +63,11 @@ class DataView:
 
     def __init__(self, data_path: str | os.PathLike[str], packed: bool | None = None) -> None:
         self.data_path = os.fspath(data_path)
-        self._columns = _columns(self.data_path, _is_packed(self.data_path) if packed is None else packed)
-        self.is_instruction_dataset = self._columns[0].labels is not None
+        if (whole := whole_of(self.data_path)) is not None:
+            raise UserError(f"{self.data_path}: one of several files that belong together; name them all as {whole}")
+        self.kind = kind_of(self.data_path) or TEXT
+        may_be_packed = _is_packed(self.data_path) if packed is None else packed
+        self._columns = _stored_columns(self.data_path, self.kind, may_be_packed)
 
     def __len__(self) -> int:
         return sum(len(column.ids) for column in self._columns)
@@ -133,17 +135,22 @@ def _is_packed(data_path: str) -> bool:
     return found is None or bool(found[1]["options"]["pack"])
 
 
-def _columns(data_path: str, packed: bool) -> list[_Column]:
+def _stored_columns(data_path: str, kind: Kind, packed: bool) -> list[_Column]:
     def stored(key: str) -> IndexedDataset:
-        return IndexedDataset(sft_prefix(data_path, key))
+        return IndexedDataset(kind.pair(data_path, key))
 
-    if Path(f"{sft_prefix(data_path, 'input_ids')}.idx").exists():
-        return [_Column("", stored("input_ids"), stored("labels"), stored("attention_mask"), packed)]
-    if Path(f"{sft_prefix(data_path, 'chosen_input_ids')}.idx").exists():
-        return [_Column(name, stored(f"{name}_input_ids"), stored(f"{name}_labels")) for name in ("chosen", "rejected")]
-    if (whole := whole_of(data_path)) is not None:
-        raise UserError(f"{data_path}: one of several files that belong together; name them all as {whole}")
-    return [_Column("", IndexedDataset(data_path))]
+    if not kind.columns:
+        return [_Column("", IndexedDataset(data_path))]
+    return [
+        _Column(
+            columns.name,
+            stored(columns.ids),
+            stored(columns.labels),
+            stored(columns.segments) if columns.segments else None,
+            packed and columns.segments is not None,
+        )
+        for columns in kind.columns
+    ]
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.native.source import prompt_entry
+from tandem.checkpoints.prompt import prompt_entry
 from tandem.data.templates.catalog import template_from_entry
 from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.inference.generate import generate
+from tandem.inference.options import LoadOptions
 from tandem.inference.sampling import Sampling
+from tandem.options import build
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,24 @@ class Model:
         answers = generate(self.engine, prompts, sampling, self.stop_ids(), shown)
         return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
+    def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
+        """The answer to a prompt; of several prompts, a list of their answers.
+
+        Args:
+            sampling: the fields of `Sampling`, such as `max_new_tokens=64, temperature=0.7`.
+
+        Examples:
+            >>> tandem.load("exported").generate("Reverse 123.", max_new_tokens=8)  # doctest: +SKIP
+            '321'
+
+        Raises:
+            UserError: an option is unknown or of another type, or a prompt could outgrow the model's positions.
+        """
+        options = build(Sampling, sampling)
+        if isinstance(prompt, str):
+            return self.answer([prompt], options)[0]
+        return self.answer(prompt, options)
+
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of a question, rendered as in training (D6)."""
         if self.template is not None:
@@ -57,36 +77,23 @@ class Model:
         return {token for token in ends if token is not None}
 
 
-def open_model(
-    load: str,
-    ai_framework: str,
-    device: str | None = None,
-    ckpt_step: int | None = None,
-    tokenizer_folder: str | None = None,
-    raw: bool = False,
-) -> Model:
+def open_model(options: LoadOptions) -> Model:
     """Open a Hugging Face folder or a checkpoint of any layout for inference.
 
-    Args:
-        raw: continue the prompt as plain text, without any template.
-
     Raises:
-        UserError: there is no model, or no tokenizer beside it and none is named.
+        UserError: there is no model, or no tokenizer with it and none is named.
     """
-    source = open_source(load, ckpt_step)
-    tokenizer = Tokenizer(tokenizer_folder or _folder_of_tokenizer(source))
-    engine = create_engine(ai_framework, source.config, EngineSettings(training=False, device=device))
+    source = open_source(options.load, options.ckpt_step)
+    folder = options.tokenizer_name_or_path or source.companions.tokenizer_folder
+    if folder is None:
+        raise UserError(f"{source.location} has no tokenizer with it: name one with --tokenizer-name-or-path")
+    tokenizer = Tokenizer(folder)
+    settings = EngineSettings(training=False, device=options.device)
+    engine = create_engine(options.ai_framework, source.config, settings)
     engine.load_weights(source)
-    if raw:
+    if options.raw:
         tokenizer.chat_template = None
-    return Model(engine, tokenizer, None if raw else template_from_entry(prompt_entry(source), tokenizer))
-
-
-def _folder_of_tokenizer(source: TensorSource) -> str:
-    for path in source.companions.files:
-        if path.name == "tokenizer.json":
-            return str(path.parent)
-    raise UserError(f"{source.location} has no tokenizer beside it: name one with --tokenizer-name-or-path")
+    return Model(engine, tokenizer, None if options.raw else template_from_entry(prompt_entry(source), tokenizer))
 
 
 class _Streamer:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from tandem.errors import UserError
+from tandem.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+class Sampling(Options):
+    """How tokens are drawn."""
 
     max_new_tokens: int = 128
+    """Longest answer, in tokens."""
     temperature: float = 0.0
+    """Randomness; 0 takes the likeliest token."""
     top_k: int = 0
+    """Draw among this many likeliest tokens; 0: among all."""
     top_p: float = 1.0
+    """Draw among the likeliest tokens that together reach this probability."""
     seed: int = 1234
+    """Seed of the draws."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {self.max_new_tokens}: expected at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"--temperature {self.temperature} --top-k {self.top_k} --top-p {self.top_p}: "
-                f"expected temperature >= 0, top-k >= 0, 0 < top-p <= 1"
-            )
+            yield f"--max-new-tokens {self.max_new_tokens}: expected 1 or more"
+        if self.temperature < 0:
+            yield f"--temperature {self.temperature}: expected 0 or more"
+        if self.top_k < 0:
+            yield f"--top-k {self.top_k}: expected 0 or more"
+        if not 0 < self.top_p <= 1:
+            yield f"--top-p {self.top_p}: expected more than 0, and at most 1"
 
 
 def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:

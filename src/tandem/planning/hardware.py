@@ -127,8 +127,8 @@ HARDWARE = {
         devices_per_node=1,
         node_bandwidth=5 * GB,
         network_bandwidth=1 * GB,
-        source="the machine of docs/performance.md: two cores, of which one multiplied 2048 x 2048 by 2048 x 4096 at "
-        "0.23 TFLOP/s and copied 40 GB/s; bandwidths between processes are guesses. glibc keeps 64 MiB of freed memory "
-        "(mallopt(3): M_TRIM_THRESHOLD is twice the largest M_MMAP_THRESHOLD)",
+        source="the machine of docs/lab/performance.md: two cores, of which one multiplied 2048 x 2048 by 2048 x 4096 "
+        "at 0.23 TFLOP/s and copied 40 GB/s; bandwidths between processes are guesses. glibc keeps 64 MiB of freed "
+        "memory (mallopt(3): M_TRIM_THRESHOLD is twice the largest M_MMAP_THRESHOLD)",
     ),
 }

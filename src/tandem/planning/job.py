@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tandem.errors import UserError
-from tandem.frameworks import FRAMEWORKS, Framework, named_framework
+from tandem.frameworks import Framework, named_framework
 from tandem.models.config import ModelConfig
 from tandem.parallel.layout import Layout, Stages
 
@@ -102,12 +102,7 @@ class Job:
                 f"seq_length {self.seq_length} is above the model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}"
             )
-        if self.use_torch_fsdp2 and not self.framework.shards_weights:
-            able = " or ".join(framework.name for framework in FRAMEWORKS if framework.shards_weights)
-            raise UserError(f"--use-torch-fsdp2 runs on {able} only, not on {self.ai_framework}")
-        if self.chunks > 1 and not self.framework.interleaves_stages:
-            able = " or ".join(framework.name for framework in FRAMEWORKS if framework.interleaves_stages)
-            raise UserError(f"interleaved stages run on {able} only, not on {self.ai_framework}")
+        self.framework.check(shards_weights=self.use_torch_fsdp2, interleaves_stages=self.chunks > 1)
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:
             raise UserError(
                 f"interleaved stages need a multiple of pipeline_model_parallel_size {self.pipeline_size} "

@@ -37,7 +37,7 @@ def print_table(stages: Sequence[Stage], questions: int, seconds: float) -> None
 
 
 def save_curve(stages: Sequence[Stage], path: Path) -> None:
-    """The loss of every stage, one after the other, over steps."""
+    """The loss of every stage, one after the other, over steps, with the accuracy after it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,9 +49,10 @@ def save_curve(stages: Sequence[Stage], path: Path) -> None:
         steps = [start + number for number in range(1, len(stage.records) + 1)]
         losses = [record.loss for record in stage.records]
         if steps:
-            axes.plot(steps, losses, label=f"{stage.name}, {stage.backend}")
+            label = f"{stage.name} on {stage.backend}: {stage.accuracy:.0%} of answers right"
+            axes.plot(steps, losses, label=label)
             start = steps[-1]
-    axes.set(xlabel="step", ylabel="lm loss", title="Tandem quickstart", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", title="Tandem quickstart: one run, two frameworks", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

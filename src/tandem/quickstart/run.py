@@ -11,12 +11,16 @@ from typing import Literal
 
 from tandem.config.parsing import from_dict
 from tandem.config.settings import Settings
-from tandem.conversion.as_trained import ExportOptions, export
-from tandem.conversion.convert import ConvertOptions, convert
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.conversion.as_trained import export
+from tandem.conversion.convert import convert
+from tandem.conversion.options import ConvertOptions, ExportOptions
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
 from tandem.inference.chat import open_model
+from tandem.inference.options import LoadOptions
 from tandem.inference.sampling import Sampling
+from tandem.options import Options, PathText
 from tandem.quickstart.report import Stage, print_table, save_curve
 from tandem.quickstart.tasks import World, make_world, write_world
 from tandem.quickstart.toy_model import write_toy_model
@@ -28,12 +32,12 @@ SEQ_LENGTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartOptions:
+class QuickstartOptions(Options):
     """Options of `tandem quickstart`."""
 
     backend: Literal["mindspore", "torch", "both"] = "both"
     """Which framework trains. With both, MindSpore trains first and PyTorch goes on from its checkpoint."""
-    work_dir: str = "quickstart_run"
+    work_dir: PathText = "quickstart_run"
     """Folder for everything that is made; must not hold anything yet."""
     pretrain_iters: int = 150
     """Steps of pretraining."""
@@ -166,7 +170,7 @@ COMMON = {
 
 def accuracy(folder: Path, backend: str, questions: Sequence[dict[str, str]], show: int = 0) -> float:
     """Share of questions that the model in `folder` answers exactly; `show` of them are printed."""
-    model = open_model(str(folder), backend)
+    model = open_model(LoadOptions(str(folder), ai_framework=backend))
     answers = model.answer([item["instruction"] for item in questions], Sampling(max_new_tokens=8))
     for item, answer in list(zip(questions, answers))[:show]:
         print(f"  {item['instruction']:<34} {answer:<8} expected {item['output']}")

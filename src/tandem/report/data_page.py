@@ -93,7 +93,7 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
 
 def _sample(view: DataView, index: int, tokenizer: Tokenizer) -> str:
     spans = view.spans(index, tokenizer)
-    marked = view.is_instruction_dataset
+    marked = view.kind.has_labels
     note = "trained text is marked" if marked else "all of it is trained"
     text = "".join(_span(span, marked) for span in spans)
     # A line feed right behind <pre> would not be shown.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Run:
         ]
 
 
-def read_runs(folders: list[str]) -> list[Run]:
+def read_runs(folders: Sequence[str]) -> list[Run]:
     """The runs in these `--save` folders, under the shortest names that tell them apart.
 
     Raises:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tandem.backends.interface import Engine
 from tandem.checkpoints.formats.arrays import is_finite
 from tandem.data.batch import MicroBatch
@@ -16,11 +18,11 @@ from tandem.launch.world import Communicator
 BAD_STEPS = "bad_steps"  # folder in --save
 
 
-def first_bad(engine: Engine, micro_batches: Sequence[MicroBatch]) -> str | None:
+def first_bad(engine: Engine, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]) -> str | None:
     """The first place in the order of computation where this rank holds a number that is not finite. Collective."""
     held = [f"{kind} tensor {shard.spec.name}" for kind, shard, values in engine.tensors() if not is_finite(values)]
     output = engine.first_bad_output(micro_batches)
-    _, gradients = engine.loss_and_gradients(micro_batches)
+    _, gradients = engine.loss_and_gradients(micro_batches, weights)
     # The last layers' gradients are computed first.
     bad = [f"gradient of {name}" for name in reversed(gradients) if not is_finite(gradients[name])]
     return next(iter([*held[:1], *([f"output of {output}"] if output else []), *bad[:1]]), None)
@@ -40,5 +42,5 @@ def dump(
         content = {"iteration": iteration, "rank": rank, **values, "first_bad": first}
         write_text_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     places = [f"rank {number}: {place}" for number, place in enumerate(communicator.all_gather(first)) if place]
-    found = f"First bad: {'; '.join(places)}" if places else "All tensors are finite"
-    return f"{found}. Details: {folder / BAD_STEPS}" if folder else found
+    summary = f"First bad: {'; '.join(places)}" if places else "All tensors are finite"
+    return f"{summary}. Details: {folder / BAD_STEPS}" if folder else summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,15 @@ class Share:
         size = self.micro_batch_size
         for first in range(start + self.data_rank * size, start + count, self.data_size * size):
             yield range(first, min(first + size, start + count))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a run is evaluated with: sets by name, and how many batches of each; None for all."""
+
+    sets: Mapping[str, Dataset]
+    batch_size: int
+    batches: int | None
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,11 @@ def evaluate_choices(engine: Engine, questions: Sequence[Question], share: Share
     total = 0.0
     for question in questions:
         samples = [collate([sample]) for sample in question.samples]
-        own = [[sample] if share.data_rank == 0 else [] for sample in samples]
-        found = np.array([-engine.evaluate(micro_batches)[0] for micro_batches in own])
+        batches = [[sample] if share.data_rank == 0 else [] for sample in samples]
+        likelihoods = np.array([-engine.evaluate(micro_batches)[0] for micro_batches in batches])
         lengths = [len(choice) for choice in question.choices]
-        right += int(found.argmax()) == question.answer
-        right_per_character += int((found / lengths).argmax()) == question.answer
-        total += float(found[question.answer])
+        right += int(likelihoods.argmax()) == question.answer
+        right_per_character += int((likelihoods / lengths).argmax()) == question.answer
+        total += float(likelihoods[question.answer])
     count = len(questions)
     return Choices(count, right / count, right_per_character / count, total / count)

@@ -5,26 +5,31 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tandem.config.parsing import from_dict
 from tandem.config.settings import LoggingSettings, Settings
-from tandem.data.record import read_record
+from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.launch.world import World
+from tandem.logs import log
+from tandem.options import Options, PathText, positional
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
 from tandem.training.run_record import RUN_FILE, code_version, read_starts, versions
 
 
-@dataclass(frozen=True, kw_only=True)
-class RerunOptions:
-    """Options."""
+@dataclass(frozen=True)
+class RerunOptions(Options):
+    """Options of `tandem rerun`."""
 
-    save: str | None = None
+    run: PathText = field(metadata=positional("RUN"))
+    """--save folder of the recorded run."""
+    _: KW_ONLY
+    save: PathText | None = None
     """Folder for the new run; default: nothing is kept."""
     tolerance: float = 0.0
     """How far a loss may be from the recorded one; 0 asks for the same bits."""
@@ -43,13 +48,14 @@ class Comparison:
     difference: float
 
 
-def rerun(folder: str, options: RerunOptions) -> Comparison:
+def rerun(options: RerunOptions) -> Comparison:
     """Train again with the settings of a run's first start, from its weights and data, over its recorded steps.
 
     Raises:
         UserError: the folder records no run, its data or weights are not as they were, or a loss is further off than
             the tolerance.
     """
+    folder = options.run
     starts = read_starts(folder)
     start = starts[0]
     metrics = read_metrics(Path(folder) / METRICS_FILE)
@@ -61,16 +67,16 @@ def rerun(folder: str, options: RerunOptions) -> Comparison:
         raise UserError(f"--save {options.save} is the run itself: choose another folder")
     if World.from_environment().rank == 0:
         for notice in differences(starts):
-            print(f"> {notice}")
-    found: dict[int, float] = {}
+            log.info("> %s", notice)
+    again: dict[int, float] = {}
 
     def keep(record: StepRecord) -> None:
-        found[record.iteration] = record.loss
+        again[record.iteration] = record.loss
 
     os.chdir(start["directory"])  # the settings' paths are relative to it
     check_data(start)
     train(settings_again(start, save, max(recorded), options.deterministic_mode), keep)
-    return compare(recorded, found, options.tolerance) if found else Comparison(0, 0, 0.0)
+    return compare(recorded, again, options.tolerance) if again else Comparison(0, 0, 0.0)
 
 
 def settings_again(start: dict[str, Any], save: str | None, last: int, deterministic: bool) -> Settings:
@@ -78,7 +84,7 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
     settings = from_dict(start["settings"], RUN_FILE)
     training = dataclasses.replace(
         settings.training,
-        exit_interval=last if last < settings.length.iterations else None,
+        exit_interval=last if last < settings.training.length.iterations else None,
         deterministic_mode=settings.training.deterministic_mode or deterministic,
     )
     weights, load = start["weights"], settings.checkpoint.load
@@ -110,23 +116,22 @@ def differences(starts: list[dict[str, Any]]) -> Iterator[str]:
 def check_data(start: dict[str, Any]) -> None:
     """Raise UserError when a record beside the data is another than the run had."""
     for prefix, record in start["data"].items():
-        found = read_record(prefix)
-        if (found[1] if found else None) != record:
+        if record_of(prefix) != record:
             raise UserError(f"{prefix}: its record is not the one that the run had: the data were made again since")
 
 
-def compare(recorded: dict[int, float], found: dict[int, float], tolerance: float) -> Comparison:
+def compare(recorded: dict[int, float], again: dict[int, float], tolerance: float) -> Comparison:
     """The losses of the steps that both have.
 
     Raises:
         UserError: one is further off than `tolerance`; the first such step is named.
     """
-    both = sorted(recorded.keys() & found.keys())
-    off = {iteration: abs(recorded[iteration] - found[iteration]) for iteration in both}
+    both = sorted(recorded.keys() & again.keys())
+    off = {iteration: abs(recorded[iteration] - again[iteration]) for iteration in both}
     for iteration in both:
         if not off[iteration] <= tolerance:
             raise UserError(
-                f"iteration {iteration}: the loss was {recorded[iteration]!r}, is {found[iteration]!r}, further off "
+                f"iteration {iteration}: the loss was {recorded[iteration]!r}, is {again[iteration]!r}, further off "
                 f"than --tolerance {tolerance}. Other devices, layouts or thread counts add in another order: give a "
                 f"tolerance; on the same device, --deterministic-mode in both runs"
             )

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 
 from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
 from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.interface import Companions, TensorSource
-from tandem.checkpoints.native.source import NativeSource
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped
 from tandem.files.publish import write_text_atomically
 from tandem.launch.member import placing
 from tandem.launch.world import Communicator, World
-from tandem.parallel.grid import Grid
+from tandem.logs import log
+from tandem.training.evaluation import Share, Validation
+from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
-from tandem.training.logs.log import StepRecord
-from tandem.training.logs.loggers import step_loggers
+from tandem.training.logs.log import IterationLog, StepRecord
+from tandem.training.logs.loggers import LoggedRun, OnStep, step_loggers
+from tandem.training.loss_scale import LossScale
+from tandem.training.progress import Progress
 from tandem.training.run_record import append_start, describe_start
-from tandem.training.saving.writer import CheckpointWriter
+from tandem.training.saving.writer import CheckpointWriter, RunDescription, kinds_by_rows
 from tandem.training.signals import StopSignals
 from tandem.training.start.banner import print_banner
-from tandem.training.start.data import Data, open_data, open_tokenizer
-from tandem.training.start.prepare import engine_settings, prepare, report
+from tandem.training.start.prepare import PreparedRun, prepare
 from tandem.training.start.resume import restore_newest
-from tandem.training.start.state import SETTINGS_FILE, TrainerState
-from tandem.training.trainer import Trainer
+from tandem.training.start.state import SETTINGS_FILE
+from tandem.training.trainer import Intervals, Trainer
 
 
 def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = None) -> Trainer:
@@ -44,95 +45,116 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         RunStopped: a signal ended the run, after it saved.
     """
     with StopSignals() as signals:
-        return _train(settings, signals, on_step)
+        run = prepare(settings, World.from_environment())
+        communicator = connect_processes(run)
+        engine = create_engine(run.framework, run.source.config, run.engine)
+        source, progress = restore_newest(engine, run.source, run.loading, communicator)
+        run = run.going_on_from(source)
 
-
-def _train(settings: Settings, signals: StopSignals, on_step: Callable[[StepRecord], None] | None) -> Trainer:
-    world = World.from_environment()
-    start = prepare(settings, world.size, leader=world.local_rank == 0)
-    settings, source, grid = start.settings, start.source, start.grid
-    if settings.training.deterministic_mode:
-        make_deterministic(start.framework)
-    communicator = connect(
-        start.framework, world, settings.training.device, settings.parallel.distributed_timeout_minutes
-    )
-    resumed = None if start.loading.checkpoint.finetune else TrainerState.from_source(source)
-    tokenizer = open_tokenizer(settings, source)
-    data = open_data(settings, tokenizer, resumed)
-    engine = create_engine(start.framework, source.config, engine_settings(settings, source.config, grid, world.rank))
-    source, progress, state = restore_newest(engine, source, start.loading, communicator, report)
-    if source is not start.source:
-        data = open_data(settings, tokenizer, state)
-    first = world.rank == 0
-    folder = Path(settings.checkpoint.save) if settings.checkpoint.save and first else None
-    if folder:
-        append_start(folder, describe_start(settings, source, engine, progress.iteration, world.size))
-    events = EventLog(folder)
-    writer = open_writer(settings, source, engine, data, grid, communicator, events)
-    with step_loggers(settings, progress.iteration, on_step) if first else nullcontext() as log_step:
-        trainer = Trainer(
-            engine,
-            settings,
-            start.schedule,
-            data.train,
-            data.valid,
-            progress,
-            grid,
-            communicator,
-            saver=writer,
-            signals=signals,
-            on_step=log_step,
-        )
+        first = run.world.rank == 0
+        if first and run.folder:
+            append_start(run.folder, describe_start(run.settings, source, engine, progress.iteration, run.world.size))
+        events = EventLog(run.folder if first else None)
+        writer = open_writer(run, engine, communicator, events)
+        with open_loggers(run, progress, on_step) if first else nullcontext() as log_step:
+            trainer = make_trainer(run, engine, communicator, progress, signals, writer, log_step)
+            if first:
+                print_banner(run, trainer)
+            with events.around(progress), placing(lambda: f"iteration {progress.iteration + 1}"):
+                with writer or nullcontext():
+                    trainer.run()
+                communicator.close()
+                if trainer.stopped:
+                    when = f"after iteration {progress.iteration}"
+                    raise RunStopped(f"stopped by {trainer.stopped} {when}; the same command goes on")
         if first:
-            print_banner(settings, source, trainer, state, data.notices)
-        with events.around(progress), placing(lambda: f"iteration {progress.iteration + 1}"):
-            with writer or nullcontext():
-                trainer.run()
-            communicator.close()
-            if trainer.stopped:
-                when = f"after iteration {progress.iteration}"
-                raise RunStopped(f"stopped by {trainer.stopped} {when}; the same command goes on")
-    if first:
-        print(f"[after training is done] datetime: {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
-    return trainer
+            log.info("[after training is done] datetime: %s", time.strftime("%Y-%m-%d %H:%M:%S"))
+        return trainer
+
+
+def connect_processes(run: PreparedRun) -> Communicator:
+    """Join the other processes of the run."""
+    if run.settings.training.deterministic_mode:
+        make_deterministic(run.framework)
+    timeout = run.settings.parallel.distributed_timeout_minutes
+    return connect(run.framework, run.world, run.engine.device, timeout)
 
 
 def open_writer(
-    settings: Settings,
-    source: TensorSource,
-    engine: Engine,
-    data: Data,
-    grid: Grid,
-    communicator: Communicator,
-    events: EventLog,
+    run: PreparedRun, engine: Engine, communicator: Communicator, events: EventLog
 ) -> CheckpointWriter | None:
     """Make the folder of `--save`, with the run's settings in it; None when the run saves nothing."""
-    if settings.checkpoint.save is None:
+    checkpoint, folder, source = run.settings.checkpoint, run.folder, run.source
+    if folder is None:
         return None
-    folder = Path(settings.checkpoint.save)
-    if communicator.world.leads(shared_storage=not settings.checkpoint.no_shared_storage):
-        write_text_atomically(folder / SETTINGS_FILE, to_yaml(settings))
-    companions = gather_companions(settings, source)
-    resumed = None
-    if isinstance(source, NativeSource) and source.folder.parent.resolve() == folder.resolve():
-        resumed = source.iteration
+    description = RunDescription(
+        settings=to_yaml(run.settings),
+        seed=run.settings.training.seed,
+        data=run.data.identity,
+        template=run.data.template,
+        companions=gather_companions(source, run.settings.data.tokenizer_name_or_path),
+    )
+    if run.world.leads(shared_storage=not checkpoint.no_shared_storage):
+        write_text_atomically(folder / SETTINGS_FILE, description.settings)
+    is_here = source.folder is not None and source.folder.parent.resolve() == folder.resolve()
     return CheckpointWriter(
         folder,
+        checkpoint,
+        description,
         engine,
-        settings,
-        grid,
+        run.grid,
         communicator,
-        companions,
-        data.identity,
-        data.template,
-        resumed,
         events,
+        by_rows=kinds_by_rows(run.settings.parallel),
+        resumed=source.iteration if is_here else None,
     )
 
 
-def gather_companions(settings: Settings, source: TensorSource) -> Companions:
+def gather_companions(source: TensorSource, tokenizer_folder: str | None) -> Companions:
     """Config from the weights, tokenizer files from the tokenizer's folder when one is named."""
-    folder = settings.data.tokenizer_name_or_path
     named = {path.name: path for path in source.companions.files}
-    named |= {path.name: path for path in companion_files(folder)} if folder else {}
+    named |= {path.name: path for path in companion_files(tokenizer_folder)} if tokenizer_folder else {}
     return Companions(source.companions.hf_config, sorted(named.values()))
+
+
+def open_loggers(run: PreparedRun, progress: Progress, on_step: OnStep | None) -> AbstractContextManager[OnStep]:
+    """What the first rank tells of each step."""
+    logged = LoggedRun(run.framework, progress.iteration, run.folder, run.settings.to_dict())
+    return step_loggers(run.settings.logging, logged, on_step)
+
+
+def make_trainer(
+    run: PreparedRun,
+    engine: Engine,
+    communicator: Communicator,
+    progress: Progress,
+    signals: StopSignals,
+    writer: CheckpointWriter | None,
+    on_step: OnStep | None,
+) -> Trainer:
+    """The loop over the steps that are left, with all its parts."""
+    training, logging = run.settings.training, run.settings.logging
+    return Trainer(
+        engine=engine,
+        grid=run.grid,
+        communicator=communicator,
+        train_data=run.data.train,
+        validation=Validation(run.data.valid, training.final_batch_size, training.eval_batches),
+        share=Share(training.micro_batch_size, run.grid.data_size, run.grid.place(run.world.rank).data),
+        length=training.length,
+        schedule=run.schedule,
+        progress=progress,
+        guard=Guard(training, progress.recent_losses),
+        loss_scale=LossScale.of(training, progress.loss_scale),
+        intervals=Intervals(
+            evaluation=training.eval_interval,
+            save=run.settings.checkpoint.save_interval,
+            exit=training.exit_interval,
+            exit_minutes=training.exit_duration_in_mins,
+        ),
+        log=IterationLog(logging.log_interval, logging.log_throughput),
+        signals=signals,
+        folder=run.folder,
+        saver=writer,
+        on_step=on_step,
+    )

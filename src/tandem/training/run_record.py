@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -18,11 +17,11 @@ import tandem
 from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
-from tandem.data.record import read_record
+from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.files.publish import write_text_atomically
 from tandem.models.tensors import parameter_count
-from tandem.training.start.data import all_prefixes
+from tandem.training.start.data_paths import all_prefixes
 
 RUN_FILE = "run.json"
 FORMAT = {"format": "tandem-run", "version": 1}
@@ -43,9 +42,9 @@ def describe_start(
         "directory": os.getcwd(),
         "processes": processes,
         "settings": settings.to_dict(),
-        "weights": {"location": source.location, "ckpt_step": _iteration_of(source.location)},
+        "weights": {"location": source.location, "ckpt_step": source.iteration},
         "model": {**source.config.to_dict(), "parameters": parameter_count(source.config)},
-        "data": {prefix: _record_of(prefix) for prefix in all_prefixes(settings)},
+        "data": {prefix: record_of(prefix) for prefix in all_prefixes(settings.data)},
         "versions": versions(),
         "code": code_version(),
         "device": engine.device_name,
@@ -84,13 +83,13 @@ def read_starts(folder: str | Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Of Python, of this package, and of the packages that are installed."""
-    found = {"python": platform.python_version(), "tandem": tandem.__version__}
+    installed = {"python": platform.python_version(), "tandem": tandem.__version__}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def code_version() -> dict[str, Any] | None:
@@ -107,14 +106,3 @@ def _git(folder: Path, *words: str) -> str | None:
     except OSError:  # no git here
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _iteration_of(location: str) -> int | None:
-    """The iteration of a checkpoint's folder; None for a folder that is no iteration's."""
-    found = re.fullmatch(r"iter_(\d+)", Path(location).name)
-    return int(found.group(1)) if found else None
-
-
-def _record_of(prefix: str) -> dict[str, Any] | None:
-    found = read_record(prefix)
-    return found[1] if found else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tandem.config.settings import Settings
+from tandem.config.settings import OptimizerSettings, TrainingSettings
 from tandem.errors import UserError
 
 
@@ -68,16 +68,15 @@ def _remaining(style: str, done: float) -> float:
     return 1.0 - math.sqrt(done)
 
 
-def schedule_from(settings: Settings) -> Schedule:
+def schedule_from(optimizer: OptimizerSettings, training: TrainingSettings) -> Schedule:
     """The schedule of a run.
 
     Raises:
         UserError: the warm-up is as long as the decay, or longer.
     """
-    optimizer, training = settings.optimizer, settings.training
     assert optimizer.lr is not None
     if training.train_iters is not None:
-        batch = settings.global_batch_size
+        batch = training.final_batch_size
         length = training.train_iters * batch
         decay = (optimizer.lr_decay_iters or training.train_iters) * batch
         warmup: float = optimizer.lr_warmup_iters * batch

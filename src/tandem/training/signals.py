@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
+
+from tandem.logs import log
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on the Ctrl-C that its terminal has sent to the whole job: that is one Ctrl-C, not two.
@@ -54,7 +55,7 @@ class StopSignals:
             if self.received is None:
                 first = time.monotonic()
                 self.received = signal.Signals(number[0]).name
-                print(f"{self.received}: saving and leaving after this step", file=sys.stderr, flush=True)
+                log.warning("%s: saving and leaving after this step", self.received)
             elif number[0] == signal.SIGINT and time.monotonic() - first > SAME_CTRL_C_SECONDS:
                 os._exit(128 + signal.SIGINT)
         os.close(read)

@@ -4,77 +4,97 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from tandem.backends.interface import Engine, StepResult, UntrainedError
-from tandem.config.settings import Settings
+import numpy as np
+
+from tandem.backends.interface import Engine, StepResult
+from tandem.config.lengths import RunLength
 from tandem.data.batch import MicroBatch
 from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
-from tandem.launch.world import Communicator, SingleProcess
+from tandem.launch.world import Communicator
+from tandem.logs import log
 from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.planning.hardware import peak_flops
 from tandem.training.diagnosis import dump, first_bad
-from tandem.training.evaluation import Share, evaluate
+from tandem.training.evaluation import Share, Validation, evaluate
 from tandem.training.guard import Guard
 from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line
 from tandem.training.loss_scale import LossScale
+from tandem.training.objectives import MeanLoss, Objective, RankBatch, UntrainedError
 from tandem.training.progress import Progress, Saver
 from tandem.training.schedule import Schedule
 from tandem.training.signals import StopSignals
 
+Number = TypeVar("Number", int, float)
 
-class _Told(Exception):
+
+class _Signalled(Exception):
     """A signal has arrived at some rank."""
 
 
+@dataclass(frozen=True)
+class Intervals:
+    """After which iterations a run does more than train: multiples of a number; None is never.
+
+    Attributes:
+        exit: the run saves and leaves.
+        exit_minutes: it also does after the step that ends later than this.
+    """
+
+    evaluation: int | None = None
+    save: int | None = None
+    exit: int | None = None
+    exit_minutes: float | None = None
+
+
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """Runs steps from wherever `progress` stands.
 
-    Args:
-        grid: all processes of the job; every one runs a trainer, over the samples of its data rank.
+    Attributes:
+        grid: all processes of the job; every one runs a trainer, over its `share` of each batch.
         communicator: how they agree.
+        folder: of the run, where details of bad steps are left; None when it saves nothing.
         saver: asked to save when a checkpoint is due; None when the run saves nothing.
         signals: asked after each step whether one has arrived.
         on_step: called on the first rank with each step's record, after the evaluation that the step ends with.
+        stopped: the signal that ended the run early, on whichever rank it arrived.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        settings: Settings,
-        schedule: Schedule,
-        train_data: Dataset,
-        valid_data: Mapping[str, Dataset],
-        progress: Progress,
-        grid: Grid | None = None,
-        communicator: Communicator | None = None,
-        saver: Saver | None = None,
-        signals: StopSignals | None = None,
-        on_step: Callable[[StepRecord], None] | None = None,
-    ) -> None:
-        self.engine, self.settings, self.schedule = engine, settings, schedule
-        self.train_data, self.valid_data = train_data, valid_data
-        self.progress = progress
-        self.grid, self.communicator = grid or Grid(), communicator or SingleProcess()
+    engine: Engine
+    grid: Grid
+    communicator: Communicator
+    train_data: Dataset
+    validation: Validation
+    share: Share
+    length: RunLength
+    schedule: Schedule
+    progress: Progress
+    guard: Guard
+    loss_scale: LossScale
+    intervals: Intervals
+    log: IterationLog
+    signals: StopSignals
+    objective: Objective = field(default_factory=MeanLoss)
+    folder: Path | None = None
+    saver: Saver | None = None
+    on_step: Callable[[StepRecord], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.stopped: str | None = None
         self.is_first_rank = self.communicator.world.rank == 0
-        data_rank = self.grid.place(self.communicator.world.rank).data
-        self._share = Share(settings.training.micro_batch_size, self.grid.data_size, data_rank)
-        self.train_iters = settings.length.iterations_from(progress.iteration, progress.consumed_train_samples)
-        self._saver, self._on_step = saver, on_step
+        self.train_iters = self.length.iterations_from(self.progress.iteration, self.progress.consumed_train_samples)
         self._all_written = True  # whether no rank is still writing a checkpoint
-        self._guard = Guard(settings.training, progress.recent_losses)
-        self._scale = LossScale.of(settings.training, progress.loss_scale)
-        self._signals = signals or StopSignals()
+        assert not self.objective.needs_log_probabilities, "a forward pass before the step is yet to be written"
         self._started, self._out_of_time = time.monotonic(), False
-        self.stopped: str | None = None  # the signal that ended the run early, on whichever rank it arrived
-        self._batch_sizes = settings.length.batch_sizes
-        self._samples_per_epoch = max(1, train_data.describe()["samples_per_epoch"])
-        self._peak_flops = peak_flops(engine.device_name, engine.param_dtype)
-        self._log = IterationLog(settings.logging.log_interval, settings.logging.log_throughput)
+        self._samples_per_epoch = max(1, self.train_data.describe()["samples_per_epoch"])
+        self._peak_flops = peak_flops(self.engine.device_name, self.engine.param_dtype)
 
     def run(self) -> None:
         """Train to the last iteration, to the exit interval, or until asked to stop; what is saved is saved then.
@@ -86,38 +106,36 @@ class Trainer:
         while self.progress.iteration < self.train_iters:
             record = self.step()
             if self.is_first_rank:
-                self._log.step(record)
+                self.log.step(record)
             iteration = self.progress.iteration
-            if self._due(self.settings.training.eval_interval) and not self.stopped:
-                record = replace(record, validation=self._evaluate_and_print())
-            if self.is_first_rank and self._on_step:
-                self._on_step(record)
-            leaving = self._due(self.settings.training.exit_interval) or self._out_of_time or self.stopped is not None
-            if self._saver and self._all_written:
-                self._saver.publish()
-            if self._saver and (self._due(self.settings.checkpoint.save_interval) or leaving):
-                self._saver.save(self.progress)
+            if self._due(self.intervals.evaluation) and not self.stopped:
+                record = replace(record, validation=self._evaluate())
+            if self.is_first_rank and self.on_step:
+                self.on_step(record)
+            leaving = self._due(self.intervals.exit) or self._out_of_time or self.stopped is not None
+            if self.saver and self._all_written:
+                self.saver.publish()
+            if self.saver and (self._due(self.intervals.save) or leaving):
+                self.saver.save(self.progress)
                 saved_at = iteration
             if leaving:
-                self._print(f"exiting program at iteration {iteration}")
+                self._log_first(f"exiting program at iteration {iteration}")
                 break
-        if self._saver and saved_at != self.progress.iteration:
-            self._saver.save(self.progress)
+        if self.saver and saved_at != self.progress.iteration:
+            self.saver.save(self.progress)
 
     def step(self) -> StepRecord:
         """One optimizer step over the next global batch."""
         start = time.perf_counter()
         progress = self.progress
-        batch = self._batch_sizes.at(progress.consumed_train_samples)
+        batch = self.length.batch_sizes.at(progress.consumed_train_samples)
         lr = self.schedule.lr(progress.applied_train_samples)
         weight_decay = self.schedule.weight_decay(progress.applied_train_samples)
-        micro_batches = list(self._share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
-        scale = self._scale.value
-        try:
-            result = self.engine.train_step(micro_batches, lr, weight_decay, self._guard.loss_limit, scale)
-        except UntrainedError:
-            raise UserError(self._untrained(batch)) from None
-        self._judge(result, micro_batches, batch)
+        micro_batches = list(self.share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
+        weights = self._weigh(micro_batches, batch)
+        scale = self.loss_scale.value
+        result = self.engine.train_step(micro_batches, weights, lr, weight_decay, self.guard.loss_limit, scale)
+        self._judge(result, micro_batches, weights, batch)
         if not result.applied:
             progress.skipped_train_samples += batch
         progress.iteration += 1
@@ -144,6 +162,19 @@ class Trainer:
             loss_scale=scale,
         )
 
+    def _weigh(self, micro_batches: list[MicroBatch], batch: int) -> list[np.ndarray]:
+        """The weights of this rank's tokens. Collective.
+
+        Raises:
+            UserError: the global batch has nothing to train.
+        """
+        trained = self.communicator.all_gather(sum(micro_batch.trained_tokens for micro_batch in micro_batches))
+        try:
+            _, weights = self.objective(None, RankBatch(micro_batches, self._sum_over_data_ranks(trained)))
+        except UntrainedError:
+            raise UserError(self._untrained(batch)) from None
+        return weights
+
     def _untrained(self, batch: int) -> str:
         consumed = self.progress.consumed_train_samples
         return (
@@ -152,23 +183,27 @@ class Trainer:
             f"samples out, but a smaller --seq-length in training than there may cut all that was trained"
         )
 
-    def _judge(self, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:
+    def _judge(
+        self, result: StepResult, micro_batches: list[MicroBatch], weights: list[np.ndarray], batch: int
+    ) -> None:
         """Move the loss scale, and act on a step that went wrong in another way than by too large a scale."""
         overflow = math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
-        expected = overflow and self._scale.may_fall
-        self._scale.update(overflow=overflow)
-        self.progress.loss_scale = self._scale.to_dict()
-        if not expected and (wrong := self._guard.judge(result)):
-            self._pass_over(wrong, result, micro_batches, batch)
+        expected = overflow and self.loss_scale.may_fall
+        self.loss_scale.update(overflow=overflow)
+        self.progress.loss_scale = self.loss_scale.to_dict()
+        if not expected and (wrong := self.guard.judge(result)):
+            self._pass_over(wrong, result, micro_batches, weights, batch)
 
-    def _pass_over(self, wrong: str, result: StepResult, micro_batches: list[MicroBatch], batch: int) -> None:
+    def _pass_over(
+        self, wrong: str, result: StepResult, micro_batches: list[MicroBatch], weights: list[np.ndarray], batch: int
+    ) -> None:
         """Leave what is known of a step that was not applied.
 
         Raises:
             UserError: the run is to stop.
         """
         iteration, consumed = self.progress.iteration + 1, self.progress.consumed_train_samples
-        samples = [number for numbers in self._share.samples(consumed, batch) for number in numbers]
+        samples = [number for numbers in self.share.samples(consumed, batch) for number in numbers]
         known = {
             "wrong": wrong,
             "loss": str(result.loss),
@@ -177,55 +212,56 @@ class Trainer:
             "samples": {number: self.train_data.origin(number) for number in samples},
         }
         finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        first = None if finite else first_bad(self.engine, micro_batches)
-        save = self.settings.checkpoint.save
-        details = dump(Path(save) if save else None, self.communicator, iteration, known, first)
-        if self._saver:
-            self._saver.publish()  # should the run stop now, what is being written is kept
-        self._print(self._guard.act(iteration, wrong, details))
+        first = None if finite else first_bad(self.engine, micro_batches, weights)
+        details = dump(self.folder, self.communicator, iteration, known, first)
+        if self.saver:
+            self.saver.publish()  # should the run stop now, what is being written is kept
+        self._log_first(self.guard.act(iteration, wrong, details))
 
     def _agree(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
         """Tokens of the global batch, and the floating-point operations that they need; whether all leave,
         and whether a checkpoint can be published."""
         lengths = [int(length) for micro_batch in micro_batches for length in micro_batch.lengths]
-        minutes = self.settings.training.exit_duration_in_mins
+        minutes = self.intervals.exit_minutes
         late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
-        is_written = self._saver is None or self._saver.is_written
-        own = [sum(lengths), training_flops(self.engine.config, lengths), self._signals.received, late, is_written]
-        tokens, flops, signals, lateness, written = zip(*self.communicator.all_gather(own))
-        self._heed(signals)
+        is_written = self.saver is None or self.saver.is_written
+        flops_here = training_flops(self.engine.config, lengths)
+        values = [sum(lengths), flops_here, self.signals.received, late, is_written]
+        tokens, flops, signals, lateness, written = zip(*self.communicator.all_gather(values))
+        self._note_signals(signals)
         self._out_of_time, self._all_written = lateness[0], all(written)
-        ranks = self.grid.group("data", self.grid.place(0))  # the other ranks of a model have the same samples
-        return sum(tokens[rank] for rank in ranks), sum(flops[rank] for rank in ranks)
+        return self._sum_over_data_ranks(tokens), self._sum_over_data_ranks(flops)
+
+    def _sum_over_data_ranks(self, values: Sequence[Number]) -> Number:
+        """Of each rank's number; the other ranks of a model have the same samples."""
+        return sum(values[rank] for rank in self.grid.group("data", self.grid.place(0)))
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
-    def _evaluate_and_print(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """Mean loss of each validation set; fewer when a signal ends the evaluation."""
-        training = self.settings.training
-        batches = None if training.eval_iters == "full" else training.eval_iters
-        batch_size = self.settings.global_batch_size
+        size, batches = self.validation.batch_size, self.validation.batches
         losses: dict[str, float] = {}
-        for name, dataset in self.valid_data.items():
+        for name, dataset in self.validation.sets.items():
             try:
-                found = evaluate(self.engine, dataset, name, self._share, batch_size, batches, self._leave_if_told)
-            except _Told:
+                result = evaluate(self.engine, dataset, name, self.share, size, batches, self._leave_if_signalled)
+            except _Signalled:
                 break
-            losses[name] = found.loss
-            self._print(evaluation_line(self.progress.iteration, name, found.loss))
+            losses[name] = result.loss
+            self._log_first(evaluation_line(self.progress.iteration, name, result.loss))
         return losses
 
-    def _leave_if_told(self) -> None:
+    def _leave_if_signalled(self) -> None:
         """Collective."""
-        self._heed(self.communicator.all_gather(self._signals.received))
+        self._note_signals(self.communicator.all_gather(self.signals.received))
         if self.stopped:
-            raise _Told
+            raise _Signalled
 
-    def _heed(self, received: Sequence[str | None]) -> None:
-        """Stop when a rank has received a signal."""
+    def _note_signals(self, received: Sequence[str | None]) -> None:
+        """The run stops when a rank has received a signal."""
         self.stopped = next((signal for signal in received if signal), None)
 
-    def _print(self, text: str) -> None:
+    def _log_first(self, text: str) -> None:
         if self.is_first_rank:
-            print(text, flush=True)
+            log.info(text)

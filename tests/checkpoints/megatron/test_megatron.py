@@ -89,7 +89,7 @@ def test_real_megatron_checkpoints_equal_their_hf_models(
     source = MegatronSource(shared_data / "golden/mcore" / name)
     assert source.layout == expected
     assert source.kinds() == ("model",)
-    assert source.trainer_state == ("num_floating_point_operations_so_far", "rerun_state_machine")
+    assert source.trainer_state() == ("num_floating_point_operations_so_far", "rerun_state_machine")
     # a trainer sets max_position_embeddings to its own sequence length
     assert dataclasses.replace(source.config, max_position_embeddings=40960) == reference.config
     assert_equal(source, reference)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.checkpoints.interface import Companions, Kind
+from tandem.checkpoints.interface import Companions, TensorKind
 from tandem.checkpoints.native.rank_sink import NativeRankSink
 from tandem.checkpoints.native.source import NativeSource
 from tandem.checkpoints.random_init import RandomSource
@@ -24,8 +24,8 @@ from tandem.parallel.layout import Layout, even_rows
 from tandem.parallel.slices import cut
 from toys import toy_config
 
-KINDS: dict[Kind, str] = {"model": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"}
-OPTIMIZER: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+KINDS: dict[TensorKind, str] = {"model": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"}
+OPTIMIZER: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 CONFIG = toy_config(num_layers=4)
 GRID = Grid(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), size=8)
 
@@ -58,12 +58,16 @@ class Communicator:
         pass
 
 
-def value_of(kind: Kind, name: str) -> np.ndarray:
+def value_of(kind: TensorKind, name: str) -> np.ndarray:
     return RandomSource(CONFIG, {"model": 1, "master": 2, "exp_avg": 3, "exp_avg_sq": 4}[kind]).read(name)
 
 
 def save(
-    folder: Callable[[int], Path], *, by_rows: Collection[Kind], per_machine: int = 8, break_rank: int | None = None
+    folder: Callable[[int], Path],
+    *,
+    by_rows: Collection[TensorKind],
+    per_machine: int = 8,
+    break_rank: int | None = None,
 ) -> list[BaseException | None]:
     """All ranks save; the error that each ended with."""
     room = Room(GRID.size)
@@ -104,7 +108,7 @@ def save(
 
 
 @pytest.mark.parametrize("by_rows", [(), OPTIMIZER, KINDS], ids=["nothing", "optimizer", "everything"])
-def test_what_ranks_save_is_read_whole(tmp_path: Path, by_rows: Collection[Kind]) -> None:
+def test_what_ranks_save_is_read_whole(tmp_path: Path, by_rows: Collection[TensorKind]) -> None:
     assert save(lambda rank: tmp_path, by_rows=by_rows) == [None] * GRID.size
     source = NativeSource(tmp_path)
     assert source.layout == GRID.layout
@@ -140,7 +144,7 @@ def test_a_folder_that_cannot_be_made_fails_on_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("by_rows", [(), OPTIMIZER], ids=["nothing", "optimizer"])
 @pytest.mark.parametrize("per_machine", [1, 2, 4])
 def test_without_shared_storage_a_machine_keeps_all_that_its_ranks_hold(
-    tmp_path: Path, per_machine: int, by_rows: Collection[Kind]
+    tmp_path: Path, per_machine: int, by_rows: Collection[TensorKind]
 ) -> None:
     """Whatever axis of the grid lies between machines: replicated weights, the tied head, and other data ranks' weights
     are on each machine that needs them, and each can resume with what it has."""

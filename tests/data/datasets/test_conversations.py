@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tandem.data.batch import IGNORE
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.indexed import IndexedDataset, IndexedWriter
-from tandem.data.kinds import SFT_KEYS
+from tandem.data.kinds import CONVERSATIONS
 from tandem.data.templates.truncation import TurnLengths, infer_seqlen, kept_tokens, turn_budgets
 from tandem.errors import UserError
 
@@ -22,7 +22,7 @@ EOD = 9
 
 def packed_triple(prefix: Path, *rows: tuple[list[int], list[int], list[int]]) -> Path:
     """Write rows of (ids, attention_mask, trained flags)."""
-    columns: dict[str, list[list[int]]] = {key: [] for key in SFT_KEYS}
+    columns: dict[str, list[list[int]]] = {key: [] for key in CONVERSATIONS.keys}
     for ids, mask, trained in rows:
         columns["input_ids"].append(ids)
         columns["attention_mask"].append(mask)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from runs import open_data
 from tandem.checkpoints.detect import open_source
 from tandem.config.settings import Settings
 from tandem.data.datasets.blend import BlendedDataset
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.run import train
-from tandem.training.start.data import Data, open_data
+from tandem.training.start.data import Data
 from tandem.training.start.state import TrainerState
 from workspace import Workspace
 

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runs import open_data, with_epochs
 from tandem.data.batch import Sample
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.indexed import IndexedWriter
-from tandem.data.kinds import SFT_KEYS
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.kinds import CONVERSATIONS
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.tokens.tokenizer import Tokenizer
-from tandem.training.start.data import open_data, with_epochs
 from workspace import Workspace
 
 Document = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -26,11 +27,11 @@ Document = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 def write(folder: Path, lengths: list[int]) -> Path:
     """Sequences of these lengths, each of one token that no other has, trained but for the first."""
-    writers = {key: IndexedWriter(f"{folder / 'x'}_packed_{key}_document") for key in SFT_KEYS}
+    writers = {key: IndexedWriter(f"{folder / 'x'}_packed_{key}_document") for key in CONVERSATIONS.keys}
     for number, length in enumerate(lengths):
         ids = np.full(length, number + 1)
         labels = np.where(np.arange(length) > 0, ids, -100)
-        for key, values in zip(SFT_KEYS, (ids, np.ones(length), labels)):
+        for key, values in zip(CONVERSATIONS.keys, (ids, np.ones(length), labels)):
             writers[key].add_document(values.astype(np.int32))
     for writer in writers.values():
         writer.publish()
@@ -81,11 +82,11 @@ def test_h3_the_setting_counts_rows_and_leaves_packed_data_alone(workspace: Work
     values = {"instructions": True, "seq_length": 128, "train_iters": None, "epochs": 2, "micro_batch_size": 1}
     packed = with_epochs(workspace.settings("torch", pack=True, global_batch_size=1, **values))
     plain = with_epochs(workspace.settings("torch", global_batch_size=1, **values))
-    assert packed.length.samples < plain.length.samples / 2
+    assert packed.training.length.samples < plain.training.length.samples / 2
     tokenizer = Tokenizer(workspace.hf)
     data = [open_data(run, tokenizer).train for run in (packed, plain)]
     seen = [
-        Counter(document for i in range(run.length.samples) for document in documents(train[i]))
+        Counter(document for i in range(run.training.length.samples) for document in documents(train[i]))
         for run, train in zip((packed, plain), data)
     ]
     assert seen[0] == seen[1]
@@ -94,4 +95,4 @@ def test_h3_the_setting_counts_rows_and_leaves_packed_data_alone(workspace: Work
     options = PreprocessOptions((str(workspace.questions),), str(prefix), str(workspace.hf), prompt_type="qwen3")
     preprocess(dataclasses.replace(options, pack=True, neat_pack=True, seq_length=128))
     ready = [workspace.settings("torch", pack=pack, data_path=str(prefix), **values) for pack in (True, False)]
-    assert with_epochs(ready[0]).length.samples == with_epochs(ready[1]).length.samples
+    assert with_epochs(ready[0]).training.length.samples == with_epochs(ready[1]).training.length.samples

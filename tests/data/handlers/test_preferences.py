@@ -10,7 +10,8 @@ import pytest
 from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.statistics import DataView
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def test_a_pair_is_dropped_when_one_of_it_is_too_long(folder: Path) -> None:
     with pytest.raises(UserError, match=r"nothing kept of 2 documents.*'longer than seq_length': 2"):
         run(folder, seq_length=20)
     for option in ({"pack": True, "seq_length": 99}, {"append_eod": True}):
-        with pytest.raises(UserError, match="the pairs of AlpacaStylePairwiseHandler stay as they are"):
+        with pytest.raises(UserError, match="but AlpacaStylePairwiseHandler reads preferences; leave it out"):
             run(folder, **option)
 
 

@@ -223,10 +223,10 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
 @pytest.mark.parametrize(
     ("record", "changes", "message"),
     [
-        ({"text": "a"}, {"train_turns": "last"}, "train_turns is for conversations"),
-        ({"text": "a"}, {"over_long": "stop", "seq_length": 9}, "seq_length is for conversations"),
-        (ALPACA[1], {"prompt_type": "qwen3", "json_keys": ("a", "b")}, "json_keys are for plain text"),
-        (ALPACA[1], {"prompt_type": "qwen3", "over_long": "drop"}, "over_long drop needs seq_length"),
+        ({"text": "a"}, {"train_turns": "last"}, "--train-turns is for conversations"),
+        ({"text": "a"}, {"over_long": "stop", "seq_length": 9}, "--seq-length is for conversations"),
+        (ALPACA[1], {"prompt_type": "qwen3", "json_keys": ("a", "b")}, "--json-keys is for plain text"),
+        (ALPACA[1], {"prompt_type": "qwen3", "over_long": "drop"}, "--over-long drop needs --seq-length"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
@@ -420,11 +420,11 @@ def test_c5_nothing_kept_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> 
 def test_c5_handlers_are_detected_and_options_checked_against_them(tokenizer_folder: Path, tmp_path: Path) -> None:
     alpaca = write_jsonl(tmp_path / "alpaca.jsonl", *ALPACA)
     text = write_jsonl(tmp_path / "text.jsonl", {"text": "x"})
-    with pytest.raises(UserError, match="AlpacaStyleInstructionHandler needs prompt_type"):
+    with pytest.raises(UserError, match="AlpacaStyleInstructionHandler needs --prompt-type"):
         preprocess(options(alpaca, tmp_path / "x", tokenizer_folder))
-    with pytest.raises(UserError, match="prompt_type is for conversations"):
+    with pytest.raises(UserError, match="--prompt-type is for conversations"):
         preprocess(options(text, tmp_path / "x", tokenizer_folder, prompt_type="qwen3"))
-    with pytest.raises(UserError, match="seq_length is for conversations"):
+    with pytest.raises(UserError, match="--seq-length is for conversations"):
         preprocess(options(text, tmp_path / "x", tokenizer_folder, seq_length=8))
     with pytest.raises(UserError, match=r"alpaca\.jsonl:1: field 'text'"):
         preprocess(options(alpaca, tmp_path / "x", tokenizer_folder, handler_name="GeneralPretrainHandler"))
@@ -458,19 +458,19 @@ def test_c5_handlers_are_detected_and_options_checked_against_them(tokenizer_fol
     [
         ({"input": ()}, "input is empty"),
         ({"input": ("x", "")}, "input: an empty name"),
-        ({"json_keys": ()}, "json_keys is empty"),
-        ({"json_keys": ("a/b",)}, "json_keys: 'a/b' becomes part of a file's name"),
+        ({"json_keys": ()}, "--json-keys is empty"),
+        ({"json_keys": ("a/b",)}, "--json-keys a/b: it becomes part of a file's name"),
         ({"json_keys": ("a", "a")}, "a field is named twice"),
-        ({"workers": 0}, "workers is 0"),
-        ({"log_interval": 0}, "log_interval is 0"),
-        ({"on_bad": "ignore"}, "on_bad is 'ignore'; expected 'stop' or 'skip'"),
-        ({"over_long": "keep"}, "over_long is 'keep'"),
-        ({"max_samples": 0}, "max_samples is 0"),
-        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
-        ({"seq_length": 1}, "seq_length is 1"),
-        ({"neat_pack": True}, "neat_pack needs pack"),
-        ({"pack": True}, "pack needs seq_length"),
-        ({"enable_thinking": True}, "enable_thinking needs prompt_type"),
+        ({"workers": 0}, "--workers 0: expected 1 or more"),
+        ({"log_interval": 0}, "--log-interval 0: expected 1 or more"),
+        ({"on_bad": "ignore"}, "--on-bad ignore: expected stop or skip"),
+        ({"over_long": "keep"}, "--over-long keep: expected trim or drop or stop"),
+        ({"max_samples": 0}, "--max-samples 0: expected 1 or more"),
+        ({"pad_to_multiple_of": 0}, "--pad-to-multiple-of 0: expected 1 or more"),
+        ({"seq_length": 1}, "--seq-length 1: expected 2 or more"),
+        ({"neat_pack": True}, "--neat-pack needs --pack"),
+        ({"pack": True}, "--pack needs --seq-length"),
+        ({"enable_thinking": True}, "--enable-thinking needs --prompt-type"),
         ({"prompt_type": "qwen"}, "did you mean 'qwen3'"),
         ({"handler_name": "AlpacaHandler"}, "expected one of"),
     ],

@@ -15,7 +15,8 @@ import pytest
 
 from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.preprocess.chunks import ChunkTokenizer, TokenizedChunk
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.workers import tokenize_blocks
 from tandem.data.record import source_entries
 from tandem.data.sources.readers import Block
@@ -25,8 +26,10 @@ RECORDS = [{"text": f"document {i} " * (i % 4)} if i % 9 else {"text": i} for i 
 
 KILLED = """
 import os, signal, sys
-from tandem.data import readers, spool
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess import spool
+from tandem.data.sources import readers
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 readers._BLOCK_BYTES = 60
 add = spool.Spool.add
 def add_and_die(self, chunk):
@@ -108,14 +111,14 @@ def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path) -> None:
 
 ORPHANED = """
 import sys, time
-from tandem.data import preprocess
+from tandem.data.preprocess import options, run as preprocess
 def slow(*_):
     print("under way", flush=True)
     time.sleep(600)
 if __name__ == "__main__":
     preprocess.choose_engine = lambda tokenizer, reference, *_: reference  # whose workers are processes
     source, prefix, tokenizer = sys.argv[1:]
-    preprocess.preprocess(preprocess.PreprocessOptions((source,), prefix, tokenizer, workers=2), slow)
+    preprocess.preprocess(options.PreprocessOptions((source,), prefix, tokenizer, workers=2), slow)
 """
 
 
@@ -133,7 +136,8 @@ def test_c2_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, signal, sys
 from tandem.__main__ import main
-from tandem.data import readers, spool
+from tandem.data.preprocess import spool
+from tandem.data.sources import readers
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 readers._BLOCK_BYTES = 60
 add = spool.Spool.add

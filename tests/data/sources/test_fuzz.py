@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from data_toys import byte_tokenizer
 from tandem.data.indexed import IndexedDataset
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
 
 TEMPLATE = (

@@ -16,7 +16,8 @@ from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.batch import IGNORE
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.handlers.conversations import OpenAIInstructionHandler
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.templates.catalog import get_template, template_from_entry
 from tandem.data.templates.messages import Message, Template, ToolCall, Turn
 from tandem.data.tokens.tokenizer import Tokenizer

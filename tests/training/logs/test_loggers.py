@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import io
 import json
 import math
@@ -17,16 +16,18 @@ import pytest
 from rich.console import Console
 
 from steps import step_record
-from tandem.config.settings import LoggingSettings, Settings
+from tandem.config.settings import LoggingSettings
 from tandem.errors import UserError
 from tandem.training.logs.live import LiveView, sparkline
 from tandem.training.logs.log import StepRecord
-from tandem.training.logs.loggers import step_loggers
+from tandem.training.logs.loggers import LoggedRun, step_loggers
 from tandem.training.logs.scalars import scalars
 from tandem.training.logs.tensorboard import TensorBoardWriter
 from tandem.training.logs.wandb import WandbRun
 from tandem.training.run import train
 from workspace import Workspace
+
+RUN = LoggedRun("torch", iteration=0, folder=None, settings={})
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -80,7 +81,7 @@ def test_a_run_writes_what_it_is_asked_for(workspace: Workspace, tmp_path: Path)
     ("package", "make"),
     [
         ("tensorboard", lambda: TensorBoardWriter("x", 1, 0)),
-        ("wandb", lambda: WandbRun(Settings(logging=LoggingSettings(wandb_project="p")))),
+        ("wandb", lambda: WandbRun(LoggingSettings(wandb_project="p"), None, {})),
     ],
 )
 def test_a_missing_library_is_named_with_its_command(
@@ -187,8 +188,8 @@ def test_wandb_that_refuses_ends_the_run_before_it_begins(
 
 @pytest.mark.usefixtures("wandb")
 def test_a_run_that_fails_is_closed_and_has_failed_on_wandb(tmp_path: Path) -> None:
-    settings = Settings(logging=LoggingSettings(wandb_project="p", wandb_save_dir=str(tmp_path), no_live_view=True))
-    with pytest.raises(RuntimeError), step_loggers(settings, 0, None):
+    logging = LoggingSettings(wandb_project="p", wandb_save_dir=str(tmp_path), no_live_view=True)
+    with pytest.raises(RuntimeError), step_loggers(logging, RUN, None):
         raise RuntimeError
     (records,) = offline_runs(tmp_path)
     assert wandb_exit(records) == 1
@@ -226,8 +227,7 @@ def test_the_live_view_is_for_terminals_and_can_be_turned_off(
 
     monkeypatch.setattr("tandem.training.logs.loggers.LiveView", View)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    settings = dataclasses.replace(Settings(), logging=LoggingSettings(no_live_view=off))
-    with step_loggers(settings, 0, None):
+    with step_loggers(LoggingSettings(no_live_view=off), RUN, None):
         pass
     assert bool(opened) == shown
 

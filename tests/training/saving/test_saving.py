@@ -147,7 +147,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told(
     monkeypatch.setattr(saving, "remove_superseded", refuse)
     losses = run(workspace, "torch", save=str(tmp_path), save_interval=2, train_iters=4, save_total_limit=1)
     assert len(losses) == 4
-    assert "an old checkpoint cannot be removed" in capsys.readouterr().out
+    assert "an old checkpoint cannot be removed" in capsys.readouterr().err
 
 
 def test_hugging_face_folders_beside_the_checkpoints(

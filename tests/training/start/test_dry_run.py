@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
 from tandem.training.start.dry_run import dry_run
 from workspace import Workspace
@@ -100,7 +101,7 @@ def test_raw_data_are_tried_and_left_alone(
     thinking = tmp_path / "thinking"
     preprocess(
         PreprocessOptions(
-            (str(workspace.questions),), str(thinking), str(workspace.hf), prompt_type="qwen3", enable_thinking=True
+            (str(workspace.questions),), str(thinking), str(workspace.hf), prompt_type="qwen3", enable_thinking="true"
         )
     )
     data_path = [str(workspace.questions), str(thinking)]

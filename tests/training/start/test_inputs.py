@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runs import open_data, with_epochs
 from tandem.config.checks import check_settings
 from tandem.data.indexed import IndexedDataset, IndexedWriter
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.record import record_path
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.start.data import Data, open_data, with_epochs
+from tandem.launch.world import World
+from tandem.training.start.data import Data
 from tandem.training.start.prepare import prepare
 from workspace import Workspace
 
@@ -47,7 +50,7 @@ def test_c8_a_blend_says_what_it_takes_of_each_source(workspace: Workspace, seco
 def test_c8_templates_of_a_blend_must_agree(workspace: Workspace, tmp_path: Path) -> None:
     other = tmp_path / "chat"
     options = PreprocessOptions((str(workspace.questions),), str(other), str(workspace.hf), prompt_type="qwen3")
-    preprocess(dataclasses.replace(options, enable_thinking=True))
+    preprocess(dataclasses.replace(options, enable_thinking="true"))
     data_path = [str(workspace.instructions), str(other)]
     settings = workspace.settings("torch", instructions=True, data_path=data_path)
     with pytest.raises(UserError, match="different templates; preprocess all with the same"):
@@ -83,7 +86,7 @@ def test_d4_rows_without_borders_are_not_kept_apart(workspace: Workspace, tmp_pa
 
 
 def test_d6_without_a_record_the_flags_name_the_template(workspace: Workspace, tmp_path: Path) -> None:
-    prefix = preprocessed(workspace, tmp_path, enable_thinking=False)
+    prefix = preprocessed(workspace, tmp_path, enable_thinking="false")
     recorded = open_chat(workspace, prefix, seq_length=128).template
     Path(f"{prefix}.json").unlink()
     unknown = open_chat(workspace, prefix, seq_length=128)
@@ -306,7 +309,7 @@ def test_c3_a_name_that_is_nearly_right_is_answered_with_the_right_one(
     names = {"chat": str(workspace.instructions), "text": str(workspace.text)}
     settings = workspace.settings("torch", instructions=instructions, data_path=[name.format(**names)], seq_length=128)
     with pytest.raises(UserError, match=message.format(**names)):
-        prepare(settings, 1)
+        prepare(settings, World())
 
 
 def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: Path) -> None:
@@ -319,7 +322,7 @@ def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: 
 
 
 def test_c3_a_thinking_mode_alone_is_compared(workspace: Workspace, tmp_path: Path) -> None:
-    prefix = preprocessed(workspace, tmp_path, enable_thinking=True)
+    prefix = preprocessed(workspace, tmp_path, enable_thinking="true")
     with pytest.raises(UserError, match=r"template\.enable_thinking is True, this run's is False"):
         open_chat(workspace, prefix, seq_length=128, enable_thinking="false")
     assert not open_chat(workspace, prefix, seq_length=128, enable_thinking="true").notices
@@ -342,12 +345,12 @@ def test_h3_epochs(workspace: Workspace, instructions: bool) -> None:
     values = {"instructions": instructions, "train_iters": None, "micro_batch_size": 1, "global_batch_size": 1}
     settings = with_epochs(workspace.settings("torch", epochs=2, reset_position_ids=not instructions, **values))
     data = open_data(settings, Tokenizer(workspace.hf))
-    assert settings.length.samples == 2 * data.train.describe()["samples_per_epoch"]
+    assert settings.training.length.samples == 2 * data.train.describe()["samples_per_epoch"]
     if instructions:
-        seen = Counter(data.train[i].tokens.tobytes() for i in range(settings.length.samples))
+        seen = Counter(data.train[i].tokens.tobytes() for i in range(settings.training.length.samples))
         assert all(count % 2 == 0 for count in seen.values())  # equal conversations count together
     half = with_epochs(workspace.settings("torch", epochs=0.5, **values))
-    assert abs(half.length.samples - settings.length.samples / 4) < 1
+    assert abs(half.training.length.samples - settings.training.length.samples / 4) < 1
     weighted = {
         **values,
         "data_path": ["0.9", f"{workspace.text}_text_document", "0.1", str(workspace.corpus)],

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from runs import open_data, with_epochs, with_preprocessed
 from tandem.config.settings import Settings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.preprocess.cache import is_raw, preprocess_once
-from tandem.data.preprocess.run import PreprocessOptions, preprocess
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import BusyError
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.launch.world import World
 from tandem.training.run import train
-from tandem.training.start.data import open_data, with_epochs
+from tandem.training.start import raw_data
 from tandem.training.start.dry_run import dry_run
 from tandem.training.start.prepare import prepare
-from tandem.training.start.raw_data import with_preprocessed
 from workspace import Workspace
 
 
@@ -45,7 +47,7 @@ def test_raw_text_is_preprocessed_once(
     (prefix,) = ready.data.data_path
     by_hand = Path(f"{workspace.text}_text_document.bin").read_bytes()
     assert Path(f"{prefix}.bin").read_bytes() == by_hand
-    assert with_preprocessed(ready) is ready
+    assert raw_data.with_preprocessed(ready.data, Tokenizer(workspace.hf)) is ready.data
     assert len(open_data(ready, Tokenizer(workspace.hf)).train) > 0
     monkeypatch.setattr("tandem.data.preprocess.cache.preprocess", lambda *_: 1 / 0)
     os.utime(workspace.corpus)  # the bytes count, not the time
@@ -62,7 +64,7 @@ def test_raw_conversations_with_epochs_and_packing(workspace: Workspace, tmp_pat
     raw = settings_for(workspace, workspace.questions, tmp_path, prompt_type="qwen3", **values)
     ready = with_epochs(with_preprocessed(raw))
     assert open_data(ready, Tokenizer(workspace.hf)).template["prompt_type"] == "qwen3"  # type: ignore[index]
-    with pytest.raises(UserError, match="needs prompt_type"):
+    with pytest.raises(UserError, match="needs --prompt-type"):
         with_preprocessed(settings_for(workspace, workspace.questions, tmp_path, **values))
 
 
@@ -173,14 +175,18 @@ def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
     workspace: Workspace, tmp_path: Path, values: dict[str, object], processes: int, expected: str
 ) -> None:
     with pytest.raises(UserError, match=expected):
-        prepare(settings_for(workspace, workspace.corpus, tmp_path, **values), processes)
+        prepare(settings_for(workspace, workspace.corpus, tmp_path, **values), World(size=processes))
 
 
 @pytest.mark.parametrize(
     ("instructions", "values", "message"),
     [
-        (True, {"handler_name": "AlpacaPretrainHandler"}, "these are plain text: `tandem pretrain` takes it"),
-        (False, {"prompt_type": "qwen3"}, "these are conversations: `tandem finetune` takes them"),
+        (
+            True,
+            {"handler_name": "AlpacaPretrainHandler"},
+            "these are plain text, for `tandem pretrain`; --handler-name",
+        ),
+        (False, {"prompt_type": "qwen3"}, "these are conversations, for `tandem finetune`; with --handler-name"),
     ],
 )
 def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
@@ -188,7 +194,7 @@ def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
 ) -> None:
     settings = settings_for(workspace, workspace.questions, tmp_path, instructions=instructions, **values)
     with pytest.raises(UserError, match=message):
-        prepare(settings, 1)
+        prepare(settings, World())
     with pytest.raises(UserError, match=message):
         dry_run(settings, 1)
 
@@ -197,12 +203,12 @@ def test_i2_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
     raw = tmp_path / "pairs.jsonl"
     raw.write_text(json.dumps({"instruction": "q", "chosen": "a", "rejected": "b"}) + "\n")
     values = {"instructions": True, "prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
-    with pytest.raises(UserError, match="these are preferences: no training uses them"):
-        prepare(settings_for(workspace, raw, tmp_path, **values), 1)
+    with pytest.raises(UserError, match="these are preferences; no training uses them"):
+        prepare(settings_for(workspace, raw, tmp_path, **values), World())
     options = {"prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
     preprocess(PreprocessOptions((str(raw),), str(tmp_path / "pairs"), str(workspace.hf), **options))
     with pytest.raises(UserError, match="these data are preferences; no training uses them"):
-        prepare(settings_for(workspace, tmp_path / "pairs", tmp_path, instructions=True), 1)
+        prepare(settings_for(workspace, tmp_path / "pairs", tmp_path, instructions=True), World())
 
 
 def test_c3_what_was_removed_from_a_cache_is_made_again(workspace: Workspace, tmp_path: Path) -> None:

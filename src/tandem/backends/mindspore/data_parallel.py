@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.mindspore.communication import Ranks
@@ -34,9 +33,6 @@ class DataParallel:
     def own(self, tensor: Tensor) -> Tensor:
         """Those rows of a weight, or of anything of its shape."""
         return self.kernels.rows(tensor, *self.own_rows(tensor.shape[0])) if self.by_rows else tensor
-
-    def own_values(self, values: np.ndarray) -> np.ndarray:
-        return values[slice(*self.own_rows(len(values)))]
 
     def reduce(self, gradients: Sequence[Tensor]) -> None:
         """Sum over the ranks, in place. MindSpore has no ReduceScatter on CPU, so every rank gets all rows."""

@@ -16,11 +16,6 @@ from tandem.backends.mindspore.weight import Weight
 _adam = ops.Adam()
 
 
-def clip_coefficient(norm: float, clip_grad: float) -> float:
-    """What gradients are multiplied by, as in Megatron; `clip_grad` 0 turns clipping off."""
-    return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
-
-
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101), bias corrected; 1-D tensors do not decay.
 

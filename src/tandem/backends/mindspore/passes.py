@@ -14,7 +14,9 @@ from tandem.backends.mindspore.model import Decoder
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback
-from tandem.data.batch import IGNORE, MicroBatch, padded
+from tandem.backends.passes import WeightedBatch, follow, trained_rows
+from tandem.data.batch import MicroBatch, padded
+from tandem.parallel.pipeline import Action
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,20 @@ class Passes:
     kernels: Kernels
     dtype: ms.Type
 
-    def accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
-        """Add the gradients of `scale` times the batches' summed losses to the weights'.
+    def accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+        """Add the gradients of the sum of the batches' weighted losses to the weights'.
 
         Returns:
-            The sum of the losses; 0 on all stages but the last.
+            That sum; 0 on all stages but the last.
         """
-        total = 0.0
-        in_flight: dict[int, _InFlight] = {}
-        for action in self.pipeline.schedule(len(batches)):
-            if action.forward:
-                loss, in_flight[action.micro_batch] = self._forward(batches[action.micro_batch], scale)
-                total += loss
-            else:
-                self._backward(in_flight.pop(action.micro_batch))
+
+        def forward(action: Action) -> tuple[float, _InFlight]:
+            return self._forward(batches[action.micro_batch])
+
+        def backward(_: Action, done: _InFlight) -> None:
+            self._backward(done)
+
+        total = follow(self.pipeline.schedule(len(batches)), forward, backward)
         self.pipeline.finish()
         return total
 
@@ -71,14 +73,14 @@ class Passes:
         """What the head is given, of a model that is whole here."""
         return self._output(batch, rows, differentiable=False)[0]
 
-    def _forward(self, batch: MicroBatch, scale: float) -> tuple[float, _InFlight]:
+    def _forward(self, batch: WeightedBatch) -> tuple[float, _InFlight]:
         rows = trained_rows(batch)
         output, pull = self._output(batch, rows, differentiable=True)
         if not self.pipeline.is_last:
             self.pipeline.send(True, output)
             return 0.0, _InFlight(pull, mint.empty(output.shape, dtype=output.dtype))
         loss, gradient = self.kernels.cross_entropy_and_gradient(
-            output, self.decoder.head, batch.labels[rows], scale, self.tensor
+            output, self.decoder.head, batch.labels[rows], batch.weights[rows], self.tensor
         )
         return loss, _InFlight(pull, gradient)
 
@@ -97,8 +99,3 @@ class Passes:
             tokens = len(batch.tokens) // (self.tensor.ranks.size if self.tensor.sequence else 1)
             x = self.pipeline.receive(True, mint.empty((tokens, self.decoder.config.hidden_size), dtype=self.dtype))
         return self.decoder.forward(batch, rows, x, differentiable)
-
-
-def trained_rows(batch: MicroBatch) -> np.ndarray:
-    """The positions whose labels count."""
-    return np.flatnonzero(batch.labels != IGNORE)

@@ -32,8 +32,8 @@ def heap_settings() -> dict[str, str]:
     Until 2.39 (its bug 30723) `posix_memalign`, from which PyTorch has its tensors, puts what it cuts off their ends
     into the thread's cache of small blocks. Others take such a piece and keep it; the tensor, once freed, merges with
     nothing and is too small for the next one of its size. Without that cache a process is hardly larger than what it
-    holds, in about the same processor time (docs/scaling.md); but operators of a few numbers take a little longer, so
-    it stays where devices may wait for them.
+    holds, in about the same processor time (docs/lab/memory.md); but operators of a few numbers take a little longer,
+    so it stays where devices may wait for them.
     """
     library, version = platform.libc_ver()
     is_old = library == "glibc" and tuple(map(int, version.split("."))) < (2, 39)

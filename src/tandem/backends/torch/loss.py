@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.profiler import record_function
 
-from tandem.backends.chunks import chunks
+from tandem.backends.loss import chunks, split_scale
 from tandem.backends.torch.functional import Weight, matmul
 from tandem.backends.torch.tensor_parallel import TensorParallel
 from tandem.frameworks import TORCH
@@ -22,43 +23,35 @@ def cross_entropy(
     With `tensor`, `head` is this rank's slice of the vocabulary, and all its ranks get the sum.
     """
     return sum(
-        _losses_and_gradient(hidden[rows], head, labels[rows], tensor)[0] for rows in _chunks(hidden, head, tensor)
+        _losses_and_gradient(hidden[rows], head, labels[rows], tensor)[0].sum(dtype=torch.float64).item()
+        for rows in _chunks(hidden, head, tensor)
     )
 
 
 @torch.no_grad()
 @record_function("loss")
 def cross_entropy_and_gradient(
-    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, scale: float, tensor: TensorParallel | None = None
+    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, weights: np.ndarray, tensor: TensorParallel | None = None
 ) -> tuple[float, torch.Tensor]:
-    """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [t, h].
+    """The sum of the rows' losses times `weights`, float64 [t], and its gradient with respect to `hidden`, [t, h].
 
     With `tensor`, the gradient is this rank's part of a sum over ranks. The head's gradient is added to
     `head.main_grad` on the way: each chunk's logits become their own gradient while they are there.
     """
     dhidden = torch.empty_like(hidden)
-    losses = [
-        _backward_of_chunk(hidden[rows], head, labels[rows], scale, dhidden[rows], tensor)
-        for rows in _chunks(hidden, head, tensor)
-    ]
-    return sum(losses), dhidden
+    scale, shares = split_scale(weights)
+    column, share = (torch.from_numpy(values[:, None]).to(hidden.device) for values in (weights, shares))
 
+    def run(rows: slice) -> float:
+        losses, dlogits = _losses_and_gradient(hidden[rows], head, labels[rows], tensor)
+        dlogits = dlogits.to(hidden.dtype)
+        # Rows are weighed where they are short: in the head's input and output.
+        if head.main_grad is not None:
+            head.main_grad.add_product(dlogits, hidden[rows] * share[rows].to(hidden.dtype), scale)
+        torch.mul(matmul(dlogits, head.t()), column[rows].float(), out=dhidden[rows])
+        return torch.sum(losses.double() * column[rows]).item()
 
-def _backward_of_chunk(
-    hidden: torch.Tensor,
-    head: Weight,
-    labels: torch.Tensor,
-    scale: float,
-    dhidden: torch.Tensor,
-    tensor: TensorParallel | None,
-) -> float:
-    """Fill `dhidden`, add to the head's gradient, return the sum of the losses."""
-    loss, dlogits = _losses_and_gradient(hidden, head, labels, tensor)
-    dlogits = dlogits.to(hidden.dtype)
-    if head.main_grad is not None:
-        head.main_grad.add_product(dlogits, hidden, scale)
-    torch.mul(matmul(dlogits, head.t()), scale, out=dhidden)
-    return loss
+    return sum(run(rows) for rows in _chunks(hidden, head, tensor)), dhidden
 
 
 def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -> list[slice]:
@@ -70,8 +63,8 @@ def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -
 
 def _losses_and_gradient(
     hidden: torch.Tensor, head: Weight, labels: torch.Tensor, tensor: TensorParallel | None
-) -> tuple[float, torch.Tensor]:
-    """The sum of the rows' losses, and its gradient with respect to the logits, fp32 (softmax - onehot)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's loss, [t, 1], and the gradient of their sum with respect to the logits (softmax - onehot); fp32."""
     logits = matmul(hidden, head).float()
     if tensor is not None:
         return _over_ranks(logits, labels, tensor)
@@ -81,10 +74,12 @@ def _losses_and_gradient(
     # log sum exp(logits) = peak - log softmax(peak), which is exact to rounding: the peak's share is never tiny.
     losses = peak - probabilities.gather(1, where).log_() - wanted
     probabilities.scatter_add_(1, labels[:, None], probabilities.new_full((1, 1), -1.0).expand(len(labels), 1))
-    return losses.sum(dtype=torch.float64).item(), probabilities
+    return losses, probabilities
 
 
-def _over_ranks(logits: torch.Tensor, labels: torch.Tensor, tensor: TensorParallel) -> tuple[float, torch.Tensor]:
+def _over_ranks(
+    logits: torch.Tensor, labels: torch.Tensor, tensor: TensorParallel
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, of logits [t, this rank's rows of the vocabulary], which are overwritten."""
     labels, absent = tensor.outside(labels, logits.shape[1])
     logits.sub_(tensor.maximum(logits.max(dim=1, keepdim=True).values))
@@ -94,4 +89,4 @@ def _over_ranks(logits: torch.Tensor, labels: torch.Tensor, tensor: TensorParall
     losses = totals.log() - wanted
     probabilities = exponentials.div_(totals)
     probabilities.scatter_add_(1, labels[:, None], absent[:, None].to(probabilities.dtype).sub_(1.0))
-    return losses.sum(dtype=torch.float64).item(), probabilities
+    return losses, probabilities

@@ -17,11 +17,6 @@ def norm_of(gradients: Iterable[torch.Tensor]) -> float:
     return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item() if rows else 0.0
 
 
-def clip_coefficient(norm: float, clip_grad: float) -> float:
-    """What gradients are multiplied by, as in Megatron; `clip_grad` 0 is off."""
-    return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
-
-
 class AdamW:
     """Decoupled weight decay, bias corrected (arXiv 1711.05101); fp32 moments and weights, no decay on 1-D tensors.
 
@@ -30,7 +25,6 @@ class AdamW:
         gradients: fp32 gradients of the same shapes.
 
     Attributes:
-        step: updates applied so far.
         master: the fp32 weights that are updated: the model's own, or copies when the model computes in less.
         exp_avg, exp_avg_sq: the moments. All three are keyed by name.
     """
@@ -38,7 +32,6 @@ class AdamW:
     def __init__(
         self, weights: dict[str, torch.Tensor], gradients: Callable[[str], torch.Tensor], settings: EngineSettings
     ) -> None:
-        self.step = 0
         self.weights = weights
         self.settings = settings
         self._gradients = gradients
@@ -50,20 +43,19 @@ class AdamW:
         self.exp_avg_sq = {name: torch.zeros_like(master) for name, master in self.master.items()}
 
     @record_function("optimizer")
-    def update(self, lr: float, weight_decay: float, coefficient: float) -> None:
-        """One step over the gradients times `coefficient`; they are used up."""
-        self.step += 1
+    def update(self, step: int, lr: float, weight_decay: float, coefficient: float) -> None:
+        """Apply update number `step`, counted from 1, with the gradients times `coefficient`; they are used up."""
         for decay, names in (
             (weight_decay, [name for name, weight in self.weights.items() if weight.ndim > 1]),
             (0.0, [name for name, weight in self.weights.items() if weight.ndim == 1]),
         ):
             if names:
-                self._update(names, lr, decay, coefficient)
+                self._update(names, step, lr, decay, coefficient)
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:
                 weight.copy_(self.master[name])
 
-    def _update(self, names: list[str], lr: float, weight_decay: float, coefficient: float) -> None:
+    def _update(self, names: list[str], step: int, lr: float, weight_decay: float, coefficient: float) -> None:
         device = self.master[names[0]].device
         torch._fused_adamw_(
             [self.master[name] for name in names],
@@ -71,7 +63,7 @@ class AdamW:
             [self.exp_avg[name] for name in names],
             [self.exp_avg_sq[name] for name in names],
             [],
-            [torch.tensor(float(self.step), device=device)] * len(names),
+            [torch.tensor(float(step), device=device)] * len(names),
             lr=lr,
             beta1=self.settings.adam_beta1,
             beta2=self.settings.adam_beta2,

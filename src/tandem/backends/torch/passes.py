@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from tandem.backends.passes import WeightedBatch, follow, trained_rows
 from tandem.backends.torch.data_parallel import Sharing
 from tandem.backends.torch.loss import cross_entropy, cross_entropy_and_gradient
 from tandem.backends.torch.model import GPTModel, Inputs, prepare
 from tandem.backends.torch.pipeline import Pipeline
-from tandem.data.batch import IGNORE, MicroBatch
+from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.parallel.layout import Shard
 from tandem.parallel.pipeline import Action
@@ -39,21 +40,21 @@ class Passes:
     dtype: torch.dtype
     device: torch.device
 
-    def accumulate(self, batches: Sequence[MicroBatch], scale: float) -> float:
-        """Add the gradients of `scale` times the batches' summed losses to the weights' buffers.
+    def accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+        """Add the gradients of the sum of the batches' weighted losses to the weights' buffers.
 
         Returns:
-            The sum of the losses; 0 where the last chunk is elsewhere.
+            That sum; 0 where the last chunk is elsewhere.
         """
-        total = 0.0
-        in_flight: dict[tuple[int, int], _InFlight] = {}
-        for action in self.pipeline.schedule(len(batches)):
-            key = (action.chunk, action.micro_batch)
-            if action.forward:
-                total += self._forward(action, batches[action.micro_batch], scale, in_flight)
-            else:
-                self.sharing.before_backward(self.chunks[action.chunk], last=action.micro_batch == len(batches) - 1)
-                self._backward(action, in_flight.pop(key))
+
+        def forward(action: Action) -> tuple[float, _InFlight]:
+            return self._forward(action, batches[action.micro_batch])
+
+        def backward(action: Action, done: _InFlight) -> None:
+            self.sharing.before_backward(self.chunks[action.chunk], last=action.micro_batch == len(batches) - 1)
+            self._backward(action, done)
+
+        total = follow(self.pipeline.schedule(len(batches)), forward, backward)
         self.pipeline.finish()
         return total
 
@@ -87,9 +88,7 @@ class Passes:
                 if module is not None:
                     yield ".".join(everywhere[:depth]), module
 
-    def _forward(
-        self, action: Action, batch: MicroBatch, scale: float, in_flight: dict[tuple[int, int], _InFlight]
-    ) -> float:
+    def _forward(self, action: Action, batch: WeightedBatch) -> tuple[float, _InFlight]:
         chunk, target = self.chunks[action.chunk], self.pipeline.target(action.chunk)
         rows, labels = self._trained(batch)
         inputs = self._prepare(batch)
@@ -97,11 +96,11 @@ class Passes:
         output = chunk(inputs, x, rows)
         loss, gradient = 0.0, None
         if target is None:
-            loss, gradient = cross_entropy_and_gradient(output.detach(), chunk.head, labels, scale, chunk.tensor)
+            weights = batch.weights[trained_rows(batch)]
+            loss, gradient = cross_entropy_and_gradient(output.detach(), chunk.head, labels, weights, chunk.tensor)
         else:
             self.pipeline.send(target, True, output.detach())
-        in_flight[action.chunk, action.micro_batch] = _InFlight(x, output, gradient)
-        return loss
+        return loss, _InFlight(x, output, gradient)
 
     def _backward(self, action: Action, done: _InFlight) -> None:
         gradient = done.gradient
@@ -132,11 +131,10 @@ class Passes:
         return self.pipeline.receive(source, True, x).requires_grad_(torch.is_grad_enabled())
 
     def _prepare(self, batch: MicroBatch) -> Inputs:
-        batch.check_vocabulary(self.config.vocab_size)
         return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor)
 
     def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The positions whose labels count (None for all), and those labels."""
-        rows = np.flatnonzero(batch.labels != IGNORE)
+        rows = trained_rows(batch)
         labels = torch.from_numpy(batch.labels[rows].astype(np.int64)).to(self.device)
         return (None if len(rows) == len(batch.labels) else torch.from_numpy(rows).to(self.device)), labels

@@ -11,7 +11,7 @@ import numpy as np
 from tandem.checkpoints.formats.safetensors import SafetensorsWriter
 from tandem.checkpoints.hf.companions import write_companions
 from tandem.checkpoints.hf.weights import INDEX, SINGLE
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten
+from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, TensorKind
 from tandem.errors import UserError
 from tandem.files.publish import Publication, check_free_space
 from tandem.models.config import ModelConfig
@@ -46,7 +46,7 @@ class HFSink:
         self._names, self._written = list(self._table), 0
         self._rows, self._blocks = RowsWritten(), list[np.ndarray]()
 
-    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+    def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         assert kind == "model", f"a Hugging Face folder holds no {kind}"
         assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
         shape = self._table[name].shape

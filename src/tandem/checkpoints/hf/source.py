@@ -11,7 +11,7 @@ import numpy as np
 from tandem.checkpoints.formats.arrays import row_blocks, same_bits
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.hf.weights import open_weights
-from tandem.checkpoints.interface import Kind, check_names, check_shape, dtype_name
+from tandem.checkpoints.interface import HUGGING_FACE, TensorKind, TensorSource, check_names, check_shape, dtype_name
 from tandem.errors import UserError
 from tandem.models.hf_config import from_hf
 from tandem.models.rows import Ranges
@@ -20,7 +20,7 @@ from tandem.models.weight_map import HF_EMBEDDING, LM_HEAD, WeightMap
 from tandem.parallel.slices import Box, Part
 
 
-class HFSource:
+class HFSource(TensorSource):
     """Global tensors out of a Hugging Face folder: `.safetensors` or `pytorch_model*.bin`, single or sharded.
 
     The tensors' names and shapes are checked against the config at once. A tied model may carry an `lm_head`; it
@@ -30,8 +30,11 @@ class HFSource:
         UserError: no weights, or a tensor is missing, left over, mis-shaped, or of an unsupported dtype.
     """
 
+    format = HUGGING_FACE
+    folder: Path
+
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = self.hf_folder = Path(folder)
         self.location = str(folder)
         self.companions = companions_of(folder)
         self.config = from_hf(self.companions.hf_config or {}, where=str(self.folder / "config.json"))
@@ -40,22 +43,22 @@ class HFSource:
         self._files = open_weights(self.folder)
         self._check()
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         first = next(iter(self._map.rows[name]))
         return self._files[first].entries[first].dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         """Of safetensors, reads the rows and columns of `part` and no others."""
         boxes = [self._read_box(name, box) for box in part.boxes]
         return boxes[0] if len(boxes) == 1 else np.concatenate(boxes, axis=part.dim)
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         """In blocks that stay in the processor's cache, where the files let parts be read."""
         if all(self._files[hf].partial for hf in self._map.rows[name]):
             for first, last in row_blocks(part.shape, self.dtype(name)):

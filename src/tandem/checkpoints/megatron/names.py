@@ -11,6 +11,7 @@ from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
 from tandem.parallel.layout import Layout, Shard, shards
 
 FILE = "model_optim_rng.pt"
+DISTRIBUTED_OPTIMIZER = "distrib_optim.pt"  # next to it, with --use-distributed-optimizer
 CHECKPOINT_VERSION = 3.0  # older versions order the rows of linear_qkv differently
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")

@@ -11,7 +11,7 @@ import numpy as np
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, iteration_folder, rank_folder
 from tandem.checkpoints.formats.torch_writer import PendingTensor, TorchFileWriter
 from tandem.checkpoints.hf.companions import write_companions
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten
+from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, TensorKind
 from tandem.checkpoints.megatron.args import to_args
 from tandem.checkpoints.megatron.names import CHECKPOINT_VERSION, FILE, FUSED_NORMS, model_key, renamed, shards_of
 from tandem.errors import UserError
@@ -66,7 +66,7 @@ class MegatronSink:
         self._pending: dict[Shard, PendingTensor] = {}
         self._writers = {rank: self._open_writer(*rank) for rank in self._ranks()}
 
-    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+    def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         assert kind == "model", f"a Megatron checkpoint written here holds no {kind}"
         shape = tensor_table(self._config)[name].shape
         written = self._rows.add(name, rows, shape)

@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, rank_folder
+from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_of, rank_folder
 from tandem.checkpoints.formats.arrays import same_bits
 from tandem.checkpoints.formats.torch_reader import LazyTensor, load
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import (
+    MEGATRON,
     Companions,
-    Kind,
+    TensorKind,
+    TensorSource,
     check_names,
     check_recorded,
     check_shape,
@@ -34,6 +36,7 @@ from tandem.checkpoints.interface import (
 from tandem.checkpoints.megatron.args import check_agreement, config_from_args, numbers
 from tandem.checkpoints.megatron.names import (
     CHECKPOINT_VERSION,
+    DISTRIBUTED_OPTIMIZER,
     EXTRA_STATE,
     FILE,
     FUSED_NORMS,
@@ -58,10 +61,10 @@ def is_megatron(folder: str | Path, iteration: int | None = None) -> bool:
     return any(find_iteration(folder, iteration).glob(f"mp_rank_*/{FILE}"))
 
 
-class MegatronSource:
+class MegatronSource(TensorSource):
     """Read the weights of one iteration, whatever layout wrote it. Sizes come from folder names, `args` and tensors.
 
-    `trainer_state` names what a trainer stored besides (its optimizer, its random state); it is not read.
+    What a trainer stored besides (its optimizer, its random state) is not read.
 
     Args:
         iteration: which one; None for the one that the tracker file names.
@@ -74,6 +77,10 @@ class MegatronSource:
             or mis-shaped, or `args` contradict the config.
     """
 
+    format = MEGATRON
+    folder: Path
+    layout: Layout
+
     def __init__(
         self,
         folder: str | Path,
@@ -84,10 +91,10 @@ class MegatronSource:
         num_layer_list: tuple[int, ...] | None = None,
     ) -> None:
         self.folder = find_iteration(folder, iteration)
+        self.iteration = iteration_of(self.folder)
         self.location = str(self.folder)
         self._ranks = _open_ranks(self.folder)
         first = self._ranks[0, 0]
-        self.trainer_state = first.trainer_state
         recorded = numbers(first.args.get("noop_layers"))
         if recorded:
             check_recorded("noop_layers", noop_layers, recorded, self.location)
@@ -99,18 +106,18 @@ class MegatronSource:
         self._shards = shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
         self._check()
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._tensor(self._shards[name][0]).dtype
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         stored = Part.whole(self._shards[name][0].spec.shape)
         tensor = self.read_part(name, stored, kind)
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         """Reads the ranks' slices that `part` overlaps, and no others; each whole, for its CRC, with its copies."""
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
         needed: dict[Part, list[Shard]] = {}
@@ -124,8 +131,16 @@ class MegatronSource:
             transfer(self._read_equal(copies), found, values, part)
         return values
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         yield self.read_part(name, part, kind)
+
+    def trainer_state(self) -> tuple[str, ...]:
+        return self._ranks[0, 0].trainer_state
+
+    def unread_optimizer(self) -> tuple[str, ...]:
+        in_model_file = (FILE,) if "optimizer" in self.trainer_state() else ()
+        sharded = any(self.folder.glob(f"mp_rank_*/{DISTRIBUTED_OPTIMIZER}"))
+        return (*in_model_file, DISTRIBUTED_OPTIMIZER) if sharded else in_model_file
 
     def _read_equal(self, copies: Sequence[Shard]) -> np.ndarray:
         """A slice that several ranks hold: norms, the head of tied embeddings. Training must have kept them equal."""

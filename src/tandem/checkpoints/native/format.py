@@ -14,7 +14,7 @@ from tandem.checkpoints.folders import COMPANIONS
 from tandem.checkpoints.formats.arrays import row_blocks
 from tandem.checkpoints.formats.safetensors import SafetensorsWriter
 from tandem.checkpoints.hf.companions import write_companions
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, dtype_name
+from tandem.checkpoints.interface import DTYPES, Companions, TensorKind, dtype_name
 from tandem.errors import UserError
 from tandem.files.digests import Digest, Hashing
 from tandem.models.config import ModelConfig
@@ -24,10 +24,9 @@ from tandem.parallel.layout import Layout, Shard
 FORMAT = "tandem"
 VERSION = 1
 INDEX = "index.json"
-PROMPT_FILE = "prompt.json"  # the template that the weights were fine-tuned on, as the data's record gave it
 
 
-def key_of(name: str, kind: Kind) -> str:
+def key_of(name: str, kind: TensorKind) -> str:
     """A tensor's name inside a file."""
     return name if kind == "model" else f"{kind}.{name}"
 
@@ -41,7 +40,7 @@ class PlannedSlice:
     """A slice that will be written: which part of which tensor, in which file."""
 
     file: str
-    kind: Kind
+    kind: TensorKind
     shard: Shard
 
     @property
@@ -52,7 +51,7 @@ class PlannedSlice:
 class SliceFiles:
     """The files that one process writes, each made when its first slice comes, and their entries in the index."""
 
-    def __init__(self, work: Path, plan: Sequence[PlannedSlice], dtypes: Mapping[Kind, str]) -> None:
+    def __init__(self, work: Path, plan: Sequence[PlannedSlice], dtypes: Mapping[TensorKind, str]) -> None:
         self._work = work
         self._entries: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
         for item in plan:
@@ -109,7 +108,7 @@ class IterationWriter:
 
     config: ModelConfig
     layout: Layout
-    dtypes: Mapping[Kind, str]
+    dtypes: Mapping[TensorKind, str]
     number: int
     companions: Companions
     documents: Mapping[str, str]

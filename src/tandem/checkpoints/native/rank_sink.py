@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tandem.checkpoints.folders import TRACKER, iteration_folder, rank_folder
-from tandem.checkpoints.interface import DTYPES, Companions, Kind
+from tandem.checkpoints.interface import DTYPES, Companions, TensorKind
 from tandem.checkpoints.native.format import IterationWriter, PlannedSlice, SliceFiles, in_words
 from tandem.errors import UserError
 from tandem.files.publish import Publication, check_free_space, write_text_atomically
@@ -39,13 +39,13 @@ class NativeRankSink:
         folder: str | Path,
         config: ModelConfig,
         grid: Grid,
-        dtypes: Mapping[Kind, str],
+        dtypes: Mapping[TensorKind, str],
         iteration: int,
         companions: Companions,
         documents: Mapping[str, str],
         communicator: Communicator,
         *,
-        by_rows: Collection[Kind],
+        by_rows: Collection[TensorKind],
         shared_storage: bool = True,
     ) -> None:
         self.folder = Path(folder)
@@ -71,7 +71,7 @@ class NativeRankSink:
         ]
         self._files = SliceFiles(Publication.working_folder(self._final), plan, self._dtypes)
 
-    def write_part(self, kind: Kind, shard: Shard, values: np.ndarray) -> None:
+    def write_part(self, kind: TensorKind, shard: Shard, values: np.ndarray) -> None:
         assert values.shape == shard.shape, f"{shard.spec.name}: {values.shape} where {shard.shape} is laid out"
         self._files.write(self._planned(kind, shard), values, DTYPES[self._dtypes[kind]])
 
@@ -138,7 +138,7 @@ class NativeRankSink:
         self._publication.commit()
         write_text_atomically(self.folder / TRACKER, str(self._iteration.number))
 
-    def _planned(self, kind: Kind, shard: Shard) -> PlannedSlice:
+    def _planned(self, kind: TensorKind, shard: Shard) -> PlannedSlice:
         suffix = f"_{self._data_rank:03d}" if self._data_rank else ""  # data ranks share a folder
         return PlannedSlice(
             f"{self._rank_folder}/{'model' if kind == 'model' else 'optimizer'}{suffix}.safetensors", kind, shard

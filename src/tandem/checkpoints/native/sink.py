@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tandem.checkpoints.folders import TRACKER, iteration_folder, rank_folder
-from tandem.checkpoints.interface import DTYPES, Companions, Kind, RowsWritten
+from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, TensorKind
 from tandem.checkpoints.native.format import IterationWriter, PlannedSlice, SliceFiles, key_of
 from tandem.files.publish import Publication, check_free_space, write_text_atomically
 from tandem.models.config import ModelConfig
@@ -30,7 +30,7 @@ class NativeSink:
         folder: str | Path,
         config: ModelConfig,
         layout: Layout,
-        dtypes: Mapping[Kind, str],
+        dtypes: Mapping[TensorKind, str],
         iteration: int,
         companions: Companions,
         documents: Mapping[str, str] | None = None,
@@ -48,7 +48,7 @@ class NativeSink:
         self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
         self._files = SliceFiles(self._publication.work, self._plan(), self._dtypes)
 
-    def write(self, name: str, rows: np.ndarray, kind: Kind = "model") -> None:
+    def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         first = self._rows.add(key_of(name, kind), rows, self._shards[name][0].spec.shape).start
         for shard in self._shards[name]:
             found = cut_rows(rows, first, shard.part)
@@ -71,6 +71,6 @@ class NativeSink:
             self._planned(kind, shard) for kind in self._dtypes for found in self._shards.values() for shard in found
         ]
 
-    def _planned(self, kind: Kind, shard: Shard) -> PlannedSlice:
+    def _planned(self, kind: TensorKind, shard: Shard) -> PlannedSlice:
         folder = rank_folder(self._iteration.layout, shard.tensor_rank, shard.pipeline_rank)
         return PlannedSlice(f"{folder}/{'model' if kind == 'model' else 'optimizer'}.safetensors", kind, shard)

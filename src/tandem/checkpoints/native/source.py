@@ -22,18 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from tandem.checkpoints.folders import COMPANIONS, find_iteration
+from tandem.checkpoints.folders import COMPANIONS, find_iteration, saved_iterations
 from tandem.checkpoints.formats.arrays import row_blocks
 from tandem.checkpoints.formats.safetensors import SafetensorsFile
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import (
     DTYPES,
-    Kind,
+    NATIVE,
+    TensorKind,
     TensorSource,
     check_names,
     check_shape,
 )
-from tandem.checkpoints.native.format import FORMAT, INDEX, PROMPT_FILE, VERSION, in_words, key_of, slice_bytes
+from tandem.checkpoints.native.format import FORMAT, INDEX, VERSION, in_words, key_of, slice_bytes
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
@@ -48,7 +49,7 @@ class _Slice:
     sha256: str
 
 
-class NativeSource:
+class NativeSource(TensorSource):
     """Read one iteration, whatever layout wrote it. Every slice's sha256 is checked as it is read.
 
     Args:
@@ -58,6 +59,11 @@ class NativeSource:
         UserError: no such checkpoint, an unknown version, a missing, truncated or damaged file, a missing tensor.
     """
 
+    format = NATIVE
+    folder: Path
+    iteration: int
+    layout: Layout
+
     def __init__(self, folder: str | Path, iteration: int | None = None) -> None:
         self.folder = find_iteration(folder, iteration)
         self.location = str(self.folder)
@@ -66,7 +72,7 @@ class NativeSource:
             self.iteration = int(index["iteration"])
             self.config = ModelConfig.from_dict(index["model"])
             self.layout = Layout.from_dict(index["layout"])
-            self._dtypes: dict[Kind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
+            self._dtypes: dict[TensorKind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
             slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / INDEX}: damaged: {in_words(error)}") from error
@@ -75,16 +81,16 @@ class NativeSource:
         self._check_slices()
         self._files = self._open_files(elsewhere=bool(index.get("elsewhere")))
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[TensorKind, ...]:
         return tuple(self._dtypes)
 
-    def dtype(self, name: str, kind: Kind = "model") -> np.dtype:
+    def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._dtypes[kind]
 
-    def read(self, name: str, kind: Kind = "model") -> np.ndarray:
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
-    def read_part(self, name: str, part: Part, kind: Kind = "model") -> np.ndarray:
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""
         values = np.empty(part.shape, self._dtypes[kind])
         for entry in self._overlapping(name, kind, part):
@@ -94,23 +100,28 @@ class NativeSource:
                 first += len(rows)
         return values
 
-    def stream(self, name: str, part: Part, kind: Kind = "model") -> Iterator[np.ndarray]:
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         needed = self._overlapping(name, kind, part)
         if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
             yield from self._stream_slice(name, kind, needed[0])
         else:
             yield self.read_part(name, part, kind)
 
-    def document(self, name: str) -> str:
-        """A text file that the trainer stored with the checkpoint.
-
-        Raises:
-            UserError: it is not there: the checkpoint was not written by a trainer.
-        """
+    def document(self, name: str) -> str | None:
         path = self.folder / name
-        if not path.exists():
-            raise UserError(f"{self.folder} has no {name}: it was written by a conversion, not by a training run")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def trainer_state(self) -> tuple[str, ...]:
+        return tuple(sorted(path.name for path in self.folder.glob("*.*") if path.is_file() and path.name != INDEX))
+
+    def earlier(self) -> NativeSource | None:
+        for iteration in saved_iterations(self.folder.parent):
+            if iteration < self.iteration:
+                try:
+                    return NativeSource(self.folder.parent, iteration)
+                except UserError:
+                    continue  # the one before that, then
+        return None
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / INDEX
@@ -156,10 +167,10 @@ class NativeSource:
         paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
         return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
 
-    def _overlapping(self, name: str, kind: Kind, part: Part) -> list[_Slice]:
+    def _overlapping(self, name: str, kind: TensorKind, part: Part) -> list[_Slice]:
         return [entry for entry in self._slices[key_of(name, kind)] if overlaps(entry.part, part)]
 
-    def _stream_slice(self, name: str, kind: Kind, entry: _Slice) -> Iterator[np.ndarray]:
+    def _stream_slice(self, name: str, kind: TensorKind, entry: _Slice) -> Iterator[np.ndarray]:
         """A slice in blocks of rows; after the last one its sha256 is known, and checked."""
         key, digest = key_of(name, kind), hashlib.sha256()
         file = self._file_of(key, entry, self._dtypes[kind])
@@ -194,17 +205,3 @@ def _slices(entry: dict[str, Any]) -> list[_Slice]:
         boxes = tuple(tuple((int(start), int(stop)) for start, stop in box) for box in item["boxes"])
         found.append(_Slice(str(item["file"]), Part(boxes, int(entry["stacked_dim"])), item["sha256"]))
     return found
-
-
-def prompt_text(source: TensorSource) -> str | None:
-    """What a fine-tuned checkpoint says of its template, as it stands there; None for any other source."""
-    if not isinstance(source, NativeSource) or not (source.folder / PROMPT_FILE).exists():
-        return None
-    return source.document(PROMPT_FILE)
-
-
-def prompt_entry(source: TensorSource) -> dict[str, Any] | None:
-    """The same, read."""
-    text = prompt_text(source)
-    entry: dict[str, Any] | None = None if text is None else json.loads(text)
-    return entry

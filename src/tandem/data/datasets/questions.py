@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from tandem.data.batch import IGNORE, Sample
-from tandem.data.handlers.fields import field, kind, string
+from tandem.data.handlers.fields import described, field, string
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -62,7 +62,7 @@ def _question(line: bytes, tokenizer: Tokenizer, seq_length: int) -> Question:
     except orjson.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error}; {_FIELDS}") from None
     if not isinstance(record, dict):
-        raise UserError(f"expected an object, found {kind(record)}; {_FIELDS}")
+        raise UserError(f"expected an object, found {described(record)}; {_FIELDS}")
     context = string(record, "context", _FIELDS)
     choices, answer = _choices(record)
     samples = tuple(_sample(context, choice, tokenizer, seq_length) for choice in choices)
@@ -72,9 +72,9 @@ def _question(line: bytes, tokenizer: Tokenizer, seq_length: int) -> Question:
 def _choices(record: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     choices, answer = field(record, "choices", _FIELDS), field(record, "answer", _FIELDS)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
-        raise UserError(f"field 'choices': expected two texts or more, none of them empty, found {kind(choices)}")
+        raise UserError(f"field 'choices': expected two texts or more, none of them empty, found {described(choices)}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise UserError(f"field 'answer': expected a number from 0 to {len(choices) - 1}, found {kind(answer)}")
+        raise UserError(f"field 'answer': expected a number from 0 to {len(choices) - 1}, found {described(answer)}")
     return tuple(choices), answer
 
 

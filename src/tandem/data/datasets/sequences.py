@@ -18,7 +18,7 @@ from tandem.data.datasets.sample_index import (
 )
 from tandem.data.datasets.segments import lengths_from_ends, restarting_positions
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import SFT_KEYS, sft_prefix
+from tandem.data.kinds import CONVERSATIONS
 from tandem.data.templates.truncation import TurnLengths, header_length, kept_tokens
 from tandem.errors import UserError
 
@@ -65,7 +65,9 @@ class SFTSequences:
                 "tokenizer_name_or_path, the folder of a tokenizer that names its eos_token"
             )
         self._prefix = os.fspath(prefix)
-        self._ids, self._mask, self._labels = (IndexedDataset(sft_prefix(self._prefix, key)) for key in SFT_KEYS)
+        self._ids, self._mask, self._labels = (
+            IndexedDataset(CONVERSATIONS.pair(self._prefix, key)) for key in CONVERSATIONS.keys
+        )
         for other in (self._mask, self._labels):
             if not np.array_equal(self._ids.lengths, other.lengths):
                 raise UserError(f"{other.prefix}: sequence lengths differ from {self._ids.prefix}; preprocess again")

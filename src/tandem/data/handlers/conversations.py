@@ -9,7 +9,8 @@ from dataclasses import field as dataclass_field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from tandem.data.handlers.fields import field, kind, string
+from tandem.data.handlers.fields import described, field, string
+from tandem.data.kinds import CONVERSATIONS, Kind
 from tandem.data.templates.messages import Message, ToolCall, split_thought
 from tandem.errors import UserError, nearest
 
@@ -18,6 +19,7 @@ from tandem.errors import UserError, nearest
 class InstructionHandler:
     """A conversation; `map_keys` renames the fields it is read from, "" leaves one out."""
 
+    kind: ClassVar[Kind] = CONVERSATIONS
     defaults: ClassVar[dict[str, str]]
     needed: ClassVar[tuple[str, ...]]  # of the defaults, what every record has
     map_keys: Mapping[str, Any] = dataclass_field(default_factory=dict)
@@ -30,7 +32,7 @@ class InstructionHandler:
                     f"{nearest(name, sorted(self.defaults))}"
                 )
             if name in self.defaults and not isinstance(column, str):
-                raise UserError(f"map_keys {name!r}: expected the name of a field, found {kind(column)}")
+                raise UserError(f"map_keys {name!r}: expected the name of a field, found {described(column)}")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         """[system], then user (or the results of tools) and assistant in turn.
@@ -49,7 +51,7 @@ class InstructionHandler:
         if isinstance(value, str):
             value = _parse_json(value, f"field {column!r}")
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            raise UserError(f"field {column!r}: expected a list of tools, each an object, found {kind(value)}")
+            raise UserError(f"field {column!r}: expected a list of tools, each an object, found {described(value)}")
         return tuple(_json_text(tool, f"field {column!r}") for tool in value)
 
     @staticmethod
@@ -81,7 +83,7 @@ class InstructionHandler:
         column = self._columns["messages"]
         value = field(record, column, "map_keys 'messages'")
         if not isinstance(value, list) or not value:
-            raise UserError(f"field {column!r}: expected a list of messages, found {kind(value)}")
+            raise UserError(f"field {column!r}: expected a list of messages, found {described(value)}")
         return value
 
     def _with_system(self, record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -117,12 +119,12 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         if history is None:
             return []
         if not isinstance(history, list):
-            raise UserError(f"field {column!r}: expected a list of [user, assistant] pairs, found {kind(history)}")
+            raise UserError(f"field {column!r}: expected a list of [user, assistant] pairs, found {described(history)}")
         messages = []
         for number, pair in enumerate(history, start=1):
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
                 raise UserError(
-                    f"field {column!r}, turn {number}: expected [user, assistant] strings, found {kind(pair)}"
+                    f"field {column!r}, turn {number}: expected [user, assistant] strings, found {described(pair)}"
                 )
             messages += [Message("user", pair[0]), Message("assistant", pair[1])]
         return messages
@@ -148,14 +150,14 @@ class SharegptStyleInstructionHandler(InstructionHandler):
         super().__post_init__()
         given = self.map_keys.get("tags", {})
         if not isinstance(given, dict):
-            raise UserError(f"map_keys 'tags': expected an object of names, found {kind(given)}")
+            raise UserError(f"map_keys 'tags': expected an object of names, found {described(given)}")
         for name, tag in given.items():
             if name not in self.tags:
                 raise UserError(
                     f"map_keys 'tags': no tag {name!r}; there are {sorted(self.tags)}{nearest(name, sorted(self.tags))}"
                 )
             if not isinstance(tag, str):
-                raise UserError(f"map_keys 'tags': {name} is {kind(tag)}, expected a string")
+                raise UserError(f"map_keys 'tags': {name} is {described(tag)}, expected a string")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         column = self._columns["messages"]
@@ -174,13 +176,13 @@ class SharegptStyleInstructionHandler(InstructionHandler):
         if not isinstance(entry, dict):
             raise UserError(
                 f"field {place}: expected an object with {tags['role_tag']} and {tags['content_tag']}, "
-                f"found {kind(entry)}"
+                f"found {described(entry)}"
             )
         tag, value = entry.get(tags["role_tag"]), entry.get(tags["content_tag"])
         if not isinstance(tag, str) or tag not in roles:
             raise UserError(f"field {place}: {tags['role_tag']} is {tag!r}, expected one of {sorted(roles)}")
         if not isinstance(value, str):
-            raise UserError(f"field {place}: {tags['content_tag']}: expected a string, found {kind(value)}")
+            raise UserError(f"field {place}: {tags['content_tag']}: expected a string, found {described(value)}")
         return _function_call(value, place) if roles[tag] == "function" else Message(roles[tag], value)
 
     @staticmethod
@@ -203,7 +205,7 @@ class OpenAIInstructionHandler(InstructionHandler):
     @staticmethod
     def _message(place: str, entry: Any) -> Message:
         if not isinstance(entry, dict):
-            raise UserError(f"field {place}: expected an object with role and content, found {kind(entry)}")
+            raise UserError(f"field {place}: expected an object with role and content, found {described(entry)}")
         role = entry.get("role")
         if role not in ("system", "user", "assistant", "tool"):
             raise UserError(f"field {place}: role is {role!r}, expected 'system', 'user', 'assistant' or 'tool'")
@@ -212,9 +214,9 @@ class OpenAIInstructionHandler(InstructionHandler):
         if content is None and calls:
             content = ""  # as OpenAI writes it
         if not isinstance(content, str):
-            raise UserError(f"field {place}: content: expected a string, found {kind(content)}")
+            raise UserError(f"field {place}: content: expected a string, found {described(content)}")
         if reasoning is not None and not isinstance(reasoning, str):
-            raise UserError(f"field {place}: reasoning_content: expected a string, found {kind(reasoning)}")
+            raise UserError(f"field {place}: reasoning_content: expected a string, found {described(reasoning)}")
         return Message(role, content, reasoning, calls)
 
 
@@ -230,12 +232,12 @@ def _function_call(text: str, place: str) -> Message:
 def _tool_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
     """Calls `{name, arguments}`, or those inside `function` as OpenAI writes them; arguments are an object or text."""
     if not isinstance(value, list):
-        raise UserError(f"field {place}: tool_calls: expected a list, found {kind(value)}")
+        raise UserError(f"field {place}: tool_calls: expected a list, found {described(value)}")
     calls = []
     for entry in value:
         call = entry.get("function", entry) if isinstance(entry, dict) else None
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise UserError(f"field {place}: expected a call with name and arguments, found {kind(entry)}")
+            raise UserError(f"field {place}: expected a call with name and arguments, found {described(entry)}")
         arguments = call["arguments"]
         is_text = isinstance(arguments, str)
         text = arguments if is_text else _json_text(arguments, f"field {place}: arguments of {call['name']}")
@@ -248,7 +250,7 @@ def _parse_json(text: str, place: str) -> Any:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair passes `loads`, and is no text
     except ValueError as error:
-        raise UserError(f"{place}: not valid JSON: {error}; found {kind(text)}") from None
+        raise UserError(f"{place}: not valid JSON: {error}; found {described(text)}") from None
     return value
 
 

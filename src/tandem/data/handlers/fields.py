@@ -21,11 +21,11 @@ def string(record: Mapping[str, Any], column: str, named_by: str) -> str:
     """The text of a column that must be there."""
     value = field(record, column, named_by)
     if not isinstance(value, str):
-        raise UserError(f"field {column!r}: expected a string, found {kind(value)}")
+        raise UserError(f"field {column!r}: expected a string, found {described(value)}")
     return value
 
 
-def kind(value: Any) -> str:
+def described(value: Any) -> str:
     """A value's type and beginning, for messages."""
     shown = repr(value)
     return "null" if value is None else f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from tandem.data.handlers.conversations import AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler
-from tandem.data.handlers.fields import field, kind
+from tandem.data.handlers.conversations import (
+    AlpacaStyleInstructionHandler,
+    InstructionHandler,
+    SharegptStyleInstructionHandler,
+)
+from tandem.data.handlers.fields import described, field
+from tandem.data.kinds import PREFERENCES, Kind
 from tandem.data.templates.messages import Message
 from tandem.errors import UserError
 
 
-class PairwiseHandler(Protocol):
+class PairwiseHandler(InstructionHandler):
     """Two conversations that differ in their last message."""
+
+    kind: ClassVar[Kind] = PREFERENCES
 
     def pair(self, record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
         """The conversation with the chosen answer, and with the rejected one.
@@ -20,12 +27,10 @@ class PairwiseHandler(Protocol):
         Raises:
             UserError: a field is missing or of another type; names field, expected and found.
         """
-        ...
-
-    def tools(self, record: Mapping[str, Any]) -> tuple[str, ...]: ...
+        raise NotImplementedError
 
 
-class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler):
+class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler, PairwiseHandler):
     """`instruction`, `input`, `chosen`, `rejected`; on request `system` and `history`.
 
     The answers are strings, or lists of which the first is the chosen and the second the rejected one, as upstream
@@ -50,12 +55,12 @@ class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler):
         answer = value[position] if isinstance(value, list) and len(value) > position else value
         if not isinstance(answer, str):
             raise UserError(
-                f"field {column!r}: expected a string, or a list with one at place {position}, found {kind(value)}"
+                f"field {column!r}: expected a string, or a list with one at place {position}, found {described(value)}"
             )
         return answer
 
 
-class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler):
+class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler, PairwiseHandler):
     """`conversations` up to the question, `chosen` and `rejected` as one turn `{from, value}` each; `tags` as in
     instruction data."""
 

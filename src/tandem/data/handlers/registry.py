@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from tandem.data.handlers.conversations import (
     AlpacaStyleInstructionHandler,
@@ -15,11 +15,10 @@ from tandem.data.handlers.preferences import AlpacaStylePairwiseHandler, Sharegp
 from tandem.data.handlers.text import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
 from tandem.errors import UserError, nearest
 
-PretrainHandler = GeneralPretrainHandler
-Handler = PretrainHandler | InstructionHandler  # a PairwiseHandler is of the latter kind
+Handler = GeneralPretrainHandler | InstructionHandler
 
-_WRAPPED_TEXT: dict[str, type[GeneralPretrainHandler]] = {
-    handler.__name__: handler for handler in (AlpacaPretrainHandler, SharegptPretrainHandler)
+_TEXTS: dict[str, type[GeneralPretrainHandler]] = {
+    handler.__name__: handler for handler in (GeneralPretrainHandler, AlpacaPretrainHandler, SharegptPretrainHandler)
 }
 _INSTRUCTIONS: dict[str, type[InstructionHandler]] = {
     handler.__name__: handler
@@ -30,7 +29,7 @@ _PAIRS: dict[str, type[InstructionHandler]] = {
 }
 _CONVERSATIONS = {**_PAIRS, **_INSTRUCTIONS}  # a record that fits several is what comes first
 LLAMA_FACTORY = "LlamaFactoryInstructionHandler"  # whose datasets each have a handler of their own
-HANDLER_NAMES = [GeneralPretrainHandler.__name__, *_WRAPPED_TEXT, *_INSTRUCTIONS, *_PAIRS, LLAMA_FACTORY]
+HANDLER_NAMES = [*_TEXTS, *_INSTRUCTIONS, *_PAIRS, LLAMA_FACTORY]
 
 
 def make_handler(name: str, json_keys: Sequence[str] = ("text",), map_keys: Mapping[str, Any] | None = None) -> Handler:
@@ -40,12 +39,7 @@ def make_handler(name: str, json_keys: Sequence[str] = ("text",), map_keys: Mapp
         return _CONVERSATIONS[name](dict(map_keys or {}))
     if map_keys:
         raise UserError(f"map_keys: {name} reads fixed fields or those of json_keys and renames none")
-    return _WRAPPED_TEXT[name]() if name in _WRAPPED_TEXT else GeneralPretrainHandler(tuple(json_keys))
-
-
-def is_pairwise(handler: Handler) -> TypeGuard[AlpacaStylePairwiseHandler | SharegptStylePairwiseHandler]:
-    """Whether its records are preferences."""
-    return type(handler).__name__ in _PAIRS
+    return _TEXTS[name](tuple(json_keys)) if _TEXTS[name].is_verbatim else _TEXTS[name]()
 
 
 def check_handler_name(name: str) -> None:

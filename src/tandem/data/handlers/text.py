@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from tandem.data.handlers.fields import field, kind, string
+from tandem.data.handlers.fields import described, field, string
+from tandem.data.kinds import TEXT, Kind
 from tandem.errors import UserError
 
 # The wrapper that upstream's AlpacaPretrainHandler gives each record, letter for letter.
@@ -22,6 +23,8 @@ _ALPACA_TEXT = (
 class GeneralPretrainHandler:
     """Plain text: the fields named by `json_keys`."""
 
+    kind: ClassVar[Kind] = TEXT
+    is_verbatim: ClassVar[bool] = True  # the texts are those fields as they are
     json_keys: tuple[str, ...] = ("text",)
 
     def texts(self, record: Mapping[str, Any]) -> list[str]:
@@ -34,6 +37,8 @@ class GeneralPretrainHandler:
 
 class AlpacaPretrainHandler(GeneralPretrainHandler):
     """`instruction`, `input`, `output` in upstream's English wrapper; without an input its heading is left out."""
+
+    is_verbatim: ClassVar[bool] = False
 
     def texts(self, record: Mapping[str, Any]) -> list[str]:
         question = string(record, "input", "alpaca") if record.get("input") else ""
@@ -49,8 +54,10 @@ class AlpacaPretrainHandler(GeneralPretrainHandler):
 class SharegptPretrainHandler(GeneralPretrainHandler):
     """`conversations`: the `value` of every turn, one after the other."""
 
+    is_verbatim: ClassVar[bool] = False
+
     def texts(self, record: Mapping[str, Any]) -> list[str]:
         turns = field(record, "conversations", "sharegpt")
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise UserError(f"field 'conversations': expected a list of turns, found {kind(turns)}")
+            raise UserError(f"field 'conversations': expected a list of turns, found {described(turns)}")
         return ["".join(string(turn, "value", "sharegpt") for turn in turns)]

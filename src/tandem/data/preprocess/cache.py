@@ -7,11 +7,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tandem.data.kinds import sft_prefix
+from tandem.data.kinds import kind_of
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import BusyError, fingerprint
@@ -20,6 +20,7 @@ from tandem.data.sources.readers import expand_input
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.logs import log
 
 _REVISION = 2  # one more whenever preprocessing makes other files of the same input
 _WITHOUT_TRACE = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
@@ -30,8 +31,7 @@ Wait = Callable[[Path], None]
 
 def is_raw(data_path: str) -> bool:
     """Whether a data path names files to be preprocessed, and not the prefix of files that were."""
-    names = (f"{data_path}.idx", f"{sft_prefix(data_path, 'input_ids')}.idx")
-    if data_path.endswith((".bin", ".idx")) or read_record(data_path) is not None or any(map(os.path.exists, names)):
+    if data_path.endswith((".bin", ".idx")) or read_record(data_path) is not None or kind_of(data_path) is not None:
         return False
     return os.path.exists(data_path) or bool(glob.glob(data_path, recursive=True))
 
@@ -74,7 +74,7 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
     options = replace(options, output_prefix=str(folder / "data"))
     record = record_path(options.output_prefix)
     if leader and not _is_whole(record):
-        print(f"> preprocessing {raw} into {folder}", flush=True)
+        log.info("> preprocessing %s into %s", raw, folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -88,8 +88,9 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
     found = read_record(options.output_prefix)
     if found is None:
         raise UserError(f"{record}: the process that preprocesses {raw} did not write it; see its messages")
-    (first, *others) = found[1]["files"].values()
-    return options.output_prefix if others else str(folder / first)  # conversations have several files, text has one
+    if kind_of(options.output_prefix):
+        return options.output_prefix
+    return str(folder / next(iter(found[1]["files"].values())))  # of text, the pair is the data path
 
 
 def _is_whole(record: Path) -> bool:
@@ -106,7 +107,7 @@ def template_of_raw(options: PreprocessOptions, tokenizer: Tokenizer) -> dict[st
     """The template that the record of the preprocessed data will name."""
     if options.prompt_type is None:
         return None
-    return template_entry(get_template(options.prompt_type, options.enable_thinking, tokenizer))
+    return template_entry(get_template(options.prompt_type, options.thinking_mode, tokenizer))
 
 
 def _key(options: PreprocessOptions) -> str:
@@ -115,7 +116,7 @@ def _key(options: PreprocessOptions) -> str:
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     identity = {
         "revision": _REVISION,
-        "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_TRACE},
+        "options": {name: value for name, value in options.recorded().items() if name not in _WITHOUT_TRACE},
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_of_raw(options, tokenizer),
         "sources": [(Path(entry["file"]).name, entry["sha256"]) for entry in sources],

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from tandem.data.batch import IGNORE
+from tandem.data.handlers.conversations import InstructionHandler
 from tandem.data.handlers.preferences import PairwiseHandler
-from tandem.data.handlers.registry import InstructionHandler, PretrainHandler
-from tandem.data.kinds import PAIR_KEYS, SFT_KEYS
+from tandem.data.handlers.text import GeneralPretrainHandler
+from tandem.data.kinds import CONVERSATIONS, PREFERENCES
 from tandem.data.sources.readers import Block, parse_row, plain_texts
 from tandem.data.templates.conversations import Conversations, with_ends
 from tandem.data.templates.messages import Template, Turn, trained_on_last
@@ -124,7 +125,12 @@ class PretrainTokenizer(ChunkTokenizer):
     """
 
     def __init__(
-        self, engine: Engine, handler: PretrainHandler, eod: int | None, pad_to_multiple_of: int = 1, pad: int = 0
+        self,
+        engine: Engine,
+        handler: GeneralPretrainHandler,
+        eod: int | None,
+        pad_to_multiple_of: int = 1,
+        pad: int = 0,
     ) -> None:
         super().__init__(engine)
         self.output_keys = handler.json_keys
@@ -134,7 +140,7 @@ class PretrainTokenizer(ChunkTokenizer):
         self._pad = pad
 
     def __call__(self, block: Block) -> TokenizedChunk:
-        columns = plain_texts(block, self.output_keys) if type(self._handler) is PretrainHandler else None
+        columns = plain_texts(block, self.output_keys) if self._handler.is_verbatim else None
         if columns is None:
             return super().__call__(block)
         chunk = TokenizedChunk({}, source=block.source)
@@ -166,6 +172,7 @@ class PretrainTokenizer(ChunkTokenizer):
                     tokens, lengths = with_ends(tokens, lengths, np.ones_like(lengths), self._eod)
             chunk.columns[key] = tokens, lengths
             chunk.counts["tokens"] += tokens.size
+            chunk.counts["trained_tokens"] += tokens.size
             chunk.dropped[f"empty {key}"] += len(column) - len(texts)
         chunk.counts["kept"] = sum(map(any, zip(*columns)))
 
@@ -180,7 +187,7 @@ class InstructionTokenizer(ChunkTokenizer):
     leaves none, so it never gains a false end.
     """
 
-    output_keys = SFT_KEYS
+    output_keys = CONVERSATIONS.keys
 
     def __init__(
         self,
@@ -239,7 +246,7 @@ class PairTokenizer(ChunkTokenizer):
     """Two sequences per preference: the prompt, masked, with the chosen answer, and with the rejected one. A pair of
     which either is too long for `seq_length` is left out, as upstream does, unless `over_long` is "stop"."""
 
-    output_keys = PAIR_KEYS
+    output_keys = PREFERENCES.keys
 
     def __init__(
         self,
@@ -272,10 +279,10 @@ class PairTokenizer(ChunkTokenizer):
         short = longer <= self._room
         both.keep_only(np.repeat(short, 2))
         chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
-        for position, name in enumerate(("chosen", "rejected")):
+        for position, columns in enumerate(PREFERENCES.columns):
             ids, labels, lengths = both.every_other(position)
-            chunk.columns[f"{name}_input_ids"] = ids, lengths
-            chunk.columns[f"{name}_labels"] = labels, lengths
+            chunk.columns[columns.ids] = ids, lengths
+            chunk.columns[columns.labels] = labels, lengths
         chunk.counts["kept"] = int(np.count_nonzero(short))
         chunk.counts["tokens"] = both.ids.size
         chunk.counts["trained_tokens"] = int(np.count_nonzero(both.labels != IGNORE))

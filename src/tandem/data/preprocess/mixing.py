@@ -8,7 +8,6 @@ import numpy as np
 
 from tandem.data.indexed import IndexedDataset
 
-MIX_STRATEGIES = ("concat", "interleave_under", "interleave_over")
 _DRAWN_AT_ONCE = 1000  # of the generator; part of what makes the order the same as upstream's
 
 

@@ -2,151 +2,163 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal
 
-from tandem.data.handlers.fields import kind
+from tandem.data.handlers.fields import described
 from tandem.data.handlers.registry import LLAMA_FACTORY, make_handler
-from tandem.data.preprocess.mixing import MIX_STRATEGIES
-from tandem.data.templates.catalog import check_prompt_type
+from tandem.data.templates.catalog import THINKING_MODES, check_prompt_type
 from tandem.errors import UserError
+from tandem.options import Options, PathText
 
 
 @dataclass(frozen=True)
-class PreprocessOptions:
-    """Settings of `preprocess`, by upstream's flag names.
+class PreprocessOptions(Options):
+    """Options of `tandem preprocess`, named as in MindSpeed-LLM's preprocess_data.py."""
 
-    Attributes:
-        input: files, directories and glob patterns.
-        output_prefix: of the files written; its folder must exist.
-        tokenizer_name_or_path: a Hugging Face folder.
-        handler_name: how a record is read; "" looks at the fields of the first record.
-        json_keys: fields of plain text, one `.bin/.idx` pair each.
-        map_keys: other field names for an instruction handler.
-        dataset_dir: with `LlamaFactoryInstructionHandler`, the folder with dataset_info.json, whose datasets `input`
-            names.
-        mix_strategy: how those are mixed: "concat", or "interleave_under" until one is used up, or "interleave_over"
-            until all are.
-        interleave_probs: of each dataset to be next when they are interleaved; None takes them in turn.
-        max_samples: read only so many rows, of each dataset.
-        seed: of the interleaving.
-        prompt_type: the template of fine-tuning data.
-        enable_thinking: thinking mode of that template.
-        train_turns: which answers of a conversation are trained: "all" or only the "last".
-        seq_length: fine-tuning: conversations have one token less at most, and packed rows exactly this length.
-            None leaves all as they are.
-        over_long: "trim" conversations that are longer, turn by turn, "drop" them as upstream does, or "stop". Pairs
-            are never trimmed, but dropped.
-        pad_to_multiple_of: plain text: each document is padded to a multiple of this, with an id beyond the vocabulary.
-        append_eod: put the end-of-document token after each document.
-        pack: fill rows of seq_length with several conversations.
-        neat_pack: and number them in the attention mask, so that they do not see each other.
-        workers: processes that tokenise; the output does not depend on it.
-        on_bad: "stop" at the first unusable row, or "skip" it into `{output_prefix}.rejects.jsonl`.
-        log_interval: documents between calls of the progress callback.
-    """
-
-    input: tuple[str, ...]
-    output_prefix: str
-    tokenizer_name_or_path: str
+    input: tuple[PathText, ...]
+    """Files (.json, .jsonl, .parquet, ...), folders or patterns. With LlamaFactoryInstructionHandler: names in
+    dataset_info.json, separated by commas."""
+    output_prefix: PathText
+    """Prefix of the files to write; its folder must exist."""
+    tokenizer_name_or_path: PathText
+    """Folder of the Hugging Face tokenizer."""
+    _: KW_ONLY
+    tokenizer_type: Literal["PretrainedFromHF"] = "PretrainedFromHF"
+    """Only PretrainedFromHF."""
     handler_name: str = ""
+    """How a record is read, such as AlpacaStyleInstructionHandler; default: recognised by the first record's fields."""
     json_keys: tuple[str, ...] = ("text",)
+    """Fields that hold plain text; one pair of files each."""
     map_keys: Mapping[str, Any] | None = None
-    dataset_dir: str | None = None
-    mix_strategy: str = "concat"
+    """Other field names, as JSON: '{"prompt": "question", "response": "answer"}'."""
+    dataset_dir: PathText | None = None
+    """With LlamaFactoryInstructionHandler: folder of dataset_info.json and its files."""
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    """How the datasets of LlamaFactoryInstructionHandler are mixed: in turn until one is used up, or until all are."""
     interleave_probs: tuple[float, ...] | None = None
+    """With interleaving: how often each dataset is next, as 0.7,0.3; default: in turn."""
     max_samples: int | None = None
+    """Read only so many rows, of each dataset."""
     seed: int = 1234
+    """Seed of --interleave-probs."""
     prompt_type: str | None = None
-    enable_thinking: bool | None = None
-    train_turns: str = "all"
+    """Chat template of instruction data, such as qwen3."""
+    enable_thinking: Literal["true", "false", "none"] | None = "none"
+    """Thinking mode of the template."""
+    train_turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained."""
     seq_length: int | None = None
-    over_long: str = "trim"
+    """Longest conversation; with --pack, the exact length of a row."""
+    over_long: Literal["trim", "drop", "stop"] = "trim"
+    """What to do with conversations of --seq-length tokens or more: cut them turn by turn, leave them out, or stop with
+    the place of the first. Preferences are never cut, but left out."""
     pad_to_multiple_of: int = 1
+    """Plain text: pad each document to a multiple of this, with the id that follows the tokenizer's last one."""
     append_eod: bool = False
+    """End each document with the end-of-document token."""
     pack: bool = False
+    """Put several conversations into a row of --seq-length."""
     neat_pack: bool = False
+    """With --pack: keep the conversations of a row apart in attention."""
     workers: int = 1
-    on_bad: str = "stop"
+    """Processes that tokenise; the files do not depend on it."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do with an unusable row; skip writes it to PREFIX.rejects.jsonl."""
     log_interval: int = 1000
+    """Documents between two signs of progress."""
 
-    def __post_init__(self) -> None:
-        self._check_handler()
-        if self.prompt_type is not None:
-            check_prompt_type(self.prompt_type)
-        require(bool(self.input), "input is empty; name at least one file, directory or pattern")
-        require("" not in self.input, "input: an empty name, perhaps of an unset variable; the current folder is `.`")
-        require(bool(self.json_keys), "json_keys is empty; name at least one field, usually text")
+    @property
+    def thinking_mode(self) -> bool | None:
+        return THINKING_MODES[self.enable_thinking or "none"]
+
+    def recorded(self) -> dict[str, Any]:
+        """As a record holds them."""
+        names = [field.name for field in fields(PreprocessOptions) if field.name != "tokenizer_type"]
+        return {name: getattr(self, name) for name in names} | {"enable_thinking": self.thinking_mode}
+
+    def problems(self) -> Iterator[str]:
+        yield from self._wrong_handler()
+        if not self.input:
+            yield "--input is empty; name at least one file, folder or pattern"
+        if "" in self.input:
+            yield "--input: an empty name, perhaps of an unset variable; the current folder is `.`"
+        yield from self._wrong_keys()
+        yield from self._wrong_numbers()
+        yield from self._wrong_lengths()
+        if self.thinking_mode is not None and self.prompt_type is None:
+            yield "--enable-thinking needs --prompt-type, the template whose thoughts it governs"
+
+    def _wrong_keys(self) -> Iterator[str]:
+        if not self.json_keys:
+            yield "--json-keys is empty; name at least one field, usually text"
         for key in self.json_keys:
-            require("/" not in key, f"json_keys: {key!r} becomes part of a file's name, which holds no '/'")
-        require(len(set(self.json_keys)) == len(self.json_keys), f"json_keys {self.json_keys}: a field is named twice")
-        require(self.workers >= 1, f"workers is {self.workers}; expected 1 or more")
-        require(self.log_interval >= 1, f"log_interval is {self.log_interval}; expected 1 or more")
-        require(self.train_turns in ("all", "last"), f"train_turns is {self.train_turns!r}; expected 'all' or 'last'")
-        require(
-            self.over_long in ("trim", "drop", "stop"),
-            f"over_long is {self.over_long!r}; expected 'trim', 'drop' or 'stop'",
-        )
-        require(self.on_bad in ("stop", "skip"), f"on_bad is {self.on_bad!r}; expected 'stop' or 'skip'")
-        require(self.seq_length is None or self.seq_length >= 2, f"seq_length is {self.seq_length}; expected 2 or more")
-        require(
-            self.over_long == "trim" or self.seq_length is not None,
-            f"over_long {self.over_long} needs seq_length, which says what is too long",
-        )
-        require(not self.neat_pack or self.pack, "neat_pack needs pack; give both")
-        require(not self.pack or self.seq_length is not None, "pack needs seq_length, the length of a packed row")
-        require(
-            self.enable_thinking is None or self.prompt_type is not None,
-            "enable_thinking needs prompt_type, the template whose thoughts it governs",
-        )
-        require(
-            self.max_samples is None or self.max_samples >= 1, f"max_samples is {self.max_samples}; expected 1 or more"
-        )
-        require(self.pad_to_multiple_of >= 1, f"pad_to_multiple_of is {self.pad_to_multiple_of}; expected 1 or more")
+            if "/" in key:
+                yield f"--json-keys {key}: it becomes part of a file's name, which holds no '/'"
+        if len(set(self.json_keys)) != len(self.json_keys):
+            yield f"--json-keys {' '.join(self.json_keys)}: a field is named twice"
+        for name, column in (self.map_keys or {}).items():
+            if not isinstance(column, dict if name == "tags" else str):
+                expected = "an object of names" if name == "tags" else "the name of a field"
+                yield f"--map-keys: {name!r} is {described(column)}, expected {expected}"
 
-    def _check_handler(self) -> None:
+    def _wrong_numbers(self) -> Iterator[str]:
+        for name, least in (("workers", 1), ("log_interval", 1), ("max_samples", 1), ("pad_to_multiple_of", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                yield f"--{name.replace('_', '-')} {value}: expected {least} or more"
+
+    def _wrong_lengths(self) -> Iterator[str]:
+        if self.seq_length is not None and self.seq_length < 2:
+            yield f"--seq-length {self.seq_length}: expected 2 or more"
+        if self.over_long != "trim" and self.seq_length is None:
+            yield f"--over-long {self.over_long} needs --seq-length, which says what is too long"
+        if self.neat_pack and not self.pack:
+            yield "--neat-pack needs --pack; give both"
+        if self.pack and self.seq_length is None:
+            yield "--pack needs --seq-length, the length of a packed row"
+
+    def _wrong_handler(self) -> Iterator[str]:
+        try:
+            if self.prompt_type is not None:
+                check_prompt_type(self.prompt_type)
+            if self.handler_name not in ("", LLAMA_FACTORY):
+                make_handler(self.handler_name, self.json_keys, self.map_keys)
+        except UserError as error:
+            yield str(error)
         if self.handler_name == LLAMA_FACTORY:
-            require(self.dataset_dir is not None, f"{LLAMA_FACTORY} needs dataset_dir, the folder of dataset_info.json")
-            require(self.map_keys is None, f"map_keys: {LLAMA_FACTORY} takes its field names from dataset_info.json")
-            self._check_mixing()
+            yield from self._wrong_mixing()
             return
         for name in ("dataset_dir", "interleave_probs"):
-            require(getattr(self, name) is None, f"{name} is for {LLAMA_FACTORY}; give handler_name")
-        require(self.mix_strategy == "concat", f"mix_strategy is for {LLAMA_FACTORY}; give handler_name")
-        if self.handler_name:
-            make_handler(self.handler_name, self.json_keys, self.map_keys)
+            if getattr(self, name) is not None:
+                yield f"--{name.replace('_', '-')} is for --handler-name {LLAMA_FACTORY}"
+        if self.mix_strategy != "concat":
+            yield f"--mix-strategy is for --handler-name {LLAMA_FACTORY}"
 
-    def _check_mixing(self) -> None:
-        require(
-            self.mix_strategy in MIX_STRATEGIES,
-            f"mix_strategy is {self.mix_strategy!r}; expected one of {', '.join(MIX_STRATEGIES)}",
-        )
+    def _wrong_mixing(self) -> Iterator[str]:
+        if self.dataset_dir is None:
+            yield f"--handler-name {LLAMA_FACTORY} needs --dataset-dir, the folder of dataset_info.json"
+        if self.map_keys is not None:
+            yield f"--map-keys: {LLAMA_FACTORY} takes its field names from dataset_info.json"
         if (probabilities := self.interleave_probs) is None:
             return
-        require(self.mix_strategy != "concat", "interleave_probs needs mix_strategy interleave_under or _over")
-        require(
-            min(probabilities, default=0) > 0 and abs(sum(probabilities) - 1) < 1e-6,
-            f"interleave_probs {probabilities}: expected positive numbers whose sum is 1",
-        )
+        if self.mix_strategy == "concat":
+            yield "--interleave-probs needs --mix-strategy interleave_under or interleave_over"
+        if min(probabilities, default=0) <= 0 or abs(sum(probabilities) - 1) >= 1e-6:
+            given = ",".join(map(str, probabilities))
+            yield f"--interleave-probs {given}: expected positive numbers whose sum is 1"
 
 
-def parse_map_keys(text: str | None) -> dict[str, Any] | None:
-    """`--map-keys` as it is written on a command line."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--map-keys {text!r} is not valid JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"--map-keys {text!r}: expected a JSON object of names")
-    for name, column in value.items():
-        expected = "an object of names" if name == "tags" else "the name of a field"
-        if not isinstance(column, dict if name == "tags" else str):
-            raise UserError(f"--map-keys {text!r}: {name!r} is {kind(column)}, expected {expected}")
-    return value
+@dataclass(frozen=True)
+class MergeOptions(Options):
+    """Options of the merge of datasets that were preprocessed in parts."""
+
+    input: PathText
+    """Folder with the parts."""
+    output_prefix: PathText
+    """Each group becomes OUTPUT_PREFIX_KEY.bin/.idx."""
+    merge_group_keys: tuple[str, ...]
+    """Merge all pairs of files whose names hold the key, for each key."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -15,17 +15,11 @@ from typing import Any
 import numpy as np
 
 from tandem import __version__
-from tandem.data.handlers.registry import GeneralPretrainHandler, InstructionHandler, is_pairwise
 from tandem.data.indexed import IndexedDataset, IndexedWriter, part_of
-from tandem.data.kinds import REJECTS_SUFFIX, sft_prefix, text_prefix
+from tandem.data.kinds import REJECTS_SUFFIX, Kind
 from tandem.data.packing import Sequences, packed_rows
-from tandem.data.preprocess.chunks import (
-    ChunkTokenizer,
-    InstructionTokenizer,
-    PairTokenizer,
-    PretrainTokenizer,
-    TokenizedChunk,
-)
+from tandem.data.preprocess.chunks import ChunkTokenizer, TokenizedChunk
+from tandem.data.preprocess.jobs import job_of
 from tandem.data.preprocess.mixing import Selection, interleaved
 from tandem.data.preprocess.options import PreprocessOptions, require
 from tandem.data.preprocess.spool import Spool, fingerprint
@@ -34,13 +28,10 @@ from tandem.data.record import remove_record, require_own, source_entries, templ
 from tandem.data.sources.readers import iter_blocks
 from tandem.data.sources.sources import Source, iter_source_blocks, open_sources
 from tandem.data.statistics import DataView
-from tandem.data.templates.catalog import get_template
 from tandem.data.templates.messages import Template
-from tandem.data.tokens.encoder import TokenizersEngine, choose_engine
+from tandem.data.tokens.encoder import choose_engine
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-
-__all__ = ["PreprocessOptions", "PreprocessSummary", "kind_of", "preprocess", "try_first_rows"]
 
 Progress = Callable[[int, int], None]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,6 +44,7 @@ class PreprocessSummary:
 
     Attributes:
         prefixes: of the `.bin/.idx` pairs, by key.
+        data_paths: what `--data-path` takes of them.
         documents: rows read.
         kept: those that gave a sequence.
         rejected: unusable rows.
@@ -68,6 +60,7 @@ class PreprocessSummary:
     """
 
     prefixes: dict[str, str]
+    data_paths: tuple[str, ...]
     documents: int
     kept: int
     rejected: int
@@ -117,22 +110,19 @@ def try_first_rows(options: PreprocessOptions) -> Counter[str]:
         UserError: as `preprocess`.
     """
     sources = _open(options)
-    job, _ = _job(options, sources, Tokenizer(options.tokenizer_name_or_path))
+    job, _ = job_of(options, sources, Tokenizer(options.tokenizer_name_or_path))
     for block in iter_source_blocks(sources, options.max_samples):
         return _checked(job(block), options).counts
     raise UserError(f"{_files(sources)}: no rows")
 
 
-def kind_of(options: PreprocessOptions) -> str:
-    """What the first record says that the input is: "plain text", "conversations" or "preferences".
+def kind_of_input(options: PreprocessOptions) -> Kind:
+    """What the input is, as the first record says.
 
     Raises:
         UserError: as `preprocess`.
     """
-    handler = _open(options)[0].handler
-    if isinstance(handler, GeneralPretrainHandler):
-        return "plain text"
-    return "preferences" if is_pairwise(handler) else "conversations"
+    return _open(options)[0].handler.kind
 
 
 def _open(options: PreprocessOptions) -> list[Source]:
@@ -153,9 +143,9 @@ def _preprocess(
     progress: Progress | None,
 ) -> PreprocessSummary:
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
-    job, template = _job(options, sources, tokenizer)
-    name = sft_prefix if template else text_prefix
-    prefixes = {key: name(options.output_prefix, key) for key in job.output_keys}
+    job, template = job_of(options, sources, tokenizer)
+    kind = sources[0].handler.kind
+    prefixes = {key: kind.pair(options.output_prefix, key) for key in job.output_keys}
     names = {key: os.path.basename(prefix) for key, prefix in prefixes.items()}
     rejects = Path(f"{options.output_prefix}{REJECTS_SUFFIX}")
     _require_names(options.output_prefix, names, rejects, sources)
@@ -185,6 +175,7 @@ def _preprocess(
         counts.update(trained_tokens=written.trained_tokens - counts["trained_tokens"])
     summary = PreprocessSummary(
         prefixes=prefixes,
+        data_paths=kind.data_paths(options.output_prefix, job.output_keys),
         documents=counts["documents"],
         kept=counts["kept"],
         rejected=spool.rejected,
@@ -193,71 +184,13 @@ def _preprocess(
         dropped=dict(spool.dropped),
         sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
         tokens=counts["tokens"],
-        trained_tokens=counts["trained_tokens"] if template else counts["tokens"],
+        trained_tokens=counts["trained_tokens"],
         text_bytes=counts["text_bytes"],
         rejects=str(rejects) if spool.rejected else None,
         engine=job.engine.name,
     )
     write_record(options.output_prefix, names, _record(options, sources, tokenizer, template, entries(), summary))
     return summary
-
-
-def _job(
-    options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer
-) -> tuple[ChunkTokenizer, Template | None]:
-    """What the workers do, and the template if conversations are rendered."""
-    handler, name = sources[0].handler, sources[0].handler_name
-    if isinstance(handler, GeneralPretrainHandler):
-        return _pretrain_job(options, handler, name, tokenizer), None
-    require(options.prompt_type is not None, f"{name} needs prompt_type, the template of its conversations (qwen3)")
-    require(options.pad_to_multiple_of == 1, f"pad_to_multiple_of is for plain text, but {name} reads conversations")
-    assert options.prompt_type is not None
-    require(options.json_keys == ("text",), f"json_keys are for plain text, but {name} reads conversations")
-    template = get_template(options.prompt_type, options.enable_thinking, tokenizer)
-    stop = tokenizer.token_to_id(template.stop_word)
-    require(
-        stop is not None,
-        f"prompt_type {template.name} ends messages with {template.stop_word}, which is no token of "
-        f"{tokenizer.folder}; choose the prompt_type of this model",
-    )
-    reference = TokenizersEngine(tokenizer, add_special_tokens=False)
-    if is_pairwise(handler):
-        for option in ("pack", "append_eod"):
-            require(not getattr(options, option), f"{option}: the pairs of {name} stay as they are; leave it out")
-        return PairTokenizer(reference, handler, template, options.seq_length, options.over_long), template
-    require(
-        not options.pack or tokenizer.pad_id is not None,
-        f"pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
-    )
-    header = tokenizer.encode(template.answer_header)
-    eod = stop if options.append_eod else None
-    handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
-    return (
-        InstructionTokenizer(
-            reference, handlers, template, options.seq_length, header, eod, options.train_turns, options.over_long
-        ),
-        template,
-    )
-
-
-def _pretrain_job(
-    options: PreprocessOptions, handler: GeneralPretrainHandler, name: str, tokenizer: Tokenizer
-) -> PretrainTokenizer:
-    for option in ("prompt_type", "seq_length", "pack"):
-        require(not getattr(options, option), f"{option} is for conversations, but {name} reads plain text")
-    for option, usual in (("train_turns", "all"), ("over_long", "trim")):
-        require(getattr(options, option) == usual, f"{option} is for conversations, but {name} reads plain text")
-    require(
-        not options.append_eod or tokenizer.eos_id is not None,
-        f"append_eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
-    )
-    return PretrainTokenizer(
-        TokenizersEngine(tokenizer, add_special_tokens=True),
-        handler,
-        tokenizer.eos_id if options.append_eod else None,
-        options.pad_to_multiple_of,
-        pad=len(tokenizer),  # upstream's choice
-    )
 
 
 def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
@@ -315,10 +248,9 @@ def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) 
     for source, count in zip(sources, kept):
         require(count > 0, f"{_files([source])}: nothing kept, so it cannot be interleaved")
     probabilities = options.interleave_probs
-    require(
-        probabilities is None or len(probabilities) == len(sources),
-        f"interleave_probs {probabilities}: expected one for each of the {len(sources)} datasets",
-    )
+    if probabilities is not None and len(probabilities) != len(sources):
+        given = ",".join(map(str, probabilities))
+        raise UserError(f"--interleave-probs {given}: expected one for each of the {len(sources)} datasets")
     return interleaved(kept, probabilities, options.seed, options.mix_strategy == "interleave_over")
 
 
@@ -372,7 +304,7 @@ def _identity(
 
 
 def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
-    recorded = asdict(options)
+    recorded = options.recorded()
     for name in ("workers", "log_interval"):  # they leave no trace in the data
         del recorded[name]
     if not options.handler_name:  # what was recognised
@@ -389,7 +321,7 @@ def _record(
     summary: PreprocessSummary,
 ) -> dict[str, Any]:
     counts = asdict(summary)
-    del counts["prefixes"], counts["rejects"], counts["engine"]
+    del counts["prefixes"], counts["data_paths"], counts["rejects"], counts["engine"]
     return {
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_entry(template) if template else None,
@@ -401,8 +333,8 @@ def _record(
 
 def _require_output_folder(output_prefix: str) -> None:
     folder = _folder(output_prefix)
-    require(folder.is_dir(), f"output_prefix {output_prefix}: the folder {folder} does not exist; create it first")
-    require(bool(os.path.basename(output_prefix)), f"output_prefix {output_prefix}: a name for the files is missing")
+    require(folder.is_dir(), f"--output-prefix {output_prefix}: the folder {folder} does not exist; create it first")
+    require(bool(os.path.basename(output_prefix)), f"--output-prefix {output_prefix}: a name for the files is missing")
 
 
 def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, sources: Sequence[Source]) -> None:
@@ -410,12 +342,12 @@ def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, 
     longest = os.pathconf(_folder(output_prefix), "PC_NAME_MAX")
     for pair in names.values():
         over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - longest
-        require(over <= 0, f"output_prefix {output_prefix}: the names of files would be {over} bytes too long")
+        require(over <= 0, f"--output-prefix {output_prefix}: the names of files would be {over} bytes too long")
     require_own(output_prefix, names)
     for file in (file for source in sources for file in source.files):
         require(
             file.resolve() != rejects.resolve(),
-            f"{file}: the rejects of this run would go there, and it is the input; choose another output_prefix",
+            f"{file}: the rejects of this run would go there, and it is the input; choose another --output-prefix",
         )
 
 

@@ -6,11 +6,18 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
-Print = Callable[[str], None]
+from tandem.launch.world import World
+from tandem.logs import log
+
+Write = Callable[[str], None]
 VALIDATION = "validation"  # the name of the validation set, when there is only the split's
-print_now: Print = partial(print, flush=True)  # a log file read while the run goes on must not lag
+
+
+def log_notice(text: str) -> None:
+    """What the user must know, said by the first rank."""
+    if World.from_environment().rank == 0:
+        log.info("> %s", text)
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,9 @@ def perplexity(loss: float) -> float:
 
 
 class IterationLog:
-    """Gathers steps and prints one line every `interval`."""
+    """Gathers steps and writes one line every `interval`."""
 
-    def __init__(self, interval: int, log_throughput: bool, write: Print = print_now) -> None:
+    def __init__(self, interval: int, log_throughput: bool, write: Write = log.info) -> None:
         self._interval = interval
         self._log_throughput, self._write = log_throughput, write
         self._window: list[StepRecord] = []

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from logging import INFO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from tandem.config.settings import Settings
+from tandem.config.settings import LoggingSettings
+from tandem.logs import log
 from tandem.training.logs.live import LiveView
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, MetricsFile
@@ -29,18 +32,32 @@ class StepLogger(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LoggedRun:
+    """What loggers must know of a run.
+
+    Attributes:
+        iteration: where it stands.
+        folder: of the run; None when it saves nothing.
+        settings: all of the run's, to be shown.
+    """
+
+    ai_framework: str
+    iteration: int
+    folder: Path | None
+    settings: dict[str, Any]
+
+
 @contextmanager
-def step_loggers(settings: Settings, iteration: int, on_step: OnStep | None) -> Iterator[OnStep]:
-    """Open every logger of a run that stands at `iteration`; yields the function that tells them, and `on_step`, of a
-    step.
+def step_loggers(logging: LoggingSettings, run: LoggedRun, on_step: OnStep | None) -> Iterator[OnStep]:
+    """Open every logger of a run; yields the function that tells them, and `on_step`, of a step.
 
     Raises:
         UserError: a file cannot be written, or a library is not installed.
     """
     with ExitStack() as stack:
         listeners = [on_step] if on_step else []
-        for open_logger in _openers(settings):
-            logger = open_logger(iteration)
+        for logger in _opened(logging, run):
             stack.callback(logger.close)
             listeners.append(logger.on_step)
 
@@ -51,16 +68,15 @@ def step_loggers(settings: Settings, iteration: int, on_step: OnStep | None) -> 
         yield tell
 
 
-def _openers(settings: Settings) -> Iterator[Callable[[int], StepLogger]]:
-    save, logging = settings.checkpoint.save, settings.logging
-    tensorboard = logging.tensorboard_dir
-    if save is not None:
-        yield lambda iteration: MetricsFile(Path(save) / METRICS_FILE, iteration)
-    if tensorboard is not None:
-        yield lambda iteration: TensorBoardWriter(tensorboard, logging.tensorboard_log_interval, iteration)
+def _opened(logging: LoggingSettings, run: LoggedRun) -> Iterator[StepLogger]:
+    """Each logger is opened when it is asked for, so that those before it can be closed should that fail."""
+    if run.folder is not None:
+        yield MetricsFile(run.folder / METRICS_FILE, run.iteration)
+    if logging.tensorboard_dir is not None:
+        yield TensorBoardWriter(logging.tensorboard_dir, logging.tensorboard_log_interval, run.iteration)
     if logging.wandb_project is not None:
-        yield lambda _: WandbRun(settings)
+        yield WandbRun(logging, run.folder, run.settings)
     if logging.profile:
-        yield lambda iteration: StepProfiler(settings, iteration)
-    if sys.stdout.isatty() and not logging.no_live_view:
-        yield lambda _: LiveView()
+        yield StepProfiler(logging, run.ai_framework, run.folder, run.iteration)
+    if sys.stdout.isatty() and log.isEnabledFor(INFO) and not logging.no_live_view:
+        yield LiveView()

@@ -9,9 +9,10 @@ from typing import Any
 
 from tandem.backends import start_profiler
 from tandem.backends.interface import Profiler
-from tandem.config.settings import Settings
+from tandem.config.settings import LoggingSettings
 from tandem.files.publish import write_text_atomically
-from tandem.training.logs.log import StepRecord, print_now
+from tandem.logs import log
+from tandem.training.logs.log import StepRecord
 
 PROFILE_FOLDER = "profile"
 
@@ -22,15 +23,14 @@ class StepProfiler:
     Evaluations and saves between these steps are in it, too.
 
     Args:
+        save: the run's folder, where the summary is kept; None keeps none.
         iteration: where the run stands; a run that resumes within or after those steps profiles nothing.
     """
 
-    def __init__(self, settings: Settings, iteration: int) -> None:
-        logging = settings.logging
-        self._framework = settings.training.ai_framework
+    def __init__(self, logging: LoggingSettings, ai_framework: str, save: Path | None, iteration: int) -> None:
+        self._framework, self._save = ai_framework, save
         self._start, self._end = logging.profile_step_start, logging.profile_step_end
-        self._save = Path(settings.checkpoint.save) if settings.checkpoint.save else None
-        self._folder = Path(logging.profile_save_path or Path(settings.checkpoint.save or "") / PROFILE_FOLDER)
+        self._folder = Path(logging.profile_save_path or (save or Path()) / PROFILE_FOLDER)
         self._profiler: Profiler | None = None
         self._begin_at(iteration)
 
@@ -53,7 +53,7 @@ class StepProfiler:
             return
         seconds, trace = self._profiler.stop()
         self._profiler = None
-        print_now(table(self._start + 1, iteration, seconds, trace))
+        log.info(table(self._start + 1, iteration, seconds, trace))
         if self._save:
             write_profile(self._save, self._start + 1, iteration, seconds, trace)
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tandem.config.settings import Settings
+from tandem.config.settings import LoggingSettings
 from tandem.errors import UserError
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.scalars import scalars
@@ -17,30 +17,31 @@ class WandbRun:
 
     Each process that resumes the training is a run of its own there, in the group of its name: W&B takes no step twice.
 
+    Args:
+        save: the run's folder, which holds the local files unless `--wandb-save-dir` names another.
+        config: the run's settings, as W&B shows them.
+
     Raises:
         UserError: the library is not installed, or refuses to begin.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        logging = settings.logging
+    def __init__(self, logging: LoggingSettings, save: Path | None, config: dict[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             flag = f"--wandb-project {logging.wandb_project}"
             raise UserError(f"{flag}: {error}; pip install 'tandem-llm[wandb]'") from error
-        folder = logging.wandb_save_dir
-        if folder is None and settings.checkpoint.save is not None:
-            folder = str(Path(settings.checkpoint.save) / "wandb")
+        folder = Path(logging.wandb_save_dir) if logging.wandb_save_dir is not None else save and save / "wandb"
         if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run: Any = wandb.init(
                 project=logging.wandb_project,
                 name=logging.wandb_exp_name,
                 group=logging.wandb_exp_name,
                 entity=logging.wandb_entity,
-                dir=folder,
-                config=settings.to_dict(),
+                dir=str(folder) if folder is not None else None,
+                config=config,
             )
         except wandb.Error as error:
             raise UserError(f"--wandb-project {logging.wandb_project}: {error}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tandem.checkpoints.folders import iteration_folder
 from tandem.launch.member import JOB
+from tandem.logs import log
 from tandem.training.logs.events import EventLog
 
 EXPORTS = "hf"  # SAVE/hf/iter_0000020
@@ -71,7 +72,7 @@ class HFExports:
             self._events.add("exported", iteration=running.iteration)
             return
         reason = output.strip().splitlines()[-1] if output.strip() else f"exit code {running.process.returncode}"
-        print(f"  iteration {running.iteration} was not exported: {reason}", flush=True)
+        log.warning("  iteration %s was not exported: %s", running.iteration, reason)
         self._events.add("export failed", iteration=running.iteration, reason=reason)
 
     def stop(self) -> None:

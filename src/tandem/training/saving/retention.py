@@ -16,7 +16,7 @@ def superseded(iterations: Collection[int], newest: int, total_limit: int | None
     """Of the saved `iterations`, those to be removed once `newest` is whole.
 
     Later ones than `newest` are of a branch that was left, and not touched. As in Megatron, `retain_interval` alone
-    keeps the newest beside its multiples.
+    keeps the newest and its multiples.
     """
     if total_limit is None and retain_interval is None:
         return set()

@@ -14,13 +14,13 @@ import numpy as np
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.folders import iteration_folder
-from tandem.checkpoints.interface import KINDS, Companions, Kind
-from tandem.checkpoints.native.format import PROMPT_FILE
+from tandem.checkpoints.interface import TENSOR_KINDS, Companions, TensorKind
 from tandem.checkpoints.native.rank_sink import NativeRankSink
-from tandem.config.parsing import to_yaml
-from tandem.config.settings import Settings
+from tandem.checkpoints.prompt import PROMPT_FILE
+from tandem.config.settings import CheckpointSettings, ParallelSettings
 from tandem.errors import UserError
 from tandem.launch.world import Communicator
+from tandem.logs import log
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Shard
 from tandem.training.logs.events import EventLog
@@ -29,8 +29,32 @@ from tandem.training.saving.hf_export import HFExports
 from tandem.training.saving.retention import remove_superseded
 from tandem.training.start.state import OPTIMIZER_KINDS, SETTINGS_FILE, STATE_FILE, TrainerState
 
-Part = tuple[Kind, Shard, np.ndarray]
+Part = tuple[TensorKind, Shard, np.ndarray]
 SECONDS_BETWEEN_SIGNS = 2.0
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What each checkpoint of a run says besides its tensors and how far the run has come.
+
+    Attributes:
+        settings: the run's, as YAML.
+        data: what defines the order of the samples, to be compared on resuming.
+        template: the record's entry of the template trained on (None for plain text); generation and export use it.
+    """
+
+    settings: str
+    seed: int
+    data: dict[str, Any]
+    template: dict[str, Any] | None
+    companions: Companions
+
+
+def kinds_by_rows(parallel: ParallelSettings) -> tuple[TensorKind, ...]:
+    """What an engine shards by rows over data ranks."""
+    if parallel.use_torch_fsdp2:
+        return TENSOR_KINDS
+    return tuple(kind for kind in TENSOR_KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
 
 
 @dataclass(frozen=True)
@@ -55,32 +79,33 @@ class CheckpointWriter:
     Leaving its `with` block publishes what was saved, and waits for exports; with an error, it waits for no other rank.
 
     Args:
-        data: what defines the order of the samples, to be compared on resuming.
-        template: the record's entry of the template trained on (None for plain text); generation and export use it.
+        folder: of the run; `settings.save`.
+        by_rows: as `kinds_by_rows`.
         resumed: the iteration of `folder` that the run goes on from; it is not removed.
     """
 
     def __init__(
         self,
         folder: Path,
+        settings: CheckpointSettings,
+        description: RunDescription,
         engine: Engine,
-        settings: Settings,
         grid: Grid,
         communicator: Communicator,
-        companions: Companions,
-        data: dict[str, Any],
-        template: dict[str, Any] | None,
-        resumed: int | None,
         events: EventLog,
+        *,
+        by_rows: tuple[TensorKind, ...],
+        resumed: int | None = None,
     ) -> None:
-        self._folder, self._engine, self._settings, self._grid = folder, engine, settings, grid
-        self._communicator, self._companions, self._data, self._template = communicator, companions, data, template
-        self._resumed, self._events = resumed, events
-        self._leads = communicator.world.leads(shared_storage=not settings.checkpoint.no_shared_storage)
+        self._folder, self._settings, self._description = folder, settings, description
+        self._engine, self._grid, self._communicator, self._events = engine, grid, communicator, events
+        self._by_rows, self._resumed = by_rows, resumed
+        self._shared_storage = not settings.no_shared_storage
+        self._leads = communicator.world.leads(shared_storage=self._shared_storage)
         self._thread = ThreadPoolExecutor(1)
         self._copies: list[np.ndarray] = []
         self._pending: _Pending | None = None
-        self._exports = HFExports(folder, settings.checkpoint.export_hf_every, events)
+        self._exports = HFExports(folder, settings.export_hf_every, events)
 
     def save(self, progress: Progress) -> None:
         """Write one iteration, after the one before it.
@@ -93,7 +118,7 @@ class CheckpointWriter:
         sink = self._open_sink(progress)
         failure: Future[Exception | None] = Future()
         try:
-            if self._settings.checkpoint.async_save:
+            if self._settings.async_save:
                 failure = self._thread.submit(_write, sink, self._copied())
             elif self._communicator.world.size > 1:  # this thread tells the other ranks that it goes on
                 failure = self._thread.submit(_write, sink, self._parts())
@@ -103,7 +128,7 @@ class CheckpointWriter:
             sink.abort()
             raise
         self._pending = _Pending(sink, progress.iteration, failure, began, time.perf_counter() - began)
-        if not self._settings.checkpoint.async_save:
+        if not self._settings.async_save:
             self.publish()
 
     @property
@@ -167,85 +192,76 @@ class CheckpointWriter:
         self._exports.stop()
 
     def _open_sink(self, progress: Progress) -> NativeRankSink:
+        description = self._description
         state = TrainerState(
             iteration=progress.iteration,
             consumed_train_samples=progress.consumed_train_samples,
             optimizer_step=self._engine.optimizer_step,
-            seed=self._settings.training.seed,
-            data=self._data,
+            seed=description.seed,
+            data=description.data,
             skipped_train_samples=progress.skipped_train_samples,
             recent_losses=progress.recent_losses,
             loss_scale=progress.loss_scale,
         )
-        documents = {STATE_FILE: state.to_json(), SETTINGS_FILE: to_yaml(self._settings)}
-        if self._template is not None:
-            documents[PROMPT_FILE] = json.dumps(self._template, indent=2) + "\n"
+        documents = {STATE_FILE: state.to_json(), SETTINGS_FILE: description.settings}
+        if description.template is not None:
+            documents[PROMPT_FILE] = json.dumps(description.template, indent=2) + "\n"
         return NativeRankSink(
             self._folder,
             self._engine.config,
             self._grid,
             self._kinds(),
             progress.iteration,
-            self._companions,
+            description.companions,
             documents,
             self._communicator,
-            by_rows=self._kinds_by_rows(),
-            shared_storage=not self._settings.checkpoint.no_shared_storage,
+            by_rows=self._by_rows,
+            shared_storage=self._shared_storage,
         )
 
-    def _kinds(self) -> dict[Kind, str]:
-        kinds: dict[Kind, str] = {"model": self._engine.param_dtype}
-        if not self._settings.checkpoint.no_save_optim:
+    def _kinds(self) -> dict[TensorKind, str]:
+        kinds: dict[TensorKind, str] = {"model": self._engine.param_dtype}
+        if not self._settings.no_save_optim:
             if self._engine.param_dtype != "float32":
                 kinds["master"] = "float32"
             kinds |= dict.fromkeys(OPTIMIZER_KINDS, "float32")
         return kinds
 
-    def _kinds_by_rows(self) -> tuple[Kind, ...]:
-        """What the engine shards by rows over data ranks."""
-        parallel = self._settings.parallel
-        if parallel.use_torch_fsdp2:
-            return KINDS
-        return tuple(kind for kind in KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
-
     def _parts(self) -> Iterator[Part]:
         kinds = self._kinds()
-        shared_storage = not self._settings.checkpoint.no_shared_storage
-        tensors = self._engine.tensors(self._communicator.world.first_on_disk(shared_storage=shared_storage))
+        tensors = self._engine.tensors(self._communicator.world.first_on_disk(shared_storage=self._shared_storage))
         return (part for part in tensors if part[0] in kinds)
 
     def _copied(self) -> list[Part]:
         """This rank's tensors, copied. The copies' memory is kept for the next save: new pages cost as much again."""
-        found: list[Part] = []
+        copied: list[Part] = []
         for number, (kind, shard, values) in enumerate(self._parts()):
             if number == len(self._copies):
                 self._copies.append(np.empty(values.shape, values.dtype))
             np.copyto(self._copies[number], values)
-            found.append((kind, shard, self._copies[number]))
-        return found
+            copied.append((kind, shard, self._copies[number]))
+        return copied
 
     def _tidy(self, newest: int) -> None:
         """Remove what is superseded. A folder that cannot be removed is named, and does not end the run."""
-        checkpoint = self._settings.checkpoint
         try:
             remove_superseded(
                 self._folder,
                 newest,
-                checkpoint.save_total_limit,
-                checkpoint.save_retain_interval,
+                self._settings.save_total_limit,
+                self._settings.save_retain_interval,
                 needed={self._resumed, self._exports.reading},
             )
         except OSError as error:
-            print(f"  an old checkpoint cannot be removed: {error.filename}: {error.strerror}", flush=True)
+            log.warning("  an old checkpoint cannot be removed: %s: %s", error.filename, error.strerror)
 
     def _tell(self, iteration: int, waited: float, seconds: float) -> None:
         files = iteration_folder(self._folder, iteration).rglob("*")
         nbytes = sum(path.stat().st_size for path in files if path.is_file())
-        print(
+        log.info(
             f"  successfully saved checkpoint from iteration {iteration:7d} to {self._folder} "
             f"({nbytes / 1e6:,.1f} MB in {seconds:.2f} s, {nbytes / 1e6 / seconds:,.0f} MB/s; training waited "
-            f"{waited:.2f} s)",
-            flush=True,
+            f"{waited:.2f} s)"
         )
         self._events.add("saved", iteration=iteration, seconds=round(waited, 3), bytes=nbytes)
 

@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-from tandem.checkpoints.interface import TensorSource
 from tandem.config.parsing import departures
-from tandem.config.settings import Settings
+from tandem.config.settings import CheckpointSettings
+from tandem.logs import log
 from tandem.models.tensors import parameter_count
+from tandem.training.start.prepare import PreparedRun
 from tandem.training.start.resume import changes
-from tandem.training.start.state import TrainerState
 from tandem.training.trainer import Trainer
 
 
-def saving_notice(settings: Settings) -> list[str]:
+def saving_notice(checkpoint: CheckpointSettings) -> list[str]:
     """What to say when nothing is saved, or when a script asks for a format that training does not write."""
-    if settings.checkpoint.save is None:
+    if checkpoint.save is None:
         return ["--save is not given: nothing will be saved"]
-    if settings.checkpoint.ckpt_format == "native":
+    if checkpoint.ckpt_format == "native":
         return []
     return [
-        f"--ckpt-format {settings.checkpoint.ckpt_format}: training saves native checkpoints; "
+        f"--ckpt-format {checkpoint.ckpt_format}: training saves native checkpoints; "
         f"`tandem convert --ckpt-format torch` turns one into Megatron's"
     ]
 
 
-def print_banner(
-    settings: Settings,
-    source: TensorSource,
-    trainer: Trainer,
-    state: TrainerState | None,
-    notices: list[str],
-) -> None:
+def print_banner(run: PreparedRun, trainer: Trainer) -> None:
     """Say what will run: framework, model, weights, data, batch, and what a resumed run has changed."""
-    config, engine = source.config, trainer.engine
+    settings, state = run.settings, run.state
+    config, engine = run.source.config, trainer.engine
     given = [f"{group}: {' '.join(values)}" for group, values in departures(settings).items()]
     counts = trainer.train_data.describe()
-    batch = settings.global_batch_size
+    batch = settings.training.final_batch_size
     lines = [
-        f"{settings.training.ai_framework}: {config.model_type}, {parameter_count(config):,} parameters, "
-        f"{engine.param_dtype}, weights from {source.location}",
+        f"{run.framework}: {config.model_type}, {parameter_count(config):,} parameters, "
+        f"{engine.param_dtype}, weights from {run.source.location}",
         f"data {' '.join(settings.data.data_path)}: "
         + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()),
         f"batch {batch} x {settings.data.seq_length} tokens, "
         f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
         *given,
         *engine.notices,
-        *notices,
-        *saving_notice(settings),
+        *run.data.notices,
+        *saving_notice(settings.checkpoint),
     ]
     if trainer.progress.iteration >= trainer.train_iters:
         lines.append(
@@ -54,5 +49,5 @@ def print_banner(
         )
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
-        lines += changes(source, settings)
-    print("\n".join(f"> {line}" for line in lines), flush=True)
+        lines += changes(run.source, settings.to_dict())
+    log.info("\n".join(f"> {line}" for line in lines))

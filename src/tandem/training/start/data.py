@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import glob
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tandem.checkpoints.interface import TensorSource
-from tandem.config.settings import Settings
+from tandem.config.lengths import RunLength
+from tandem.config.settings import DataSettings, TrainingSettings
 from tandem.data.datasets.blend import BlendedDataset, ChainedDataset, parse_blend
-from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.mixture import Mixture
 from tandem.data.datasets.sample_index import EmptySplitError
-from tandem.data.datasets.text import GPTDataset
+from tandem.data.kinds import CONVERSATIONS, Kind
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.logs.log import VALIDATION
-from tandem.training.start.data_checks import check_data, check_files, is_packed, template_of
+from tandem.training.start.data_checks import check_data
+from tandem.training.start.data_paths import all_prefixes, named_sets
+from tandem.training.start.datasets import Datasets, kind_to_train
 from tandem.training.start.state import TrainerState
 
-# Of `data_identity`: what each dataset's own order depends on, beside the seed. Where it changed, a new order begins.
+# Of `data_identity`: what each dataset's own order depends on, besides the seed. Where it changed, a new order begins.
 _ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack", "no_shuffle")
 
 
@@ -46,42 +46,45 @@ class Data:
     identity: dict[str, Any]
 
 
-def open_tokenizer(settings: Settings, source: TensorSource) -> Tokenizer | None:
-    """The tokenizer that `--tokenizer-name-or-path` names, or the one that lies beside the weights."""
-    if settings.data.tokenizer_name_or_path:
-        return Tokenizer(settings.data.tokenizer_name_or_path)
-    beside = [path for path in source.companions.files if path.name == "tokenizer.json"]
-    return Tokenizer(beside[0].parent) if beside else None
+def open_tokenizer(folder: str | None, source: TensorSource) -> Tokenizer | None:
+    """The tokenizer of the folder that `--tokenizer-name-or-path` names, or the one that lies with the weights."""
+    folder_in_use = folder or source.companions.tokenizer_folder
+    return Tokenizer(folder_in_use) if folder_in_use else None
 
 
-def open_data(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None = None) -> Data:
+def open_data(
+    data: DataSettings, training: TrainingSettings, tokenizer: Tokenizer | None, resumed: TrainerState | None = None
+) -> Data:
     """Open the datasets and compare their record with the run, which goes on from `resumed` if given.
 
     Raises:
         UserError: files are missing, or their record names another tokenizer, template or length.
     """
-    named = named_sets(settings.data.valid_data_path)
-    checks = {prefix: check_data(prefix, settings, tokenizer) for prefix in all_prefixes(settings)}
-    template = the_one_template({prefix: found for prefix, (_, found) in checks.items()})
-    train, mixture = _training(settings, tokenizer, resumed)
-    valid, unevaluated = _validation_sets(settings, tokenizer, named)
+    kind, named = kind_to_train(data), named_sets(data.valid_data_path)
+    checks = {prefix: check_data(prefix, kind, data, tokenizer) for prefix in all_prefixes(data)}
+    template = common_template({prefix: template for prefix, (_, template) in checks.items()})
+    datasets = Datasets.of(kind, data, training, tokenizer)
+    identity = data_identity(data, training)
+    changed = _changed_ordering(identity, training.seed, resumed) if resumed else []
+    train, mixture = _training(data.data_path, training.length, datasets, resumed, keeps_order=not changed)
+    valid, unevaluated = _validation_sets(data.data_path, training, datasets, named)
     notices = [
         *(notice for notices, _ in checks.values() for notice in notices),
-        *_notices_of_flags(settings),
+        *_notices_of_flags(data, kind),
         *unevaluated,
-        *_notices_of_evaluation(settings, named, valid),
+        *_notices_of_evaluation(training, named, valid),
     ]
-    if resumed is not None and not _keeps_its_order(settings, resumed):
-        changed = ", ".join(_changed_ordering(settings, resumed)).replace("_", " ")
+    if changed:
         notices.append(
-            f"the checkpoint's samples came in an order of another {changed}: a new one begins, at the same position"
+            f"the checkpoint's samples came in an order of another {', '.join(changed).replace('_', ' ')}: "
+            f"a new one begins, at the same position"
         )
     sources = train.sources() if isinstance(train, BlendedDataset) else []
     lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, sources)]
-    return Data(train, valid, template, [*lines, *notices], {**data_identity(settings), "mixture": mixture.to_dict()})
+    return Data(train, valid, template, [*lines, *notices], {**identity, "mixture": mixture.to_dict()})
 
 
-def the_one_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+def common_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
     """The template of all prefixes of which it is known.
 
     Raises:
@@ -98,17 +101,16 @@ def the_one_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, A
     return known[first] if first else None
 
 
-def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dict[str, Dataset]) -> list[str]:
+def _notices_of_evaluation(training: TrainingSettings, named: dict[str, str], valid: dict[str, Dataset]) -> list[str]:
     """Where the sets that the user named are not evaluated, or not whole."""
-    training = settings.training
     if named and training.eval_iters and not valid:
         return [
             f"--valid-data-path: an evaluation is due every {training.eval_interval} steps, and the run has "
-            f"{settings.length.iterations}: nothing will be evaluated; give a smaller --eval-interval"
+            f"{training.length.iterations}: nothing will be evaluated; give a smaller --eval-interval"
         ]
-    if training.eval_iters == "full":
+    if training.eval_batches is None:
         return []
-    taken = training.eval_iters * settings.global_batch_size
+    taken = training.eval_batches * training.final_batch_size
     return [
         f"{prefix}: an evaluation takes {taken:,} of {len(valid[name]):,} samples; --eval-iters full takes all"
         for name, prefix in named.items()
@@ -116,143 +118,57 @@ def _notices_of_evaluation(settings: Settings, named: dict[str, str], valid: dic
     ]
 
 
-def _notices_of_flags(settings: Settings) -> list[str]:
+def _notices_of_flags(data: DataSettings, kind: Kind) -> list[str]:
     """Flags that mean nothing for this kind of data."""
-    data = settings.data
-    if data.is_instruction_dataset:
-        names, kind = ["eod_mask_loss"], "conversations"
-    else:
-        names, kind = ["pack", "neat_pack", "no_shuffle"], "plain text"
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(data, name)]
-    return [f"{' '.join(given)}: without effect on {kind}"] if given else []
+    given = [f"--{name.replace('_', '-')}" for name in kind.unused_by_training if getattr(data, name)]
+    return [f"{' '.join(given)}: without effect on {kind.name}"] if given else []
 
 
-def all_prefixes(settings: Settings) -> list[str]:
-    """Of all data that the run reads."""
-    prefixes, _ = parse_blend(settings.data.data_path)
-    return list(dict.fromkeys([*prefixes, *named_sets(settings.data.valid_data_path).values()]))
-
-
-def named_sets(paths: Sequence[str]) -> dict[str, str]:
-    """Prefixes by name, from words NAME=PREFIX; a single PREFIX alone has the name of the split's own set.
-
-    Raises:
-        UserError: a name is missing or given twice.
-    """
-    if len(paths) == 1 and split_name(paths[0])[0] is None:
-        return {VALIDATION: paths[0]}
-    found: dict[str, str] = {}
-    for word in paths:
-        name, prefix = split_name(word)
-        if not name or not prefix:
-            raise UserError(f"--valid-data-path {word}: expected NAME=PREFIX, or one PREFIX alone")
-        if name in found:
-            raise UserError(f"--valid-data-path: two sets have the name {name!r}")
-        found[name] = prefix
-    return found
-
-
-def split_name(word: str) -> tuple[str | None, str]:
-    """Name and path of a word NAME=PATH; None for the name of a path alone. Where files have the whole word's name, the
-    `=` belongs to it."""
-    name, equals, path = word.partition("=")
-    return (name, path) if equals and not glob.glob(f"{glob.escape(word)}*") else (None, word)
-
-
-def whole_set(settings: Settings, tokenizer: Tokenizer | None, prefix: str) -> Dataset:
-    """All samples of a prefix once, as a validation set."""
-    whole = dataclasses.replace(settings, data=dataclasses.replace(settings.data, split="0,1,0"))
-    return _single(whole, tokenizer, prefix, "valid", None)
-
-
-def with_epochs(settings: Settings, resumed: TrainerState | None = None) -> Settings:
-    """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
-
-    Raises:
-        UserError: as `check_epochs`; or the run goes on from steps of another size, so that the number of steps does
-            not tell how many samples it takes.
-    """
-    training = settings.training
-    if training.epochs is None:
-        return settings
-    check_epochs(settings)
-    prefixes, _ = parse_blend(settings.data.data_path)
-    for prefix in prefixes:
-        check_files(prefix, settings.data.is_instruction_dataset)
-    # The number of samples depends on none of the flags that need a tokenizer.
-    plain = dataclasses.replace(
-        settings.data, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
-    )
-    counted = dataclasses.replace(settings, data=plain)
-    samples = sum(len(_single(counted, None, prefix, "train", None)) for prefix in prefixes)
-    iters = max(1, math.ceil(training.epochs * samples / settings.global_batch_size))
-    before = resumed.data.get("global_batch_size") if resumed else None
-    if before not in (None, settings.global_batch_size):
-        raise UserError(
-            f"--epochs {training.epochs:g}: the run's steps took {before} samples so far, and --global-batch-size is "
-            f"now {settings.global_batch_size}; keep {before}, or give --train-samples "
-            f"{math.ceil(training.epochs * samples)} in place of --epochs"
-        )
-    return dataclasses.replace(settings, training=dataclasses.replace(training, epochs=None, train_iters=iters))
-
-
-def check_epochs(settings: Settings) -> None:
-    """Raise UserError when the prefixes have weights, which say by themselves how often a sample is taken."""
-    _, weights = parse_blend(settings.data.data_path)
-    if settings.training.epochs is not None and weights is not None:
-        raise UserError(
-            f"--epochs {settings.training.epochs:g} takes every sample so often, but with the weights of --data-path "
-            f"{' '.join(settings.data.data_path)} some come more often than others: leave the weights out, or give "
-            f"--train-iters"
-        )
-
-
-def data_identity(settings: Settings) -> dict[str, Any]:
-    """What the order of the samples is a function of, beside the seed."""
+def data_identity(data: DataSettings, training: TrainingSettings) -> dict[str, Any]:
+    """What the order of the samples is a function of, besides the seed."""
+    kind = kind_to_train(data)
     return {
-        "data_path": list(settings.data.data_path),
-        "split": settings.data.split,
-        "seq_length": settings.data.seq_length,
-        "global_batch_size": settings.global_batch_size,
-        "train_iters": settings.training.train_iters,
-        "train_samples": settings.training.train_samples,
-        "is_instruction_dataset": settings.data.is_instruction_dataset,
-        "pack": settings.data.pack,
-        "no_shuffle": settings.data.is_instruction_dataset and settings.data.no_shuffle,
+        "data_path": list(data.data_path),
+        "split": data.split,
+        "seq_length": data.seq_length,
+        "global_batch_size": training.final_batch_size,
+        "train_iters": training.train_iters,
+        "train_samples": training.train_samples,
+        "is_instruction_dataset": kind is CONVERSATIONS,
+        "pack": data.pack,
+        "no_shuffle": data.no_shuffle and "no_shuffle" not in kind.unused_by_training,
     }
 
 
 def _validation_sets(
-    settings: Settings, tokenizer: Tokenizer | None, named: dict[str, str]
+    data_path: Sequence[str], training: TrainingSettings, datasets: Datasets, named: dict[str, str]
 ) -> tuple[dict[str, Dataset], list[str]]:
     """What the run is evaluated with, by name, and notices; nothing where no evaluation is due."""
-    training = settings.training
-    if not training.eval_iters or training.eval_interval > settings.length.iterations:
+    if not training.eval_iters or training.eval_interval > training.length.iterations:
         return {}, []
     if named:
-        return {name: whole_set(settings, tokenizer, prefix) for name, prefix in named.items()}, []
-    of_the_split, notices = _validation(settings, tokenizer)
+        return {name: datasets.whole(prefix) for name, prefix in named.items()}, []
+    of_the_split, notices = _validation(data_path, datasets)
     return {VALIDATION: of_the_split}, notices
 
 
-def _validation(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Dataset, list[str]]:
+def _validation(data_path: Sequence[str], datasets: Datasets) -> tuple[Dataset, list[str]]:
     """The validation splits of all prefixes: one after the other where all of them is evaluated, else as many samples
     as they have together, mixed as the training data are. And notices, where some have none.
 
     Raises:
         UserError: all have none.
     """
-    prefixes, weights = parse_blend(settings.data.data_path)
+    prefixes, weights = parse_blend(data_path)
     parts: dict[str, Dataset] = {}
     failures: dict[str, EmptySplitError] = {}
     for prefix in prefixes:
         try:
-            parts[prefix] = _single(settings, tokenizer, prefix, "valid", None)
+            parts[prefix] = datasets.split("valid", prefix)
         except EmptySplitError as error:
             failures[prefix] = error
-    is_full = settings.training.eval_iters == "full"
     if not parts:
-        full = "" if is_full else "--eval-iters full takes also less than a sample, "
+        full = "" if datasets.whole_validation else "--eval-iters full takes also less than a sample, "
         raise UserError(
             f"{failures[prefixes[0]]}. Or: {full}--valid-data-path evaluates other data, --eval-iters 0 nothing"
         )
@@ -261,94 +177,38 @@ def _validation(settings: Settings, tokenizer: Tokenizer | None) -> tuple[Datase
     ]
     if len(parts) == 1:
         return next(iter(parts.values())), notices
-    if is_full:
+    if datasets.whole_validation:
         return ChainedDataset(list(parts.values())), notices
     sizes = [float(len(part)) for part in parts.values()]
     shares = [dict(zip(prefixes, weights))[prefix] for prefix in parts] if weights else sizes
     mixture = Mixture.of(list(parts), shares, int(sum(sizes)), None, 0)
-
-    def build(prefix: str, size: int, number: int) -> Dataset:
-        return _single(settings, tokenizer, prefix, "valid", size, settings.training.seed + number)
-
-    return mixture.open(build, grows=settings.data.is_instruction_dataset)[0], notices
+    return mixture.open(partial(datasets.split, "valid"), grows=datasets.kind.grows)[0], notices
 
 
-def _training(settings: Settings, tokenizer: Tokenizer | None, resumed: TrainerState | None) -> tuple[Dataset, Mixture]:
-    """The training samples, going on in each prefix where `resumed` stopped, and the mixture that they are."""
-    prefixes, weights = parse_blend(settings.data.data_path)
+def _training(
+    data_path: Sequence[str],
+    length: RunLength,
+    datasets: Datasets,
+    resumed: TrainerState | None,
+    *,
+    keeps_order: bool,
+) -> tuple[Dataset, Mixture]:
+    """The training samples, and the mixture that they are. Where `resumed` is given and each dataset `keeps_order`,
+    each goes on where the checkpoint stopped."""
+    prefixes, weights = parse_blend(data_path)
     if weights is None and len(prefixes) > 1:
-        weights = [float(len(_single(settings, tokenizer, prefix, "train", None))) for prefix in prefixes]
-    earlier, consumed, samples = None, 0, settings.length.samples
+        weights = [float(len(datasets.split("train", prefix))) for prefix in prefixes]
+    earlier, consumed, samples = None, 0, length.samples
     if resumed is not None:
-        samples = settings.length.samples_from(resumed.iteration, resumed.consumed_train_samples)
-        if _keeps_its_order(settings, resumed):
+        samples = length.samples_from(resumed.iteration, resumed.consumed_train_samples)
+        if keeps_order:
             earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
     mixture = Mixture.of(prefixes, weights or [1.0], samples, earlier, consumed)
-
-    def build(prefix: str, size: int, number: int) -> Dataset:
-        return _single(settings, tokenizer, prefix, "train", size, settings.training.seed + number)
-
-    return mixture.open(build, grows=settings.data.is_instruction_dataset)
+    return mixture.open(partial(datasets.split, "train"), grows=datasets.kind.grows)
 
 
-def _keeps_its_order(settings: Settings, resumed: TrainerState) -> bool:
-    """Whether each dataset's own order is still that of the checkpoint."""
-    return not _changed_ordering(settings, resumed)
-
-
-def _changed_ordering(settings: Settings, resumed: TrainerState) -> list[str]:
-    """What the order depends on and is another than in the checkpoint."""
-    identity = data_identity(settings)
+def _changed_ordering(identity: dict[str, Any], seed: int, resumed: TrainerState) -> list[str]:
+    """What the order of each dataset depends on and is another than in the checkpoint."""
     before = {"no_shuffle": identity["no_shuffle"], **resumed.data}  # older checkpoints do not say it
     changed = [name for name in _ORDERING if before.get(name) != identity[name]]
-    return changed + ([] if resumed.seed == settings.training.seed else ["seed"])
-
-
-def _single(
-    settings: Settings,
-    tokenizer: Tokenizer | None,
-    prefix: str,
-    name: str,
-    samples: int | None,
-    seed: int | None = None,
-) -> GPTDataset | SFTDataset:
-    """The samples of one prefix; `samples` None is one epoch, `seed` None the run's."""
-    data = settings.data
-    seed = settings.training.seed if seed is None else seed
-    eod = tokenizer.eos_id if tokenizer else None
-    if data.is_instruction_dataset:
-        template = template_of(prefix, tokenizer)
-        header = [] if eod is None else [eod]  # most templates end a message so before they begin an answer
-        if template is not None and tokenizer is not None:
-            # Not the tokenizer's own end, which is another token in the folders of models that were only pretrained.
-            eod = tokenizer.require_id(template.stop_word)
-            header = tokenizer.encode(template.answer_header) or [eod]
-        packed = is_packed(prefix)
-        resets = packed is not False  # a conversation that is stored alone is a document of its own
-        return SFTDataset(
-            prefix,
-            name,
-            data.split,
-            samples,
-            data.seq_length,
-            seed,
-            eod_token=eod,
-            reset_position_ids=data.reset_position_ids and resets,
-            reset_attention_mask=data.reset_attention_mask and resets,
-            header=header,
-            shuffle=not data.no_shuffle,
-            pack=data.pack and not packed,
-        )
-    return GPTDataset(
-        prefix,
-        name,
-        data.split,
-        samples,
-        data.seq_length,
-        seed,
-        eod_token=eod,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        drop_last_partial_sequence=not (name == "valid" and settings.training.eval_iters == "full"),
-    )
+    return changed + ([] if resumed.seed == seed else ["seed"])

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tandem.config.settings import DataSettings, Settings
+from tandem.config.settings import DataSettings
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import PAIR_KEYS, sft_prefix, whole_of
+from tandem.data.kinds import Kind, kind_of, whole_of
 from tandem.data.preprocess.chunks import TOO_LONG
-from tandem.data.record import check_record, read_record, template_entry
+from tandem.data.record import check_record, read_record, record_of, template_entry
 from tandem.data.templates.catalog import PROMPT_TYPES, THINKING_MODES, get_template, template_from_entry
 from tandem.data.templates.messages import CHAT_TEMPLATE, Template
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -22,38 +22,43 @@ _ROWS_LOOKED_AT = 8
 _RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # they look for end-of-document tokens
 
 
-def check_data(prefix: str, settings: Settings, tokenizer: Tokenizer | None) -> tuple[list[str], dict[str, Any] | None]:
-    """Notices, and the template that the record names; without a record, that of the flags."""
-    data = settings.data
-    check_files(prefix, data.is_instruction_dataset)
-    notices = _notice_of_cuts(prefix, data)
+def check_data(
+    prefix: str, kind: Kind, data: DataSettings, tokenizer: Tokenizer | None
+) -> tuple[list[str], dict[str, Any] | None]:
+    """Notices, and the template that the record names; without a record, that of the flags.
+
+    Raises:
+        UserError: they are not there, of another kind, or do not fit the run.
+    """
+    check_files(prefix, kind)
+    notices = _notice_of_cuts(prefix, kind, data)
     if tokenizer is None:
         return [*notices, f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
     template = _named_template(prefix, data, tokenizer)
     notice = check_record(prefix, tokenizer, template, data.seq_length)
     if notice:
-        if not data.is_instruction_dataset:
+        if not kind.has_labels:
             return [*notices, notice], None
-        notices += _notices_of_unrecorded_rows(prefix, data)
+        notices += _notices_of_unrecorded_rows(prefix, kind, data)
         if template is None:
             notice += (
                 "; --prompt-type would tell the checkpoint, and whoever chats with it, what the model was trained on"
             )
         return [*notices, notice], template_entry(template) if template else None
-    found = read_record(prefix)
-    assert found is not None
-    path, record = found
-    _require_recorded_size(prefix, path, record, data)
-    template_made = record["template"] if data.is_instruction_dataset else None
-    _require_borders_between_answers(prefix, record, data, tokenizer)
-    return [*notices, *_notices_of_record(prefix, record, data)], template_made
+    path_and_record = read_record(prefix)
+    assert path_and_record is not None, "without a record there is a notice"
+    path, record = path_and_record
+    _require_recorded_size(prefix, kind, path, record)
+    if kind.has_labels:
+        _require_borders_between_answers(prefix, record, data, tokenizer)
+    return [*notices, *_notices_of_record(prefix, kind, record, data)], record["template"] if kind.has_labels else None
 
 
-def _require_recorded_size(prefix: str, path: Path, record: dict[str, Any], data: DataSettings) -> None:
+def _require_recorded_size(prefix: str, kind: Kind, path: Path, record: dict[str, Any]) -> None:
     """Raise UserError when the record is that of other data, which lay here before (C3)."""
-    if len(record["files"]) > 1 and not data.is_instruction_dataset:
+    if not kind.has_labels and len(record["files"]) > 1:
         return  # of several json keys, which may have different numbers of texts, one number is recorded
-    sequences = len(IndexedDataset(sft_prefix(prefix, "input_ids") if data.is_instruction_dataset else prefix))
+    sequences = len(IndexedDataset(kind.first_pair(prefix)))
     recorded = record["counts"]["sequences"]
     if sequences != recorded:
         raise UserError(
@@ -68,7 +73,7 @@ def _require_borders_between_answers(
     """Raise UserError where the flags that reset at each end of a message would cut answers from their prompts."""
     resets = [name for name in ("reset_attention_mask", "reset_position_ids") if getattr(data, name)]
     made = record["options"]
-    if not (data.is_instruction_dataset and resets and made["pack"] and not made["neat_pack"]):
+    if not (resets and made["pack"] and not made["neat_pack"]):
         return
     template = template_of(prefix, tokenizer)
     if template is not None and template.stop_word in template.answer_header:
@@ -80,7 +85,7 @@ def _require_borders_between_answers(
         )
 
 
-def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) -> list[str]:
+def _notices_of_record(prefix: str, kind: Kind, record: dict[str, Any], data: DataSettings) -> list[str]:
     """What preprocessing did that this run may not expect.
 
     Raises:
@@ -89,13 +94,13 @@ def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) 
     made, counts = record["options"], record["counts"]
     notices = []
     resets = [name for name in _RESETS if getattr(data, name)]
-    if resets and not data.is_instruction_dataset and not made["append_eod"]:
+    if resets and not kind.has_labels and not made["append_eod"]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in resets)
         notices.append(
             f"{prefix}: made without --append-eod, so nothing shows where a document ends, unless the texts themselves "
             f"hold the end-of-document token: {flags} find no other borders, and documents see each other"
         )
-    if data.is_instruction_dataset and not made["pack"] and (data.reset_attention_mask or data.reset_position_ids):
+    if kind.has_labels and not made["pack"] and (data.reset_attention_mask or data.reset_position_ids):
         notices.append(
             f"{prefix}: not packed, so each conversation is a document of its own already: --reset-attention-mask and "
             f"--reset-position-ids are without effect"
@@ -120,68 +125,63 @@ def _notices_of_record(prefix: str, record: dict[str, Any], data: DataSettings) 
 
 def is_packed(prefix: str) -> bool | None:
     """Whether preprocessing packed these conversations; None where no record tells."""
-    found = read_record(prefix)
-    return bool(found[1]["options"]["pack"]) if found else None
+    record = record_of(prefix)
+    return bool(record["options"]["pack"]) if record else None
 
 
-def check_files(prefix: str, is_instruction_dataset: bool) -> None:
-    """Raise UserError when there are no files of this kind, and say what others would do."""
-    text, chat = f"{prefix}.idx", f"{sft_prefix(prefix, 'input_ids')}.idx"
-    wanted, other = (chat, text) if is_instruction_dataset else (text, chat)
+def check_files(prefix: str, kind: Kind) -> None:
+    """Raise UserError when there are no files of this kind, or nothing trains on it, and say what others would do."""
     if (whole := whole_of(prefix)) is not None:
         raise UserError(
             f"{prefix}: one of several files of conversations or preferences, which belong together: {whole} names them"
         )
-    if os.path.exists(wanted):
+    if kind.command and kind.lies_at(prefix):
         return
     if prefix.endswith((".bin", ".idx")) and os.path.exists(prefix):
         raise UserError(f"{prefix}: a prefix is wanted: leave {prefix[-4:]} out")
-    if os.path.exists(f"{sft_prefix(prefix, PAIR_KEYS[0])}.idx"):
-        raise UserError(f"{prefix}: these data are preferences; no training uses them")
-    if os.path.exists(other):
-        kinds = (
-            "plain text, for `tandem pretrain`" if is_instruction_dataset else "conversations, for `tandem finetune`"
-        )
-        raise UserError(f"{prefix}: these data are {kinds}")
+    if other := kind_of(prefix):
+        raise UserError(f"{prefix}: these data are {other.in_words}")
     if os.path.exists(prefix):
         raise UserError(f"{prefix}: a raw file; preprocess it first: `tandem preprocess`")
-    found = read_record(prefix)
-    written = [os.path.join(os.path.dirname(prefix), name) for name in found[1]["files"].values()] if found else []
-    missing = [name for name in written if not os.path.exists(f"{name}.idx")]
-    if missing:
-        raise UserError(f"{missing[0]}.idx: no such file, though {found[0]} names it; copy all files")  # type: ignore[index]
+    written = []
+    if path_and_record := read_record(prefix):
+        path, record = path_and_record
+        written = [os.path.join(os.path.dirname(prefix), name) for name in record["files"].values()]
+        if missing := [name for name in written if not os.path.exists(f"{name}.idx")]:
+            raise UserError(f"{missing[0]}.idx: no such file, though {path} names it; copy all files")
     raise UserError(
-        f"{wanted}: no such file, nor raw ones of the name {prefix}; give "
+        f"{kind.first_pair(prefix)}.idx: no such file, nor raw ones of the name {prefix}; give "
         + (" or ".join(written) or "the prefix that `tandem preprocess` wrote")
     )
 
 
-def _notice_of_cuts(prefix: str, data: DataSettings) -> list[str]:
+def _notice_of_cuts(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
     """Conversations are stored whole unless preprocessing was told a length; what training cuts is said (D7)."""
-    if not data.is_instruction_dataset:
+    if not kind.has_labels:
         return []
-    lengths = IndexedDataset(sft_prefix(prefix, "input_ids")).lengths
+    lengths = IndexedDataset(kind.first_pair(prefix)).lengths
     longer = int(np.count_nonzero(lengths > data.seq_length))
     if not longer:
         return []
     return [
-        f"{prefix}: {longer:,} of {len(lengths):,} conversations are longer than --seq-length {data.seq_length} (up to "
+        f"{prefix}: {longer:,} of {len(lengths):,} {kind.name} are longer than --seq-length {data.seq_length} (up to "
         f"{lengths.max():,} tokens) and are cut, turn by turn; `tandem preprocess --seq-length {data.seq_length} "
         f"--over-long drop` leaves them out"
     ]
 
 
-def _notices_of_unrecorded_rows(prefix: str, data: DataSettings) -> list[str]:
+def _notices_of_unrecorded_rows(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
     """What the rows themselves show where no record says whether they are packed: such rows are equally long.
 
     Raises:
         UserError: packed rows would be cut, and with them whole conversations.
     """
-    lengths = IndexedDataset(sft_prefix(prefix, "input_ids")).lengths
-    if len(lengths) < 2 or lengths.min() != lengths.max():
+    segments = kind.columns[0].segments
+    lengths = IndexedDataset(kind.first_pair(prefix)).lengths
+    if segments is None or len(lengths) < 2 or lengths.min() != lengths.max():
         return []
     length = int(lengths[0])
-    mask = IndexedDataset(sft_prefix(prefix, "attention_mask"))
+    mask = IndexedDataset(kind.pair(prefix, segments))
     if any((mask[row] != 1).any() for row in range(min(len(mask), _ROWS_LOOKED_AT))):
         if length > data.seq_length:
             raise UserError(
@@ -197,8 +197,8 @@ def _notices_of_unrecorded_rows(prefix: str, data: DataSettings) -> list[str]:
 
 def template_of(prefix: str, tokenizer: Tokenizer | None) -> Template | None:
     """The template that made these conversations, by their record; None where that does not name one that is here."""
-    found = read_record(prefix)
-    entry = found[1]["template"] if found else None
+    record = record_of(prefix)
+    entry = record["template"] if record else None
     if tokenizer is None or entry is None or entry["prompt_type"] not in PROMPT_TYPES:
         return None
     if entry["prompt_type"] == CHAT_TEMPLATE and tokenizer.chat_template is None:
@@ -211,8 +211,8 @@ def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Te
     """The template that the flags name, if any; what they leave open, type or thinking mode, is the record's."""
     if data.prompt_type is None and data.enable_thinking is None:
         return None
-    found = read_record(prefix)
-    recorded = (found[1]["template"] if found else None) or {"prompt_type": None, "enable_thinking": None}
+    record = record_of(prefix)
+    recorded = (record["template"] if record else None) or {"prompt_type": None, "enable_thinking": None}
     prompt_type = data.prompt_type or recorded["prompt_type"]
     if prompt_type is None:
         return None

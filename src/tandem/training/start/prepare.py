@@ -1,182 +1,154 @@
-"""What a run begins with: settings, weights and layout, checked before a device or another process is needed."""
+"""What a run begins with, checked before a device or another process is needed."""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tandem.backends.interface import EngineSettings
-from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import TensorSource
-from tandem.checkpoints.random_init import RandomSource
-from tandem.config.checks import check_grid, check_settings
-from tandem.config.settings import Settings
+from tandem.config.checks import check_batch_sizes, check_settings
+from tandem.config.settings import CheckpointSettings, Settings
 from tandem.data.datasets.blend import plain_paths
-from tandem.errors import UserError
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.files.publish import check_writable
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
-from tandem.models.config import ModelConfig
-from tandem.models.hf_config import from_hf
 from tandem.parallel.grid import Grid
+from tandem.training.logs.log import log_notice
 from tandem.training.schedule import Schedule, schedule_from
-from tandem.training.start.data import check_epochs, with_epochs
+from tandem.training.start.data import Data, open_data, open_tokenizer
+from tandem.training.start.engine import engine_settings, make_grid
+from tandem.training.start.epochs import check_epochs, with_epochs
 from tandem.training.start.raw_data import check_ready, with_preprocessed
-from tandem.training.start.resume import check_same_data, continued, open_initial
-from tandem.training.start.state import TrainerState
-
-# Model flags that must equal what the weights' config.json says.
-COMPARED = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "norm_epsilon",
-    "rotary_base",
-)
+from tandem.training.start.resume import check_same_data, continued
+from tandem.training.start.state import TrainerState, state_to_continue
+from tandem.training.start.weights import check_model_flags, open_weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Ground:
-    """What a run stands on before its data are looked at."""
+@dataclass(frozen=True, kw_only=True)
+class ModelAndProcesses:
+    """What a run begins with, but for its data.
 
-    framework: str
-    grid: Grid
-    source: TensorSource
-    loading: Settings  # by which `source` is loaded: the run's own newest checkpoint goes before `--load`
-
-
-@dataclasses.dataclass(frozen=True)
-class Start(Ground):
-    """What a run begins with, checked as far as one can without a device and without the other processes."""
+    Attributes:
+        settings: as they were given; those of a `PreparedRun` are as the run records them, see `settle`.
+        world: this process among those of the run.
+        grid: which process does what.
+        source: the weights; those of the run's newest checkpoint go before those of `--load`.
+        loading: as which `source` is loaded; its `finetune` and the like are off where that was done before.
+        state: how far the run had come when `source` was saved; None when it begins at iteration 0.
+        tokenizer: None where neither the flags nor the weights have one.
+    """
 
     settings: Settings
+    framework: str
+    world: World
+    grid: Grid
+    source: TensorSource
+    loading: CheckpointSettings
+    state: TrainerState | None
+    tokenizer: Tokenizer | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun(ModelAndProcesses):
+    """All that a run begins with."""
+
+    engine: EngineSettings
     schedule: Schedule
+    data: Data
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the run saves."""
+        return Path(self.settings.checkpoint.save) if self.settings.checkpoint.save else None
+
+    def going_on_from(self, source: TensorSource) -> PreparedRun:
+        """The same run from another iteration's weights, as when the newest ones turn out to be damaged."""
+        if source is self.source:
+            return self
+        state = state_to_continue(source, self.loading)
+        data = open_data(self.settings.data, self.settings.training, self.tokenizer, state)
+        return replace(self, source=source, state=state, data=data)
 
 
-def prepare(settings: Settings, processes: int, leader: bool = True) -> Start:
-    """Check all but the data first: raw data are then preprocessed by the `leader` of each machine, which may take
-    hours and must not end in an error that could have been told before (I2).
+def prepare(settings: Settings, world: World) -> PreparedRun:
+    """Check everything that can be checked without a device and without the other processes, the data last: raw data
+    are preprocessed by the first process of each machine, which may take hours and must not end in an error that could
+    have been told before (I2).
+
+    Raises:
+        UserError: something is missing, contradictory or damaged.
+    """
+    return with_data(check_model_and_processes(settings, world))
+
+
+def check_model_and_processes(settings: Settings, world: World) -> ModelAndProcesses:
+    """Check the settings against each other, the number of processes and the weights' config.
 
     Raises:
         UserError: something is missing or contradictory.
     """
-    return with_data(settings, check_ground(settings, processes), leader)
-
-
-def check_ground(settings: Settings, processes: int) -> Ground:
-    """Check the settings against each other, the number of processes and the weights' config."""
-    framework = check_framework(settings.training.ai_framework).name
+    training, data, checkpoint = settings.training, settings.data, settings.checkpoint
+    framework = check_framework(training.ai_framework).name
     check_settings(settings)
-    check_epochs(settings)
-    check_ready(settings)
-    check_grid(settings, Grid(settings.layout, processes))
-    if settings.checkpoint.save is not None:
-        check_writable(settings.checkpoint.save)
-    loading = continued(settings)
-    source = open_weights(loading)
-    check_model_flags(settings, source.config)
-    return Ground(framework, laid_out(settings, source.config, processes), source, loading)
-
-
-def with_data(settings: Settings, ground: Ground, leader: bool = True) -> Start:
-    """Preprocess raw data, and settle what depends on the data."""
-    resumed = None if ground.loading.checkpoint.finetune else TrainerState.from_source(ground.source)
-    data = dataclasses.replace(settings.data, data_path=plain_paths(settings.data.data_path))
-    settings = with_epochs(with_preprocessed(dataclasses.replace(settings, data=data), leader), resumed)
-    check_same_data(settings, ground.loading)
-    schedule = schedule_from(settings)
-    seeded = settings if ground.loading.checkpoint.no_load_rng else with_checkpoint_seed(settings, resumed)
-    return Start(**vars(ground), settings=seeded, schedule=schedule)
-
-
-def laid_out(settings: Settings, config: ModelConfig, processes: int) -> Grid:
-    """Which process does what.
-
-    Raises:
-        UserError: the model or the processes do not divide so.
-    """
-    layout = settings.layout.balanced(config.num_layers)
-    layout.check(config)
-    chunk = layout.num_layers_per_virtual_pipeline_stage
-    if chunk is not None and layout.pipeline_model_parallel_size == 1:
-        raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {chunk} interleaves the layers of several stages: leave it out, "
-            f"or give --pipeline-model-parallel-size 2 or more"
-        )
-    if layout != settings.layout:
-        report(f"{config.num_layers} layers over {layout.pipeline_model_parallel_size} stages: {layout.num_layer_list}")
-    return Grid(layout, processes)
-
-
-def open_weights(settings: Settings) -> TensorSource:
-    """The source of the initial weights: `--load`, or random when asked for."""
-    checkpoint = settings.checkpoint
-    if checkpoint.load is not None:
-        return open_initial(checkpoint.load, checkpoint.ckpt_step, report)
-    folder = settings.model.hf_cfg_dir or settings.data.tokenizer_name_or_path
-    if folder is None:
-        raise UserError("--init random needs the model's config.json: give its folder with --hf-cfg-dir")
-    companions = companions_of(folder)
-    config = from_hf(companions.hf_config or {}, where=f"{folder}/config.json")
-    if settings.model.init_method_std is not None:
-        config = dataclasses.replace(config, init_method_std=settings.model.init_method_std)
-    return RandomSource(config, settings.training.seed, companions=companions)
-
-
-def check_model_flags(settings: Settings, config: ModelConfig) -> None:
-    """Raise UserError, with both values, when a model flag contradicts the weights' config."""
-    model = settings.model
-    for name in COMPARED:
-        given, actual = getattr(model, name), getattr(config, name)
-        if given is not None and given != actual:
-            raise UserError(f"--{name.replace('_', '-')} {given} contradicts the weights' config, which has {actual}")
-    if model.untie_embeddings_and_output_weights and config.tied:
-        raise UserError(
-            "--untie-embeddings-and-output-weights contradicts the weights' config: its embeddings are tied"
-        )
-    if model.padded_vocab_size is not None and model.padded_vocab_size < config.vocab_size:
-        raise UserError(f"--padded-vocab-size {model.padded_vocab_size} is below the vocabulary of {config.vocab_size}")
-    bound = model.max_position_embeddings or config.max_position_embeddings
-    if settings.data.seq_length > bound:
-        given = f"--seq-length {settings.data.seq_length} is above max_position_embeddings {bound}"
-        raise UserError(f"{given}: give --seq-length {bound}, or less")
-
-
-def with_checkpoint_seed(settings: Settings, state: TrainerState | None) -> Settings:
-    """A run resumed from `state` keeps the seed of its data order."""
-    if state is None or state.seed == settings.training.seed:
-        return settings
-    kept = f"seed {state.seed} from the checkpoint replaces --seed {settings.training.seed}"
-    report(f"{kept} (--no-load-rng keeps yours)")
-    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, seed=state.seed))
-
-
-def engine_settings(settings: Settings, config: ModelConfig, grid: Grid, rank: int) -> EngineSettings:
-    optimizer, training = settings.optimizer, settings.training
-    recompute = 0
-    if training.recompute_granularity == "full":
-        block = training.recompute_method == "block"
-        recompute = min(training.recompute_num_layers or 0, config.num_layers) if block else config.num_layers
-    return EngineSettings(
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
-        bf16=training.bf16,
-        fp16=training.fp16,
-        recompute_layers=recompute,
-        device=training.device,
-        grid=grid,
-        rank=rank,
-        sequence_parallel=settings.parallel.sequence_parallel,
-        use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
-        use_torch_fsdp2=settings.parallel.use_torch_fsdp2,
+    check_epochs(data, training)
+    check_ready(data)
+    check_batch_sizes(training, Grid(settings.parallel.layout, world.size))
+    if checkpoint.save is not None:
+        check_writable(checkpoint.save)
+    loading = continued(checkpoint)
+    source = open_weights(loading, settings.model, data.tokenizer_name_or_path, training.seed)
+    check_model_flags(settings.model, data.seq_length, source.config)
+    return ModelAndProcesses(
+        settings=settings,
+        framework=framework,
+        world=world,
+        grid=make_grid(settings.parallel, source.config, world.size),
+        source=source,
+        loading=loading,
+        state=state_to_continue(source, loading),
+        tokenizer=open_tokenizer(data.tokenizer_name_or_path, source),
     )
 
 
-def report(text: str) -> None:
-    """What the user must know, said by the first rank."""
-    if World.from_environment().rank == 0:
-        print(f"> {text}", flush=True)
+def with_data(known: ModelAndProcesses) -> PreparedRun:
+    """Preprocess raw data, and settle and open what depends on the data."""
+    settings = settle(known)
+    training, config = settings.training, known.source.config
+    return PreparedRun(
+        **{**vars(known), "settings": settings},
+        engine=engine_settings(
+            training, settings.optimizer, settings.parallel, config, known.grid, rank=known.world.rank
+        ),
+        schedule=schedule_from(settings.optimizer, training),
+        data=open_data(settings.data, training, known.tokenizer, known.state),
+    )
+
+
+def settle(known: ModelAndProcesses) -> Settings:
+    """The settings as a run records them. They differ from those that were given in:
+
+    - `data_path`: each path in its shortest spelling;
+    - `data_path` and `valid_data_path`: in place of raw files the prefixes of what they became;
+    - `epochs`: None, and `train_iters` the steps that they take;
+    - `seed`: that of the checkpoint that the run goes on from, unless `--no-load-rng` asks for another.
+
+    Raises:
+        UserError: the run goes on from a checkpoint that was trained on other data; or as preprocessing.
+    """
+    settings = known.settings
+    data = replace(settings.data, data_path=plain_paths(settings.data.data_path))
+    data = with_preprocessed(data, known.tokenizer, leader=known.world.local_rank == 0)
+    training = with_epochs(data, settings.training, known.state)
+    check_same_data(data, settings.checkpoint, known.loading)
+    seed = settled_seed(training.seed, known.loading, known.state)
+    return replace(settings, data=data, training=replace(training, seed=seed))
+
+
+def settled_seed(seed: int, loading: CheckpointSettings, state: TrainerState | None) -> int:
+    """A run that goes on keeps the seed of its data order."""
+    if state is None or loading.no_load_rng or state.seed == seed:
+        return seed
+    log_notice(f"seed {state.seed} from the checkpoint replaces --seed {seed} (--no-load-rng keeps yours)")
+    return state.seed

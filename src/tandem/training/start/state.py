@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.interface import Kind, TensorSource
-from tandem.checkpoints.native.source import NativeSource
-from tandem.config.settings import Settings
+from tandem.checkpoints.interface import TensorKind, TensorSource
+from tandem.config.settings import CheckpointSettings
 from tandem.errors import UserError
 from tandem.training.progress import Progress
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "settings.yaml"
-OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+OPTIMIZER_KINDS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,13 @@ class TrainerState:
     @classmethod
     def from_source(cls, source: TensorSource) -> TrainerState | None:
         """The state in a checkpoint, or None when it was not written by a trainer."""
-        if not isinstance(source, NativeSource) or not (source.folder / STATE_FILE).exists():
-            return None
-        return cls(**json.loads(source.document(STATE_FILE)))
+        text = source.document(STATE_FILE)
+        return None if text is None else cls(**json.loads(text))
 
 
-def check_optimizer(source: TensorSource, settings: Settings) -> None:
+def check_optimizer(source: TensorSource, checkpoint: CheckpointSettings) -> None:
     """Raise UserError when the run wants an optimizer and the checkpoint of a trainer has none."""
-    if settings.checkpoint.finetune or settings.checkpoint.no_load_optim or TrainerState.from_source(source) is None:
+    if checkpoint.finetune or checkpoint.no_load_optim or TrainerState.from_source(source) is None:
         return
     if missing := [kind for kind in OPTIMIZER_KINDS if kind not in source.kinds()]:
         raise UserError(
@@ -59,26 +57,30 @@ def check_optimizer(source: TensorSource, settings: Settings) -> None:
         )
 
 
-def restore(engine: Engine, source: TensorSource, settings: Settings) -> tuple[Progress, TrainerState | None]:
+def state_to_continue(source: TensorSource, checkpoint: CheckpointSettings) -> TrainerState | None:
+    """What a run goes on from; None when it begins at iteration 0."""
+    return None if checkpoint.finetune else TrainerState.from_source(source)
+
+
+def restore(engine: Engine, source: TensorSource, checkpoint: CheckpointSettings) -> Progress:
     """Load weights and, when `source` was saved by a trainer and is not only to be fine-tuned, go on from there.
 
     Returns:
-        The progress to continue from, and the saved state (None for a fresh start).
+        The progress to continue from.
 
     Raises:
         UserError: something in it is damaged.
     """
     engine.load_weights(source)
-    state = None if settings.checkpoint.finetune else TrainerState.from_source(source)
+    state = state_to_continue(source, checkpoint)
     if state is None:
-        return Progress(), None
-    if not settings.checkpoint.no_load_optim:
+        return Progress()
+    if not checkpoint.no_load_optim:
         engine.load_optimizer(source, state.optimizer_step)
-    progress = Progress(
+    return Progress(
         state.iteration,
         state.consumed_train_samples,
         state.skipped_train_samples,
         list(state.recent_losses),
         dict(state.loss_scale),
     )
-    return progress, state

@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, ops
 
-from tandem.backends.chunks import chunks
+from tandem.backends.loss import chunks, split_scale
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.documents import Documents
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
@@ -124,28 +124,30 @@ def attention(
 
 def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
     return sum(
-        _loss(hidden[part], head, labels[part], tensor)[0]
+        float(np.sum(_losses(hidden[part], head, labels[part], tensor)[0], dtype=np.float64))
         for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes)
     )
 
 
 def cross_entropy_and_gradient(
-    hidden: Tensor, head: Weight, labels: np.ndarray, scale: float, tensor: TensorParallel
+    hidden: Tensor, head: Weight, labels: np.ndarray, weights: np.ndarray, tensor: TensorParallel
 ) -> tuple[float, Tensor]:
+    scale, shares = split_scale(weights)
     total, gradients = 0.0, []
     for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes):
         rows = hidden[part]
-        loss, d_logits = _loss(rows, head, labels[part], tensor)
-        total += loss
+        losses, d_logits = _losses(rows, head, labels[part], tensor)
+        total += float(np.sum(losses * weights[part]))
         # Scaled only now, so that the loss scale of fp16 takes none of its range away.
         d_logits = d_logits.astype(hidden.dtype)
-        gradients.append(product(d_logits, head.value) * scale)
-        head.add_gradient(weight_gradient(d_logits, rows).astype(ms.float32) * scale)
+        share = Tensor(shares[part, None].astype(np.float32)).astype(hidden.dtype)
+        gradients.append(product(d_logits, head.value) * share * scale)
+        head.add_gradient(weight_gradient(d_logits, rows * share).astype(ms.float32) * scale)
     return total, mint.cat(gradients, 0)
 
 
-def _loss(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> tuple[float, Tensor]:
-    """The sum of the rows' losses, and its gradient with respect to their logits, fp32."""
+def _losses(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> tuple[np.ndarray, Tensor]:
+    """Each row's loss, fp32, and the gradient of their sum with respect to their logits, fp32."""
     logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
     local, size = tensor.local(labels), head.value.shape[0]
     here = (local >= 0) & (local < size)
@@ -154,8 +156,7 @@ def _loss(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel
     log_sum_exp, label_logits = tensor.softmax_over_ranks(
         mint.logsumexp(logits, -1).asnumpy(), mint.sum(logits * wanted, -1).asnumpy()
     )
-    loss = float(np.sum(log_sum_exp - label_logits, dtype=np.float64))
-    return loss, mint.exp(logits - Tensor(log_sum_exp[:, None])) - wanted
+    return log_sum_exp - label_logits, mint.exp(logits - Tensor(log_sum_exp[:, None])) - wanted
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from mindspore import Tensor, ops
 
-from tandem.backends.chunks import chunks
+from tandem.backends.loss import chunks
 from tandem.backends.mindspore.compute.cpu.threads import split_work
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight, empty, single, written_in_single
@@ -33,16 +33,16 @@ def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: Tens
     """
     rows = hidden.asnumpy()
     return sum(
-        _Chunk(single(rows[part]), head, labels[part], tensor).loss()
+        float(np.sum(_Chunk(single(rows[part]), head, labels[part], tensor).losses, dtype=np.float64))
         for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES)
     )
 
 
 def cross_entropy_and_gradient(
-    hidden: Tensor, head: Weight, labels: np.ndarray, scale: float, tensor: TensorParallel
+    hidden: Tensor, head: Weight, labels: np.ndarray, weights: np.ndarray, tensor: TensorParallel
 ) -> tuple[float, Tensor]:
-    """The sum of the losses, and the gradient of `scale` times it with respect to `hidden`, [n, h]: where ranks share
-    the vocabulary, this rank's part of a sum over ranks.
+    """The sum of the rows' losses times `weights`, float64 [n], and its gradient with respect to `hidden`, [n, h]:
+    where ranks share the vocabulary, this rank's part of a sum over ranks.
 
     The head's gradient is accumulated on the way.
     """
@@ -52,8 +52,8 @@ def cross_entropy_and_gradient(
     def run(part: slice) -> float:
         chunk = _Chunk(single(rows[part]), head, labels[part], tensor)
         with written_in_single(d_rows[part]) as out:
-            chunk.backward(np.float32(scale), out)
-        return chunk.loss()
+            chunk.backward(weights[part].astype(np.float32), out)
+        return float(np.sum(chunk.losses * weights[part]))
 
     return sum(run(part) for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES)), d_hidden
 
@@ -75,7 +75,8 @@ class _Chunk:
         top = self.largest.max(1)
         exponentials = self.totals * np.exp(self.largest - top[:, None])
         log_sum_exp = top + np.log(exponentials.sum(1))
-        self.log_sum_exp, self.label_logits = tensor.softmax_over_ranks(log_sum_exp, label_logits)  # [rows]
+        self.log_sum_exp, label_logits = tensor.softmax_over_ranks(log_sum_exp, label_logits)  # [rows]
+        self.losses = self.log_sum_exp - label_logits  # fp32 [rows]
 
     def _exponentials(self, index: int, label_logits: np.ndarray) -> Tensor:
         piece = _product_tb(self.hidden, self._weights(index))
@@ -93,19 +94,15 @@ class _Chunk:
         split_work(exponentiate, len(logits), logits.size)
         return piece
 
-    def loss(self) -> float:
-        """Sum over the rows."""
-        return float(np.sum(self.log_sum_exp - self.label_logits, dtype=np.float64))
-
-    def backward(self, scale: np.float32, d_rows: np.ndarray) -> None:
+    def backward(self, weights: np.ndarray, d_rows: np.ndarray) -> None:
         """Write the gradient of the rows and accumulate the head's; consumes the pieces."""
-        factors = np.exp(self.largest - self.log_sum_exp[:, None]) * scale
+        factors = np.exp(self.largest - self.log_sum_exp[:, None]) * weights[:, None]
         d_head = self.head.gradient_rows()
         for index, piece in enumerate(self.pieces):
             d_logits = piece.asnumpy()
             here = self._labelled(index)
             split_work(functools.partial(_scale_rows, d_logits, factors[:, index, None]), len(d_logits), d_logits.size)
-            d_logits[here, self.labels[here] - self.ranges[index].start] -= scale
+            d_logits[here, self.labels[here] - self.ranges[index].start] -= weights[here]
             d_piece = _product(piece, self._weights(index)).asnumpy()
             d_rows[...] = d_piece if index == 0 else d_rows + d_piece
             _accumulate(d_head[self.ranges[index]], _product_ta(piece, self.hidden).asnumpy(), self.head.has_gradient)

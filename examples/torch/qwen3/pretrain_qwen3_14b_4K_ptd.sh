@@ -1,0 +1,1 @@
+../../mindspore/qwen3/pretrain_qwen3_14b_4K_ms.sh

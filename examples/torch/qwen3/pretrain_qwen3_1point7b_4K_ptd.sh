@@ -1,0 +1,1 @@
+../../mindspore/qwen3/pretrain_qwen3_1point7b_4K_ms.sh

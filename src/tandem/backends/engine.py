@@ -1,0 +1,323 @@
+"""What the engines of both frameworks share: bookkeeping in NumPy, and the order of a step.
+
+A framework's engine fills in what it computes itself: passes, sums over ranks, updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from tandem.backends.interface import EngineSettings, StepResult
+from tandem.backends.loading import load_each, stream_fp32
+from tandem.backends.passes import WeightedBatch
+from tandem.checkpoints.interface import TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
+from tandem.data.batch import MicroBatch
+from tandem.errors import UserError
+from tandem.frameworks import Framework
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import EMBEDDING, tensor_table
+from tandem.parallel.grid import counted_shards, held_shards, saved_shards
+from tandem.parallel.layout import Shard, even_rows, part_of
+from tandem.parallel.slices import Part
+
+T = TypeVar("T")  # the framework's tensor
+Batch = TypeVar("Batch", MicroBatch, WeightedBatch)
+
+MOMENTS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
+
+
+def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
+    """Whether a step is applied. A loss of 0 over trained tokens means that something is broken."""
+    return math.isfinite(loss) and 0 < loss <= loss_limit and math.isfinite(grad_norm)
+
+
+def clip_coefficient(norm: float, clip_grad: float) -> float:
+    """What gradients are multiplied by, as in Megatron; `clip_grad` 0 turns clipping off."""
+    return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ByRows:
+    """What a data rank has only its own rows of (`even_rows`)."""
+
+    weights: bool
+    gradients: bool
+    optimizer_state: bool
+
+
+class BaseEngine(ABC, Generic[T]):
+    """`tandem.backends.interface.Engine`, which documents every public method.
+
+    Attributes:
+        framework: which one the engine uses.
+        readers: threads that load tensors into it at a time.
+        by_rows: set by the framework's engine, like the interface's `device_name` and `param_dtype`.
+    """
+
+    framework: ClassVar[Framework]
+    readers: ClassVar[int]
+
+    device_name: str
+    param_dtype: str
+    by_rows: ByRows
+
+    def __init__(self, config: ModelConfig, settings: EngineSettings) -> None:
+        layout = settings.grid.layout
+        self.framework.check(
+            shards_weights=settings.use_torch_fsdp2,
+            interleaves_stages=layout.num_layers_per_virtual_pipeline_stage is not None,
+        )
+        layout.check(config)
+        self.config = config
+        self.notices: list[str] = []
+        self.optimizer_step = 0
+        self._settings, self._grid = settings, settings.grid
+        self._place = self._grid.place(settings.rank)
+        self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
+
+    # --- what is kept, loaded and saved
+
+    def load_weights(self, source: TensorSource) -> None:
+        weights, masters = self._kept("model"), self._kept("master")
+
+        def load(name: str) -> None:
+            kind, master_kind = kinds_to_load(source, name, self.param_dtype)
+            part = self._updated_part(name) if self.by_rows.weights else self._shards[name].part
+            targets = [(weights[name], 0)]
+            if name in masters and master_kind == kind:
+                targets.append((masters[name], 0 if self.by_rows.weights else self._updated_rows(name)[0]))
+            self._fill(stream_fp32(source, name, part, kind), *targets)
+            if name in masters and master_kind != kind:
+                self._fill(stream_fp32(source, name, self._updated_part(name), master_kind), (masters[name], 0))
+
+        load_each(load, self._shards, self.readers)
+
+    def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
+        self._require_training()
+        if absent := set(MOMENTS) - set(source.kinds()):
+            raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
+        moments = {kind: self._kept(kind) for kind in MOMENTS}
+
+        def load(item: tuple[TensorKind, str]) -> None:
+            kind, name = item
+            self._fill(stream_fp32(source, name, self._updated_part(name), kind), (moments[kind][name], 0))
+
+        load_each(load, [(kind, name) for kind, tensors in moments.items() for name in tensors], self.readers)
+        self.optimizer_step = optimizer_step
+
+    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
+        for kind in self._saved_kinds():
+            tensors = self._kept(kind)
+            by_rows = self.by_rows.weights if kind == "model" else self.by_rows.optimizer_state
+            for shard in saved_shards(
+                self.config, self._grid, self._settings.rank, by_rows=by_rows, first_rank=first_rank
+            ):
+                yield kind, shard, self._to_numpy(kind, tensors[shard.spec.name])
+
+    def _saved_kinds(self) -> list[TensorKind]:
+        if not self._settings.training:
+            return ["model"]
+        return [kind for kind in TENSOR_KINDS if kind != "master" or self.param_dtype != "float32"]
+
+    def _updated_rows(self, name: str) -> tuple[int, int]:
+        """The rows of a weight's slice that this rank updates."""
+        rows = self._shards[name].shape[0]
+        return even_rows(rows, self._grid.data_size, self._place.data) if self.by_rows.optimizer_state else (0, rows)
+
+    def _updated_part(self, name: str) -> Part:
+        return self._shards[name].part.rows(*self._updated_rows(name))
+
+    # --- a step
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        weights: Sequence[np.ndarray],
+        lr: float,
+        weight_decay: float,
+        loss_limit: float = math.inf,
+        loss_scale: float = 1.0,
+    ) -> StepResult:
+        loss = self._forward_backward(micro_batches, [of_batch * loss_scale for of_batch in weights])
+        totals = (loss, self._squares(), self._counted_tokens(micro_batches))
+        loss, squares, trained = self._sum_over_ranks(*totals)
+        loss, norm = loss / loss_scale, math.sqrt(squares) / loss_scale
+        applied = is_trusted(loss, norm, loss_limit)
+        if applied:
+            self.optimizer_step += 1
+            self._update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad) / loss_scale)
+        return StepResult(loss, norm, int(trained), applied)
+
+    def loss_and_gradients(
+        self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        (loss,) = self._sum_over_ranks(self._forward_backward(micro_batches, weights))
+        return loss, self._gradients()
+
+    def _forward_backward(self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]) -> float:
+        """Leave the global batch's gradients where `_update` looks for them. Returns this rank's part of the loss."""
+        self._require_training()
+        batches = [WeightedBatch.of(*pair) for pair in zip(micro_batches, weights, strict=True)]
+        loss = self._reported(self._accumulate(self._to_run(batches)))
+        self._sum_gradients()
+        return loss
+
+    def _squares(self) -> float:
+        """What this rank adds to the square of the gradient's L2 norm, in which each number of the model counts once;
+        not finite when any number here is not."""
+        counted = [shard.spec.name for shard in counted_shards(self.config, self._grid, self._place)]
+        if self._place.data > 0 and not self.by_rows.gradients:  # the first data rank has the same gradients
+            counted = []
+        rest = [name for name in self._shards if name not in counted]
+        return self._sum_of_squares(counted) + 0.0 * self._sum_of_squares(rest)
+
+    def _partial_names(self, *, sequence_parallel: bool) -> list[str]:
+        """Replicated weights whose gradient on a tensor rank is a part of the sum: those that see only its heads, and,
+        where tokens are split, those that see only its tokens."""
+        return [
+            name
+            for name, shard in self._shards.items()
+            if shard.spec.split.dim is None and (sequence_parallel or "self_attention" in name)
+        ]
+
+    # --- a look without a step
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        loss = self._reported(self._evaluate(self._to_run(micro_batches)))
+        total, trained = self._sum_over_ranks(loss, self._counted_tokens(micro_batches))
+        return total, int(trained)
+
+    def first_bad_output(self, micro_batches: Sequence[MicroBatch]) -> str | None:
+        bad: list[str] = []
+
+        def look(name: str, output: T) -> None:
+            if not bad and not self._is_finite(output):
+                bad.append(name)
+
+        with self._watched_by(look):
+            self.evaluate(micro_batches)
+        return bad[0] if bad else None
+
+    def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
+        assert self._grid.size == 1, "logits are computed in one process"
+        micro_batch.check_vocabulary(self.config.vocab_size)
+        return self._logits(micro_batch, np.arange(len(micro_batch.tokens)) if rows is None else np.asarray(rows))
+
+    def peak_memory(self) -> int:
+        if self.device_name == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        return self._peak_of_device()
+
+    # --- this rank's share
+
+    def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """Those with something to train, after a look at all."""
+        for batch in micro_batches:
+            batch.check_vocabulary(self.config.vocab_size)
+        return [batch for batch in micro_batches if batch.trained_tokens]
+
+    def _reported(self, loss: float) -> float:
+        """The loss, on one of the tensor ranks that all computed it."""
+        return loss if self._place.tensor == 0 else 0.0
+
+    def _counted_tokens(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Trained tokens, on one of the ranks that share these micro-batches."""
+        counts = self._place.tensor == 0 and self._place.pipeline == 0
+        return float(sum(batch.trained_tokens for batch in micro_batches)) if counts else 0.0
+
+    def _local_config(self) -> ModelConfig:
+        """The config of this rank's slices."""
+        config, size = self.config, self._grid.tensor_size
+        return dataclasses.replace(
+            config,
+            num_attention_heads=config.num_attention_heads // size,
+            num_query_groups=config.num_query_groups // size,
+            ffn_hidden_size=config.ffn_hidden_size // size,
+            vocab_size=self._vocabulary_rows(self._place.tensor),
+        )
+
+    def _vocabulary_rows(self, tensor_rank: int) -> int:
+        """Rows of embedding and head on a tensor rank."""
+        return part_of(tensor_table(self.config)[EMBEDDING], self._grid.tensor_size, tensor_rank).shape[0]
+
+    def _choose_dtype(self, *, has_bf16: bool, without_bf16: str) -> str:
+        """The dtype to compute in; a notice says why it is not bfloat16 where that was asked for."""
+        if self._settings.fp16:
+            return "float16"
+        if self._settings.bf16 and has_bf16:
+            return "bfloat16"
+        if self._settings.bf16:
+            self.notices.append(f"bf16: {without_bf16}; computing in fp32")
+        return "float32"
+
+    def _require_training(self) -> None:
+        if not self._settings.training:
+            raise ValueError("this engine was built with EngineSettings(training=False): it cannot train")
+
+    # --- what the framework does
+
+    @abstractmethod
+    def _kept(self, kind: TensorKind) -> Mapping[str, T]:
+        """What this rank keeps of a kind, by name. Of masters those that have memory of their own."""
+
+    @staticmethod
+    @abstractmethod
+    def _fill(blocks: Iterator[tuple[int, np.ndarray]], *targets: tuple[T, int]) -> None:
+        """Put blocks of rows, as `stream_fp32` gives them, into tensors, each of which begins at a row of its own; the
+        first one takes all."""
+
+    @abstractmethod
+    def _to_numpy(self, kind: TensorKind, tensor: T) -> np.ndarray:
+        """What a checkpoint takes of a tensor that is kept."""
+
+    @abstractmethod
+    def _sum_over_ranks(self, *values: float) -> list[float]:
+        """The sums over all ranks, in double precision."""
+
+    @abstractmethod
+    def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+        """Forward and backward passes, after which this rank has the gradients of the sum of the weighted losses.
+        Returns that sum; 0 where the model does not end here."""
+
+    @abstractmethod
+    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Forward passes. Returns the sum of the losses; 0 where the model does not end here."""
+
+    @abstractmethod
+    def _sum_gradients(self) -> None:
+        """Add up what several ranks hold parts of, for what this rank updates."""
+
+    @abstractmethod
+    def _sum_of_squares(self, names: Iterable[str]) -> float:
+        """Over the gradients of what this rank updates."""
+
+    @abstractmethod
+    def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
+        """Update number `optimizer_step` with the gradients times `coefficient`, on all ranks that keep the weights."""
+
+    @abstractmethod
+    def _gradients(self) -> dict[str, np.ndarray]:
+        """The whole gradients of the shards that this rank holds; they are the caller's."""
+
+    @abstractmethod
+    def _watched_by(self, look: Callable[[str, T], None]) -> AbstractContextManager[None]:
+        """Inside, `look` is called with the global name of each module that has run forward, and its output."""
+
+    @abstractmethod
+    def _is_finite(self, tensor: T) -> bool: ...
+
+    @abstractmethod
+    def _logits(self, micro_batch: MicroBatch, rows: np.ndarray) -> np.ndarray:
+        """fp32 [len(rows), vocabulary]"""
+
+    @abstractmethod
+    def _peak_of_device(self) -> int:
+        """Bytes in use at the worst moment so far, on a device that is no CPU."""

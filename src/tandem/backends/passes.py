@@ -1,0 +1,50 @@
+"""What the passes of both frameworks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from tandem.data.batch import IGNORE, MicroBatch
+from tandem.parallel.pipeline import Action
+
+T = TypeVar("T")  # what a forward pass keeps for its backward pass
+
+
+@dataclass(frozen=True)
+class WeightedBatch(MicroBatch):
+    """A micro-batch with the weight of each of its tokens in the loss, float64 [t]."""
+
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, batch: MicroBatch, weights: np.ndarray) -> WeightedBatch:
+        """Raises ValueError when there is not one weight for each token."""
+        if weights.shape != batch.labels.shape:
+            raise ValueError(f"weights {list(weights.shape)} of a micro-batch with labels {list(batch.labels.shape)}")
+        return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights)
+
+
+def follow(
+    schedule: Iterable[Action], forward: Callable[[Action], tuple[float, T]], backward: Callable[[Action, T], None]
+) -> float:
+    """Run the passes of a schedule, each backward pass with what its forward pass kept. Returns the sum of the losses
+    that forward passes give."""
+    total = 0.0
+    kept: dict[tuple[int, int], T] = {}
+    for action in schedule:
+        key = (action.chunk, action.micro_batch)
+        if action.forward:
+            loss, kept[key] = forward(action)
+            total += loss
+        else:
+            backward(action, kept.pop(key))
+    return total
+
+
+def trained_rows(batch: MicroBatch) -> np.ndarray:
+    """The positions whose labels count."""
+    return np.flatnonzero(batch.labels != IGNORE)

@@ -1,0 +1,55 @@
+"""The settings of a command that trains or evaluates: from `--config FILE.yaml` and flags, which win."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from tandem.cli.arguments import parse
+from tandem.config.checks import check_ranges
+from tandem.config.parsing import flat, from_yaml, read_yaml
+from tandem.config.settings import Settings
+from tandem.config.upstream.flags import split_ignored
+from tandem.config.upstream.msrun import as_torchrun
+from tandem.errors import UserError
+from tandem.options import expand
+
+CONFIG_FLAG = "--config"
+
+
+def parse_settings(
+    command: str,
+    description: str,
+    argv: Sequence[str],
+    *,
+    first: Sequence[str] = (),
+    groups: Collection[str] | None = None,
+    positionals: Mapping[str, str] | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> tuple[Settings, list[str]]:
+    """The settings that a command line gives, and notices about flags that have no effect. See `arguments.parse`.
+
+    Raises:
+        UserError: an unknown name, or a value that no run can use.
+    """
+    config_file, rest = _take_config(list(argv))
+    rest, notices = split_ignored(as_torchrun(rest))
+    if config_file:
+        from_yaml(config_file)  # ends here with the file's name where something is wrong in it
+        values = {**(values or {}), **flat(read_yaml(config_file), config_file)}
+    settings = parse(
+        Settings, command, description, rest, first=first, groups=groups, positionals=positionals, values=values
+    )
+    check_ranges(settings.to_dict())
+    return settings, notices
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    for index, word in enumerate(argv):
+        if word.startswith(f"{CONFIG_FLAG}="):
+            return expand(word.split("=", 1)[1]), argv[:index] + argv[index + 1 :]
+        if word == CONFIG_FLAG:
+            if index + 1 == len(argv):
+                raise UserError(f"{CONFIG_FLAG} needs the name of a YAML file")
+            return expand(argv[index + 1]), argv[:index] + argv[index + 2 :]
+    return None, argv

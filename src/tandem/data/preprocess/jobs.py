@@ -1,0 +1,111 @@
+"""What the workers of preprocessing do, for each kind of data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from tandem.data.handlers.conversations import InstructionHandler
+from tandem.data.handlers.preferences import PairwiseHandler
+from tandem.data.handlers.text import GeneralPretrainHandler
+from tandem.data.kinds import CONVERSATIONS, KINDS, PREFERENCES, TEXT, Kind
+from tandem.data.preprocess.chunks import ChunkTokenizer, InstructionTokenizer, PairTokenizer, PretrainTokenizer
+from tandem.data.preprocess.options import PreprocessOptions, require
+from tandem.data.sources.sources import Source
+from tandem.data.templates.catalog import get_template
+from tandem.data.templates.messages import Template
+from tandem.data.tokens.encoder import TokenizersEngine
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.options import flag_of
+
+Job = tuple[ChunkTokenizer, Template | None]  # the template, if conversations are rendered
+
+
+def job_of(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> Job:
+    """What the workers do with the rows of these sources.
+
+    Raises:
+        UserError: an option is not for this kind of data, or the tokenizer lacks a token.
+    """
+    kind = sources[0].handler.kind
+    _require_used(options, kind, sources[0].handler_name)
+    return _JOBS[kind](options, sources, tokenizer)
+
+
+def _require_used(options: PreprocessOptions, kind: Kind, handler_name: str) -> None:
+    """Raise UserError where an option is given that is for other kinds of data."""
+    for field in dataclasses.fields(options):
+        if field.name in kind.unused_by_preprocess:
+            users = " or ".join(other.name for other in KINDS if field.name not in other.unused_by_preprocess)
+            require(
+                getattr(options, field.name) == field.default,
+                f"{flag_of(field.name)} is for {users}, but {handler_name} reads {kind.name}; leave it out",
+            )
+
+
+def _text_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> Job:
+    handler = sources[0].handler
+    assert isinstance(handler, GeneralPretrainHandler)
+    require(
+        not options.append_eod or tokenizer.eos_id is not None,
+        f"--append-eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
+    )
+    job = PretrainTokenizer(
+        TokenizersEngine(tokenizer, add_special_tokens=True),
+        handler,
+        tokenizer.eos_id if options.append_eod else None,
+        options.pad_to_multiple_of,
+        pad=len(tokenizer),  # upstream's choice
+    )
+    return job, None
+
+
+def _conversation_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> Job:
+    template, stop = _template(options, sources, tokenizer)
+    require(
+        not options.pack or tokenizer.pad_id is not None,
+        f"--pack: {tokenizer.folder} names no padding token; set pad_token in tokenizer_config.json",
+    )
+    handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
+    job = InstructionTokenizer(
+        TokenizersEngine(tokenizer, add_special_tokens=False),
+        handlers,
+        template,
+        options.seq_length,
+        tokenizer.encode(template.answer_header),
+        stop if options.append_eod else None,
+        options.train_turns,
+        options.over_long,
+    )
+    return job, template
+
+
+def _pair_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> Job:
+    handler = sources[0].handler
+    assert isinstance(handler, PairwiseHandler)
+    template, _ = _template(options, sources, tokenizer)
+    engine = TokenizersEngine(tokenizer, add_special_tokens=False)
+    return PairTokenizer(engine, handler, template, options.seq_length, options.over_long), template
+
+
+def _template(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Template, int]:
+    """The template of messages, and the id of the token that ends one."""
+    name = sources[0].handler_name
+    require(options.prompt_type is not None, f"{name} needs --prompt-type, the template of its conversations (qwen3)")
+    assert options.prompt_type is not None
+    template = get_template(options.prompt_type, options.thinking_mode, tokenizer)
+    stop = tokenizer.token_to_id(template.stop_word)
+    require(
+        stop is not None,
+        f"--prompt-type {template.name} ends messages with {template.stop_word}, which is no token of "
+        f"{tokenizer.folder}; choose the --prompt-type of this model",
+    )
+    assert stop is not None
+    return template, stop
+
+
+_JOBS: dict[Kind, Callable[[PreprocessOptions, Sequence[Source], Tokenizer], Job]] = {
+    TEXT: _text_job,
+    CONVERSATIONS: _conversation_job,
+    PREFERENCES: _pair_job,
+}

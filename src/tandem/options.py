@@ -1,0 +1,340 @@
+"""Dataclasses of options: what their fields may hold, and values from a command line, YAML or Python put into them.
+
+A frozen dataclass declares options once: its fields are flags, keywords and YAML keys, their types say what may stand
+there, and the text below a field is its help.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar
+
+from tandem.errors import UserError, nearest, raise_all
+
+T = TypeVar("T")
+
+PathText = Annotated[str, "PATH"]  # a file or a folder: `~` is expanded, and `pathlib.Path` is accepted
+
+
+def aliases(*flags: str) -> Mapping[str, Any]:
+    """Metadata of a field whose flag has other spellings, too."""
+    return {"aliases": flags}
+
+
+def positional(metavar: str, flag_too: bool = False) -> Mapping[str, Any]:
+    """Metadata of a field that is given without a flag, and `flag_too` with one, if one likes."""
+    return {"positional": metavar, "flag_too": flag_too}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a dataclass of options, or of one of its groups.
+
+    Attributes:
+        group: the field of the outer dataclass that holds the group; None for the outer one's own fields.
+        positional: how help calls an option that is given without a flag; None for all others.
+        has_flag: whether it can be given with one.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    group: str | None
+    aliases: tuple[str, ...] = ()
+    positional: str | None = None
+    has_flag: bool = True
+
+    @property
+    def flag(self) -> str:
+        return flag_of(self.name)
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def is_switch(self) -> bool:
+        return self.hint is bool
+
+    @property
+    def takes(self) -> int | None:
+        """How many words follow the flag; None for any number."""
+        for hint in alternatives(self.hint):
+            if typing.get_origin(hint) is tuple:
+                kinds = typing.get_args(hint)
+                return None if kinds[-1] is Ellipsis else len(kinds)
+        return 0 if self.is_switch else 1
+
+    @property
+    def metavar(self) -> str:
+        """What may follow the flag, for help."""
+        return "|".join(_metavar(hint) for hint in alternatives(self.hint) if hint is not type(None))
+
+
+def flag_of(name: str) -> str:
+    """`--train-iters` of `train_iters`."""
+    return f"--{name.replace('_', '-')}"
+
+
+_OPTIONS: dict[type, Mapping[str, Option]] = {}  # what `options_of` gave before
+
+
+def options_of(kind: type) -> Mapping[str, Option]:
+    """Every option of a dataclass by name, those of its groups, too."""
+    if kind not in _OPTIONS:
+        _OPTIONS[kind] = _read_options(kind)
+    return _OPTIONS[kind]
+
+
+def _read_options(kind: type) -> Mapping[str, Option]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    found: dict[str, Option] = {}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if _is_group(hint):
+            inner = options_of(hint)
+            found |= {name: dataclasses.replace(option, group=field.name) for name, option in inner.items()}
+        else:
+            found[field.name] = _option(kind, field, hint)
+    return found
+
+
+class Options:
+    """Base of the frozen dataclasses that are a command's options: they check themselves when they are made."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: names every value of another type, or else everything that `problems` finds.
+        """
+        wrong = []
+        for name, option in options_of(type(self)).items():
+            if option.group is not None:
+                continue
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, coerce(value, option.hint))
+            except ValueError as error:
+                wrong.append(f"{option.flag} {value}: {error}")
+        raise_all(wrong or self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the options taken together, in words."""
+        return iter(())
+
+
+Describe = Callable[[str, Any], str]  # how a name, and its value where there is one, are written in an error
+
+
+def as_keyword(name: str, value: Any) -> str:
+    return name if value is None else f"{name}={value!r}"
+
+
+def build(kind: type[T], values: Mapping[str, Any], describe: Describe = as_keyword) -> T:
+    """An instance with these values, by the names of options, each checked against its type.
+
+    Raises:
+        UserError: names all values that are unknown, of another type, or missing.
+    """
+    groups = as_groups(kind, values, describe)
+    own = groups.pop(None, {})
+    return kind(**own, **{name: group(**groups.get(name, {})) for name, group in groups_of(kind).items()})
+
+
+def as_groups(
+    kind: type, values: Mapping[str, Any], describe: Describe = as_keyword
+) -> dict[str | None, dict[str, Any]]:
+    """The values by group, None for those of no group, each as its field holds it.
+
+    Raises:
+        UserError: names all values that are unknown, of another type, or missing.
+    """
+    options = options_of(kind)
+    groups: dict[str | None, dict[str, Any]] = {}
+    problems = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in options:
+            problems.append(f"{describe(str(key), None)}: unknown{nearest(name, list(options))}")
+            continue
+        try:
+            groups.setdefault(options[name].group, {})[name] = coerce(value, options[name].hint)
+        except ValueError as error:
+            problems.append(f"{describe(str(key), value)}: {error}")
+    given = {str(key).replace("-", "_") for key, value in values.items() if value is not None}
+    for name, option in options.items():
+        if option.is_required and name not in given:
+            problems.append(f"{describe(name, None)} is required: {option.help.partition('. ')[0].rstrip('.')}")
+    raise_all(problems)
+    return groups
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """A value as a field of that type holds it. Numbers may come as text, and one value may stand for a tuple of one.
+
+    Raises:
+        ValueError: it is something else; says what was expected.
+    """
+    kinds = alternatives(hint)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        try:
+            return _coerce_one(value, kind)
+        except (TypeError, ValueError) as error:
+            if kind in _EXPLAINED:
+                raise ValueError(str(error)) from None
+    raise ValueError(f"expected {' or '.join(_in_words(kind) for kind in kinds)}")
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; a type that is none is alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _coerce_one(value: Any, kind: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        word = str(value).lower() if isinstance(value, bool) else value  # YAML takes `true` for no text
+        if word in arguments:
+            return word
+    elif origin is tuple:
+        return _coerce_tuple(value, arguments)
+    elif kind == PathText:
+        if isinstance(value, str | os.PathLike):
+            return expand(os.fspath(value))
+    elif kind is int:
+        if not isinstance(value, bool | float):
+            return int(value)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif kind is float:
+        if not isinstance(value, bool):
+            return float(value)
+    elif kind == JSON_OBJECT:
+        return _json_object(value)
+    elif isinstance(kind, type) and isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+def _coerce_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if arguments[0] in (int, float):
+        items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+    if arguments[-1] is not Ellipsis and len(items) != len(arguments):
+        raise ValueError
+    if arguments[0] is not int and arguments[0] is not float:
+        items = [str(item) if isinstance(item, int | float) else item for item in items]  # YAML's weights of a blend
+    return tuple(_coerce_one(item, arguments[0]) for item in items)
+
+
+def expand(text: str) -> str:
+    """`~` at the beginning of a path, or of the path in NAME=PATH, as the home folder."""
+    name, equals, path = text.partition("=")
+    return f"{name}={os.path.expanduser(path)}" if equals and path.startswith("~") else os.path.expanduser(text)
+
+
+def parse_json_object(flag: str, text: str | None) -> Mapping[str, Any] | None:
+    """A flag's JSON text; None of none.
+
+    Raises:
+        UserError: it is not an object in JSON.
+    """
+    try:
+        return None if text is None else _json_object(text)
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: {error}") from None
+
+
+JSON_OBJECT = Mapping[str, Any]
+_EXPLAINED = (JSON_OBJECT,)  # whose errors say more than what was expected
+
+
+def _json_object(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value
+
+
+def _option(kind: type, field: dataclasses.Field[Any], hint: Any) -> Option:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return Option(
+        name=field.name,
+        hint=hint,
+        default=default,
+        help=_texts_below_fields(kind)[field.name],
+        group=None,
+        aliases=field.metadata.get("aliases", ()),
+        positional=field.metadata.get("positional"),
+        has_flag=field.metadata.get("flag_too", True),
+    )
+
+
+def groups_of(kind: type) -> dict[str, type]:
+    """The fields of a dataclass that are groups of options, with the groups' types."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if _is_group(hints[field.name])}
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+@lru_cache(maxsize=64)
+def _texts_below_fields(kind: type) -> dict[str, str]:
+    """The text below each field, of the base classes' fields, too."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                texts[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return texts
+
+
+def _metavar(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "|".join(map(str, arguments))
+    if origin is tuple:
+        names = [_metavar(argument) for argument in arguments if argument is not Ellipsis]
+        return f"{names[0]} [{names[0]} ...]" if arguments[-1] is Ellipsis else " ".join(names)
+    if kind == PathText:
+        return "PATH"
+    return {int: "N", float: "NUMBER", str: "TEXT", JSON_OBJECT: "JSON", bool: ""}[kind]
+
+
+def _in_words(kind: Any) -> str:
+    """What may stand there."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        inner = _in_words(arguments[0])
+        return f"{inner}, or several" if arguments[-1] is Ellipsis else f"{len(arguments)} times {inner}"
+    if kind == PathText:
+        return "a path"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    return words[kind]

@@ -1,0 +1,145 @@
+"""The options of planning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from tandem.errors import UserError
+from tandem.frameworks import SPELLINGS, default_framework
+from tandem.models.config import ModelConfig
+from tandem.models.hf_config import from_hf, load_hf_config
+from tandem.models.published import QWEN3_SIZES, qwen3_config
+from tandem.options import Options, PathText, flag_of, options_of, positional
+from tandem.parallel.layout import Layout, parse_layers
+from tandem.planning.hardware import HARDWARE, Hardware
+from tandem.planning.job import Job
+
+# what `--devices` chooses itself
+CHOSEN = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_layer_list",
+    "data_parallel_size",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+    "use_torch_fsdp2",
+    "micro_batch_size",
+    "recompute_num_layers",
+)
+
+
+@dataclass(frozen=True)
+class PlanOptions(Options):
+    """Options of `tandem plan`. Those that training has, too, mean what they mean there."""
+
+    model: PathText = field(metadata=positional("MODEL"))
+    """Hugging Face folder, or a published model such as qwen3-8B."""
+    _: KW_ONLY
+    hardware: Literal["h100", "910b", "a3", "cpu"] = "h100"
+    """Device to plan for."""
+    devices: int | None = None
+    """Suggest layouts for so many devices; excludes every option that fixes the layout."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each tensor."""
+    pipeline_model_parallel_size: int = 1
+    """Stages of layers."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of a chunk, for interleaved stages."""
+    num_layer_list: str | None = None
+    """Layers of each stage, such as 10,18."""
+    data_parallel_size: int = 1
+    """Ranks that share a global batch."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+    use_torch_fsdp2: bool = False
+    """Shard weights and gradients over data-parallel ranks, too (PyTorch only)."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass."""
+    recompute_num_layers: int = 0
+    """Layers of a rank, from the first, that keep only their input (in training, with --recompute-granularity full and
+    --recompute-method block)."""
+    global_batch_size: int | None = None
+    """Samples of one step; default: one micro-batch on each data-parallel rank. Needed with --devices."""
+    seq_length: int = 4096
+    """Tokens of a sample."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 masters."""
+    fp16: bool = False
+    """Compute in float16 with fp32 masters and a loss scale: as large and as fast as bfloat16."""
+    ai_framework: str = field(default_factory=default_framework)
+    """Backend: mindspore, or torch; default: the one that is installed, torch where both are."""
+    efficiency: float | None = None
+    """Share of the device's peak that matrix products reach; default: the device's assumption."""
+
+    def problems(self) -> Iterator[str]:
+        for name, value in vars(self).items():
+            least = 0 if name == "recompute_num_layers" else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                yield f"{flag_of(name)} {value}: expected {least} or more"
+        if self.ai_framework not in SPELLINGS:
+            yield f"--ai-framework {self.ai_framework}: expected one of {', '.join(SPELLINGS)}"
+        if self.bf16 and self.fp16:
+            yield "--fp16 and --bf16 exclude each other: give one"
+        if self.efficiency is not None and not 0 < self.efficiency <= 1:
+            yield f"--efficiency {self.efficiency}: expected a share of the peak, above 0 and at most 1"
+        if self.devices is not None:
+            yield from self._wrong_with_devices()
+
+    def _wrong_with_devices(self) -> Iterator[str]:
+        defaults = options_of(PlanOptions)
+        fixed = [flag_of(name) for name in CHOSEN if getattr(self, name) != defaults[name].default]
+        if fixed:
+            yield f"--devices chooses the layout, and {' '.join(fixed)} would fix it: give one or the other"
+        if self.global_batch_size is None:
+            yield "--devices needs --global-batch-size: how many samples the devices share in a step"
+
+    @property
+    def device(self) -> Hardware:
+        """The hardware that is planned for."""
+        hardware = HARDWARE[self.hardware]
+        return hardware if self.efficiency is None else replace(hardware, efficiency=self.efficiency)
+
+    def job(self) -> Job:
+        """The job that the options describe; with `devices`, what its layouts have in common.
+
+        Raises:
+            UserError: the model is unknown.
+        """
+        layout = Layout(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
+            num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
+        )
+        config = model_config(self.model)
+        return Job(
+            config=config,
+            layout=layout.balanced(config.num_layers),
+            data_parallel_size=self.data_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            use_distributed_optimizer=self.use_distributed_optimizer,
+            use_torch_fsdp2=self.use_torch_fsdp2,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size or self.micro_batch_size * self.data_parallel_size,
+            seq_length=self.seq_length,
+            recompute_layers=self.recompute_num_layers,
+            half=self.bf16 or self.fp16,
+            ai_framework=self.ai_framework,
+        )
+
+
+def model_config(model: str) -> ModelConfig:
+    """Of a Hugging Face folder, or of a published model's name."""
+    if Path(model).is_dir():
+        return from_hf(load_hf_config(model), f"{model}/config.json")
+    family, _, size = model.partition("-")
+    if family.lower() != "qwen3":
+        published = ", ".join(f"qwen3-{size}" for size in QWEN3_SIZES)
+        raise UserError(f"{model}: no such folder, and no published model; published: {published}")
+    return qwen3_config(size.upper())
