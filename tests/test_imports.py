@@ -23,7 +23,7 @@ BACKENDS = {("backends", "torch"), ("backends", "mindspore")}
 
 
 def test_core_imports_no_framework() -> None:
-    """A1, A4: every module outside the two backend packages, imported in a process of its own."""
+    """Every module outside the two backend packages, imported in a process of its own."""
     modules = core_modules()
     assert "tandem.training.run" in modules
     script = (

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tandem.version import __version__
+
 if TYPE_CHECKING:
     from tandem.api import (
         convert,
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
     from tandem.config.settings import Settings
     from tandem.errors import RunStopped, UserError
 
-__version__ = "0.2.0"
 __all__ = [
     "RunStopped",
     "Settings",
     "UserError",
+    "__version__",
     "convert",
     "evaluate",
     "export",

@@ -7,11 +7,11 @@ import os
 import sys
 from typing import NoReturn
 
-from tandem import __version__
 from tandem.errors import RunStopped, UserError, nearest
 from tandem.launch.member import Member, exit_with
 from tandem.launch.world import is_scheduler
 from tandem.logs import printed
+from tandem.version import __version__
 
 # command -> its module under tandem.cli, and what it does
 COMMANDS = {

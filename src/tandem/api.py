@@ -13,9 +13,7 @@ Progress goes to the logger "tandem" of the standard library's `logging`; nothin
 from __future__ import annotations
 
 import dataclasses
-import glob
 import inspect as signatures
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -202,9 +200,10 @@ def train(settings: Settings) -> TrainingResult:
         UserError: something is missing, contradictory or damaged, or a step went wrong.
         RunStopped: a signal ended the run, after it saved; the same call goes on.
     """
+    from tandem.cli.job import train_as_processes
     from tandem.training.result import train_and_collect
 
-    return train_and_collect(settings)
+    return train_as_processes(settings, log.info) or train_and_collect(settings)
 
 
 @_takes_settings(AllSettings)
@@ -275,10 +274,11 @@ def inspect(path: str | Path, *, ckpt_step: int | None = None, quick: bool = Fal
         UserError: it is none of these, or damaged.
     """
     from tandem.checkpoints.describe import describe, with_integrity
+    from tandem.data.kinds import kind_of
     from tandem.data.statistics import DataView
 
     path = expand(str(path))
-    if os.path.exists(f"{path}.idx") or glob.glob(f"{glob.escape(path)}_packed_*_document.idx"):
+    if kind_of(path) is not None:
         return DataView(path).statistics()
     description = describe(path, ckpt_step)
     return description if quick else with_integrity(description, _logged("reading"))

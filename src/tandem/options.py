@@ -195,7 +195,7 @@ def coerce(value: Any, hint: Any) -> Any:
         except (TypeError, ValueError) as error:
             if kind in _EXPLAINED:
                 raise ValueError(str(error)) from None
-    raise ValueError(f"expected {' or '.join(_in_words(kind) for kind in kinds)}")
+    raise ValueError(f"expected {' or '.join(_in_words(kind) for kind in kinds if kind is not type(None))}")
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -336,5 +336,5 @@ def _in_words(kind: Any) -> str:
         return f"{inner}, or several" if arguments[-1] is Ellipsis else f"{len(arguments)} times {inner}"
     if kind == PathText:
         return "a path"
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return words[kind]

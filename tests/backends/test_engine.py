@@ -80,7 +80,7 @@ def test_rotary_scaling_equals_hugging_face(framework: str, scaling: RotaryScali
     np.testing.assert_allclose(build(framework, source).logits(batch), expected, atol=1e-4, rtol=0)
 
 
-def test_d4_positions_are_those_of_the_batch(framework: str) -> None:
+def test_positions_are_those_of_the_batch(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batch = toy_batch(source.config, RAGGED)
     batch = dataclasses.replace(batch, position_ids=batch.position_ids * 3 + 5)
@@ -88,7 +88,7 @@ def test_d4_positions_are_those_of_the_batch(framework: str) -> None:
     np.testing.assert_allclose(build(framework, source).logits(batch), expected, atol=1e-4, rtol=0)
 
 
-def test_d4_packed_equals_unpacked(framework: str) -> None:
+def test_packed_equals_unpacked(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-untied"])
     samples = toy_samples(source.config, RAGGED, trained=0.6)
     engine = build(framework, source)
@@ -101,7 +101,7 @@ def test_d4_packed_equals_unpacked(framework: str) -> None:
     assert_close_gradients(gradients, combined, rtol=1e-5)
 
 
-def test_d4_documents_do_not_see_each_other(framework: str) -> None:
+def test_documents_do_not_see_each_other(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     engine = build(framework, source, training=False)
     batch = toy_batch(source.config, RAGGED)
@@ -159,7 +159,7 @@ def test_evaluate_without_trained_tokens_is_zero(framework: str) -> None:
 
 
 @pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-untied"])
-def test_e2_chunked_loss_equals_unchunked(framework: str, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_equals_unchunked(framework: str, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(TOYS[toy])
     batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
     engine, weights = build(framework, source), any_weights(batches)
@@ -199,7 +199,7 @@ print(peak_mib() - before)
 """
 
 
-def test_e2_full_logits_never_exist(framework: str) -> None:
+def test_full_logits_never_exist(framework: str) -> None:
     """4096 x 65536 logits take 1024 MiB, and their gradient as much; the step may add a quarter of the two."""
     if not sys.platform.startswith("linux"):
         pytest.skip("peak memory is read from /proc")
@@ -212,7 +212,7 @@ def test_e2_full_logits_never_exist(framework: str) -> None:
 
 
 @pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-untied"])
-def test_d1_the_split_into_micro_batches_does_not_matter(framework: str, toy: str) -> None:
+def test_the_split_into_micro_batches_does_not_matter(framework: str, toy: str) -> None:
     source = toy_weights(TOYS[toy])
     samples = toy_samples(source.config, (7, 1, 19, 12, 12, 5, 30, 2), trained=0.5)
     samples[3] = untrained(samples[3])
@@ -225,7 +225,7 @@ def test_d1_the_split_into_micro_batches_does_not_matter(framework: str, toy: st
         assert_close_gradients(gradients, whole, rtol=1e-5)
 
 
-def test_d1_a_first_micro_batch_without_trained_tokens(framework: str) -> None:
+def test_a_first_micro_batch_without_trained_tokens(framework: str) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     engine = build(framework, source)
     trained = toy_batch(source.config, RAGGED)
@@ -382,7 +382,6 @@ def test_a_loss_above_the_limit_changes_nothing(framework: str) -> None:
     ],
 )
 def test_the_first_module_that_is_not_finite_is_named(framework: str, tensor: str | None, module: str | None) -> None:
-    """H4."""
     source = toy_weights(TOYS["qwen3-untied"])
     if tensor:
         source.read(tensor)[...] = np.inf
@@ -575,7 +574,7 @@ def test_fp16_trains_alike_and_its_state_is_the_same_to_the_bit(both_frameworks:
         assert_same_bits(snapshot(heir), state)
 
 
-def test_d8_backends_train_alike(both_frameworks: tuple[str, str]) -> None:
+def test_backends_train_alike(both_frameworks: tuple[str, str]) -> None:
     source = toy_weights(toy_config(init_method_std=0.05))
     engines = [build(framework, source, adam_beta2=0.95) for framework in both_frameworks]
     for step in range(20):

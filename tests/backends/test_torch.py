@@ -45,7 +45,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_e2_no_product_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_product_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(toy_config(vocab_size=1009))
     chunk = 8 * source.config.vocab_size
     monkeypatch.setattr(loss, "LOGITS_CHUNK_BYTES", 4 * chunk)

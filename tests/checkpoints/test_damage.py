@@ -141,7 +141,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_hugging_face_folders(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B4, B10."""
     monkeypatch.chdir(tmp_path)
     folder = write_hf(tmp_path / "hf", toy_config(), shard_bytes=50_000)
     change, message = DAMAGE[damage]
@@ -266,7 +265,7 @@ def assert_whole(save: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [*TARGETS, {"ckpt_format": "torch", "target_pipeline_parallel_size": 2}], ids=str)
-def test_b9_memory_is_bounded_by_the_largest_tensors(target: dict[str, Any], tmp_path: Path) -> None:
+def test_memory_is_bounded_by_the_largest_tensors(target: dict[str, Any], tmp_path: Path) -> None:
     """A model of many tensors in several files: the peak is a few of the largest, far below the model."""
     config = toy_config(
         num_layers=24, hidden_size=512, ffn_hidden_size=4096, vocab_size=4096, num_query_groups=6, kv_channels=32

@@ -1,4 +1,4 @@
-"""Whatever bytes a checkpoint is damaged in, reading it ends in a UserError or in the right tensors (B4, B10)."""
+"""Whatever bytes a checkpoint is damaged in, reading it ends in a UserError or in the right tensors."""
 
 from __future__ import annotations
 

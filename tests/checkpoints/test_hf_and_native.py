@@ -57,7 +57,6 @@ def hf_folder(folder: Path, config: ModelConfig, dtype: str = "bfloat16", **opti
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_hf_to_native_to_hf_is_bit_identical(layout: Layout, tied: bool, tmp_path: Path) -> None:
-    """B3."""
     source = open_source(hf_folder(tmp_path / "hf", divisible(tied)))
     copy(source, NativeSink(tmp_path / "m", source.config, layout, {"model": "bfloat16"}, 1, source.companions))
     native = open_source(tmp_path / "m")
@@ -70,7 +69,7 @@ def test_hf_to_native_to_hf_is_bit_identical(layout: Layout, tied: bool, tmp_pat
 
 @pytest.mark.parametrize("name", TOYS)
 def test_sharded_folder_loads_in_transformers(name: str, tmp_path: Path) -> None:
-    """J1: several files and an index, no lm_head when tied (B2)."""
+    """Several files and an index, no lm_head when tied."""
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +83,6 @@ def test_sharded_folder_loads_in_transformers(name: str, tmp_path: Path) -> None
 
 
 def test_a_tied_model_may_carry_an_equal_head_but_no_other(tmp_path: Path) -> None:
-    """B2."""
     from safetensors.numpy import load_file, save_file
 
     config = toy_config()
@@ -109,7 +107,6 @@ def test_a_tied_model_may_carry_an_equal_head_but_no_other(tmp_path: Path) -> No
     ],
 )
 def test_wrong_tensors_in_a_hf_folder_are_named(damage: object, named: str, tmp_path: Path) -> None:
-    """B4."""
     from safetensors.numpy import load_file, save_file
 
     folder = hf_folder(tmp_path / "hf", toy_config(), "float32")
@@ -165,7 +162,6 @@ def edit_index(folder: Path) -> None:
     ],
 )
 def test_damaged_native_checkpoints_are_named(damage: object, named: str, tmp_path: Path) -> None:
-    """B10, G4."""
     folder = native(tmp_path / "m")
     read_all(folder)
     damage(folder)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Every rank reads only what it needs of any format (B8, B9)."""
+"""Every rank reads only what it needs of any format."""
 
 from __future__ import annotations
 

@@ -78,7 +78,6 @@ def test_help_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_input_exits_with_2_and_says_why(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """I1, B10."""
     try:
         code = main(words)
     except SystemExit as exit_:

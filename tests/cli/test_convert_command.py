@@ -86,7 +86,7 @@ def test_an_unknown_flag_is_an_error_with_the_nearest_name(hf: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("ckpt_format", ["native", "torch"])
-def test_b1_small_models_are_verified_unasked(
+def test_small_models_are_verified_unasked(
     framework: str, ckpt_format: str, hf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--ai-framework", framework, "--ckpt-format", ckpt_format, "--target-pipeline-parallel-size", "2"]
@@ -107,7 +107,7 @@ class Off(RandomSource):
         return tensor
 
 
-def test_b1_the_first_differing_tensor_is_named(framework: str) -> None:
+def test_the_first_differing_tensor_is_named(framework: str) -> None:
     config = toy_config()
     with pytest.raises(UserError, match=r"top-1.*first differing tensor is decoder\.layers\.2\.mlp\.linear_fc1"):
         verify(RandomSource(config, 3), Off(config, 3), framework)
@@ -116,7 +116,7 @@ def test_b1_the_first_differing_tensor_is_named(framework: str) -> None:
         verify(RandomSource(config, 3), RandomSource(other, 3), framework)
 
 
-def test_b1_verify_lets_transformers_read_the_hugging_face_side(
+def test_verify_lets_transformers_read_the_hugging_face_side(
     framework: str, hf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both directions, `tandem export` like `tandem convert`."""
@@ -134,7 +134,7 @@ def test_b1_verify_lets_transformers_read_the_hugging_face_side(
     assert "exclude each other" in capsys.readouterr().err
 
 
-def test_b1_the_independent_reader_sees_what_ours_would_not(framework: str, hf: Path) -> None:
+def test_the_independent_reader_sees_what_ours_would_not(framework: str, hf: Path) -> None:
     """Our reader is right here and the folder wrong: only somebody else's reader can tell."""
     source, result = RandomSource(toy_config(num_layers=4), 3, "bfloat16"), HFSource(hf)
     config = toy_config(num_layers=4)
@@ -145,7 +145,7 @@ def test_b1_the_independent_reader_sees_what_ours_would_not(framework: str, hf: 
         verify(source, result, framework, independent=True)
 
 
-def test_b1_a_result_that_differs_never_appears(
+def test_a_result_that_differs_never_appears(
     framework: str, hf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def skewed(_: TensorSource, result: TensorSource, framework: str, *, independent: bool) -> Verification:
@@ -157,7 +157,7 @@ def test_b1_a_result_that_differs_never_appears(
     assert [path.name for path in hf.parent.iterdir()] == ["hf"]
 
 
-def test_b1_large_models_are_verified_on_request(
+def test_large_models_are_verified_on_request(
     hf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "VERIFIED_PARAMETERS", 1000)

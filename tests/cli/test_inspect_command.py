@@ -95,7 +95,6 @@ def test_iterations_are_listed_and_chosen(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("form", ["Megatron torch", "native"])
 def test_damage_is_found(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """G4."""
     file = WRITERS[form](tmp_path / "c")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

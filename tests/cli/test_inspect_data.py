@@ -1,4 +1,4 @@
-"""Seeing the data: counts, lengths, and what is trained (D5)."""
+"""Seeing the data: counts, lengths, and what is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from workspace import Workspace
 
 
-def test_d5_trained_text_is_marked(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trained_text_is_marked(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "data", str(workspace.instructions), "--show", "1"]) == 0
     out = capsys.readouterr().out
     sample = out[out.index("sample 0") :]
@@ -173,7 +173,7 @@ def test_a_page_where_a_folder_is_known_before_anything_is_done(
 
 
 @pytest.mark.parametrize("given", ['{"prompt": ["q"]}', '{"tags": "x"}', '{"messages": {}}'])
-def test_c5_map_keys_of_another_type(
+def test_map_keys_of_another_type(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
 ) -> None:
     words = ["--input", "x", "--output-prefix", str(tmp_path / "x"), "--map-keys", given]

@@ -91,7 +91,7 @@ def assert_round_trip(tmp_path: Path, config: ModelConfig, **options: Any) -> No
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("size", QWEN3_SIZES)
 def test_every_qwen3_shape_returns_bit_identical(size: str, tp: int, pp: int, ckpt_format: str, tmp_path: Path) -> None:
-    """B3, B4: heads and tying of every size; widths divided by 16."""
+    """Heads and tying of every size; widths divided by 16."""
     config = qwen3_config(size, num_layers=4, vocab_size=1188, shrink=16)
     parallel = {"target_tensor_parallel_size": tp, "target_pipeline_parallel_size": pp}
     assert_round_trip(tmp_path, config, ckpt_format=ckpt_format, **parallel)
@@ -101,7 +101,7 @@ def test_every_qwen3_shape_returns_bit_identical(size: str, tp: int, pp: int, ck
 @pytest.mark.parametrize("ckpt_format", ["native", "torch"])
 @pytest.mark.parametrize("size", QWEN3_SIZES)
 def test_every_qwen3_shape_at_full_width(size: str, ckpt_format: str, tmp_path: Path) -> None:
-    """B4: real widths and vocabulary up to 4B, real widths beyond."""
+    """Real widths and vocabulary up to 4B, real widths beyond."""
     vocab_size = 151936 if size in ("0.6B", "1.7B", "4B") else 1024
     config = qwen3_config(size, num_layers=2, vocab_size=vocab_size)
     parallel = {"target_tensor_parallel_size": 4, "target_pipeline_parallel_size": 2}
@@ -137,7 +137,7 @@ def test_every_family_returns_bit_identical(name: str, ckpt_format: str, tmp_pat
 @pytest.mark.parametrize("first", ["native", "torch"])
 @pytest.mark.parametrize("second", ["native", "torch"])
 def test_re_sharding_equals_converting_at_once(first: str, second: str, tmp_path: Path) -> None:
-    """B7: mg -> mg, between formats and layouts, gives the files that hf -> mg gives."""
+    """Mg -> mg, between formats and layouts, gives the files that hf -> mg gives."""
     hf = write_hf(tmp_path / "hf", toy_config(num_layers=4, vocab_size=212))
     target: dict[str, Any] = {"target_pipeline_parallel_size": 2, "target_tensor_parallel_size": 2}
     run(hf, tmp_path / "a", "hf-mg", ckpt_format=first, num_layer_list="4")
@@ -189,7 +189,7 @@ def test_any_model_at_any_layout_returns(job: tuple[ModelConfig, dict[str, Any]]
 
 @pytest.mark.parametrize("name", ["v4_tp1pp1", "v4_tp2pp2", "v4tied_tp1pp1", "v4tied_tp1pp2"])
 def test_real_megatron_checkpoints_become_their_hf_models(shared_data: Path, name: str, tmp_path: Path) -> None:
-    """B2, B3: files that Megatron's trainer saved; the config is the original's, as upstream asks for it."""
+    """Files that Megatron's trainer saved; the config is the original's, as upstream asks for it."""
     hf = shared_data / "golden/mcore" / ("hf_v4_tied" if "tied" in name else "hf_v4")
     run(shared_data / "golden/mcore" / name, tmp_path / "hf", "mg-hf", hf_cfg_dir=str(hf))
     found, expected = open_source(tmp_path / "hf"), open_source(hf)
@@ -339,7 +339,7 @@ def test_several_dtypes_need_a_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("untie", [False, True])
 @pytest.mark.parametrize(("tp", "divisor", "rows"), [(1, 128, 256), (2, 128, 256), (4, 64, 256), (2, 1, 212)])
 def test_padding_is_recorded_and_removed(tp: int, divisor: int, rows: int, untie: bool, tmp_path: Path) -> None:
-    """B5: a prime vocabulary, padded as Megatron does, comes back with its own rows."""
+    """A prime vocabulary, padded as Megatron does, comes back with its own rows."""
     config = toy_config(
         num_layers=2,
         num_query_groups=4,
@@ -390,7 +390,6 @@ def test_transformer_engines_names(tmp_path: Path) -> None:
     ],
 )
 def test_flags_that_contradict_the_config_stop(stated: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """B6."""
     hf = write_hf(tmp_path / "hf", toy_config())
     with pytest.raises(UserError, match=message):
         run(hf, tmp_path / "m", "hf-mg", stated=StatedModel(**stated))

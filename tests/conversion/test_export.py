@@ -58,7 +58,7 @@ def exported(workspace: Workspace, framework: str, tmp_path: Path) -> Path:
 
 
 def test_transformers_loads_it_and_agrees(exported: Path, framework: str) -> None:
-    """J1, J2: equal logits."""
+    """Equal logits."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,7 +75,7 @@ def test_transformers_loads_it_and_agrees(exported: Path, framework: str) -> Non
 
 
 def test_generate_stops_at_the_end_of_the_turn(exported: Path, framework: str, tmp_path: Path) -> None:
-    """J3, D6: the prompt is rendered as in training, by us and by the tokenizer's own template."""
+    """The prompt is rendered as in training, by us and by the tokenizer's own template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(exported)
@@ -94,7 +94,7 @@ def test_generate_stops_at_the_end_of_the_turn(exported: Path, framework: str, t
 
 
 def test_the_end_token_of_a_base_model_becomes_the_templates(workspace: Workspace, tmp_path: Path) -> None:
-    """J3: the former end token stays as a second one."""
+    """The former end token stays as a second one."""
     base = tmp_path / "base"
     shutil.copytree(workspace.hf, base)
     config = json.loads((base / "config.json").read_text())
@@ -162,7 +162,7 @@ def fine_tuned(workspace: Workspace, folder: Path, chat_template: object, place:
     ("place", "command", "thinking"),
     [("config", "export", None), ("list", "convert", None), ("file", "export", False), ("file", "convert", True)],
 )
-def test_d6_the_written_folder_asks_as_in_training(
+def test_the_written_folder_asks_as_in_training(
     workspace: Workspace, tmp_path: Path, place: str, command: str, thinking: bool | None
 ) -> None:
     """By default, and as it is told where it is told."""
@@ -197,7 +197,7 @@ def test_a_chat_template_that_cannot_ask_as_in_training_is_said(
 
 
 def test_another_layout_keeps_what_was_trained_on(workspace: Workspace, tmp_path: Path) -> None:
-    """D6, for a native checkpoint made of a native one."""
+    """For a native checkpoint made of a native one."""
     run = fine_tuned(workspace, tmp_path, THINKING_TEMPLATE, "config", None)
     words = ["--load-model-type", "mg", "--load-dir", str(run), "--save-dir", str(tmp_path / "tp2")]
     assert main(["convert", *words, "--target-tensor-parallel-size", "2"]) == 0

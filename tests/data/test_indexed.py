@@ -1,4 +1,4 @@
-"""`.bin/.idx`: byte equality with Megatron's own files, and what is said of damaged ones (C6)."""
+"""`.bin/.idx`: byte equality with Megatron's own files, and what is said of damaged ones."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ documents_strategy = st.lists(st.lists(st.lists(st.integers(-100, 2**31 - 1), ma
 
 @settings(max_examples=40, deadline=None)
 @given(first=documents_strategy, second=documents_strategy)
-def test_c6_merge_equals_writing_in_one_go(first: list, second: list, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_merge_equals_writing_in_one_go(first: list, second: list, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("merge")
     with merging({str(folder / "merged"): [write(folder / "a", first), write(folder / "b", second)]}):
         pass
@@ -87,7 +87,7 @@ def test_many_documents_at_once_equal_one_by_one(tmp_path: Path) -> None:
     assert both_files(tmp_path / "many") == both_files(tmp_path / "single")
 
 
-def test_c6_offsets_beyond_two_gigabytes(tmp_path: Path) -> None:
+def test_offsets_beyond_two_gigabytes(tmp_path: Path) -> None:
     writer = IndexedWriter(tmp_path / "huge")
     writer._extend_index(np.full(3, 2**30), np.ones(3, np.int64))  # the index alone: 12 GB of tokens are not needed
     writer.publish()
@@ -149,7 +149,7 @@ def damaged(kind: str, prefix: Path) -> None:
         ("multimodal", r"x\.idx: a multimodal index"),
     ],
 )
-def test_c4_damaged_files_are_named(kind: str, message: str, tmp_path: Path) -> None:
+def test_damaged_files_are_named(kind: str, message: str, tmp_path: Path) -> None:
     prefix = write(tmp_path / "x", [[[1, 2, 3]], [[4]]])
     damaged(kind, prefix)
     with pytest.raises(UserError, match=message):
@@ -179,7 +179,7 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_c6_groups_are_merged_by_name(tmp_path: Path) -> None:
+def test_groups_are_merged_by_name(tmp_path: Path) -> None:
     for number, name in enumerate(("b_text_document", "a_text_document", "a_code_document")):
         with IndexedWriter(tmp_path / name) as writer:
             writer.add_document([number] * (number + 1))
@@ -195,7 +195,7 @@ def test_c6_groups_are_merged_by_name(tmp_path: Path) -> None:
         merge_groups(tmp_path, ["text"], str(tmp_path / "all"))
 
 
-def test_c4_a_merge_that_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_a_merge_that_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path / "tokenizer")
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -217,7 +217,7 @@ def test_c4_a_merge_that_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".all*"))
 
 
-def test_c3_only_what_was_made_alike_is_merged(tmp_path: Path) -> None:
+def test_only_what_was_made_alike_is_merged(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path / "tokenizer")
     parts = tmp_path / "parts"
     parts.mkdir()

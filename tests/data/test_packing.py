@@ -1,4 +1,4 @@
-"""Packing: upstream's rows, nothing lost, fast and full (E3)."""
+"""Packing: upstream's rows, nothing lost, fast and full."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def upstream_rows(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 @given(st.lists(st.integers(1, 50), max_size=40))
-def test_e3_rows_are_upstreams_and_nothing_is_lost(lengths: list[int]) -> None:
+def test_rows_are_upstreams_and_nothing_is_lost(lengths: list[int]) -> None:
     rows = greedy_knapsack(lengths, 50)
     assert [[lengths[i] for i in row] for row in rows] == upstream_rows(lengths, 50)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
@@ -35,7 +35,7 @@ def test_equal_lengths_leave_last_in_first_out() -> None:
     assert greedy_knapsack([5, 5, 5], 10) == [[2, 1], [0]]
 
 
-def test_e3_a_hundred_thousand_samples_pack_quickly_and_full() -> None:
+def test_a_hundred_thousand_samples_pack_quickly_and_full() -> None:
     lengths = np.clip(np.random.RandomState(0).lognormal(5.5, 1.0, 100_000).astype(int), 1, 4095).tolist()
     start = time.perf_counter()
     rows = greedy_knapsack(lengths, 4095)

@@ -1,4 +1,4 @@
-"""The record beside a dataset: training refuses data that another tokenizer or template made (C3)."""
+"""The record beside a dataset: training refuses data that another tokenizer or template made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def conversations(folder: Path, **changes: object) -> Tokenizer:
     return Tokenizer(tokenizer)
 
 
-def test_c3_agreement_passes_and_a_missing_record_is_a_notice(tmp_path: Path) -> None:
+def test_agreement_passes_and_a_missing_record_is_a_notice(tmp_path: Path) -> None:
     tokenizer = conversations(tmp_path)
     assert check_record(tmp_path / "sft", tokenizer, get_template("qwen3")) is None
     assert check_record(tmp_path / "sft", tokenizer) is None
@@ -37,7 +37,7 @@ def test_c3_agreement_passes_and_a_missing_record_is_a_notice(tmp_path: Path) ->
     assert "no record beside the data" in notice
 
 
-def test_c3_the_differing_field_is_named(tmp_path: Path) -> None:
+def test_the_differing_field_is_named(tmp_path: Path) -> None:
     tokenizer = conversations(tmp_path)
     with pytest.raises(UserError, match=r"sft\.json: template.enable_thinking is None, this run's is True"):
         check_record(tmp_path / "sft", tokenizer, get_template("qwen3", True))
@@ -50,14 +50,14 @@ def test_c3_the_differing_field_is_named(tmp_path: Path) -> None:
         check_record(tmp_path / "sft", Tokenizer(tmp_path / "other"))
 
 
-def test_c3_packed_rows_must_fit_the_run(tmp_path: Path) -> None:
+def test_packed_rows_must_fit_the_run(tmp_path: Path) -> None:
     tokenizer = conversations(tmp_path, pack=True, seq_length=128)
     assert check_record(tmp_path / "sft", tokenizer, seq_length=128) is None
     with pytest.raises(UserError, match=r"options\.seq_length is 128, this run's seq_length is 64"):
         check_record(tmp_path / "sft", tokenizer, seq_length=64)
 
 
-def test_c3_plain_text_is_no_conversation_and_is_found_by_its_pair(tmp_path: Path) -> None:
+def test_plain_text_is_no_conversation_and_is_found_by_its_pair(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     source = write_jsonl(tmp_path / "raw.jsonl", {"my_text": "x"})
     preprocess(PreprocessOptions((str(source),), str(tmp_path / "p_t"), str(tokenizer), json_keys=("my_text",)))
@@ -107,7 +107,7 @@ def test_a_damaged_or_newer_record_is_named(tmp_path: Path) -> None:
         check_record(tmp_path / "sft", tokenizer)
 
 
-def test_c3_a_record_speaks_for_its_own_files_only(tmp_path: Path) -> None:
+def test_a_record_speaks_for_its_own_files_only(tmp_path: Path) -> None:
     """Text and conversations under one output prefix would overwrite each other's record."""
     tokenizer = conversations(tmp_path)
     text = write_jsonl(tmp_path / "text.jsonl", {"text": "plain"})

@@ -95,7 +95,7 @@ def test_there_are_no_other_scripts() -> None:
 
 @pytest.mark.parametrize("name", SHARED_SCRIPTS)
 def test_conversion_and_data_are_the_same_for_both_frameworks(name: str) -> None:
-    """B8: one script, seen from both folders."""
+    """One script, seen from both folders."""
     assert (EXAMPLES / "torch/qwen3" / name).samefile(EXAMPLES / "mindspore/qwen3" / name)
 
 
@@ -152,7 +152,7 @@ def test_the_launcher_is_told_the_world(site: Site, launchers: Path, script: str
 
 @pytest.mark.parametrize("script", [name for name in TRAINING_SCRIPTS if name.startswith("mindspore")])
 def test_no_random_weights_unless_asked_for(site: Site, launchers: Path, script: str) -> None:
-    """B10: a folder, named or not, is loaded; INIT=random goes before it."""
+    """A folder, named or not, is loaded; INIT=random goes before it."""
     for variables, load in (({}, "./model_weights/qwen3_mcore/"), ({"CKPT_LOAD_DIR": "nowhere"}, "nowhere")):
         done = site.run(script, launchers=launchers, **variables)
         assert (done.settings.checkpoint.init, done.settings.checkpoint.load) == (None, load)

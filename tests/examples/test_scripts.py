@@ -90,7 +90,7 @@ def test_mindspore_pretrains(site: Site, pretrained: Finished) -> None:
 
 
 def test_torch_computes_the_same_and_goes_on(site: Site, pretrained: Finished) -> None:
-    """B8: the same weights give the same losses, and MindSpore's run is resumed as it stands."""
+    """The same weights give the same losses, and MindSpore's run is resumed as it stands."""
     require_framework("torch")
     alone = site.train(PRETRAIN["torch"], **SMALL, CKPT_SAVE_DIR="ckpt/torch")
     np.testing.assert_allclose(alone.losses, pretrained.losses, rtol=BF16)
@@ -115,7 +115,6 @@ def test_fine_tuning_and_export(site: Site, pretrained: Finished) -> None:
 
 @pytest.mark.parametrize("variables", [{"CKPT_LOAD_DIR": ""}, {"INIT": "random"}], ids=str)
 def test_random_weights_when_asked_for(site: Site, variables: dict[str, str]) -> None:
-    """B10."""
     require_framework("torch")
     save = "-".join(["ckpt/random", *variables])
     done = site.train(PRETRAIN["torch"], **SMALL, **variables, CKPT_SAVE_DIR=save)
@@ -126,7 +125,6 @@ def test_random_weights_when_asked_for(site: Site, variables: dict[str, str]) ->
 
 @pytest.mark.parametrize("script", [PRETRAIN["torch"], TUNE["torch"]])
 def test_a_missing_checkpoint_is_an_error(site: Site, script: str) -> None:
-    """B10."""
     require_framework("torch")
     done = site.run(script, **SMALL, CKPT_LOAD_DIR="nowhere", CKPT_SAVE_DIR="ckpt/never")
     assert done.code == 2
@@ -158,7 +156,7 @@ def test_the_documented_command_for_random_weights(site: Site) -> None:
 def test_several_processes_give_the_same_losses(
     site: Site, pretrained: Finished, framework: str, processes: int, layout: dict[str, int]
 ) -> None:
-    """D3, with the guide's scripts and variables."""
+    """With the guide's scripts and variables."""
     require_framework(framework)
     done = site.train(
         PRETRAIN[framework], **SMALL, **layout, NPUS_PER_NODE=processes, CKPT_SAVE_DIR=f"ckpt/{framework}{processes}"

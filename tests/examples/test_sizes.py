@@ -196,7 +196,7 @@ def dry_run(models: Site, launchers: Path, monkeypatch: pytest.MonkeyPatch) -> D
 
 @each_script
 def test_every_size_could_start(dry_run: DryRun, capsys: pytest.CaptureFixture[str], command: str, size: str) -> None:
-    """I2: what is shipped starts, with upstream's layout and the default number of processes. Both frameworks are told
+    """What is shipped starts, with upstream's layout and the default number of processes. Both frameworks are told
     the same (test_arguments.py), so each checks one of the two commands."""
     framework = require_framework({"pretrain": "mindspore", "finetune": "torch"}[command])
     assert dry_run(command, size, framework) == 0

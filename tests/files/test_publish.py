@@ -65,7 +65,7 @@ def killed_after(changes: int) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("changes", range(6))
 def test_a_kill_while_an_iteration_is_exchanged(changes: int, tmp_path: Path) -> None:
-    """B4: the former or the new one is there when the folder is next read, and when it is next written."""
+    """The former or the new one is there when the folder is next read, and when it is next written."""
     final = tmp_path / "iter_0000007"
     write(final, "former", replace=True)
     with killed_after(changes) as done:

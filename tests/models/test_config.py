@@ -42,7 +42,7 @@ NEW = {k: v for k, v in OLD.items() if k not in ("rope_scaling", "rope_theta", "
 
 def test_old_and_new_transformers_layouts_mean_the_same() -> None:
     assert from_hf(OLD) == from_hf(NEW)
-    assert from_hf(OLD).rotary_base == 1e6  # B6: not the default of 10000
+    assert from_hf(OLD).rotary_base == 1e6  # Not the default of 10000
 
 
 @pytest.mark.parametrize("original", [OLD, NEW], ids=["old", "new"])

@@ -1,4 +1,4 @@
-"""H2: FLOPs against a hand count, and against upstream's formula."""
+"""FLOPs against a hand count, and against upstream's formula."""
 
 from __future__ import annotations
 

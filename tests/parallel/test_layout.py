@@ -40,7 +40,7 @@ def test_uneven_stages() -> None:
 @given(layers=st.integers(1, 40), pp=st.integers(1, 8), data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_each_layer_on_exactly_one_stage(layers: int, pp: int, data: st.DataObject) -> None:
-    """F1, for even stages with noop layers, virtual stages, and uneven lists."""
+    """For even stages with noop layers, virtual stages, and uneven lists."""
     short = -layers % pp
     noop = tuple(data.draw(st.permutations(range(layers + short)))[:short])
     layouts = [Layout(pipeline_model_parallel_size=pp, noop_layers=noop)]
@@ -58,8 +58,8 @@ def test_each_layer_on_exactly_one_stage(layers: int, pp: int, data: st.DataObje
 
 
 @pytest.mark.parametrize("pp", range(1, 9))
-def test_f1_what_does_not_divide_is_balanced(pp: int) -> None:
-    """F1: every layer on one stage, stages that differ by one at most, the last and the first among the smallest."""
+def test_what_does_not_divide_is_balanced(pp: int) -> None:
+    """Every layer on one stage, stages that differ by one at most, the last and the first among the smallest."""
     for layers in range(pp, 41):
         layout = Layout(pipeline_model_parallel_size=pp).balanced(layers)
         held = [[layer for chunk in stage for layer in chunk] for stage in layers_of(layout, layers)]
@@ -71,7 +71,7 @@ def test_f1_what_does_not_divide_is_balanced(pp: int) -> None:
         assert (layout.num_layer_list is None) == (layers % pp == 0)
 
 
-def test_f1_fewer_layers_than_stages_do_not_divide() -> None:
+def test_fewer_layers_than_stages_do_not_divide() -> None:
     layout = Layout(pipeline_model_parallel_size=4)
     assert layout.balanced(3) is layout
     with pytest.raises(UserError, match="do not divide"):

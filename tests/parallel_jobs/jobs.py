@@ -230,7 +230,7 @@ def gather(case: Case, folder: Path) -> Outcome:
 
 
 def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> None:
-    """D3: losses, gradient norms and every final tensor within TOLERANCE of one process's.
+    """Losses, gradient norms and every final tensor within TOLERANCE of one process's.
 
     In fp16 tensor ranks round each their part of a sum: losses are within a rounding, norms within two, and masters and
     moments differ by at most 0.04 of what training made of them (0.02 was seen; the smallest gradients are rounding

@@ -1,4 +1,4 @@
-"""Save in one layout on one backend, go on in another layout on the other: the losses of the unbroken run (G2, B8)."""
+"""Save in one layout on one backend, go on in another layout on the other: the losses of the unbroken run."""
 
 from __future__ import annotations
 

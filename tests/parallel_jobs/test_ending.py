@@ -1,4 +1,4 @@
-"""How a process ends that may be one of several (F3)."""
+"""How a process ends that may be one of several."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ from workspace import Workspace
 LAYOUTS = {
     "--tensor-model-parallel-size 2": 2,
     "--pipeline-model-parallel-size 2": 2,
-    "--pipeline-model-parallel-size 3": 3,  # of four layers (F1)
+    "--pipeline-model-parallel-size 3": 3,  # of four layers
     "": 2,
 }
 
 
-def test_h5_the_loss_is_the_same_at_every_layout(workspace: Workspace, tmp_path: Path) -> None:
-    """H5, J5: both sets, whole, although two data ranks get different numbers of micro-batches."""
+def test_the_loss_is_the_same_at_every_layout(workspace: Workspace, tmp_path: Path) -> None:
+    """Both sets, whole, although two data ranks get different numbers of micro-batches."""
     require_framework("torch")
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"context": "123 is", "choices": [" 321", " 12 or more"], "answer": 0}')

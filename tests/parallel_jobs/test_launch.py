@@ -1,4 +1,4 @@
-"""`--nproc-per-node`: a job starts, shows its first rank, ends as a whole, and leaves no process behind (F3)."""
+"""`--nproc-per-node`: a job starts, shows its first rank, ends as a whole, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def one_process(workspace: Workspace, framework: str) -> list[float]:
 def test_a_command_as_two_processes_trains_as_one(
     workspace: Workspace, framework: str, axis: str, tmp_path: Path
 ) -> None:
-    """D3, and across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
+    """And across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path)]
     logs = tmp_path / "logs"
     job = start(
@@ -186,13 +186,11 @@ def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: s
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
 
 
-def test_a_launcher_that_fails_is_said_and_its_output_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_launcher_that_fails_is_said_and_its_output_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
-    assert code == 1
-    named, said, reason = capsys.readouterr().err.splitlines()
+    end = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
+    assert end.code == 1
+    named, said, reason = end.text.splitlines()
     assert (said, reason) == ("no such rank", "the launcher ended with code 3")
     assert Path(named.removeprefix("last lines of ").removesuffix(":")).read_text() == "no such rank\n"
 

@@ -1,4 +1,4 @@
-"""Any layout gives the losses, norms and weights of one process (D3), on each backend under its own launcher."""
+"""Any layout gives the losses, norms and weights of one process, on each backend under its own launcher."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_nan_on_one_rank_makes_all_skip_the_step(framework: str, processes: int, tmp_path: Path) -> None:
-    """H4: all report the same, and go on as one process does that skips the same step."""
+    """All report the same, and go on as one process does that skips the same step."""
     check(framework, processes, SPOILED[processes], tmp_path)
 
 

@@ -73,7 +73,7 @@ def assert_same_samples(ours: Sequence[Sample], theirs: Sequence[dict[str, Any]]
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "reset"])
 def test_every_sample_is_megatrons(megatron: ModuleType, flags: bool, tmp_path: Path) -> None:
-    """C7: of every split; of one epoch and of several, the last shuffled apart or not."""
+    """Of every split; of one epoch and of several, the last shuffled apart or not."""
     prefix, sizes = corpus(tmp_path / "x", 150, 1000), [450, 20, 40]
     for name, size, theirs in zip(SPLIT_NAMES, sizes, megatron_datasets([prefix], sizes, flags=flags)):
         ours = GPTDataset(prefix, name, SPLIT, size, SEQUENCE, SEED, EOD, **dict.fromkeys(FLAGS, flags))
@@ -81,7 +81,6 @@ def test_every_sample_is_megatrons(megatron: ModuleType, flags: bool, tmp_path: 
 
 
 def test_every_sample_of_a_blend_is_megatrons(megatron: ModuleType, tmp_path: Path) -> None:
-    """C8."""
     weights, sizes = [0.3, 0.7], [300, 20, 10]
     prefixes = [corpus(tmp_path / name, 100, 1000, seed) for seed, name in enumerate("ab")]
     for name, size, theirs in zip(SPLIT_NAMES, sizes, megatron_datasets(prefixes, sizes, weights)):

@@ -51,7 +51,7 @@ def megatron_logits(mcore: ModuleType, folder: Path, batch: MicroBatch, vocab_si
 
 @pytest.mark.parametrize("model", MODELS)
 def test_megatron_computes_what_a_converted_model_computes(mcore: ModuleType, model: str, tmp_path: Path) -> None:
-    """B3: from a Hugging Face folder to Megatron's logits, against transformers' of that folder."""
+    """From a Hugging Face folder to Megatron's logits, against transformers' of that folder."""
     config = MODELS[model]
     copy(toy_weights(config), HFSink(tmp_path / "hf", config, "float32", Companions()))
     batch = toy_batch(config, (LENGTH,))

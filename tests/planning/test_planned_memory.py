@@ -1,4 +1,4 @@
-"""E1: what the plan counts is what the layout gives, and what a train step really holds."""
+"""What the plan counts is what the layout gives, and what a train step really holds."""
 
 from __future__ import annotations
 

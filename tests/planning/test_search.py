@@ -1,4 +1,4 @@
-"""E1: suggested layouts fit, come fastest first, and every other size has its reason."""
+"""Suggested layouts fit, come fastest first, and every other size has its reason."""
 
 from __future__ import annotations
 

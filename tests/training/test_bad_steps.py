@@ -1,4 +1,4 @@
-"""Steps that go wrong: stop or skip and count, what is left to look at, spikes, and going on after a resume (H4)."""
+"""Steps that go wrong: stop or skip and count, what is left to look at, spikes, and going on after a resume."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     return pending
 
 
-def test_d7_a_step_with_nothing_to_train_names_its_samples(
-    framework: str, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_step_with_nothing_to_train_names_its_samples(framework: str, workspace: Workspace, tmp_path: Path) -> None:
     with IndexedWriter(CONVERSATIONS.pair(tmp_path / "x", "input_ids"), np.int32) as ids:
         ids.add_document(np.arange(9))
     with IndexedWriter(CONVERSATIONS.pair(tmp_path / "x", "attention_mask"), np.int32) as mask:

@@ -56,7 +56,7 @@ class IdsAsLosses:
 @pytest.mark.parametrize("data_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 7, 12])
 def test_every_sample_counts_once_over_all_ranks(micro: int, data_size: int, count: int) -> None:
-    """H5: no tail dropped, no sample twice, also where ranks get different numbers of micro-batches."""
+    """No tail dropped, no sample twice, also where ranks get different numbers of micro-batches."""
     data, batch = Lengths(count), micro * data_size * 2
     seen = []
     for rank in range(data_size):
@@ -87,7 +87,7 @@ def test_wrong_names_of_sets(words: list[str], named: str) -> None:
 def test_several_sets_are_reported_separately(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """H5: the same whole set at each evaluation, so that the same weights give the same loss."""
+    """The same whole set at each evaluation, so that the same weights give the same loss."""
     text = f"{workspace.text}_text_document"
     settings = workspace.settings(
         "torch",
@@ -114,8 +114,8 @@ def windows(prefix: str, length: int) -> list[np.ndarray]:
     return [stream[i : i + length + 1] for i in range(0, len(stream) - 1, length)]
 
 
-def test_j5_the_loss_is_hugging_faces(workspace: Workspace, framework: str) -> None:
-    """J5, on a set of one document, whose windows no shuffling moves across a border."""
+def test_the_loss_is_hugging_faces(workspace: Workspace, framework: str) -> None:
+    """On a set of one document, whose windows no shuffling moves across a border."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     single = one_document(workspace)
@@ -155,8 +155,8 @@ def write_questions(path: Path) -> str:
     return str(path)
 
 
-def test_j5_log_likelihoods_are_hugging_faces(workspace: Workspace, framework: str, tmp_path: Path) -> None:
-    """J5: as lm-evaluation-harness asks them: white space before a choice is part of it."""
+def test_log_likelihoods_are_hugging_faces(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    """As lm-evaluation-harness asks them: white space before a choice is part of it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     file = write_questions(tmp_path / "q.jsonl")

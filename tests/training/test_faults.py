@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or stuck: started again, they end with the weights of an unbroken run (G1, G4, G6)."""
+"""Runs that are killed, stopped or stuck: started again, they end with the weights of an unbroken run."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def unbroken_job_of_two(workspace: Workspace, framework: str, layout: str, folde
 
 
 def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> None:
-    """G6, saving in the background at sharded optimizer state."""
+    """Saving in the background at sharded optimizer state."""
     require_framework("torch")
     job = Job(workspace, tmp_path, processes=2, flags=(*TWO, "--async-save", "--use-distributed-optimizer"))
     job.succeed("a")
@@ -176,7 +176,7 @@ def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
-    """G6: in a step, an evaluation and a save, on each of two ranks."""
+    """In a step, an evaluation and a save, on each of two ranks."""
     job = unbroken_job_of_two(workspace, framework, layout, tmp_path)
     for rank in (0, 1):
         for what, when, at in (("SIGINT", "step", 3), ("SIGTERM", "evaluation", 2), ("SIGINT", "save", 1)):
@@ -188,7 +188,7 @@ def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str,
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_nan_of_one_rank_stops_all(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
-    """H4: in the sixth step; without the fault, the next start goes on from the fourth."""
+    """In the sixth step; without the fault, the next start goes on from the fourth."""
     job = unbroken_job_of_two(workspace, framework, layout, tmp_path)
     code, output = job.finish("b", rank=1, when="step", at=6, what="nan")
     assert code == 2, output[-3000:]
@@ -303,7 +303,7 @@ def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(
 def test_a_rank_that_saves_slowly_times_no_other_out(
     workspace: Workspace, backend: str, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """F3: collectives wait 6 seconds, and the first rank writes for longer."""
+    """Collectives wait 6 seconds, and the first rank writes for longer."""
     framework = require_framework(backend)
     words = ("--train-iters", "1", "--tensor-model-parallel-size", "2", *flags)
     job = Job(workspace, tmp_path, framework, processes=2, flags=words)

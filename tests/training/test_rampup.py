@@ -28,7 +28,7 @@ SIZES = [2, 2, 2, 2, 4, 4, 6, 6, 8, 8, 8, 8]
 def test_a_ramp_is_resumed_exactly(
     workspace: Workspace, framework: str, instructions: bool, stop: int, tmp_path: Path
 ) -> None:
-    """G1, inside each part of the ramp."""
+    """Inside each part of the ramp."""
     common = {"instructions": instructions, "save_interval": 4, **RAMP}
     whole, parts = list[StepRecord](), list[StepRecord]()
     run(workspace, framework, whole.append, save=str(tmp_path / "a"), **common)

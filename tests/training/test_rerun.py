@@ -1,4 +1,4 @@
-"""run.json, events.jsonl, and `tandem rerun`: the same settings give the same losses (I3)."""
+"""run.json, events.jsonl, and `tandem rerun`: the same settings give the same losses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder / METRICS_FILE)]
 
 
-def test_i3_a_rerun_gives_the_same_losses(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+def test_a_rerun_gives_the_same_losses(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     train(short(workspace, tmp_path / "a", framework))
     found = rerun(RerunOptions(str(tmp_path / "a"), save=str(tmp_path / "b"), deterministic_mode=True))
     assert (found.steps, found.difference) == (6, 0.0)

@@ -55,7 +55,7 @@ def state(folder: Path) -> dict[str, np.ndarray]:
 def test_resuming_is_bitwise(
     workspace: Workspace, framework: str, instructions: bool, stop: int, tmp_path: Path
 ) -> None:
-    """G1: 20 steps == some steps, stop, resume to 20, stopping inside the first epoch and inside a later one."""
+    """20 steps == some steps, stop, resume to 20, stopping inside the first epoch and inside a later one."""
     common = {"instructions": instructions, "global_batch_size": 8}
     unbroken = run(workspace, framework, save=str(tmp_path / "a"), **common)
     first = run(workspace, framework, save=str(tmp_path / "b"), exit_interval=stop, **common)
@@ -71,7 +71,6 @@ def test_resuming_is_bitwise(
 
 @pytest.mark.parametrize("instructions", [False, True], ids=["pretrain", "sft"])
 def test_both_backends_take_the_same_20_steps(workspace: Workspace, instructions: bool) -> None:
-    """D8."""
     for name in OTHER:
         require_framework(name)
     one, other = (run(workspace, name, instructions=instructions) for name in OTHER)
@@ -80,7 +79,7 @@ def test_both_backends_take_the_same_20_steps(workspace: Workspace, instructions
 
 
 def test_one_backend_goes_on_from_the_other(workspace: Workspace, framework: str, tmp_path: Path) -> None:
-    """B8: saved on one, resumed on the other; the files have the same names, shapes and index."""
+    """Saved on one, resumed on the other; the files have the same names, shapes and index."""
     other = require_framework(OTHER[framework])
     unbroken = run(workspace, framework, save=str(tmp_path / "a"))
     first = run(workspace, framework, save=str(tmp_path / "b"), exit_interval=10)
@@ -102,7 +101,7 @@ def test_one_backend_goes_on_from_the_other(workspace: Workspace, framework: str
 
 
 def test_an_untrained_save_is_the_same_bytes_on_both(workspace: Workspace, tmp_path: Path) -> None:
-    """B8: a rate of zero leaves the weights; both backends then write identical files."""
+    """A rate of zero leaves the weights; both backends then write identical files."""
     for name in OTHER:
         require_framework(name)
         run(workspace, name, save=str(tmp_path / name), train_iters=1, lr=0.0, lr_warmup_iters=0, no_save_optim=True)
@@ -223,7 +222,7 @@ def changed(**values: object) -> object:
 def test_bad_starts_end_before_the_first_step(
     workspace: Workspace, prepare: object, named: str, tmp_path: Path
 ) -> None:
-    """B6, B10, C3: an error that says what to do, and no step."""
+    """An error that says what to do, and no step."""
     values = prepare(workspace, tmp_path / "x")  # type: ignore[operator]
     records: list[StepRecord] = []
     with pytest.raises(UserError, match=named):

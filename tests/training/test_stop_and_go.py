@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from runs import assert_same_weights, run
 from tandem.__main__ import STOPPED
+from tandem.checkpoints.folders import RELEASE, TRACKER
 from tandem.checkpoints.native.source import NativeSource
+from tandem.conversion.convert import convert
+from tandem.conversion.options import ConvertOptions
 from tandem.errors import RunStopped, UserError
 from tandem.training.logs.log import StepRecord
 from tandem.training.start.resume import agree_on_iteration
@@ -29,7 +33,7 @@ def at(iteration: int, number: signal.Signals) -> Callable[[StepRecord], None]:
 def test_a_signal_saves_and_the_same_command_goes_on(
     workspace: Workspace, framework: str, number: signal.Signals, instructions: bool, tmp_path: Path
 ) -> None:
-    """G6, G1: what was trained is kept, and the whole run equals an unbroken one bit by bit."""
+    """What was trained is kept, and the whole run equals an unbroken one bit by bit."""
     common = {"instructions": instructions, "train_iters": 12}
     unbroken = run(workspace, framework, save=str(tmp_path / "a"), **common)
     with pytest.raises(RunStopped, match=f"stopped by {number.name} after iteration 6"):
@@ -67,6 +71,20 @@ def test_the_folder_of_another_run_is_refused(workspace: Workspace, tmp_path: Pa
     run(workspace, "torch", save=str(tmp_path), train_iters=1, lr_warmup_iters=0)
     with pytest.raises(UserError, match=r"another run, whose data_path was .*text.* here it is .*chat"):
         run(workspace, "torch", save=str(tmp_path), train_iters=2, lr_warmup_iters=0, instructions=True)
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("ckpt_format", ["native", "torch"])
+def test_the_folder_of_a_conversion_is_refused(
+    workspace: Workspace, tmp_path: Path, ckpt_format: Literal["native", "torch"], release: bool
+) -> None:
+    folder = tmp_path / "converted"
+    convert(ConvertOptions(load_dir=str(workspace.hf), save_dir=str(folder), ckpt_format=ckpt_format))
+    if release:  # as Megatron names what is published
+        (folder / "iter_0000001").rename(folder / RELEASE)
+        (folder / TRACKER).write_text(RELEASE)
+    with pytest.raises(UserError, match="holds a converted checkpoint: choose another folder"):
+        run(workspace, "torch", save=str(folder), train_iters=1, lr_warmup_iters=0)
 
 
 def test_changed_settings_are_shown(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,18 @@ def open_source(
                 f"{folder} is a Hugging Face folder, which has no iteration {iteration}: no --ckpt-step here"
             )
         return HFSource(folder)
+    return open_iteration(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
+
+
+def open_iteration(
+    folder: str | Path,
+    iteration: int | None = None,
+    *,
+    config: ModelConfig | None = None,
+    noop_layers: tuple[int, ...] | None = None,
+    num_layer_list: tuple[int, ...] | None = None,
+) -> TensorSource:
+    """Open an iteration of a checkpoint folder, in whatever format; arguments and errors as in `open_source`."""
     if is_megatron(folder, iteration):
         return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
     if not (find_iteration(folder, iteration) / INDEX).exists():

@@ -48,7 +48,7 @@ def parse(
     options = options_of(kind)
     free = positionals or {name: option.positional for name, option in options.items() if option.positional}
     if any(word in (*HELP, HELP_ALL) for word in argv):
-        print(help_text(kind, command, description, free, () if HELP_ALL in argv else first, groups))
+        print(help_text(kind, command, description, free, () if HELP_ALL in argv else first, groups, values))
         sys.exit(0)
     given, problems = _given(options, argv, free)
 
@@ -73,7 +73,7 @@ def _given(
     flags = {flag: option for option in flagged for flag in (option.flag, *option.aliases)}
     left, free = list(argv), list[str]()
     given: dict[str, Any] = {}
-    problems = []
+    unknown, problems = list[str](), list[str]()
     while left:
         word = left.pop(0)
         flag, equals, value = _hyphened(word).partition("=")
@@ -83,7 +83,7 @@ def _given(
             break
         if option is None:
             if word.startswith("--"):
-                problems.append(f"{flag}: unknown flag{nearest(flag, list(flags))}")
+                unknown.append(f"{flag}: unknown flag{nearest(flag, list(flags))}")
             else:
                 free.append(word)
             continue
@@ -91,12 +91,12 @@ def _given(
         if option.takes == 0 and not equals:
             given[option.name] = True
         elif not words or (option.takes == 0 and equals):
-            problems.append(f"{word}: expected {f'{flag} {option.metavar}'.strip()}")
+            problems.append(f"{flag} takes no value" if option.is_switch else f"{flag} needs a value: {option.metavar}")
         else:
             given[option.name] = words[0] if option.takes == 1 else words
-    if not problems:
+    if not unknown:
         problems += _take_positionals(options, positionals, free, given)
-    return given, problems
+    return given, [*unknown, *problems]
 
 
 def _taken(words: list[str], count: int | None) -> list[str]:
@@ -135,9 +135,14 @@ def help_text(
     positionals: Mapping[str, str],
     first: Sequence[str],
     groups: Collection[str] | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> str:
     """What `--help` prints: the options named `first`, or all of them, group by group."""
-    options = options_of(kind)
+    changed = values or {}
+    options = {
+        name: dataclasses.replace(option, default=changed.get(name, option.default))
+        for name, option in options_of(kind).items()
+    }
     width = min(MOST_WIDTH, shutil.get_terminal_size().columns)
     lines = [
         " ".join(["usage: tandem", command, *positionals.values(), "[OPTIONS]"]),
@@ -151,7 +156,7 @@ def help_text(
     for group in dict.fromkeys(option.group for option in options.values()):
         if group is None or groups is None or group in groups:
             shown = [option for option in options.values() if option.group == group]
-            title = [] if group is None else ["", _title(kind, group)]
+            title = [] if group is None else [*([""] if lines[-1] else []), _title(kind, group)]
             lines += [*title, *(line for option in shown for line in _entry(option, width))]
     return "\n".join(lines)
 
@@ -166,8 +171,9 @@ def _entry(option: Option, width: int, brief: bool = False) -> list[str]:
     if len(head) > 3 * INDENT:  # long choices stand in the text's place
         head = option.flag
     text = option.help.partition(". ")[0].rstrip(".") if brief else option.help
-    if option.aliases and not brief:
-        text += f" Also: {', '.join(option.aliases)}."
+    others = [*option.aliases, *([option.flag] if option.positional and option.has_flag else [])]
+    if others and not brief:
+        text += f" Also: {', '.join(others)}."
     if option.default not in (None, False, "", (), dataclasses.MISSING):
         default = " ".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
         text += f" [{default}]"

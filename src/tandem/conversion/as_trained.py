@@ -69,7 +69,7 @@ def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions
 
 def asking_as(template: Template, tokenizer: Tokenizer) -> str | None:
     """The tokenizer's chat template, with the default of `enable_thinking` that makes it begin an answer as `template`
-    does; None when no default does (D6)."""
+    does; None when no default does."""
     question = "x"
     trained = "".join(template.generation_prompt([Message("user", question)]))
     own = tokenizer.chat_template or ""

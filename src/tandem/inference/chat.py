@@ -61,7 +61,7 @@ class Model:
         return self.answer(prompt, options)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of a question, rendered as in training (D6)."""
+        """Token ids of a question, rendered as in training."""
         if self.template is not None:
             pieces = self.template.generation_prompt([Message("user", question)])
             return [token for piece in pieces for token in self.tokenizer.encode(piece)]

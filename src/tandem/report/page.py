@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from tandem import __version__
 from tandem.config.settings import Settings
 from tandem.report.chart import Series, line_chart, number, smoothed
 from tandem.report.run_folder import Run
 from tandem.report.style import SCRIPT, STYLE
+from tandem.version import __version__
 
 SMOOTH_PARTS = 60  # the smooth loss curve forgets over a run's length divided by this; shorter runs stay as they are
 COLOURS = 6  # that the style sheet has

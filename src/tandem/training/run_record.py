@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tandem
 from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
@@ -22,6 +21,7 @@ from tandem.errors import UserError
 from tandem.files.publish import write_text_atomically
 from tandem.models.tensors import parameter_count
 from tandem.training.start.data_paths import all_prefixes
+from tandem.version import __version__
 
 RUN_FILE = "run.json"
 FORMAT = {"format": "tandem-run", "version": 1}
@@ -83,7 +83,7 @@ def read_starts(folder: str | Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Of Python, of this package, and of the packages that are installed."""
-    installed = {"python": platform.python_version(), "tandem": tandem.__version__}
+    installed = {"python": platform.python_version(), "tandem": __version__}
     for name in PACKAGES:
         try:
             installed[name] = importlib.metadata.version(name)
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 def code_version() -> dict[str, Any] | None:
     """Commit of this package's code, and whether files differ from it; None when it is not a git checkout."""
-    folder = Path(tandem.__file__).parent
+    folder = Path(__file__).parents[1]
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # installed, perhaps into the folder of a project that is a checkout itself
     return {"commit": _git(folder, "rev-parse", "HEAD"), "modified": bool(_git(folder, "status", "--porcelain", "."))}

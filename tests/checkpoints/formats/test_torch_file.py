@@ -369,7 +369,7 @@ def test_other_formats_are_named(tmp_path: Path) -> None:
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """B9: writing and reading a file hold no more than the tensor at hand."""
+    """Writing and reading a file hold no more than the tensor at hand."""
     numel, count = 1 << 20, 8
     pending = {str(i): PendingTensor(np.dtype(np.float32), (numel // 16, 16)) for i in range(count)}
     tracemalloc.start()

@@ -84,7 +84,7 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
 def test_real_megatron_checkpoints_equal_their_hf_models(
     shared_data: Path, name: str, hf: str, expected: Layout
 ) -> None:
-    """B2, B3: tied and untied, over TP and PP; the config comes from the trainer's args."""
+    """Tied and untied, over TP and PP; the config comes from the trainer's args."""
     reference = HFSource(shared_data / "golden/mcore" / hf)
     source = MegatronSource(shared_data / "golden/mcore" / name)
     assert source.layout == expected
@@ -100,7 +100,7 @@ def test_real_megatron_checkpoints_equal_their_hf_models(
 def test_files_equal_real_megatron_files_key_by_key(
     shared_data: Path, tmp_path: Path, name: str, hf: str, target: Layout
 ) -> None:
-    """B3: what Megatron 0.12.1's own save_checkpoint wrote, key by key, apart from empty `_extra_state`."""
+    """What Megatron 0.12.1's own save_checkpoint wrote, key by key, apart from empty `_extra_state`."""
     reference = HFSource(shared_data / "golden/mcore" / hf)
     copy(reference, MegatronSink(tmp_path, reference.config, target, "float32", companions=reference.companions))
     real_folder = find_iteration(shared_data / "golden/mcore" / name)
@@ -140,7 +140,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("untie", [TIED, UNTIED])
 @pytest.mark.parametrize("target", LAYOUTS)
 def test_round_trip_is_bit_identical(tmp_path: Path, target: Layout, untie: bool) -> None:
-    """B3, B7: any layout, read back without being told which, and written at another."""
+    """Any layout, read back without being told which, and written at another."""
     config = divisible_config(untie)
     source = write(tmp_path / "a", config, target)
     found = MegatronSource(tmp_path / "a")
@@ -153,7 +153,7 @@ def test_round_trip_is_bit_identical(tmp_path: Path, target: Layout, untie: bool
 @pytest.mark.parametrize("scaling", [None, RotaryScaling("linear", 4.0), RotaryScaling("llama3", 8.0)])
 @pytest.mark.parametrize("model_type", ["qwen3", "llama"])
 def test_args_alone_tell_the_model(tmp_path: Path, model_type: str, scaling: RotaryScaling | None) -> None:
-    """B6: without hf/config.json the model is read from args."""
+    """Without hf/config.json the model is read from args."""
     config = divisible_config(model_type=model_type, rotary_scaling=scaling, rotary_base=5e5)
     source = write(tmp_path, config, layout(tp=2, pp=2, noop_layers=(3, 7)))
     shutil.rmtree(find_iteration(tmp_path) / "hf")
@@ -218,7 +218,7 @@ def test_dtype_of_the_file(tmp_path: Path, stored: str) -> None:
 
 
 def test_companions_travel_with_the_weights(tmp_path: Path) -> None:
-    """J2: a checkpoint can be exported without anything else."""
+    """A checkpoint can be exported without anything else."""
     config = divisible_config()
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
@@ -242,7 +242,7 @@ def test_padded_size_is_megatrons(size: int, tp: int, expected: int) -> None:
 @pytest.mark.parametrize("with_hf", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_vocabulary_is_padded_and_the_padding_removed(tmp_path: Path, tp: int, with_hf: bool, untie: bool) -> None:
-    """B5: a prime vocabulary comes back with its own rows."""
+    """A prime vocabulary comes back with its own rows."""
     config = divisible_config(untie, vocab_size=211)
     rows = pad_vocab_size(211, 32, tp)
     source = write(tmp_path, config, layout(tp=tp, pp=2), padded_vocab_size=rows)
@@ -263,7 +263,7 @@ def test_padding_may_cover_whole_ranks(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    """B5: upstream writes ranks of unequal size, which no trainer loads."""
+    """Upstream writes ranks of unequal size, which no trainer loads."""
     config = divisible_config(vocab_size=211)
     with pytest.raises(UserError, match=r"vocabulary of 211 does not divide over tensor_model_parallel_size 2.*Pad it"):
         MegatronSink(tmp_path, config, layout(tp=2), "float32")
@@ -423,7 +423,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_rank_is_refused_when_opened(checkpoint: Path, damage: str) -> None:
-    """B10: nothing is trained from a partial checkpoint."""
+    """Nothing is trained from a partial checkpoint."""
     change, message = DAMAGE[damage]
     edit(checkpoint / "mp_rank_01_001" / FILE, change)
     with pytest.raises(UserError, match=message):
@@ -431,7 +431,7 @@ def test_a_damaged_rank_is_refused_when_opened(checkpoint: Path, damage: str) ->
 
 
 def test_copies_must_be_equal(checkpoint: Path) -> None:
-    """B2: replicated tensors and the tied head."""
+    """Replicated tensors and the tied head."""
     path = checkpoint / "mp_rank_01_001" / FILE
     edit(path, lambda content: content["model"][NORM].add_(1))
     edit(path, lambda content: content["model"][OUTPUT].add_(1))
@@ -467,7 +467,7 @@ def test_a_truncated_file_is_named(checkpoint: Path) -> None:
     ("field", "value"), [("rotary_base", 12345), ("norm_epsilon", 1e-5), ("hidden_size", 64), ("num_query_groups", 2)]
 )
 def test_args_that_contradict_the_config_are_refused(checkpoint: Path, field: str, value: float) -> None:
-    """B6: both values are printed."""
+    """Both values are printed."""
     edit(checkpoint / "mp_rank_00_000" / FILE, lambda content: setattr(content["args"], field, value))
     with pytest.raises(UserError, match=f"args say {field} = {value}, the model's config says "):
         MegatronSource(checkpoint.parent)
@@ -524,7 +524,7 @@ def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """B9: re-sharding holds one tensor and the slices of one rank, not the model."""
+    """Re-sharding holds one tensor and the slices of one rank, not the model."""
     config = divisible_config(vocab_size=4096, hidden_size=256, num_layers=8, ffn_hidden_size=1024)
     largest = 4096 * 256 * 4
     source = write(tmp_path / "a", config, layout(tp=2, pp=2), dtype="float32", stored="float32")

@@ -1,4 +1,4 @@
-"""The weighted blend: equality with Megatron's own, and extreme weights (C8)."""
+"""The weighted blend: equality with Megatron's own, and extreme weights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_side_by_side_equals_one_by_one(weights: list[float], size: int) -> None
         assert mine.tolist() == list(range(len(mine)))
 
 
-def test_c8_extreme_weights_and_tiny_sets() -> None:
+def test_extreme_weights_and_tiny_sets() -> None:
     dataset_index, sample_index = blend_indices([0.001, 0.999], 2000)
     assert np.bincount(dataset_index).tolist() == [2, 1998]
     assert sample_index[dataset_index == 1].tolist() == list(range(1998))
@@ -80,7 +80,7 @@ def test_c8_extreme_weights_and_tiny_sets() -> None:
             blend_indices(weights, 1)
 
 
-def test_c8_each_segment_goes_on_where_a_dataset_was_left() -> None:
+def test_each_segment_goes_on_where_a_dataset_was_left() -> None:
     segments = [Segment(0, (0.5, 0.5, 0.0)), Segment(10, (0.9, 0.0, 0.1)), Segment(40, (0.2, 0.8, 0.0))]
     which, within = segment_indices(segments, 100)
     for dataset in range(3):

@@ -1,4 +1,4 @@
-"""Fine-tuning samples: labels, documents, order, cutting (D4, D5, D7)."""
+"""Fine-tuning samples: labels, documents, order, cutting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def only(prefix: Path, seq_length: int = 100, **flags: object):
     return SFTDataset(prefix, "train", "1", None, seq_length, seed=0, **flags)[0]  # type: ignore[arg-type]
 
 
-def test_d5_labels_are_shifted_and_prompt_and_padding_are_not_trained(tmp_path: Path) -> None:
+def test_labels_are_shifted_and_prompt_and_padding_are_not_trained(tmp_path: Path) -> None:
     prefix = packed_triple(tmp_path / "x", ([1, 2, 3, 4, EOD, 0, 0], [1] * 7, [0, 0, 1, 1, 1, 0, 0]))
     sample = only(prefix)
     assert sample.tokens.tolist() == [1, 2, 3, 4, EOD]
@@ -47,7 +47,7 @@ def test_d5_labels_are_shifted_and_prompt_and_padding_are_not_trained(tmp_path: 
     assert sample.lengths == (5,)
 
 
-def test_d4_neat_packed_segments_are_documents(tmp_path: Path) -> None:
+def test_neat_packed_segments_are_documents(tmp_path: Path) -> None:
     ids, mask = [1, 2, 3, 4, 5, 6, 7, 0, 0], [1, 1, 1, 2, 2, 2, 2, 0, 0]
     prefix = packed_triple(tmp_path / "x", (ids, mask, [0, 1, 1, 0, 0, 1, 1, 0, 0]))
     sample = only(prefix)
@@ -68,7 +68,7 @@ def test_plainly_packed_rows_split_at_eod_only_on_request(tmp_path: Path) -> Non
     assert (positions_only.lengths, positions_only.position_ids.tolist()) == ((6,), [0, 1, 2, 0, 1, 2])
 
 
-def test_d4_a_reset_that_would_cut_prompts_from_answers_is_refused(tmp_path: Path) -> None:
+def test_a_reset_that_would_cut_prompts_from_answers_is_refused(tmp_path: Path) -> None:
     prefix = packed_triple(tmp_path / "x", ([1, EOD, 2, EOD], [1] * 4, [0, 0, 1, 1]))
     with pytest.raises(UserError, match="or preprocess with neat_pack"):
         only(prefix, eod_token=EOD, reset_attention_mask=True)
@@ -94,7 +94,7 @@ def test_cutting_follows_upstream(tmp_path: Path) -> None:
     assert sample.labels.tolist() == [IGNORE] * 4 + [25, 26, 27, 28, 29] + [IGNORE] * 2 + [35, 36, IGNORE]
 
 
-def test_d7_a_cut_prompt_keeps_the_header_of_its_answer(tmp_path: Path) -> None:
+def test_a_cut_prompt_keeps_the_header_of_its_answer(tmp_path: Path) -> None:
     turns = [TurnLengths(10, 4, 3), TurnLengths(5, 5, 3)]
     keep, cuts_prompt = kept_tokens(turns, 9)
     assert (np.flatnonzero(keep).tolist(), cuts_prompt) == ([0, 1, 7, 8, 9, 10, 11, 12, 13], True)
@@ -119,7 +119,7 @@ def test_d7_a_cut_prompt_keeps_the_header_of_its_answer(tmp_path: Path) -> None:
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=4),
     st.integers(1, 50),
 )
-def test_d7_no_answer_of_a_cut_conversation_lacks_its_header(turns: list[tuple[int, int, int]], room: int) -> None:
+def test_no_answer_of_a_cut_conversation_lacks_its_header(turns: list[tuple[int, int, int]], room: int) -> None:
     lengths = [TurnLengths(source, target, min(source, header)) for source, target, header in turns]
     keep, _ = kept_tokens(lengths, room)
     assert min(1, len(keep)) <= np.count_nonzero(keep) <= room
@@ -154,7 +154,7 @@ def test_order_continues_one_generator_over_epochs_and_is_prefix_stable(tmp_path
 
 
 def test_golden_neat_packed_rows_come_apart_into_the_unpacked_samples(shared_data: Path) -> None:
-    """D4: the documents of the packed rows are the samples of the unpacked file, labels included."""
+    """The documents of the packed rows are the samples of the unpacked file, labels included."""
     golden = shared_data / "golden/sft"
     packed = SFTDataset(golden / "neat128_none", "train", "1", None, 128, seed=1)
     unpacked = SFTDataset(golden / "think_none", "train", "1", None, 127, seed=1)

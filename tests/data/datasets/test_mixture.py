@@ -1,4 +1,4 @@
-"""Resuming with other weights, sources or lengths: every source goes on where it was left (C8)."""
+"""Resuming with other weights, sources or lengths: every source goes on where it was left."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_smaller_batch_has_samples_to_its_end(workspace: Workspace, second: st
     assert (trainer.progress.iteration, trainer.progress.consumed_train_samples) == (20, 5 * 16 + 15 * 4)
 
 
-def test_h3_a_run_in_samples_has_as_many_with_another_batch(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_run_in_samples_has_as_many_with_another_batch(workspace: Workspace, tmp_path: Path) -> None:
     data_path, save = [f"{workspace.text}_text_document"], str(tmp_path / "run")
     values = {"train_iters": None, "train_samples": 96, "save": save, "lr_warmup_iters": 0}
     train(workspace.settings("torch", data_path=data_path, **values, global_batch_size=4, exit_interval=12))
@@ -155,7 +155,7 @@ def test_h3_a_run_in_samples_has_as_many_with_another_batch(workspace: Workspace
     assert trainer.schedule.lr(96) == trainer.schedule.min_lr
 
 
-def test_h3_epochs_are_not_counted_in_steps_of_another_size(workspace: Workspace, tmp_path: Path) -> None:
+def test_epochs_are_not_counted_in_steps_of_another_size(workspace: Workspace, tmp_path: Path) -> None:
     values = {"train_iters": None, "epochs": 1, "instructions": True, "save": str(tmp_path / "run")}
     train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=2))
     with pytest.raises(UserError, match=r"steps took 4 samples so far, .* keep 4, or give --train-samples \d+"):

@@ -50,7 +50,7 @@ def dataset(prefix: Path, samples: int | None, pack: bool = True, **changes: obj
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=25))
-def test_e3_d4_each_epoch_holds_each_sequence_once_as_a_document_of_its_own(
+def test_each_epoch_holds_each_sequence_once_as_a_document_of_its_own(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
 ) -> None:
     prefix = write(tmp_path_factory.mktemp("x"), lengths)
@@ -78,7 +78,7 @@ def test_seeking_gives_what_going_through_gives(tmp_path: Path) -> None:
     assert still[0].tokens.tolist() == still[rows].tokens.tolist()
 
 
-def test_h3_the_setting_counts_rows_and_leaves_packed_data_alone(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_setting_counts_rows_and_leaves_packed_data_alone(workspace: Workspace, tmp_path: Path) -> None:
     values = {"instructions": True, "seq_length": 128, "train_iters": None, "epochs": 2, "micro_batch_size": 1}
     packed = with_epochs(workspace.settings("torch", pack=True, global_batch_size=1, **values))
     plain = with_epochs(workspace.settings("torch", global_batch_size=1, **values))

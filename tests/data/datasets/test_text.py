@@ -87,7 +87,7 @@ def test_without_extra_token_the_last_position_has_no_label(tmp_path: Path) -> N
     assert all(dataset[i].labels[-1] == IGNORE for i in range(2))
 
 
-def test_c7_a_million_documents_are_indexed_in_seconds() -> None:
+def test_a_million_documents_are_indexed_in_seconds() -> None:
     import time
 
     lengths = np.random.RandomState(0).randint(1, 2000, 1_000_000).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Handlers: which fields mean what, and errors that name field, expected and found (C5)."""
+"""Handlers: which fields mean what, and errors that name field, expected and found."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_pretrain_wrappers() -> None:
         SharegptPretrainHandler().texts({"conversations": "x"})
 
 
-def test_c5_detection() -> None:
+def test_detection() -> None:
     def detect(record: dict[str, Any], map_keys: dict[str, Any] | None = None) -> str:
         name, used = detect_handler(record, ("text",), map_keys)
         assert used == map_keys
@@ -214,7 +214,7 @@ BAD_ALPACA: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("record", "message"), BAD_ALPACA)
-def test_c5_alpaca_schema_errors(record: dict[str, Any], message: str) -> None:
+def test_alpaca_schema_errors(record: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AlpacaStyleInstructionHandler().messages(record)
 
@@ -232,7 +232,7 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES)
-def test_c5_message_schema_errors(messages: Any, reason: str) -> None:
+def test_message_schema_errors(messages: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         OpenAIInstructionHandler().messages({"messages": messages})
 

@@ -74,7 +74,7 @@ def test_bytes_equal_upstreams(name: str, settings_of_run: dict, shared_data: Pa
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "neat"])
-def test_c1_output_does_not_depend_on_the_workers(
+def test_output_does_not_depend_on_the_workers(
     kind: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tandem.data.sources.readers._BLOCK_BYTES", 60)
@@ -99,7 +99,7 @@ texts = st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=1,
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=texts, second=texts)
-def test_c6_merge_equals_preprocessing_both(
+def test_merge_equals_preprocessing_both(
     first: list[str], second: list[str], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     files = [
@@ -114,7 +114,7 @@ def test_c6_merge_equals_preprocessing_both(
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_c3_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, tmp_path: Path, pack: bool) -> None:
+def test_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, tmp_path: Path, pack: bool) -> None:
     (tmp_path / "parts").mkdir()
     files = [write_jsonl(tmp_path / f"{n}.jsonl", *part) for n, part in enumerate((ALPACA[:10], ALPACA[10:]))]
     changes = {"prompt_type": "qwen3", "seq_length": 80, "pack": pack}
@@ -148,7 +148,7 @@ def test_c3_merged_conversations_have_the_record_of_all(tokenizer_folder: Path, 
     assert read_record(tmp_path / "all") is None
 
 
-def test_c3_the_record_of_a_merge_says_what_all_parts_share(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_record_of_a_merge_says_what_all_parts_share(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for number, on_bad in enumerate(("skip", "stop")):
         source = write_jsonl(tmp_path / f"{number}.jsonl", {"text": "a", "title": "b"})
@@ -164,7 +164,7 @@ def test_c3_the_record_of_a_merge_says_what_all_parts_share(tokenizer_folder: Pa
         assert record["options"]["on_bad"] is None  # not the same in all
 
 
-def test_c6_a_part_and_what_was_made_of_it_are_not_merged(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_part_and_what_was_made_of_it_are_not_merged(tokenizer_folder: Path, tmp_path: Path) -> None:
     for name in ("p1", "p2"):
         source = write_jsonl(tmp_path / f"{name}.jsonl", {"text": name})
         preprocess(options(source, tmp_path / name, tokenizer_folder))
@@ -185,7 +185,7 @@ def test_nothing_of_someone_elses_is_removed(tokenizer_folder: Path, tmp_path: P
     assert (tmp_path / "y.unfinished" / "notes.txt").read_text() == "mine"
 
 
-def test_c4_a_run_that_fails_leaves_the_rejects_of_the_one_before(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_leaves_the_rejects_of_the_one_before(tokenizer_folder: Path, tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "good.jsonl", {"text": "a"}, {"text": 1})
     preprocess(options(good, tmp_path / "x", tokenizer_folder, on_bad="skip"))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("x*")}
@@ -270,7 +270,7 @@ def test_a_long_text_is_not_a_long_sample(tokenizer_folder: Path, tmp_path: Path
     assert IndexedDataset(summary.prefixes["text"])[0].tolist() == tokenizer.encode("ab " * 100_000)
 
 
-def test_d5_the_mask_covers_the_answers_and_their_end(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_mask_covers_the_answers_and_their_end(tokenizer_folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(tokenizer_folder)
     chat = [
         {"role": "system", "content": "S"},
@@ -291,7 +291,7 @@ def test_d5_the_mask_covers_the_answers_and_their_end(tokenizer_folder: Path, tm
     )
 
 
-def test_d7_a_cut_answer_gains_no_false_end_and_is_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_cut_answer_gains_no_false_end_and_is_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
     records = [{"instruction": "q", "output": "a" * 100}, {"instruction": "q", "output": "short"}]
     source = write_jsonl(tmp_path / "x.jsonl", *records)
     changes = {"prompt_type": "qwen3", "seq_length": 80, "append_eod": True}
@@ -302,7 +302,7 @@ def test_d7_a_cut_answer_gains_no_false_end_and_is_counted(tokenizer_folder: Pat
     assert whole[-3:].tolist() == [EOD, Tokenizer(tokenizer_folder).encode("\n")[0], EOD]
 
 
-def test_d7_a_cut_prompt_is_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_cut_prompt_is_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
     records = [{"instruction": "q" * 100, "output": "a"}, {"instruction": "q", "output": "a" * 100}]
     source = write_jsonl(tmp_path / "x.jsonl", *records)
     summary = preprocess(options(source, tmp_path / "x", tokenizer_folder, prompt_type="qwen3", seq_length=80))
@@ -314,7 +314,7 @@ def test_d7_a_cut_prompt_is_counted(tokenizer_folder: Path, tmp_path: Path) -> N
     assert len(cut) == 79
 
 
-def test_d7_long_conversations_are_left_out_on_request(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_long_conversations_are_left_out_on_request(tokenizer_folder: Path, tmp_path: Path) -> None:
     records = [{"instruction": "q", "output": "a" * length} for length in (5, 100, 6)]
     source = write_jsonl(tmp_path / "x.jsonl", *records)
     changes = {"prompt_type": "qwen3", "seq_length": 100, "over_long": "drop"}
@@ -327,7 +327,7 @@ def test_d7_long_conversations_are_left_out_on_request(tokenizer_folder: Path, t
 
 
 @pytest.mark.parametrize("is_pair", [False, True])
-def test_d7_the_first_long_conversation_ends_the_run_on_request(
+def test_the_first_long_conversation_ends_the_run_on_request(
     is_pair: bool, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     def record(length: int) -> dict[str, str]:
@@ -344,7 +344,7 @@ def test_d7_the_first_long_conversation_ends_the_run_on_request(
     assert preprocess(options(source, tmp_path / "x", tokenizer_folder, **changes)).kept == 2
 
 
-def test_d7_nothing_is_written_that_trains_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_that_trains_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
     chat = [{"role": role, "content": "x" * 200} for role in ("user", "assistant")]
     source = write_jsonl(tmp_path / "x.jsonl", {"messages": chat}, {"messages": [{**chat[0], "content": ""}, chat[1]]})
     with pytest.raises(
@@ -354,7 +354,7 @@ def test_d7_nothing_is_written_that_trains_nothing(tokenizer_folder: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("x_", ".", "x.json"))] == ["x.jsonl"]
 
 
-def test_e3_packing_loses_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_packing_loses_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", *ALPACA)
     plain = preprocess(options(source, tmp_path / "plain", tokenizer_folder, prompt_type="qwen3"))
     packed = preprocess(
@@ -383,7 +383,7 @@ def test_several_json_keys(tokenizer_folder: Path, tmp_path: Path) -> None:
 BAD_ROWS = [b"", b'{"text": "tru', b'{"text": "\xff"}', b"[1]", b'{"text": 1}', b'{"body": "x"}']
 
 
-def test_c4_a_bad_row_stops_or_is_set_aside(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_bad_row_stops_or_is_set_aside(tokenizer_folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "x.jsonl"
     source.write_bytes(b"\n".join([b'{"text": "good"}', *BAD_ROWS, b'{"text": "fine"}', b""]))
     with pytest.raises(UserError, match=r"x\.jsonl:2: empty line.*--on-bad skip"):
@@ -402,13 +402,13 @@ def test_c4_a_bad_row_stops_or_is_set_aside(tokenizer_folder: Path, tmp_path: Pa
     assert not Path(summary.rejects).exists()  # it belonged to the earlier run
 
 
-def test_c4_bad_rows_are_named_with_several_workers_too(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_bad_rows_are_named_with_several_workers_too(tokenizer_folder: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", {"text": "a"}, {"text": 5})
     with pytest.raises(UserError, match=r"x\.jsonl:2: field 'text': expected a string, found int 5"):
         preprocess(options(source, tmp_path / "x", tokenizer_folder, workers=2))
 
 
-def test_c5_nothing_kept_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_nothing_kept_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", {"text": ""}, {"text": 1})
     with pytest.raises(
         UserError, match=r"nothing kept of 2 documents; rejected 1, dropped \{'empty text': 1\}; first: "
@@ -417,7 +417,7 @@ def test_c5_nothing_kept_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob("x_text*"))
 
 
-def test_c5_handlers_are_detected_and_options_checked_against_them(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_handlers_are_detected_and_options_checked_against_them(tokenizer_folder: Path, tmp_path: Path) -> None:
     alpaca = write_jsonl(tmp_path / "alpaca.jsonl", *ALPACA)
     text = write_jsonl(tmp_path / "text.jsonl", {"text": "x"})
     with pytest.raises(UserError, match="AlpacaStyleInstructionHandler needs --prompt-type"):
@@ -490,7 +490,7 @@ def test_progress_is_reported(tokenizer_folder: Path, tmp_path: Path, monkeypatc
 
 
 def test_real_instructions_with_the_real_tokenizer(shared_data: Path, tmp_path: Path) -> None:
-    """C5: the alpaca and the messages form of the same questions give the same bytes; each answer is trained."""
+    """The alpaca and the messages form of the same questions give the same bytes; each answer is trained."""
     results = []
     for name in ("gsm8k_test_alpaca.json", "gsm8k_test_messages.jsonl"):
         source = shared_data / "instruct" / name

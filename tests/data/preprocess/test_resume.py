@@ -1,4 +1,4 @@
-"""A run that was killed goes on where it stopped, and the files are those of a run that was not (C2)."""
+"""A run that was killed goes on where it stopped, and the files are those of a run that was not."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def files(prefix: str) -> dict[str, bytes]:
     return {end: Path(prefix + end).read_bytes() for end in ("_text_document.bin", "_text_document.idx", ".json")}
 
 
-def test_c2_only_what_is_left_is_done(
-    killed: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_is_left_is_done(killed: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rejects = Path(f"{killed.output_prefix}.rejects.jsonl")
     chunks = []
 
@@ -83,7 +81,7 @@ def test_c2_only_what_is_left_is_done(
     assert len(chunks) == blocks_after_the_kill + 7
 
 
-def test_c2_another_input_starts_over(killed: PreprocessOptions, tmp_path: Path) -> None:
+def test_another_input_starts_over(killed: PreprocessOptions, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", {"text": "quite different"})
     assert preprocess(killed).documents == 1
 
@@ -122,7 +120,7 @@ if __name__ == "__main__":
 """
 
 
-def test_c2_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
+def test_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", *({"text": "a" * 100} for _ in range(30_000)))
     (tmp_path / "run.py").write_text(ORPHANED)
     words = [str(source), str(tmp_path / "x"), str(byte_tokenizer(tmp_path / "tokenizer"))]
@@ -152,7 +150,7 @@ sys.exit(main(["preprocess", *words]))
 """
 
 
-def test_c2_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", *RECORDS)
     words = [str(source), str(tmp_path / "x"), str(byte_tokenizer(tmp_path / "tokenizer"))]
     ended = subprocess.run([sys.executable, "-c", INTERRUPTED, *words], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Malformed rows of every kind: each is named with its place, none crashes, nothing is half written (C4)."""
+"""Malformed rows of every kind: each is named with its place, none crashes, nothing is half written."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("handler", RECORDS)
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_c4_every_row_is_used_or_named(handler: str, prompt_type: str, data: st.DataObject, folder: Path) -> None:
+def test_every_row_is_used_or_named(handler: str, prompt_type: str, data: st.DataObject, folder: Path) -> None:
     plain = handler.endswith("PretrainHandler")
     if plain and prompt_type != "qwen3":
         pytest.skip("plain text has no template")
@@ -167,7 +167,7 @@ def check(lines: list[bytes], handler: str, prompt_type: str | None, folder: Pat
 )
 @example(suffix=".csv", content=b'text\n"')
 @example(suffix=".json", content=b'[{"text": "a"}, ')
-def test_c4_damaged_files_are_named(suffix: str, content: bytes, folder: Path) -> None:
+def test_damaged_files_are_named(suffix: str, content: bytes, folder: Path) -> None:
     clear(folder)
     source = folder / f"file{suffix}"
     source.write_bytes(content)
@@ -197,6 +197,6 @@ DEEP = "[" * 5000 + "]" * 5000
     ],
 )
 @pytest.mark.parametrize("prompt_type", ["qwen3", "chat_template"])
-def test_c4_rows_made_to_hurt(record: dict[str, Any], prompt_type: str, folder: Path) -> None:
+def test_rows_made_to_hurt(record: dict[str, Any], prompt_type: str, folder: Path) -> None:
     lines = [json.dumps(RECORDS["OpenAIInstructionHandler"]).encode(), json.dumps(record).encode()]
     check(lines, "OpenAIInstructionHandler", prompt_type, folder)

@@ -1,4 +1,4 @@
-"""Readers: every format gives the same records, and every fault its place (C4, C9)."""
+"""Readers: every format gives the same records, and every fault its place."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def write(folder: Path, name: str) -> Path:
     "name",
     ["a.jsonl", "lines.json", "array.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "file.arrow", "stream.arrow"],
 )
-def test_c9_every_format_gives_the_same_records(name: str, tmp_path: Path) -> None:
+def test_every_format_gives_the_same_records(name: str, tmp_path: Path) -> None:
     rows = places_and_rows([write(tmp_path, name)])
     assert [parse_row(row) for _, row in rows] == RECORDS
     separator = "row " if name.endswith(("array.json", "parquet", "arrow")) else ""
     assert [place for place, _ in rows] == [f"{tmp_path / name}:{separator}{n}" for n in (1, 2, 3)]
 
 
-def test_c9_lines_of_text_and_rows_of_csv(tmp_path: Path) -> None:
+def test_lines_of_text_and_rows_of_csv(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\r\n\n中文".encode())
     (tmp_path / "b.csv").write_text('\ufefftext,n\n"two\nlines, ""quoted""",1\nx,\n', encoding="utf-8")
     rows = places_and_rows([tmp_path / "a.txt", tmp_path / "b.csv"])
@@ -83,7 +83,7 @@ def test_c9_lines_of_text_and_rows_of_csv(tmp_path: Path) -> None:
     assert [parse_row(rows[i][1]) for i in (0, 2)] == [{"text": "x", "n": "1"}, {"text": "z", "n": "2"}]
 
 
-def test_d6_what_a_table_adds_to_the_objects_of_a_column_is_left_out(tmp_path: Path) -> None:
+def test_what_a_table_adds_to_the_objects_of_a_column_is_left_out(tmp_path: Path) -> None:
     calls = [[{"name": "f", "arguments": {"a": 1, "n": [{"x": 1}, {"y": 2}]}}], [{"name": "g", "arguments": {"b": 2}}]]
     records = [{"calls": value, "system": system} for value, system in zip(calls, [None, "s"])]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "x.parquet")
@@ -114,7 +114,7 @@ def test_what_an_earlier_run_left_in_a_folder_is_no_input(tmp_path: Path) -> Non
     assert [file.name for file in expand_input([tmp_path / "out.rejects.jsonl"])] == ["out.rejects.jsonl"]
 
 
-def test_c4_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:
+def test_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:
     table = pyarrow.table({"text": pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"x\.parquet: not UTF-8: byte 0xff after row 0"):
@@ -136,7 +136,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_c4_bad_lines_are_named(line: bytes, reason: str, tmp_path: Path) -> None:
+def test_bad_lines_are_named(line: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "also good"}\n')
     (_, good), (place, bad), (_, also_good) = places_and_rows([path])
@@ -146,7 +146,7 @@ def test_c4_bad_lines_are_named(line: bytes, reason: str, tmp_path: Path) -> Non
         parse_row(bad)
 
 
-def test_c4_damaged_files_are_named(tmp_path: Path) -> None:
+def test_damaged_files_are_named(tmp_path: Path) -> None:
     whole = gzip.compress(LINES * 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     zstandard = pytest.importorskip("zstandard")
@@ -165,7 +165,7 @@ def test_c4_damaged_files_are_named(tmp_path: Path) -> None:
         places_and_rows([tmp_path / "c.parquet"])
 
 
-def test_c9_a_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem.data.sources.readers._BLOCK_BYTES", 10)
     path = tmp_path / "x.jsonl"
     path.write_bytes(LINES * 3)
@@ -182,7 +182,7 @@ def test_c9_a_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     indent=st.none() | st.integers(0, 2),
     step=st.integers(1, 40),
 )
-def test_c9_an_array_is_read_in_pieces(
+def test_an_array_is_read_in_pieces(
     values: list[Any], indent: int | None, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tandem.data.sources.json_array._READ_BYTES", step)
@@ -193,7 +193,7 @@ def test_c9_an_array_is_read_in_pieces(
         assert [json.loads(element) for element in iter_elements(path, stream)] == expected
 
 
-def test_c9_what_is_no_file_in_a_folder(tmp_path: Path) -> None:
+def test_what_is_no_file_in_a_folder(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl")
     for name in ("b.json", "c.jsonl.gz", "d.parquet"):
         (tmp_path / name).mkdir()  # folders in folders are not read
@@ -205,13 +205,13 @@ def test_c9_what_is_no_file_in_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
 
 
-def test_c4_a_column_named_twice_is_refused(tmp_path: Path) -> None:
+def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("text,n,text\nfirst,1,second\n")
     with pytest.raises(UserError, match=r"x\.csv: the header names 'text' more than once"):
         places_and_rows([tmp_path / "x.csv"])
 
 
-def test_c9_a_string_longer_than_many_reads(tmp_path: Path) -> None:
+def test_a_string_longer_than_many_reads(tmp_path: Path) -> None:
     """It is read in ever larger pieces, for each time it is looked at from its beginning."""
     text = 'a\\"\n]},' * 900_000
     (tmp_path / "x.json").write_text(json.dumps([{"text": text}, {"text": "b"}]))

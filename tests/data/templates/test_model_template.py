@@ -1,4 +1,4 @@
-"""The prompt type `chat_template`: the model's own template, byte for byte, and what of it is trained (D5, D6)."""
+"""The prompt type `chat_template`: the model's own template, byte for byte, and what of it is trained."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def chat(messages: list[Message]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("arguments", ['{"a":1}', '{"a": "\\u00e9"}', "no JSON", "{}"])
 @pytest.mark.parametrize("mode", [None, True, False])
-def test_d6_arguments_given_as_text_stay_that_text(tokenizer: Tokenizer, arguments: str, mode: bool | None) -> None:
+def test_arguments_given_as_text_stay_that_text(tokenizer: Tokenizer, arguments: str, mode: bool | None) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "q"},
@@ -66,7 +66,7 @@ def trained(template: Template, *messages: Message) -> list[str]:
     return ["".join(turn.target) for turn in template.turns(messages) if turn.target]
 
 
-def test_d5_what_is_trained(tokenizer: Tokenizer) -> None:
+def test_what_is_trained(tokenizer: Tokenizer) -> None:
     template = get_template("chat_template", tokenizer=tokenizer)
     one, two = Message("user", "1"), Message("user", "2")
     assert trained(template, one, Message("assistant", "A")) == ["A<|im_end|>"]  # the inserted empty thought is not
@@ -79,7 +79,7 @@ def test_d5_what_is_trained(tokenizer: Tokenizer) -> None:
     assert answers == ['<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>', "B<|im_end|>"]
 
 
-def test_d5_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) -> None:
+def test_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) -> None:
     template = get_template("chat_template", tokenizer=tokenizer)
     messages = [Message("user", "1"), Message("assistant", "A"), Message("user", "2"), Message("assistant", "B")]
     turns = template.last_answer(messages)
@@ -100,7 +100,7 @@ def test_d5_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) ->
         ("<think>hm</think>", "<think>\nhm\n</think>\n\n<|im_end|>"),
     ],
 )
-def test_d6_thoughts_in_the_content(tokenizer: Tokenizer, mode: bool | None, content: str, answer: str) -> None:
+def test_thoughts_in_the_content(tokenizer: Tokenizer, mode: bool | None, content: str, answer: str) -> None:
     messages = [Message("user", "1"), Message("assistant", content)]
     template = get_template("chat_template", mode, tokenizer)
     flags = {} if mode is None else {"enable_thinking": mode}
@@ -116,7 +116,7 @@ CHATML = (
 )
 
 
-def test_d6_thoughts_in_the_content_of_a_template_that_knows_none(tmp_path: Path) -> None:
+def test_thoughts_in_the_content_of_a_template_that_knows_none(tmp_path: Path) -> None:
     tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=CHATML))
     template = get_template("chat_template", tokenizer=tokenizer)
     messages = [Message("user", "1"), Message("assistant", "<think>\nhm\n</think>\n\nA")]
@@ -124,7 +124,7 @@ def test_d6_thoughts_in_the_content_of_a_template_that_knows_none(tmp_path: Path
     assert trained(template, *messages) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
 
 
-def test_d6_an_empty_reasoning_beside_a_thought_in_the_content(tokenizer: Tokenizer) -> None:
+def test_an_empty_reasoning_beside_a_thought_in_the_content(tokenizer: Tokenizer) -> None:
     message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA", "reasoning_content": ""}
     messages = [{"role": "user", "content": "1"}, message]
     turns = get_template("chat_template", None, tokenizer).turns(
@@ -134,7 +134,7 @@ def test_d6_an_empty_reasoning_beside_a_thought_in_the_content(tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("content", ["<think>\nhm\n</think>\n\n", "<think>\n\n</think>\n\n", "hm</think>"])
-def test_d6_a_thought_before_a_call(tokenizer: Tokenizer, content: str) -> None:
+def test_a_thought_before_a_call(tokenizer: Tokenizer, content: str) -> None:
     call = ToolCall("f", "{}")
     messages = [Message("user", "1"), Message("assistant", content, None, (call,))]
     for more in ([], [Message("tool", "r"), Message("assistant", "A")]):
@@ -156,7 +156,7 @@ BEGUN = "{% if loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% en
     ],
     ids=["strips what is past", "splits and strips no lines", "begins a thought in its prompt"],
 )
-def test_d6_templates_that_treat_thoughts_in_other_ways(
+def test_templates_that_treat_thoughts_in_other_ways(
     tmp_path: Path, answer: str, reasoning: str | None, expected: list[str]
 ) -> None:
     source = (
@@ -173,7 +173,7 @@ def test_d6_templates_that_treat_thoughts_in_other_ways(
     assert template.answer_header == "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_d5_a_template_that_begins_no_answer_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_begins_no_answer_is_refused(tmp_path: Path) -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
         "<|im_end|>{% endif %}{% endfor %}"
@@ -190,7 +190,7 @@ DEEPSEEK = (
 
 
 @pytest.mark.parametrize("train_turns", ["all", "last"])
-def test_d7_a_cut_prompt_keeps_the_header_that_its_template_writes(tmp_path: Path, train_turns: str) -> None:
+def test_a_cut_prompt_keeps_the_header_that_its_template_writes(tmp_path: Path, train_turns: str) -> None:
     folder = byte_tokenizer(tmp_path / "tokenizer", chat_template=DEEPSEEK)
     talk = [("user", "1"), ("assistant", "A"), ("user", "q" * 99), ("assistant", "B")]
     record = {"messages": [{"role": role, "content": content} for role, content in talk]}
@@ -213,7 +213,7 @@ GENERATION = (
 )
 
 
-def test_d5_the_templates_own_generation_tags_say_what_is_trained(tmp_path: Path) -> None:
+def test_the_templates_own_generation_tags_say_what_is_trained(tmp_path: Path) -> None:
     tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=GENERATION))
     template = get_template("chat_template", tokenizer=tokenizer)
     talk = [("user", "1"), ("assistant", "\ue002A"), ("user", "2"), ("assistant", " B")]
@@ -243,7 +243,7 @@ turns_of_chat = st.lists(st.tuples(words, thoughts, words, st.booleans()), min_s
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(system=words, turns=turns_of_chat, mode=st.sampled_from([None, True, False]), offers_tools=st.booleans())
-def test_d6_equals_apply_chat_template(
+def test_equals_apply_chat_template(
     system: str,
     turns: list[tuple[str, str, str, bool]],
     mode: bool | None,
@@ -303,7 +303,7 @@ def test_templates_that_cannot_tell_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reasoning", ["", "\n", "\n\n"])
-def test_d5_a_thought_of_line_ends_is_none(tokenizer: Tokenizer, reasoning: str) -> None:
+def test_a_thought_of_line_ends_is_none(tokenizer: Tokenizer, reasoning: str) -> None:
     messages = [Message("user", "q"), Message("assistant", "ans", reasoning=reasoning)]
     turns = get_template("chat_template", None, tokenizer).turns(messages)
     assert turns[0].target == ("ans<|im_end|>",)

@@ -1,4 +1,4 @@
-"""The `qwen3` prompt type: upstream's table, and agreement with the model's own chat template (D5, D6)."""
+"""The `qwen3` prompt type: upstream's table, and agreement with the model's own chat template."""
 
 from __future__ import annotations
 
@@ -40,13 +40,11 @@ TABLE: list[tuple[bool | None, Message, tuple[str, ...], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("mode", "answer", "source", "target"), TABLE)
-def test_d6_thinking_modes(
-    mode: bool | None, answer: Message, source: tuple[str, ...], target: tuple[str, ...]
-) -> None:
+def test_thinking_modes(mode: bool | None, answer: Message, source: tuple[str, ...], target: tuple[str, ...]) -> None:
     assert get_template("qwen3", mode).turns([user(), answer]) == [Turn(source, target)]
 
 
-def test_d5_system_comes_once_and_every_answer_is_trained() -> None:
+def test_system_comes_once_and_every_answer_is_trained() -> None:
     messages = [Message("system", "S"), user("1"), assistant(THOUGHT), user("2"), assistant("B")]
     first, second = get_template("qwen3").turns(messages)
     assert first.source == ("<|im_start|>system\nS<|im_end|>\n", USER.replace("U", "1"))
@@ -64,7 +62,7 @@ def test_braces_in_content_are_text() -> None:
 @pytest.mark.parametrize("mode", [True, False, None])
 @pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")]])
 @pytest.mark.parametrize("answer", ["4.", THOUGHT, "多 行\n\n- x"])
-def test_d6_one_turn_equals_the_models_template(
+def test_one_turn_equals_the_models_template(
     mode: bool | None, system: list[Message], answer: str, shared_data: Path
 ) -> None:
     tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
@@ -83,7 +81,7 @@ def test_d6_one_turn_equals_the_models_template(
         assert "".join(template.generation_prompt(messages[:-1])) == prompt
 
 
-def test_d6_generation_prompt_with_history_equals_the_models_template(shared_data: Path) -> None:
+def test_generation_prompt_with_history_equals_the_models_template(shared_data: Path) -> None:
     tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
     messages = [user("1"), assistant(THOUGHT), user("2"), assistant("B"), user("3")]
     chat = [{"role": m.role, "content": m.content} for m in messages]
@@ -98,7 +96,7 @@ TOOLS = ({"type": "function", "function": {"name": "add", "description": "Sum: {
 
 @pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")]])
 @pytest.mark.parametrize("said", ["", "Let me see."])
-def test_d6_tools_equal_the_models_template(system: list[Message], said: str, shared_data: Path) -> None:
+def test_tools_equal_the_models_template(system: list[Message], said: str, shared_data: Path) -> None:
     """Each answer of a conversation with calls, results and thoughts, beside the model's own rendering."""
     tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
     messages = [*system, user(), Message("assistant", said, "hm", CALLS), Message("tool", "1"), Message("tool", "2")]
@@ -119,7 +117,7 @@ def test_d6_tools_equal_the_models_template(system: list[Message], said: str, sh
     assert "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>" in turns[1].source[0]
 
 
-def test_d5_only_the_last_answer() -> None:
+def test_only_the_last_answer() -> None:
     messages = [user("1"), assistant("A"), user("2"), assistant("B")]
     turns = get_template("qwen3").turns(messages)
     last = trained_on_last(turns)

@@ -240,7 +240,7 @@ def test_sparkline_means_stretches() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_live_view_outlives_a_bad_step(bad: float) -> None:
-    """H4: with --on-bad-step skip a run goes on, and so does what shows it."""
+    """With --on-bad-step skip a run goes on, and so does what shows it."""
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     view = LiveView(console)
     view.on_step(step_record(1, loss=bad))

@@ -21,7 +21,7 @@ from workspace import Workspace
 
 
 def test_rates_are_counted_as_documented() -> None:
-    """H2: trained tokens, and FLOP/s of one device against its peak."""
+    """Trained tokens, and FLOP/s of one device against its peak."""
     values = metrics_of(step_record())
     assert values["tokens_per_second"] == 2000
     assert values["trained_tokens_per_second"] == 1200
@@ -49,7 +49,7 @@ def test_each_step_is_on_disk_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ["", '{"iteration": 4, "lo'])
 @pytest.mark.parametrize("resumed_at", [0, 2, 3, 9])
 def test_a_resume_drops_what_was_not_saved(tmp_path: Path, resumed_at: int, torn: str) -> None:
-    """H1: no step twice, and no half line of a killed run."""
+    """No step twice, and no half line of a killed run."""
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({"iteration": n}) + "\n" for n in (1, 2, 3)) + torn)
     file = MetricsFile(path, resumed_at)
@@ -73,7 +73,7 @@ def test_a_file_of_another_kind_is_not_cut(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_and_resumed_has_every_step_once(workspace: Workspace, tmp_path: Path) -> None:
-    """H1, H5: the values of an unbroken run, with the validation loss where it was taken."""
+    """The values of an unbroken run, with the validation loss where it was taken."""
     common = {"train_iters": 6, "save_interval": 2, "eval_interval": 3, "eval_iters": 2, "split": "80,20,0"}
     train(workspace.settings("torch", save=str(tmp_path / "whole"), **common))
     broken = workspace.settings("torch", save=str(tmp_path / "broken"), **common)

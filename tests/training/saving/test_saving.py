@@ -26,7 +26,7 @@ from workspace import Workspace
 
 
 def test_saving_in_the_background_gives_the_same_files(workspace: Workspace, framework: str, tmp_path: Path) -> None:
-    """G7: every save and every byte is as without --async-save, and training is not disturbed."""
+    """Every save and every byte is as without --async-save, and training is not disturbed."""
     common = {"save_interval": 2, "train_iters": 7}
     one = run(workspace, framework, save=str(tmp_path / "a"), **common)
     other = run(workspace, framework, save=str(tmp_path / "b"), async_save=True, **common)
@@ -68,7 +68,7 @@ def test_training_goes_on_while_a_thread_writes(
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(
     workspace: Workspace, framework: str, async_save: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """G4, G5: the message names the folder, nothing half-written stays, and the run goes on when there is room."""
+    """The message names the folder, nothing half-written stays, and the run goes on when there is room."""
     common = {"save": str(tmp_path / "b"), "save_interval": 4, "train_iters": 12, "async_save": async_save}
     unbroken = run(workspace, framework, **{**common, "save": str(tmp_path / "a")})
     write, full = SafetensorsWriter.write, []
@@ -92,7 +92,6 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(
 def test_too_little_room_is_known_before_writing(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """G5."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"needs .* MB and the disk has 0 MB free"):
         run(workspace, "torch", save=str(tmp_path), train_iters=1, lr_warmup_iters=0)
@@ -112,7 +111,7 @@ def test_too_little_room_is_known_before_writing(
     ],
 )
 def test_what_is_superseded(limit: int | None, interval: int | None, removed: set[int]) -> None:
-    """G5: the newest ones and the multiples stay; 12 belongs to a branch that was left."""
+    """The newest ones and the multiples stay; 12 belongs to a branch that was left."""
     assert superseded([12, 10, 8, 6, 4, 2], 10, limit, interval) == removed
 
 
@@ -128,7 +127,6 @@ def test_what_is_needed_is_not_removed_and_half_removed_folders_go(tmp_path: Pat
 def test_old_checkpoints_are_removed_but_not_the_one_resumed_from(
     workspace: Workspace, async_save: bool, tmp_path: Path
 ) -> None:
-    """G5."""
     common = {"save": str(tmp_path), "save_interval": 1, "async_save": async_save, "train_iters": 9}
     run(workspace, "torch", **common, exit_interval=3, save_total_limit=2)
     assert saved_iterations(tmp_path) == [3, 2]

@@ -1,4 +1,4 @@
-"""`--dry-run` finds what would stop a run, before anything is loaded, and says what would run (F2)."""
+"""`--dry-run` finds what would stop a run, before anything is loaded, and says what would run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def test_a_good_run_is_described(workspace: Workspace, tmp_path: Path, capsys: p
     assert not list(tmp_path.iterdir())
 
 
-def test_f1_layers_that_do_not_divide_are_split_evenly(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layers_that_do_not_divide_are_split_evenly(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     dry_run(workspace.settings("torch", pipeline_model_parallel_size=3), 3)
     assert "4 layers over 3 stages: (1, 2, 1)" in capsys.readouterr().out
 

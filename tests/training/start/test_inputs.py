@@ -1,4 +1,4 @@
-"""What a run reads: blends, epochs, what is cut or packed, and what is said of it (C8, D4, D6, D7, H3, H5)."""
+"""What a run reads: blends, epochs, what is cut or packed, and what is said of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def second(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return prefix
 
 
-def test_c8_a_blend_says_what_it_takes_of_each_source(workspace: Workspace, second: Path) -> None:
+def test_a_blend_says_what_it_takes_of_each_source(workspace: Workspace, second: Path) -> None:
     data_path = ["1", str(workspace.instructions), "3", str(second)]
     settings = workspace.settings("torch", instructions=True, data_path=data_path, train_iters=10)
     data = open_data(settings, Tokenizer(workspace.hf))
@@ -47,7 +47,7 @@ def test_c8_a_blend_says_what_it_takes_of_each_source(workspace: Workspace, seco
     assert "weight 0.5," in open_data(by_size, Tokenizer(workspace.hf)).notices[0]
 
 
-def test_c8_templates_of_a_blend_must_agree(workspace: Workspace, tmp_path: Path) -> None:
+def test_templates_of_a_blend_must_agree(workspace: Workspace, tmp_path: Path) -> None:
     other = tmp_path / "chat"
     options = PreprocessOptions((str(workspace.questions),), str(other), str(workspace.hf), prompt_type="qwen3")
     preprocess(dataclasses.replace(options, enable_thinking="true"))
@@ -59,7 +59,7 @@ def test_c8_templates_of_a_blend_must_agree(workspace: Workspace, tmp_path: Path
     assert open_data(settings, Tokenizer(workspace.hf)).template is not None
 
 
-def test_d7_what_training_cuts_is_said(workspace: Workspace) -> None:
+def test_what_training_cuts_is_said(workspace: Workspace) -> None:
     lengths = IndexedDataset(f"{workspace.instructions}_packed_input_ids_document").lengths
     data = open_data(workspace.settings("torch", instructions=True), Tokenizer(workspace.hf))
     (notice,) = data.notices
@@ -68,14 +68,14 @@ def test_d7_what_training_cuts_is_said(workspace: Workspace) -> None:
     assert not open_data(longest, Tokenizer(workspace.hf)).notices
 
 
-def test_d7_what_preprocessing_cut_is_said(workspace: Workspace, tmp_path: Path) -> None:
+def test_what_preprocessing_cut_is_said(workspace: Workspace, tmp_path: Path) -> None:
     prefix = preprocessed(workspace, tmp_path, seq_length=24)
     (notice,) = open_chat(workspace, prefix, seq_length=32).notices
     assert re.search(r"\d+ conversations were cut or left out .* --seq-length 24; this run has room for 32", notice)
     assert not open_chat(workspace, prefix, seq_length=24).notices
 
 
-def test_d4_rows_without_borders_are_not_kept_apart(workspace: Workspace, tmp_path: Path) -> None:
+def test_rows_without_borders_are_not_kept_apart(workspace: Workspace, tmp_path: Path) -> None:
     plain = preprocessed(workspace, tmp_path, seq_length=128, pack=True, append_eod=True)
     with pytest.raises(UserError, match=r"packed without --neat-pack.*preprocess again with --pack --neat-pack"):
         open_chat(workspace, plain, seq_length=128, pack=True, neat_pack=True)
@@ -85,7 +85,7 @@ def test_d4_rows_without_borders_are_not_kept_apart(workspace: Workspace, tmp_pa
     assert not open_chat(workspace, neat, seq_length=128, pack=True, neat_pack=True).notices
 
 
-def test_d6_without_a_record_the_flags_name_the_template(workspace: Workspace, tmp_path: Path) -> None:
+def test_without_a_record_the_flags_name_the_template(workspace: Workspace, tmp_path: Path) -> None:
     prefix = preprocessed(workspace, tmp_path, enable_thinking="false")
     recorded = open_chat(workspace, prefix, seq_length=128).template
     Path(f"{prefix}.json").unlink()
@@ -98,7 +98,7 @@ def test_d6_without_a_record_the_flags_name_the_template(workspace: Workspace, t
     assert "--prompt-type" not in named.notices[0]
 
 
-def test_h5_a_named_set_that_is_not_evaluated_or_not_whole_is_said(workspace: Workspace, second: Path) -> None:
+def test_a_named_set_that_is_not_evaluated_or_not_whole_is_said(workspace: Workspace, second: Path) -> None:
     values = {"valid_data_path": [f"chat={second}"], "seq_length": 128, "train_iters": 10}
     (never,) = open_chat(workspace, workspace.instructions, **values, eval_interval=11, eval_iters=1).notices
     assert "due every 11 steps, and the run has 10: nothing will be evaluated" in never
@@ -107,7 +107,7 @@ def test_h5_a_named_set_that_is_not_evaluated_or_not_whole_is_said(workspace: Wo
     assert not open_chat(workspace, workspace.instructions, **values, eval_interval=5, eval_iters="full").notices
 
 
-def test_h5_all_of_a_blend_is_evaluated_once(workspace: Workspace, tmp_path: Path) -> None:
+def test_all_of_a_blend_is_evaluated_once(workspace: Workspace, tmp_path: Path) -> None:
     """Every token is a label once, whatever the weights; but the first of each set, which nothing comes before."""
     prefixes = []
     for number, count in enumerate((50, 40)):
@@ -124,7 +124,7 @@ def test_h5_all_of_a_blend_is_evaluated_once(workspace: Workspace, tmp_path: Pat
         assert set(seen.tolist()) < {*range(250, 500), *range(1200, 1400)}
 
 
-def test_c8_small_validation_splits_of_a_blend(workspace: Workspace, tmp_path: Path) -> None:
+def test_small_validation_splits_of_a_blend(workspace: Workspace, tmp_path: Path) -> None:
     data_path: list[str] = []
     for number, weight in enumerate(("0.97", "0.01", "0.01", "0.01")):
         data_path += [weight, str(tmp_path / f"set{number}")]
@@ -136,7 +136,7 @@ def test_c8_small_validation_splits_of_a_blend(workspace: Workspace, tmp_path: P
     assert [len(valid[i].tokens) for i in range(len(valid))] == [32] * len(valid)
 
 
-def test_d4_resets_without_ends_of_documents_are_said(workspace: Workspace, tmp_path: Path) -> None:
+def test_resets_without_ends_of_documents_are_said(workspace: Workspace, tmp_path: Path) -> None:
     preprocess(PreprocessOptions((str(workspace.corpus),), str(tmp_path / "text"), str(workspace.hf)))
     resets = {"reset_attention_mask": True, "eod_mask_loss": True}
     for prefix, said in ((tmp_path / "text", True), (workspace.text, False)):
@@ -145,7 +145,7 @@ def test_d4_resets_without_ends_of_documents_are_said(workspace: Workspace, tmp_
         assert ("--reset-attention-mask, --eod-mask-loss find no other borders" in notices) == said
 
 
-def test_d4_resets_change_nothing_in_conversations_that_are_stored_alone(workspace: Workspace, tmp_path: Path) -> None:
+def test_resets_change_nothing_in_conversations_that_are_stored_alone(workspace: Workspace, tmp_path: Path) -> None:
     resets = {"reset_attention_mask": True, "reset_position_ids": True, "seq_length": 128}
     for values in ({}, {"pack": True}):
         data = open_chat(workspace, workspace.instructions, **resets, **values)
@@ -155,7 +155,7 @@ def test_d4_resets_change_nothing_in_conversations_that_are_stored_alone(workspa
         assert data.train[0].position_ids.tolist() == plain.train[0].position_ids.tolist()
 
 
-def test_d7_the_ends_of_messages_are_the_templates_whatever_the_tokenizer_calls_its_end(
+def test_the_ends_of_messages_are_the_templates_whatever_the_tokenizer_calls_its_end(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     """As in the folder of Qwen3-0.6B-Base, whose eos_token is <|endoftext|>."""
@@ -178,7 +178,7 @@ def test_d7_the_ends_of_messages_are_the_templates_whatever_the_tokenizer_calls_
 
 
 @pytest.mark.parametrize("flag", ["reset_attention_mask", "reset_position_ids"])
-def test_d7_resets_that_would_cut_answers_from_their_prompts_are_refused_before_the_start(
+def test_resets_that_would_cut_answers_from_their_prompts_are_refused_before_the_start(
     flag: str, workspace: Workspace, tmp_path: Path
 ) -> None:
     """Each message of qwen3 ends with <|im_end|>, a user's too."""
@@ -198,9 +198,7 @@ def test_d7_resets_that_would_cut_answers_from_their_prompts_are_refused_before_
     assert not open_data(settings, tokenizer).notices
 
 
-def test_d4_resets_find_the_borders_of_templates_whose_prompts_end_otherwise(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_resets_find_the_borders_of_templates_whose_prompts_end_otherwise(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(workspace.hf, folder)
     (folder / "chat_template.jinja").write_text(
@@ -218,7 +216,7 @@ def test_d4_resets_find_the_borders_of_templates_whose_prompts_end_otherwise(
     assert (sample.tokens[ends] == Tokenizer(folder).eos_id).all()
 
 
-def test_c3_a_template_that_is_not_here_stops_no_run(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_template_that_is_not_here_stops_no_run(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "with"
     shutil.copytree(workspace.hf, folder)
     (folder / "chat_template.jinja").write_text(
@@ -239,13 +237,13 @@ def test_c3_a_template_that_is_not_here_stops_no_run(workspace: Workspace, tmp_p
         assert "<|im_end|>\n<|im_start|>assistant\n" in Tokenizer(place).decode(sample.tokens)
 
 
-def test_h5_a_validation_split_without_a_whole_sample_names_the_way(workspace: Workspace) -> None:
+def test_a_validation_split_without_a_whole_sample_names_the_way(workspace: Workspace) -> None:
     settings = workspace.settings("torch", seq_length=128, eval_iters=1, eval_interval=1, split="999,1,0")
     with pytest.raises(UserError, match="--eval-iters full takes also less than a sample, --valid-data-path evaluates"):
         open_data(settings, Tokenizer(workspace.hf))
 
 
-def test_h5_a_source_without_a_validation_share_is_named_and_the_others_are_evaluated(
+def test_a_source_without_a_validation_share_is_named_and_the_others_are_evaluated(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     with IndexedWriter(tmp_path / "one") as writer:
@@ -262,7 +260,7 @@ def test_h5_a_source_without_a_validation_share_is_named_and_the_others_are_eval
         assert f"{paths[0]}: its share of the split has no validation sample, and is not evaluated" in data.notices
 
 
-def test_d4_packed_rows_without_a_record_are_known_by_their_lengths(workspace: Workspace, tmp_path: Path) -> None:
+def test_packed_rows_without_a_record_are_known_by_their_lengths(workspace: Workspace, tmp_path: Path) -> None:
     plain = preprocessed(workspace, tmp_path / "plain", seq_length=128, pack=True)
     neat = preprocessed(workspace, tmp_path / "neat", seq_length=128, pack=True, neat_pack=True)
     single = preprocessed(workspace, tmp_path / "single")
@@ -279,7 +277,7 @@ def test_d4_packed_rows_without_a_record_are_known_by_their_lengths(workspace: W
         open_chat(workspace, neat, seq_length=64)
 
 
-def test_c3_the_record_of_a_renamed_set_is_named(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_record_of_a_renamed_set_is_named(workspace: Workspace, tmp_path: Path) -> None:
     prefix = preprocessed(workspace, tmp_path / "x")
     for path in list(prefix.parent.glob("chat*")):
         path.rename(path.with_name(path.name.replace("chat", "other")))
@@ -303,7 +301,7 @@ def test_flags_that_mean_nothing_here_are_named(workspace: Workspace) -> None:
         ("{text}", False, "give {text}_text_document"),
     ],
 )
-def test_c3_a_name_that_is_nearly_right_is_answered_with_the_right_one(
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(
     name: str, instructions: bool, message: str, workspace: Workspace
 ) -> None:
     names = {"chat": str(workspace.instructions), "text": str(workspace.text)}
@@ -312,7 +310,7 @@ def test_c3_a_name_that_is_nearly_right_is_answered_with_the_right_one(
         prepare(settings, World())
 
 
-def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     preprocess(PreprocessOptions((str(workspace.corpus),), str(tmp_path / "text"), str(workspace.hf)))
     with IndexedWriter(tmp_path / "text_text_document") as writer:
         writer.add_document(np.arange(99))
@@ -321,7 +319,7 @@ def test_c3_the_record_of_other_data_is_refused(workspace: Workspace, tmp_path: 
         open_data(settings, Tokenizer(workspace.hf))
 
 
-def test_c3_a_thinking_mode_alone_is_compared(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_thinking_mode_alone_is_compared(workspace: Workspace, tmp_path: Path) -> None:
     prefix = preprocessed(workspace, tmp_path, enable_thinking="true")
     with pytest.raises(UserError, match=r"template\.enable_thinking is True, this run's is False"):
         open_chat(workspace, prefix, seq_length=128, enable_thinking="false")
@@ -341,7 +339,7 @@ def open_chat(workspace: Workspace, prefix: Path, **values: Any) -> Data:
 
 
 @pytest.mark.parametrize("instructions", [False, True])
-def test_h3_epochs(workspace: Workspace, instructions: bool) -> None:
+def test_epochs(workspace: Workspace, instructions: bool) -> None:
     values = {"instructions": instructions, "train_iters": None, "micro_batch_size": 1, "global_batch_size": 1}
     settings = with_epochs(workspace.settings("torch", epochs=2, reset_position_ids=not instructions, **values))
     data = open_data(settings, Tokenizer(workspace.hf))

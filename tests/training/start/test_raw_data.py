@@ -1,4 +1,4 @@
-"""Raw files as --data-path: preprocessed once, found again, by one process of a machine (C3, C7)."""
+"""Raw files as --data-path: preprocessed once, found again, by one process of a machine."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_errors(workspace: Workspace, tmp_path: Path) -> None:
         ({"load": "/no/such/folder"}, 1, "/no/such/folder does not exist"),
     ],
 )
-def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
+def test_what_cannot_run_is_known_before_anything_is_preprocessed(
     workspace: Workspace, tmp_path: Path, values: dict[str, object], processes: int, expected: str
 ) -> None:
     with pytest.raises(UserError, match=expected):
@@ -189,7 +189,7 @@ def test_i2_what_cannot_run_is_known_before_anything_is_preprocessed(
         (False, {"prompt_type": "qwen3"}, "these are conversations, for `tandem finetune`; with --handler-name"),
     ],
 )
-def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
+def test_raw_data_of_another_kind_are_refused_before_the_work(
     instructions: bool, values: dict, message: str, workspace: Workspace, tmp_path: Path, never: None
 ) -> None:
     settings = settings_for(workspace, workspace.questions, tmp_path, instructions=instructions, **values)
@@ -199,7 +199,7 @@ def test_i2_raw_data_of_another_kind_are_refused_before_the_work(
         dry_run(settings, 1)
 
 
-def test_i2_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
+def test_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
     raw = tmp_path / "pairs.jsonl"
     raw.write_text(json.dumps({"instruction": "q", "chosen": "a", "rejected": "b"}) + "\n")
     values = {"instructions": True, "prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
@@ -211,7 +211,7 @@ def test_i2_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
         prepare(settings_for(workspace, tmp_path / "pairs", tmp_path, instructions=True), World())
 
 
-def test_c3_what_was_removed_from_a_cache_is_made_again(workspace: Workspace, tmp_path: Path) -> None:
+def test_what_was_removed_from_a_cache_is_made_again(workspace: Workspace, tmp_path: Path) -> None:
     raw = settings_for(workspace, workspace.corpus, tmp_path)
     (prefix,) = with_preprocessed(raw).data.data_path
     tokens = Path(f"{prefix}.bin").read_bytes()
@@ -223,7 +223,7 @@ def test_c3_what_was_removed_from_a_cache_is_made_again(workspace: Workspace, tm
         assert Path(f"{prefix}.idx").exists()
 
 
-def test_c3_raw_data_that_changed_are_said_to_have(workspace: Workspace, tmp_path: Path) -> None:
+def test_raw_data_that_changed_are_said_to_have(workspace: Workspace, tmp_path: Path) -> None:
     raw = tmp_path / "x.txt"
     raw.write_text(workspace.corpus.read_text()[:20_000])
     settings = settings_for(workspace, raw, tmp_path, save=str(tmp_path / "run"), train_iters=1, lr_warmup_iters=0)

@@ -6,24 +6,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from tandem.data.batch import Sample
+from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
 
 _MARGIN = 1.005  # Megatron builds each dataset half a percent larger than its share
-
-
-class Samples(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Sample: ...
-
-    def describe(self) -> dict[str, int]: ...
-
-    def origin(self, i: int) -> str: ...
 
 
 def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -134,7 +124,7 @@ def segment_indices(segments: Sequence[Segment], size: int) -> tuple[np.ndarray,
     return dataset_index, dataset_sample_index
 
 
-class BlendedDataset:
+class BlendedDataset(Dataset):
     """Datasets mixed by weight, `size` samples in all.
 
     Args:
@@ -144,7 +134,7 @@ class BlendedDataset:
         UserError: a dataset is shorter than its share.
     """
 
-    def __init__(self, datasets: Sequence[Samples | None], segments: Sequence[Segment], size: int) -> None:
+    def __init__(self, datasets: Sequence[Dataset | None], segments: Sequence[Segment], size: int) -> None:
         assert all(len(segment.weights) == len(datasets) for segment in segments)
         self.datasets = list(datasets)
         self.weights = segments[-1].weights
@@ -178,7 +168,7 @@ class BlendedDataset:
         return {**counts, "samples": len(self)}
 
     def sources(self) -> list[str]:
-        """For each dataset its weight, its size, and how often the blend goes through it (C8)."""
+        """For each dataset its weight, its size, and how often the blend goes through it."""
         lines = []
         for dataset, weight, used in zip(self.datasets, self.weights, self.counts()):
             if dataset is None:
@@ -192,11 +182,11 @@ class BlendedDataset:
         return lines
 
 
-class ChainedDataset:
+class ChainedDataset(Dataset):
     """Datasets one after the other: whole sets, or of the same files what a run goes on with beyond what it was first
     built for, whose counts are then those of the first."""
 
-    def __init__(self, parts: Sequence[Samples]) -> None:
+    def __init__(self, parts: Sequence[Dataset]) -> None:
         self.parts = list(parts)
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -219,7 +209,7 @@ class ChainedDataset:
             counts["epochs"] = -(-len(self) // max(1, counts["samples_per_epoch"]))
         return counts
 
-    def _place(self, i: int) -> tuple[Samples, int]:
+    def _place(self, i: int) -> tuple[Dataset, int]:
         """The dataset that sample `i` is in, and its number there."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         part = self.parts[number]

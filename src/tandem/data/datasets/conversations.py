@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from tandem.data.batch import Sample, join
+from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.sequences import SFTSequences
 from tandem.data.packing import greedy_knapsack
 
 
-class SFTDataset:
+class SFTDataset(Dataset):
     """One sample per stored sequence, or with `pack` as many sequences per sample as fit, by best fit; all of them in
     each epoch, in an order shuffled anew.
 

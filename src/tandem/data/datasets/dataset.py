@@ -12,10 +12,16 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, i: int) -> Sample: ...
 
-    def describe(self) -> dict[str, int]: ...
-
-    def origin(self, index: int) -> str:
-        """Where a sample is in the files, in words."""
+    def describe(self) -> dict[str, int]:
+        """Counts for a start banner."""
         ...
+
+    def origin(self, i: int) -> str:
+        """Where sample `i` is in the files, in words."""
+        ...
+
+    def sources(self) -> list[str]:
+        """Of each dataset that this one mixes, how much it takes of it, in words; empty where it mixes none."""
+        return []

@@ -1,4 +1,4 @@
-"""The mixture of a run's training data over its whole life, in which weights may change when it is resumed (C8)."""
+"""The mixture of a run's training data over its whole life, in which weights may change when it is resumed."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 from tandem.data.batch import IGNORE, Sample
+from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.sample_index import (
     EmptySplitError,
     build_sample_index,
@@ -19,7 +20,7 @@ from tandem.data.indexed import IndexedDataset
 from tandem.errors import UserError
 
 
-class GPTDataset:
+class GPTDataset(Dataset):
     """Samples of `{prefix}.bin/.idx`; sample `i` is what consumed sample `i` of a run trains on.
 
     Args:

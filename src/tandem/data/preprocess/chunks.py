@@ -65,17 +65,12 @@ class ChunkTokenizer:
 
     Attributes:
         output_keys: names of the columns, one `.bin/.idx` pair each.
-        threads_suffice: the engine is so fast that sending tokens between processes would cost more than it gains.
     """
 
     output_keys: tuple[str, ...]
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-
-    @property
-    def threads_suffice(self) -> bool:
-        return self.engine.name == "gigatoken"
 
     def __call__(self, block: Block) -> TokenizedChunk:
         chunk = TokenizedChunk({}, source=block.source)

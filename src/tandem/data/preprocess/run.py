@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from tandem import __version__
 from tandem.data.indexed import IndexedDataset, IndexedWriter, part_of
 from tandem.data.kinds import REJECTS_SUFFIX, Kind
 from tandem.data.packing import Sequences, packed_rows
@@ -32,6 +31,7 @@ from tandem.data.templates.messages import Template
 from tandem.data.tokens.encoder import choose_engine
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.version import __version__
 
 Progress = Callable[[int, int], None]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -43,7 +43,7 @@ def tokenize_blocks(job: ChunkTokenizer, blocks: Iterable[Block], workers: int) 
 
 def _pool(job: ChunkTokenizer, workers: int) -> Executor:
     """Threads share the engine's cache, and nothing has to travel; processes where the engine is slow."""
-    if job.threads_suffice:
+    if job.engine.threads_suffice:
         return ThreadPoolExecutor(workers)
     # Spawned, since a forked child could inherit a lock that a thread of the tokenizers library holds.
     return ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,))

@@ -34,9 +34,14 @@ Texts = Sequence[str] | Sequence[bytes]  # bytes are UTF-8
 
 
 class Engine(Protocol):
-    """Encodes texts on one core; releases Python's global lock meanwhile."""
+    """Encodes texts on one core; releases Python's global lock meanwhile.
+
+    Attributes:
+        threads_suffice: it is so fast that sending tokens between processes would cost more than it gains.
+    """
 
     name: str
+    threads_suffice: bool
 
     def encode(self, texts: Texts, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end, int32 [t], and how many each has, int64 [texts]. `end`, if given, is put after
@@ -48,6 +53,7 @@ class TokenizersEngine:
     """The reference."""
 
     name = "tokenizers"
+    threads_suffice = False
 
     def __init__(self, tokenizer: Tokenizer, add_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -73,6 +79,7 @@ class GigatokenEngine:
     """
 
     name = "gigatoken"
+    threads_suffice = True
 
     def __init__(
         self, tokenizer_file: str | os.PathLike[str], threads: int = 1, separator: Separator | None = None

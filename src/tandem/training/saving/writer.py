@@ -163,7 +163,7 @@ class CheckpointWriter:
 
     def _wait_for_all(self, written: Future[Exception | None]) -> None:
         """Until every rank has written. Meanwhile ranks hear of each other every few seconds, so that a slow one, for
-        however long, is not taken for a lost one, for which collectives time out (F3)."""
+        however long, is not taken for a lost one, for which collectives time out."""
         while not all(self._communicator.all_gather(bool(wait([written], SECONDS_BETWEEN_SIGNS).done))):
             pass
 

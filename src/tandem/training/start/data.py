@@ -10,7 +10,7 @@ from typing import Any
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.lengths import RunLength
 from tandem.config.settings import DataSettings, TrainingSettings
-from tandem.data.datasets.blend import BlendedDataset, ChainedDataset, parse_blend
+from tandem.data.datasets.blend import ChainedDataset, parse_blend
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.mixture import Mixture
 from tandem.data.datasets.sample_index import EmptySplitError
@@ -79,8 +79,7 @@ def open_data(
             f"the checkpoint's samples came in an order of another {', '.join(changed).replace('_', ' ')}: "
             f"a new one begins, at the same position"
         )
-    sources = train.sources() if isinstance(train, BlendedDataset) else []
-    lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, sources)]
+    lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, train.sources())]
     return Data(train, valid, template, [*lines, *notices], {**identity, "mixture": mixture.to_dict()})
 
 

@@ -55,7 +55,7 @@ def check_data(
 
 
 def _require_recorded_size(prefix: str, kind: Kind, path: Path, record: dict[str, Any]) -> None:
-    """Raise UserError when the record is that of other data, which lay here before (C3)."""
+    """Raise UserError when the record is that of other data, which lay here before."""
     if not kind.has_labels and len(record["files"]) > 1:
         return  # of several json keys, which may have different numbers of texts, one number is recorded
     sequences = len(IndexedDataset(kind.first_pair(prefix)))
@@ -156,7 +156,7 @@ def check_files(prefix: str, kind: Kind) -> None:
 
 
 def _notice_of_cuts(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
-    """Conversations are stored whole unless preprocessing was told a length; what training cuts is said (D7)."""
+    """Conversations are stored whole unless preprocessing was told a length; what training cuts is said."""
     if not kind.has_labels:
         return []
     lengths = IndexedDataset(kind.first_pair(prefix)).lengths

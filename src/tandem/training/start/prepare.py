@@ -75,7 +75,7 @@ class PreparedRun(ModelAndProcesses):
 def prepare(settings: Settings, world: World) -> PreparedRun:
     """Check everything that can be checked without a device and without the other processes, the data last: raw data
     are preprocessed by the first process of each machine, which may take hours and must not end in an error that could
-    have been told before (I2).
+    have been told before.
 
     Raises:
         UserError: something is missing, contradictory or damaged.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.detect import open_iteration, open_source
 from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, saved_iterations
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import CheckpointSettings, DataSettings, plain_values
@@ -112,13 +112,13 @@ def find_newest(folder: str | Path, report: Callable[[str], None] = lambda _: No
     newest = find_iteration(folder)
     number = iteration_of(newest)
     if number is None:  # a release has no iterations
-        return open_source(folder)
+        return open_iteration(folder)
     failure: UserError | None = None
     for iteration in saved_iterations(folder):
         if iteration > number:
             continue  # not published to its end
         try:
-            return open_source(folder, iteration)
+            return open_iteration(folder, iteration)
         except UserError as error:
             failure = failure or error
             report(f"iteration {iteration} cannot be used: {error}; taking the one before it")
