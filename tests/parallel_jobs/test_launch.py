@@ -148,7 +148,7 @@ def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, f
     assert any("faulty_job.py" in line for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     port = str(free_port())
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
@@ -175,7 +175,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     """Also when the others fail for it before its launcher notices."""
     job = supervised(framework, "killed", tmp_path, "pretrain", *flags(workspace, framework, tmp_path))
