@@ -210,7 +210,7 @@ class _Job:
         return all(self._records()) and not any(pid is not None and _is_running(pid) for pid in pids)
 
     def _failures(self) -> list[Ended]:
-        """Ranks that ended with another code than 0, the one that explains the others first; killed ones have no text."""
+        """Ranks that ended with another code than 0, the cause first; those that were killed have no text."""
         ends = [self._ended(rank) for rank in self.machines.ranks]
         failures = [end for end in ends if end and end.code]
         # A rank that refused its input was not brought down by another one; the launcher kills the others for it.
