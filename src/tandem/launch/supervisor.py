@@ -210,9 +210,11 @@ class _Job:
         return all(self._records()) and not any(pid is not None and _is_running(pid) for pid in pids)
 
     def _failures(self) -> list[Ended]:
-        """Ranks that ended with another code than 0, the first to end first; those that were killed have no text."""
-        found = [self._ended(rank) for rank in self.machines.ranks]
-        return sorted((ended for ended in found if ended and ended.code), key=lambda ended: ended.time)
+        """Ranks that ended with another code than 0, the cause first; those that were killed have no text."""
+        ends = [self._ended(rank) for rank in self.machines.ranks]
+        failures = [end for end in ends if end and end.code]
+        # A rank that refused its input was not brought down by another one; the launcher kills the others for it.
+        return sorted(failures, key=lambda end: (end.code == CRASHED, end.time))
 
     def _ended(self, rank: int) -> Ended | None:
         """How a rank ended; None when it has not, or not begun."""
