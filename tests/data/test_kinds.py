@@ -61,7 +61,7 @@ def written(folder: Path, kind: Kind) -> PreprocessSummary:
 
 
 @every_kind
-def test_a_kind_is_told_by_its_files(kind: Kind, tmp_path: Path) -> None:
+def test_a_kind_is_recognised_by_its_files(kind: Kind, tmp_path: Path) -> None:
     assert kind_of_input(options(tmp_path, kind)) is kind
     summary = written(tmp_path, kind)
     (data_path,) = summary.data_paths
@@ -98,9 +98,9 @@ def test_what_raw_files_become_is_named_as_data_path_takes_it(kind: Kind, tmp_pa
 
 
 @every_kind
-def test_data_that_lie_beside_a_missing_name_are_listed(kind: Kind, tmp_path: Path) -> None:
+def test_datasets_in_the_folder_of_a_missing_one_are_listed(kind: Kind, tmp_path: Path) -> None:
     (data_path,) = written(tmp_path, kind).data_paths
-    expected = f"; there is for `tandem {kind.command}` {data_path}" if kind.command else ""
+    expected = f"; the folder has {data_path} (for `tandem {kind.command}`)" if kind.command else ""
     assert datasets_in_folder_of(tmp_path / "absent") == expected
 
 

@@ -154,5 +154,5 @@ def datasets_in_folder_of(prefix: str | os.PathLike[str]) -> str:
     for kind in reversed(KINDS):
         names = [path for path in data_paths if kind_of(path) is kind][:MOST_NAMES]
         if names and kind.command:
-            listed.append(f"for `tandem {kind.command}` {', '.join(names)}")
+            listed.append(f"{', '.join(names)} (for `tandem {kind.command}`)")
     return f"; the folder has {' and '.join(listed)}" if listed else ""

@@ -85,7 +85,7 @@ def require_no_other_record(prefix: str | os.PathLike[str], files: Mapping[str, 
     if not path.exists():
         return
     if not (path.is_file() and is_record(path)):
-        raise UserError(f"{path}: the record would replace this file, which is none; choose another output_prefix")
+        raise UserError(f"{path}: is not a record, but the record would replace it; choose another output_prefix")
     recorded = _load(path)["files"]
     if recorded != dict(files):
         raise UserError(

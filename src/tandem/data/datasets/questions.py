@@ -76,7 +76,7 @@ def _question(line: bytes, tokenizer: Tokenizer, seq_length: int) -> Question:
 def _choices(record: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
     choices, answer = field(record, "choices", _FIELDS), field(record, "answer", _FIELDS)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
-        raise UserError(f"field 'choices': expected two or more texts, none empty, found {described(choices)}")
+        raise UserError(f"field 'choices': expected two texts or more, none of them empty, found {described(choices)}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError(f"field 'answer': expected a number from 0 to {len(choices) - 1}, found {described(answer)}")
     return tuple(choices), answer
@@ -92,9 +92,9 @@ def _sample(context: str, choice: str, tokenizer: Tokenizer, seq_length: int) ->
     begin = len(tokenizer.encode(stripped))
     ids = np.asarray(tokenizer.encode(context + choice), np.int32)
     if not begin or begin >= len(ids):
-        raise UserError("field 'context': expected a text that is not empty, and choices of at least one token")
+        raise UserError("field 'context': expected text before the choices, and choices of at least one token")
     if len(ids) - 1 > seq_length:
-        raise UserError(f"context and choice have {len(ids)} tokens; raise --seq-length, which is {seq_length}")
+        raise UserError(f"context and choice have {len(ids)} tokens, but --seq-length is {seq_length}; raise it")
     labels = ids[1:].copy()
     labels[: begin - 1] = IGNORE
     return Sample(ids[:-1], labels, np.arange(len(labels), dtype=np.int32), (len(labels),))

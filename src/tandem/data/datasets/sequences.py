@@ -119,9 +119,9 @@ class SFTSequences:
         inside_prompt = np.flatnonzero(is_eod & (labels == IGNORE))
         if len(inside_prompt):
             raise UserError(
-                f"{self._prefix}: token {self._eod_token} is also in a prompt, at position {inside_prompt[0]}. So "
-                f"reset_attention_mask and reset_position_ids would separate prompts from their answers; leave both "
-                f"out, or preprocess with neat_pack, which stores where samples begin"
+                f"{self._prefix}: token {self._eod_token} ends prompts as well as answers (position "
+                f"{inside_prompt[0]}). So reset_attention_mask and reset_position_ids would separate prompts from "
+                f"their answers; leave both out, or preprocess with neat_pack, which stores where samples begin"
             )
 
 

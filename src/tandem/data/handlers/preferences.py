@@ -55,7 +55,7 @@ class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler, PairwiseHandler)
         answer = value[position] if isinstance(value, list) and len(value) > position else value
         if not isinstance(answer, str):
             raise UserError(
-                f"field {column!r}: expected a string, or a list with one at {position}, found {described(value)}"
+                f"field {column!r}: expected a string, or a list with a string at {position}, found {described(value)}"
             )
         return answer
 

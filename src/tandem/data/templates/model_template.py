@@ -120,8 +120,8 @@ class ModelTemplate:
             if end >= 0:
                 return start, end + len(self.stop_word)
         raise UserError(
-            f"the chat template does not begin each answer with {role!r} and end it with {self.stop_word!r}, so it is "
-            f"not clear what to train; choose a named prompt_type"
+            f"cannot find the answers in the text of the chat template. Each should begin with {role!r} and end with "
+            f"{self.stop_word!r}; choose a named prompt_type"
         )
 
     @cached_property
@@ -215,8 +215,8 @@ def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:
         place += len(form) + len(following)
     if not matches or place != len(full):
         raise UserError(
-            "the chat template changes more than the texts of messages when these differ, so it is not clear what to "
-            "train; choose a named prompt_type"
+            "cannot find the messages in the text of the chat template, so it is not clear what to train; choose a "
+            "named prompt_type"
         )
     return text_of
 
