@@ -63,8 +63,8 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
 def toy_config(vocab_size: int) -> ModelConfig:
     """A configuration of a million parameters with all that is special in Qwen3.
 
-    That is: grouped queries, q/k norm, a head_dim other than hidden / heads, tied embeddings, and more rows of the
-    embedding than tokens.
+    That is: grouped queries, q/k norm, a head_dim other than hidden / heads, and tied embeddings. The embedding has
+    more rows than there are tokens.
     """
     return ModelConfig(
         model_type="qwen3",

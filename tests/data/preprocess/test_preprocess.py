@@ -314,7 +314,7 @@ def test_nothing_kept_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> Non
     source = write_jsonl(tmp_path / "x.jsonl", {"text": ""}, {"text": 1})
     with pytest.raises(
         UserError,
-        match=r"none of the 2 documents can be used; rejected 1, .*'empty text': 1.*; first rejected row: ",
+        match=r"none of the 2 documents can be used; rejected 1, dropped \{'empty text': 1\}; first rejected row: ",
     ):
         preprocess(options(source, tmp_path / "x", tokenizer_folder, on_bad="skip"))
     assert not list(tmp_path.glob("x_text*"))

@@ -48,7 +48,7 @@ def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None
 
 
 def plain_paths(words: Sequence[str]) -> tuple[str, ...]:
-    """The words of a `--data-path`, with each path in its shortest form, so that `./x` and `x` are the same."""
+    """The words of a `--data-path`, with each path in its shortest form: `./x` becomes `x`."""
     return tuple(map(os.path.normpath, words))
 
 

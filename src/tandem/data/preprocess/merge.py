@@ -83,8 +83,8 @@ class _Record(NamedTuple):
 def _merged_record(groups: Mapping[str, Sequence[Path]], output_prefix: str) -> _Record | None:
     """The record of all groups together; None where there can be none.
 
-    That is so where a part has no record, where a record is also of pairs that are not merged, and where the output's
-    name does not end in `_document`, since `read_record` would not find it.
+    There is none if a part has no record, or if a record is also of pairs that are not merged. Nor if the output's name
+    does not end in `_document`: `read_record` would not find it.
     """
     files: dict[str, str] = {}
     merged: list[list[Path]] = []  # the records of each group, which must be the same in the same order
@@ -157,8 +157,8 @@ def _earlier_record(output: str, output_prefix: str, outputs: Iterable[str]) -> 
     """The record of an earlier merge, in a list; an empty list if there is none.
 
     Raises:
-        UserError: a record of other data would become the record of the output, or the record of an earlier merge is
-            also of other files than `outputs`.
+        UserError: the record of other data would become the record of the output. Or an earlier merge's record is also
+            of files that are not in `outputs`.
     """
     path_and_record = read_record(output)
     if path_and_record is None:

@@ -251,12 +251,14 @@ def _require_kept(spool: Spool, sources: Sequence[Source]) -> None:
 
 
 def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) -> np.ndarray | None:
-    """Which sequence of the spool comes next, when sources are interleaved; None as they lie there."""
+    """The order of the spool's sequences when sources are interleaved; None: as they are stored."""
     if options.mix_strategy == "concat" or len(sources) == 1:
         return None
     kept = [spool.kept_of[str(number)] for number in range(len(sources))]
     for source, count in zip(sources, kept):
-        require(count > 0, f"{_files([source])}: nothing kept, so it cannot be interleaved")
+        require(
+            count > 0, f"{_files([source])}: none of its rows can be used, so it cannot be interleaved; leave it out"
+        )
     probabilities = options.interleave_probs
     if probabilities is not None and len(probabilities) != len(sources):
         given = ",".join(map(str, probabilities))

@@ -68,7 +68,7 @@ def parse_row(row: Any) -> dict[str, Any]:
     """The record of a row.
 
     Raises:
-        UserError: the line is empty, truncated, not UTF-8, not JSON or not an object, or a CSV row has too many or too
+        UserError: the line is empty, truncated, not UTF-8, not JSON or not an object. Or a CSV row has too many or too
             few values. The message does not name the place.
     """
     if isinstance(row, _TextLine):

@@ -78,7 +78,7 @@ class Conversations:
 
 
 def sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64 [groups]: the sum of each group of `values`. The groups lie end to end and have `counts` entries.
+    """int64 [groups]: the sum of each group of `values`. The groups follow each other and have `counts` entries.
 
     >>> sums(np.array([1, 2, 3, 4]), counts=np.array([1, 3]))
     array([1, 9])

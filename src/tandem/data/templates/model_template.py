@@ -23,8 +23,8 @@ _MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use, which
 class ModelTemplate:
     """A prompt type that renders with the tokenizer's chat template.
 
-    To know which characters are trained, it renders the conversation twice: as it is, and with a mark in place of each
-    text of a message. The text between the marks is the template's. There each answer begins after the generation
+    To know which characters are trained, it renders the conversation twice. The second time there is a mark in place of
+    each text of a message. The text between the marks is the template's. There each answer begins after the generation
     prompt and ends with the end token. If the template has `{% generation %}` tags, these say where answers are. Then
     the marks are replaced, in order, by the texts of the first rendering. Both renderings must agree exactly.
 

@@ -155,10 +155,10 @@ def choose_engine(tokenizer: Tokenizer, reference: Engine, sample: Sequence[str]
 
 
 def find_separator(tokenizer: Tokenizer, sample: Iterable[str]) -> Separator | None:
-    """A special token that separates texts without changing their ids, and that no text of the sample contains.
+    """A special token to put between texts, which no text of the sample contains.
 
     None if there is no such token. A tokenizer searches for added tokens from left to right. So it always recognises
-    this one, except where another added token overlaps it from the left, or begins with it and is longer.
+    this one, unless another added token overlaps it from the left, or begins with it. Tokens with such others are not chosen.
     """
     tokens = tokenizer.added_tokens
     if tokenizer.added_tokens_look_around:
