@@ -256,9 +256,7 @@ def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) 
         return None
     kept = [spool.kept_of[str(number)] for number in range(len(sources))]
     for source, count in zip(sources, kept):
-        require(
-            count > 0, f"{_files([source])}: none of its rows can be used, so it cannot be interleaved; leave it out"
-        )
+        require(count > 0, f"{_files([source])}: no row can be used, so it cannot be interleaved; leave it out")
     probabilities = options.interleave_probs
     if probabilities is not None and len(probabilities) != len(sources):
         given = ",".join(map(str, probabilities))

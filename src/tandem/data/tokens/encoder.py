@@ -158,7 +158,7 @@ def find_separator(tokenizer: Tokenizer, sample: Iterable[str]) -> Separator | N
     """A special token to put between texts, which no text of the sample contains.
 
     None if there is no such token. A tokenizer searches for added tokens from left to right. So it always recognises
-    this one, unless another added token overlaps it from the left, or begins with it. Tokens with such others are not chosen.
+    this one, unless another added token overlaps it from the left, or begins with it. Then it is not chosen.
     """
     tokens = tokenizer.added_tokens
     if tokenizer.added_tokens_look_around:
