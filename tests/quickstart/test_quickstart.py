@@ -53,8 +53,8 @@ def test_held_out_lists_occur_nowhere_in_training() -> None:
     asked = {word.strip(".?") for item in world.train for word in item["instruction"].split()}
     assert not lists & asked
     for text in world.text:
-        told = {sentence.split(" is ")[0].split()[-1] for sentence in text.split(". ") if " is " in sentence}
-        assert not lists & told
+        described = {sentence.split(" is ")[0].split()[-1] for sentence in text.split(". ") if " is " in sentence}
+        assert not lists & described
 
 
 def test_answers_are_right() -> None:
