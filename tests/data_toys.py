@@ -1,4 +1,4 @@
-"""A tokenizer folder of a few kilobytes, for tests that must not need shared data."""
+"""A small tokenizer and small data, for tests that must not need shared data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from tandem.data.preprocess.options import PreprocessOptions
+from tandem.data.preprocess.run import PreprocessSummary
+
+ALPACA = [{"instruction": f"ask {i}", "input": "x" * (i % 5), "output": "answer " * (i % 7)} for i in range(30)]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -30,3 +34,16 @@ def byte_tokenizer(folder: Path, **config: object) -> Path:
 def write_jsonl(path: Path, *records: object) -> Path:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def options(source: Path | list[Path], prefix: Path, tokenizer: Path, **changes: object) -> PreprocessOptions:
+    sources = source if isinstance(source, list) else [source]
+    return PreprocessOptions(tuple(map(str, sources)), str(prefix), str(tokenizer), **changes)  # type: ignore[arg-type]
+
+
+def written(summary: PreprocessSummary) -> dict[str, bytes]:
+    return {
+        f"{key}.{suffix}": Path(f"{prefix}.{suffix}").read_bytes()
+        for key, prefix in summary.prefixes.items()
+        for suffix in ("bin", "idx")
+    }

@@ -200,9 +200,10 @@ def train(settings: Settings) -> TrainingResult:
         UserError: something is missing, contradictory or damaged, or a step went wrong.
         RunStopped: a signal ended the run, after it saved; the same call goes on.
     """
+    from tandem.cli.job import train_as_processes
     from tandem.training.result import train_and_collect
 
-    return train_and_collect(settings)
+    return train_as_processes(settings, log.info) or train_and_collect(settings)
 
 
 @_takes_settings(AllSettings)

@@ -48,7 +48,7 @@ def test_a_device_that_mindspore_has_not_is_refused() -> None:
         create_engine("mindspore", TOYS["llama"], EngineSettings(device="cuda"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_one_worker_under_msrun_starts_and_ends(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(

@@ -165,10 +165,10 @@ def test_a_page_where_a_folder_is_known_before_anything_is_done(
     words = ["--input", str(source), "--output-prefix", str(tmp_path / "x"), "--html", str(tmp_path)]
     assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf)]) == 2
     assert main(["inspect", "data", str(workspace.instructions), "--html", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("is no file, where the name of a page's file is expected") == 2
+    assert capsys.readouterr().err.count("is not a file; give the name of a file") == 2
     words[-1] = str(source)
     assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf)]) == 2
-    assert f"{source}: is there and is no page" in capsys.readouterr().err
+    assert f"{source}: exists and is not an HTML page" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 

@@ -97,7 +97,7 @@ def test_every_qwen3_shape_returns_bit_identical(size: str, tp: int, pp: int, ck
     assert_round_trip(tmp_path, config, ckpt_format=ckpt_format, **parallel)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("sizes")
 @pytest.mark.parametrize("ckpt_format", ["native", "torch"])
 @pytest.mark.parametrize("size", QWEN3_SIZES)
 def test_every_qwen3_shape_at_full_width(size: str, ckpt_format: str, tmp_path: Path) -> None:

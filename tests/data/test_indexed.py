@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -12,11 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.indexed import DTYPE_CODES, IndexedDataset, IndexedWriter, merging
-from tandem.data.preprocess.merge import merge_groups
-from tandem.data.preprocess.options import PreprocessOptions
-from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
 
 
@@ -142,10 +138,10 @@ def damaged(kind: str, prefix: Path) -> None:
         ("no bin", r"x\.bin: no such file, though its \.idx exists"),
         ("empty idx", r"x\.idx: the file is empty"),
         ("foreign idx", r"x\.idx: not a Megatron index: begins with b'TNTIDX"),
-        ("short idx", r"x\.idx: \d+ bytes, but 2 sequences and 3 document entries need"),
-        ("short bin", r"x\.bin: 15 bytes, but its \.idx describes 16"),
+        ("short idx", r"x\.idx: has \d+ bytes, but 2 sequences and 3 document entries need"),
+        ("short bin", r"x\.bin: has 15 bytes, but its \.idx describes 16"),
         ("bad dtype", r"x\.idx: version 1, dtype code 99"),
-        ("bad documents", r"x\.idx: document indices must run from 0 to 2"),
+        ("bad documents", r"x\.idx: document indices must go from 0 to 2"),
         ("multimodal", r"x\.idx: a multimodal index"),
     ],
 )
@@ -156,13 +152,14 @@ def test_damaged_files_are_named(kind: str, message: str, tmp_path: Path) -> Non
         IndexedDataset(prefix)
 
 
-def test_where_data_are_missing_those_beside_are_named_as_data_path_takes_them(tmp_path: Path) -> None:
+def test_an_error_about_a_missing_dataset_lists_the_others_in_the_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"without `.bin` or `.idx`$"):
         IndexedDataset(tmp_path / "text")
     for name in ("text_text_document", *(f"chat_packed_{key}_document" for key in ("input_ids", "labels"))):
         write(tmp_path / name, [[[1, 2, 3]]])
-    held = f"for `tandem pretrain` {tmp_path}/text_text_document and for `tandem finetune` {tmp_path}/chat"
-    with pytest.raises(UserError, match=f"; there is {held}$"):
+    text, chat = tmp_path / "text_text_document", tmp_path / "chat"
+    listed = re.escape(f"; the folder has {text} (for `tandem pretrain`) and {chat} (for `tandem finetune`)")
+    with pytest.raises(UserError, match=f"{listed}$"):
         IndexedDataset(tmp_path / "text")
 
 
@@ -177,60 +174,3 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     parts = [write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[1]]], "int64")]
     with pytest.raises(UserError, match="only equal dtypes can be merged"), merging({str(tmp_path / "c"): parts}):
         pass
-
-
-def test_groups_are_merged_by_name(tmp_path: Path) -> None:
-    for number, name in enumerate(("b_text_document", "a_text_document", "a_code_document")):
-        with IndexedWriter(tmp_path / name) as writer:
-            writer.add_document([number] * (number + 1))
-    assert merge_groups(tmp_path, ["text"], str(tmp_path / "all")) == [f"{tmp_path}/all_text"]
-    expected = [[1, 1], [0]]
-    assert [sequence.tolist() for sequence in IndexedDataset(tmp_path / "all_text")] == expected
-    merge_groups(tmp_path, ["text"], str(tmp_path / "all"))  # again: its own output is no part
-    assert [sequence.tolist() for sequence in IndexedDataset(tmp_path / "all_text")] == expected
-    with pytest.raises(UserError, match=r"no \.bin/\.idx pair"):
-        merge_groups(tmp_path, ["maths"], str(tmp_path / "all"))
-    (tmp_path / "c_text_document.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"its \.idx is missing"):
-        merge_groups(tmp_path, ["text"], str(tmp_path / "all"))
-
-
-def test_a_merge_that_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
-    byte_tokenizer(tmp_path / "tokenizer")
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    keys = ("a", "b")
-    for name in ("p1", "p2"):
-        source = write_jsonl(tmp_path / "x.jsonl", {"a": name, "b": f"{name}{name}"})
-        preprocess(
-            PreprocessOptions((str(source),), str(parts / name), str(tmp_path / "tokenizer"), json_keys=("a", "b"))
-        )
-    names = [f"{key}_document" for key in keys]
-    merge_groups(parts, names, str(tmp_path / "all"))
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("all*")}
-    assert len(before) == 5
-    tokens = (parts / "p2_b_document.bin").read_bytes()
-    (parts / "p2_b_document.bin").write_bytes(tokens[:-1])
-    with pytest.raises(UserError, match=r"p2_b_document\.bin"):
-        merge_groups(parts, names, str(tmp_path / "all"))
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("all*")} == before
-    assert not list(tmp_path.glob(".all*"))
-
-
-def test_only_what_was_made_alike_is_merged(tmp_path: Path) -> None:
-    byte_tokenizer(tmp_path / "tokenizer")
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    source = write_jsonl(tmp_path / "x.jsonl", {"text": "abc"})
-    for name, append_eod in (("p1", True), ("p2", True), ("p3", False)):
-        options = PreprocessOptions((str(source),), str(parts / name), str(tmp_path / "tokenizer"))
-        preprocess(dataclasses.replace(options, append_eod=append_eod))
-    with pytest.raises(UserError, match=r"p3\.json: append_eod is False, but True in .*p1\.json"):
-        merge_groups(parts, ["text"], str(tmp_path / "all"))
-    for path in parts.glob("p3*"):
-        path.unlink()
-    for _ in range(2):  # what an earlier merge wrote may be replaced
-        assert merge_groups(parts, ["text"], str(tmp_path / "all")) == [f"{tmp_path}/all_text"]
-    (parts / "p2.json").unlink()
-    with pytest.raises(UserError, match=r"p1\.json: speaks for the data that lie there"):
-        merge_groups(parts, ["text_document"], str(parts / "p1"))

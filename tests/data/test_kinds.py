@@ -9,7 +9,16 @@ import pytest
 from data_toys import byte_tokenizer, write_jsonl
 from tandem.data.handlers.registry import HANDLER_NAMES, LLAMA_FACTORY, make_handler
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import CONVERSATIONS, KINDS, PREFERENCES, TEXT, Kind, data_beside, kind_of, whole_of
+from tandem.data.kinds import (
+    CONVERSATIONS,
+    KINDS,
+    PREFERENCES,
+    TEXT,
+    Kind,
+    dataset_of_pair,
+    datasets_in_folder_of,
+    kind_of,
+)
 from tandem.data.preprocess.cache import is_raw, preprocess_once
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import PreprocessSummary, kind_of_input, preprocess
@@ -52,7 +61,7 @@ def written(folder: Path, kind: Kind) -> PreprocessSummary:
 
 
 @every_kind
-def test_a_kind_is_told_by_its_files(kind: Kind, tmp_path: Path) -> None:
+def test_a_kind_is_recognised_by_its_files(kind: Kind, tmp_path: Path) -> None:
     assert kind_of_input(options(tmp_path, kind)) is kind
     summary = written(tmp_path, kind)
     (data_path,) = summary.data_paths
@@ -71,8 +80,8 @@ def test_one_of_several_files_names_the_whole(kind: Kind, tmp_path: Path) -> Non
     (data_path,) = written(tmp_path, kind).data_paths
     for key in kind.keys:
         pair = kind.pair(data_path, key)
-        assert (kind_of(pair), whole_of(pair)) == (None, data_path)
-    assert whole_of(data_path) is None
+        assert (kind_of(pair), dataset_of_pair(pair)) == (None, data_path)
+    assert dataset_of_pair(data_path) is None
 
 
 def test_each_json_key_of_text_is_a_dataset(tmp_path: Path) -> None:
@@ -89,10 +98,10 @@ def test_what_raw_files_become_is_named_as_data_path_takes_it(kind: Kind, tmp_pa
 
 
 @every_kind
-def test_data_that_lie_beside_a_missing_name_are_listed(kind: Kind, tmp_path: Path) -> None:
+def test_datasets_in_the_folder_of_a_missing_one_are_listed(kind: Kind, tmp_path: Path) -> None:
     (data_path,) = written(tmp_path, kind).data_paths
-    expected = f"; there is for `tandem {kind.command}` {data_path}" if kind.command else ""
-    assert data_beside(tmp_path / "absent") == expected
+    expected = f"; the folder has {data_path} (for `tandem {kind.command}`)" if kind.command else ""
+    assert datasets_in_folder_of(tmp_path / "absent") == expected
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_agreement_passes_and_a_missing_record_is_a_notice(tmp_path: Path) -> No
     assert check_record(tmp_path / "sft", tokenizer) is None
     notice = check_record(tmp_path / "other", tokenizer, get_template("qwen3"))
     assert notice is not None
-    assert "no record beside the data" in notice
+    assert "the data has no record" in notice
 
 
 def test_the_differing_field_is_named(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_plain_text_is_no_conversation_and_is_found_by_its_pair(tmp_path: Path) 
     source = write_jsonl(tmp_path / "raw.jsonl", {"my_text": "x"})
     preprocess(PreprocessOptions((str(source),), str(tmp_path / "p_t"), str(tokenizer), json_keys=("my_text",)))
     for data_path in ("p_t", "p_t_my_text_document"):
-        found = read_record(tmp_path / data_path)
-        assert found is not None
-        assert found[0] == tmp_path / "p_t.json"
+        path_and_record = read_record(tmp_path / data_path)
+        assert path_and_record is not None
+        assert path_and_record[0] == tmp_path / "p_t.json"
     assert read_record(tmp_path / "p") is None
     with pytest.raises(UserError, match="plain text for pretraining"):
         check_record(tmp_path / "p_t_my_text_document", Tokenizer(tokenizer), get_template("qwen3"))
@@ -86,11 +86,11 @@ def test_the_record_says_what_was_done(tmp_path: Path) -> None:
     assert record["files"]["labels"] == "sft_packed_labels_document"
 
 
-def test_a_file_of_someone_elses_is_never_replaced(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_never_replaced(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     source = tmp_path / "raw.json"
     source.write_text(json.dumps([CHAT]))
-    with pytest.raises(UserError, match=r"raw\.json: the record would go there, but the file is not one"):
+    with pytest.raises(UserError, match=r"raw\.json: is not a record, but the record would replace it"):
         preprocess(PreprocessOptions((str(source),), str(tmp_path / "raw"), str(tokenizer), prompt_type="qwen3"))
     assert json.loads(source.read_text()) == [CHAT]
 
@@ -107,12 +107,12 @@ def test_a_damaged_or_newer_record_is_named(tmp_path: Path) -> None:
         check_record(tmp_path / "sft", tokenizer)
 
 
-def test_a_record_speaks_for_its_own_files_only(tmp_path: Path) -> None:
+def test_a_record_is_only_of_the_files_that_it_names(tmp_path: Path) -> None:
     """Text and conversations under one output prefix would overwrite each other's record."""
     tokenizer = conversations(tmp_path)
     text = write_jsonl(tmp_path / "text.jsonl", {"text": "plain"})
     with pytest.raises(
-        UserError, match=r"sft\.json: is the record of sft_packed_input_ids_document.*sft_text_document"
+        UserError, match=r"sft\.json: is already the record of sft_packed_input_ids_document.*sft_text_document"
     ):
         preprocess(PreprocessOptions((str(text),), str(tmp_path / "sft"), str(tmp_path / "tokenizer")))
     assert not list(tmp_path.glob("sft_text*"))

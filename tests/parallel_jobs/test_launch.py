@@ -148,7 +148,7 @@ def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, f
     assert any("faulty_job.py" in line for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     port = str(free_port())
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
@@ -175,7 +175,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     """Also when the others fail for it before its launcher notices."""
     job = supervised(framework, "killed", tmp_path, "pretrain", *flags(workspace, framework, tmp_path))
@@ -186,13 +186,11 @@ def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: s
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
 
 
-def test_a_launcher_that_fails_is_said_and_its_output_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_launcher_that_fails_is_said_and_its_output_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
-    assert code == 1
-    named, said, reason = capsys.readouterr().err.splitlines()
+    end = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
+    assert end.code == 1
+    named, said, reason = end.text.splitlines()
     assert (said, reason) == ("no such rank", "the launcher ended with code 3")
     assert Path(named.removeprefix("last lines of ").removesuffix(":")).read_text() == "no such rank\n"
 

@@ -57,7 +57,7 @@ CASES: dict[int, dict[str, Case]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow("jobs"))])
 def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, ranks: int, tmp_path: Path) -> None:
     """Logits as in one process here, and what the ranks save again holds the same bits."""
     batch = toy_batch(toy_config(), (40,))

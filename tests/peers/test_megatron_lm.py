@@ -32,7 +32,7 @@ def megatron_lm() -> str:
     return os.environ["MEGATRON_LM"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 @pytest.mark.parametrize("model", TOYS)
 def test_megatron_lm_loads_computes_and_saves(megatron_lm: str, model: str, tmp_path: Path) -> None:
     """Besides the file, it gets only the flags that `--use-checkpoint-args` leaves out."""

@@ -35,7 +35,7 @@ def test_every_stage_runs_on_both_backends(tmp_path: Path, capsys: pytest.Captur
         quickstart(options)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("sizes")
 def test_accuracy_rises_from_nothing(tmp_path: Path) -> None:
     for name in ("torch", "mindspore"):
         require_framework(name)
@@ -53,8 +53,8 @@ def test_held_out_lists_occur_nowhere_in_training() -> None:
     asked = {word.strip(".?") for item in world.train for word in item["instruction"].split()}
     assert not lists & asked
     for text in world.text:
-        told = {sentence.split(" is ")[0].split()[-1] for sentence in text.split(". ") if " is " in sentence}
-        assert not lists & told
+        described = {sentence.split(" is ")[0].split()[-1] for sentence in text.split(". ") if " is " in sentence}
+        assert not lists & described
 
 
 def test_answers_are_right() -> None:

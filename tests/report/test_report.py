@@ -89,7 +89,7 @@ def test_a_page_of_two_runs_holds_everything_and_fetches_nothing(folders: list[s
     assert len(page) < 200_000
 
 
-def test_the_command_writes_the_page_beside_the_run(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_into_the_run_folder(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", folders[0]]) == 0
     path = Path(folders[0]) / "report.html"
     assert str(path) in capsys.readouterr().out
@@ -116,13 +116,13 @@ def test_a_run_without_steps_and_one_with_lost_values_are_shown(folders: list[st
     parse(render(read_runs([str(copy)])))
 
 
-@pytest.mark.parametrize(("given", "named"), [([], "which run"), (["/no/run"], "/no/run"), (["A", "A"], "twice")])
+@pytest.mark.parametrize(("given", "named"), [([], "no run is given"), (["/no/run"], "/no/run"), (["A", "A"], "twice")])
 def test_wrong_folders_are_named(folders: list[str], given: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         read_runs([word.replace("A", folders[0]) for word in given])
 
 
-def test_runs_of_one_name_are_told_apart(folders: list[str], tmp_path: Path) -> None:
+def test_runs_of_one_name_get_different_names(folders: list[str], tmp_path: Path) -> None:
     shutil.copytree(folders[0], tmp_path / "other" / "a")
     names = [run.name for run in read_runs([folders[0], str(tmp_path / "other" / "a")])]
     assert len(set(names)) == 2

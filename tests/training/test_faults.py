@@ -114,7 +114,7 @@ def test_kills_while_saving(workspace: Workspace, async_save: bool, tmp_path: Pa
     kill_while_saving(job, 1, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("async_save", [False, True])
 def test_twenty_kills_while_saving(workspace: Workspace, framework: str, async_save: bool, tmp_path: Path) -> None:
     flags = ("--train-iters", "60", "--save-interval", "1", "--keep-last", "2")
@@ -173,7 +173,7 @@ def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> No
     stop_and_go_on(job, rank=1, when="evaluation", at=1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("signals")
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
     """In a step, an evaluation and a save, on each of two ranks."""
@@ -185,7 +185,7 @@ def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str,
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_nan_of_one_rank_stops_all(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
     """In the sixth step; without the fault, the next start goes on from the fourth."""
@@ -199,7 +199,7 @@ def test_a_nan_of_one_rank_stops_all(workspace: Workspace, framework: str, layou
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 def test_a_rank_that_hangs_ends_the_job_and_the_next_start_goes_on(workspace: Workspace, tmp_path: Path) -> None:
     require_framework("torch")
     flags = ("--train-iters", "8", "--save-interval", "2", "--distributed-timeout-minutes", "1")
@@ -212,7 +212,7 @@ def test_a_rank_that_hangs_ends_the_job_and_the_next_start_goes_on(workspace: Wo
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 def test_a_rank_that_is_killed_ends_the_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     """The others end, too, and the same command goes on."""
     job = Job(workspace, tmp_path, framework, processes=2, flags=("--train-iters", "8", "--save-interval", "2"))
@@ -223,7 +223,7 @@ def test_a_rank_that_is_killed_ends_the_job(workspace: Workspace, framework: str
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 def test_torchrun_restarts_a_job_that_goes_on(workspace: Workspace, tmp_path: Path) -> None:
     """`torchrun --max-restarts`: a rank is killed in its sixth step; the second life has four to take."""
     require_framework("torch")
@@ -239,7 +239,7 @@ def test_torchrun_restarts_a_job_that_goes_on(workspace: Workspace, tmp_path: Pa
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_ranks_save_and_leave_when_their_launcher_ends(
     workspace: Workspace, framework: str, number: signal.Signals, tmp_path: Path
@@ -295,7 +295,7 @@ def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(
     [
         ("torch", ()),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, marks=pytest.mark.slow("kills"))
             for case in [("torch", ("--async-save",)), ("mindspore", ()), ("mindspore", ("--async-save",))]
         ),
     ],

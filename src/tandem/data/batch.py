@@ -1,4 +1,4 @@
-"""The batch: what the data pipeline hands to a backend."""
+"""Samples and micro-batches: what a backend gets from the data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Sample:
         tokens: int32 [t].
         labels: int32 [t], already shifted: `labels[i]` is what position `i` must predict, or IGNORE.
         position_ids: int32 [t].
-        lengths: tokens of each document in the sample, in order; their sum is t. A token attends to the earlier
-            tokens of its own document and to itself.
+        lengths: number of tokens of each document in the sample, in order; the sum is t. A token attends to itself
+            and to the earlier tokens of its document.
     """
 
     tokens: np.ndarray
@@ -54,17 +54,17 @@ class MicroBatch:
         return np.diff(self.cu_seqlens)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise UserError when a token or a trained label is no row of an embedding of `vocab_size` rows."""
-        for what, ids in (("tokens", self.tokens), ("labels", self.labels[self.labels != IGNORE])):
+        """Raise UserError when a token or a trained label is not in 0 .. `vocab_size` - 1."""
+        for name, ids in (("tokens", self.tokens), ("labels", self.labels[self.labels != IGNORE])):
             if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
                 raise UserError(
-                    f"{what} of a micro-batch span {ids.min()}..{ids.max()}, but the model's vocabulary is "
-                    f"0..{vocab_size - 1}; was the data made with another tokenizer?"
+                    f"{name} of a micro-batch go from {ids.min()} to {ids.max()}, but the model's vocabulary is "
+                    f"0..{vocab_size - 1}; preprocess the data with this model's tokenizer"
                 )
 
 
 def join(samples: Sequence[Sample]) -> Sample:
-    """Samples end to end; their documents stay apart."""
+    """One sample of several, laid end to end. Their documents stay separate."""
     if len(samples) == 1:
         return samples[0]
     return Sample(
@@ -76,7 +76,12 @@ def join(samples: Sequence[Sample]) -> Sample:
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
-    """Lay samples end to end; their documents stay apart."""
+    """One micro-batch of several samples, laid end to end. Their documents stay separate.
+
+    >>> sample = Sample(np.array([5, 6, 7]), np.array([6, 7, 8]), np.arange(3), lengths=(3,))
+    >>> collate([sample, sample]).cu_seqlens
+    array([0, 3, 6], dtype=int32)
+    """
     joined = join(samples)
     return MicroBatch(
         tokens=joined.tokens.astype(np.int32, copy=False),
@@ -87,7 +92,7 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
 
 
 def padded(batch: MicroBatch, multiple: int) -> MicroBatch:
-    """The batch with a document without labels at its end, so that its tokens divide."""
+    """The batch with a document without labels at its end, which makes its length a multiple of `multiple`."""
     missing = -len(batch.tokens) % multiple
     if not missing:
         return batch

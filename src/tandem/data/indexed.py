@@ -24,7 +24,7 @@ from types import TracebackType
 
 import numpy as np
 
-from tandem.data.kinds import data_beside
+from tandem.data.kinds import datasets_in_folder_of
 from tandem.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -37,12 +37,12 @@ class IndexedDataset:
     """The sequences of `{prefix}.bin` and `{prefix}.idx`, memory-mapped.
 
     Attributes:
-        dtype: of the tokens.
-        lengths: int32 [sequences], tokens of each.
-        document_indices: int64 [documents + 1]; document d is the sequences from entry d to entry d + 1.
+        dtype: type of the tokens.
+        lengths: int32 [sequences], number of tokens of each.
+        document_indices: int64 [documents + 1]; document d has the sequences from entry d up to entry d + 1.
 
     Raises:
-        UserError: a file is missing, foreign or truncated.
+        UserError: a file is missing, truncated, or not a Megatron dataset.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -58,7 +58,7 @@ class IndexedDataset:
         return self.get(range(len(self))[index])
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """`length` tokens of sequence `index` from `offset` on; to its end when no length is given."""
+        """`length` tokens of sequence `index`, from `offset` on; without a length, all up to the end."""
         available = int(self.lengths[index]) - offset
         length = available if length is None else length
         assert 0 <= length <= available, (index, offset, length)
@@ -75,11 +75,10 @@ class IndexedDataset:
 
 
 class IndexedWriter:
-    """Writes `{prefix}.bin` and `{prefix}.idx` as documents arrive; the token lengths alone stay in memory.
+    """Writes `{prefix}.bin` and `{prefix}.idx` as documents arrive. Only the lengths stay in memory.
 
-    Both files carry temporary names until `publish`, which gives them their own, `.idx` last: whoever finds an
-    `.idx` finds the whole `.bin`. Used as a context manager it publishes at the end, or removes everything when an
-    exception passes.
+    Both files have temporary names until `publish`. The `.idx` gets its final name last, so a `.bin` next to an `.idx`
+    is always complete. As a context manager, it publishes at the end; after an exception it removes its files.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.typing.DTypeLike = np.int32) -> None:
@@ -100,14 +99,16 @@ class IndexedWriter:
         self._bin = self._bin_part.open("wb")
 
     def add_document(self, tokens: np.typing.ArrayLike, lengths: Sequence[int] | None = None) -> None:
-        """Append one document: `tokens` [t] hold its sequences end to end, `lengths` their sizes (default: one
-        sequence; an empty document is `lengths=[]`)."""
+        """Append one document: `tokens` [t] are its sequences end to end, `lengths` the number of tokens of each.
+
+        By default the document is one sequence; `lengths=[]` is an empty document.
+        """
         tokens = self._as_tokens(tokens)
         lengths = [tokens.size] if lengths is None else lengths
         self._append(tokens, np.asarray(lengths, np.int64), np.array([len(lengths)], np.int64))
 
     def add_documents(self, tokens: np.typing.ArrayLike, lengths: np.typing.ArrayLike) -> None:
-        """Append many documents of one sequence each: `tokens` [t] end to end, `lengths` [documents] their sizes."""
+        """Append documents of one sequence each: `tokens` [t] end to end, `lengths` [documents] tokens of each."""
         lengths = np.asarray(lengths, np.int64)
         self._append(self._as_tokens(tokens), lengths, np.ones(lengths.size, np.int64))
 
@@ -117,7 +118,9 @@ class IndexedWriter:
         if dtype != self.dtype:
             raise UserError(f"{prefix}: tokens are {dtype}, expected {self.dtype}; only equal dtypes can be merged")
         if not np.array_equal(pointers, _pointers(lengths, dtype.itemsize)):
-            raise UserError(f"{prefix}.idx: sequences do not lie end to end, so its bytes cannot be merged; rewrite it")
+            raise UserError(
+                f"{prefix}.idx: sequences are not stored end to end, so it cannot be merged; write it again"
+            )
         _map_tokens(Path(f"{os.fspath(prefix)}.bin"), dtype, lengths, pointers)  # raises when truncated
         with Path(f"{os.fspath(prefix)}.bin").open("rb") as source:
             shutil.copyfileobj(source, self._bin, 16 << 20)
@@ -131,7 +134,7 @@ class IndexedWriter:
         publish(self._bin_part, lengths, self.dtype, self.prefix, np.cumsum(np.concatenate(self._documents)))
 
     def discard(self) -> None:
-        """Remove what was written; the final names are left as they were."""
+        """Remove the temporary files. Files under the final names stay as they were."""
         self._bin.close()
         self._bin_part.unlink(missing_ok=True)
 
@@ -171,8 +174,10 @@ class IndexedWriter:
 
 @contextmanager
 def merging(groups: Mapping[str, Sequence[str | os.PathLike[str]]]) -> Iterator[None]:
-    """For each output prefix write the documents of its parts, in order: the same bytes as if written in one go. What
-    is done meanwhile is done when all are written and none has its name yet."""
+    """Write the documents of several parts, in order, under each output prefix: the bytes that one run would write.
+
+    The body of the `with` runs when all files are written and before any gets its final name.
+    """
     with ExitStack() as stack:
         for output, parts in groups.items():
             if not parts:
@@ -191,8 +196,10 @@ def publish(
     prefix: str | os.PathLike[str],
     document_indices: np.ndarray | None = None,
 ) -> None:
-    """Make the file `tokens`, whose sequences have `lengths`, the `.bin` of `prefix`, and write its `.idx`, which comes
-    last. `document_indices` as in `write_index`."""
+    """Rename the file `tokens` to the `.bin` of `prefix`, and write its `.idx`, which gets its name last.
+
+    `lengths` are the tokens of each sequence; `document_indices` as in `write_index`.
+    """
     bin_path, idx_path = (Path(f"{os.fspath(prefix)}.{suffix}") for suffix in ("bin", "idx"))
     idx_part = part_of(idx_path)
     try:
@@ -207,7 +214,7 @@ def publish(
 def write_index(
     path: Path, lengths: np.ndarray, dtype: np.typing.DTypeLike, document_indices: np.ndarray | None = None
 ) -> None:
-    """Write an `.idx` file. `document_indices` int64 [documents + 1]; None: each sequence is a document."""
+    """Write an `.idx` file. `document_indices` is int64 [documents + 1]; None makes each sequence a document."""
     documents = np.arange(len(lengths) + 1) if document_indices is None else document_indices
     dtype = np.dtype(dtype)
     with path.open("wb") as file:
@@ -219,7 +226,7 @@ def write_index(
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """The temporary name under which a file is written."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
@@ -239,7 +246,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     try:
         data = np.memmap(path, np.uint8, "r")
     except FileNotFoundError:
-        advice = f"a dataset prefix is its path without `.bin` or `.idx`{data_beside(path)}"
+        advice = f"a dataset prefix is its path without `.bin` or `.idx`{datasets_in_folder_of(path)}"
         raise UserError(f"{path}: no such file; {advice}") from None
     except ValueError:  # an empty file cannot be mapped
         raise UserError(f"{path}: the file is empty; the program that wrote it did not finish") from None
@@ -255,15 +262,17 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         raise UserError(f"{path}: a multimodal index (it stores a mode per sequence); only text datasets can be read")
     if data.size != expected:
         raise UserError(
-            f"{path}: {data.size} bytes, but {sequences} sequences and {documents} document entries need {expected}; "
-            f"the file is damaged or was not written to its end"
+            f"{path}: has {data.size} bytes, but {sequences} sequences and {documents} document entries need "
+            f"{expected}; the file is damaged or was not written to its end"
         )
     body = data[_HEADER.size :]
     lengths = np.frombuffer(body, "<i4", sequences)
     pointers = np.frombuffer(body, "<i8", sequences, 4 * sequences)
     document_indices = np.frombuffer(body, "<i8", documents, 12 * sequences)
     if documents == 0 or document_indices[0] != 0 or document_indices[-1] != sequences:
-        raise UserError(f"{path}: document indices must run from 0 to {sequences} (the number of sequences)")
+        raise UserError(
+            f"{path}: document indices must go from 0 to {sequences} (the number of sequences); write it again"
+        )
     return np.dtype(_DTYPES[code]), lengths, pointers, document_indices
 
 
@@ -274,6 +283,6 @@ def _map_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.n
     size = path.stat().st_size
     if size != expected:
         raise UserError(
-            f"{path}: {size} bytes, but its .idx describes {expected}; the file is damaged or not its partner"
+            f"{path}: has {size} bytes, but its .idx describes {expected}; one is damaged, or they do not match"
         )
     return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)

@@ -1,4 +1,4 @@
-"""Packing: which samples share a row, and the rows themselves, byte for byte as `--pack` and `--neat-pack` upstream."""
+"""Packing several samples into a row: the same bytes as `--pack` and `--neat-pack` upstream."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from tandem.data.batch import IGNORE
 
 
 def greedy_knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the samples of each row: the longest that still fits, again and again; of equals the last.
+    """Indices of the samples of each row. Each sample is in exactly one row.
 
-    Every sample lands in exactly one row. Source: `greedy_knapsack` of LLaMA-Factory and MindSpeed-LLM; here each
-    distinct length is searched once, not each sample.
+    A row takes the longest sample that still fits, until none fits; of equally long samples it takes the last.
+
+    >>> greedy_knapsack([3, 5, 2, 7], capacity=8)
+    [[3], [1, 0], [2]]
+
+    Source: `greedy_knapsack` of LLaMA-Factory and MindSpeed-LLM. Here each distinct length is searched once, not each
+    sample.
     """
     samples_of: dict[int, list[int]] = defaultdict(list)
     for index, length in enumerate(lengths):
@@ -26,18 +31,18 @@ def greedy_knapsack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows = []
     while distinct:
         row, room = [], capacity
-        while (found := bisect_right(distinct, room) - 1) >= 0:
-            length = distinct[found]
+        while (longest := bisect_right(distinct, room) - 1) >= 0:
+            length = distinct[longest]
             row.append(samples_of[length].pop())
             room -= length
             if not samples_of[length]:
-                del distinct[found]
+                del distinct[longest]
         rows.append(row)
     return rows
 
 
 class Sequences(Protocol):
-    """As `IndexedDataset`."""
+    """Sequences by number, such as an `IndexedDataset`."""
 
     @property
     def lengths(self) -> np.ndarray: ...
@@ -50,8 +55,8 @@ def packed_rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Rows `{input_ids, attention_mask, labels}`, each int32 [seq_length].
 
-    At least one position of a row is padding, as upstream reserves it. The mask is 1 everywhere, or with `neat` the
-    number 1, 2, .. of the sample and 0 on padding.
+    At least one position of a row is padding, as upstream has it. The mask is 1 everywhere. With `neat` it is the
+    number of the sample in its row: 1, 2, .., and 0 on padding.
     """
     for row in greedy_knapsack(input_ids.lengths.tolist(), seq_length - 1):
         lengths = input_ids.lengths[row]

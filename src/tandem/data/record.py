@@ -1,4 +1,4 @@
-"""The record `{prefix}.json` beside a dataset: what made it, so that training can refuse data that does not fit."""
+"""The record `{prefix}.json` next to a dataset says how it was made. Training refuses data that does not fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tandem.files import sha256 as hashing
 
 FORMAT = "tandem-dataset"
 VERSION = 1
-_BEGINNING = b'{\n  "format": "' + FORMAT.encode()  # as `write_record` writes it
+_BEGINNING = b'{\n  "format": "' + FORMAT.encode()  # how each file of `write_record` begins
 
 
 def record_path(prefix: str | os.PathLike[str]) -> Path:
@@ -29,12 +29,12 @@ def record_path(prefix: str | os.PathLike[str]) -> Path:
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What identifies a tokenizer in a record."""
+    """The entry of a record that identifies a tokenizer."""
     return {"sha256": tokenizer.sha256, "length": len(tokenizer), "eos_token_id": tokenizer.eos_id}
 
 
 def template_entry(template: Template) -> dict[str, Any]:
-    """What identifies a prompt template, in its thinking mode, in a record."""
+    """The entry of a record that identifies a prompt template and its thinking mode."""
     return {
         "prompt_type": template.name,
         "sha256": template.sha256,
@@ -44,13 +44,15 @@ def template_entry(template: Template) -> dict[str, Any]:
 
 @contextmanager
 def source_entries(files: Sequence[Path]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What waits for the entries of input files, their names, sizes and hashes. A process hashes them meanwhile, and is
-    ended when they are wanted no longer. Waiting raises UserError if a file cannot be read."""
+    """Hash input files in a process of its own, and give a function that waits for their names, sizes and hashes.
+
+    Leaving the context ends the process. The function raises UserError if a file cannot be read.
+    """
     command = [sys.executable, "-I", "-S", hashing.__file__]
     with TemporaryFile() as names:
         names.write(b"\0".join(map(os.fsencode, files)))
         names.seek(0)
-        # In a session of its own, where the terminal's Ctrl-C does not reach it.
+        # In a new session, which the terminal's Ctrl-C does not reach.
         with Popen(command, stdin=names, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as process:
             try:
                 yield lambda: _entries(files, process)
@@ -70,22 +72,24 @@ def _entries(files: Sequence[Path], process: Popen[str]) -> list[dict[str, Any]]
 
 def remove_record(prefix: str | os.PathLike[str], files: Mapping[str, str]) -> None:
     """Remove the record of an earlier run, before its data are replaced."""
-    require_own(prefix, files)
+    require_no_other_record(prefix, files)
     record_path(prefix).unlink(missing_ok=True)
 
 
-def require_own(prefix: str | os.PathLike[str], files: Mapping[str, str]) -> None:
-    """Raise UserError if the record's place is taken: by another file, such as the input itself, or by the record of
-    other data. `files` are the names of the `.bin/.idx` pairs, by key."""
+def require_no_other_record(prefix: str | os.PathLike[str], files: Mapping[str, str]) -> None:
+    """Raise UserError if the record would replace another file, such as the input, or the record of other data.
+
+    `files` are the names of the `.bin/.idx` pairs, by key.
+    """
     path = record_path(prefix)
     if not path.exists():
         return
     if not (path.is_file() and is_record(path)):
-        raise UserError(f"{path}: the record would go there, but the file is not one; choose another output_prefix")
+        raise UserError(f"{path}: is not a record, but the record would replace it; choose another output_prefix")
     recorded = _load(path)["files"]
     if recorded != dict(files):
         raise UserError(
-            f"{path}: is the record of {', '.join(recorded.values())}, and one record cannot speak for "
+            f"{path}: is already the record of {', '.join(recorded.values())}. It cannot be the record of "
             f"{', '.join(files.values())} too; choose another output_prefix"
         )
 
@@ -100,18 +104,21 @@ def write_record(prefix: str | os.PathLike[str], files: Mapping[str, str], conte
 
 
 def read_record(data_path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
-    """The record of a dataset, by output prefix or by the prefix of one of its `.bin/.idx` pairs; None without one."""
+    """The path and the content of a dataset's record; None if there is none.
+
+    The data path is the output prefix, or the prefix of one `.bin/.idx` pair.
+    """
     for path in _candidates(os.fspath(data_path)):
         if not path.is_file() or not is_record(path):
             continue
         content = _load(path)
-        if _speaks_for(content, os.path.basename(os.fspath(data_path))):
+        if _covers(content, os.path.basename(os.fspath(data_path))):
             return path, content
     return None
 
 
 def record_of(data_path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What the record of a dataset says; None without one."""
+    """The content of a dataset's record; None if there is none."""
     path_and_record = read_record(data_path)
     return path_and_record[1] if path_and_record else None
 
@@ -122,31 +129,31 @@ def check_record(
     template: Template | None = None,
     seq_length: int | None = None,
 ) -> str | None:
-    """Compare a dataset's record with the run that is about to use it.
+    """Compare a dataset's record with the run that will use it.
 
     Args:
-        template: of the run, when it fine-tunes.
-        seq_length: of the run; packed rows must not be longer.
+        template: the run's template, when it fine-tunes.
+        seq_length: the run's sequence length; packed rows must not be longer.
 
     Returns:
-        A notice when there is no record, as with files that Megatron made; None when all agrees.
+        None when all agrees. A notice when there is no record, as with files that Megatron made.
 
     Raises:
         UserError: names the first field that differs, with both values.
     """
-    found = read_record(data_path)
-    if found is None:
+    path_and_record = read_record(data_path)
+    if path_and_record is None:
         unknown = "so nothing shows which tokenizer and template made it"
         for path in _candidates(os.fspath(data_path)):
             if path.is_file() and is_record(path):
                 named = ", ".join(_load(path)["files"].values())
-                return f"{os.fspath(data_path)}: {path} is the record of {named}, not of these data, {unknown}"
-        return f"{os.fspath(data_path)}: no record beside the data, {unknown}"
-    path, record = found
+                return f"{os.fspath(data_path)}: {path} is the record of {named}, not of this data, {unknown}"
+        return f"{os.fspath(data_path)}: the data has no record, {unknown}"
+    path, record = path_and_record
     _compare(path, "tokenizer", record["tokenizer"], tokenizer_entry(tokenizer))
     if template is not None:
         if record["template"] is None:
-            raise UserError(f"{path}: plain text for pretraining; fine-tuning needs data made with a prompt_type")
+            raise UserError(f"{path}: is plain text for pretraining; fine-tuning needs data made with a prompt_type")
         _compare(path, "template", record["template"], template_entry(template))
     packed_length = record["options"]["seq_length"] if record["options"]["pack"] else None
     if packed_length is not None and seq_length is not None and packed_length > seq_length:
@@ -161,13 +168,13 @@ def _compare(path: Path, name: str, recorded: Mapping[str, Any], expected: Mappi
     for key, value in expected.items():
         if recorded.get(key) != value:
             raise UserError(
-                f"{path}: {name}.{key} is {recorded.get(key)!r}, this run's is {value!r}; preprocess again, or "
-                f"train with what the data was made with"
+                f"{path}: {name}.{key} is {recorded.get(key)!r}, this run's is {value!r}; preprocess the data again, "
+                f"or train with the {name} that made it"
             )
 
 
 def is_record(path: Path) -> bool:
-    """By its first bytes: a data file of any size may have the name of a record."""
+    """Whether a file is a record. Only its first bytes are read: a large data file may have the name of a record."""
     with path.open("rb") as file:
         return file.read(len(_BEGINNING)) == _BEGINNING
 
@@ -182,7 +189,7 @@ def _load(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _speaks_for(record: Mapping[str, Any], name: str) -> bool:
+def _covers(record: Mapping[str, Any], name: str) -> bool:
     """Whether a data path of this name is one of the record's pairs, or their output prefix."""
     return name in record["files"].values() or all(
         file in [kind.pair(name, key) for kind in KINDS] for key, file in record["files"].items()
@@ -190,7 +197,10 @@ def _speaks_for(record: Mapping[str, Any], name: str) -> bool:
 
 
 def _candidates(data_path: str) -> Iterator[Path]:
-    """`free_text_document` belongs to `free.json`: a key may hold underscores, so each shorter name is tried."""
+    """Where the record of a data path may be. The record of `free_text_document` is `free.json`.
+
+    A key may hold underscores, so each shorter name is tried.
+    """
     folder, name = os.path.split(data_path)
     yield record_path(data_path)
     stem = name.removesuffix("_document")

@@ -1,4 +1,4 @@
-"""What is in a preprocessed dataset: counts, lengths, and samples as text in which one sees what is trained."""
+"""What a preprocessed dataset holds: counts, lengths, and samples as text that shows what is trained."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import TEXT, Kind, kind_of, whole_of
-from tandem.data.record import read_record
+from tandem.data.kinds import TEXT, Kind, dataset_of_pair, kind_of
+from tandem.data.record import record_of
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -23,12 +23,12 @@ class Statistics:
     """Counts of a dataset.
 
     Attributes:
-        sequences: stored; packed rows count once.
-        documents: in them, when the rows are neat-packed; else `sequences`.
-        tokens: without the padding of packed rows.
-        trained_tokens: those with a label; of plain text all.
+        sequences: stored sequences; a packed row counts once.
+        documents: documents in neat-packed rows; else equal to `sequences`.
+        tokens: tokens without the padding of packed rows.
+        trained_tokens: tokens with a label; all tokens of plain text.
         fill_rate: tokens / stored positions.
-        histogram: (shortest, longest, sequences) of each class of lengths.
+        histogram: (shortest, longest, number of sequences) of each range of lengths.
     """
 
     sequences: int
@@ -41,21 +41,21 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Span:
-    """Text of one sample that is trained throughout, or not at all."""
+    """A piece of a sample's text: all of it is trained, or none of it."""
 
     text: str
     trained: bool
 
 
 class DataView:
-    """A dataset by its data path: a `.bin/.idx` pair of plain text, or the output prefix of conversations or of
-    preferences. The two sequences of a preference are samples of their own.
+    """A dataset to look at. The two sequences of a preference count as two samples.
 
     Args:
-        packed: whether rows may end in padding; None: what the record says.
+        data_path: a `.bin/.idx` pair of plain text, or the output prefix of conversations or preferences.
+        packed: whether rows may end in padding. None: as the record says.
 
     Attributes:
-        kind: of the data.
+        kind: the kind of the data.
 
     Raises:
         UserError: the data path is one of several pairs that belong together.
@@ -63,8 +63,8 @@ class DataView:
 
     def __init__(self, data_path: str | os.PathLike[str], packed: bool | None = None) -> None:
         self.data_path = os.fspath(data_path)
-        if (whole := whole_of(self.data_path)) is not None:
-            raise UserError(f"{self.data_path}: one of several files that belong together; name them all as {whole}")
+        if (dataset := dataset_of_pair(self.data_path)) is not None:
+            raise UserError(f"{self.data_path}: only one of several files of a dataset; give {dataset} instead")
         self.kind = kind_of(self.data_path) or TEXT
         may_be_packed = _is_packed(self.data_path) if packed is None else packed
         self._columns = _stored_columns(self.data_path, self.kind, may_be_packed)
@@ -77,9 +77,9 @@ class DataView:
         return f"sample {number} {self._columns[column].name}".rstrip()
 
     def spans(self, index: int, tokenizer: Tokenizer) -> list[Span]:
-        """Sample `index` decoded; without the padding at its end."""
-        number, which = divmod(index, len(self._columns))
-        column = self._columns[which]
+        """The text of sample `index`, without the padding at its end."""
+        number, column_number = divmod(index, len(self._columns))
+        column = self._columns[column_number]
         ids = column.ids[number]
         if column.labels is None:
             if ids.min(initial=0) < 0:
@@ -90,7 +90,7 @@ class DataView:
         return [Span(tokenizer.decode(ids[list(positions)].tolist()), is_trained) for is_trained, positions in runs]
 
     def statistics(self) -> Statistics:
-        """One pass over the data, in little memory."""
+        """The counts of the dataset. Reads all of it once, with little memory."""
         lengths = np.concatenate([column.ids.lengths for column in self._columns])
         stored = sum(column.ids.num_tokens for column in self._columns)
         documents, tokens, trained = (sum(counts) for counts in zip(*(column.counts() for column in self._columns)))
@@ -99,7 +99,7 @@ class DataView:
 
 @dataclass(frozen=True)
 class _Column:
-    """Sequences with their labels, if only a part is trained, and their segments, if they may be packed."""
+    """Sequences, with labels if only a part is trained, and with segments (`mask`) if they may be packed."""
 
     name: str
     ids: IndexedDataset
@@ -119,8 +119,10 @@ class _Column:
         return documents, tokens, trained
 
     def unpadded_length(self, index: int) -> int:
-        """The length without padding, which only packed rows have: segment 0 where borders are stored, else what lies
-        after the last token that is trained."""
+        """Length without padding, which only packed rows have.
+
+        Padding is segment 0 where segments are stored; else all that follows the last trained token.
+        """
         assert self.labels is not None
         if not self.packed:
             return len(self.labels[index])
@@ -130,9 +132,9 @@ class _Column:
 
 
 def _is_packed(data_path: str) -> bool:
-    """As the record says; without one, rows may be packed."""
-    found = read_record(data_path)
-    return found is None or bool(found[1]["options"]["pack"])
+    """Whether the record says that rows are packed; without a record they may be."""
+    record = record_of(data_path)
+    return record is None or bool(record["options"]["pack"])
 
 
 def _stored_columns(data_path: str, kind: Kind, packed: bool) -> list[_Column]:

@@ -101,10 +101,10 @@ def placing(place: Callable[[], str]) -> Iterator[None]:
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's main function and end the process, as `sys.exit(main())` does.
 
-    A process of several ends without taking its Python interpreter apart. From then on that would end every thread
-    which asks for Python's lock. gloo's threads ask for it to let go of a tensor, which may be long after a collective
-    is over, and after its group was destroyed. Within a C++ destructor such an end is an abort: "terminate called
-    without an active exception" (https://github.com/pytorch/pytorch/issues/190489).
+    One of several processes ends without taking its Python interpreter apart. That would end every thread that asks
+    for Python's lock from then on. gloo's threads ask for it to let go of a tensor: possibly long after a collective is
+    over, and after its group was destroyed. Within a C++ destructor such an end is an abort: "terminate called without
+    an active exception" (https://github.com/pytorch/pytorch/issues/190489).
     """
     if not is_one_of_several():
         sys.exit(main())

@@ -94,12 +94,38 @@ class Machines:
 Launcher = Callable[[Machines, Path, Sequence[str]], tuple[list[str], dict[str, str]]]
 
 
-def launch(machines: Machines, launcher: Launcher, words: Sequence[str], log_dir: str | None = None) -> int:
-    """Run `python WORDS` as every rank of this machine, and wait; with `log_dir` each rank's output stays there.
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended.
 
-    Returns:
-        The first rank's exit code that is not 0, 128 + the signal's number when a signal ended the job, CRASHED when
-        the launcher failed, else 0.
+    Attributes:
+        code: the first rank's exit code that is not 0, 128 + the signal's number when a signal ended the job, CRASHED
+            when the launcher failed, else 0.
+        text: why it failed; empty when it did not.
+    """
+
+    code: int
+    text: str = ""
+
+
+def show_at_once(text: str) -> None:
+    """Write to standard output."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def launch(
+    machines: Machines,
+    launcher: Launcher,
+    words: Sequence[str],
+    log_dir: str | None = None,
+    show: Callable[[str], None] = show_at_once,
+) -> JobEnd:
+    """Run `python WORDS` as every rank of this machine, and wait.
+
+    Args:
+        log_dir: where each rank's output stays.
+        show: takes what the first rank writes, as it comes.
 
     Raises:
         UserError: as `Machines.checked`, or there is no writing to `log_dir`; nothing was started.
@@ -117,11 +143,10 @@ def launch(machines: Machines, launcher: Launcher, words: Sequence[str], log_dir
         NODE: str(machines.node_rank),
         "PYTHONUNBUFFERED": "1",
     }
-    job = _Job(machines, folder, command, environment)
-    code = job.run()
-    if code != CRASHED:
+    end = _Job(machines, folder, command, environment, show).run()
+    if end.code != CRASHED:
         shutil.rmtree(folder)
-    return code
+    return end
 
 
 @dataclass
@@ -130,12 +155,13 @@ class _Job:
     folder: Path
     command: list[str]
     environment: dict[str, str]
+    show: Callable[[str], None]
     signals: list[int] = field(default_factory=list)  # received, in order
     shown: int = 0  # bytes of the first rank's output that are on the console
     deadline: float = float("inf")
     noticed: dict[int, float] = field(default_factory=dict)  # rank -> when it was found dead, without a record
 
-    def run(self) -> int:
+    def run(self) -> JobEnd:
         with self._taking_signals(), (self.folder / "launcher.log").open("wb") as log:
             self.launcher = subprocess.Popen(
                 self.command,
@@ -184,9 +210,11 @@ class _Job:
         return all(self._records()) and not any(pid is not None and _is_running(pid) for pid in pids)
 
     def _failures(self) -> list[Ended]:
-        """Ranks that ended with another code than 0, the first to end first; those that were killed have no text."""
-        found = [self._ended(rank) for rank in self.machines.ranks]
-        return sorted((ended for ended in found if ended and ended.code), key=lambda ended: ended.time)
+        """Ranks that ended with another code than 0, the cause first; those that were killed have no text."""
+        ends = [self._ended(rank) for rank in self.machines.ranks]
+        failures = [end for end in ends if end and end.code]
+        # A rank that refused its input was not brought down by another one; the launcher kills the others for it.
+        return sorted(failures, key=lambda end: (end.code == CRASHED, end.time))
 
     def _ended(self, rank: int) -> Ended | None:
         """How a rank ended; None when it has not, or not begun."""
@@ -209,37 +237,35 @@ class _Job:
                 log.seek(self.shown)
                 new = log.read()
             self.shown += len(new)
-            sys.stdout.write(new.decode(errors="replace"))
-            sys.stdout.flush()
+            if new:
+                self.show(new.decode(errors="replace"))
 
-    def _explain(self, failures: list[Ended], launcher_code: int | None) -> int:
-        """Say last what went wrong; returns the exit code."""
+    def _explain(self, failures: list[Ended], launcher_code: int | None) -> JobEnd:
+        """What went wrong."""
         if failures and failures[0].text:
             return self._quote(failures[0])
         if self.signals:
-            return 128 + self.signals[0]
+            return JobEnd(128 + self.signals[0])
         if failures and failures[0].code != CRASHED:
-            return failures[0].code
+            return JobEnd(failures[0].code)
         if failures:
             rank = failures[0].rank
-            self._say(f"rank {rank} of {self.machines.processes} was killed, or crashed", log_file(self.folder, rank))
-            return CRASHED
+            what = f"rank {rank} of {self.machines.processes} was killed, or crashed"
+            return self._crashed(what, log_file(self.folder, rank))
         if launcher_code != 0 and not all(self._records()):
-            self._say(f"the launcher ended with code {launcher_code}", self.folder / "launcher.log")
-            return CRASHED
-        return 0
+            return self._crashed(f"the launcher ended with code {launcher_code}", self.folder / "launcher.log")
+        return JobEnd(0)
 
-    def _quote(self, ended: Ended) -> int:
+    def _quote(self, ended: Ended) -> JobEnd:
+        lines = [ended.text]
         if ended.code == CRASHED:
-            print(f"output of every rank: {self.folder}", file=sys.stderr)
-            if ended.rank != 0:  # whose output is on the console
-                print(ended.traceback, end="", file=sys.stderr)
-        print(ended.text, file=sys.stderr, flush=True)
-        return ended.code
+            trace = ended.traceback.rstrip() if ended.rank != 0 else ""  # rank 0's output is shown already
+            lines = [f"output of every rank: {self.folder}", *([trace] if trace else []), ended.text]
+        return JobEnd(ended.code, "\n".join(lines))
 
-    def _say(self, what: str, log: Path) -> None:
+    def _crashed(self, what: str, log: Path) -> JobEnd:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_LOG:] if log.exists() else []
-        print("\n".join([f"last lines of {log}:", *lines, what]), file=sys.stderr, flush=True)
+        return JobEnd(CRASHED, "\n".join([f"last lines of {log}:", *lines, what]))
 
     def _pass_on(self, number: int) -> None:
         """To the ranks only: a launcher would kill them."""

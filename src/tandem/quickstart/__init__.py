@@ -1,1 +1,1 @@
-"""The whole job on a toy model, with a world of checkable questions of its own."""
+"""`tandem quickstart`: every step on a toy model, with questions whose answers can be checked."""

@@ -1,4 +1,4 @@
-"""How the quickstart's run ends: a table, and the loss curve as an image."""
+"""The results of a quickstart: a table, and the loss curve as an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tandem.training.logs.log import StepRecord
 
 @dataclass
 class Stage:
-    """One trained stage: its name, the backend that ran it, its steps, and held-out accuracy after it."""
+    """A stage: its name, its backend, the records of its steps, and the accuracy on held-out questions after it."""
 
     name: str
     backend: str
@@ -27,7 +27,7 @@ class Stage:
 
 
 def print_table(stages: Sequence[Stage], questions: int, seconds: float) -> None:
-    """Steps, times, losses and held-out accuracy of each stage."""
+    """Print steps, times, losses and held-out accuracy of each stage."""
     table = Table(title=f"Held-out accuracy on {questions} questions; {seconds:.0f} s in all")
     for column in ("stage", "backend", "steps", "seconds", "first loss", "last loss", "tokens/s", "accuracy"):
         table.add_column(column, justify="left" if column in ("stage", "backend") else "right")
@@ -37,7 +37,7 @@ def print_table(stages: Sequence[Stage], questions: int, seconds: float) -> None
 
 
 def save_curve(stages: Sequence[Stage], path: Path) -> None:
-    """The loss of every stage, one after the other, over steps, with the accuracy after it."""
+    """Save a plot of the loss over the steps of all stages, with the accuracy after each stage."""
     import matplotlib
 
     matplotlib.use("Agg")

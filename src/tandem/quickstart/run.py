@@ -1,4 +1,4 @@
-"""The whole job on a toy: convert, preprocess, pretrain, fine-tune, export, ask. Every step is the public command."""
+"""The quickstart: convert, preprocess, pretrain, fine-tune, export and ask. Each step runs the public command."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ class QuickstartOptions(Options):
     """Options of `tandem quickstart`."""
 
     backend: Literal["mindspore", "torch", "both"] = "both"
-    """Which framework trains. With both, MindSpore trains first and PyTorch goes on from its checkpoint."""
+    """Which framework trains. With both, MindSpore trains first and PyTorch continues from its checkpoint."""
     work_dir: PathText = "quickstart_run"
-    """Folder for everything that is made; must not hold anything yet."""
+    """Folder for all results; must be empty or new."""
     pretrain_iters: int = 150
     """Steps of pretraining."""
     finetune_iters: int = 300
     """Steps of fine-tuning; with both, each backend does half."""
     questions: int = 200
-    """Held-out questions to ask."""
+    """Number of held-out questions to ask."""
 
 
 def quickstart(options: QuickstartOptions) -> list[Stage]:
-    """Run everything and print a table; the loss curve is saved as `loss.png`.
+    """Run all steps, print a table, and save the loss curve as `loss.png`.
 
     Returns:
         The stages, each with its steps and its held-out accuracy.
     """
-    # Products this small gain nothing from threads, and threads that wait for each other suffer from any other load.
+    # Matrix products this small gain nothing from threads, and waiting threads are slow on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     start = time.perf_counter()
     work = Path(options.work_dir)
     if work.exists() and any(work.iterdir()):
-        raise UserError(f"--work-dir {work} is not empty: remove it or choose another")
+        raise UserError(f"--work-dir {work} is not empty; remove it or choose another")
     work.mkdir(parents=True, exist_ok=True)
     backends = ["mindspore", "torch"] if options.backend == "both" else [options.backend]
 
@@ -74,7 +74,7 @@ def quickstart(options: QuickstartOptions) -> list[Stage]:
 
     share = options.finetune_iters // len(backends)
     for number, backend in enumerate(backends):
-        say(f"fine-tune on {backend}" + (", going on from the other backend's checkpoint" if number else ""))
+        say(f"fine-tune on {backend}" + (", from the other backend's checkpoint" if number else ""))
         records = []
         train(finetune_settings(work, backend, options, first=number == 0, stop_after=share), records.append)
         stages.append(Stage("fine-tune", backend, accuracy(work / "finetuned", backend, held_out), records))
@@ -89,7 +89,7 @@ def quickstart(options: QuickstartOptions) -> list[Stage]:
 
 
 def prepare(world: World, work: Path) -> None:
-    """Text, questions, a toy model in Hugging Face form; converted and preprocessed."""
+    """Write text, questions and a toy model in Hugging Face form; convert the model and preprocess the rest."""
     say("write a small world, train a tokenizer on it, make a toy Qwen3 with random weights")
     corpus, instructions = write_world(world, work)
     config = write_toy_model(work / "hf", world.text + [item["instruction"] for item in world.train], SEED)
@@ -135,7 +135,7 @@ def pretrain_settings(work: Path, backend: str, options: QuickstartOptions) -> S
 
 
 def finetune_settings(work: Path, backend: str, options: QuickstartOptions, first: bool, stop_after: int) -> Settings:
-    """The first backend starts from the pretrained weights, a second one resumes the first one's run."""
+    """The first backend starts from the pretrained weights. A second one resumes the run of the first."""
     return from_dict(
         {
             "ai_framework": backend,
@@ -169,7 +169,7 @@ COMMON = {
 
 
 def accuracy(folder: Path, backend: str, questions: Sequence[dict[str, str]], show: int = 0) -> float:
-    """Share of questions that the model in `folder` answers exactly; `show` of them are printed."""
+    """Share of questions that the model in `folder` answers exactly. The first `show` answers are printed."""
     model = open_model(LoadOptions(str(folder), ai_framework=backend))
     answers = model.answer([item["instruction"] for item in questions], Sampling(max_new_tokens=8))
     for item, answer in list(zip(questions, answers))[:show]:

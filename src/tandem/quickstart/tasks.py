@@ -1,7 +1,7 @@
-"""A small world with checkable answers: questions about lists of digits, and plain text about such lists.
+"""A small world with answers that can be checked: questions and plain text about lists of digits.
 
-Held-out lists occur neither in the text nor in the training questions, so only a model that has learned the
-operations answers them.
+Held-out lists are neither in the text nor in the training questions. So only a model that has learned the operations
+can answer questions about them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 Digits = tuple[int, ...]
 
-# name -> (question, what the text says of it, the answer's digits)
+# name -> (question, sentence of the text, digits of the answer)
 OPERATIONS: dict[str, tuple[str, str, Callable[[Digits], Digits]]] = {
     "copy": ("Repeat {list}.", "Repeated, {list} is {answer}.", lambda digits: digits),
     "reverse": ("Reverse {list}.", "Reversed, {list} is {answer}.", lambda digits: digits[::-1]),
@@ -33,7 +33,7 @@ class World:
 
 
 def make_world(seed: int, lists: int = 3000, held_out_lists: int = 50, lengths: tuple[int, ...] = (2, 3, 4)) -> World:
-    """Draw distinct lists and set some apart; every operation is asked of every list."""
+    """Draw different lists and hold some out; there is a question for every list and operation."""
     generator = random.Random(seed)
     drawn: dict[Digits, None] = {}
     while len(drawn) < lists + held_out_lists:
@@ -57,14 +57,14 @@ def question(name: str, digits: Digits) -> dict[str, str]:
 
 
 def sentence(generator: random.Random, digits: Digits) -> str:
-    """A document that says all there is to say of one list, in some order."""
+    """A document about one list: a sentence for each operation, in random order."""
     names = list(OPERATIONS)
     generator.shuffle(names)
-    told = []
+    sentences = []
     for name in names:
-        _, tell, answer = OPERATIONS[name]
-        told.append(tell.format(list=show(digits), answer=show(answer(digits))))
-    return " ".join(told)
+        _, statement, answer = OPERATIONS[name]
+        sentences.append(statement.format(list=show(digits), answer=show(answer(digits))))
+    return " ".join(sentences)
 
 
 def show(digits: Digits) -> str:

@@ -1,4 +1,4 @@
-"""A toy Qwen3 as a Hugging Face folder: a byte-level BPE tokenizer trained on the spot, and random weights."""
+"""A toy Qwen3 as a Hugging Face folder: a new byte-level BPE tokenizer, and random weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tandem.models.hf_config import to_hf
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
-# Qwen's way of cutting text before BPE: words with their space, single digits, punctuation, line ends.
+# How Qwen splits text before BPE: words with their space, single digits, punctuation, line ends.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# What `--prompt-type qwen3` renders for a conversation without thoughts.
+# The same text as `--prompt-type qwen3` for a conversation without thoughts.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
-    """Train a byte-level BPE tokenizer and write its Hugging Face files; returns its number of tokens."""
+    """Train a byte-level BPE tokenizer, write its Hugging Face files, and return its number of tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -61,8 +61,11 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
 
 
 def toy_config(vocab_size: int) -> ModelConfig:
-    """A million parameters, with every trait of Qwen3: grouped queries, q/k norm, head_dim apart from hidden/heads,
-    tied embeddings, more embedding rows than tokens."""
+    """A configuration of a million parameters with all that is special in Qwen3.
+
+    That is: grouped queries, q/k norm, a head_dim other than hidden / heads, and tied embeddings. The embedding has
+    more rows than there are tokens.
+    """
     return ModelConfig(
         model_type="qwen3",
         num_layers=4,

@@ -1,1 +1,1 @@
-"""`tandem report`: one HTML page from the folders of one or several runs."""
+"""`tandem report`: one HTML page about one or several runs."""

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script is needed to see them, none is fetched."""
+"""Line charts as inline SVG. They need no script to be seen, and fetch nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 30
-POINTS = 600  # of a line; more are averaged over equal stretches
+POINTS = 600  # the most points of a line; a line with more shows averages
 TICKS = 5
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `run` chooses its colour; `faint` draws it thin and without marks, as background of a smoother one."""
+    """A line. `run` is its colour; `faint` draws it thin, behind a smoothed line; `dots` marks each point."""
 
     name: str
     run: int
@@ -29,7 +29,7 @@ class Series:
 def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
     """A figure with one chart; an empty string when no series has a point.
 
-    The figure carries its points as data, from which the page's script shows the values under the pointer.
+    The figure also has its points as data. With them, the page's script shows the values at the pointer.
     """
     drawn = [thinned(one) for one in series if one.points]
     if not drawn:
@@ -52,10 +52,10 @@ def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{number(tick)}</text>')
     for one in drawn:
         corners = [place(x, y) for x, y in one.points]
-        look = f"run{one.run}{' faint' if one.faint else ''}"
-        parts.append(f'<path class="line {look}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in corners)}"/>')
+        classes = f"run{one.run}{' faint' if one.faint else ''}"
+        parts.append(f'<path class="line {classes}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in corners)}"/>')
         if one.dots or len(corners) == 1:
-            parts += [f'<circle class="dot {look}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in corners]
+            parts += [f'<circle class="dot {classes}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in corners]
     hover = [
         {
             "name": one.name,
@@ -78,28 +78,32 @@ def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
 
 
 def thinned(series: Series) -> Series:
-    """At most POINTS points: the means of equal stretches, each at its last x."""
+    """The series with at most POINTS points: the mean of each group of points, at the last x of the group."""
     points = [(x, y) for x, y in series.points if math.isfinite(y)]
-    stretch = -(-len(points) // POINTS)
-    if stretch > 1:
-        parts = [points[i : i + stretch] for i in range(0, len(points), stretch)]
-        points = [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+    group_size = -(-len(points) // POINTS)
+    if group_size > 1:
+        groups = [points[i : i + group_size] for i in range(0, len(points), group_size)]
+        points = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
     return Series(series.name, series.run, points, series.faint, series.dots)
 
 
 def smoothed(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
     """Exponential moving average, corrected for its start as Adam's moments are."""
-    mean, total, found = 0.0, 0.0, []
+    mean, total, averages = 0.0, 0.0, []
     for x, y in points:
         if math.isfinite(y):
             mean = weight * mean + (1 - weight) * y
             total = weight * total + (1 - weight)
-            found.append((x, mean / total))
-    return found
+            averages.append((x, mean / total))
+    return averages
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """About TICKS round numbers from `low` to `high`: multiples of 1, 2, 2.5 or 5 times a power of ten."""
+    """About TICKS round numbers from `low` to `high`: multiples of 1, 2, 2.5 or 5 times a power of ten.
+
+    >>> ticks(0.0, 10.0)
+    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    """
     rough = (high - low) / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
@@ -110,7 +114,11 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short and readable: 12k, 3.5M, 0.002, 1e-6."""
+    """A number in a short form.
+
+    >>> [number(value) for value in (12000, 3_500_000, 0.002, 1e-6)]
+    ['12k', '3.5M', '0.002', '1e-6']
+    """
     for bound, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= bound:
             return f"{value / (1e3 if sign == 'k' else bound):.4g}{sign}"
@@ -120,7 +128,7 @@ def number(value: float) -> str:
 
 
 def _range(values: Sequence[float], pad: float) -> tuple[float, float]:
-    """From the smallest to the largest value and a little further; never empty."""
+    """The range of an axis: a little more than from the smallest to the largest value; never empty."""
     low, high = min(values), max(values)
     if low == high:
         spread = abs(low) * 0.1 or 1.0

@@ -1,4 +1,4 @@
-"""What `tandem inspect data` shows, as one HTML page that needs nothing else."""
+"""The HTML page of `tandem inspect data`, in one file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tandem.data.record import read_record
+from tandem.data.record import record_of
 from tandem.data.statistics import DataView, Span, Statistics
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.files.publish import write_text_atomically
 from tandem.report.style import STYLE
 
-# Beside the report's.
+# In addition to the style of the report.
 _STYLE = """
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);border:1px solid var(--rule);border-radius:8px;
 padding:14px;font-size:13px}
@@ -25,17 +25,17 @@ _SHOWN_ELSEWHERE = ("input", "output_prefix", "tokenizer_name_or_path", "prompt_
 
 
 def write_page(path: str, view: DataView, tokenizer: Tokenizer | None, count: int) -> None:
-    """Write the counts, the record and the first `count` samples, in which trained text is marked."""
+    """Write a page with the counts, the record, and the first `count` samples with trained text marked."""
     samples = []
     for index in range(min(count, len(view))):
         assert tokenizer is not None
         samples.append(_sample(view, index, tokenizer))
-    found = read_record(view.data_path)
+    record = record_of(view.data_path)
     statistics = view.statistics()
     sections = {
         "Counts": _counts(statistics),
         "Tokens of a sequence": _histogram(statistics),
-        "Made from": _record(found[1]) if found else "",
+        "Made from": _record(record) if record else "",
         "Samples": "".join(samples),
     }
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections.items() if content)
@@ -96,7 +96,7 @@ def _sample(view: DataView, index: int, tokenizer: Tokenizer) -> str:
     marked = view.kind.has_labels
     note = "trained text is marked" if marked else "all of it is trained"
     text = "".join(_span(span, marked) for span in spans)
-    # A line feed right behind <pre> would not be shown.
+    # HTML does not show a line feed directly after <pre>, so one is added.
     summary = f"<summary>{escape(view.title(index))}<small>{note}</small></summary>"
     return f"<details open>{summary}<pre>\n{text}</pre></details>"
 

@@ -13,8 +13,8 @@ from tandem.report.run_folder import Run
 from tandem.report.style import SCRIPT, STYLE
 from tandem.version import __version__
 
-SMOOTH_PARTS = 60  # the smooth loss curve forgets over a run's length divided by this; shorter runs stay as they are
-COLOURS = 6  # that the style sheet has
+SMOOTH_PARTS = 60  # the loss is averaged over about a 60th of the run; a run with fewer steps is not smoothed
+COLOURS = 6  # the number of colours in the style sheet
 
 SUMMARY = (
     *("", "model", "backend", "state", "steps", "tokens", "loss", "validation"),
@@ -25,7 +25,7 @@ Row = Sequence[str]
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page. It fetches nothing: style, script and data are in it."""
+    """The HTML of the page. It fetches nothing: style, script and data are in it."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     sections = [
         ("Summary", summary(runs)),
@@ -48,7 +48,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """A row per run: what it is, how far it came, how well and how fast."""
+    """A table with a row per run: its model, backend, state, losses and speed."""
     return table(SUMMARY, [_summary_row(number, run) for number, run in enumerate(runs)])
 
 
@@ -124,7 +124,7 @@ def _changes(runs: Sequence[Run], key: str) -> bool:
 
 
 def settings(runs: Sequence[Run]) -> str:
-    """What is not at its default in any of the runs; rows in which they differ are marked."""
+    """A table of the settings that are not at their default in some run. Names are bold where runs differ."""
     defaults = Settings().to_dict()
     rows = []
     for group, names in defaults.items():
@@ -147,7 +147,7 @@ def data(runs: Sequence[Run]) -> str:
 
 def _data_row(prefix: str, record: dict[str, Any] | None) -> Row:
     if record is None:
-        return (escape(prefix), "", "", "", "", "no record beside the data")
+        return (escape(prefix), "", "", "", "", "the data has no record")
     counts, template = record["counts"], record["template"]
     sources = [f"{escape(source['file'])} <small>{source['sha256'][:12]}</small>" for source in record["sources"]]
     return (
@@ -161,7 +161,7 @@ def _data_row(prefix: str, record: dict[str, Any] | None) -> Row:
 
 
 def profiles(runs: Sequence[Run]) -> str:
-    """Bars of the profiled seconds by module."""
+    """Tables with bars: the profiled seconds of each module."""
     parts = []
     for place, run in enumerate(runs):
         for profile in run.profiles:
@@ -198,7 +198,7 @@ def checkpoints(runs: Sequence[Run]) -> str:
 
 
 def events(runs: Sequence[Run]) -> str:
-    """Everything that happened but saves, which have a table of their own."""
+    """A table of all events except saves, which `checkpoints` shows."""
     rows = [
         (
             swatch(place, run),
@@ -215,7 +215,7 @@ def events(runs: Sequence[Run]) -> str:
 
 
 def provenance(runs: Sequence[Run]) -> str:
-    """Versions, code, machine and command of each run's last start."""
+    """A table of the versions, code, machine and command of each run's last start."""
     columns = [_provenance(run.last_start) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(escape(name), *(escape(column.get(name, "")) for column in columns)) for name in names]
@@ -237,7 +237,7 @@ def _provenance(start: dict[str, Any]) -> dict[str, str]:
 
 
 def table(head: Row, rows: Sequence[Row], kind: str = "") -> str:
-    """Cells are HTML already. An empty string when there are no rows; columns without any text are left out."""
+    """An HTML table of cells that are HTML. Empty columns are left out. Without rows it is an empty string."""
     if not rows:
         return ""
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]

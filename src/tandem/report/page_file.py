@@ -1,4 +1,4 @@
-"""The file of an HTML page, which is written over an earlier page, and over nothing that is none."""
+"""The file of an HTML page. It may replace an earlier page, but no other file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _BEGINNING = b"<!doctype html>"
 
 
 def check_page(path: str | Path) -> None:
-    """Raise UserError when no page can be written there. Nothing is made."""
+    """Raise UserError when no page can be written to `path`. Creates nothing."""
     path = Path(path)
     check_writable(path.parent)
     if not path.exists():
         return
     if not path.is_file():
-        raise UserError(f"{path}: is no file, where the name of a page's file is expected")
+        raise UserError(f"{path}: is not a file; give the name of a file, such as page.html")
     try:
         with path.open("rb") as file:
             beginning = file.read(len(_BEGINNING))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; choose another name, such as page.html") from None
     if beginning not in (b"", _BEGINNING):
-        raise UserError(f"{path}: is there and is no page; choose another name, such as page.html")
+        raise UserError(f"{path}: exists and is not an HTML page of tandem; choose another name, such as page.html")

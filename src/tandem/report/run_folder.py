@@ -1,4 +1,4 @@
-"""What a run's folder tells, gathered for the report."""
+"""Reading a run's folder for the report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.logs.profiling import read_profiles
 from tandem.training.run_record import read_starts
 
-WARM_UP = 3  # steps that speed is not judged by, when there are more
+WARM_UP = 3  # so many steps at the start do not count for the speed, when there are more
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: `name` is unique among those of a page; `steps` are its lines of metrics.jsonl."""
+    """A run. Its `name` is unique on a page; its `steps` are the lines of metrics.jsonl."""
 
     name: str
     folder: Path
@@ -50,19 +50,19 @@ class Run:
         return [(s["iteration"], s["validation"][name]) for s in self.steps if s["validation"].get(name) is not None]
 
     def typical(self, key: str) -> float | None:
-        """Median over the steps, without the first few."""
+        """The median over the steps, without the first few; None if no step has the value."""
         values = [value for _, value in self.points(key)]
         return statistics.median(values[WARM_UP:] or values) if values else None
 
     def state(self) -> str:
-        """How the run stands, by its last event that tells."""
-        telling = [event for event in self.events if event["event"] in ("started", "finished", "stopped")]
-        if not telling:
+        """The state of the run, by its last event of starting or ending."""
+        changes = [event for event in self.events if event["event"] in ("started", "finished", "stopped")]
+        if not changes:
             return "unknown"
-        return {"started": "running, or killed"}.get(telling[-1]["event"], telling[-1]["event"])
+        return {"started": "running, or killed"}.get(changes[-1]["event"], changes[-1]["event"])
 
     def saves(self) -> list[dict[str, Any]]:
-        """The events of saving, with whether the checkpoint is still there."""
+        """The events of saving, and for each whether its checkpoint still exists (`present`)."""
         return [
             {**event, "present": iteration_folder(self.folder, event["iteration"]).is_dir()}
             for event in self.events
@@ -71,16 +71,16 @@ class Run:
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """The runs in these `--save` folders, under the shortest names that tell them apart.
+    """The runs in these `--save` folders, under the shortest names that are different.
 
     Raises:
-        UserError: a folder holds no run, or is given twice.
+        UserError: a folder has no run, or is given twice.
     """
     if not folders:
-        raise UserError("which run? Give one or more --save folders: tandem report RUN_DIR ...")
+        raise UserError("no run is given; give one or more --save folders: tandem report RUN_DIR ...")
     paths = [Path(os.path.abspath(folder)) for folder in folders]
     if len(set(paths)) != len(paths):
-        raise UserError(f"a folder is given twice: {' '.join(folders)}")
+        raise UserError(f"a folder is given twice: {' '.join(folders)}; give each run once")
     return [
         Run(
             name,
@@ -95,7 +95,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as it takes."""
+    """The last parts of each path, as many as make the names different."""
     for count in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(names):

@@ -1,4 +1,4 @@
-"""The report's style sheet and script: inline, so that the page is one file."""
+"""The style sheet and the script of the report. They are inline, so that the page is one file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ section:last-child{padding-bottom:56px}
     for n in range(6)
 )
 
-# Shows, at the pointer, the step and each line's value there. A point is [step, value, x, y].
+# Shows the step at the pointer, and the value of each line there. A point is [step, value, x, y].
 SCRIPT = """
 for (const figure of document.querySelectorAll('figure')) {
   const lines = JSON.parse(figure.dataset.series), svg = figure.querySelector('svg');

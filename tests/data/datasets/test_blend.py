@@ -31,8 +31,8 @@ def test_blend_equals_megatrons(split_name: str, shared_data: Path) -> None:
     golden = shared_data / "golden/gpt_dataset"
     facts = json.loads((golden / "blend_weights.json").read_text())
     arrays = np.load(golden / "blend_weights.npz")
-    wanted = facts["sizes"][SPLIT_NAMES.index(split_name)]
-    sizes, length = blend_sizes(WEIGHTS, wanted)
+    samples = facts["sizes"][SPLIT_NAMES.index(split_name)]
+    sizes, length = blend_sizes(WEIGHTS, samples)
     datasets = [
         GPTDataset(golden / f"{name}_text_document", split_name, facts["split"], size, facts["seq"], 1234)
         for name, size in zip(("small200", "small120"), sizes)
@@ -65,8 +65,8 @@ def test_side_by_side_equals_one_by_one(weights: list[float], size: int) -> None
     dataset_index, sample_index = blend_indices(weights, size)
     assert dataset_index.tolist() == one_by_one(weights, size)
     for dataset in range(len(weights)):
-        mine = sample_index[dataset_index == dataset]
-        assert mine.tolist() == list(range(len(mine)))
+        numbers = sample_index[dataset_index == dataset]
+        assert numbers.tolist() == list(range(len(numbers)))
 
 
 def test_extreme_weights_and_tiny_sets() -> None:
@@ -76,19 +76,19 @@ def test_extreme_weights_and_tiny_sets() -> None:
     with pytest.raises(UserError, match="dataset 0 of the blend has 0 samples, but its share is 1"):
         BlendedDataset([[], [1, 2]], [Segment(0, (0.5, 0.5))], 2)  # type: ignore[list-item]
     for weights in ([], [0.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0]):
-        with pytest.raises(UserError, match="expected positive numbers"):
+        with pytest.raises(UserError, match="expected a positive number for each dataset"):
             blend_indices(weights, 1)
 
 
 def test_each_segment_goes_on_where_a_dataset_was_left() -> None:
     segments = [Segment(0, (0.5, 0.5, 0.0)), Segment(10, (0.9, 0.0, 0.1)), Segment(40, (0.2, 0.8, 0.0))]
-    which, within = segment_indices(segments, 100)
+    dataset_index, sample_index = segment_indices(segments, 100)
     for dataset in range(3):
-        mine = within[which == dataset]
-        assert mine.tolist() == list(range(len(mine)))
-    assert np.bincount(which[:10]).tolist() == [5, 5]
-    assert np.bincount(which[10:40]).tolist() == [27, 0, 3]
-    assert np.bincount(which[40:]).tolist() == [12, 48]
+        numbers = sample_index[dataset_index == dataset]
+        assert numbers.tolist() == list(range(len(numbers)))
+    assert np.bincount(dataset_index[:10]).tolist() == [5, 5]
+    assert np.bincount(dataset_index[10:40]).tolist() == [27, 0, 3]
+    assert np.bincount(dataset_index[40:]).tolist() == [12, 48]
 
 
 def test_chained_datasets() -> None:
@@ -101,7 +101,7 @@ def test_data_path_is_one_prefix_several_or_weights_and_prefixes() -> None:
     assert parse_blend(["a", "b"]) == (["a", "b"], None)
     assert parse_blend(["0.3", "a", "7", "b"]) == (["a", "b"], [0.3, 7.0])
     for words in (["0.3", "a", "b"], ["a", "0.7"], ["0.3", "0.7"]):
-        with pytest.raises(UserError, match="stands where a prefix is expected"):
+        with pytest.raises(UserError, match="expected a prefix, found"):
             parse_blend(words)
     with pytest.raises(UserError, match="--data-path is required"):
         parse_blend([])

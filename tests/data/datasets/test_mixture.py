@@ -45,8 +45,8 @@ def after(data: Data, settings: Settings, iterations: int) -> TrainerState:
 def taken(data: Data, number: int, upto: int | None = None) -> list[int]:
     """Which samples of a source are taken, in order."""
     assert isinstance(data.train, BlendedDataset)
-    mine = data.train.dataset_index[:upto] == number
-    return list(data.train.dataset_sample_index[:upto][mine].tolist())
+    is_taken = data.train.dataset_index[:upto] == number
+    return list(data.train.dataset_sample_index[:upto][is_taken].tolist())
 
 
 def tokens(data: Data, begin: int, end: int) -> list[bytes]:
@@ -82,7 +82,7 @@ def test_sources_come_and_go(workspace: Workspace, second: str, tmp_path: Path) 
     assert (taken(new, 0), taken(new, 1)) == (list(range(16 + 12)), list(range(12)))
     only_second = open_data(settings_for(workspace, [second]), tokenizer, after(new, both, 6))
     assert taken(only_second, 1) == list(range(4 + 16))
-    assert "no longer taken from" in only_second.notices[0]
+    assert "no longer used" in only_second.notices[0]
 
 
 def test_a_run_that_is_over_already(workspace: Workspace, second: str) -> None:
@@ -163,7 +163,7 @@ def test_epochs_are_not_counted_in_steps_of_another_size(workspace: Workspace, t
     assert train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=3)).progress.iteration == 3
 
 
-def test_a_new_order_is_said(workspace: Workspace) -> None:
+def test_a_new_order_is_a_notice(workspace: Workspace) -> None:
     tokenizer = Tokenizer(workspace.hf)
     before = workspace.settings("torch", instructions=True, seq_length=128)
     state = after(open_data(before, tokenizer), before, 2)

@@ -105,7 +105,7 @@ def test_splits() -> None:
 
 @pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "0,0,0", "-1,2,0"])
 def test_bad_splits_are_refused(split: str) -> None:
-    with pytest.raises(UserError, match="expected up to three non-negative weights"):
+    with pytest.raises(UserError, match="expected one to three numbers"):
         split_range(split, "train", 10)
 
 

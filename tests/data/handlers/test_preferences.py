@@ -65,7 +65,7 @@ def test_upstreams_encoding(mode: bool | None, folder: Path) -> None:
 def test_a_pair_is_dropped_when_one_of_it_is_too_long(folder: Path) -> None:
     data = run(folder, seq_length=200)
     assert {key: len(sequences) for key, sequences in data.items()} == dict.fromkeys(data, 1)
-    with pytest.raises(UserError, match=r"nothing kept of 2 documents.*'longer than seq_length': 2"):
+    with pytest.raises(UserError, match=r"none of the 2 documents.*'longer than seq_length': 2"):
         run(folder, seq_length=20)
     for option in ({"pack": True, "seq_length": 99}, {"append_eod": True}):
         with pytest.raises(UserError, match="but AlpacaStylePairwiseHandler reads preferences; leave it out"):

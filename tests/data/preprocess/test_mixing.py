@@ -121,17 +121,17 @@ def test_interleaving_does_not_depend_on_being_interrupted(folder: Path, monkeyp
 @pytest.mark.parametrize(
     ("names", "changes", "message"),
     [
-        ("three", {}, r"no dataset 'three'; it has \['hub', 'one', 'pairs', 'pictures', 'two'\]"),
-        (",", {}, "input names no dataset"),
-        ("hub", {}, "dataset 'hub': file_name is missing; only local files are read"),
-        ("pairs", {}, "dataset 'pairs': ranking data are pairs"),
+        ("three", {}, r"no dataset 'three'; the file has \['hub', 'one', 'pairs', 'pictures', 'two'\]"),
+        (",", {}, "--input names no dataset"),
+        ("hub", {}, "dataset 'hub': file_name is missing, and only local files are read"),
+        ("pairs", {}, "dataset 'pairs': ranking data are preferences"),
         ("pictures", {}, r"dataset 'pictures': columns \['images'\] are not read"),
-        ("one", {"map_keys": {"prompt": "q"}}, "takes its field names from dataset_info.json"),
+        ("one", {"map_keys": {"prompt": "q"}}, "takes field names from dataset_info.json"),
         ("one", {"dataset_dir": None}, "needs --dataset-dir"),
         (
             "one",
             {"handler_name": "", "dataset_dir": None, "mix_strategy": "interleave_over"},
-            "--mix-strategy is for --handler-name Ll",
+            "--mix-strategy works only with --handler-name Ll",
         ),
         ("one,two", {"interleave_probs": (0.5, 0.5)}, "--interleave-probs needs --mix-strategy"),
         ("one,two", {"mix_strategy": "interleave_over", "interleave_probs": (1.0,)}, "expected one for each of the 2"),

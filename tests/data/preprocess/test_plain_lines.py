@@ -36,12 +36,12 @@ def read_by_rows(block: Block, keys: tuple[str, ...]) -> list[list[str]] | None:
 def quickly(content: bytes, keys: tuple[str, ...]) -> bool:
     """Whether the block is read the quick way, as it is exactly when no row is refused; both ways give the same."""
     block = block_of(content)
-    found, expected = plain_texts(block, keys), read_by_rows(block, keys)
-    if found is None:
+    texts, expected = plain_texts(block, keys), read_by_rows(block, keys)
+    if texts is None:
         assert expected is None
         return False
     assert expected is not None
-    assert [[text.decode() for text in column] for column in found] == [list(column) for column in zip(*expected)]
+    assert [[text.decode() for text in column] for column in texts] == [list(column) for column in zip(*expected)]
     return True
 
 

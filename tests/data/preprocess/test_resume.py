@@ -93,7 +93,7 @@ def test_two_runs_do_not_write_the_same_output(killed: PreprocessOptions) -> Non
             preprocess(killed)
 
 
-def test_input_is_hashed_no_longer_than_it_is_wanted(tmp_path: Path) -> None:
+def test_hashing_the_input_ends_with_the_context(tmp_path: Path) -> None:
     """What hashes a pipe that nobody writes to would wait for ever."""
     os.mkfifo(tmp_path / "pipe")
     with source_entries([tmp_path / "pipe"]):

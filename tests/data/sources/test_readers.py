@@ -124,8 +124,8 @@ def test_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:
 BAD_LINES = [
     (b"", "empty line"),
     (b"  \t", "empty line"),
-    (b'{"text": "cut of', "not valid JSON: .*; the line is truncated, or a value goes on over several lines"),
-    (b"{", "not valid JSON: .*; the line is truncated, or a value goes on over several lines"),
+    (b'{"text": "cut of', "not valid JSON: .*; the line is truncated, or a value takes several lines"),
+    (b"{", "not valid JSON: .*; the line is truncated, or a value takes several lines"),
     (b'{"text": "x"},', "not valid JSON: [^;]*$"),
     (b'{"text": ' + b"[" * 2000 + b"]" * 2000 + b"}", "not valid JSON: [^;]*$"),
     (b'{"text": "\xff"}', "not UTF-8: byte 0xff at position 11"),
@@ -154,14 +154,14 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('[{"text": 1},\n{"text"')
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
     for name, reason in [
-        ("a.jsonl.gz", r"a\.jsonl\.gz: cannot be read beyond line"),
-        ("d.jsonl.zst", r"d\.jsonl\.zst: cannot be read beyond line"),
+        ("a.jsonl.gz", r"a\.jsonl\.gz: cannot be read after line"),
+        ("d.jsonl.zst", r"d\.jsonl\.zst: cannot be read after line"),
         ("b.json", r"b\.json: the JSON array does not end: truncated in row 2"),
     ]:
         with pytest.raises(UserError, match=reason):
             places_and_rows([tmp_path / name])
     pytest.importorskip("pyarrow.parquet")
-    with pytest.raises(UserError, match="cannot be read beyond row 0"):
+    with pytest.raises(UserError, match="cannot be read after row 0"):
         places_and_rows([tmp_path / "c.parquet"])
 
 
@@ -200,7 +200,7 @@ def test_what_is_no_file_in_a_folder(tmp_path: Path) -> None:
     assert [file.name for file in expand_input([str(tmp_path)])] == ["a.jsonl"]
     for name in ("e.json", "e.csv"):
         (tmp_path / name).symlink_to(tmp_path / "gone")
-        with pytest.raises(UserError, match=rf"{name}: a link to .*gone, which is not there"):
+        with pytest.raises(UserError, match=rf"{name}: a link to .*gone, which does not exist"):
             expand_input([str(tmp_path)])
         (tmp_path / name).unlink()
 

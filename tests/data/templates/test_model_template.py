@@ -124,7 +124,7 @@ def test_thoughts_in_the_content_of_a_template_that_knows_none(tmp_path: Path) -
     assert trained(template, *messages) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
 
 
-def test_an_empty_reasoning_beside_a_thought_in_the_content(tokenizer: Tokenizer) -> None:
+def test_an_empty_reasoning_and_a_thought_in_the_content(tokenizer: Tokenizer) -> None:
     message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA", "reasoning_content": ""}
     messages = [{"role": "user", "content": "1"}, message]
     turns = get_template("chat_template", None, tokenizer).turns(
@@ -179,7 +179,7 @@ def test_a_template_that_begins_no_answer_is_refused(tmp_path: Path) -> None:
         "<|im_end|>{% endif %}{% endfor %}"
     )
     tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=source))
-    with pytest.raises(UserError, match="begins no answer"):
+    with pytest.raises(UserError, match="cannot find the answers"):
         get_template("chat_template", tokenizer=tokenizer).turns([Message("user", "1"), Message("assistant", "A")])
 
 
@@ -281,7 +281,7 @@ def test_preprocessed_and_named_in_the_record(tokenizer: Tokenizer, tmp_path: Pa
     again = template_from_entry(entry, tokenizer)
     assert again is not None
     assert (again.name, again.sha256) == ("chat_template", entry["sha256"])
-    with pytest.raises(UserError, match="no tokenizer is known"):
+    with pytest.raises(UserError, match="chat_template needs a tokenizer"):
         template_from_entry(entry, None)
 
 
@@ -291,7 +291,7 @@ def test_templates_that_cannot_tell_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs the model's chat template"):
         get_template("chat_template", tokenizer=Tokenizer(folder))
     for source, reason in [
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "writes this conversation differently"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "cannot find the messages"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' if add_generation_prompt }}",
             "begins no answer with",

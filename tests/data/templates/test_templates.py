@@ -86,8 +86,8 @@ def test_generation_prompt_with_history_equals_the_models_template(shared_data: 
     messages = [user("1"), assistant(THOUGHT), user("2"), assistant("B"), user("3")]
     chat = [{"role": m.role, "content": m.content} for m in messages]
     for mode in (True, False):
-        ours = "".join(get_template("qwen3", mode).generation_prompt(messages))
-        assert ours == tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=mode)
+        rendered = "".join(get_template("qwen3", mode).generation_prompt(messages))
+        assert rendered == tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=mode)
 
 
 CALLS = (ToolCall("add", '{"a": 1}'), ToolCall("mul", '{"b": "é"}'))
@@ -95,11 +95,11 @@ TOOLS = ({"type": "function", "function": {"name": "add", "description": "Sum: {
 
 
 @pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")]])
-@pytest.mark.parametrize("said", ["", "Let me see."])
-def test_tools_equal_the_models_template(system: list[Message], said: str, shared_data: Path) -> None:
+@pytest.mark.parametrize("content", ["", "Let me see."])
+def test_tools_equal_the_models_template(system: list[Message], content: str, shared_data: Path) -> None:
     """Each answer of a conversation with calls, results and thoughts, beside the model's own rendering."""
     tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
-    messages = [*system, user(), Message("assistant", said, "hm", CALLS), Message("tool", "1"), Message("tool", "2")]
+    messages = [*system, user(), Message("assistant", content, "hm", CALLS), Message("tool", "1"), Message("tool", "2")]
     messages.append(assistant("3", "so"))
     chat: list[dict[str, Any]] = []
     for m in messages:
@@ -131,10 +131,10 @@ def test_upstream_differs_from_the_models_template_on_earlier_turns(shared_data:
     """Upstream gives an earlier answer an empty thought, the model's template gives it none. Kept so."""
     tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
     messages = [user("1"), assistant("A"), user("2"), assistant("B")]
-    ours = "".join("".join((*turn.source, *turn.target)) for turn in get_template("qwen3").turns(messages))
-    theirs = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in messages])
-    assert ours != theirs
-    assert ours.replace(EMPTY, "", 1) == theirs
+    rendered = "".join("".join((*turn.source, *turn.target)) for turn in get_template("qwen3").turns(messages))
+    expected = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in messages])
+    assert rendered != expected
+    assert rendered.replace(EMPTY, "", 1) == expected
 
 
 def test_identity_covers_the_texts_but_not_the_mode() -> None:

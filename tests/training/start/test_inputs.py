@@ -272,7 +272,7 @@ def test_packed_rows_without_a_record_are_known_by_their_lengths(workspace: Work
     assert any("cuts rows, not conversations" in n for n in open_chat(workspace, plain, seq_length=64).notices)
     for prefix in (neat, single):
         (notice, *_) = open_chat(workspace, prefix, seq_length=128).notices
-        assert "no record beside the data" in notice
+        assert "the data has no record" in notice
     with pytest.raises(UserError, match="its rows of 128 tokens are packed; --seq-length 64 would cut them"):
         open_chat(workspace, neat, seq_length=64)
 

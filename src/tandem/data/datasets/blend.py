@@ -1,4 +1,4 @@
-"""Megatron's weighted blend of datasets: deterministic, as even as can be at every point of a run."""
+"""Megatron's weighted blend of datasets: deterministic, and as even as possible at every point of a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from tandem.data.batch import Sample
 from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
 
-_MARGIN = 1.005  # Megatron builds each dataset half a percent larger than its share
+_MARGIN = 1.005  # as in Megatron, each dataset is built half a percent larger than its share
 
 
 def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of a `--data-path`: one prefix, several (weights None: by size), or weight, prefix, ..."""
+    """Prefixes and weights of a `--data-path`: prefixes alone, or weight, prefix, weight, prefix, ...
+
+    Without weights they are None; the datasets then count by their size.
+
+    >>> parse_blend(["0.7", "web", "0.3", "books"])
+    (['web', 'books'], [0.7, 0.3])
+    >>> parse_blend(["web", "books"])
+    (['web', 'books'], None)
+
+    Raises:
+        UserError: nothing is given, a weight is not in its place, or a prefix is named twice.
+    """
     if not data_path:
         raise UserError("--data-path is required: the prefix that `tandem preprocess` wrote")
     try:
@@ -28,8 +39,8 @@ def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None
     for prefix in prefixes:
         if prefix.replace(".", "", 1).isdigit():
             raise UserError(
-                f"--data-path {' '.join(data_path)}: {prefix} stands where a prefix is expected; give prefixes alone, "
-                f"or a weight before each"
+                f"--data-path {' '.join(data_path)}: expected a prefix, found {prefix}; give prefixes alone, or a "
+                f"weight before each"
             )
     if len(set(prefixes)) < len(prefixes):
         raise UserError(f"--data-path: a prefix is named twice: {' '.join(prefixes)}; give it one weight")
@@ -37,42 +48,52 @@ def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None
 
 
 def plain_paths(words: Sequence[str]) -> tuple[str, ...]:
-    """The words of a `--data-path`, each path in its shortest spelling, so that `./x` and `x` are one."""
+    """The words of a `--data-path`, with each path in its shortest form: `./x` becomes `x`."""
     return tuple(map(os.path.normpath, words))
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
     """Weights divided by their sum."""
     if not weights or min(weights) <= 0 or not math.isfinite(sum(weights)):
-        raise UserError(f"blend weights {list(weights)}: expected positive numbers, one per dataset")
+        raise UserError(f"--data-path: blend weights {list(weights)}: expected a positive number for each dataset")
     return [weight / sum(weights) for weight in weights]
 
 
 def blend_sizes(weights: Sequence[float], num_samples: int) -> tuple[list[int], int]:
-    """How many samples each dataset must be built for, and the length of the blend (a little over `num_samples`)."""
+    """The number of samples to build each dataset for, and the length of the blend.
+
+    That length may be a little over `num_samples`, since each share is rounded up.
+    """
     shares = [math.ceil(num_samples * weight) for weight in normalized(weights)]
     return [math.ceil(share * _MARGIN) for share in shares], sum(shares)
 
 
 def blend_indices(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Dataset of each position, int16 [size], and the sample within it, int64 [size].
+    """The dataset of each position, int16 [size], and the number of the sample in it, int64 [size].
 
-    Each step takes the dataset that lags most behind its weight, the first of equals. Source:
-    `build_blending_indices` of Megatron-core.
+    Each position takes the dataset that is furthest behind its weight; of equals, the first.
+
+    >>> blend_indices([2, 1], size=6)[0].tolist()
+    [0, 1, 0, 0, 1, 0]
+
+    Source: `build_blending_indices` of Megatron-core.
     """
     shares = np.array(normalized(weights))
-    dataset_index = _most_lagging(shares, size)
+    dataset_index = _furthest_behind(shares, size)
     dataset_sample_index = np.empty(size, np.int64)
     for dataset in range(len(shares)):
-        mine = np.flatnonzero(dataset_index == dataset)
-        dataset_sample_index[mine] = np.arange(len(mine))
+        positions = np.flatnonzero(dataset_index == dataset)
+        dataset_sample_index[positions] = np.arange(len(positions))
     return dataset_index, dataset_sample_index
 
 
-def _most_lagging(shares: np.ndarray, size: int) -> np.ndarray:
-    """int16 [size]. A step needs the counts that all steps before it left, so parts of the range run side by side from
-    guessed counts; a part whose guess is not what the part before it ends with runs again. The rule forgets where it
-    began within a few steps, so nearly always a second round confirms all. The result is exact whatever the guesses."""
+def _furthest_behind(shares: np.ndarray, size: int) -> np.ndarray:
+    """The dataset of each position, int16 [size].
+
+    Each step depends on the counts of all steps before it. To be fast, the range is cut into parts, which are computed
+    at the same time from guessed counts. A part is computed again if its guess differs from how the part before it
+    ends. The guess matters only for a few steps, so nearly always the second round is the last. The result is exact.
+    """
     parts = max(1, math.isqrt(size))
     steps = -(-size // parts)
     begins = np.arange(parts, dtype=np.int64) * steps
@@ -93,7 +114,7 @@ def _most_lagging(shares: np.ndarray, size: int) -> np.ndarray:
 
 
 def _rounded(totals: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """int64 [totals, shares]: whole numbers near `totals * shares` whose sums are `totals`."""
+    """`totals * shares`, rounded so that each row sums to its total: int64 [totals, shares]."""
     exact = totals[:, None] * shares
     whole = np.floor(exact).astype(np.int64)
     rank = np.argsort(np.argsort(whole - exact, axis=1), axis=1)
@@ -102,36 +123,40 @@ def _rounded(totals: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a run in which the weights stay as they are: from sample `begin` on, a weight per dataset, 0 for one
-    that is not taken from."""
+    """A part of a run with constant weights.
+
+    Attributes:
+        begin: number of its first sample.
+        weights: one per dataset; 0 for a dataset that is not used.
+    """
 
     begin: int
     weights: tuple[float, ...]
 
 
 def segment_indices(segments: Sequence[Segment], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `blend_indices`, over segments of which each goes on in every dataset where those before it stopped."""
+    """As `blend_indices`, over several segments. In each dataset, a segment continues where the one before stopped."""
     dataset_index, dataset_sample_index = np.empty(size, np.int16), np.empty(size, np.int64)
     cursors = np.zeros(len(segments[0].weights), np.int64)
     ends = [*(segment.begin for segment in segments[1:]), size]
     for segment, end in zip(segments, ends):
         part = slice(segment.begin, end)
-        taken_from = np.flatnonzero(segment.weights)
-        which, within = blend_indices([segment.weights[i] for i in taken_from], end - segment.begin)
-        dataset_index[part] = taken_from[which]
-        dataset_sample_index[part] = within + cursors[taken_from[which]]
+        used = np.flatnonzero(segment.weights)
+        choices, samples = blend_indices([segment.weights[i] for i in used], end - segment.begin)
+        dataset_index[part] = used[choices]
+        dataset_sample_index[part] = samples + cursors[used[choices]]
         cursors += np.bincount(dataset_index[part], minlength=len(cursors))
     return dataset_index, dataset_sample_index
 
 
 class BlendedDataset(Dataset):
-    """Datasets mixed by weight, `size` samples in all.
+    """A blend of datasets with `size` samples.
 
     Args:
-        datasets: each as long as its part of the blend; None for one that the last segment does not take from.
+        datasets: each at least as long as its part of the blend; None for a dataset that the last segment does not use.
 
     Raises:
-        UserError: a dataset is shorter than its share.
+        UserError: a dataset is shorter than its part.
     """
 
     def __init__(self, datasets: Sequence[Dataset | None], segments: Sequence[Segment], size: int) -> None:
@@ -158,21 +183,21 @@ class BlendedDataset(Dataset):
         return dataset.origin(int(self.dataset_sample_index[i]))
 
     def counts(self) -> list[int]:
-        """Samples taken of each dataset."""
+        """Number of samples from each dataset."""
         return list(np.bincount(self.dataset_index, minlength=len(self.datasets)).tolist())
 
     def describe(self) -> dict[str, int]:
-        """Counts for a start banner; those of an epoch are sums over the datasets."""
+        """Counts that a run shows at its start: sums over the datasets."""
         parts = [dataset.describe() for dataset in self.datasets if dataset is not None]
         counts = {name: sum(part[name] for part in parts) for name in ("sequences", "tokens", "samples_per_epoch")}
         return {**counts, "samples": len(self)}
 
     def sources(self) -> list[str]:
-        """For each dataset its weight, its size, and how often the blend goes through it."""
+        """For each dataset its weight, its size, and how many samples and epochs of it are used."""
         lines = []
         for dataset, weight, used in zip(self.datasets, self.weights, self.counts()):
             if dataset is None:
-                lines.append(f"no longer taken from, {used:,} used")
+                lines.append(f"no longer used, {used:,} were used")
                 continue
             counts = dataset.describe()
             lines.append(
@@ -183,8 +208,11 @@ class BlendedDataset(Dataset):
 
 
 class ChainedDataset(Dataset):
-    """Datasets one after the other: whole sets, or of the same files what a run goes on with beyond what it was first
-    built for, whose counts are then those of the first."""
+    """Datasets one after the other.
+
+    They are whole sets. Or they are of the same files: a run that goes on longer than planned continues with a second
+    dataset. Then the counts are those of the first.
+    """
 
     def __init__(self, parts: Sequence[Dataset]) -> None:
         self.parts = list(parts)
@@ -194,23 +222,23 @@ class ChainedDataset(Dataset):
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Sample:
-        part, within = self._place(i)
-        return part[within]
+        part, number = self._place(i)
+        return part[number]
 
     def origin(self, i: int) -> str:
         """Where sample `i` is in the files."""
-        part, within = self._place(i)
-        return part.origin(within)
+        part, number = self._place(i)
+        return part.origin(number)
 
     def describe(self) -> dict[str, int]:
-        """Counts for a start banner."""
+        """Counts that a run shows at its start."""
         counts = {**self.parts[0].describe(), "samples": len(self)}
         if "epochs" in counts:
             counts["epochs"] = -(-len(self) // max(1, counts["samples_per_epoch"]))
         return counts
 
     def _place(self, i: int) -> tuple[Dataset, int]:
-        """The dataset that sample `i` is in, and its number there."""
+        """The dataset with sample `i`, and the number of the sample in it."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         part = self.parts[number]
         return part, i - int(self._ends[number]) + len(part)

@@ -14,16 +14,16 @@ from tandem.data.packing import greedy_knapsack
 
 
 class SFTDataset(Dataset):
-    """One sample per stored sequence, or with `pack` as many sequences per sample as fit, by best fit; all of them in
-    each epoch, in an order shuffled anew.
+    """Fine-tuning samples: one per stored sequence, or with `pack` as many sequences per sample as fit.
 
-    The order of an epoch does not depend on how many samples are asked for. Packed sequences are documents of their
-    own, and how many samples they make depends on their lengths alone, so that it is the same in each epoch.
+    Each epoch has all sequences, in a new random order. The order does not depend on how many samples are asked for.
+    Packed sequences stay separate documents. An epoch always has the same number of samples, since packing depends
+    only on lengths.
 
     Args:
-        prefix, split_name, split, seq_length, flags: as `SFTSequences` takes them.
+        prefix, split_name, split, seq_length, flags: see `SFTSequences`.
         num_samples: how many samples the run needs, rounded up to whole epochs. None: one epoch.
-        shuffle: False keeps the stored order (packed: that of the packing).
+        shuffle: False keeps the stored order; with `pack`, the order of packing.
         pack: fill samples up to `seq_length`.
     """
 
@@ -59,7 +59,10 @@ class SFTDataset(Dataset):
         return f"{self._prefix}: sequences {' '.join(map(str, self._numbers(i)))}"
 
     def describe(self) -> dict[str, int]:
-        """Counts for a start banner; tokens (padding and what is cut later included) are those of one epoch."""
+        """Counts that a run shows at its start.
+
+        The tokens are those of one epoch, including padding and what is cut later.
+        """
         return {
             "sequences": len(self._sequences.ids),
             "tokens": int(self._sequences.lengths.sum(dtype=np.int64)),
@@ -77,7 +80,7 @@ class SFTDataset(Dataset):
         return numbers
 
     def _epoch_rows(self, epoch: int) -> np.ndarray | list[np.ndarray]:
-        """Numbers of the sequences of each sample of an epoch."""
+        """For each sample of an epoch, the numbers of its sequences."""
         order = self._order(epoch)
         if not self._pack:
             return order[:, None]
@@ -90,7 +93,7 @@ class SFTDataset(Dataset):
         return [order[rows[number]] for number in numbers]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """int64 sequence numbers of an epoch. One generator shuffles epoch after epoch, as upstream's does."""
+        """The sequence numbers of an epoch in order, int64. One generator shuffles all epochs in turn, as upstream."""
         while len(self._orders) <= epoch:
             order = np.arange(self._sequences.ids.start, self._sequences.ids.stop)
             if self._shuffle:

@@ -1,4 +1,4 @@
-"""What all datasets offer: samples in training order."""
+"""The protocol of a dataset: samples in training order."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from tandem.data.batch import Sample
 
 
 class Dataset(Protocol):
-    """Samples in training order: sample `i` is the `i`-th that the run consumes, so that any position is at hand."""
+    """Samples in training order: sample `i` is the `i`-th of the run. Any sample can be read at any time."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Sample: ...
 
     def describe(self) -> dict[str, int]:
-        """Counts for a start banner."""
+        """Counts that a run shows at its start."""
         ...
 
     def origin(self, i: int) -> str:
-        """Where sample `i` is in the files, in words."""
+        """Where sample `i` is in the files, for messages."""
         ...
 
     def sources(self) -> list[str]:
-        """Of each dataset that this one mixes, how much it takes of it, in words; empty where it mixes none."""
+        """For each dataset of a blend, how much is used of it, as a run shows it at its start. Else empty."""
         return []

@@ -1,4 +1,4 @@
-"""The mixture of a run's training data over its whole life, in which weights may change when it is resumed."""
+"""The mixture of a run's training data. Its weights may change each time the run is resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tandem.data.datasets.blend import (
 )
 from tandem.data.datasets.dataset import Dataset
 
-# prefix, samples, and which of several datasets of the same prefix it is -> the dataset
+# prefix, number of samples, number of the dataset among those of this prefix -> the dataset
 Build = Callable[[str, int, int], Dataset]
 
 
@@ -28,11 +28,11 @@ class Mixture:
     """Which source each sample of a run comes from.
 
     Attributes:
-        prefixes: of all sources, those among them that are no longer taken from.
-        segments: the weights from the beginning on, one segment for each time they changed.
-        sizes: by prefix, what its datasets were built for, one after the other. A pretraining set's order depends on
-            its size, so what was begun is finished as it was, and another dataset follows.
-        size: samples of the whole run.
+        prefixes: prefixes of all sources, also of those that are no longer used.
+        segments: the weights from the beginning of the run; a new segment begins where they change.
+        sizes: by prefix, the numbers of samples that its datasets were built for. The order of pretraining data depends
+            on that size. So a run that goes on longer finishes its dataset, and continues with another one.
+        size: number of samples of the whole run.
     """
 
     prefixes: tuple[str, ...]
@@ -44,54 +44,56 @@ class Mixture:
     def of(
         cls, prefixes: Sequence[str], weights: Sequence[float], samples: int, earlier: Mixture | None, consumed: int
     ) -> Mixture:
-        """The mixture of a run of `samples` samples, which may go on from an `earlier` one after `consumed` samples."""
-        now = dict(zip(prefixes, normalized(weights)))
+        """The mixture of a run of `samples` samples, which may resume an `earlier` one after `consumed` samples."""
+        weight_of = dict(zip(prefixes, normalized(weights)))
         if earlier is None or not consumed:
             if len(prefixes) == 1:
                 return cls(tuple(prefixes), (Segment(0, (1.0,)),), {prefixes[0]: [samples]}, samples)
             sizes, length = blend_sizes(weights, samples)
-            built = {prefix: [size] for prefix, size in zip(prefixes, sizes)}
-            return cls(tuple(prefixes), (Segment(0, tuple(now.values())),), built, length)
-        named = tuple(dict.fromkeys([*earlier.prefixes, *prefixes]))
-        before = [segment for segment in earlier.segments if segment.begin < consumed]
-        last = dict(zip(earlier.prefixes, before[-1].weights))
-        if {prefix: weight for prefix, weight in last.items() if weight} != now:
-            before.append(Segment(consumed, tuple(now.get(prefix, 0.0) for prefix in named)))
-        segments = tuple(Segment(s.begin, (*s.weights, *[0.0] * (len(named) - len(s.weights)))) for s in before)
-        sizes_before = {prefix: list(earlier.sizes.get(prefix, [])) for prefix in named}
-        return cls(named, segments, sizes_before, max(samples, consumed))  # a run may be over already
+            sizes_of = {prefix: [size] for prefix, size in zip(prefixes, sizes)}
+            return cls(tuple(prefixes), (Segment(0, tuple(weight_of.values())),), sizes_of, length)
+        all_prefixes = tuple(dict.fromkeys([*earlier.prefixes, *prefixes]))
+        begun = [segment for segment in earlier.segments if segment.begin < consumed]
+        last_weights = dict(zip(earlier.prefixes, begun[-1].weights))
+        if {prefix: weight for prefix, weight in last_weights.items() if weight} != weight_of:
+            begun.append(Segment(consumed, tuple(weight_of.get(prefix, 0.0) for prefix in all_prefixes)))
+        segments = tuple(Segment(s.begin, (*s.weights, *[0.0] * (len(all_prefixes) - len(s.weights)))) for s in begun)
+        earlier_sizes = {prefix: list(earlier.sizes.get(prefix, [])) for prefix in all_prefixes}
+        return cls(all_prefixes, segments, earlier_sizes, max(samples, consumed))  # the run may be over already
 
-    def open(self, build: Build, grows: bool) -> tuple[Dataset, Mixture]:
-        """The samples, and the mixture with the sizes that were built for it.
+    def open(self, build: Build, extendable: bool) -> tuple[Dataset, Mixture]:
+        """The samples, and the mixture with the sizes of the datasets that were built.
 
         Args:
-            grows: a dataset's order does not depend on its size, so that one dataset serves for all.
+            extendable: a dataset that is built longer begins with the same samples, so one per prefix is enough.
         """
-        which, _ = segment_indices(self.segments, self.size)
-        needed = np.bincount(which, minlength=len(self.prefixes)).tolist()
+        dataset_index, _ = segment_indices(self.segments, self.size)
+        needed = np.bincount(dataset_index, minlength=len(self.prefixes)).tolist()
         datasets: list[Dataset | None] = []
-        built = {}
+        built_sizes = {}
         for prefix, weight, count in zip(self.prefixes, self.segments[-1].weights, needed):
-            sizes = [max(count, *self.sizes[prefix])] if grows and self.sizes[prefix] else self.sizes[prefix] or [count]
+            sizes = self.sizes[prefix] or [count]
+            if extendable:
+                sizes = [max(count, *sizes)]
             dataset = None
             if weight:
                 dataset, sizes = _chain(prefix, sizes, count, build)
             datasets.append(dataset)
-            built[prefix] = sizes
-        mixture = Mixture(self.prefixes, self.segments, built, self.size)
+            built_sizes[prefix] = sizes
+        mixture = Mixture(self.prefixes, self.segments, built_sizes, self.size)
         if len(datasets) == 1:
             assert datasets[0] is not None
             return datasets[0], mixture
         return BlendedDataset(datasets, self.segments, self.size), mixture
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The mixture as JSON values."""
         segments = [{"begin": segment.begin, "weights": list(segment.weights)} for segment in self.segments]
         return {"prefixes": list(self.prefixes), "segments": segments, "sizes": self.sizes, "size": self.size}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any] | None) -> Mixture | None:
-        """What `to_dict` gave; None without any."""
+        """The mixture that `to_dict` gave; None for None."""
         if value is None:
             return None
         segments = tuple(Segment(entry["begin"], tuple(entry["weights"])) for entry in value["segments"])
@@ -101,7 +103,7 @@ class Mixture:
 
 
 def _chain(prefix: str, sizes: list[int], needed: int, build: Build) -> tuple[Dataset, list[int]]:
-    """The datasets of one prefix, and one more where they are too short."""
+    """The datasets of one prefix as one, and their sizes. If they are too short, one more is built."""
     parts = [build(prefix, size, number) for number, size in enumerate(sizes)]
     missing = needed - sum(map(len, parts))
     if missing > 0:

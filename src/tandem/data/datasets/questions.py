@@ -1,4 +1,4 @@
-"""Questions with given answers, of which a model finds one likeliest: `{"context", "choices", "answer"}` a line."""
+"""Multiple-choice questions, one per line: `{"context", "choices", "answer"}`. The model chooses the likeliest."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
 SUFFIX = ".jsonl"
-_FIELDS = "a question is {context: text, choices: [text, ...], answer: number of the right one, from 0}"
+_FIELDS = "a question is {context: text, choices: [text, ...], answer: number of the right choice, from 0}"
 
 
 @dataclass(frozen=True)
 class Question:
-    """`choices` continue `context`, the text of both as it stands there; `samples` are the same in tokens, of which
-    only the choice counts."""
+    """A question.
+
+    Attributes:
+        context, choices: texts; each choice follows the context directly.
+        answer: number of the right choice, from 0.
+        samples: context and choice as tokens, one sample per choice; only the choice has labels.
+    """
 
     context: str
     choices: tuple[str, ...]
@@ -37,11 +42,10 @@ def holds_questions(path: str) -> bool:
 
 
 def read_questions(path: str | Path, tokenizer: Tokenizer, seq_length: int) -> list[Question]:
-    """All questions of a file; empty lines are passed over.
+    """All questions of a file; empty lines are skipped.
 
     Raises:
-        UserError: a line is not a question, or longer than `seq_length` tokens; names file, line and field. Or there is
-            none.
+        UserError: a line is not a question, or is longer than `seq_length` tokens, or the file has no question.
     """
     questions = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
@@ -79,16 +83,18 @@ def _choices(record: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
 
 
 def _sample(context: str, choice: str, tokenizer: Tokenizer, seq_length: int) -> Sample:
-    """Context and choice are tokenised together, and the context alone tells where the choice begins. White space at
-    the context's end goes with the choice, whose first token it belongs to. Source: `_encode_pair` of
-    lm-evaluation-harness."""
+    """Context and choice, tokenised together; the tokens of the context alone show where the choice begins.
+
+    White space at the end of the context counts as part of the choice's first token. Source: `_encode_pair` of
+    lm-evaluation-harness.
+    """
     stripped = context.rstrip()
     begin = len(tokenizer.encode(stripped))
     ids = np.asarray(tokenizer.encode(context + choice), np.int32)
     if not begin or begin >= len(ids):
-        raise UserError("field 'context': expected text before the choices, and a choice of a token at least")
+        raise UserError("field 'context': expected text before the choices, and choices of at least one token")
     if len(ids) - 1 > seq_length:
-        raise UserError(f"context and choice have {len(ids)} tokens, --seq-length is {seq_length}: raise it")
+        raise UserError(f"context and choice have {len(ids)} tokens, but --seq-length is {seq_length}; raise it")
     labels = ids[1:].copy()
     labels[: begin - 1] = IGNORE
     return Sample(ids[:-1], labels, np.arange(len(labels), dtype=np.int32), (len(labels),))

@@ -14,7 +14,7 @@ import numpy as np
 from tandem.errors import UserError, nearest
 
 SPLIT_NAMES = ["train", "valid", "test"]
-_FINAL_EPOCH_THRESHOLD = 0.80  # a last epoch used less than this is shuffled on its own
+_FINAL_EPOCH_THRESHOLD = 0.80  # a last epoch of which less is used is shuffled separately
 
 
 class EmptySplitError(UserError):
@@ -23,13 +23,13 @@ class EmptySplitError(UserError):
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Where each sample lies in a stream of shuffled documents.
+    """Where each sample is in a stream of shuffled documents.
 
     Attributes:
         document_index: int32 [epochs * sequences], sequence ids in stream order.
-        sample_index: int32 [samples + 1, 2], (position in document_index, token offset) where each sample begins.
+        sample_index: int32 [samples + 1, 2], where each sample begins: (position in document_index, token offset).
         shuffle_index: uint32 [samples], the order in which samples are read.
-        epochs: how often the stream holds each sequence.
+        epochs: how often the stream repeats each sequence.
     """
 
     document_index: np.ndarray
@@ -39,24 +39,28 @@ class SampleIndex:
 
 
 def split_weights(split: str) -> list[float]:
-    """`"98,1,1"` -> [0.98, 0.01, 0.01]: shares of train, valid and test; missing ones are 0."""
+    """Shares of train, valid and test in a `--split`; a share that is not given is 0.
+
+    >>> split_weights("98,1,1")
+    [0.98, 0.01, 0.01]
+    """
     try:
         parts = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 3 or min(parts) < 0 or not math.isfinite(sum(parts)) or sum(parts) == 0:
-        raise UserError(f"split {split!r}: expected up to three non-negative weights with a positive sum, as 98,1,1")
+        raise UserError(f"split {split!r}: expected one to three numbers of 0 or more, not all 0, such as 98,1,1")
     parts += [0.0] * (3 - len(parts))
     return [part / sum(parts) for part in parts]
 
 
 def share_name(split_name: str, split: str) -> str:
-    """How errors name a split."""
+    """The name of a split in messages."""
     return "all of it" if _is_whole(split_name, split) else f"{split_name} of split {split}"
 
 
-def what_gives_samples(split_name: str, split: str) -> str:
-    """What an error about an empty split advises."""
+def advice_for_empty_split(split_name: str, split: str) -> str:
+    """How to fix an empty split, for messages."""
     return "use more data" if _is_whole(split_name, split) else "use more data, or give it a larger weight in the split"
 
 
@@ -65,14 +69,18 @@ def _is_whole(split_name: str, split: str) -> bool:
 
 
 def split_position(split_name: str) -> int:
-    """Position of a split name in `SPLIT_NAMES`; an unknown one is an error."""
+    """Position of a split name in `SPLIT_NAMES`; raises UserError for an unknown name."""
     if split_name not in SPLIT_NAMES:
         raise UserError(f"split {split_name!r}: expected one of {SPLIT_NAMES}{nearest(split_name, SPLIT_NAMES)}")
     return SPLIT_NAMES.index(split_name)
 
 
 def split_range(split: str, split_name: str, sequences: int) -> range:
-    """Sequence ids that belong to a split; empty when its weight is 0. Rounds half to even, as Megatron does."""
+    """Sequence ids of a split; empty when its weight is 0. Rounds half to even, as Megatron.
+
+    >>> split_range("98,1,1", "valid", 200)
+    range(196, 198)
+    """
     position = split_position(split_name)
     weights = split_weights(split)
     if weights[position] == 0:
@@ -91,18 +99,18 @@ def build_sample_index(
     add_extra_token: bool = True,
     drop_last_partial: bool = True,
 ) -> SampleIndex:
-    """Indices over the sequences `first_sequence ..` whose token counts are `lengths` [sequences].
+    """The index of the sequences from `first_sequence` on, whose token counts are `lengths` [sequences].
 
     Args:
-        num_samples: how many samples are wanted; documents repeat for as many epochs as that takes. None: one epoch.
-        seq_length: tokens that a sample predicts.
-        add_extra_token: a sample reads one token more, the label of its last position.
-        drop_last_partial: leave out the shorter sample that remains at the end of the stream.
+        num_samples: how many samples are needed. Documents repeat for as many epochs as necessary. None: one epoch.
+        seq_length: number of tokens that a sample predicts.
+        add_extra_token: a sample reads one more token, the label of its last position.
+        drop_last_partial: leave out the shorter sample at the end of the stream.
     """
     extra = int(add_extra_token)
     tokens_per_epoch = int(lengths.sum(dtype=np.int64))
-    wanted = 1 if num_samples is None else num_samples * seq_length + extra
-    epochs = max(1, -(-wanted // tokens_per_epoch)) if tokens_per_epoch else 1
+    needed_tokens = 1 if num_samples is None else num_samples * seq_length + extra
+    epochs = max(1, -(-needed_tokens // tokens_per_epoch)) if tokens_per_epoch else 1
     available = epochs * tokens_per_epoch - extra  # tokens that can be predicted
     samples = max(0, available // seq_length if drop_last_partial else -(-available // seq_length))
     whole_epoch_samples = ((epochs - 1) * tokens_per_epoch - extra) // seq_length
@@ -133,8 +141,11 @@ def _shuffled_documents(ids: np.ndarray, epochs: int, separate: bool, random: np
 
 
 def _sample_starts(stream_lengths: np.ndarray, samples: int, seq_length: int, extra: int) -> np.ndarray:
-    """int32 [samples + 1, 2]. A boundary falls with the last token of the sample before it, so a boundary at the very
-    end of a document names that document, not the next."""
+    """`SampleIndex.sample_index`, int32 [samples + 1, 2].
+
+    A boundary belongs to the last token before it. So a boundary at the end of a document names that document, not the
+    next one.
+    """
     if not samples:
         return np.zeros((1, 2), np.int32)
     ends = np.cumsum(stream_lengths, dtype=np.int64)

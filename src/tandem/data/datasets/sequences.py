@@ -1,4 +1,4 @@
-"""Stored conversations, one by one, from `{prefix}_packed_{input_ids,attention_mask,labels}_document`."""
+"""Single stored conversations, from `{prefix}_packed_{input_ids,attention_mask,labels}_document`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from tandem.data.batch import IGNORE, Sample
 from tandem.data.datasets.sample_index import (
     EmptySplitError,
+    advice_for_empty_split,
     share_name,
     split_position,
     split_weights,
-    what_gives_samples,
 )
 from tandem.data.datasets.segments import lengths_from_ends, restarting_positions
 from tandem.data.indexed import IndexedDataset
@@ -24,28 +24,27 @@ from tandem.errors import UserError
 
 
 class SFTSequences:
-    """The stored sequences of a split, each as a sample.
+    """The stored sequences of a split. Each can be read as a sample.
 
-    What lies after the last trained token of a sequence (padding above all) is dropped: it can influence no loss.
-    Segments of a neat-packed sequence are documents of their own, with positions that restart; any other sequence is
-    one document.
+    Whatever follows the last trained token of a sequence, such as padding, is left out: it has no effect on the loss.
+    Each segment of a neat-packed sequence is a document, with positions from 0. Any other sequence is one document.
 
     Args:
-        prefix: what preprocessing was given as output prefix.
+        prefix: the output prefix of preprocessing.
         split_name, split: which share of the sequences: `"train"` of `"98,1,1"`.
         seq_length: longest sample; longer ones are cut turn by turn (see `tandem.data.templates.truncation`).
         eod_token: id that ends a document; needed by the two flags below.
-        header: ids with which the header of an answer begins; a prompt that is cut keeps them and what follows.
+        header: ids with which the header of an answer begins. A prompt that is cut keeps its header.
         reset_position_ids: in a plainly packed sequence, positions restart after each `eod_token`.
         reset_attention_mask: in a plainly packed sequence, each `eod_token` ends a document.
 
     Attributes:
-        ids: numbers of the sequences that belong to the split.
-        lengths: int32 [len(ids)], tokens of each, padding and what is cut included.
+        ids: numbers of the sequences of the split.
+        lengths: int32 [len(ids)], number of tokens of each, including padding and what is cut.
 
     Raises:
-        UserError: the files do not belong together or the split is empty; on reading, when `eod_token` also occurs
-            inside a prompt, so that a reset would cut a prompt from its answer.
+        UserError: the files do not belong together, or the split is empty. On reading: `eod_token` also occurs in a
+            prompt, so a reset would separate the prompt from its answer.
     """
 
     def __init__(
@@ -79,14 +78,14 @@ class SFTSequences:
         if not self.ids:
             raise EmptySplitError(
                 f"{self._prefix}: {share_name(split_name, split)} holds none of its {len(self._ids)} sequences; "
-                f"{what_gives_samples(split_name, split)}"
+                f"{advice_for_empty_split(split_name, split)}"
             )
         self.lengths = self._ids.lengths[self.ids.start : self.ids.stop]
         empty = np.flatnonzero(self.lengths == 0)
         if len(empty):
             raise UserError(
                 f"{self._ids.prefix}: {len(empty)} sequences are empty, the first is number {self.ids[empty[0]]}; "
-                f"leave them out, as `tandem preprocess` does"
+                f"make data without them, as `tandem preprocess` does"
             )
 
     def sample(self, sequence: int) -> Sample:
@@ -121,14 +120,16 @@ class SFTSequences:
         if len(inside_prompt):
             raise UserError(
                 f"{self._prefix}: token {self._eod_token} ends prompts as well as answers (position "
-                f"{inside_prompt[0]}), so reset_attention_mask and reset_position_ids would cut prompts from their "
-                f"answers; leave both out, or preprocess with neat_pack, which stores the borders"
+                f"{inside_prompt[0]}). So reset_attention_mask and reset_position_ids would separate prompts from "
+                f"their answers; leave both out, or preprocess with neat_pack, which stores where samples begin"
             )
 
 
 def _split_range(split: str, split_name: str, sequences: int) -> range:
-    """Sequence ids of a split. Each share is rounded on its own and the rounding error taken from the first border,
-    as Megatron's legacy `get_train_valid_test_split_` does, which upstream uses for fine-tuning."""
+    """Sequence ids of a split. Each share is rounded; the rounding error moves the border after the first share.
+
+    Source: Megatron's legacy `get_train_valid_test_split_`, which upstream uses for fine-tuning.
+    """
     position = split_position(split_name)
     bounds = [0, *accumulate(round(weight * sequences) for weight in split_weights(split))]
     excess = bounds[-1] - sequences
@@ -137,7 +138,10 @@ def _split_range(split: str, split_name: str, sequences: int) -> range:
 
 
 def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, header: Sequence[int]) -> np.ndarray:
-    """What remains of a sequence cut to `seq_length`, bool [t]; a turn is a masked run and the trained run after it."""
+    """Which tokens are kept of a sequence that is cut to `seq_length`, bool [t].
+
+    A turn is a run of tokens that are not trained, and the run of trained tokens after it.
+    """
     trained = labels != IGNORE
     starts = np.flatnonzero(~trained & np.append(True, trained[:-1]))
     if trained[0]:
@@ -151,7 +155,7 @@ def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, header: Sequence
 
 
 def _shift(labels: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
-    """Labels [t] moved to the position that predicts them; the last position of a document predicts nothing."""
+    """Labels [t] moved to the positions that predict them. The last position of a document predicts nothing."""
     shifted = np.append(labels[1:], np.int32(IGNORE))
     shifted[np.cumsum(lengths) - 1] = IGNORE
     return shifted

@@ -1,4 +1,4 @@
-"""Pretraining samples: fixed windows over a stream of shuffled documents, as Megatron's `GPTDataset` cuts them."""
+"""Pretraining samples: windows of equal length over a stream of shuffled documents, as Megatron's `GPTDataset`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tandem.data.batch import IGNORE, Sample
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.sample_index import (
     EmptySplitError,
+    advice_for_empty_split,
     build_sample_index,
     share_name,
     split_range,
-    what_gives_samples,
 )
 from tandem.data.datasets.segments import lengths_from_ends, restarting_positions
 from tandem.data.indexed import IndexedDataset
@@ -21,23 +21,22 @@ from tandem.errors import UserError
 
 
 class GPTDataset(Dataset):
-    """Samples of `{prefix}.bin/.idx`; sample `i` is what consumed sample `i` of a run trains on.
+    """Pretraining samples of `{prefix}.bin/.idx`.
 
     Args:
         split_name, split: which share of the sequences: `"train"` of `"98,1,1"`.
-        num_samples: how many samples the run needs; documents repeat for as many epochs as that takes, and the
-            dataset is usually a little longer. None: one epoch.
-        seq_length: positions of a sample.
+        num_samples: how many samples the run needs. Documents repeat for as many epochs as necessary, and the dataset
+            is usually a little longer. None: one epoch.
+        seq_length: number of positions of a sample.
         eod_token: id that ends a document; needed by the three flags below.
         reset_position_ids: positions restart after each `eod_token`.
-        reset_attention_mask: a token attends within its own document only.
-        eod_mask_loss: what follows an `eod_token` is not trained.
-        add_extra_token_to_sequence: read one token more, the label of the last position; without it the last position
-            has no label.
+        reset_attention_mask: a token attends only within its document.
+        eod_mask_loss: the token after an `eod_token` is not trained.
+        add_extra_token_to_sequence: read one more token as the label of the last position, which else has none.
         drop_last_partial_sequence: leave out the shorter sample at the end of the stream.
 
     Raises:
-        UserError: the split is empty or too small for one sample, or a flag needs `eod_token`.
+        UserError: the split is empty or too small for one sample, or a flag needs an `eod_token`.
     """
 
     def __init__(
@@ -84,14 +83,14 @@ class GPTDataset(Dataset):
         if len(self) == 0:
             raise EmptySplitError(
                 f"{self._name}: {self._sequences} sequences with {self._tokens} tokens give no sample of "
-                f"{seq_length} + {self._extra} tokens; {what_gives_samples(split_name, split)}, or a smaller seq_length"
+                f"{seq_length} + {self._extra} tokens; {advice_for_empty_split(split_name, split)}, or lower seq_length"
             )
 
     def __len__(self) -> int:
         return len(self.index.shuffle_index)
 
     def __getitem__(self, i: int) -> Sample:
-        """Sample `i`, with t = seq_length positions (fewer only in a last partial one)."""
+        """Sample `i`, with t = seq_length positions; only a last partial sample has fewer."""
         tokens = self._read(int(self.index.shuffle_index[i]))
         if self._extra:
             tokens, labels = tokens[:-1], tokens[1:].copy()
@@ -118,7 +117,7 @@ class GPTDataset(Dataset):
         return f"{self.indexed.prefix}: sequences {' '.join(map(str, sequences))}, from token {begin} of the first"
 
     def describe(self) -> dict[str, int]:
-        """Counts for a start banner; tokens and samples are those of one epoch."""
+        """Counts that a run shows at its start; sequences, tokens and samples_per_epoch are those of one epoch."""
         return {
             "sequences": self._sequences,
             "tokens": self._tokens,
@@ -128,7 +127,7 @@ class GPTDataset(Dataset):
         }
 
     def _read(self, sample: int) -> np.ndarray:
-        """int32 tokens of a sample, its extra token included."""
+        """The tokens of a sample with its extra token, int32."""
         (first, begin), (last, end) = self.index.sample_index[sample : sample + 2].tolist()
         end += self._extra
         pieces = []

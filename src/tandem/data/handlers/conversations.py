@@ -1,4 +1,4 @@
-"""Handlers of conversations: the messages of a record, and the tools that it offers."""
+"""Handlers of conversations: they read the messages of a record, and the tools that it offers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tandem.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class InstructionHandler:
-    """A conversation; `map_keys` renames the fields it is read from, "" leaves one out."""
+    """Reads a conversation. `map_keys` names the fields to read; the name "" leaves a field out."""
 
     kind: ClassVar[Kind] = CONVERSATIONS
     defaults: ClassVar[dict[str, str]]
-    needed: ClassVar[tuple[str, ...]]  # of the defaults, what every record has
+    needed: ClassVar[tuple[str, ...]]  # the keys of `defaults` that every record must have
     map_keys: Mapping[str, Any] = dataclass_field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, column in self.map_keys.items():
-            if name not in self.defaults and name not in self._groups():
+            if name not in self.defaults and name not in self._nested_keys():
                 raise UserError(
                     f"map_keys: {type(self).__name__} has no field {name!r}; it has {sorted(self.defaults)}"
                     f"{nearest(name, sorted(self.defaults))}"
@@ -35,15 +35,15 @@ class InstructionHandler:
                 raise UserError(f"map_keys {name!r}: expected the name of a field, found {described(column)}")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """[system], then user (or the results of tools) and assistant in turn.
+        """An optional system message, then user (or tool results) and assistant in turn.
 
         Raises:
-            UserError: a field is missing or of another type; names field, expected and found.
+            UserError: a field is missing or has another type.
         """
         raise NotImplementedError
 
     def tools(self, record: Mapping[str, Any]) -> tuple[str, ...]:
-        """The JSON text of each tool that the record offers: a list, or such a list as text."""
+        """The JSON text of each tool that the record offers. The field is a list, or the JSON text of a list."""
         column = self._columns["tools"] if "tools" in self.defaults else ""
         if not column or (column not in record and "tools" not in self.map_keys):
             return ()
@@ -55,8 +55,8 @@ class InstructionHandler:
         return tuple(_json_text(tool, f"field {column!r}") for tool in value)
 
     @staticmethod
-    def _groups() -> tuple[str, ...]:
-        """Names in `map_keys` that hold names of their own."""
+    def _nested_keys() -> tuple[str, ...]:
+        """Keys of `map_keys` whose value is an object of names."""
         return ()
 
     @cached_property
@@ -69,7 +69,7 @@ class InstructionHandler:
         return value if isinstance(value, str) else string(record, column, f"map_keys {name!r}")
 
     def _optional(self, record: Mapping[str, Any], name: str) -> str:
-        """A field that may be null, and absent unless the user named its column."""
+        """A field that may be null. It may be missing, too, unless the user named its column."""
         column = self._columns[name]
         value = record.get(column) if column else ""
         if isinstance(value, str):
@@ -87,13 +87,13 @@ class InstructionHandler:
         return value
 
     def _with_system(self, record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-        """A system message of the conversation itself comes before that of the `system` field."""
+        """Add the `system` field, unless the conversation begins with a system message."""
         system = self._optional(record, "system")
         return messages if not system or messages[0].role == "system" else [Message("system", system), *messages]
 
 
 class AlpacaStyleInstructionHandler(InstructionHandler):
-    """`instruction`, `input`, `output`; on request `system` and `history` (pairs of user and assistant)."""
+    """`instruction`, `input`, `output`; `system` and `history` (pairs of texts) where `map_keys` names them."""
 
     defaults: ClassVar[dict[str, str]] = {
         "prompt": "instruction",
@@ -108,7 +108,7 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         return [*self._prompt(record), Message("assistant", self._required(record, "response"))]
 
     def _prompt(self, record: Mapping[str, Any]) -> list[Message]:
-        """All before the answer."""
+        """All messages before the answer."""
         question = [self._required(record, "prompt"), self._optional(record, "query")]
         user = Message("user", "\n".join(filter(None, question)))
         return self._with_system(record, [*self._history(record), user])
@@ -131,8 +131,10 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
 
 
 class SharegptStyleInstructionHandler(InstructionHandler):
-    """`conversations`: a list of `{from, value}` with `from` one of human, gpt, observation, function_call, system;
-    `tags` in `map_keys` renames all of these. On request `system` and `tools`."""
+    """`conversations`: a list of `{from, value}`; `from` is human, gpt, observation, function_call or system.
+
+    `tags` in `map_keys` renames all of these. `system` and `tools` are read where `map_keys` names them.
+    """
 
     defaults: ClassVar[dict[str, str]] = {"messages": "conversations", "system": "", "tools": ""}
     needed: ClassVar[tuple[str, ...]] = ("messages",)
@@ -154,10 +156,11 @@ class SharegptStyleInstructionHandler(InstructionHandler):
         for name, tag in given.items():
             if name not in self.tags:
                 raise UserError(
-                    f"map_keys 'tags': no tag {name!r}; there are {sorted(self.tags)}{nearest(name, sorted(self.tags))}"
+                    f"map_keys 'tags': no tag {name!r}; expected one of {sorted(self.tags)}"
+                    f"{nearest(name, sorted(self.tags))}"
                 )
             if not isinstance(tag, str):
-                raise UserError(f"map_keys 'tags': {name} is {described(tag)}, expected a string")
+                raise UserError(f"map_keys 'tags': {name}: expected a string, found {described(tag)}")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         column = self._columns["messages"]
@@ -186,13 +189,15 @@ class SharegptStyleInstructionHandler(InstructionHandler):
         return _function_call(value, place) if roles[tag] == "function" else Message(roles[tag], value)
 
     @staticmethod
-    def _groups() -> tuple[str, ...]:
+    def _nested_keys() -> tuple[str, ...]:
         return ("tags",)
 
 
 class OpenAIInstructionHandler(InstructionHandler):
-    """`messages`: a list of objects with `role` (system, user, assistant, tool), `content` and, for an assistant,
-    `reasoning_content` and `tool_calls`; `tools`; on request a `system` field."""
+    """`messages`: a list of objects with `role` (system, user, assistant, tool) and `content`; `tools`.
+
+    An assistant's message may have `reasoning_content` and `tool_calls`. `system` is read where `map_keys` names it.
+    """
 
     defaults: ClassVar[dict[str, str]] = {"messages": "messages", "system": "", "tools": "tools"}
     needed: ClassVar[tuple[str, ...]] = ("messages",)
@@ -221,7 +226,7 @@ class OpenAIInstructionHandler(InstructionHandler):
 
 
 def _function_call(text: str, place: str) -> Message:
-    """ShareGPT's turn of calls: a call or a list of calls as JSON, perhaps after a thought."""
+    """A `function_call` turn of ShareGPT: one call or a list of calls as JSON, perhaps after a thought."""
     reasoning, rest = split_thought(text)
     value = _parse_json(rest, f"field {place}")
     return Message(
@@ -230,7 +235,10 @@ def _function_call(text: str, place: str) -> Message:
 
 
 def _tool_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
-    """Calls `{name, arguments}`, or those inside `function` as OpenAI writes them; arguments are an object or text."""
+    """A list of calls `{name, arguments}`, or `{function: {name, arguments}}` as OpenAI writes them.
+
+    The arguments are an object or a text.
+    """
     if not isinstance(value, list):
         raise UserError(f"field {place}: tool_calls: expected a list, found {described(value)}")
     calls = []
@@ -248,14 +256,14 @@ def _tool_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
 def _parse_json(text: str, place: str) -> Any:
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair passes `loads`, and is no text
+        json.dumps(value, ensure_ascii=False).encode()  # `loads` accepts half a surrogate pair, which is not text
     except ValueError as error:
         raise UserError(f"{place}: not valid JSON: {error}; found {described(text)}") from None
     return value
 
 
 def _json_text(value: Any, place: str) -> str:
-    """Tables may hold dates, decimals and bytes, which JSON has not."""
+    """The JSON text of a value. A value of a table may be a date, a decimal or bytes: JSON cannot hold these."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Fields of a record, and the errors that name them: field, what was expected, what was found."""
+"""Reading the fields of a record, with errors that name the field, what was expected and what it holds."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from tandem.errors import UserError, nearest
 
 
 def field(record: Mapping[str, Any], column: str, named_by: str) -> Any:
-    """The value of a column that must be there; `named_by` is the option that names it."""
+    """The value of a column that must exist. `named_by` is the option that names the column."""
     if column not in record:
         raise UserError(
-            f"field {column!r} ({named_by}) is missing; found {sorted(record)}{nearest(column, sorted(record))}"
+            f"field {column!r} ({named_by}) is missing; the record has {sorted(record)}"
+            f"{nearest(column, sorted(record))}"
         )
     return record[column]
 
 
 def string(record: Mapping[str, Any], column: str, named_by: str) -> str:
-    """The text of a column that must be there."""
+    """The text of a column that must exist and hold a string."""
     value = field(record, column, named_by)
     if not isinstance(value, str):
         raise UserError(f"field {column!r}: expected a string, found {described(value)}")
@@ -26,6 +27,10 @@ def string(record: Mapping[str, Any], column: str, named_by: str) -> str:
 
 
 def described(value: Any) -> str:
-    """A value's type and beginning, for messages."""
+    """A value's type and how it begins, for messages.
+
+    >>> described(["a", 1])
+    "list ['a', 1]"
+    """
     shown = repr(value)
     return "null" if value is None else f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -1,4 +1,4 @@
-"""Handlers of preferences: a prompt with the answer that was chosen and the one that was rejected."""
+"""Handlers of preferences: a prompt with a chosen and a rejected answer."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class PairwiseHandler(InstructionHandler):
     kind: ClassVar[Kind] = PREFERENCES
 
     def pair(self, record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
-        """The conversation with the chosen answer, and with the rejected one.
+        """The conversation with the chosen answer, and the one with the rejected answer.
 
         Raises:
-            UserError: a field is missing or of another type; names field, expected and found.
+            UserError: a field is missing or has another type.
         """
         raise NotImplementedError
 
 
 class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler, PairwiseHandler):
-    """`instruction`, `input`, `chosen`, `rejected`; on request `system` and `history`.
+    """`instruction`, `input`, `chosen`, `rejected`; `system` and `history` where `map_keys` names them.
 
-    The answers are strings, or lists of which the first is the chosen and the second the rejected one, as upstream
-    takes them.
+    An answer is a string. As upstream, it may also be a list: its first entry is the chosen answer, its second the
+    rejected one.
     """
 
     defaults: ClassVar[dict[str, str]] = {
@@ -55,14 +55,16 @@ class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler, PairwiseHandler)
         answer = value[position] if isinstance(value, list) and len(value) > position else value
         if not isinstance(answer, str):
             raise UserError(
-                f"field {column!r}: expected a string, or a list with one at place {position}, found {described(value)}"
+                f"field {column!r}: expected a string, or a list with a string at {position}, found {described(value)}"
             )
         return answer
 
 
 class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler, PairwiseHandler):
-    """`conversations` up to the question, `chosen` and `rejected` as one turn `{from, value}` each; `tags` as in
-    instruction data."""
+    """`conversations` up to the question; `chosen` and `rejected` hold one turn `{from, value}` each.
+
+    `tags` rename as in `SharegptStyleInstructionHandler`.
+    """
 
     defaults: ClassVar[dict[str, str]] = {
         **SharegptStyleInstructionHandler.defaults,
@@ -80,5 +82,5 @@ class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler, PairwiseHand
         column = self._columns[name]
         message = self._message(repr(column), field(record, column, f"map_keys {name!r}"))
         if message.role != "assistant":
-            raise UserError(f"field {column!r}: expected a turn of the assistant, found one of {message.role!r}")
+            raise UserError(f"field {column!r}: expected a turn of the assistant, found a turn of {message.role!r}")
         return message

@@ -1,4 +1,4 @@
-"""Handlers: what the fields of a record mean. This file finds the one that is wanted."""
+"""All handlers by name, and which one fits a record. A handler knows what the fields of a record mean."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _INSTRUCTIONS: dict[str, type[InstructionHandler]] = {
 _PAIRS: dict[str, type[InstructionHandler]] = {
     handler.__name__: handler for handler in (AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler)
 }
-_CONVERSATIONS = {**_PAIRS, **_INSTRUCTIONS}  # a record that fits several is what comes first
+_CONVERSATIONS = {**_PAIRS, **_INSTRUCTIONS}  # where a record fits several, the first one counts
 LLAMA_FACTORY = "LlamaFactoryInstructionHandler"  # whose datasets each have a handler of their own
 HANDLER_NAMES = [*_TEXTS, *_INSTRUCTIONS, *_PAIRS, LLAMA_FACTORY]
 
 
 def make_handler(name: str, json_keys: Sequence[str] = ("text",), map_keys: Mapping[str, Any] | None = None) -> Handler:
-    """The handler of a `--handler-name`; an unknown name is an error."""
+    """The handler of a `--handler-name`; raises UserError for an unknown name."""
     check_handler_name(name)
     if name in _CONVERSATIONS:
         return _CONVERSATIONS[name](dict(map_keys or {}))
     if map_keys:
-        raise UserError(f"map_keys: {name} reads fixed fields or those of json_keys and renames none")
+        raise UserError(f"map_keys cannot rename the fields of {name}; leave it out, or name fields with json_keys")
     return _TEXTS[name](tuple(json_keys)) if _TEXTS[name].is_verbatim else _TEXTS[name]()
 
 
 def check_handler_name(name: str) -> None:
-    """An unknown name is an error."""
+    """Raise UserError for an unknown name."""
     if name not in HANDLER_NAMES:
         raise UserError(f"handler {name!r}: expected one of {HANDLER_NAMES}{nearest(name, HANDLER_NAMES)}")
 
@@ -51,11 +51,15 @@ def check_handler_name(name: str) -> None:
 def detect_handler(
     record: Mapping[str, Any], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None
 ) -> tuple[str, Mapping[str, Any] | None]:
-    """The name of the handler whose fields `record` has, and the `map_keys` with which it reads them: preferences
-    before instructions, these before plain text.
+    """The name of the handler that fits a record, and the `map_keys` to make it with.
+
+    Preferences are tried first, then instructions, then plain text.
+
+    >>> detect_handler({"instruction": "Hi", "output": "Hello"}, ["text"], None)
+    ('AlpacaStyleInstructionHandler', None)
 
     Raises:
-        UserError: none fits.
+        UserError: no handler fits.
     """
     for name, handler in _CONVERSATIONS.items():
         columns = {**handler.defaults, **(map_keys or {})}
@@ -64,16 +68,16 @@ def detect_handler(
     if all(key in record for key in json_keys):
         return GeneralPretrainHandler.__name__, map_keys
     raise UserError(
-        f"fields {sorted(record)} fit no handler: expected {list(json_keys)} (plain text), instruction and output "
-        f"(alpaca), conversations (ShareGPT) or messages (OpenAI); name them with json_keys or map_keys, or choose "
-        f"one of {HANDLER_NAMES}"
+        f"fields {sorted(record)} fit no handler. Expected {list(json_keys)} (plain text), instruction and output "
+        f"(alpaca), conversations (ShareGPT) or messages (OpenAI). Name your fields with json_keys or map_keys, or "
+        f"choose a handler_name of {HANDLER_NAMES}"
     )
 
 
 def _by_tags(
     record: Mapping[str, Any], columns: Mapping[str, Any], map_keys: Mapping[str, Any] | None
 ) -> tuple[str, Mapping[str, Any] | None]:
-    """ShareGPT or OpenAI, whatever the column is called: the first message tells, or that tags are renamed."""
+    """ShareGPT, if `map_keys` has tags or the first message has `from`; else OpenAI."""
     column = columns["messages"]
     messages = record[column]
     first = messages[0] if isinstance(messages, list) and messages else None

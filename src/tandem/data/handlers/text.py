@@ -24,19 +24,19 @@ class GeneralPretrainHandler:
     """Plain text: the fields named by `json_keys`."""
 
     kind: ClassVar[Kind] = TEXT
-    is_verbatim: ClassVar[bool] = True  # the texts are those fields as they are
+    is_verbatim: ClassVar[bool] = True  # the texts are the fields, unchanged
     json_keys: tuple[str, ...] = ("text",)
 
     def texts(self, record: Mapping[str, Any]) -> list[str]:
         """One text per key."""
         texts: list[Any] = [record.get(key) for key in self.json_keys]
-        if all(type(text) is str for text in texts):  # nearly always, and quick
+        if all(type(text) is str for text in texts):  # the usual case, made fast
             return texts
         return [string(record, key, "json_keys") for key in self.json_keys]
 
 
 class AlpacaPretrainHandler(GeneralPretrainHandler):
-    """`instruction`, `input`, `output` in upstream's English wrapper; without an input its heading is left out."""
+    """`instruction`, `input`, `output` in upstream's English wrapper. Without an input, its heading is left out."""
 
     is_verbatim: ClassVar[bool] = False
 

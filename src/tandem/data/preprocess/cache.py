@@ -1,4 +1,4 @@
-"""Raw files where preprocessed ones are wanted: preprocessed once into a cache, found there ever after."""
+"""Raw files as training data: they are preprocessed once, into a cache, and later runs use the result."""
 
 from __future__ import annotations
 
@@ -15,62 +15,65 @@ from tandem.data.kinds import kind_of
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import BusyError, fingerprint
-from tandem.data.record import read_record, record_path, source_entries, template_entry, tokenizer_entry
+from tandem.data.record import read_record, record_of, record_path, source_entries, template_entry, tokenizer_entry
 from tandem.data.sources.readers import expand_input
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.logs import log
 
-_REVISION = 2  # one more whenever preprocessing makes other files of the same input
-_WITHOUT_TRACE = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
-_SECONDS_BETWEEN_LOOKS = 0.5
+_REVISION = 2  # to be increased when preprocessing begins to make other files of the same input
+_NOT_IN_KEY = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
+_SECONDS_BETWEEN_CHECKS = 0.5
 _IN_CACHE = re.compile(r"(\.preprocessed/)[0-9a-f]{16}(?=/)")
 Wait = Callable[[Path], None]
 
 
 def is_raw(data_path: str) -> bool:
-    """Whether a data path names files to be preprocessed, and not the prefix of files that were."""
+    """Whether a data path names raw files, and not the prefix of preprocessed ones."""
     if data_path.endswith((".bin", ".idx")) or read_record(data_path) is not None or kind_of(data_path) is not None:
         return False
     return os.path.exists(data_path) or bool(glob.glob(data_path, recursive=True))
 
 
 def without_keys(paths: Sequence[str]) -> list[str]:
-    """Paths as `preprocess_once` returns them, but for the keys: the same for whatever became of the same files."""
+    """Paths of `preprocess_once` without their keys: the same for all results of the same raw files."""
     return [_IN_CACHE.sub(r"\1", path) for path in paths]
 
 
 def wait_for(record: Path) -> None:
-    """Return when another process has written `record`. It comes last and its name says what is in it, so looking for
-    it is enough; nothing times out while a slow preprocessing goes on."""
+    """Wait until another process has written `record`, however long that takes.
+
+    The record is written last, and the key in its path says what it is of. So its existence is enough.
+    """
     while not _is_whole(record):
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_SECONDS_BETWEEN_CHECKS)
 
 
 def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool = True, wait: Wait = wait_for) -> str:
-    """Preprocess one raw data path, unless that was done before, into `{cache}/{name}.preprocessed/{key}`.
+    """Preprocess one raw data path into `{cache}/{name}.preprocessed/{key}`, unless that was done before.
 
-    The key is a hash of the bytes of all files, of the tokenizer, of the template, of the options and of what we make
-    of them, so that whatever differs lies elsewhere, and what is the same is found also on another machine.
+    The key is a hash of the content of all files, the tokenizer, the template and the options. So different data are in
+    different folders, and the same data are reused, also on another machine.
 
     Args:
         options: `input` is the raw data path; `output_prefix` is not used.
-        cache: folder; None is that of the raw files, or the nearest above them that a pattern names in full.
-        leader: whether this process does the work; each machine (or shared disk) needs one. The others wait.
-        wait: called with the record that the leader writes; returns when it is there.
+        cache: folder of the cache. None: the folder of the raw files; for a pattern, the nearest folder above it
+            without a wildcard.
+        leader: whether this process does the work. Each machine, or each shared disk, needs one leader; others wait.
+        wait: called with the path of the record that the leader writes; returns when the record exists.
 
     Returns:
-        What `--data-path` takes.
+        The `--data-path` of the preprocessed data.
 
     Raises:
-        UserError: as `preprocess`, or the cache cannot be written.
+        UserError: as `preprocess`; or the cache cannot be written.
     """
     (raw,) = options.input
     path = Path(os.path.abspath(raw))
     name = re.sub(r"[*?[\]]", "_", path.name)
-    beside = next(parent for parent in path.parents if not glob.has_magic(str(parent)) or parent.exists())
-    folder = Path(cache or beside) / f"{name}.preprocessed" / _key(options)
+    nearest = next(parent for parent in path.parents if not glob.has_magic(str(parent)) or parent.exists())
+    folder = Path(cache or nearest) / f"{name}.preprocessed" / _key(options)
     options = replace(options, output_prefix=str(folder / "data"))
     record = record_path(options.output_prefix)
     if leader and not _is_whole(record):
@@ -78,33 +81,33 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}; give a folder of yours with --data-cache-path") from None
+            raise UserError(f"{folder}: {error.strerror}; give another folder with --data-cache-path") from None
         try:
             preprocess(options)
-        except BusyError:  # another job does it
+        except BusyError:  # another job preprocesses the same data
             wait(record)
     elif not leader:
         wait(record)
-    found = read_record(options.output_prefix)
-    if found is None:
-        raise UserError(f"{record}: the process that preprocesses {raw} did not write it; see its messages")
+    content = record_of(options.output_prefix)
+    if content is None:
+        raise UserError(f"{record}: the process that preprocesses {raw} did not write this record; see its messages")
     if kind_of(options.output_prefix):
         return options.output_prefix
-    return str(folder / next(iter(found[1]["files"].values())))  # of text, the pair is the data path
+    return str(folder / next(iter(content["files"].values())))  # the data path of text is its pair
 
 
 def _is_whole(record: Path) -> bool:
-    """Whether a record is there, and the files that it names: someone may have removed some."""
-    found = read_record(str(record).removesuffix(".json"))
-    return found is not None and all(
+    """Whether a record exists, with all files that it names. Someone may have removed some of them."""
+    content = record_of(str(record).removesuffix(".json"))
+    return content is not None and all(
         (record.parent / f"{name}.{suffix}").is_file()
-        for name in found[1]["files"].values()
+        for name in content["files"].values()
         for suffix in ("bin", "idx")
     )
 
 
 def template_of_raw(options: PreprocessOptions, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The template that the record of the preprocessed data will name."""
+    """The entry of the template in the record of the preprocessed data; None for plain text."""
     if options.prompt_type is None:
         return None
     return template_entry(get_template(options.prompt_type, options.thinking_mode, tokenizer))
@@ -116,7 +119,7 @@ def _key(options: PreprocessOptions) -> str:
     tokenizer = Tokenizer(options.tokenizer_name_or_path)
     identity = {
         "revision": _REVISION,
-        "options": {name: value for name, value in options.recorded().items() if name not in _WITHOUT_TRACE},
+        "options": {name: value for name, value in options.recorded().items() if name not in _NOT_IN_KEY},
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_of_raw(options, tokenizer),
         "sources": [(Path(entry["file"]).name, entry["sha256"]) for entry in sources],

@@ -1,4 +1,4 @@
-"""From rows to tokens, a block at a time: what each worker of preprocessing does."""
+"""Tokenising a block of rows: the work of each worker of preprocessing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOO_LONG = "longer than seq_length"  # a reason to drop
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that cannot be used: the reason begins with its place."""
+    """A row that cannot be used. The reason begins with its place."""
 
     reason: str
     content: Any
@@ -33,14 +33,14 @@ class Reject:
 
 @dataclass
 class TokenizedChunk:
-    """What a block of rows became.
+    """The tokens of a block of rows.
 
     Attributes:
-        columns: per output key the tokens int32 [t] of all sequences end to end, and their lengths int64 [sequences].
+        columns: by output key, the tokens of all sequences end to end, int32 [t], and their lengths, int64 [sequences].
         counts: documents, kept, trimmed, trimmed_prompts, tokens, trained_tokens, text_bytes.
         dropped: documents left out, by reason.
         rejects: rows that could not be used, in order.
-        source: which of several sources the block came from.
+        source: number of the source of the block.
     """
 
     columns: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -51,20 +51,20 @@ class TokenizedChunk:
 
 
 class OverLongError(Exception):
-    """A document, by its number in the chunk, has more tokens than it may."""
+    """A document has too many tokens. `document` is its number in the chunk."""
 
     def __init__(self, document: int, tokens: int, room: int) -> None:
         super().__init__(
-            f"{tokens:,} tokens, but seq_length leaves room for {room:,}; over_long says what else to do than to stop"
+            f"{tokens:,} tokens, but seq_length allows {room:,}; raise it, or choose --over-long trim or drop"
         )
         self.document = document
 
 
 class ChunkTokenizer:
-    """Base of the kinds of preprocessing: reads the rows, encodes all their texts together.
+    """Base class: reads the rows of a block, and encodes all their texts together.
 
     Attributes:
-        output_keys: names of the columns, one `.bin/.idx` pair each.
+        output_keys: names of the columns; each becomes a `.bin/.idx` pair.
     """
 
     output_keys: tuple[str, ...]
@@ -90,22 +90,22 @@ class ChunkTokenizer:
         return chunk
 
     def read_row(self, row: Any, source: int) -> Any:
-        """The texts of a row of a source; raises UserError without a place."""
+        """The document of a row. Raises UserError without the place of the row."""
         try:
             return self.read(parse_row(row), source)
         except RecursionError:
             raise UserError("nested too deeply") from None
 
     def read(self, record: dict[str, Any], source: int) -> Any:
-        """The texts of a record of a source; raises UserError without a place."""
+        """The document of a record. Raises UserError without the place of the row."""
         raise NotImplementedError
 
     def texts(self, document: Any) -> list[str]:
-        """What is tokenised of a document that `read` gave."""
+        """The texts of a document of `read`, which are tokenised."""
         raise NotImplementedError
 
     def _tokenize(self, documents: list[Any], chunk: TokenizedChunk) -> None:
-        """Fill in the columns and counts."""
+        """Fill in the columns and counts of `chunk`."""
         raise NotImplementedError
 
     def _encode(self, texts: list[str], chunk: TokenizedChunk) -> tuple[np.ndarray, np.ndarray]:
@@ -114,9 +114,9 @@ class ChunkTokenizer:
 
 
 class PretrainTokenizer(ChunkTokenizer):
-    """A sequence per document and json key: its ids, with the tokenizer's own special tokens, then `eod` if given.
+    """Plain text: a sequence per document and json key, with the tokenizer's special tokens, and `eod` if given.
 
-    With `pad_to_multiple_of` above 1, one `pad` or more stand before `eod`, so that the length is a multiple of it.
+    With `pad_to_multiple_of` above 1, `pad` is added before `eod`, so that the length is a multiple of it.
     """
 
     def __init__(
@@ -154,13 +154,13 @@ class PretrainTokenizer(ChunkTokenizer):
         self._add_columns([[document[key].encode() for document in documents] for key in keys], chunk)
 
     def _add_columns(self, columns: list[list[bytes]], chunk: TokenizedChunk) -> None:
-        """Fill in what the texts of each key became."""
+        """Fill in the tokens of the texts of each key."""
         for key, column in zip(self.output_keys, columns):
             texts = [text for text in column if text]
             chunk.counts["text_bytes"] += sum(map(len, texts))
             tokens, lengths = self.engine.encode(texts, None if self._multiple > 1 else self._eod)
             if self._multiple > 1:
-                # As upstream: a document that fits already gains a whole multiple, unless its eod is that token.
+                # As upstream: a text whose length is a multiple gets one more multiple. The eod is a part of it.
                 missing = self._multiple - lengths % self._multiple - (self._eod is not None)
                 tokens, lengths = with_ends(tokens, lengths, missing, self._pad)
                 if self._eod is not None:
@@ -173,13 +173,15 @@ class PretrainTokenizer(ChunkTokenizer):
 
 
 class InstructionTokenizer(ChunkTokenizer):
-    """A sequence per conversation: prompts masked, answers trained, cut to fewer than `seq_length` tokens.
+    """Conversations: a sequence each, of fewer than `seq_length` tokens. Prompts are masked, answers are trained.
 
-    `handlers` are those of the sources. `train_turns` is "all", or "last" to train only the last answer. `over_long` is
-    "trim", "drop" to leave out what would have to be cut, or "stop". `header` are the ids of the template's
-    `answer_header`, which a prompt that is cut keeps.
-    The end-of-document token, if given, follows a conversation that leaves room for it; an answer that had to be cut
-    leaves none, so it never gains a false end.
+    Args:
+        handlers: the handler of each source.
+        header: ids of the template's `answer_header`, which a prompt keeps when it is cut.
+        eod: token to add to a conversation that leaves room for it. An answer that is cut leaves none, so it never
+            gets a false end.
+        train_turns: "all", or "last" to train only the last answer.
+        over_long: what to do with conversations that are too long: "trim", "drop" (leave them out) or "stop".
     """
 
     output_keys = CONVERSATIONS.keys
@@ -238,8 +240,10 @@ class InstructionTokenizer(ChunkTokenizer):
 
 
 class PairTokenizer(ChunkTokenizer):
-    """Two sequences per preference: the prompt, masked, with the chosen answer, and with the rejected one. A pair of
-    which either is too long for `seq_length` is left out, as upstream does, unless `over_long` is "stop"."""
+    """Preferences: two sequences each, the masked prompt with the chosen answer, and with the rejected one.
+
+    If either is too long for `seq_length`, both are left out, as upstream does, unless `over_long` is "stop".
+    """
 
     output_keys = PREFERENCES.keys
 
@@ -284,12 +288,12 @@ class PairTokenizer(ChunkTokenizer):
 
 
 def room_for(seq_length: int | None) -> int:
-    """Tokens that a conversation may have: upstream reserves one position of `seq_length`."""
+    """The most tokens that a conversation may have: upstream reserves one position of `seq_length`."""
     return int(np.iinfo(np.int64).max) if seq_length is None else seq_length - 1
 
 
 def require_room(lengths: np.ndarray, room: int) -> None:
-    """Raise OverLongError at the first document of more than `room` tokens."""
+    """Raise OverLongError for the first document of more than `room` tokens."""
     for document in np.flatnonzero(lengths > room).tolist():
         raise OverLongError(document, int(lengths[document]), room)
 

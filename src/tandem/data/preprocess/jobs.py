@@ -1,4 +1,4 @@
-"""What the workers of preprocessing do, for each kind of data."""
+"""The job of the workers of preprocessing, for each kind of data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tandem.data.tokens.encoder import TokenizersEngine
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.options import flag_of
 
-Job = tuple[ChunkTokenizer, Template | None]  # the template, if conversations are rendered
+Job = tuple[ChunkTokenizer, Template | None]  # with the template of conversations
 
 
 def job_of(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> Job:
-    """What the workers do with the rows of these sources.
+    """The job of the workers for these sources.
 
     Raises:
-        UserError: an option is not for this kind of data, or the tokenizer lacks a token.
+        UserError: an option is not for this kind of data, or the tokenizer does not have a token that is needed.
     """
     kind = sources[0].handler.kind
     _require_used(options, kind, sources[0].handler_name)
@@ -33,7 +33,7 @@ def job_of(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tok
 
 
 def _require_used(options: PreprocessOptions, kind: Kind, handler_name: str) -> None:
-    """Raise UserError where an option is given that is for other kinds of data."""
+    """Raise UserError if an option is given that is for other kinds of data."""
     for field in dataclasses.fields(options):
         if field.name in kind.unused_by_preprocess:
             users = " or ".join(other.name for other in KINDS if field.name not in other.unused_by_preprocess)
@@ -91,13 +91,13 @@ def _pair_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
 def _template(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Template, int]:
     """The template of messages, and the id of the token that ends one."""
     name = sources[0].handler_name
-    require(options.prompt_type is not None, f"{name} needs --prompt-type, the template of its conversations (qwen3)")
+    require(options.prompt_type is not None, f"{name} needs --prompt-type, a template for conversations, such as qwen3")
     assert options.prompt_type is not None
     template = get_template(options.prompt_type, options.thinking_mode, tokenizer)
     stop = tokenizer.token_to_id(template.stop_word)
     require(
         stop is not None,
-        f"--prompt-type {template.name} ends messages with {template.stop_word}, which is no token of "
+        f"--prompt-type {template.name} ends messages with {template.stop_word}, which is not a token of "
         f"{tokenizer.folder}; choose the --prompt-type of this model",
     )
     assert stop is not None

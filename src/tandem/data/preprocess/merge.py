@@ -1,4 +1,4 @@
-"""Merging of datasets that were preprocessed in parts, grouped by what their names have in common."""
+"""Merging datasets that were preprocessed in parts. Parts whose names contain the same key become one."""
 
 from __future__ import annotations
 
@@ -9,35 +9,39 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tandem.data.indexed import merging
-from tandem.data.record import read_record, record_path, require_own, write_record
+from tandem.data.record import read_record, record_path, require_no_other_record, write_record
 from tandem.errors import UserError
 
-_MADE_ALIKE = ("append_eod", "pad_to_multiple_of", "pack", "neat_pack", "seq_length", "train_turns")  # of the options
+# options that must be the same in all parts
+_EQUAL_OPTIONS = ("append_eod", "pad_to_multiple_of", "pack", "neat_pack", "seq_length", "train_turns")
 
 
 def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_prefix: str) -> list[str]:
-    """For each key, merge every `.bin/.idx` pair in `folder` whose name holds the key, by name, into
-    `{output_prefix}_{key}`. Where the parts have records, so has what they become.
+    """For each key, merge the `.bin/.idx` pairs in `folder` whose names contain the key, into `{output_prefix}_{key}`.
+
+    Parts are merged in the order of their names. If they have records, the result gets a record, too.
 
     Returns:
-        The prefixes written.
+        The prefixes that were written.
 
     Raises:
-        UserError: no pair matches a key, one half of a pair is missing, or the records say that parts do not belong
+        UserError: no pair matches a key, half of a pair is missing, or the records show that parts do not belong
             together.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"--merge-group-keys: --input {os.fspath(folder)} is no folder; name the one with the parts")
+        raise UserError(
+            f"--merge-group-keys: --input {os.fspath(folder)} is not a folder; give the folder with the parts"
+        )
     groups = {f"{output_prefix}_{key}": _parts(Path(folder), key, f"{output_prefix}_{key}") for key in keys}
     for parts in groups.values():
-        _require_one_making(parts)
+        _require_equal_options(parts)
     earlier = {path for output in groups for path in _earlier_record(output, output_prefix, groups)}
     merged = _merged_record(groups, output_prefix)
     if merged:
-        require_own(output_prefix, merged.files)
+        require_no_other_record(output_prefix, merged.files)
     with merging(groups):
         for path in earlier:
-            path.unlink()  # it must never meet the new data
+            path.unlink()  # an old record must never be next to the new data
     if merged:
         write_record(output_prefix, merged.files, merged.content)
     return list(groups)
@@ -45,55 +49,57 @@ def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_pre
 
 def _parts(folder: Path, key: str, output: str) -> list[Path]:
     """The prefixes that are merged into `output`."""
-    found = sorted(path.with_suffix("") for path in folder.glob("*.idx") if key in path.stem)
-    parts = [part for part in found if part.resolve() != Path(output).resolve()]
+    pairs = sorted(path.with_suffix("") for path in folder.glob("*.idx") if key in path.stem)
+    parts = [part for part in pairs if part.resolve() != Path(output).resolve()]
     if not parts:
-        raise UserError(f"--merge-group-keys {key}: no .bin/.idx pair in {folder} has it in its name")
+        raise UserError(f"--merge-group-keys {key}: no .bin/.idx pair in {folder} has this key in its name")
     _require_no_part_twice(parts)
-    lonely = [path for path in folder.glob("*.bin") if key in path.stem and not path.with_suffix(".idx").exists()]
-    if lonely:
-        raise UserError(f"{lonely[0]}: its .idx is missing; copy both files, or remove it")
+    incomplete = [path for path in folder.glob("*.bin") if key in path.stem and not path.with_suffix(".idx").exists()]
+    if incomplete:
+        raise UserError(f"{incomplete[0]}: its .idx is missing; copy both files, or remove this one")
     return parts
 
 
 def _require_no_part_twice(parts: Sequence[Path]) -> None:
-    """Raise UserError when a part is what an earlier merge made of another."""
-    records = {part: found for part in parts if (found := read_record(part)) is not None}
-    places = {str(path.resolve()) for path, _ in records.values()}
+    """Raise UserError when an earlier merge made one part of others."""
+    records = {part: entry for part in parts if (entry := read_record(part)) is not None}
+    paths = {str(path.resolve()) for path, _ in records.values()}
     for part, (_, record) in records.items():
-        twice = places & {str(Path(path).resolve()) for path in record.get("merged", [])}
-        if twice:
+        repeated = paths & {str(Path(path).resolve()) for path in record.get("merged", [])}
+        if repeated:
             raise UserError(
-                f"{part}: an earlier merge made it of {', '.join(sorted(twice))}, which are here, too: their documents "
-                f"would come twice; remove it, or merge in another folder"
+                f"{part}: an earlier merge made this of {', '.join(sorted(repeated))}, which are here, too. Their "
+                f"documents would be in the result twice; remove this part, or merge in another folder"
             )
 
 
 class _Record(NamedTuple):
-    """What `write_record` takes."""
+    """The arguments of `write_record`."""
 
     files: dict[str, str]
     content: dict[str, Any]
 
 
 def _merged_record(groups: Mapping[str, Sequence[Path]], output_prefix: str) -> _Record | None:
-    """That of all groups; None where a part has none, where a record speaks for more than is merged, or where it would
-    not be found, which names that end in `_document` see to."""
+    """The record of all groups together; None where there can be none.
+
+    There is none if a part has no record, or if a record is also of pairs that are not merged. Nor if the output's name
+    does not end in `_document`: `read_record` would not find it.
+    """
     files: dict[str, str] = {}
     merged: list[list[Path]] = []  # the records of each group, which must be the same in the same order
     records: dict[Path, dict[str, Any]] = {}
     for output, parts in groups.items():
-        found = [read_record(part) for part in parts]
-        known = dict(record for record in found if record)
-        keys = {key for part in parts for record in known.values() for key in _keys_of(record, part)}
-        if None in found or len(known) != len(parts) or len(keys) != 1 or not output.endswith("_document"):
+        paths_and_records = [read_record(part) for part in parts]
+        records = dict(pair for pair in paths_and_records if pair)
+        keys = {key for part in parts for record in records.values() for key in _keys_of(record, part)}
+        if None in paths_and_records or len(records) != len(parts) or len(keys) != 1:
             return None
         (key,) = keys
-        if key in files:
+        if key in files or not output.endswith("_document"):
             return None
         files[key] = os.path.basename(output)
-        merged.append(list(known))
-        records = known
+        merged.append(list(records))
     if any(paths != merged[0] for paths in merged) or any(set(r["files"]) != set(files) for r in records.values()):
         return None
     content = {
@@ -108,12 +114,12 @@ def _merged_record(groups: Mapping[str, Sequence[Path]], output_prefix: str) -> 
 
 
 def _keys_of(record: Mapping[str, Any], part: Path) -> list[str]:
-    """Which of a record's pairs a part is, if it is one."""
+    """The key of a part in a record, in a list; an empty list if the record is not of this part."""
     return [key for key, name in record["files"].items() if name == part.name]
 
 
 def _shared(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The inputs of all; of the other options those that are the same in all, None for those that differ."""
+    """The options of a merged record: the inputs of all; other options are None where they differ."""
     names = dict.fromkeys(name for option in options for name in option)
     shared = {name: options[0].get(name) for name in names}
     for name, value in shared.items():
@@ -128,40 +134,42 @@ def _sums(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**{name: sum(count.get(name, 0) for count in counts) for name in names}, "dropped": dict(dropped)}
 
 
-def _require_one_making(parts: Sequence[Path]) -> None:
-    """Raise UserError when the parts' records, where they have some, say that they do not belong together."""
+def _require_equal_options(parts: Sequence[Path]) -> None:
+    """Raise UserError when the parts' records, if they have any, show that they were made differently."""
     first: tuple[Path, dict[str, Any]] | None = None
     for part in parts:
-        found = read_record(part)
-        if found is None:
+        path_and_record = read_record(part)
+        if path_and_record is None:
             continue
-        made = {name: found[1]["options"][name] for name in _MADE_ALIKE}
-        made |= {"tokenizer": found[1]["tokenizer"], "template": found[1]["template"]}
-        first = first or (found[0], made)
-        for name, value in made.items():
-            if value != first[1][name]:
+        path, record = path_and_record
+        options = {name: record["options"][name] for name in _EQUAL_OPTIONS}
+        options |= {"tokenizer": record["tokenizer"], "template": record["template"]}
+        first_path, first_options = first = first or (path, options)
+        for name, value in options.items():
+            if value != first_options[name]:
                 raise UserError(
-                    f"{found[0]}: {name} is {value!r}, but {first[1][name]!r} in {first[0]}; only data that were made "
-                    f"alike can be merged"
+                    f"{path}: {name} is {value!r}, but {first_options[name]!r} in {first_path}; preprocess all parts "
+                    f"with the same options"
                 )
 
 
 def _earlier_record(output: str, output_prefix: str, outputs: Iterable[str]) -> list[Path]:
-    """The record of an earlier merge, if there is one.
+    """The record of an earlier merge, in a list; an empty list if there is none.
 
     Raises:
-        UserError: the record of other data would speak for what the parts become, or that of an earlier merge speaks
-            for more than the `outputs`.
+        UserError: the record of other data would become the record of the output. Or an earlier merge's record is also
+            of files that are not in `outputs`.
     """
-    found = read_record(output)
-    if found is None:
+    path_and_record = read_record(output)
+    if path_and_record is None:
         return []
-    left = set(found[1]["files"].values()) - set(map(os.path.basename, outputs))
-    if "merged" in found[1] and left:
+    path, record = path_and_record
+    others = set(record["files"].values()) - set(map(os.path.basename, outputs))
+    if "merged" in record and others:
         raise UserError(
-            f"{found[0]}: speaks for {', '.join(sorted(left))}, too, which would lose their record; merge all of its "
-            f"keys, or choose another --output-prefix"
+            f"{path}: is also the record of {', '.join(sorted(others))}, which would have none after this merge; "
+            f"merge all of its keys, or choose another --output-prefix"
         )
-    if found[0] != record_path(output_prefix) or "merged" not in found[1]:
-        raise UserError(f"{found[0]}: speaks for the data that lie there; choose another --output-prefix, or remove it")
-    return [found[0]]
+    if path != record_path(output_prefix) or "merged" not in record:
+        raise UserError(f"{path}: is the record of other data; choose another --output-prefix, or remove it")
+    return [path]

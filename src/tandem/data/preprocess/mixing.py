@@ -1,4 +1,4 @@
-"""Several datasets become one by taking their samples in turn."""
+"""Mixing several datasets into one, by taking their samples in turn."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import numpy as np
 
 from tandem.data.indexed import IndexedDataset
 
-_DRAWN_AT_ONCE = 1000  # of the generator; part of what makes the order the same as upstream's
+_DRAWN_AT_ONCE = 1000  # as in upstream: with another number, the order would be different
 
 
 def interleaved(
     lengths: Sequence[int], probabilities: Sequence[float] | None, seed: int, oversample: bool
 ) -> np.ndarray:
-    """int64 [samples]: which sample of the datasets, laid end to end, comes next.
+    """The order of the mixed samples, int64 [samples], as numbers of the samples of all datasets laid end to end.
 
-    Without `probabilities` the datasets take turns; with them each turn is drawn. It ends when the first dataset is
-    used up, or with `oversample` when all have been, the others beginning again. Source: `interleave_datasets` of
-    Hugging Face `datasets`, which upstream calls.
+    Without `probabilities` the datasets take turns; with them each turn is drawn. The order ends when the first dataset
+    is used up. With `oversample` it ends when all are used up; a dataset that is used up before begins again.
+
+    >>> interleaved([2, 3], None, seed=0, oversample=False).tolist()
+    [0, 2, 1, 3]
+
+    Source: `interleave_datasets` of Hugging Face `datasets`, which upstream calls.
     """
     assert min(lengths) > 0
     sizes = np.array(lengths, np.int64)
@@ -29,13 +33,13 @@ def interleaved(
     turns = _drawn_turns(sizes, probabilities, seed, oversample)
     order = np.empty(len(turns), np.int64)
     for dataset, (size, offset) in enumerate(zip(sizes, offsets)):
-        mine = np.flatnonzero(turns == dataset)
-        order[mine] = np.arange(len(mine)) % size + offset
+        positions = np.flatnonzero(turns == dataset)
+        order[positions] = np.arange(len(positions)) % size + offset
     return order
 
 
 def _drawn_turns(sizes: np.ndarray, probabilities: Sequence[float], seed: int, oversample: bool) -> np.ndarray:
-    """int64 [turns]: whose turn it is, up to the one that uses up the first dataset, or the last with `oversample`."""
+    """The dataset of each turn, int64 [turns], until one is used up, or with `oversample` until all are."""
     random = np.random.default_rng(seed)
     draws: list[np.ndarray] = []
     counts = np.zeros_like(sizes)
@@ -49,7 +53,7 @@ def _drawn_turns(sizes: np.ndarray, probabilities: Sequence[float], seed: int, o
 
 
 class Selection:
-    """Sequences of a dataset in another order, some perhaps several times."""
+    """Sequences of a dataset in another order. A sequence may occur several times, or not at all."""
 
     def __init__(self, dataset: IndexedDataset, order: np.ndarray) -> None:
         self._dataset = dataset

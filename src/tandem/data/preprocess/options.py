@@ -1,4 +1,4 @@
-"""The options of preprocessing, and what they exclude."""
+"""The options of preprocessing, and which of them do not go together."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ class PreprocessOptions(Options):
     json_keys: tuple[str, ...] = ("text",)
     """Fields that hold plain text; one pair of files each."""
     map_keys: Mapping[str, Any] | None = None
-    """Other field names, as JSON: '{"prompt": "question", "response": "answer"}'."""
+    """Names of your fields, as JSON: '{"prompt": "question", "response": "answer"}'."""
     dataset_dir: PathText | None = None
     """With LlamaFactoryInstructionHandler: folder of dataset_info.json and its files."""
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
-    """How the datasets of LlamaFactoryInstructionHandler are mixed: in turn until one is used up, or until all are."""
+    """How the datasets of LlamaFactoryInstructionHandler are mixed: one after the other (concat), in turn until one is
+    used up (interleave_under), or in turn until all are used up (interleave_over)."""
     interleave_probs: tuple[float, ...] | None = None
-    """With interleaving: how often each dataset is next, as 0.7,0.3; default: in turn."""
+    """With interleaving: how often each dataset is next, such as 0.7,0.3; default: in turn."""
     max_samples: int | None = None
-    """Read only so many rows, of each dataset."""
+    """Read at most so many rows of each dataset."""
     seed: int = 1234
-    """Seed of --interleave-probs."""
+    """Random seed of --interleave-probs."""
     prompt_type: str | None = None
     """Chat template of instruction data, such as qwen3."""
     enable_thinking: Literal["true", "false", "none"] | None = "none"
@@ -52,29 +53,29 @@ class PreprocessOptions(Options):
     seq_length: int | None = None
     """Longest conversation; with --pack, the exact length of a row."""
     over_long: Literal["trim", "drop", "stop"] = "trim"
-    """What to do with conversations of --seq-length tokens or more: cut them turn by turn, leave them out, or stop with
-    the place of the first. Preferences are never cut, but left out."""
+    """What to do with conversations of --seq-length tokens or more: cut them turn by turn (trim), leave them out
+    (drop), or stop at the first. Preferences are never cut: trim leaves them out, too."""
     pad_to_multiple_of: int = 1
-    """Plain text: pad each document to a multiple of this, with the id that follows the tokenizer's last one."""
+    """Plain text: pad each document to a multiple of this, with the id after the tokenizer's last id."""
     append_eod: bool = False
     """End each document with the end-of-document token."""
     pack: bool = False
     """Put several conversations into a row of --seq-length."""
     neat_pack: bool = False
-    """With --pack: keep the conversations of a row apart in attention."""
+    """With --pack: a token attends only within its conversation."""
     workers: int = 1
-    """Processes that tokenise; the files do not depend on it."""
+    """Processes that tokenise; the result is the same with any number."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """What to do with an unusable row; skip writes it to PREFIX.rejects.jsonl."""
+    """What to do with an unusable row: stop, or skip it and write it to PREFIX.rejects.jsonl."""
     log_interval: int = 1000
-    """Documents between two signs of progress."""
+    """Show progress after so many documents."""
 
     @property
     def thinking_mode(self) -> bool | None:
         return THINKING_MODES[self.enable_thinking or "none"]
 
     def recorded(self) -> dict[str, Any]:
-        """As a record holds them."""
+        """The options as a record stores them."""
         names = [field.name for field in fields(PreprocessOptions) if field.name != "tokenizer_type"]
         return {name: getattr(self, name) for name in names} | {"enable_thinking": self.thinking_mode}
 
@@ -83,25 +84,25 @@ class PreprocessOptions(Options):
         if not self.input:
             yield "--input is empty; name at least one file, folder or pattern"
         if "" in self.input:
-            yield "--input: an empty name, perhaps of an unset variable; the current folder is `.`"
+            yield "--input: a name is empty, perhaps of an unset variable; give `.` for the current folder"
         yield from self._wrong_keys()
         yield from self._wrong_numbers()
         yield from self._wrong_lengths()
         if self.thinking_mode is not None and self.prompt_type is None:
-            yield "--enable-thinking needs --prompt-type, the template whose thoughts it governs"
+            yield "--enable-thinking needs --prompt-type, the template that it changes; give both"
 
     def _wrong_keys(self) -> Iterator[str]:
         if not self.json_keys:
             yield "--json-keys is empty; name at least one field, usually text"
         for key in self.json_keys:
             if "/" in key:
-                yield f"--json-keys {key}: it becomes part of a file's name, which holds no '/'"
+                yield f"--json-keys {key}: the key becomes part of a file name, so it must not contain '/'"
         if len(set(self.json_keys)) != len(self.json_keys):
             yield f"--json-keys {' '.join(self.json_keys)}: a field is named twice"
         for name, column in (self.map_keys or {}).items():
             if not isinstance(column, dict if name == "tags" else str):
                 expected = "an object of names" if name == "tags" else "the name of a field"
-                yield f"--map-keys: {name!r} is {described(column)}, expected {expected}"
+                yield f"--map-keys: {name!r}: expected {expected}, found {described(column)}"
 
     def _wrong_numbers(self) -> Iterator[str]:
         for name, least in (("workers", 1), ("log_interval", 1), ("max_samples", 1), ("pad_to_multiple_of", 1)):
@@ -112,11 +113,11 @@ class PreprocessOptions(Options):
         if self.seq_length is not None and self.seq_length < 2:
             yield f"--seq-length {self.seq_length}: expected 2 or more"
         if self.over_long != "trim" and self.seq_length is None:
-            yield f"--over-long {self.over_long} needs --seq-length, which says what is too long"
+            yield f"--over-long {self.over_long} needs --seq-length, the length that is too long; give both"
         if self.neat_pack and not self.pack:
             yield "--neat-pack needs --pack; give both"
         if self.pack and self.seq_length is None:
-            yield "--pack needs --seq-length, the length of a packed row"
+            yield "--pack needs --seq-length, the length of a packed row; give both"
 
     def _wrong_handler(self) -> Iterator[str]:
         try:
@@ -131,15 +132,15 @@ class PreprocessOptions(Options):
             return
         for name in ("dataset_dir", "interleave_probs"):
             if getattr(self, name) is not None:
-                yield f"--{name.replace('_', '-')} is for --handler-name {LLAMA_FACTORY}"
+                yield f"--{name.replace('_', '-')} works only with --handler-name {LLAMA_FACTORY}; leave it out"
         if self.mix_strategy != "concat":
-            yield f"--mix-strategy is for --handler-name {LLAMA_FACTORY}"
+            yield f"--mix-strategy works only with --handler-name {LLAMA_FACTORY}; leave it out"
 
     def _wrong_mixing(self) -> Iterator[str]:
         if self.dataset_dir is None:
             yield f"--handler-name {LLAMA_FACTORY} needs --dataset-dir, the folder of dataset_info.json"
         if self.map_keys is not None:
-            yield f"--map-keys: {LLAMA_FACTORY} takes its field names from dataset_info.json"
+            yield f"--map-keys: {LLAMA_FACTORY} takes field names from dataset_info.json; leave --map-keys out"
         if (probabilities := self.interleave_probs) is None:
             return
         if self.mix_strategy == "concat":
@@ -151,14 +152,14 @@ class PreprocessOptions(Options):
 
 @dataclass(frozen=True)
 class MergeOptions(Options):
-    """Options of the merge of datasets that were preprocessed in parts."""
+    """Options of merging datasets that were preprocessed in parts."""
 
     input: PathText
     """Folder with the parts."""
     output_prefix: PathText
     """Each group becomes OUTPUT_PREFIX_KEY.bin/.idx."""
     merge_group_keys: tuple[str, ...]
-    """Merge all pairs of files whose names hold the key, for each key."""
+    """For each key, merge all pairs of files whose names contain the key."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Raw records to `.bin/.idx`: read, render, tokenise, pack, write, and record what was done."""
+"""Preprocessing: read raw records, render, tokenise and pack them, write `.bin/.idx` and a record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from tandem.data.preprocess.mixing import Selection, interleaved
 from tandem.data.preprocess.options import PreprocessOptions, require
 from tandem.data.preprocess.spool import Spool, fingerprint
 from tandem.data.preprocess.workers import tokenize_blocks
-from tandem.data.record import remove_record, require_own, source_entries, template_entry, tokenizer_entry, write_record
+from tandem.data.record import (
+    remove_record,
+    require_no_other_record,
+    source_entries,
+    template_entry,
+    tokenizer_entry,
+    write_record,
+)
 from tandem.data.sources.readers import iter_blocks
 from tandem.data.sources.sources import Source, iter_source_blocks, open_sources
 from tandem.data.statistics import DataView
@@ -35,7 +42,7 @@ from tandem.version import __version__
 
 Progress = Callable[[int, int], None]
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # of each file; what the engines are compared on
+_SAMPLED_FILES, _SAMPLED_CHARACTERS = 8, 1 << 16  # the sample of texts on which the engines are compared
 
 
 @dataclass(frozen=True)
@@ -43,20 +50,20 @@ class PreprocessSummary:
     """What `preprocess` did.
 
     Attributes:
-        prefixes: of the `.bin/.idx` pairs, by key.
-        data_paths: what `--data-path` takes of them.
-        documents: rows read.
-        kept: those that gave a sequence.
+        prefixes: prefixes of the `.bin/.idx` pairs, by key.
+        data_paths: what to give to `--data-path`.
+        documents: rows that were read.
+        kept: documents that became a sequence.
         rejected: unusable rows.
         trimmed: conversations that were cut to seq_length.
-        trimmed_prompts: those of them of which a prompt was cut.
+        trimmed_prompts: trimmed conversations in which a prompt was cut.
         dropped: documents left out, by reason.
-        sequences: written for the first key (packed rows with `pack`).
-        tokens: in all keys of plain text; in conversations, padding not counted.
-        trained_tokens: those with a label; of plain text all.
-        text_bytes: UTF-8 bytes tokenised.
-        rejects: file of rejected rows, if any.
-        engine: what tokenised: gigatoken or tokenizers, with the same result.
+        sequences: sequences written for the first key; with `pack`, rows.
+        tokens: tokens of all keys, without the padding of packed rows.
+        trained_tokens: tokens with a label; all tokens of plain text.
+        text_bytes: UTF-8 bytes of text that were tokenised.
+        rejects: the file with the rejected rows, if there are any.
+        engine: the library that tokenised, gigatoken or tokenizers; both give the same result.
     """
 
     prefixes: dict[str, str]
@@ -76,18 +83,19 @@ class PreprocessSummary:
 
 
 def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessSummary:
-    """Write `{output_prefix}_{key}_document.bin/.idx` per json key, or for conversations
-    `{output_prefix}_packed_{input_ids,attention_mask,labels}_document.bin/.idx`, for pairs
-    `{output_prefix}_packed_{chosen,rejected}_{input_ids,labels}_document.bin/.idx`, and the record
-    `{output_prefix}.json`.
+    """Preprocess raw data. Writes pairs of `.bin/.idx` files, and the record `{output_prefix}.json`:
 
-    Nothing appears under a final name before all is tokenised; the record comes last.
+    - plain text: `{output_prefix}_{key}_document` for each json key
+    - conversations: `{output_prefix}_packed_{input_ids,attention_mask,labels}_document`
+    - preferences: `{output_prefix}_packed_{chosen,rejected}_{input_ids,labels}_document`
+
+    Files get their final names only when everything is tokenised; the record comes last.
 
     Args:
         progress: called with (documents done, bytes of text done).
 
     Raises:
-        UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or nothing was kept.
+        UserError: an option does not fit the data, a row is unusable and `on_bad` is "stop", or no row was usable.
     """
     _require_output_folder(options.output_prefix)
     sources = _open(options)
@@ -98,13 +106,15 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
             if error.errno not in _NO_ROOM:
                 raise
             raise UserError(
-                f"{options.output_prefix}: {error.strerror}; what is tokenised so far is kept: the same command goes on"
+                f"{options.output_prefix}: {error.strerror}; make room and run the same command again. It continues "
+                f"with what is tokenised so far"
             ) from None
 
 
 def try_first_rows(options: PreprocessOptions) -> Counter[str]:
-    """Tokenise the first block of the input, about a megabyte, and write nothing: whether `preprocess` would do, and
-    the counts of a `TokenizedChunk`.
+    """Tokenise the first block of the input, about a megabyte, to see whether `preprocess` would work.
+
+    Writes nothing. Returns the counts of a `TokenizedChunk`.
 
     Raises:
         UserError: as `preprocess`.
@@ -117,7 +127,7 @@ def try_first_rows(options: PreprocessOptions) -> Counter[str]:
 
 
 def kind_of_input(options: PreprocessOptions) -> Kind:
-    """What the input is, as the first record says.
+    """The kind of the input, recognised by the first record.
 
     Raises:
         UserError: as `preprocess`.
@@ -164,7 +174,7 @@ def _preprocess(
         else:
             spool.publish(prefixes)
     except UserError:
-        spool.remove()  # the same run would fail again
+        spool.remove()  # the same command would fail again
         raise
     spool.remove()
 
@@ -194,18 +204,18 @@ def _preprocess(
 
 
 def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
-    """Some texts from the beginning of some of the files, as the job sees them."""
+    """Some texts from the beginning of some of the files, as the job tokenises them."""
     files = [(number, file) for number, source in enumerate(sources) for file in source.files]
     texts: list[str] = []
     for number, file in files[:: -(-len(files) // _SAMPLED_FILES)]:
         size = 0
         for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
             try:
-                found = [text[:_SAMPLED_CHARACTERS] for text in job.texts(job.read_row(row, number))]
+                texts_of_row = [text[:_SAMPLED_CHARACTERS] for text in job.texts(job.read_row(row, number))]
             except UserError:
-                continue  # reported when its turn comes
-            texts += found
-            size += sum(map(len, found))
+                continue  # reported later, when the row is tokenised
+            texts += texts_of_row
+            size += sum(map(len, texts_of_row))
             if size >= _SAMPLED_CHARACTERS:
                 break
     return texts
@@ -214,7 +224,7 @@ def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
 def _tokenize(
     job: ChunkTokenizer, sources: Sequence[Source], options: PreprocessOptions, spool: Spool, progress: Progress | None
 ) -> None:
-    """Bring what is left of the input into the spool."""
+    """Tokenise the rest of the input into the spool."""
     reported = 0
     blocks = iter_source_blocks(sources, options.max_samples)
     for chunk in tokenize_blocks(job, islice(blocks, spool.blocks, None), options.workers):
@@ -232,21 +242,21 @@ def _checked(chunk: TokenizedChunk, options: PreprocessOptions) -> TokenizedChun
 
 
 def _require_kept(spool: Spool, sources: Sequence[Source]) -> None:
-    first = f"; first: {spool.first_reason}" if spool.rejected else ""
+    first = f"; first rejected row: {spool.first_reason}" if spool.rejected else ""
     require(
         bool(spool.counts["kept"]),
-        f"{_files(sources)}: nothing kept of {spool.counts['documents']} documents; "
+        f"{_files(sources)}: none of the {spool.counts['documents']} documents can be used; "
         f"rejected {spool.rejected}, dropped {dict(spool.dropped)}{first}",
     )
 
 
 def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) -> np.ndarray | None:
-    """Which sequence of the spool comes next, when sources are interleaved; None as they lie there."""
+    """The order of the spool's sequences when sources are interleaved; None: as they are stored."""
     if options.mix_strategy == "concat" or len(sources) == 1:
         return None
     kept = [spool.kept_of[str(number)] for number in range(len(sources))]
     for source, count in zip(sources, kept):
-        require(count > 0, f"{_files([source])}: nothing kept, so it cannot be interleaved")
+        require(count > 0, f"{_files([source])}: no row can be used, so it cannot be interleaved; leave it out")
     probabilities = options.interleave_probs
     if probabilities is not None and len(probabilities) != len(sources):
         given = ",".join(map(str, probabilities))
@@ -289,7 +299,7 @@ def _rewrite(
 def _identity(
     options: PreprocessOptions, tokenizer: Tokenizer, template: Template | None, sources: Sequence[Source]
 ) -> str:
-    """Of all that the output is a function of. Whole inputs are not read for it: size and time stand for them."""
+    """A hash of everything that decides the output. For input files it takes size and time, not their content."""
     files = [file for source in sources for file in source.files]
     return fingerprint(
         {
@@ -305,9 +315,9 @@ def _identity(
 
 def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
     recorded = options.recorded()
-    for name in ("workers", "log_interval"):  # they leave no trace in the data
+    for name in ("workers", "log_interval"):  # they do not change the data
         del recorded[name]
-    if not options.handler_name:  # what was recognised
+    if not options.handler_name:  # record the handler that was recognised
         recorded |= {"handler_name": sources[0].handler_name, "map_keys": sources[0].map_keys}
     return recorded
 
@@ -334,20 +344,26 @@ def _record(
 def _require_output_folder(output_prefix: str) -> None:
     folder = _folder(output_prefix)
     require(folder.is_dir(), f"--output-prefix {output_prefix}: the folder {folder} does not exist; create it first")
-    require(bool(os.path.basename(output_prefix)), f"--output-prefix {output_prefix}: a name for the files is missing")
+    require(
+        bool(os.path.basename(output_prefix)),
+        f"--output-prefix {output_prefix}: is a folder; add a name for the files, such as {output_prefix}data",
+    )
 
 
 def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, sources: Sequence[Source]) -> None:
-    """Raise UserError where files cannot have their names."""
+    """Raise UserError where the output files cannot have these names."""
     longest = os.pathconf(_folder(output_prefix), "PC_NAME_MAX")
     for pair in names.values():
         over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - longest
-        require(over <= 0, f"--output-prefix {output_prefix}: the names of files would be {over} bytes too long")
-    require_own(output_prefix, names)
+        require(
+            over <= 0,
+            f"--output-prefix {output_prefix}: file names would be {over} bytes too long; choose a shorter one",
+        )
+    require_no_other_record(output_prefix, names)
     for file in (file for source in sources for file in source.files):
         require(
             file.resolve() != rejects.resolve(),
-            f"{file}: the rejects of this run would go there, and it is the input; choose another --output-prefix",
+            f"{file}: is the input, but rejected rows would be written to this file; choose another --output-prefix",
         )
 
 

@@ -1,4 +1,4 @@
-"""What preprocessing has tokenised so far, kept so that a run that was killed goes on where it stopped."""
+"""What preprocessing has tokenised so far, on disk. So a run that was killed can continue where it stopped."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tandem.data.indexed import IndexedDataset, publish, write_index
 from tandem.data.preprocess.chunks import Reject, TokenizedChunk
 from tandem.errors import UserError
 
-_SECONDS_BETWEEN_SAVES = 0.5  # from one to the next, if that is over
+_SECONDS_BETWEEN_SAVES = 0.5  # or longer, if the last save is not finished
 _REJECTS = "rejects.jsonl"
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """sha256 of all that the output is a function of."""
+    """sha256 of everything that decides the output."""
     return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
 
 
@@ -34,18 +34,20 @@ class BusyError(UserError):
 
 
 class Spool:
-    """The folder `{output_prefix}.unfinished`: per output key a file of tokens and one of lengths, the rejected rows,
-    and `progress.json`, which says how much of each file belongs to whole blocks.
+    """The folder `{output_prefix}.unfinished`.
+
+    It has a file of tokens and one of lengths for each output key, and a file of rejected rows. `progress.json` says
+    how much of each file belongs to whole blocks.
 
     Args:
         keys: output keys.
-        identity: `fingerprint` of the run; what another run left is discarded.
+        identity: `fingerprint` of the run; files of a run with another one are discarded.
 
     Attributes:
-        blocks: of the input, done so far.
-        counts, dropped: as in `TokenizedChunk`, of all blocks.
+        blocks: number of blocks of the input that are done.
+        counts, dropped: as in `TokenizedChunk`, for all blocks.
         kept_of: kept documents, by the number of their source.
-        rejected: rows that could not be used; `first_reason` is that of the first.
+        rejected: rows that could not be used; `first_reason` is the reason of the first.
 
     Raises:
         BusyError: another process is writing the same output.
@@ -58,9 +60,11 @@ class Spool:
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another output_prefix") from None
+            raise UserError(
+                f"{self.folder}: cannot be created: {error.strerror}; choose another output_prefix"
+            ) from None
         if any(self.folder.iterdir()) and not (self.folder / "lock").exists():
-            raise UserError(f"{self.folder}: holds files of someone else's; choose another output_prefix")
+            raise UserError(f"{self.folder}: holds files that tandem did not write; choose another output_prefix")
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +83,7 @@ class Spool:
         self._saved_at = time.monotonic()
 
     def add(self, chunk: TokenizedChunk) -> None:
-        """Append what the next block became."""
+        """Append the tokens of the next block."""
         for key, (tokens, lengths) in chunk.columns.items():
             if key in self.keys:
                 self._files[f"{key}.bin"].write(np.ascontiguousarray(tokens, "<i4").data)
@@ -91,15 +95,15 @@ class Spool:
         self.kept_of[str(chunk.source)] += chunk.counts["kept"]
         self.blocks += 1
         if self._saving.done() and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
-            self._save_meanwhile()
+            self._start_saving()
 
     def save(self) -> None:
-        """Return when everything is on the disk, and `progress.json` says so."""
-        self._save_meanwhile()
+        """Save everything to the disk, with `progress.json`."""
+        self._start_saving()
         self._saving.result()
 
-    def _save_meanwhile(self) -> None:
-        """From a thread: the disk works while tokens are made, and little is left for it to do at the end."""
+    def _start_saving(self) -> None:
+        """Save in a thread, so the disk works while tokens are made, and little is left to save at the end."""
         self._saving.result()
         for file in self._files.values():
             file.flush()
@@ -124,7 +128,7 @@ class Spool:
         os.replace(part, self.folder / "progress.json")
 
     def datasets(self) -> dict[str, IndexedDataset]:
-        """The sequences of each key, to be read again."""
+        """The sequences of each key, for reading."""
         self.save()
         for key in self.keys:
             write_index(self.folder / f"{key}.idx", self._lengths(key), np.int32)
@@ -137,7 +141,7 @@ class Spool:
             publish(self.folder / f"{key}.bin", self._lengths(key), np.int32, prefix)
 
     def publish_rejects(self, path: Path) -> None:
-        """The rejected rows, a line `{reason, content}` each; without any, those of an earlier run are removed."""
+        """Write the rejected rows, one line `{reason, content}` each. Without any, remove an earlier run's file."""
         if self.rejected:
             self._files[_REJECTS].flush()
             os.replace(self.folder / _REJECTS, path)
@@ -163,7 +167,7 @@ class Spool:
         return np.fromfile(self.folder / f"{key}.lengths", "<i4")
 
     def _read_progress(self, names: list[str]) -> dict[str, Any]:
-        """That of a run of the same identity, if its files are all there; else that of a run that has done nothing."""
+        """The progress of a run of the same identity, if all its files exist; else the progress of a new run."""
         fresh = {"blocks": 0, "counts": {}, "dropped": {}, "kept_of": {}, "rejected": 0, "first_reason": ""}
         fresh["sizes"] = dict.fromkeys(names, 0)
         path = self.folder / "progress.json"
@@ -180,7 +184,7 @@ class Spool:
 
 
 def _open_at(path: Path, size: int) -> Any:
-    """For appending, after what lies beyond `size` is cut off."""
+    """Open a file for appending. Whatever is after the first `size` bytes is cut off."""
     path.touch()
     file = path.open("r+b")
     file.truncate(size)

@@ -1,4 +1,4 @@
-"""Blocks of rows through workers, in order."""
+"""Tokenising blocks of rows with several workers, in order."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from tandem.data.tokens.encoder import environment
 
 
 def tokenize_blocks(job: ChunkTokenizer, blocks: Iterable[Block], workers: int) -> Iterator[TokenizedChunk]:
-    """All blocks tokenised by `job`, in order whatever the number of `workers`; each of them uses one core.
+    """All blocks, tokenised by `job`, in order. The result is the same for any number of `workers`.
 
-    A bounded number of blocks is in memory. One worker is this process itself.
+    Each worker uses one core. A single worker is this process. The number of blocks in memory is limited.
     """
     if workers == 1:
         with _one_core_each():
             yield from map(job, blocks)
         return
     with _one_core_each(), _pool(job, workers) as pool:
-        under_way: deque[Future[TokenizedChunk]] = deque()
+        pending: deque[Future[TokenizedChunk]] = deque()
         try:
             for block in blocks:
-                under_way.append(
+                pending.append(
                     pool.submit(_work, block) if isinstance(pool, ProcessPoolExecutor) else pool.submit(job, block)
                 )
-                if len(under_way) > 2 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in under_way:
+            for future in pending:
                 future.cancel()
 
 
 def _pool(job: ChunkTokenizer, workers: int) -> Executor:
-    """Threads share the engine's cache, and nothing has to travel; processes where the engine is slow."""
+    """Threads where the engine is fast: they share its cache, and send no data. Else processes."""
     if job.engine.threads_suffice:
         return ThreadPoolExecutor(workers)
-    # Spawned, since a forked child could inherit a lock that a thread of the tokenizers library holds.
+    # Spawned: a forked child could inherit a lock that a thread of the tokenizers library holds.
     return ProcessPoolExecutor(workers, get_context("spawn"), _start, (job,))
 
 
@@ -55,12 +55,12 @@ _job: ChunkTokenizer  # of this worker process
 def _start(job: ChunkTokenizer) -> None:
     global _job
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    Thread(target=_leave_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one will end it
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    """A parent that was killed cannot end its workers."""
+def _exit_with_parent() -> None:
+    """End this process when its parent ends. A parent that is killed cannot end its workers."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -72,5 +72,5 @@ def _work(block: Block) -> TokenizedChunk:
 
 
 def _one_core_each() -> AbstractContextManager[None]:
-    """Keep the tokenizers library to one core, here and in processes started meanwhile."""
+    """Keep the tokenizers library to one core, here and in processes that are started inside the `with`."""
     return environment("TOKENIZERS_PARALLELISM", "false")

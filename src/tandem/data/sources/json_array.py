@@ -1,4 +1,4 @@
-"""The elements of a JSON array, one at a time, so that a file of any size can be read in little memory."""
+"""The elements of a JSON array, one at a time: a file of any size is read with little memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import BinaryIO
 from tandem.errors import UserError
 
 _READ_BYTES = 1 << 20
-# A whole string, or what opens, closes or parts elements. A quote alone begins a string that is not all there yet.
+# A whole string, or a bracket or comma. A quote alone begins a string whose end is not read yet.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 
 
 def is_array(stream: BinaryIO) -> bool:
-    """Whether the first character other than white space is `[`; the stream stays where it is."""
+    """Whether the first character other than white space is `[`. The stream does not move."""
     start = stream.peek(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n")  # type: ignore[attr-defined]
     return start.startswith(b"[")
 
 
 def iter_elements(file: Path, stream: BinaryIO) -> Iterator[bytes]:
-    """The bytes of each element, not yet parsed; `stream` stands before the array.
+    """The bytes of each element, not parsed. `stream` is at the beginning of the array, or at white space before it.
 
     Raises:
         UserError: the array does not end, or something follows it.
@@ -33,7 +33,7 @@ def iter_elements(file: Path, stream: BinaryIO) -> Iterator[bytes]:
     while True:
         match = _TOKEN.search(buffer, position)
         if match is None or match.group() == b'"':
-            more = stream.read(max(_READ_BYTES, len(buffer) - begin))  # a long string is looked at from its begin again
+            more = stream.read(max(_READ_BYTES, len(buffer) - begin))  # a long string is searched again
             if not more:
                 raise UserError(f"{file}: the JSON array does not end: truncated in row {count + 1}")
             resume = len(buffer) if match is None else match.start()
@@ -46,11 +46,11 @@ def iter_elements(file: Path, stream: BinaryIO) -> Iterator[bytes]:
             depth -= 1
         elif depth == 0 and token in b",]}":
             element = buffer[begin : match.start()].strip()
-            if element or token == b"," or count:  # nothing at all between the brackets is an empty array
+            if element or token == b"," or count:  # `[]` has no element
                 count += 1
                 yield element
             if token != b",":
                 break
             begin = position
     if (buffer[position:] + stream.read(_READ_BYTES)).strip():
-        raise UserError(f"{file}: something follows the JSON array, after row {count}; expected one array")
+        raise UserError(f"{file}: the JSON array ends after row {count}, but text follows it; expected one array")

@@ -26,21 +26,21 @@ _COMPRESSIONS = ("", ".gz", ".zst")
 _TEXT_SUFFIXES = tuple(".txt" + compression for compression in _COMPRESSIONS)
 _JSON_SUFFIXES = tuple(json + compression for json in (".json", ".jsonl") for compression in _COMPRESSIONS)
 SUFFIXES = (*_JSON_SUFFIXES, *_TEXT_SUFFIXES, *TABLE_SUFFIXES)
-_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024  # a block ends at either
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024  # a block ends when it has either
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_AT_LINE_ENDS = secrets.randbits(62)  # what no file can be made to hold
+_AT_LINE_ENDS = secrets.randbits(62)  # a random number, which no file can be made to contain
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that lie together in a file, not yet looked at.
+    """Consecutive rows of a file, not parsed yet.
 
     Attributes:
         first: number of the first row, from 1.
-        count: of rows; when `content` has more, the first ones.
-        content: lines end to end; or per row the bytes of a JSON value, or the record itself.
-        is_text: a line is a text and not JSON.
-        source: which of several sources the file belongs to.
+        count: number of rows; when `content` has more, only the first `count` are meant.
+        content: lines end to end, or a list with a row each: the bytes of a JSON value, or the record itself.
+        is_text: each line is a text, not JSON.
+        source: number of the source that the file belongs to.
     """
 
     file: str
@@ -68,8 +68,8 @@ def parse_row(row: Any) -> dict[str, Any]:
     """The record of a row.
 
     Raises:
-        UserError: without the place: the line is empty, truncated, not UTF-8 or not JSON, or not an object, or a row
-            has not as many fields as its table.
+        UserError: the line is empty, truncated, not UTF-8, not JSON or not an object. Or a CSV row has too many or too
+            few values. The message does not name the place.
     """
     if isinstance(row, _TextLine):
         return {"text": _decode(row.rstrip(b"\r\n"))}
@@ -85,20 +85,24 @@ def parse_row(row: Any) -> dict[str, Any]:
 
 
 def plain_texts(block: Block, keys: Sequence[str]) -> list[list[bytes]] | None:
-    """Of each key the texts of all rows in UTF-8, where each row is the JSON of an object with such texts; else None.
-    Nearly every block of a corpus is such a one, and a comprehension is all that it costs."""
+    """For each key the texts of all rows, in UTF-8; None where a row is not a JSON object with these texts.
+
+    This is the fast way for nearly every block of a corpus.
+    """
     if block.is_text:
         return None
     try:
         records = _lines_at_once(block) or [orjson.loads(row) for row in block.rows()]
         return [[record[key].encode() for record in records] for key in keys]  # only a str has `encode`
     except (ValueError, TypeError, KeyError, AttributeError):
-        return None  # whatever it is, `parse_row` says what
+        return None  # `parse_row` will say what is wrong
 
 
 def _lines_at_once(block: Block) -> list[Any] | None:
-    """The JSON values of all lines, read as one array, which takes less time; None where they are not one value each,
-    or are too deep within an array."""
+    """The JSON values of all lines, parsed as one array, which is faster.
+
+    None where a line is not exactly one value, or is nested too deeply.
+    """
     if not isinstance(block.content, bytes):
         return None
     lines = block.content if block.content.endswith(b"\n") else block.content + b"\n"
@@ -106,40 +110,40 @@ def _lines_at_once(block: Block) -> list[Any] | None:
         values: list[Any] = orjson.loads(b"[%b0]" % lines.replace(b"\n", b",%d," % _AT_LINE_ENDS))
     except orjson.JSONDecodeError:
         return None
-    # A line that held several values, or a value that went on over lines, would bring the numbers out of their places.
+    # A line with several values, or a value over several lines, would move these numbers from every second place.
     if len(values) != 2 * block.count + 1 or values[1::2].count(_AT_LINE_ENDS) != block.count:
         return None
     return values[:-1:2]
 
 
 def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files behind `inputs`, each a file, a directory (its data files, by name) or a glob pattern."""
+    """The files that `inputs` name. Each is a file, a folder (its data files, sorted by name) or a glob pattern."""
     files: list[Path] = []
     for entry in inputs:
         given, path = os.fspath(entry), Path(entry)
         if path.is_dir():
-            named = (file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.is_dir())
-            found = sorted(file for file in named if not _is_output(file))
+            data_files = (file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.is_dir())
+            matches = sorted(file for file in data_files if not _is_output(file))
         elif path.is_file():
-            found = [path]
+            matches = [path]
         else:
-            matches = sorted(Path(name) for name in glob.glob(given, recursive=True) if os.path.isfile(name))
-            found = [file for file in matches if not _is_output(file)]
-        if not found:
+            named = sorted(Path(name) for name in glob.glob(given, recursive=True) if os.path.isfile(name))
+            matches = [file for file in named if not _is_output(file)]
+        if not matches:
             raise UserError(
-                f"input {given!r}: no such file, and no directory or pattern with {', '.join(SUFFIXES)} files"
+                f"input {given!r}: no such file, and no folder or pattern with files of {', '.join(SUFFIXES)}"
             )
-        files += found
+        files += matches
     for file in files:
         if not file.exists():
-            raise UserError(f"{file}: a link to {os.readlink(file)}, which is not there")
+            raise UserError(f"{file}: a link to {os.readlink(file)}, which does not exist")
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     return files
 
 
 def _is_output(file: Path) -> bool:
-    """What an earlier run of ours left beside its input: data, their record, or rows that it rejected."""
+    """Whether an earlier run wrote this file next to its input: data, a record, or rejected rows."""
     return (
         file.suffix in (".bin", ".idx")
         or file.name.endswith(REJECTS_SUFFIX)
@@ -148,8 +152,10 @@ def _is_output(file: Path) -> bool:
 
 
 def iter_blocks(files: Sequence[Path]) -> Iterator[Block]:
-    """All rows of all files, in order; memory does not grow with their size. Where a block ends depends on the files
-    alone."""
+    """All rows of all files, in order. Memory does not grow with the size of the files.
+
+    Where a block ends depends only on the files.
+    """
     for file in files:
         if file.name.endswith(TABLE_SUFFIXES):
             yield from _row_blocks(file, iter_table_rows(file))
@@ -158,7 +164,7 @@ def iter_blocks(files: Sequence[Path]) -> Iterator[Block]:
 
 
 def _line_blocks(file: Path) -> Iterator[Block]:
-    """Both `.json` and `.jsonl` may hold an array or lines: the first character tells which."""
+    """The blocks of a text or JSON file. The first character shows whether a JSON file has an array or lines."""
     is_text = file.name.endswith(_TEXT_SUFFIXES)
     line = 0
     try:
@@ -168,15 +174,15 @@ def _line_blocks(file: Path) -> Iterator[Block]:
                 return
             if stream.peek(3).startswith(_BYTE_ORDER_MARK):  # type: ignore[attr-defined]
                 stream.read(3)
-            # Not `readlines`: it is slow, and holds Python's lock; workers split the lines.
+            # Not `readlines`, which is slow and holds Python's lock. Workers split the lines.
             while content := stream.read(_BLOCK_BYTES) + stream.readline():
-                # Not `content.count`, which takes thrice the time and holds the lock, too.
+                # Not `content.count`, which takes three times as long and holds the lock, too.
                 ends = int(np.count_nonzero(np.frombuffer(content, np.uint8) == ord("\n")))
                 count = ends + (not content.endswith(b"\n"))
                 yield Block(str(file), line + 1, count, content, is_text)
                 line += count
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read beyond line {line}: {error}; the file is damaged") from None
+        raise UserError(f"{file}: cannot be read after line {line}: {error}; the file is damaged") from None
 
 
 def _row_blocks(file: Path, rows: Iterator[Any]) -> Iterator[Block]:
@@ -194,7 +200,7 @@ def _row_blocks(file: Path, rows: Iterator[Any]) -> Iterator[Block]:
 
 
 def _size(row: Any) -> int:
-    """Bytes of a JSON value, or characters of the texts of a record."""
+    """Size of a row: bytes of a JSON value, or characters of a record's texts."""
     if isinstance(row, bytes):
         return len(row)
     values = row.values() if isinstance(row, dict) else row
@@ -206,7 +212,7 @@ def _json_error(line: bytes, error: orjson.JSONDecodeError) -> UserError:
         return UserError("empty line, or nothing between two commas of an array; expected a JSON object")
     _decode(line)
     ends_early = error.pos >= len(error.doc.rstrip())
-    hint = "; the line is truncated, or a value goes on over several lines, outside an array" if ends_early else ""
+    hint = "; the line is truncated, or a value takes several lines, which only an array may do" if ends_early else ""
     return UserError(f"not valid JSON: {error}{hint}")
 
 
@@ -228,7 +234,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _open_zstandard(file: Path) -> BinaryIO:
-    # Not the zstandard package: it takes a truncated file for a short one. Imported here, because that is slow.
+    # Not the zstandard package: it reads a truncated file without an error. Imported here, because that is slow.
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 1 << 20)

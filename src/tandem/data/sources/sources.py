@@ -1,4 +1,4 @@
-"""What preprocessing reads: files, and for each group of them the handler that says what its records mean."""
+"""The input of preprocessing: groups of files, each with the handler that reads its records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 import orjson
 
+from tandem.data.handlers.fields import described
 from tandem.data.handlers.registry import LLAMA_FACTORY, Handler, detect_handler, make_handler
 from tandem.data.sources.readers import Block, expand_input, iter_blocks, parse_row
 from tandem.errors import UserError, nearest
 
 _DATASET_INFO = "dataset_info.json"
-# Of an entry: formatting -> handler, and the names that its `columns` may give.
+# formatting of an entry -> its handler, and the names that its `columns` may have
 _FORMATS = {
     "alpaca": ("AlpacaStyleInstructionHandler", ("prompt", "query", "response", "history", "system")),
     "sharegpt": ("SharegptStyleInstructionHandler", ("messages", "system", "tools")),
@@ -27,8 +28,7 @@ _REQUIRED_COLUMNS = ("prompt", "response", "messages")
 
 @dataclass(frozen=True)
 class Source:
-    """Files whose records mean the same; `handler_name` is the handler's, as upstream calls it, and `map_keys` what it
-    was made with."""
+    """Files that one handler reads. `handler_name` is upstream's name of it; `map_keys` is what it was made with."""
 
     files: tuple[Path, ...]
     handler_name: str
@@ -47,7 +47,7 @@ def open_sources(
     """One source of all inputs, or with `LlamaFactoryInstructionHandler` one per dataset that they name.
 
     Args:
-        handler_name: "" looks at the first readable record, and past unreadable ones if `skip_bad`.
+        handler_name: "" chooses the handler by the first record; with `skip_bad`, by the first readable record.
 
     Raises:
         UserError: files are missing, or no handler fits.
@@ -63,7 +63,7 @@ def open_sources(
 
 
 def iter_source_blocks(sources: Sequence[Source], max_samples: int | None = None) -> Iterator[Block]:
-    """All rows of all sources, in order; of each source at most the first `max_samples`."""
+    """All rows of all sources, in order; at most the first `max_samples` of each source."""
     for number, source in enumerate(sources):
         left = max_samples
         for block in iter_blocks(source.files):
@@ -77,16 +77,16 @@ def iter_source_blocks(sources: Sequence[Source], max_samples: int | None = None
 def _detect(
     files: Sequence[Path], json_keys: Sequence[str], map_keys: Mapping[str, Any] | None, skip_bad: bool
 ) -> tuple[str, Mapping[str, Any] | None]:
-    """As `detect_handler` of the first readable row; unreadable ones are reported when their turn comes."""
+    """`detect_handler` of the first readable row. With `skip_bad`, unreadable rows are reported later, not here."""
     for block in iter_blocks(files):
         for index, row in enumerate(block.rows()):
-            readable = False
+            is_readable = False
             try:
                 record = parse_row(row)
-                readable = True
+                is_readable = True
                 return detect_handler(record, json_keys, map_keys)
             except UserError as error:
-                if readable or not skip_bad:
+                if is_readable or not skip_bad:
                     raise UserError(f"{block.place(index)}: {error}") from None
     raise UserError(f"{', '.join(map(str, files))}: no readable record")
 
@@ -102,29 +102,31 @@ def _llama_factory_sources(dataset_dir: str, names: Sequence[str]) -> list[Sourc
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(datasets, dict) or not all(isinstance(entry, dict) for entry in datasets.values()):
-        raise UserError(f"{path}: expected an object with an object per dataset")
+        raise UserError(f"{path}: expected an object that holds one object per dataset")
     sources = [_llama_factory_source(path, datasets, os.path.basename(name.strip())) for name in names if name.strip()]
     if not sources:
-        raise UserError(f"{path}: input names no dataset; it has {sorted(datasets)}")
+        raise UserError(f"{path}: --input names no dataset; the file has {sorted(datasets)}")
     return sources
 
 
 def _llama_factory_source(path: Path, datasets: Mapping[str, dict[str, Any]], name: str) -> Source:
     if name not in datasets:
-        raise UserError(f"{path}: no dataset {name!r}; it has {sorted(datasets)}{nearest(name, sorted(datasets))}")
+        raise UserError(
+            f"{path}: no dataset {name!r}; the file has {sorted(datasets)}{nearest(name, sorted(datasets))}"
+        )
     entry, place = datasets[name], f"{path}, dataset {name!r}"
     if not isinstance(entry.get("file_name"), str):
-        raise UserError(f"{place}: file_name is missing; only local files are read, found {sorted(entry)}")
+        raise UserError(f"{place}: file_name is missing, and only local files are read; the entry has {sorted(entry)}")
     if entry.get("ranking"):
         raise UserError(
-            f"{place}: ranking data are pairs; preprocess them with --handler-name AlpacaStylePairwiseHandler or "
-            f"SharegptStylePairwiseHandler"
+            f"{place}: ranking data are preferences; use --handler-name AlpacaStylePairwiseHandler or "
+            f"SharegptStylePairwiseHandler, with --input the file"
         )
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in _FORMATS:
         raise UserError(f"{place}: formatting is {formatting!r}, expected one of {sorted(_FORMATS)}")
-    handler_name, known = _FORMATS[formatting]
-    map_keys = _map_keys(place, entry, known)
+    handler_name, column_names = _FORMATS[formatting]
+    map_keys = _map_keys(place, entry, column_names)
     try:
         handler = make_handler(handler_name, map_keys=map_keys)
         return Source(tuple(expand_input([path.parent / entry["file_name"]])), handler_name, handler)
@@ -132,16 +134,16 @@ def _llama_factory_source(path: Path, datasets: Mapping[str, dict[str, Any]], na
         raise UserError(f"{place}: {error}") from None
 
 
-def _map_keys(place: str, entry: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """Where `columns` are named, those left out are not read, but for what every record has."""
+def _map_keys(place: str, entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The `map_keys` of an entry. Columns that `columns` leaves out are not read, except for the required ones."""
     columns, tags = entry.get("columns"), entry.get("tags")
-    for what, value in (("columns", columns), ("tags", tags)):
+    for key, value in (("columns", columns), ("tags", tags)):
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{place}: {what}: expected an object of names")
-    unknown = sorted(set(columns or {}) - set(known))
+            raise UserError(f"{place}: {key}: expected an object of names, found {described(value)}")
+    unknown = sorted(set(columns or {}) - set(names))
     if unknown:
-        raise UserError(f"{place}: columns {unknown} are not read; this formatting has {list(known)}")
+        raise UserError(f"{place}: columns {unknown} are not read; expected names of {list(names)}")
     map_keys: dict[str, Any] = {}
     if columns is not None:
-        map_keys = {name: columns.get(name) or "" for name in known if name in columns or name not in _REQUIRED_COLUMNS}
+        map_keys = {name: columns.get(name) or "" for name in names if name in columns or name not in _REQUIRED_COLUMNS}
     return map_keys if tags is None else {**map_keys, "tags": tags}

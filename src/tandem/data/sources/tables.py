@@ -15,13 +15,13 @@ _BATCH_ROWS = 1024  # in memory at a time
 
 
 class UnevenRow(list[str]):
-    """The values of a CSV row that are not as many as the header names; `reason` says so."""
+    """A CSV row with more or fewer values than the header has names; `reason` says so."""
 
     reason: str
 
 
 def iter_table_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
-    """The records of a table file, one at a time. The values of a CSV file are all texts; its blank lines are no rows.
+    """The records of a table file, one at a time. Values of CSV files are texts; blank lines are skipped.
 
     Raises:
         UserError: the file is damaged.
@@ -38,9 +38,9 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
         try:
             rows = filter(None, reader)
             header = next(rows, [])
-            if twice := [name for number, name in enumerate(header) if name in header[:number]]:
+            if repeated := [name for number, name in enumerate(header) if name in header[:number]]:
                 raise UserError(
-                    f"{file}: the header names {', '.join(map(repr, twice))} more than once; rename a column"
+                    f"{file}: the header names {', '.join(map(repr, repeated))} more than once; rename a column"
                 )
             for values in rows:
                 if len(values) == len(header):
@@ -55,7 +55,8 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
             raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after line {reader.line_num}; convert it"
+                f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after line {reader.line_num}; "
+                f"convert the file"
             ) from None
 
 
@@ -71,14 +72,14 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
                     yield {column: _without_nulls(value) for column, value in row.items()}
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after row {number}; convert it"
+            f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after row {number}; convert the file"
         ) from None
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read beyond row {number}: {error}; the file is damaged") from None
+        raise UserError(f"{file}: cannot be read after row {number}: {error}; the file is damaged") from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table gives each object of a column the fields of all of them: those that are null were not there."""
+    """Leave out fields that are null. A table gives each object all fields of its column; missing ones are null."""
     if isinstance(value, dict):
         return {name: _without_nulls(part) for name, part in value.items() if part is not None}
     return list(map(_without_nulls, value)) if isinstance(value, list) else value
@@ -92,7 +93,7 @@ def _parquet_batches(file: Path) -> Iterator[Any]:
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
-    """Of both forms of an Arrow file; the one with an index begins with its magic word."""
+    """The batches of an Arrow file. The form with an index begins with ARROW1; the other form is a stream."""
     import pyarrow.ipc
 
     with pyarrow.memory_map(str(file)) as source:

@@ -1,9 +1,12 @@
-"""Prompt types: how a conversation becomes pieces of text, and which of them are trained.
+"""All prompt types by name. A prompt type makes pieces of text of a conversation, and says which are trained.
 
-`qwen3` is MindSpeed-LLM's, character for character. It agrees with Qwen3's own chat template on a conversation of one
-turn, in every thinking mode. It differs on earlier turns of a longer one: the model's template strips the thoughts of
-earlier answers and writes no empty ones, while training here keeps all thoughts and, since every answer is trained,
-gives each answer without a thought an empty one. `generation_prompt` strips earlier thoughts as the model's does.
+`qwen3` is MindSpeed-LLM's template, character for character. On a conversation of one turn it agrees with Qwen3's own
+chat template, in every thinking mode. On longer ones, the two differ in the earlier answers:
+
+- The model's template removes their thoughts, and writes no empty thoughts.
+- `qwen3` trains every answer. So it keeps all thoughts, and gives each answer without a thought an empty one.
+
+`generation_prompt` removes earlier thoughts, as the model's template does.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from tandem.errors import UserError, nearest
 if TYPE_CHECKING:
     from tandem.data.tokens.tokenizer import Tokenizer
 
-# Spelling of --enable-thinking -> a template's thinking mode
+# value of --enable-thinking -> `enable_thinking` of a template
 THINKING_MODES = {"true": True, "false": False, "none": None}
 PROMPT_TYPES = sorted([*NAMED_TEMPLATES, CHAT_TEMPLATE])
 
 
 def check_prompt_type(prompt_type: str) -> None:
-    """An unknown name is an error."""
+    """Raise UserError for an unknown name."""
     if prompt_type not in PROMPT_TYPES:
         raise UserError(
             f"prompt type {prompt_type!r}: expected one of {PROMPT_TYPES}{nearest(prompt_type, PROMPT_TYPES)}"
@@ -33,17 +36,25 @@ def check_prompt_type(prompt_type: str) -> None:
 
 
 def get_template(prompt_type: str, enable_thinking: bool | None = None, tokenizer: Tokenizer | None = None) -> Template:
-    """The template of a `--prompt-type`; an unknown name is an error. `chat_template` is that of `tokenizer`."""
+    """The template of a `--prompt-type`. The type `chat_template` is the model's own template, from `tokenizer`.
+
+    >>> from tandem.data.templates.messages import Message
+    >>> get_template("qwen3").generation_prompt([Message("user", "Hi")])
+    ('<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n', '<think>\\n\\n</think>\\n\\n')
+
+    Raises:
+        UserError: the name is unknown, or there is no tokenizer to take `chat_template` from.
+    """
     from tandem.data.templates.model_template import ModelTemplate  # which builds on this module
 
     check_prompt_type(prompt_type)
     if prompt_type != CHAT_TEMPLATE:
         return dataclasses.replace(NAMED_TEMPLATES[prompt_type], enable_thinking=enable_thinking)
     if tokenizer is None:
-        raise UserError(f"prompt type {CHAT_TEMPLATE} is the tokenizer's, and no tokenizer is known; name its folder")
+        raise UserError(f"prompt type {CHAT_TEMPLATE} needs a tokenizer, which holds it; give tokenizer_name_or_path")
     return ModelTemplate(tokenizer, enable_thinking)
 
 
 def template_from_entry(entry: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> Template | None:
-    """The template that a data record or a checkpoint names; None where it names none."""
+    """The template that a data record or a checkpoint names; None where it has no template."""
     return get_template(entry["prompt_type"], entry["enable_thinking"], tokenizer) if entry else None

@@ -1,4 +1,4 @@
-"""The tokens of many conversations at once: labels, cuts, and what is left out."""
+"""The tokens of many conversations: their labels, cutting long ones, and leaving some out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tandem.data.templates.truncation import TurnLengths, header_length, kept_to
 
 
 class Conversations:
-    """The tokens of conversations, end to end.
+    """The tokens of many conversations, end to end.
 
     Attributes:
-        ids, labels: int32 [t]; labels of sources are IGNORE.
-        lengths: int64 [conversations], tokens of each.
+        ids, labels: int32 [t]; the labels of sources are IGNORE.
+        lengths: int64 [conversations], number of tokens of each.
     """
 
     def __init__(self, documents: Sequence[Sequence[Turn]], ids: np.ndarray, piece_lengths: np.ndarray) -> None:
@@ -31,8 +31,14 @@ class Conversations:
         self.lengths = sums(self._sides.sum(axis=1), self._turns_of)
 
     def trim(self, room: int, header: Sequence[int]) -> tuple[int, int]:
-        """Cut conversations longer than `room` turn by turn; how many were cut, and how many of them in a prompt whose
-        answer remains. `header` are the ids with which the header of an answer begins."""
+        """Cut conversations of more than `room` tokens, turn by turn.
+
+        Args:
+            header: the ids with which the header of an answer begins.
+
+        Returns:
+            How many conversations were cut, and in how many of them a prompt was cut whose answer is kept.
+        """
         long = np.flatnonzero(self.lengths > room)
         if not len(long):
             return 0, 0
@@ -52,18 +58,18 @@ class Conversations:
         return len(long), cut_prompts
 
     def drop_untrained(self) -> int:
-        """Leave out conversations without a trained token; how many there were."""
+        """Leave out conversations without a trained token. Returns how many there were."""
         trained = sums(self.labels != IGNORE, self.lengths) > 0
         self.keep_only(trained)
         return int(np.count_nonzero(~trained))
 
     def keep_only(self, chosen: np.ndarray) -> None:
-        """Leave out all conversations but the `chosen`, bool [conversations]."""
+        """Keep only the `chosen` conversations, bool [conversations]."""
         if not chosen.all():
             self.ids, self.labels, self.lengths = self._part(chosen)
 
     def every_other(self, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids, labels and lengths of conversations `first`, `first + 2`, .."""
+        """The ids, labels and lengths of the conversations `first`, `first + 2`, .."""
         return self._part(np.arange(len(self.lengths)) % 2 == first)
 
     def _part(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,12 +78,20 @@ class Conversations:
 
 
 def sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64 [groups]: sums of groups of `values` that lie end to end, `counts` entries each."""
+    """int64 [groups]: the sum of each group of `values`. The groups follow each other and have `counts` entries.
+
+    >>> sums(np.array([1, 2, 3, 4]), counts=np.array([1, 3]))
+    array([1, 9])
+    """
     totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     ends = np.cumsum(counts)
     return totals[ends] - totals[ends - counts]
 
 
 def with_ends(tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """`end` put `counts` times after each sequence (int or bool [sequences])."""
+    """The tokens and lengths with `end` added `counts` times (int or bool [sequences]) after each sequence.
+
+    >>> with_ends(np.array([5, 6, 7]), np.array([2, 1]), np.array([1, 0]), end=0)
+    (array([5, 6, 0, 7]), array([3, 1]))
+    """
     return np.insert(tokens, np.repeat(np.cumsum(lengths), counts), end), lengths + counts

@@ -1,4 +1,4 @@
-"""Conversations before they are text: messages, turns, and what a template makes of them."""
+"""Messages and turns of a conversation, and the protocol of a template, which makes turns of messages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ToolCall(NamedTuple):
     """A call that an assistant makes.
 
     Attributes:
-        arguments: JSON text.
-        given_as_text: that text stood in the data, as OpenAI writes it, and not an object. Chat templates of models
-            write a text as it stands and an object in their own way.
+        arguments: JSON text of the arguments.
+        given_as_text: whether the data held that text, as OpenAI writes it, or an object. A model's chat template
+            writes a text unchanged, and an object in its own format.
     """
 
     name: str
@@ -27,9 +27,9 @@ class Message(NamedTuple):
     """One message.
 
     Attributes:
-        role: system, user, assistant, or tool for the result of a call.
-        reasoning: an assistant's thought, when the data keeps it apart from the content; None when it does not.
-        tool_calls: that an assistant makes after the content.
+        role: system, user, assistant, or tool (the result of a call).
+        reasoning: an assistant's thought, where the data has it in a separate field; else None.
+        tool_calls: the calls that an assistant makes after the content.
     """
 
     role: str
@@ -39,11 +39,11 @@ class Message(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A prompt and the answer to it, as pieces of text that are tokenised one by one.
+    """A prompt and its answer, as pieces of text. Each piece is tokenised separately.
 
     Attributes:
-        source: not trained.
-        target: trained.
+        source: pieces that are not trained.
+        target: pieces that are trained.
     """
 
     source: tuple[str, ...]
@@ -56,7 +56,7 @@ class Template(Protocol):
     Attributes:
         stop_word: the token that ends a message; the end-of-document token of fine-tuning data.
         answer_header: what follows the text of a user, up to where an answer may begin.
-        sha256: identity of its texts, whatever the thinking mode.
+        sha256: hash of the template's texts; the same in every thinking mode.
     """
 
     @property
@@ -81,16 +81,20 @@ class Template(Protocol):
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]: ...
 
 
-CHAT_TEMPLATE = "chat_template"  # the prompt type that is the model's own template
+CHAT_TEMPLATE = "chat_template"  # the prompt type of the model's own template
 
 
 def grouped(dialogue: Sequence[Message], last: str) -> list[tuple[str, list[Message]]]:
-    """Turns of a conversation as (role, messages): user or results of tools, then assistant, again and again.
+    """Turns of a conversation as (role, messages): user or tool results, and assistant, in alternation.
 
-    Results that follow each other are one turn.
+    Tool results in a row are one turn.
+
+    >>> turns = grouped([Message("user", "Hi"), Message("assistant", "Hello")], last="assistant")
+    >>> [role for role, _ in turns]
+    ['user', 'assistant']
 
     Raises:
-        UserError: the roles do not follow each other so, or the last turn is not `last`.
+        UserError: the roles do not alternate, or the last turn is not of role `last`.
     """
     turns: list[tuple[str, list[Message]]] = []
     expected, other = "user", "assistant"
@@ -101,23 +105,27 @@ def grouped(dialogue: Sequence[Message], last: str) -> list[tuple[str, list[Mess
             continue
         if role != expected and not (role == "tool" and expected == "user" and turns):
             raise UserError(
-                f"turn {len(turns) + 1} has role {role!r}, expected {expected!r}; user and assistant alternate"
+                f"turn {len(turns) + 1} has role {role!r}, expected {expected!r}; user and assistant must alternate"
             )
         turns.append((role, [message]))
         expected, other = other, expected
     if not turns or (turns[-1][0] == "assistant") != (last == "assistant"):
-        found = f"ends with {turns[-1][0]!r}" if turns else "has no turns"
-        raise UserError(f"the conversation {found}, expected it to end with {last!r}")
+        ending = f"ends with {turns[-1][0]!r}" if turns else "has no turns"
+        raise UserError(f"the conversation {ending}, expected it to end with {last!r}")
     return turns
 
 
 def split_thought(answer: str) -> tuple[str, str]:
-    """Thought and content of an answer that begins with `<think>`; no thought if it does not."""
+    """Thought and content of an answer. The thought is "" where the answer does not begin with `<think>`.
+
+    >>> split_thought("<think>\\nEasy.\\n</think>\\n\\n4")
+    ('Easy.', '4')
+    """
     match = re.match(r"\s*<think>\n*(.*?)\n*</think>\n*", answer, re.DOTALL)
     return (match.group(1), answer[match.end() :]) if match else ("", answer)
 
 
 def trained_on_last(turns: Sequence[Turn]) -> list[Turn]:
-    """The same text, of which only the last answer is trained."""
+    """The same text, with only the last answer trained."""
     last = max(number for number, turn in enumerate(turns) if turn.target)
     return [turn if number == last else Turn((*turn.source, *turn.target), ()) for number, turn in enumerate(turns)]

@@ -1,4 +1,4 @@
-"""The prompt type `chat_template`: conversations as the model's own Jinja template writes them, byte for byte."""
+"""The prompt type `chat_template`: the same text as the model's own Jinja template writes, byte for byte."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tandem.errors import UserError
 
 _BEGIN_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
-_MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use: no text of a template
+_MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use, which no template writes
 
 
 class ModelTemplate:
     """A prompt type that renders with the tokenizer's chat template.
 
-    Which characters are trained is found by construction. The conversation is rendered twice: as it is, and with a mark
-    in place of each text that someone said. Between the marks stands what the template itself writes: there each answer
-    begins after the generation prompt and ends with the end token, or where the template's own `{% generation %}` tags
-    say. The marks are then replaced, in order, by what stands in the first rendering, which must be used up exactly.
+    To know which characters are trained, it renders the conversation twice. The second time there is a mark in place of
+    each text of a message. The text between the marks is the template's. There each answer begins after the generation
+    prompt and ends with the end token. If the template has `{% generation %}` tags, these say where answers are. Then
+    the marks are replaced, in order, by the texts of the first rendering. Both renderings must agree exactly.
 
-    An answer is trained from its thought, or from its content where it has no thought: an empty thought that the
+    An answer is trained from its thought on, or from its content where it has no thought. An empty thought that the
     template inserts is not trained.
 
     Attributes:
@@ -50,20 +50,19 @@ class ModelTemplate:
         self._tokenizer = tokenizer
 
     def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
-        """As `PromptTemplate.turns`; what follows the last end token is a turn without a target.
+        """As `PromptTemplate.turns`. Text after the last end token is a turn without a target.
 
         Raises:
-            UserError: the roles do not follow each other, or the template changes a text so that its place cannot be
-                found.
+            UserError: the roles do not alternate, or the template changes a text so much that it is not recognised.
         """
         grouped(messages[1:] if messages and messages[0].role == "system" else messages, "assistant")
         inline = {number for number, message in enumerate(messages) if _holds_thought(message)}
         failure: UserError | None = None
-        # Templates take a thought in the content for a thought, or for any other text, or strip it from what is past.
-        for apart in dict.fromkeys(map(frozenset, (inline, (), inline - {len(messages) - 1}))):
+        # A template may split a thought from the content, or leave it in, or remove it from earlier answers only.
+        for split in dict.fromkeys(map(frozenset, (inline, (), inline - {len(messages) - 1}))):
             try:
-                said = [_Said(message, number in apart) for number, message in enumerate(messages)]
-                return self._aligned_turns(said, tools)
+                entries = [_MarkedMessage(message, number in split) for number, message in enumerate(messages)]
+                return self._aligned_turns(entries, tools)
             except UserError as error:
                 failure = failure or error
         assert failure is not None
@@ -75,18 +74,18 @@ class ModelTemplate:
         question = [{"role": "user", "content": "\ue0000\ue001"}]
         try:
             text = self._tokenizer.apply_chat_template(question, add_generation_prompt=True)
-        except UserError:  # it wants more than a question; prompts that are cut then lose their end
+        except UserError:  # the template needs more than a question; prompts that are cut then lose their end
             return ""
         return text.partition("\ue0000\ue001")[2].partition(_BEGIN_OF_THOUGHT)[0]
 
-    def _aligned_turns(self, said: Sequence[_Said], tools: Sequence[str]) -> list[Turn]:
-        full = self._render([entry.as_it_is() for entry in said], tools)
-        marks = [entry.marked(2 * number) for number, entry in enumerate(said)]
+    def _aligned_turns(self, entries: Sequence[_MarkedMessage], tools: Sequence[str]) -> list[Turn]:
+        full = self._render([entry.unmarked() for entry in entries], tools)
+        marks = [entry.marked(2 * number) for number, entry in enumerate(entries)]
         marked, tagged = _generated(self._render(marks, tools, variables={MARK_GENERATION: True}))
-        pieces = _aligned(marked, full, [text for entry in said for text in (entry.reasoning, entry.content)])
+        pieces = _aligned(marked, full, [text for entry in entries for text in (entry.reasoning, entry.content)])
         turns = []
         done = 0
-        for begin, end in tagged if self._has_tags else self._answers(marked, said):
+        for begin, end in tagged if self._has_tags else self._answers(marked, entries):
             turns.append(Turn((_replaced(marked[done:begin], pieces),), (_replaced(marked[begin:end], pieces),)))
             done = end
         rest = _replaced(marked[done:], pieces)
@@ -97,21 +96,21 @@ class ModelTemplate:
         return trained_on_last(self.turns(messages, tools))
 
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
-        """The text before the answer to a conversation that ends with the user."""
-        said = [_Said(message, sets_thought_apart=False).as_it_is() for message in messages]
-        return (self._render(said, tools, add_generation_prompt=True),)
+        """The text before the answer to a user's last message."""
+        rendered = [_MarkedMessage(message, splits_thought=False).unmarked() for message in messages]
+        return (self._render(rendered, tools, add_generation_prompt=True),)
 
-    def _answers(self, marked: str, said: Sequence[_Said]) -> list[tuple[int, int]]:
-        """Where each answer stands in the marked rendering."""
+    def _answers(self, marked: str, entries: Sequence[_MarkedMessage]) -> list[tuple[int, int]]:
+        """Begin and end of each answer in the marked rendering."""
         answers: list[tuple[int, int]] = []
-        for entry in said:
+        for entry in entries:
             if entry.message.role == "assistant":
                 done = answers[-1][1] if answers else 0
                 answers.append(self._answer(marked, done, thinks=bool(entry.reasoning)))
         return answers
 
     def _answer(self, marked: str, begin: int, thinks: bool) -> tuple[int, int]:
-        """Where the next answer stands in the marked rendering, from `begin` on."""
+        """Begin and end of the next answer in the marked rendering, from `begin` on."""
         role, opening, opening_without_thought = self._openings
         start = marked.find(role, begin) if role else -1
         if start >= 0:
@@ -121,14 +120,13 @@ class ModelTemplate:
             if end >= 0:
                 return start, end + len(self.stop_word)
         raise UserError(
-            f"the chat template begins no answer with {role!r} or ends it without {self.stop_word!r}, so it cannot "
-            f"be told what to train; choose a named prompt_type"
+            f"cannot find the answers in the text of the chat template. Each should begin with {role!r} and end with "
+            f"{self.stop_word!r}; choose a named prompt_type"
         )
 
     @cached_property
     def _openings(self) -> tuple[str, str, str]:
-        """What the template writes before any answer, before one that is still to come, and before one that shall not
-        think."""
+        """What the template writes before any answer, before a new answer, and before a new one without thinking."""
         question = [{"role": "user", "content": "x"}]
         without = self._tokenizer.apply_chat_template(question)
         openings = [
@@ -155,30 +153,30 @@ class ModelTemplate:
 
 
 def _holds_thought(message: Message) -> bool:
-    """Whether a thought stands in the content, and nowhere else."""
+    """Whether the content of an answer includes a thought, which is not in a separate field."""
     return message.role == "assistant" and message.reasoning is None and _END_OF_THOUGHT in message.content
 
 
-class _Said:
-    """A message, with its thought apart from its content if so wanted."""
+class _MarkedMessage:
+    """A message whose texts can be replaced by marks. On request the thought is split from the content."""
 
-    def __init__(self, message: Message, sets_thought_apart: bool) -> None:
+    def __init__(self, message: Message, splits_thought: bool) -> None:
         self.message = message
         reasoning = message.reasoning or ""
-        # Templates strip line ends from a thought: of nothing else it is none.
+        # Templates strip line ends from a thought. A thought of line ends only is no thought.
         self.reasoning, self.content = reasoning if reasoning.strip("\n") else "", message.content
-        if sets_thought_apart:
-            # By Qwen3's rule. Where a template's is another, the two renderings do not agree.
+        if splits_thought:
+            # Qwen3's rule. With a template of another rule, the two renderings do not agree.
             thought = message.content.partition(_END_OF_THOUGHT)[0].rpartition(_BEGIN_OF_THOUGHT)[2]
             content = message.content.rpartition(_END_OF_THOUGHT)[2]
             self.reasoning, self.content = (text if text.strip("\n") else "" for text in (thought, content))
 
-    def as_it_is(self) -> dict[str, Any]:
-        """The message as transformers takes it."""
+    def unmarked(self) -> dict[str, Any]:
+        """The message in the form of transformers."""
         return self._with(self.message.reasoning, self.message.content)
 
     def marked(self, number: int) -> dict[str, Any]:
-        """The same with marks `number` and `number + 1` for thought and content; empty ones stay empty."""
+        """The same with the marks `number` for the thought and `number + 1` for the content. Empty texts stay empty."""
         return self._with(
             f"\ue000{number}\ue001" if self.reasoning else self.message.reasoning,
             f"\ue000{number + 1}\ue001" if self.content else "",
@@ -197,34 +195,34 @@ class _Said:
 
 
 def _arguments(call: ToolCall) -> Any:
-    """An object or a text, whichever the data gave."""
+    """The arguments as the data has them: an object or a text."""
     return call.arguments if call.given_as_text else json.loads(call.arguments)
 
 
 def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:
-    """What stands in `full` at each mark; templates may strip white space from a text."""
+    """By mark, the text in `full` at its place. Templates may strip white space from a text."""
     parts = _MARK.split(marked)  # text, number, text, number, ..., text
-    found: dict[str, str] = {}
+    text_of: dict[str, str] = {}
     place = len(parts[0])
     matches = full.startswith(parts[0])
     for number, following in zip(parts[1::2], parts[2::2]):
-        text = texts[int(number)] if int(number) < len(texts) else ""  # a mark that the conversation itself holds
+        text = texts[int(number)] if int(number) < len(texts) else ""  # a mark in a text of the conversation
         forms = (text, text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"), text.strip())
         form = next((form for form in forms if full.startswith(form + following, place)), None)
-        if form is None or found.setdefault(number, form) != form:
+        if form is None or text_of.setdefault(number, form) != form:
             matches = False
             break
         place += len(form) + len(following)
     if not matches or place != len(full):
         raise UserError(
-            "the chat template writes this conversation differently when its texts differ, so it cannot be told what "
-            "to train; choose a named prompt_type"
+            "cannot find the messages in the text of the chat template, so it is not clear what to train; choose a "
+            "named prompt_type"
         )
-    return found
+    return text_of
 
 
 def _generated(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks of generation, and what stood between them."""
+    """The text without the marks of generation, and the begin and end of each part that was between two marks."""
     parts = re.split("|".join(GENERATION_MARKS), marked)  # outside, inside, outside, ..
     ends = list(accumulate(map(len, parts)))
     return "".join(parts), list(zip(ends[0::2], ends[1::2]))

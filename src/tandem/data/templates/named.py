@@ -18,14 +18,14 @@ class PromptTemplate:
     """A prompt type in one thinking mode.
 
     Attributes:
-        system, user, assistant: the text of a message; `{content}` is what it says.
-        tool_results: that of the results of calls, which stand where a user's message would; each is a `tool_result`.
-        tool_call: an assistant's call, `{name}` with `{arguments}`.
-        tools: follows the system prompt when tools are offered; `{tools}` is a line for each.
+        system, user, assistant: the text of such a message, with `{content}` for its content.
+        tool_results: the text of the results of calls, in place of a user's message; each result is a `tool_result`.
+        tool_call: the text of an assistant's call, with `{name}` and `{arguments}`.
+        tools: follows the system prompt when there are tools; `{tools}` has a line for each.
         stop_word: the token that ends a message; the end-of-document token of fine-tuning data.
-        thought_words: what begins and ends a thought.
-        enable_thinking: for an answer without a thought, an empty one is written: True trains it; None and False put it
-            into the prompt, untrained. False also removes the thoughts of all answers.
+        thought_words: what begins and what ends a thought.
+        enable_thinking: an answer without a thought gets an empty one. True trains it. None and False put it into the
+            prompt, untrained. False also removes the thoughts of all answers.
     """
 
     name: str
@@ -47,18 +47,19 @@ class PromptTemplate:
 
     @property
     def sha256(self) -> str:
-        """Identity of the texts, whatever the thinking mode."""
+        """Hash of the template's texts; the same in every thinking mode."""
         texts = {**dataclasses.asdict(self), "enable_thinking": None}
         return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
     def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
-        """The trained form of a conversation: [system], then user (or results of tools) and assistant in turn.
+        """The turns of a conversation, with every answer trained.
 
         Args:
-            tools: the JSON text of each tool that is offered.
+            messages: an optional system message, then user (or tool results) and assistant in turn.
+            tools: the JSON text of each tool.
 
         Raises:
-            UserError: the roles do not follow each other so.
+            UserError: the roles do not alternate.
         """
         prefix, prompts, answers = self._parts(messages, tools, "assistant")
         turns = []
@@ -68,12 +69,11 @@ class PromptTemplate:
         return turns
 
     def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
-        """The same with only the last answer trained and earlier thoughts left out, as upstream's pairwise data have
-        it."""
+        """One turn, with only the last answer trained and without earlier thoughts, as upstream's pairwise data."""
         return [self._turn(self._history(messages[:-1], tools), messages[-1])]
 
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
-        """The pieces before the answer to a conversation that ends with the user; earlier thoughts are left out."""
+        """The pieces before the answer to a user's last message, without earlier thoughts."""
         pieces = self._history(messages, tools)
         return pieces if self.enable_thinking else (*pieces, self._empty_thought)
 
@@ -128,7 +128,7 @@ class PromptTemplate:
         return content + self._calls(message)
 
     def _calls(self, message: Message) -> str:
-        """The calls of an answer, parted from its content by a new line."""
+        """The text of an answer's calls; a new line separates it from the content."""
         if not message.tool_calls:
             return ""
         calls = "\n".join(
@@ -146,7 +146,7 @@ class PromptTemplate:
 
 
 def _filled(text: str, content: str) -> str:
-    """`text` with its one `{content}` filled in. Not `str.format`, which takes several times as long."""
+    """`text` with `content` in place of `{content}`. `str.format` would take several times as long."""
     return text.replace("{content}", content)
 
 

@@ -1,5 +1,7 @@
-"""Cutting a conversation to a token budget, turn by turn, as upstream does; but a prompt keeps its end, which begins
-the answer."""
+"""Cutting a conversation to a number of tokens, turn by turn, as upstream does.
+
+Other than upstream, a prompt keeps its end: the header of the answer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import numpy as np
 
 
 class TurnLengths(NamedTuple):
-    """Tokens of a turn. The source's last ones are the `header` of the answer."""
+    """Numbers of tokens of a turn. The last `header` tokens of the source are the header of the answer."""
 
     source: int
     target: int
@@ -18,7 +20,13 @@ class TurnLengths(NamedTuple):
 
 
 def header_length(source: np.ndarray, beginning: Sequence[int]) -> int:
-    """Tokens of a prompt [t] from the last place on where the `beginning` of a header stands; 0 where it does not."""
+    """Number of tokens of the header with which a prompt [t] ends; 0 if there is none.
+
+    The header starts at the last place where its `beginning` occurs.
+
+    >>> header_length(np.array([1, 2, 9, 8, 3]), beginning=[9, 8])
+    3
+    """
     if not beginning:
         return 0
     for place in np.flatnonzero(source == beginning[0])[::-1].tolist():
@@ -28,11 +36,10 @@ def header_length(source: np.ndarray, beginning: Sequence[int]) -> int:
 
 
 def kept_tokens(turns: Sequence[TurnLengths], cutoff_len: int) -> tuple[np.ndarray, bool]:
-    """Which tokens of a conversation remain, bool [t], at most `cutoff_len`; and whether a prompt lost some whose
-    answer remains.
+    """Which tokens of a conversation are kept, bool [t], and whether a prompt was cut whose answer is kept.
 
-    The budgets are upstream's, but a header goes before its answer. A later turn that has no room for a header and a
-    token more is left out; of the first one something always remains.
+    At most `cutoff_len` tokens are kept. The budgets are upstream's, but an answer always keeps its header. A later
+    turn without room for the header and one more token is left out. The first turn always keeps something.
     """
     keep = np.zeros(sum(turn.source + turn.target for turn in turns), bool)
     begin, cuts_prompt = 0, False
@@ -55,10 +62,15 @@ def kept_tokens(turns: Sequence[TurnLengths], cutoff_len: int) -> tuple[np.ndarr
 
 
 def infer_seqlen(source_len: int, target_len: int, cutoff_len: int) -> tuple[int, int]:
-    """Tokens of the source and of the target that are kept of one turn when both may have `cutoff_len`.
+    """How many tokens of a turn's source and target are kept, together at most `cutoff_len`.
 
-    A short target (under half the budget) is kept whole and the source cut; else a short source is kept whole and the
-    target cut; else both are cut in proportion. Source: `_infer_seqlen` of MindSpeed-LLM, from LLaMA-Factory.
+    A target under half the budget is kept whole, and the source is cut. Else a source under half the budget is kept
+    whole, and the target is cut. Else both are cut in proportion.
+
+    >>> infer_seqlen(source_len=90, target_len=20, cutoff_len=64)
+    (44, 20)
+
+    Source: `_infer_seqlen` of MindSpeed-LLM, from LLaMA-Factory.
     """
     if target_len * 2 < cutoff_len:
         target_budget = cutoff_len
@@ -71,9 +83,9 @@ def infer_seqlen(source_len: int, target_len: int, cutoff_len: int) -> tuple[int
 
 
 def turn_budgets(turns: Sequence[TurnLengths], cutoff_len: int) -> list[tuple[int, int]]:
-    """Kept (source, target) lengths of each turn of a conversation, whose sum is at most `cutoff_len`.
+    """How many tokens of each turn's (source, target) are kept, together at most `cutoff_len`.
 
-    Earlier turns are served first; turns that begin beyond the budget are left out of the list.
+    Earlier turns come first. Turns for which nothing is left are not in the list.
     """
     kept: list[tuple[int, int]] = []
     total = 0

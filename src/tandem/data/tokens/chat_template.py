@@ -1,4 +1,4 @@
-"""Rendering of a model's Jinja chat template, in a sandbox, with the helpers that transformers offers."""
+"""Rendering of a model's Jinja chat template, in a sandbox, with the helper functions of transformers."""
 
 from __future__ import annotations
 
@@ -16,27 +16,37 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import UserError
 
-GENERATION_MARKS = "\ue002", "\ue003"  # of private use: no characters of a template
+GENERATION_MARKS = "\ue002", "\ue003"  # characters of private use, which no template writes
 MARK_GENERATION = "tandem_marks_generation"  # the variable that asks for them
 
 
 def render_chat_template(source: str, **variables: Any) -> str:
-    """The text of a chat template for these `variables` (`messages`, `add_generation_prompt`, ...).
+    """The text that a chat template writes for `variables` (`messages`, `add_generation_prompt`, ...).
 
-    With the variable `MARK_GENERATION`, what stands between `{% generation %}` and `{% endgeneration %}`, the part that
-    a model writes, is set between `GENERATION_MARKS`.
+    With the variable `MARK_GENERATION`, `GENERATION_MARKS` enclose what a model writes: what is between
+    `{% generation %}` and `{% endgeneration %}`.
+
+    >>> render_chat_template("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}",
+    ...                      messages=[{"role": "user", "content": "Hi"}])
+    'user: Hi;'
 
     Raises:
-        UserError: the template is malformed, or refuses the messages (`raise_exception`).
+        UserError: the template is malformed, or rejects the messages (`raise_exception`).
     """
     try:
         return _compile(source).render(**variables)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # of foreign code
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # of foreign code
         raise UserError(f"the chat template cannot render these messages: {error}") from None
 
 
 class _Generation(Extension):
-    """The tag with which transformers marks answers."""
+    """The tag `{% generation %}`, with which transformers marks answers."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -69,7 +79,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters, which no model was trained on.
+    # Jinja's filter escapes HTML characters. No model was trained on such text.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""What turns texts into ids: the `tokenizers` library, or `gigatoken` where it proves to give the same ids."""
+"""Texts to ids, with the `tokenizers` library, or with `gigatoken` where a test shows that it gives the same ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from tandem.data.tokens.tokenizer import Tokenizer
 
-# Beside a sample of the input: what tokenizers are known to disagree on.
+# Texts on which tokenizers are known to disagree. They are compared in addition to a sample of the input.
 _PROBES = [
     "",
     " ",
@@ -34,23 +34,25 @@ Texts = Sequence[str] | Sequence[bytes]  # bytes are UTF-8
 
 
 class Engine(Protocol):
-    """Encodes texts on one core; releases Python's global lock meanwhile.
+    """Encodes texts on one core, without holding Python's global lock.
 
     Attributes:
-        threads_suffice: it is so fast that sending tokens between processes would cost more than it gains.
+        threads_suffice: whether threads do. Sending tokens between processes would take longer than encoding.
     """
 
     name: str
     threads_suffice: bool
 
     def encode(self, texts: Texts, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end, int32 [t], and how many each has, int64 [texts]. `end`, if given, is put after
-        the ids of each."""
+        """Ids of all texts end to end, int32 [t], and the number of ids of each text, int64 [texts].
+
+        `end`, if given, is an id to add after each text.
+        """
         ...
 
 
 class TokenizersEngine:
-    """The reference."""
+    """The `tokenizers` library. Its ids are the reference."""
 
     name = "tokenizers"
     threads_suffice = False
@@ -73,9 +75,10 @@ class Separator(NamedTuple):
 
 
 class GigatokenEngine:
-    """The fast one; never adds special tokens. So many `threads` may encode at a time.
+    """The `gigatoken` library, which is faster. It never adds special tokens.
 
-    With a `separator`, as `find_separator` gives it, many texts are encoded as one, which takes less time.
+    Up to `threads` threads may encode at the same time. With a `separator` (see `find_separator`), many texts are
+    encoded as one, which takes less time.
     """
 
     name = "gigatoken"
@@ -95,7 +98,7 @@ class GigatokenEngine:
     def _encode_together(
         self, texts: Texts, end: int | None, separator: Separator
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """None if a text holds the separator."""
+        """As `encode`, for all texts as one; None if a text contains the separator."""
         ids = self._ids(_each_followed(texts, separator.text))
         places = np.flatnonzero(ids == separator.id)
         if len(places) != len(texts):
@@ -107,11 +110,11 @@ class GigatokenEngine:
         return ids, lengths
 
     def _ids(self, text: bytes) -> np.ndarray:
-        import gigatoken  # here, because it is slow to load and need not be installed
+        import gigatoken  # here, because it loads slowly and may not be installed
 
-        # A matrix of one row. The library's other functions make callers wait for one another, or load `awkward`, which
-        # takes a while. A caller encodes up to 2 MB itself, with whichever encoder is free; more is shared out among
-        # the library's threads.
+        # A matrix of one row. The library's other functions make callers wait for each other, or load `awkward`, which
+        # is slow. Up to 2 MB are encoded in the caller's thread, with any free encoder; more is divided among the
+        # library's threads.
         rows, _ = self._backend.encode_batch_padded(gigatoken.BytesSource(text), 0)
         return np.asarray(rows[0]).view(np.int32)
 
@@ -121,7 +124,7 @@ class GigatokenEngine:
 
         backend = gigatoken.Tokenizer(self._file)
         with environment("RAYON_NUM_THREADS", str(self._threads)):
-            # The first text makes the library's threads, and an encoder for each.
+            # The first text starts the library's threads, and makes an encoder for each.
             backend.encode_batch_padded(gigatoken.BytesSource(b""), 0)
         return backend
 
@@ -130,37 +133,38 @@ class GigatokenEngine:
 
 
 def choose_engine(tokenizer: Tokenizer, reference: Engine, sample: Sequence[str], threads: int = 1) -> Engine:
-    """`gigatoken`, for so many threads, when it is installed and gives the ids of `reference` for `sample`, for each
-    added token and for known hard texts; else `reference`."""
-    if tokenizer.added_tokens_look_around:  # gigatoken takes them as they stand, which few texts would show
+    """`gigatoken` for `threads` threads, if it is installed and gives the same ids as `reference`; else `reference`.
+
+    They are compared on `sample`, on each added token, and on texts that are known to be hard.
+    """
+    if tokenizer.added_tokens_look_around:  # gigatoken looks only at the characters, and few texts would show it
         return reference
     added = [token.content for token in tokenizer.added_tokens.values()]
     groups = (_PROBES, added, sample)
     expected = [reference.encode(texts) for texts in groups]
-    # Some tokenizers see a difference between the first text and one after a separator: then each is encoded alone.
+    # Some tokenizers treat the first text and one after a separator differently. Then each text is encoded alone.
     for separator in dict.fromkeys((find_separator(tokenizer, sample), None)):
         fast = GigatokenEngine(tokenizer.folder / "tokenizer.json", threads, separator)
         try:
-            found = [fast.encode(texts) for texts in groups]
+            actual = [fast.encode(texts) for texts in groups]
         except (ImportError, ValueError, TypeError, NotImplementedError, RuntimeError, OSError):
-            return reference  # not installed, or not a kind of tokenizer that it knows
-        if all(np.array_equal(ours, theirs) for pair in zip(found, expected) for ours, theirs in zip(*pair)):
+            return reference  # not installed, or a kind of tokenizer that it does not support
+        if all(np.array_equal(a, b) for pair in zip(actual, expected) for a, b in zip(*pair)):
             return fast
     return reference
 
 
 def find_separator(tokenizer: Tokenizer, sample: Iterable[str]) -> Separator | None:
-    """A special token that stands between two texts as their ends would, and that none of the sample holds; None if
-    there is no such token.
+    """A special token to put between texts, which no text of the sample contains.
 
-    A tokenizer looks for added tokens from left to right. So whatever the texts are, this one is found, unless another
-    began before it and reached into it, or begins as it does and is longer.
+    None if there is no such token. A tokenizer searches for added tokens from left to right. So it always recognises
+    this one, unless another added token overlaps it from the left, or begins with it. Then it is not chosen.
     """
     tokens = tokenizer.added_tokens
     if tokenizer.added_tokens_look_around:
         return None
     contents = [token.content for token in tokens.values()]
-    for token_id, token in reversed(tokens.items()):  # the last ones are the rarest in texts
+    for token_id, token in reversed(tokens.items()):  # the last tokens are the rarest in texts
         text = token.content
         is_hidden = any(text[0] in other[1:] or (other.startswith(text) and other != text) for other in contents)
         if token.special and not is_hidden and not any(text in example for example in sample):
@@ -179,7 +183,7 @@ def _utf8(text: str | bytes) -> bytes:
 
 
 def _end_to_end(ids: Sequence[np.ndarray], end: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """What `Engine.encode` gives, from the ids of each text, int32 [t]."""
+    """The result of `Engine.encode`, made of the ids of each text, int32 [t]."""
     tail = np.array([] if end is None else [end], np.int32)
     lengths = np.array([len(sequence) + len(tail) for sequence in ids], np.int64)
     return np.concatenate([np.empty(0, np.int32), *(part for sequence in ids for part in (sequence, tail))]), lengths
@@ -187,7 +191,7 @@ def _end_to_end(ids: Sequence[np.ndarray], end: int | None) -> tuple[np.ndarray,
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """A variable set meanwhile, here and in processes started meanwhile."""
+    """Set an environment variable inside the `with`, here and for processes that are started there."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -19,13 +19,13 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 class Tokenizer:
-    """`tokenizer.json`, with the special tokens of `tokenizer_config.json` and the chat template.
+    """The tokenizer of a folder: `tokenizer.json`, the special tokens of `tokenizer_config.json`, the chat template.
 
-    Ids equal those of `transformers.AutoTokenizer` on the same folder.
+    The ids are the same as those of `transformers.AutoTokenizer` with this folder.
 
     Attributes:
-        eos_id, pad_id, bos_id: ids of the special tokens; None when the folder names none.
-        sha256: of `tokenizer.json`, the identity that data and checkpoints record.
+        eos_id, pad_id, bos_id: ids of the special tokens; None when the folder does not name them.
+        sha256: hash of `tokenizer.json`; data and checkpoints record it.
         chat_template: Jinja source, or None.
 
     Raises:
@@ -37,15 +37,15 @@ class Tokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(
-                f"{path}: no such file; expected a Hugging Face folder. A folder with only vocab.json and merges.txt "
-                f"gains it by AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+                f"{path}: no such file; expected a Hugging Face folder. If it has only vocab.json and merges.txt, "
+                f"make it with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         content = path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
-            raise UserError(f"{path}: not a tokenizer of the tokenizers library: {error}") from None
+            raise UserError(f"{path}: not a tokenizer that the tokenizers library can read: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = _read_config(self.folder)
@@ -59,7 +59,7 @@ class Tokenizer:
         }
 
     def __len__(self) -> int:
-        """Tokens of the vocabulary, added ones included (151,669 for Qwen3; the embedding has more rows)."""
+        """Size of the vocabulary with added tokens (151,669 for Qwen3, whose embedding has more rows)."""
         return self._length
 
     @cached_property
@@ -67,11 +67,11 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of one text; special tokens written in the text become their ids."""
+        """Ids of one text. A special token that is written in the text becomes its id."""
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        """Ids of many texts; uses as many cores as TOKENIZERS_PARALLELISM allows."""
+        """Ids of many texts. Uses as many cores as TOKENIZERS_PARALLELISM allows."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
@@ -80,13 +80,15 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
-        """By id: texts that become one token wherever they stand, special tokens among them."""
+        """By id, the tokens that are recognised anywhere in a text, special tokens included."""
         return self._tokenizer.get_added_tokens_decoder()
 
     @property
     def added_tokens_look_around(self) -> bool:
-        """Whether some added token is found by more than its own characters: as a whole word, with the space around it,
-        or in text that was normalised before."""
+        """Whether some added token depends on more than its characters.
+
+        It may match whole words only, take the space around it, or match normalised text.
+        """
         normalizes = self._tokenizer.normalizer is not None
         return any(
             token.single_word or token.lstrip or token.rstrip or (token.normalized and normalizes)
@@ -100,7 +102,7 @@ class Tokenizer:
         """The id of a token that must exist.
 
         Raises:
-            UserError: the vocabulary lacks it.
+            UserError: the vocabulary does not have it.
         """
         token_id = self.token_to_id(token)
         if token_id is None:
@@ -110,8 +112,10 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """The model's own chat template rendered, as transformers does; `variables` (`enable_thinking`, `tools`) go to
-        the template."""
+        """The text that the model's chat template writes, as transformers renders it.
+
+        `variables`, such as `enable_thinking` and `tools`, are passed to the template.
+        """
         if self.chat_template is None:
             raise UserError(f"{self.folder}: has no chat template (chat_template.jinja or in tokenizer_config.json)")
         return render_chat_template(
@@ -123,11 +127,11 @@ class Tokenizer:
 
     @property
     def chat_variables(self) -> dict[str, Any]:
-        """What transformers gives a chat template beside messages."""
+        """The variables that transformers passes to every chat template, in addition to the messages."""
         return {"tools": None, "documents": None, **self._special_tokens}
 
     def _add_missing_tokens(self, decoder: Mapping[str, Any]) -> None:
-        """Older folders keep some added tokens in `tokenizer_config.json` alone."""
+        """Add the tokens that older folders have only in `tokenizer_config.json`."""
         for token_id, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
             if self._tokenizer.token_to_id(entry["content"]) is None:
                 fields = {
@@ -136,11 +140,11 @@ class Tokenizer:
                     if key in entry
                 }
                 self._tokenizer.add_tokens([tokenizers.AddedToken(entry["content"], **fields)])
-            found = self._tokenizer.token_to_id(entry["content"])
-            if found != int(token_id):
+            actual_id = self._tokenizer.token_to_id(entry["content"])
+            if actual_id != int(token_id):
                 raise UserError(
-                    f"{self.folder / 'tokenizer_config.json'}: token {entry['content']!r} is {token_id} there, "
-                    f"but {found} in tokenizer.json; the files belong to different models"
+                    f"{self.folder / 'tokenizer_config.json'}: token {entry['content']!r} has id {token_id} there, but "
+                    f"{actual_id} in tokenizer.json; the files belong to different models"
                 )
 
     def _special_id(self, config: Mapping[str, Any], name: str) -> int | None:
@@ -156,7 +160,7 @@ class Tokenizer:
 
 
 def _token_text(value: str | Mapping[str, Any]) -> str:
-    """A special token is written as a string or as `{"content": ...}`."""
+    """The text of a special token, which is written as a string or as `{"content": ...}`."""
     return value if isinstance(value, str) else str(value["content"])
 
 
@@ -171,7 +175,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """transformers 5 keeps it in `chat_template.jinja`, which wins; older versions in `tokenizer_config.json`."""
+    """From `chat_template.jinja`, as transformers 5 has it; else from `tokenizer_config.json`, as in older versions."""
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
         return path.read_text(encoding="utf-8")

@@ -181,7 +181,7 @@ def _validation(data_path: Sequence[str], datasets: Datasets) -> tuple[Dataset, 
     sizes = [float(len(part)) for part in parts.values()]
     shares = [dict(zip(prefixes, weights))[prefix] for prefix in parts] if weights else sizes
     mixture = Mixture.of(list(parts), shares, int(sum(sizes)), None, 0)
-    return mixture.open(partial(datasets.split, "valid"), grows=datasets.kind.grows)[0], notices
+    return mixture.open(partial(datasets.split, "valid"), extendable=datasets.kind.extendable)[0], notices
 
 
 def _training(
@@ -203,7 +203,7 @@ def _training(
         if keeps_order:
             earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
     mixture = Mixture.of(prefixes, weights or [1.0], samples, earlier, consumed)
-    return mixture.open(partial(datasets.split, "train"), grows=datasets.kind.grows)
+    return mixture.open(partial(datasets.split, "train"), extendable=datasets.kind.extendable)
 
 
 def _changed_ordering(identity: dict[str, Any], seed: int, resumed: TrainerState) -> list[str]:

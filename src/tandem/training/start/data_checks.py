@@ -10,7 +10,7 @@ import numpy as np
 
 from tandem.config.settings import DataSettings
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import Kind, kind_of, whole_of
+from tandem.data.kinds import Kind, dataset_of_pair, kind_of
 from tandem.data.preprocess.chunks import TOO_LONG
 from tandem.data.record import check_record, read_record, record_of, template_entry
 from tandem.data.templates.catalog import PROMPT_TYPES, THINKING_MODES, get_template, template_from_entry
@@ -131,11 +131,11 @@ def is_packed(prefix: str) -> bool | None:
 
 def check_files(prefix: str, kind: Kind) -> None:
     """Raise UserError when there are no files of this kind, or nothing trains on it, and say what others would do."""
-    if (whole := whole_of(prefix)) is not None:
+    if (whole := dataset_of_pair(prefix)) is not None:
         raise UserError(
             f"{prefix}: one of several files of conversations or preferences, which belong together: {whole} names them"
         )
-    if kind.command and kind.lies_at(prefix):
+    if kind.command and kind.exists_at(prefix):
         return
     if prefix.endswith((".bin", ".idx")) and os.path.exists(prefix):
         raise UserError(f"{prefix}: a prefix is wanted: leave {prefix[-4:]} out")

@@ -1,0 +1,21 @@
+"""Examples in docstrings are true: each `>>>` gives the result below it."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+NEED_A_MODEL = {SOURCE / "tandem" / name for name in ("api.py", "inference/chat.py")}
+WITH_EXAMPLES = sorted({path for path in SOURCE.rglob("*.py") if ">>> " in path.read_text()} - NEED_A_MODEL)
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_examples_give_the_result_that_is_written(path: Path) -> None:
+    module = importlib.import_module(".".join(path.relative_to(SOURCE).with_suffix("").parts))
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
