@@ -263,7 +263,10 @@ def test_a_port_in_use_is_found_before_anything_starts() -> None:
     [
         ({"nproc_per_node": 0}, "--nproc-per-node 0"),
         ({"nproc_per_node": 2, "nnodes": 2, "node_rank": 2}, "--node-rank 2: expected"),
-        ({"nproc_per_node": 2, "nnodes": 2, "master_addr": "198.51.100.1"}, "198.51.100.1: no address of this machine"),
+        (
+            {"nproc_per_node": 2, "nnodes": 2, "master_addr": "198.51.100.1"},
+            "198.51.100.1: expected an address",
+        ),
     ],
 )
 def test_machines_that_cannot_be_are_said(values: dict[str, int], expected: str) -> None:
