@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+# PyTorch alone, with NumPy 2: an environment of its own, and the tests of what touches arrays most.
+NUMPY2 := .venv-numpy2
+NUMPY2_TESTS := tests/api tests/config tests/backends/test_torch.py tests/checkpoints/test_hf_and_native.py \
+	tests/data/test_indexed.py tests/data/preprocess/test_preprocess.py tests/training/test_runs.py
 
-.PHONY: quickstart test test-slow lint types docs clean
+.PHONY: quickstart test test-slow test-numpy2 lint types docs clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) tandem quickstart
@@ -13,6 +17,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN) pytest -m slow
+
+test-numpy2: $(NUMPY2)/.installed
+	$(NUMPY2)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(NUMPY2_TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
@@ -25,7 +32,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NUMPY2) build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +44,12 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(NUMPY2)/.installed: pyproject.toml constraints.txt constraints-numpy2.txt
+	$(PYTHON) -m venv $(NUMPY2)
+	grep -vE '^(numpy|pyarrow)==' constraints.txt | cat - constraints-numpy2.txt > $(NUMPY2)/constraints.txt
+	$(NUMPY2)/bin/python -m pip install --quiet -c $(NUMPY2)/constraints.txt -e '.[torch,test]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -203,9 +203,10 @@ def train(settings: Settings) -> TrainingResult:
         UserError: settings or files are missing, wrong or damaged, or a step failed.
         RunStopped: a signal stopped the run, and the run saved a checkpoint. The same call continues it.
     """
+    from tandem.cli.job import train_as_processes
     from tandem.training.result import train_and_collect
 
-    return train_and_collect(settings)
+    return train_as_processes(settings, log.info) or train_and_collect(settings)
 
 
 @_takes_settings(AllSettings)

@@ -71,7 +71,7 @@ def examine_package(name: str) -> Finding:
     version = version_of(name)
     if version is None:
         return Finding(name, "missing", f"pip install {name}")
-    if name == "numpy" and int(version.split(".")[0]) >= 2:
+    if name == "numpy" and int(version.split(".")[0]) >= 2 and version_of("mindspore") is not None:
         return Finding(name, version, "pip install 'numpy<2', which MindSpore needs")
     return Finding(name, f"{version}; needs {needed}" if (needed := required(name)) else version)
 

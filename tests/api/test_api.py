@@ -82,6 +82,17 @@ def test_a_run_is_given_as_settings_too(workspace: Workspace) -> None:
     assert tandem.train(Settings(**values)).losses == tandem.train(**values).losses
 
 
+def test_processes_are_started_and_give_the_same_losses(workspace: Workspace, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    values = {"load": workspace.hf, "data_path": f"{workspace.text}_text_document", "ai_framework": "torch", **SHORT}
+    with pytest.raises(UserError, match="--nproc-per-node 2: give --save"):
+        tandem.train(nproc_per_node=2, **values)
+    job = tandem.train(nproc_per_node=2, tensor_model_parallel_size=2, save=tmp_path / "run", **values)
+    assert job.losses == pytest.approx(tandem.train(**values).losses, abs=1e-4)
+    with pytest.raises(UserError, match="ranks"):
+        tandem.train(nproc_per_node=2, pipeline_model_parallel_size=3, save=tmp_path / "other", **values)
+
+
 def test_finetuning_takes_conversations(workspace: Workspace) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     values = {"load": workspace.hf, "ai_framework": "torch", **SHORT, "seq_length": 64}

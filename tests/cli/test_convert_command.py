@@ -139,7 +139,7 @@ def test_the_independent_reader_sees_what_ours_would_not(framework: str, hf: Pat
     source, result = RandomSource(toy_config(num_layers=4), 3, "bfloat16"), HFSource(hf)
     config = toy_config(num_layers=4)
     copy(Off(config, 3, "bfloat16"), HFSink(hf.parent / "wrong", config, "bfloat16", Companions()))
-    result.folder = hf.parent / "wrong"
+    result.hf_folder = hf.parent / "wrong"
     assert verify(source, result, framework).passed
     with pytest.raises(UserError, match=r"hf does not compute what random weights .* computes"):
         verify(source, result, framework, independent=True)

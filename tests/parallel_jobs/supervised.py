@@ -15,4 +15,7 @@ from tandem.launch.supervisor import Machines, launch
 if __name__ == "__main__":
     framework, processes, *words = sys.argv[1:]
     launcher = plain_launcher.launcher if framework == "plain" else launcher_of(framework)
-    sys.exit(launch(Machines(nproc_per_node=int(processes)), launcher, words))
+    end = launch(Machines(nproc_per_node=int(processes)), launcher, words)
+    if end.text:
+        print(end.text, file=sys.stderr)
+    sys.exit(end.code)

@@ -186,13 +186,11 @@ def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: s
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
 
 
-def test_a_launcher_that_fails_is_said_and_its_output_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_launcher_that_fails_is_said_and_its_output_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
-    assert code == 1
-    named, output, reason = capsys.readouterr().err.splitlines()
+    end = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
+    assert end.code == 1
+    named, output, reason = end.text.splitlines()
     assert (output, reason) == ("no such rank", "the launcher ended with code 3")
     assert Path(named.removeprefix("last lines of ").removesuffix(":")).read_text() == "no such rank\n"
 

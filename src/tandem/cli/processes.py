@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from tandem.backends import launcher_of
 from tandem.config.settings import LaunchSettings, Settings
 from tandem.errors import UserError
 from tandem.launch.member import JOB
-from tandem.launch.supervisor import Machines, launch
+from tandem.launch.supervisor import JobEnd, Machines, launch, show_at_once
 from tandem.launch.world import World
-from tandem.training.run import train
-from tandem.training.start.dry_run import dry_run
 
 
 def run_training(command: str, argv: Sequence[str], settings: Settings, notices: Sequence[str]) -> int:
@@ -25,8 +24,12 @@ def run_training(command: str, argv: Sequence[str], settings: Settings, notices:
         for notice in notices:
             print(f"> {notice}")
     if options.dry_run:
+        from tandem.training.start.dry_run import dry_run  # imported late: a wrong command fails before this loads
+
         dry_run(settings, processes_of(options))
     else:
+        from tandem.training.run import train
+
         train(settings)
     return 0
 
@@ -37,11 +40,29 @@ def run_as_processes(command: str, argv: Sequence[str], settings: LaunchSettings
     Returns:
         The exit code of the job. None when this process must do the work, alone or as one process of a job.
     """
+    end = start_processes([command, *argv], settings, ai_framework)
+    if end is None:
+        return None
+    if end.text:
+        print(end.text, file=sys.stderr, flush=True)
+    return end.code
+
+
+def start_processes(
+    words: Sequence[str], settings: LaunchSettings, ai_framework: str, show: Callable[[str], None] = show_at_once
+) -> JobEnd | None:
+    """Run `tandem WORDS` with the processes that the settings ask for, and wait for them.
+
+    Args:
+        show: called with each new piece of the first rank's output.
+
+    Returns:
+        How the job ended. None when this process must do the work, alone or as one process of a job.
+    """
     machines = machines_of(settings)
     if machines is None or machines.processes == 1 or JOB in os.environ or World.from_environment().size > 1:
         return None
-    words = ["-m", "tandem", command, *argv]
-    return launch(machines, launcher_of(ai_framework), words, settings.log_dir)
+    return launch(machines, launcher_of(ai_framework), ["-m", "tandem", *words], settings.log_dir, show)
 
 
 def processes_of(settings: LaunchSettings) -> int:

@@ -100,12 +100,38 @@ class Machines:
 Launcher = Callable[[Machines, Path, Sequence[str]], tuple[list[str], dict[str, str]]]
 
 
-def launch(machines: Machines, launcher: Launcher, words: Sequence[str], log_dir: str | None = None) -> int:
-    """Run `python WORDS` as every rank of this machine, and wait. `log_dir` keeps the output of each rank.
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended.
 
-    Returns:
-        The exit code of the first rank that failed. 128 + the signal's number when a signal ended the job. CRASHED when
-        the launcher failed. Otherwise 0.
+    Attributes:
+        code: the exit code of the first rank that failed. 128 + the signal's number when a signal ended the job.
+            CRASHED when the launcher failed. Otherwise 0.
+        text: why the job failed; empty when it did not fail.
+    """
+
+    code: int
+    text: str = ""
+
+
+def show_at_once(text: str) -> None:
+    """Write to standard output."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def launch(
+    machines: Machines,
+    launcher: Launcher,
+    words: Sequence[str],
+    log_dir: str | None = None,
+    show: Callable[[str], None] = show_at_once,
+) -> JobEnd:
+    """Run `python WORDS` as every rank of this machine, and wait.
+
+    Args:
+        log_dir: folder that keeps the output of each rank.
+        show: called with each new piece of the first rank's output.
 
     Raises:
         UserError: as in `Machines.checked`, or `log_dir` cannot be written. Nothing was started then.
@@ -123,11 +149,10 @@ def launch(machines: Machines, launcher: Launcher, words: Sequence[str], log_dir
         NODE: str(machines.node_rank),
         "PYTHONUNBUFFERED": "1",
     }
-    job = _Job(machines, folder, command, environment)
-    code = job.run()
-    if code != CRASHED:
+    end = _Job(machines, folder, command, environment, show).run()
+    if end.code != CRASHED:
         shutil.rmtree(folder)
-    return code
+    return end
 
 
 @dataclass
@@ -136,12 +161,13 @@ class _Job:
     folder: Path
     command: list[str]
     environment: dict[str, str]
+    show: Callable[[str], None]
     signals: list[int] = field(default_factory=list)  # received signals, in order
-    shown_bytes: int = 0  # how much of the first rank's output is on the console
+    shown_bytes: int = 0  # how much of the first rank's output was shown
     deadline: float = float("inf")
     noticed: dict[int, float] = field(default_factory=dict)  # rank -> when it was seen to be gone without a record
 
-    def run(self) -> int:
+    def run(self) -> JobEnd:
         with self._taking_signals(), (self.folder / "launcher.log").open("wb") as log:
             self.launcher = subprocess.Popen(
                 self.command,
@@ -190,9 +216,11 @@ class _Job:
         return all(self._records()) and not any(pid is not None and _is_running(pid) for pid in pids)
 
     def _failures(self) -> list[Ended]:
-        """Ranks that ended with a code other than 0, in order of time. Killed ranks have no text."""
+        """Ranks that ended with a code other than 0, the cause first. Killed ranks have no text."""
         endings = [self._ended(rank) for rank in self.machines.ranks]
-        return sorted((ended for ended in endings if ended and ended.code), key=lambda ended: ended.time)
+        failures = [end for end in endings if end and end.code]
+        # A rank that refused its input comes first: no other rank caused that, and the launcher then kills the others.
+        return sorted(failures, key=lambda end: (end.code == CRASHED, end.time))
 
     def _ended(self, rank: int) -> Ended | None:
         """How a rank ended; None when it has not ended, or not started."""
@@ -215,38 +243,35 @@ class _Job:
                 log.seek(self.shown_bytes)
                 new = log.read()
             self.shown_bytes += len(new)
-            sys.stdout.write(new.decode(errors="replace"))
-            sys.stdout.flush()
+            if new:
+                self.show(new.decode(errors="replace"))
 
-    def _explain(self, failures: list[Ended], launcher_code: int | None) -> int:
-        """Print what went wrong, as the last output. Returns the exit code."""
+    def _explain(self, failures: list[Ended], launcher_code: int | None) -> JobEnd:
+        """How the job ended, and why it failed."""
         if failures and failures[0].text:
             return self._quote(failures[0])
         if self.signals:
-            return 128 + self.signals[0]
+            return JobEnd(128 + self.signals[0])
         if failures and failures[0].code != CRASHED:
-            return failures[0].code
+            return JobEnd(failures[0].code)
         if failures:
             rank = failures[0].rank
             reason = f"rank {rank} of {self.machines.processes} was killed, or crashed"
-            self._print_with_log(reason, log_file(self.folder, rank))
-            return CRASHED
+            return self._crashed(reason, log_file(self.folder, rank))
         if launcher_code != 0 and not all(self._records()):
-            self._print_with_log(f"the launcher ended with code {launcher_code}", self.folder / "launcher.log")
-            return CRASHED
-        return 0
+            return self._crashed(f"the launcher ended with code {launcher_code}", self.folder / "launcher.log")
+        return JobEnd(0)
 
-    def _quote(self, ended: Ended) -> int:
+    def _quote(self, ended: Ended) -> JobEnd:
+        lines = [ended.text]
         if ended.code == CRASHED:
-            print(f"output of every rank: {self.folder}", file=sys.stderr)
-            if ended.rank != 0:  # the traceback of rank 0 is already on the console
-                print(ended.traceback, end="", file=sys.stderr)
-        print(ended.text, file=sys.stderr, flush=True)
-        return ended.code
+            trace = ended.traceback.rstrip() if ended.rank != 0 else ""  # the output of rank 0 was already shown
+            lines = [f"output of every rank: {self.folder}", *([trace] if trace else []), ended.text]
+        return JobEnd(ended.code, "\n".join(lines))
 
-    def _print_with_log(self, reason: str, log: Path) -> None:
+    def _crashed(self, reason: str, log: Path) -> JobEnd:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_LOG:] if log.exists() else []
-        print("\n".join([f"last lines of {log}:", *lines, reason]), file=sys.stderr, flush=True)
+        return JobEnd(CRASHED, "\n".join([f"last lines of {log}:", *lines, reason]))
 
     def _pass_on(self, number: int) -> None:
         """Send a signal to the ranks. Not to the launcher, which would kill them."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from frameworks import require_framework
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
@@ -53,6 +54,21 @@ def test_what_cannot_run_is_said(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         dry_run(workspace.settings("torch", **values), processes)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_layers_per_virtual_pipeline_stage": 1, "pipeline_model_parallel_size": 2},
+        {"use_torch_fsdp2": True},
+    ],
+)
+def test_what_a_framework_does_not_do_is_said_before_a_device_is_needed(
+    workspace: Workspace, values: dict[str, object]
+) -> None:
+    require_framework("mindspore")
+    with pytest.raises(UserError, match="not on mindspore; leave it out, or take --ai-framework torch"):
+        dry_run(workspace.settings("mindspore", **values), 2)
 
 
 def test_a_disk_too_small_for_one_checkpoint_is_said(

@@ -91,8 +91,12 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         UserError: settings are missing, wrong, or contradict each other.
     """
     training, data, checkpoint = settings.training, settings.data, settings.checkpoint
-    framework = check_framework(training.ai_framework).name
+    framework = check_framework(training.ai_framework)
     check_settings(settings)
+    framework.check(
+        shards_weights=settings.parallel.use_torch_fsdp2,
+        interleaves_stages=settings.parallel.num_layers_per_virtual_pipeline_stage is not None,
+    )
     check_epochs(data, training)
     check_ready(data)
     check_batch_sizes(training, Grid(settings.parallel.layout, world.size))
@@ -103,7 +107,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     check_model_flags(settings.model, data.seq_length, source.config)
     return ModelAndProcesses(
         settings=settings,
-        framework=framework,
+        framework=framework.name,
         world=world,
         grid=make_grid(settings.parallel, source.config, world.size),
         source=source,

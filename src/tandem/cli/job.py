@@ -1,0 +1,69 @@
+"""Trains with several processes, for a Python program that waits for the result."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tandem.cli.processes import machines_of, start_processes
+from tandem.config.parsing import to_yaml
+from tandem.config.settings import Settings
+from tandem.errors import RunStopped, UserError
+from tandem.training.logs.metrics import METRICS_FILE, read_metrics
+from tandem.training.result import TrainingResult
+from tandem.training.run_record import read_starts
+
+USER_ERROR, STOPPED = 2, 75  # exit codes of the command line
+
+
+def train_as_processes(settings: Settings, write: Callable[[str], None]) -> TrainingResult | None:
+    """Train with the processes that `nproc_per_node` asks for. Returns None when this process must train.
+
+    Args:
+        write: called with each line that the first rank writes.
+
+    Raises:
+        UserError: a rank refused its input, or `save` is missing. The result is read from that folder.
+        RunStopped: a signal stopped the job, and it saved a checkpoint.
+        RuntimeError: a rank failed in another way.
+    """
+    machines = machines_of(settings.launch)
+    if machines is None or machines.processes == 1:
+        return None
+    save = settings.checkpoint.save
+    if save is None:
+        raise UserError(
+            f"--nproc-per-node {machines.nproc_per_node}: give --save, the folder from which the result is read"
+        )
+    command = "finetune" if settings.data.is_instruction_dataset else "pretrain"
+    with tempfile.TemporaryDirectory(prefix="tandem-settings-") as folder:
+        file = Path(folder) / "settings.yaml"
+        file.write_text(to_yaml(settings), encoding="utf-8")
+        lines = _Lines(write)
+        end = start_processes(
+            [command, "--config", str(file)], settings.launch, settings.training.ai_framework, lines.take
+        )
+        if end is None:
+            return None
+    if end.code == USER_ERROR:
+        raise UserError(end.text)
+    if end.code == STOPPED:
+        raise RunStopped(end.text)
+    if end.code:
+        raise RuntimeError(f"the job ended with code {end.code}: {end.text}")
+    first = read_starts(save)[-1]["iteration"]
+    steps = [step for step in read_metrics(Path(save) / METRICS_FILE) if step["iteration"] > first]
+    return TrainingResult(steps[-1]["iteration"] if steps else first, tuple(steps), Path(save))
+
+
+class _Lines:
+    """Collects pieces of text and writes whole lines."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._rest = write, ""
+
+    def take(self, text: str) -> None:
+        *whole, self._rest = (self._rest + text).split("\n")
+        for line in whole:
+            self._write(line)
