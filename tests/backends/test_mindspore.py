@@ -87,5 +87,5 @@ def test_one_worker_under_msrun_starts_and_ends(tmp_path: Path) -> None:
     ],
 )
 def test_what_only_pytorch_does_is_refused(settings: EngineSettings, flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} runs on torch only, not on mindspore"):
+    with pytest.raises(UserError, match=f"{flag} needs torch, not mindspore"):
         create_engine("mindspore", TOYS["llama"], settings)

@@ -110,7 +110,7 @@ def test_batches_that_do_not_divide_are_refused() -> None:
     layout = Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
     with pytest.raises(UserError, match=r"interleaved stages need a multiple .* 2 micro-batches, and a step has 3"):
         Job(config=CONFIG, layout=layout, global_batch_size=3, seq_length=64).check()
-    with pytest.raises(UserError, match="--use-torch-fsdp2 runs on torch only, not on mindspore"):
+    with pytest.raises(UserError, match="--use-torch-fsdp2 needs torch, not mindspore"):
         Job(config=CONFIG, seq_length=64, use_torch_fsdp2=True, ai_framework="mindspore").check()
     with pytest.raises(UserError, match="--num-layers-per-virtual-pipeline-stage runs on torch only"):
         Job(config=CONFIG, layout=layout, global_batch_size=2, seq_length=64, ai_framework="mindspore").check()

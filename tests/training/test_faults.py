@@ -43,8 +43,8 @@ class Job:
 
     def start(self, save: str, **fault: object) -> subprocess.Popen[str]:
         """Save in a folder of that name; `fault` as `faulty_run.py` takes it."""
-        told = {"rank": -1, "framework": self.framework, **fault}
-        (self.folder / "fault.json").write_text(json.dumps(told), encoding="utf-8")
+        values = {"rank": -1, "framework": self.framework, **fault}
+        (self.folder / "fault.json").write_text(json.dumps(values), encoding="utf-8")
         supervisor = (sys.executable, str(SUPERVISED), self.framework, str(self.processes))
         launch = self.launcher or (supervisor if self.processes > 1 else (sys.executable,))
         text = f"{self.workspace.text}_text_document"
@@ -130,9 +130,9 @@ def stop_and_go_on(job: Job, what: str = "SIGTERM", **fault: object) -> None:
     assert job.codes() == [STOPPED] * job.processes, output[-3000:]
     stopped = NativeSource(job.folder / "b").iteration
     assert f"exiting program at iteration {stopped}" in output
-    said = job.succeed("b")
-    assert f"resuming at iteration {stopped}" in said
-    assert f"iteration {stopped:8d}/" not in said
+    resumed_output = job.succeed("b")
+    assert f"resuming at iteration {stopped}" in resumed_output
+    assert f"iteration {stopped:8d}/" not in resumed_output
     assert_same_weights(job.folder / "a", job.folder / "b")
 
 
@@ -232,10 +232,10 @@ def test_torchrun_restarts_a_job_that_goes_on(workspace: Workspace, tmp_path: Pa
     plain = Job(workspace, tmp_path, processes=2, flags=flags)
     plain.succeed("a")
     port = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    said = Job(workspace, tmp_path, processes=2, flags=flags, launcher=(*torchrun, *port)).succeed(
+    resumed_output = Job(workspace, tmp_path, processes=2, flags=flags, launcher=(*torchrun, *port)).succeed(
         "b", rank=1, when="step", at=6, what="SIGKILL"
     )
-    assert "resuming at iteration 4" in said
+    assert "resuming at iteration 4" in resumed_output
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
