@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from tandem.checkpoints.interface import TensorKind, TensorSource
+from tandem.config.settings import AdamSettings, ComputeSettings, ShardingSettings
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
@@ -22,38 +23,22 @@ from tandem.parallel.layout import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """What a backend needs to build a model and its optimizer.
+class EngineSettings(AdamSettings, ComputeSettings, ShardingSettings):
+    """What a backend must know to build a model and its optimizer: some settings of a run, and these.
 
-    Attributes:
-        fp16: compute in float16 with fp32 master weights. The caller scales the loss.
-        bf16: compute in bfloat16 with fp32 master weights, if the device has bfloat16. Otherwise the engine computes in
-            fp32, and says so in `notices`.
-        recompute_layers: how many of a rank's decoder layers, from the first, are computed again in the backward pass.
-            They keep only their input in the forward pass.
-        training: allocate gradients and optimizer state.
-        device: "cpu", "cuda", "npu"; None takes the best one present.
-        grid, rank: all processes of the job, and the number of this one. With several, call `connect` first.
-        sequence_parallel: split norms and residuals along the tokens, over tensor ranks.
-        use_distributed_optimizer: each data rank keeps only its rows (`even_rows`) of masters and moments.
-        use_torch_fsdp2: each data rank keeps only its rows of weights and gradients, too. A layer's weights are whole
-            only while it computes (PyTorch's `fully_shard`).
+    `bf16` computes in bfloat16 only where the device does. Elsewhere the engine computes in fp32 and says so in its
+    `notices`. With `fp16` the caller scales the loss.
     """
 
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    bf16: bool = False
-    fp16: bool = False
     recompute_layers: int = 0
+    """How many of a rank's decoder layers, from the first, keep only their input in the forward pass and are computed
+    again in the backward pass."""
     training: bool = True
-    device: str | None = None
+    """Allocate gradients and optimizer state."""
     grid: Grid = field(default_factory=Grid)
+    """All processes of the job. With more than one, `connect` comes first."""
     rank: int = 0
-    sequence_parallel: bool = False
-    use_distributed_optimizer: bool = False
-    use_torch_fsdp2: bool = False
+    """Which of them this one is."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,19 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelSettings:
+class ShardingSettings:
+    """What ranks split between them, as engines take it."""
+
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence. Needs --tensor-model-parallel-size above 1 to have an effect."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks. No effect with one data-parallel rank."""
+    use_torch_fsdp2: bool = False
+    """Shard weights and gradients over data-parallel ranks (PyTorch only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings(ShardingSettings):
     """Parallelism: how the model is split over processes."""
 
     tensor_model_parallel_size: int = 1
@@ -69,12 +81,6 @@ class ParallelSettings:
     """Layer numbers that stay empty, such as 0,29. They count as layers when stages are filled."""
     context_parallel_size: int = 1
     """Number of ranks that split each sequence. Only 1 is supported."""
-    sequence_parallel: bool = False
-    """Split norms and residuals along the sequence. Needs --tensor-model-parallel-size above 1 to have an effect."""
-    use_distributed_optimizer: bool = False
-    """Shard the optimizer state over data-parallel ranks. No effect with one data-parallel rank."""
-    use_torch_fsdp2: bool = False
-    """Shard weights and gradients over data-parallel ranks (PyTorch only)."""
     distributed_timeout_minutes: int = 10
     """Minutes that ranks wait for each other before the run fails."""
 
@@ -148,7 +154,21 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+class AdamSettings:
+    """AdamW, as engines take it."""
+
+    adam_beta1: float = 0.9
+    """Decay rate of Adam's first moment."""
+    adam_beta2: float = 0.999
+    """Decay rate of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Small number added to the root of Adam's second moment."""
+    clip_grad: float = 1.0
+    """Scale gradients down to this global norm. 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(AdamSettings):
     """Optimizer and learning-rate schedule."""
 
     lr: float | None = None
@@ -183,24 +203,26 @@ class OptimizerSettings:
     """Weight decay of the first step, when it changes during the run."""
     end_weight_decay: float | None = None
     """Weight decay of the last step, when it changes during the run."""
-    adam_beta1: float = 0.9
-    """Decay rate of Adam's first moment."""
-    adam_beta2: float = 0.999
-    """Decay rate of Adam's second moment."""
-    adam_eps: float = 1e-8
-    """Small number added to the root of Adam's second moment."""
-    clip_grad: float = 1.0
-    """Scale gradients down to this global norm. 0 turns clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class ComputeSettings:
+    """Device and precision, as engines take them."""
+
+    device: str | None = None
+    """Device: cpu, cuda or npu; default: the best one present."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights, if the device supports bfloat16."""
+    fp16: bool = False
+    """Compute in float16 with fp32 master weights and a loss scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(ComputeSettings):
     """Training."""
 
     ai_framework: str = field(default_factory=default_framework)
     """Framework: torch (or pytorch), or mindspore; default: the installed one, or torch if both are installed."""
-    device: str | None = None
-    """Device: cpu, cuda or npu; default: the best one present."""
     micro_batch_size: int = 1
     """Number of samples in one forward pass."""
     global_batch_size: int | None = None
@@ -223,10 +245,6 @@ class TrainingSettings:
     """Seed of random weights and of the order of the data."""
     deterministic_mode: bool = field(default=False, metadata=aliases("--deterministic", "--npu-deterministic"))
     """Give the same bits each time on the same devices. Slower on GPU and NPU; a CPU always does this."""
-    bf16: bool = False
-    """Compute in bfloat16 with fp32 master weights, if the device supports bfloat16."""
-    fp16: bool = False
-    """Compute in float16 with fp32 master weights and a loss scale."""
     loss_scale: float | None = None
     """With --fp16: constant loss scale; default: a dynamic one."""
     initial_loss_scale: float = 2.0**32

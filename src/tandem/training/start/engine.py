@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tandem.backends.interface import EngineSettings
 from tandem.config.settings import OptimizerSettings, ParallelSettings, TrainingSettings
 from tandem.errors import UserError
@@ -39,21 +41,11 @@ def engine_settings(
     rank: int,
 ) -> EngineSettings:
     """The settings of the engine of `rank`, as backends take them."""
-    return EngineSettings(
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
-        bf16=training.bf16,
-        fp16=training.fp16,
-        recompute_layers=recomputed_layers(training, config.num_layers),
-        device=training.device,
-        grid=grid,
-        rank=rank,
-        sequence_parallel=parallel.sequence_parallel,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        use_torch_fsdp2=parallel.use_torch_fsdp2,
-    )
+    names = {field.name for field in dataclasses.fields(EngineSettings)}
+    groups = (vars(optimizer), vars(training), vars(parallel))
+    shared = {name: value for group in groups for name, value in group.items() if name in names}
+    recompute_layers = recomputed_layers(training, config.num_layers)
+    return EngineSettings(**shared, recompute_layers=recompute_layers, grid=grid, rank=rank)
 
 
 def recomputed_layers(training: TrainingSettings, num_layers: int) -> int:
