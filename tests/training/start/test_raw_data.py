@@ -121,7 +121,7 @@ def test_the_others_wait_for_the_leader(workspace: Workspace, tmp_path: Path) ->
     waiting.join(20)
     assert waiting.exitcode == 0
 
-    with pytest.raises(UserError, match="did not write it"):
+    with pytest.raises(UserError, match="did not write this record"):
         with_preprocessed(settings_for(workspace, workspace.questions.parent, tmp_path), False, wait=lambda _: None)
 
 
@@ -149,7 +149,7 @@ def test_a_second_job_waits_for_the_first(
 def test_errors(workspace: Workspace, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="give a folder of yours with --data-cache-path"):
+    with pytest.raises(UserError, match="give another folder with --data-cache-path"):
         with_preprocessed(settings_for(workspace, workspace.corpus, file))
     with pytest.raises(UserError, match="--json-keys a b: training on raw files reads one field"):
         with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, json_keys=["a", "b"]))
