@@ -1,4 +1,4 @@
-"""Converting a Hugging Face folder, beside `cp -r` of the same folder on the same disk: time, and peak memory.
+"""Converting a Hugging Face folder, compared with `cp -r` of the same folder on the same disk: time, and peak memory.
 
 The model is random bytes in a published shape, in files of at most 5 GB. Each turn writes a folder and removes it.
 Both sides end when the bytes are on the disk: a conversion flushes what it publishes, so the copy is flushed too

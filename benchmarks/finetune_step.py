@@ -110,10 +110,10 @@ def _padded(batches: list[list[Sample]], pad_to: int | None) -> Iterator[dict[st
             "labels": np.full((len(samples), length), IGNORE, dtype=np.int64),
         }
         for row, sample in enumerate(samples):
-            own = len(sample.tokens)
-            inputs["input_ids"][row, :own] = sample.tokens
-            inputs["attention_mask"][row, :own] = 1
-            inputs["labels"][row, 1:own] = sample.labels[:-1]
+            tokens = len(sample.tokens)
+            inputs["input_ids"][row, :tokens] = sample.tokens
+            inputs["attention_mask"][row, :tokens] = 1
+            inputs["labels"][row, 1:tokens] = sample.labels[:-1]
         yield inputs
 
 

@@ -115,14 +115,14 @@ def one_rank(arguments: argparse.Namespace, spread: Spread) -> turns.Step:
         ),
     )
     engine.load_weights(RandomSource(config, 0))
-    own = slice(grid.place(world.rank).data, None, grid.data_size)
+    share = slice(grid.place(world.rank).data, None, grid.data_size)
     sent = SentBytes()
 
     def step(number: int) -> dict[str, float]:
         batches = [micro_batch(number * MICRO_BATCHES + k, arguments, config) for k in range(MICRO_BATCHES)]
         # Counting slows a step, and the first is not measured.
         with sent if number == 0 else nullcontext():
-            result = engine.train_step(batches[own], mean_weights(batches)[own], lr=1e-4, weight_decay=0.1)
+            result = engine.train_step(batches[share], mean_weights(batches)[share], lr=1e-4, weight_decay=0.1)
         moments = sum(array.nbytes for kind, _, array in engine.tensors() if kind in ("exp_avg", "exp_avg_sq"))
         tokens = MICRO_BATCHES * arguments.seq_length
         return {"tokens": tokens, "loss": result.loss, "sent": sent.total, "moments": moments, "floor": floor}
@@ -186,11 +186,11 @@ def main() -> None:
         return
     alone = summaries[ALONE]
     for name in arguments.layouts:
-        found, sent = summaries[name], summaries[name]["last"]["sent"]
+        summary, sent = summaries[name], summaries[name]["last"]["sent"]
         print(
-            f"{name:>12}: {found['rate'] / alone['rate']:.2f}x the tokens/s; sends {sent / 2**20:.1f} MiB a step, "
+            f"{name:>12}: {summary['rate'] / alone['rate']:.2f}x the tokens/s; sends {sent / 2**20:.1f} MiB a step, "
             f"{sent / formula_bytes(arguments, SPREADS[name]):.3f}x the formula's; moments "
-            f"{found['last']['moments'] / alone['last']['moments']:.2f}x; peak {held(found) / held(alone):.2f}x"
+            f"{summary['last']['moments'] / alone['last']['moments']:.2f}x; peak {held(summary) / held(alone):.2f}x"
         )
 
 

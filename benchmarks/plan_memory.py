@@ -90,9 +90,9 @@ def measure(job: Job) -> float:
 def train(
     job: Job, grid: Grid, rank: int, *, reset: bool, counter: AbstractContextManager[object] | None = None
 ) -> float:
-    """Some steps of one rank. `reset`: the peak begins when the weights are there.
+    """Some steps of one rank. With `reset`, the peak is measured from the moment when the weights are loaded.
 
-    With `counter`, a step before that which counts something: whoever counts may keep memory.
+    With `counter`, a step inside that context comes first. It is not measured, because counting may keep memory.
 
     Returns:
         The processor's seconds of the quickest step.

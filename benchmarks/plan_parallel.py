@@ -89,8 +89,8 @@ def measure(job: Job, folder: Path) -> None:
     seconds = plan_memory.train(job, grid, world.rank, reset=True, counter=counter)
     memory = turns.peak() - floor
     sent = None if counter is None else counter.total
-    found = {"stage": grid.place(world.rank).pipeline, "memory": memory, "sent": sent, "seconds": seconds}
-    (folder / f"{world.rank}.json").write_text(json.dumps(found))
+    figures = {"stage": grid.place(world.rank).pipeline, "memory": memory, "sent": sent, "seconds": seconds}
+    (folder / f"{world.rank}.json").write_text(json.dumps(figures))
     communicator.close()
 
 
@@ -144,7 +144,7 @@ def main() -> None:
         job = job_of(framework, case, *arguments.size)
         ranks, live_ranks = (in_children(framework, case, arguments.size, live) for live in (False, True))
         for stage, memory in enumerate(stage_memories(job, HARDWARE["cpu"])):
-            measured, live = (fullest(found, stage, "memory") for found in (ranks, live_ranks))
+            measured, live = (fullest(of_ranks, stage, "memory") for of_ranks in (ranks, live_ranks))
             traffic = stage_traffic(job, stage)
             sent = traffic.tensor + traffic.pipeline + traffic.data
             counted = f"{sent / fullest(ranks, stage, 'sent'):15.3f}" if framework == "torch" else ""

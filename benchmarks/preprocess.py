@@ -1,4 +1,4 @@
-"""Preprocessing, beside Megatron's per-document loop and beside bare gigatoken, in one run.
+"""Preprocessing, compared with Megatron's per-document loop and with bare gigatoken, in one run.
 
     python benchmarks/preprocess.py --tokenizer FOLDER --text free.jsonl --instructions gsm8k_train_alpaca.json
 
@@ -184,11 +184,11 @@ def loop(lines: Iterator[str], options: argparse.Namespace, encode: Callable[[st
         for columns in pool.imap(encode, documents, 25):
             for ids in columns:
                 output.write(np.array(ids, np.int32).tobytes(order="C"))
-        clock, own = time.perf_counter() - begin, processor_seconds(None) - before
+        clock, processor = time.perf_counter() - begin, processor_seconds(None) - before
         pool.close()
         pool.join()
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(clock, own + children.ru_utime + children.ru_stime - started)
+    print(clock, processor + children.ru_utime + children.ru_stime - started)
 
 
 def processor_seconds(_: Any) -> float:

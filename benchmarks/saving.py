@@ -1,11 +1,11 @@
-"""What a save costs: how long training waits for it beside a step, its speed beside `dd`, and loading beside reading.
+"""What a save costs: training's wait compared with a step, the speed of `dd`, and loading compared with reading.
 
     python benchmarks/saving.py --layers 4                # 0.2B parameters, 7 GB of memory, 6 GB of disk
     python benchmarks/saving.py --layers 28               # 0.6B, 18 GB and 17 GB
 
 Weights are random and fp32, with Adam's moments: 12 bytes per parameter. Each round saves at once, then `dd` writes as
 many zeros and flushes them; then a checkpoint is saved in the background while steps go on; then the files are read, by
-`cat` and by loading, each after the disk's cache has been told to forget them.
+`cat` and by loading, each after the files were dropped from the disk's cache.
 
 Targets: in the background, training waits for less than a step; 70 % of dd's speed; loading takes 1.5x the time of
 reading.
@@ -88,9 +88,9 @@ def measure(engine: Engine, micro_batch: MicroBatch, folder: Path, nbytes: int, 
         note("load", lambda p=path: load(engine, p))  # type: ignore[misc]
         for kept in ("once", "behind"):
             shutil.rmtree(find_iteration(folder / kept))
-    for what, found in figures.items():
-        print(f"{what:>20}: {', '.join(f'{second:.2f}' for second in found)} s")
-    middle = {what: statistics.median(found) for what, found in figures.items()}
+    for case, timings in figures.items():
+        print(f"{case:>20}: {', '.join(f'{second:.2f}' for second in timings)} s")
+    middle = {case: statistics.median(timings) for case, timings in figures.items()}
     print(f"training waits {middle['wait'] / middle['step']:.2f}x a step (the first time {figures['wait'][0]:.2f} s)")
     print(f"saving at {middle['dd'] / middle['save']:.0%} of dd's {nbytes / middle['dd'] / 1e6:,.0f} MB/s")
     print(f"loading takes {middle['load'] / middle['cat']:.2f}x the time of cat")

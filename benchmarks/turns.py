@@ -79,7 +79,7 @@ def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def reset_peak() -> None:
-    """Start VmHWM anew: building a model is not what is measured."""
+    """Reset VmHWM, so that building a model is not measured."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

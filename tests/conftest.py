@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from frameworks import require_framework
+from slow_parts import PARTS, misplaced, parts_of
 from tandem.logs import printed
 from workspace import Workspace, make_workspace
 
@@ -16,6 +17,25 @@ from workspace import Workspace, make_workspace
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(os.environ.get("TANDEM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+MISPLACED = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=list(PARTS), help="only this part of the slow tests (tests/slow_parts.py)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[MISPLACED] = misplaced(items)  # here, because -m "not slow" takes slow tests away next
+    part = config.getoption("--part")
+    if part is not None:
+        config.hook.pytest_deselected(items=[item for item in items if part not in parts_of(item)])
+        items[:] = [item for item in items if part in parts_of(item)]
+
+
+@pytest.fixture
+def misplaced_slow_tests(request: pytest.FixtureRequest) -> list[str]:
+    return request.config.stash[MISPLACED]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Tandem: train Qwen3 end to end on MindSpore and on PyTorch, from the same bytes.
+"""Tandem: train Qwen3 end to end on MindSpore and on PyTorch, from the same files.
 
 >>> import tandem
 >>> tandem.preprocess("text.jsonl", "run/text", "qwen3-0.6b", append_eod=True)  # doctest: +SKIP

@@ -15,31 +15,31 @@ from tandem.version import __version__
 
 # command -> its module under tandem.cli, and what it does
 COMMANDS = {
-    "convert": "Convert weights: Hugging Face <-> Megatron-core layout, at any TP and PP.",
+    "convert": "Convert weights between Hugging Face and Megatron-core layout, for any TP and PP.",
     "preprocess": "Turn text or instruction data into .bin/.idx files.",
     "pretrain": "Train on text.",
     "finetune": "Train on instruction data.",
-    "doctor": "Show versions and devices, what is missing and how to install it.",
+    "doctor": "Show versions and devices, what is missing, and how to install it.",
     "export": "Write a trained checkpoint as a Hugging Face folder.",
     "generate": "Ask a model.",
-    "evaluate": "Loss and perplexity of a model on data.",
-    "inspect": "Show what a checkpoint holds, and whether it is undamaged.",
-    "plan": "Plan memory, traffic and speed of a run; find layouts that fit a number of devices.",
-    "report": "Show one or several runs on an HTML page.",
-    "rerun": "Run a recorded training again and compare its losses.",
-    "quickstart": "Run the whole job on a toy model, on one backend or both.",
+    "evaluate": "Measure loss and perplexity of a model on data.",
+    "inspect": "Show the contents of a checkpoint or of data, and check for damage.",
+    "plan": "Estimate memory, traffic and speed of a run; find layouts that fit your devices.",
+    "report": "Write an HTML page about one or several runs.",
+    "rerun": "Repeat a recorded training and compare the losses.",
+    "quickstart": "Try everything on a toy model, with one framework or both.",
 }
 
 
-STOPPED = 75  # exit code of a run that was asked to stop, and can go on
-UNREAD = 141  # as a shell tells of a program that SIGPIPE ended
+STOPPED = 75  # exit code of a run that a signal stopped; the same command continues it
+UNREAD = 141  # exit code that a shell reports for a program ended by SIGPIPE
 
 
 def usage() -> str:
     lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            f"tandem {__version__}: train Qwen3 end to end on MindSpore and on PyTorch, from the same bytes.",
+            f"tandem {__version__}: train Qwen3 end to end on MindSpore and PyTorch, from the same files.",
             "",
             "usage: tandem COMMAND [OPTIONS]      (tandem COMMAND --help lists the options)",
             "",
@@ -49,8 +49,11 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command, alone or as a member of a job. Returns the exit code: the command's own, 2 when the input was at
-    fault, or STOPPED."""
+    """Run one command, alone or as a process of a job.
+
+    Returns:
+        The exit code of the command, 2 for bad input, or STOPPED.
+    """
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return member.ended(code)
     except UserError as error:
         return member.ended(2, _error(command, error))
-    except BrokenPipeError:  # the reader of `tandem ... | head` has left
+    except BrokenPipeError:  # in `tandem ... | head`, head has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return member.ended(UNREAD)
     except RunStopped as stopped:
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _error(command: str, error: UserError) -> str:
-    """All that is wrong, a line each."""
+    """The message of an error, with one line for each problem."""
     problems = error.problems
     if len(problems) == 1:
         return f"tandem {command}: error: {error}"

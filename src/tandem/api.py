@@ -1,10 +1,10 @@
 """Tandem from Python: one function per command.
 
-Keywords are the commands' long flags with underscores, and a switch is `True`; where a command takes words without a
-flag, the function takes them without a keyword. Values are checked as on the command line: a wrong one raises
+Keywords are the long flags of the commands, with underscores. A switch is `True`. Values that a command takes without
+a flag may be given without a keyword. Values are checked as on the command line. A wrong value raises
 `tandem.UserError`, which names the flag, the path or the tensor.
 
-Progress goes to the logger "tandem" of the standard library's `logging`; nothing is printed. To see it:
+Progress goes to the logger "tandem" of Python's `logging`. Nothing is printed. To see the progress:
 
 >>> import logging
 >>> logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -56,7 +56,7 @@ ResultT_co = TypeVar("ResultT_co", covariant=True)
 
 
 def _takes(kind: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], ResultT]], Callable[P, ResultT]]:
-    """Make a function of options a function of their fields."""
+    """Turn a function of a dataclass of options into a function of its fields."""
 
     def decorate(function: Callable[[OptionsT], ResultT]) -> Callable[P, ResultT]:
         @wraps(function)
@@ -70,7 +70,7 @@ def _takes(kind: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], Result
 
 
 class Trains(Protocol[P, ResultT_co]):
-    """A function of whole `Settings`, or of all settings as keywords."""
+    """A function that takes one `Settings`, or every setting as a keyword."""
 
     @overload
     def __call__(self, settings: Settings, /) -> ResultT_co: ...
@@ -82,7 +82,7 @@ class Trains(Protocol[P, ResultT_co]):
 def _takes_settings(
     kind: Callable[P, AllSettings],
 ) -> Callable[[Callable[[Settings], ResultT]], Trains[P, ResultT]]:
-    """Make a function of settings one that takes them as keywords, too."""
+    """Turn a function of `Settings` into one that also takes settings as keywords."""
 
     def decorate(function: Callable[[Settings], ResultT]) -> Trains[P, ResultT]:
         @wraps(function)
@@ -98,7 +98,7 @@ def _takes_settings(
 
 
 def _options(kind: type[OptionsT], function: str, words: tuple[Any, ...], keywords: dict[str, Any]) -> OptionsT:
-    """The options that a call gives."""
+    """The options in the arguments of a call."""
     if len(words) == 1 and not keywords and isinstance(words[0], kind):
         return words[0]
     names = [field.name for field in dataclasses.fields(cast(Any, kind)) if not field.kw_only]
@@ -108,7 +108,7 @@ def _options(kind: type[OptionsT], function: str, words: tuple[Any, ...], keywor
 
 
 def _logged(description: str) -> Callable[[int, int | None], None]:
-    """Progress that goes to the log."""
+    """A function that writes progress to the log."""
     return lines_of_progress(description, log.info)
 
 
@@ -135,7 +135,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
         12000
 
     Raises:
-        UserError: options contradict each other, a row is unusable, or nothing was kept.
+        UserError: options contradict each other, a row cannot be used, or no row was kept.
     """
     from tandem.data.preprocess.run import preprocess as run
 
@@ -145,7 +145,10 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
 
 @_takes(MergeOptions)
 def merge(options: MergeOptions) -> list[str]:
-    """Merge `.bin/.idx` files that were preprocessed in parts; returns the prefixes written.
+    """Merge `.bin/.idx` files that were preprocessed in parts.
+
+    Returns:
+        The prefixes of the files that were written.
 
     Raises:
         UserError: parts are missing, or do not belong together.
@@ -164,7 +167,7 @@ def convert(options: ConvertOptions) -> Converted:
         PosixPath('run/mcore')
 
     Raises:
-        UserError: the source is damaged, the target exists, or both do not compute the same.
+        UserError: the source is damaged, the target exists, or the result computes something else than the source.
     """
     from tandem.conversion.run import run_conversion
 
@@ -185,10 +188,10 @@ def export(options: ExportOptions) -> Converted:
 
 @_takes_settings(AllSettings)
 def train(settings: Settings) -> TrainingResult:
-    """Train as the settings say: on text, or with `is_instruction_dataset=True` on conversations.
+    """Train on text, or on conversations with `is_instruction_dataset=True`.
 
-    Settings are keywords, or one `tandem.Settings`. With `nproc_per_node` above 1 the processes are started as the
-    command line does, and `save` is required.
+    Give settings as keywords, or one `tandem.Settings`. `nproc_per_node` above 1 starts that many processes, as the
+    command line does. It needs `save`.
 
     Examples:
         >>> tandem.train(
@@ -197,8 +200,8 @@ def train(settings: Settings) -> TrainingResult:
         [5.834, 5.712]
 
     Raises:
-        UserError: something is missing, contradictory or damaged, or a step went wrong.
-        RunStopped: a signal ended the run, after it saved; the same call goes on.
+        UserError: settings or files are missing, wrong or damaged, or a step failed.
+        RunStopped: a signal stopped the run, and the run saved a checkpoint. The same call continues it.
     """
     from tandem.cli.job import train_as_processes
     from tandem.training.result import train_and_collect
@@ -208,7 +211,7 @@ def train(settings: Settings) -> TrainingResult:
 
 @_takes_settings(AllSettings)
 def pretrain(settings: Settings) -> TrainingResult:
-    """Train on text, as `tandem pretrain` does; see `train`."""
+    """Train on text, as `tandem pretrain` does. See `train`."""
     if settings.data.is_instruction_dataset or settings.data.stage:
         raise UserError("--is-instruction-dataset and --stage belong to `tandem finetune`")
     return train(settings)
@@ -216,21 +219,26 @@ def pretrain(settings: Settings) -> TrainingResult:
 
 @_takes_settings(AllSettings)
 def finetune(settings: Settings) -> TrainingResult:
-    """Train on conversations, of which only the answers count, as `tandem finetune` does; see `train`."""
+    """Train on conversations, as `tandem finetune` does. The loss counts only the answers. See `train`."""
     data = dataclasses.replace(settings.data, is_instruction_dataset=True)
     return train(dataclasses.replace(settings, data=data))
 
 
 def evaluate(load: str | Path, *data: str | Path, **settings: Any) -> dict[str, Evaluation | Choices]:
-    """The loss of a checkpoint on data, or its accuracy on questions, as `tandem evaluate` finds them.
+    """The loss of a checkpoint on data, or its accuracy on questions, as `tandem evaluate` does.
+
+    Examples:
+        >>> tandem.evaluate("run/mcore", "run/valid_text_document", seq_length=512)["validation"].loss  # doctest: +SKIP
+        2.31
 
     Args:
         load: checkpoint, or Hugging Face folder.
-        data: PREFIX, or NAME=PREFIX for several sets; a FILE.jsonl holds questions with choices.
-        settings: fields of `Settings`. Whole sets are taken; `eval_iters` takes less.
+        data: PREFIX of preprocessed data, or NAME=PREFIX for each of several sets. A FILE.jsonl of questions with
+            choices also works.
+        settings: fields of `Settings`. Whole sets are used; `eval_iters` sets a smaller number of batches.
 
     Returns:
-        By name of the set, its `loss`, `perplexity` and `tokens`, or its `accuracy`.
+        For each set, by name: its `loss`, `perplexity` and `tokens`, or its `accuracy`.
 
     Raises:
         UserError: weights, data or layout do not fit together.
@@ -247,15 +255,15 @@ def evaluate(load: str | Path, *data: str | Path, **settings: Any) -> dict[str, 
 
 @_takes(PlanOptions)
 def plan(options: PlanOptions) -> LayoutPlan | Suggestions:
-    """Memory, traffic and speed of a layout; with `devices`, the layouts that fit. As `tandem plan`.
+    """Memory, traffic and speed of one layout, as `tandem plan` shows. With `devices`, the layouts that fit.
 
     Examples:
-        >>> found = tandem.plan("qwen3-8B", hardware="910b", devices=16, global_batch_size=64, bf16=True)
-        >>> found.plans[0].job.tensor_size
+        >>> suggestions = tandem.plan("qwen3-8B", hardware="910b", devices=16, global_batch_size=64, bf16=True)
+        >>> suggestions.plans[0].job.tensor_size
         1
 
     Raises:
-        UserError: the model is unknown, or the layout does not divide.
+        UserError: the model is unknown, or the layout does not divide the model or the batch evenly.
     """
     from tandem.planning.run import plan as run
 
@@ -263,15 +271,19 @@ def plan(options: PlanOptions) -> LayoutPlan | Suggestions:
 
 
 def inspect(path: str | Path, *, ckpt_step: int | None = None, quick: bool = False) -> Description | Statistics:
-    """What a checkpoint holds and whether it is undamaged, or what preprocessed data hold, as `tandem inspect`.
+    """The contents of a checkpoint, with a check for damage, or of preprocessed data, as `tandem inspect` shows.
+
+    Examples:
+        >>> tandem.inspect("run/mcore", quick=True).config.num_layers  # doctest: +SKIP
+        28
 
     Args:
         path: a checkpoint, a Hugging Face folder, or the prefix of preprocessed data.
-        ckpt_step: iteration; default: the newest.
-        quick: check headers and shapes only; read no tensor.
+        ckpt_step: iteration to show; default: the newest.
+        quick: check only headers and shapes; do not read tensors.
 
     Raises:
-        UserError: it is none of these, or damaged.
+        UserError: the path is none of these, or the files are damaged.
     """
     from tandem.checkpoints.describe import describe, with_integrity
     from tandem.data.kinds import kind_of
@@ -286,7 +298,7 @@ def inspect(path: str | Path, *, ckpt_step: int | None = None, quick: bool = Fal
 
 @_takes(LoadOptions)
 def load(options: LoadOptions) -> Model:
-    """Open a Hugging Face folder or a checkpoint to ask it.
+    """Open a Hugging Face folder or a checkpoint to ask questions.
 
     Examples:
         >>> model = tandem.load("run/exported")  # doctest: +SKIP
@@ -294,7 +306,7 @@ def load(options: LoadOptions) -> Model:
         ['321', '54']
 
     Raises:
-        UserError: there is no model, or no tokenizer with it and none is named.
+        UserError: there is no model in the folder, or no tokenizer in the folder and none is given.
     """
     from tandem.inference.chat import open_model
 

@@ -1,4 +1,4 @@
-"""`tandem doctor`: what is here, what is missing, and the command that installs it."""
+"""`tandem doctor`: what is installed, what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -23,42 +23,48 @@ OPTIONAL = {
     "tensorboard": ("--tensorboard-dir", "tensorboard"),
     "wandb": ("--wandb-project", "wandb"),
 }
-PROBE_SECONDS = 120  # a first import may compile and write caches
+PROBE_SECONDS = 120  # the first import of a framework may compile files and write caches
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: `mend` is what to do about it, empty when all is well."""
+    """One thing that was checked.
 
-    what: str
-    found: str
-    mend: str = ""
+    Attributes:
+        subject: what was checked, such as a package.
+        state: what was found, such as its version.
+        remedy: what to do about it; empty when nothing is wrong.
+    """
+
+    subject: str
+    state: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings; `blockers` are why no run could start here."""
+    """All findings. `blockers` says why no run could start here; it is empty when a run can start."""
 
     findings: list[Finding]
     blockers: list[str]
 
 
 def examine() -> Diagnosis:
-    """Look at Python, packages, frameworks with their devices, launchers and the machine."""
+    """Check Python, packages, frameworks with their devices, launchers and the machine."""
     python, packages = examine_python(), [examine_package(name) for name in REQUIRED]
     frameworks = [finding for framework in FRAMEWORKS for finding in examine_framework(framework)]
-    blockers = [f"{finding.what}: {finding.mend}" for finding in [python, *packages] if finding.mend]
+    blockers = [f"{finding.subject}: {finding.remedy}" for finding in [python, *packages] if finding.remedy]
     names = [framework.name for framework in FRAMEWORKS]
-    if all(finding.mend for finding in frameworks if finding.what in names):
-        blockers.append("no framework works: " + "; ".join(finding.mend for finding in frameworks if finding.mend))
+    if all(finding.remedy for finding in frameworks if finding.subject in names):
+        blockers.append("no framework works: " + "; ".join(finding.remedy for finding in frameworks if finding.remedy))
     optional = [examine_optional(name) for name in OPTIONAL]
     return Diagnosis([python, *packages, *frameworks, *optional, *examine_machine()], blockers)
 
 
 def examine_python() -> Finding:
     first, last = ((f"{major}.{minor}") for major, minor in PYTHON)
-    good = PYTHON[0] <= sys.version_info[:2] <= PYTHON[1]
-    return Finding("python", platform.python_version(), "" if good else f"use Python {first} to {last}")
+    is_supported = PYTHON[0] <= sys.version_info[:2] <= PYTHON[1]
+    return Finding("python", platform.python_version(), "" if is_supported else f"use Python {first} to {last}")
 
 
 def examine_package(name: str) -> Finding:
@@ -71,31 +77,34 @@ def examine_package(name: str) -> Finding:
 
 
 def required(name: str) -> str | None:
-    """What this package asks of another, as pip takes it; None for any version, or where it is not installed itself."""
+    """The versions of another package that Tandem needs, in the form that pip reads.
+
+    None when any version works, or when Tandem itself is not installed.
+    """
     try:
         lines = importlib.metadata.requires("tandem-llm") or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    own = [line for line in lines if re.match(rf"{re.escape(name)}\s*[<>=!~]", line, re.IGNORECASE)]
-    return own[0].partition(";")[0].strip() if own else None
+    matching = [line for line in lines if re.match(rf"{re.escape(name)}\s*[<>=!~]", line, re.IGNORECASE)]
+    return matching[0].partition(";")[0].strip() if matching else None
 
 
 def examine_framework(framework: Framework) -> Iterator[Finding]:
-    """The framework, imported in a process of its own, its devices, and its launcher."""
+    """The framework, its devices and its launcher. The framework is imported in another process."""
     name = framework.name
     if version_of(name) is None:
         yield Finding(name, "missing", f"pip install 'tandem-llm[{name}]'")
         return
     try:
-        found = probe(name)
+        answer = probe(name)
     except RuntimeError as error:
         yield Finding(
             name, f"{version_of(name)}, but it does not start: {error}", f"pip install --force-reinstall {name}"
         )
         return
-    yield Finding(name, f"{found['version']}; needs {framework.requirement}", framework.untried() or "")
+    yield Finding(name, f"{answer['version']}; needs {framework.requirement}", framework.version_remedy() or "")
     yield Finding(
-        f"{name} devices", f"{found['devices']}; {found['dtypes']}", missing_plugin(framework, found["devices"])
+        f"{name} devices", f"{answer['devices']}; {answer['dtypes']}", missing_plugin(framework, answer["devices"])
     )
     launcher = framework.launcher
     on_path = shutil.which(launcher) or shutil.which(launcher, path=os.path.dirname(sys.executable))
@@ -103,10 +112,10 @@ def examine_framework(framework: Framework) -> Iterator[Finding]:
 
 
 def probe(name: str) -> dict[str, str]:
-    """What a framework says of itself.
+    """What a framework reports about itself: `version`, `devices` and `dtypes`.
 
     Raises:
-        RuntimeError: it cannot be imported, crashes or hangs; with its last line.
+        RuntimeError: the framework cannot be imported, crashes or hangs. The message is its last line of output.
     """
     command = [sys.executable, "-m", f"tandem.backends.{name}.devices"]
     try:
@@ -116,12 +125,12 @@ def probe(name: str) -> dict[str, str]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(lines[-1])
-    found: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    answer: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
 
 
 def missing_plugin(framework: Framework, devices: str) -> str:
-    """What to do when the machine has an accelerator that the framework does not see."""
+    """What to do when the machine has an accelerator that the framework does not see; empty for nothing to do."""
     if not devices.endswith("cpu"):
         return ""
     if shutil.which("npu-smi"):

@@ -7,12 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input: says what was given, what was expected, how to fix it, and where.
+    """Bad input. The message says what was given, what was expected, how to fix it, and where.
 
-    The command line prints its message alone, without a traceback, and exits with 2.
+    The command line prints only the message, without a traceback, and exits with code 2.
+
+    >>> UserError("--lr -1: expected 0 or more").flags
+    ('--lr',)
 
     Attributes:
-        problems: everything that is wrong, one text each; most errors have one.
+        problems: everything that is wrong, one text for each problem. Most errors have one problem.
         flags: the flags that the message names, such as `--seq-length`.
     """
 
@@ -26,18 +29,22 @@ class UserError(ValueError):
 
 
 class RunStopped(Exception):
-    """A run was asked to stop, by a signal, and has saved what it saves. The command line exits with 75 (`EX_TEMPFAIL`
-    of sysexits.h): the same command goes on."""
+    """A signal stopped the run, and the run has saved its checkpoint. The same command continues it. The command line
+    exits with code 75 (`EX_TEMPFAIL` of sysexits.h)."""
 
 
 def raise_all(problems: Iterable[str]) -> None:
-    """Raise one UserError of all these problems; nothing when there are none."""
-    if found := tuple(problems):
-        raise UserError(*found)
+    """Raise one UserError with all these problems. Without problems, do nothing."""
+    if texts := tuple(problems):
+        raise UserError(*texts)
 
 
 def nearest(name: str, valid: list[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest valid name, or an empty string."""
+    """`"; did you mean 'x'?"` with the closest valid name, or an empty string.
+
+    >>> nearest("train_itrs", ["train_iters", "lr"])
+    "; did you mean 'train_iters'?"
+    """
     import difflib
 
     close = difflib.get_close_matches(name, valid, n=1)

@@ -1,4 +1,4 @@
-"""What is known of PyTorch and MindSpore without importing them."""
+"""Facts about PyTorch and MindSpore that need no import of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tandem.errors import UserError, nearest
 
-ANY_VERSION = "TANDEM_ANY_VERSION"  # environment variable: take versions that were never tried
+ANY_VERSION = "TANDEM_ANY_VERSION"  # environment variable: accept versions that Tandem was not tested with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,19 +18,20 @@ class Framework:
     """A framework, and what its backend can do.
 
     Attributes:
-        name: on PyPI, of the package under `tandem.backends`, and for `--ai-framework`.
-        first_version, untried_version: as in pyproject.toml: the first that works, and the first that nobody has tried.
+        name: on PyPI, under `tandem.backends`, and for `--ai-framework`.
+        first_version: the first version that works, as in pyproject.toml.
+        untested_version: the first version that Tandem was not tested with, as in pyproject.toml.
         launcher: the program that starts its processes.
-        interleaves_stages: runs several chunks of layers on one pipeline stage.
-        shards_weights: runs `--use-torch-fsdp2`.
-        logits_chunk_bytes: how large the fp32 logits of one chunk of rows may be in the loss, on a CPU.
-        adds_gradients_in_place: a weight's gradient is added where the last one is; otherwise it is a new tensor first.
-        device_plugin: what to install where Ascend devices are not seen.
+        interleaves_stages: can run several chunks of layers on one pipeline stage.
+        shards_weights: supports `--use-torch-fsdp2`.
+        logits_chunk_bytes: largest size of the fp32 logits of one chunk of rows in the loss, on a CPU.
+        adds_gradients_in_place: new gradients of a weight are added to the old ones directly, without a new tensor.
+        device_plugin: how to fix it when the framework does not see Ascend devices.
     """
 
     name: str
     first_version: tuple[int, ...]
-    untried_version: tuple[int, ...]
+    untested_version: tuple[int, ...]
     launcher: str
     interleaves_stages: bool
     shards_weights: bool
@@ -44,34 +45,34 @@ class Framework:
 
     @property
     def requirement(self) -> str:
-        """As pip takes it."""
-        first, beyond = (".".join(map(str, version)) for version in (self.first_version, self.untried_version))
-        return f"{self.name}>={first},<{beyond}"
+        """The name and the versions that work, in the form that pip reads."""
+        first, end = (".".join(map(str, version)) for version in (self.first_version, self.untested_version))
+        return f"{self.name}>={first},<{end}"
 
     def check(self, *, shards_weights: bool, interleaves_stages: bool) -> None:
-        """Raise UserError when this framework is to do what only another one does."""
-        wanted = {
+        """Raise UserError when the settings need a feature that this framework does not have."""
+        features = {
             "--use-torch-fsdp2": (shards_weights, [one.name for one in FRAMEWORKS if one.shards_weights]),
             "--num-layers-per-virtual-pipeline-stage": (
                 interleaves_stages,
                 [one.name for one in FRAMEWORKS if one.interleaves_stages],
             ),
         }
-        for flag, (is_wanted, able) in wanted.items():
-            if is_wanted and self.name not in able:
+        for flag, (is_needed, supporting) in features.items():
+            if is_needed and self.name not in supporting:
                 raise UserError(
-                    f"{flag} runs on {' or '.join(able)} only, not on {self.name}; leave it out, or take "
-                    f"--ai-framework {able[0]}"
+                    f"{flag} needs {' or '.join(supporting)}, not {self.name}: leave it out, or use --ai-framework "
+                    f"{supporting[0]}"
                 )
 
-    def untried(self) -> str | None:
-        """Why the installed version is refused, and what to do; None when it is not refused."""
+    def version_remedy(self) -> str | None:
+        """What to do about an installed version that Tandem was not tested with; None when there is nothing to do."""
         try:
             version = importlib.metadata.version(self.name)
         except importlib.metadata.PackageNotFoundError:
-            return None  # built from source, or under another name: nothing is known of it
+            return None  # built from source, or installed under another name: the version is not known
         numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
-        if self.first_version <= numbers < self.untried_version or os.environ.get(ANY_VERSION) == "1":
+        if self.first_version <= numbers < self.untested_version or os.environ.get(ANY_VERSION) == "1":
             return None
         return f"pip install '{self.requirement}', or try {self.name} {version} with {ANY_VERSION}=1"
 
@@ -79,7 +80,7 @@ class Framework:
 TORCH = Framework(
     name="torch",
     first_version=(2, 6),
-    untried_version=(3,),
+    untested_version=(3,),
     launcher="torchrun",
     interleaves_stages=True,
     shards_weights=True,
@@ -90,7 +91,7 @@ TORCH = Framework(
 MINDSPORE = Framework(
     name="mindspore",
     first_version=(2, 9),
-    untried_version=(2, 11),
+    untested_version=(2, 11),
     launcher="msrun",
     interleaves_stages=False,
     shards_weights=False,
@@ -103,12 +104,12 @@ SPELLINGS = {framework.name: framework for framework in FRAMEWORKS} | {"pytorch"
 
 
 def installed_frameworks() -> list[Framework]:
-    """Those that can be imported here, in the order of FRAMEWORKS."""
+    """The frameworks that can be imported here, in the order of FRAMEWORKS."""
     return [framework for framework in FRAMEWORKS if framework.is_installed]
 
 
 def default_framework() -> str:
-    """The name of the framework that is installed, PyTorch where both are or neither is."""
+    """The name of the installed framework; PyTorch when both are installed, or none."""
     return next(iter(installed_frameworks()), TORCH).name
 
 
@@ -120,8 +121,11 @@ def has_transformers() -> bool:
 def named_framework(ai_framework: str) -> Framework:
     """The framework that `--ai-framework` names.
 
+    >>> named_framework("pytorch").name
+    'torch'
+
     Raises:
-        UserError: the name is unknown; the nearest valid one is given.
+        UserError: the name is unknown. The error suggests the nearest valid one.
     """
     if ai_framework not in SPELLINGS:
         names = list(SPELLINGS)
@@ -130,10 +134,10 @@ def named_framework(ai_framework: str) -> Framework:
 
 
 def check_framework(ai_framework: str) -> Framework:
-    """The framework that `--ai-framework` names, which can be used here.
+    """The framework that `--ai-framework` names, after checking that it can be used here.
 
     Raises:
-        UserError: the name is unknown, or the framework is not installed, or in a version that was never tried.
+        UserError: the name is unknown, or the framework is not installed, or Tandem was not tested with its version.
     """
     framework = named_framework(ai_framework)
     if not framework.is_installed:
@@ -141,8 +145,8 @@ def check_framework(ai_framework: str) -> Framework:
             f"--ai-framework {ai_framework}: {framework.name} is not installed; "
             f"pip install 'tandem-llm[{framework.name}]'"
         )
-    if remedy := framework.untried():
+    if remedy := framework.version_remedy():
         raise UserError(
-            f"--ai-framework {ai_framework}: this version of {framework.name} was never tried here: {remedy}"
+            f"--ai-framework {ai_framework}: Tandem was not tested with this version of {framework.name}: {remedy}"
         )
     return framework

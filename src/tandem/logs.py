@@ -1,4 +1,4 @@
-"""The logger that all of Tandem speaks through, and printing what it says, as the command line does."""
+"""The logger of all of Tandem, and a handler that prints what is logged, for the command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Printer(logging.Handler):
-    """Prints messages as they are: warnings and errors to standard error, the rest to standard output, whatever these
-    are at the moment."""
+    """Prints messages unchanged: warnings and errors to standard error, all others to standard output. The streams are
+    looked up for each message, since they may be redirected."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -24,8 +24,8 @@ class _Printer(logging.Handler):
 
 @contextmanager
 def printed() -> Iterator[None]:
-    """Print what is logged while this lasts, and pass it on to no other handler."""
-    if any(isinstance(handler, _Printer) for handler in log.handlers):  # it is printed already
+    """Print what is logged inside the block. Other handlers of Python's root logger do not see it."""
+    if any(isinstance(handler, _Printer) for handler in log.handlers):  # an outer block prints it
         yield
         return
     printer, level, propagate = _Printer(), log.level, log.propagate
@@ -41,7 +41,7 @@ def printed() -> Iterator[None]:
 
 
 def lines_of_progress(description: str, write: Callable[[str], None]) -> Callable[[int, int | None], None]:
-    """A function to be called with bytes done and bytes in all, which writes a line now and then."""
+    """A function to call with bytes done and total bytes. It writes a line every few seconds."""
     start = written = time.monotonic()
 
     def update(done: int, total: int | None) -> None:

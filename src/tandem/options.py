@@ -1,7 +1,7 @@
-"""Dataclasses of options: what their fields may hold, and values from a command line, YAML or Python put into them.
+"""Dataclasses of options, filled with values from a command line, YAML or Python.
 
-A frozen dataclass declares options once: its fields are flags, keywords and YAML keys, their types say what may stand
-there, and the text below a field is its help.
+A frozen dataclass declares options once. Its fields are flags, keywords and YAML keys. A field's type says which values
+are valid, and the text below a field is its help.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tandem.errors import UserError, nearest, raise_all
 
 T = TypeVar("T")
 
-PathText = Annotated[str, "PATH"]  # a file or a folder: `~` is expanded, and `pathlib.Path` is accepted
+PathText = Annotated[str, "PATH"]  # a file or a folder; `~` is expanded, and `pathlib.Path` is accepted
 
 
 def aliases(*flags: str) -> Mapping[str, Any]:
-    """Metadata of a field whose flag has other spellings, too."""
+    """Field metadata: other spellings of the flag."""
     return {"aliases": flags}
 
 
 def positional(metavar: str, flag_too: bool = False) -> Mapping[str, Any]:
-    """Metadata of a field that is given without a flag, and `flag_too` with one, if one likes."""
+    """Field metadata: the value is given without a flag. With `flag_too`, the flag works as well."""
     return {"positional": metavar, "flag_too": flag_too}
 
 
@@ -41,9 +41,9 @@ class Option:
     """One field of a dataclass of options, or of one of its groups.
 
     Attributes:
-        group: the field of the outer dataclass that holds the group; None for the outer one's own fields.
-        positional: how help calls an option that is given without a flag; None for all others.
-        has_flag: whether it can be given with one.
+        group: the field of the outer dataclass that holds the group; None for an option in no group.
+        positional: the name in help of an option that is given without a flag; None for other options.
+        has_flag: whether it can be given with a flag.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Option:
 
     @property
     def takes(self) -> int | None:
-        """How many words follow the flag; None for any number."""
+        """How many words follow the flag; None for any number of words."""
         for hint in alternatives(self.hint):
             if typing.get_origin(hint) is tuple:
                 kinds = typing.get_args(hint)
@@ -78,20 +78,24 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """What may follow the flag, for help."""
+        """What follows the flag, as help shows it: `N`, or `bf16|fp16`."""
         return "|".join(_metavar(hint) for hint in alternatives(self.hint) if hint is not type(None))
 
 
 def flag_of(name: str) -> str:
-    """`--train-iters` of `train_iters`."""
+    """The flag of a field.
+
+    >>> flag_of("train_iters")
+    '--train-iters'
+    """
     return f"--{name.replace('_', '-')}"
 
 
-_OPTIONS: dict[type, Mapping[str, Option]] = {}  # what `options_of` gave before
+_OPTIONS: dict[type, Mapping[str, Option]] = {}  # results of `options_of`
 
 
 def options_of(kind: type) -> Mapping[str, Option]:
-    """Every option of a dataclass by name, those of its groups, too."""
+    """Every option of a dataclass by name, with the options of its groups."""
     if kind not in _OPTIONS:
         _OPTIONS[kind] = _read_options(kind)
     return _OPTIONS[kind]
@@ -99,26 +103,26 @@ def options_of(kind: type) -> Mapping[str, Option]:
 
 def _read_options(kind: type) -> Mapping[str, Option]:
     hints = typing.get_type_hints(kind, include_extras=True)
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if _is_group(hint):
             inner = options_of(hint)
-            found |= {name: dataclasses.replace(option, group=field.name) for name, option in inner.items()}
+            options |= {name: dataclasses.replace(option, group=field.name) for name, option in inner.items()}
         else:
-            found[field.name] = _option(kind, field, hint)
-    return found
+            options[field.name] = _option(kind, field, hint)
+    return options
 
 
 class Options:
-    """Base of the frozen dataclasses that are a command's options: they check themselves when they are made."""
+    """Base of the dataclasses with a command's options. An instance checks itself when it is created."""
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: names every value of another type, or else everything that `problems` finds.
+            UserError: lists every value of the wrong type. If there is none, lists everything in `problems`.
         """
-        wrong = []
+        wrong_types = []
         for name, option in options_of(type(self)).items():
             if option.group is not None:
                 continue
@@ -126,15 +130,15 @@ class Options:
             try:
                 object.__setattr__(self, name, coerce(value, option.hint))
             except ValueError as error:
-                wrong.append(f"{option.flag} {value}: {error}")
-        raise_all(wrong or self.problems())
+                wrong_types.append(f"{option.flag} {value}: {error}")
+        raise_all(wrong_types or self.problems())
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the options taken together, in words."""
+        """What is wrong with the options together, one text for each problem."""
         return iter(())
 
 
-Describe = Callable[[str, Any], str]  # how a name, and its value where there is one, are written in an error
+Describe = Callable[[str, Any], str]  # how an error shows a name and its value (None: the name alone)
 
 
 def as_keyword(name: str, value: Any) -> str:
@@ -142,23 +146,23 @@ def as_keyword(name: str, value: Any) -> str:
 
 
 def build(kind: type[T], values: Mapping[str, Any], describe: Describe = as_keyword) -> T:
-    """An instance with these values, by the names of options, each checked against its type.
+    """An instance of the dataclass `kind` with these values, by name of the option. Types are checked.
 
     Raises:
-        UserError: names all values that are unknown, of another type, or missing.
+        UserError: lists all names that are unknown, all values of the wrong type, and all missing options.
     """
     groups = as_groups(kind, values, describe)
-    own = groups.pop(None, {})
-    return kind(**own, **{name: group(**groups.get(name, {})) for name, group in groups_of(kind).items()})
+    ungrouped = groups.pop(None, {})
+    return kind(**ungrouped, **{name: group(**groups.get(name, {})) for name, group in groups_of(kind).items()})
 
 
 def as_groups(
     kind: type, values: Mapping[str, Any], describe: Describe = as_keyword
 ) -> dict[str | None, dict[str, Any]]:
-    """The values by group, None for those of no group, each as its field holds it.
+    """The values by group and name, converted to the types of the fields. Values in no group are under None.
 
     Raises:
-        UserError: names all values that are unknown, of another type, or missing.
+        UserError: lists all names that are unknown, all values of the wrong type, and all missing options.
     """
     options = options_of(kind)
     groups: dict[str | None, dict[str, Any]] = {}
@@ -181,10 +185,15 @@ def as_groups(
 
 
 def coerce(value: Any, hint: Any) -> Any:
-    """A value as a field of that type holds it. Numbers may come as text, and one value may stand for a tuple of one.
+    """Convert a value to a field's type. Numbers may be given as text, and one value instead of a tuple of one.
+
+    >>> coerce("3", int | None)
+    3
+    >>> coerce("a", tuple[str, ...])
+    ('a',)
 
     Raises:
-        ValueError: it is something else; says what was expected.
+        ValueError: the value does not have that type. The message says what was expected.
     """
     kinds = alternatives(hint)
     if value is None and type(None) in kinds:
@@ -199,14 +208,14 @@ def coerce(value: Any, hint: Any) -> Any:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; a type that is none is alone."""
+    """The members of a union type. Any other type is returned alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _coerce_one(value: Any, kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        word = str(value).lower() if isinstance(value, bool) else value  # YAML takes `true` for no text
+        word = str(value).lower() if isinstance(value, bool) else value  # YAML reads `true` as a boolean, not as text
         if word in arguments:
             return word
     elif origin is tuple:
@@ -236,21 +245,25 @@ def _coerce_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if arguments[-1] is not Ellipsis and len(items) != len(arguments):
         raise ValueError
     if arguments[0] is not int and arguments[0] is not float:
-        items = [str(item) if isinstance(item, int | float) else item for item in items]  # YAML's weights of a blend
+        # weights in a mixture of data are numbers in YAML
+        items = [str(item) if isinstance(item, int | float) else item for item in items]
     return tuple(_coerce_one(item, arguments[0]) for item in items)
 
 
 def expand(text: str) -> str:
-    """`~` at the beginning of a path, or of the path in NAME=PATH, as the home folder."""
+    """Replace `~` at the start of a path, or of the path in NAME=PATH, with the home folder."""
     name, equals, path = text.partition("=")
     return f"{name}={os.path.expanduser(path)}" if equals and path.startswith("~") else os.path.expanduser(text)
 
 
 def parse_json_object(flag: str, text: str | None) -> Mapping[str, Any] | None:
-    """A flag's JSON text; None of none.
+    """The JSON object in a flag's text; None when the flag is not given.
+
+    >>> parse_json_object("--map-keys", '{"prompt": "question"}')
+    {'prompt': 'question'}
 
     Raises:
-        UserError: it is not an object in JSON.
+        UserError: the text is not a JSON object.
     """
     try:
         return None if text is None else _json_object(text)
@@ -259,7 +272,7 @@ def parse_json_object(flag: str, text: str | None) -> Mapping[str, Any] | None:
 
 
 JSON_OBJECT = Mapping[str, Any]
-_EXPLAINED = (JSON_OBJECT,)  # whose errors say more than what was expected
+_EXPLAINED = (JSON_OBJECT,)  # types whose conversion errors already explain the problem
 
 
 def _json_object(value: Any) -> Mapping[str, Any]:
@@ -301,7 +314,7 @@ def _is_group(hint: Any) -> bool:
 
 @lru_cache(maxsize=64)
 def _texts_below_fields(kind: type) -> dict[str, str]:
-    """The text below each field, of the base classes' fields, too."""
+    """The text below each field, with the fields of base classes."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -327,7 +340,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _in_words(kind: Any) -> str:
-    """What may stand there."""
+    """A type as text for errors: `a whole number`, `bf16 or fp16`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return " or ".join(map(str, arguments))

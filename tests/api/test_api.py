@@ -106,9 +106,9 @@ def test_planning_gives_objects() -> None:
     assert isinstance(layout, LayoutPlan)
     assert layout.fits
     assert layout.peak == layout.memories[0].peak > 0
-    found = tandem.plan("qwen3-8B", hardware="910b", devices=16, global_batch_size=64, bf16=True)
-    assert isinstance(found, Suggestions)
-    assert found.plans[0].job.devices == 16
+    suggestions = tandem.plan("qwen3-8B", hardware="910b", devices=16, global_batch_size=64, bf16=True)
+    assert isinstance(suggestions, Suggestions)
+    assert suggestions.plans[0].job.devices == 16
 
 
 @pytest.mark.parametrize(

@@ -166,12 +166,12 @@ class Reference:
 
 
 def assert_close_gradients(
-    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float, atol: float = 1e-7
+    actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float, atol: float = 1e-7
 ) -> None:
     """Each gradient within `rtol` of the expected one in Frobenius norm, plus `atol` per element."""
-    assert list(found) == list(expected)
+    assert list(actual) == list(expected)
     for name, gradient in expected.items():
-        assert found[name].shape == gradient.shape, name
-        error = np.linalg.norm(found[name].astype(np.float64) - gradient)
+        assert actual[name].shape == gradient.shape, name
+        error = np.linalg.norm(actual[name].astype(np.float64) - gradient)
         limit = rtol * np.linalg.norm(gradient.astype(np.float64)) + atol * gradient.size**0.5
         assert error <= limit, f"{name}: off by {error:.3g}, allowed {limit:.3g}"

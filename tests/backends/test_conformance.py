@@ -54,8 +54,8 @@ def test_functions_of_the_same_name_take_the_same(module: str, both_frameworks: 
     first, second = (public(import_part(name, module)) for name in both_frameworks)
     for name in first.keys() & second.keys():
         if inspect.isfunction(first[name]) and inspect.isfunction(second[name]):
-            found, expected = (list(inspect.signature(value).parameters) for value in (second[name], first[name]))
-            assert found == expected, f"{module}.{name}"
+            actual, expected = (list(inspect.signature(value).parameters) for value in (second[name], first[name]))
+            assert actual == expected, f"{module}.{name}"
     if module == "engine":
         assert "create" in first.keys() & second.keys()
 
@@ -68,6 +68,6 @@ def test_the_engine_has_the_interface(framework: str) -> None:
         assert hasattr(engine, name), name
     methods = [name for name, value in vars(Engine).items() if inspect.isfunction(value) and not name.startswith("_")]
     for name in methods:
-        found, expected = (inspect.signature(getattr(owner, name)) for owner in (type(engine), Engine))
-        assert list(found.parameters.values()) == list(expected.parameters.values()), name
-        assert found.return_annotation == expected.return_annotation, name
+        actual, expected = (inspect.signature(getattr(owner, name)) for owner in (type(engine), Engine))
+        assert list(actual.parameters.values()) == list(expected.parameters.values()), name
+        assert actual.return_annotation == expected.return_annotation, name

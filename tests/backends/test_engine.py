@@ -277,8 +277,8 @@ def test_small_weights_keep_their_digits_in_fp16(framework: str) -> None:
     assert results[1].loss == pytest.approx(results[0].loss, rel=FP16_ROUNDING)
     assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=16 * FP16_ROUNDING)
     names = list(tensor_table(source.config))
-    found, expected = ({name: moment.read(name, "exp_avg") for name in names} for moment in (moments[1], moments[0]))
-    assert_close_gradients(found, expected, rtol=16 * FP16_ROUNDING)
+    actual, expected = ({name: moment.read(name, "exp_avg") for name in names} for moment in (moments[1], moments[0]))
+    assert_close_gradients(actual, expected, rtol=16 * FP16_ROUNDING)
 
 
 def test_a_weight_for_each_token_or_an_error(framework: str) -> None:
@@ -385,9 +385,9 @@ def test_the_first_module_that_is_not_finite_is_named(framework: str, tensor: st
     source = toy_weights(TOYS["qwen3-untied"])
     if tensor:
         source.read(tensor)[...] = np.inf
-    found = build(framework, source).first_bad_output([toy_batch(source.config, RAGGED)])
-    assert (found or "").startswith(module or "")
-    assert (found is None) == (module is None)
+    name = build(framework, source).first_bad_output([toy_batch(source.config, RAGGED)])
+    assert (name or "").startswith(module or "")
+    assert (name is None) == (module is None)
 
 
 @pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
@@ -409,19 +409,19 @@ def test_save_and_restore_is_bitwise(framework: str, fp16: bool) -> None:
     losses += train(second, batches[2:])
     assert losses == expected
     assert second.optimizer_step == straight.optimizer_step == 5
-    found, wanted = snapshot(second), snapshot(straight)
+    restored, uninterrupted = snapshot(second), snapshot(straight)
     weights = ("model", "master") if fp16 else ("model",)
-    assert found.kinds() == (*weights, "exp_avg", "exp_avg_sq")
-    assert_same_bits(found, wanted)
+    assert restored.kinds() == (*weights, "exp_avg", "exp_avg_sq")
+    assert_same_bits(restored, uninterrupted)
 
 
-def assert_same_bits(found: MemorySource, wanted: MemorySource) -> None:
+def assert_same_bits(actual: MemorySource, expected: MemorySource) -> None:
     """Everything that a checkpoint holds is the same, dtypes too."""
-    assert found.kinds() == wanted.kinds()
-    for kind in wanted.kinds():
-        for name in tensor_table(wanted.config):
-            assert found.dtype(name, kind) == wanted.dtype(name, kind)
-            np.testing.assert_array_equal(found.read(name, kind), wanted.read(name, kind), err_msg=f"{kind} {name}")
+    assert actual.kinds() == expected.kinds()
+    for kind in expected.kinds():
+        for name in tensor_table(expected.config):
+            assert actual.dtype(name, kind) == expected.dtype(name, kind)
+            np.testing.assert_array_equal(actual.read(name, kind), expected.read(name, kind), err_msg=f"{kind} {name}")
 
 
 def test_tensors_follow_the_table(framework: str) -> None:
@@ -474,10 +474,10 @@ def test_bf16_is_used_or_refused_aloud(framework: str) -> None:
     kinds = {kind for kind, _, _ in engine.tensors()}
     assert ("master" in kinds) == (engine.param_dtype == "bfloat16")
     batch = toy_batch(source.config, RAGGED)
-    found = mean_step(engine, [batch], 1e-3, 0.1)
+    actual = mean_step(engine, [batch], 1e-3, 0.1)
     expected = mean_step(build(framework, source), [batch], 1e-3, 0.1)
-    assert found.loss == pytest.approx(expected.loss, rel=2e-2)
-    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
+    assert actual.loss == pytest.approx(expected.loss, rel=2e-2)
+    assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
 
 
 def test_fp16_trains_near_fp32_with_a_scaled_loss(framework: str) -> None:
@@ -487,11 +487,11 @@ def test_fp16_trains_near_fp32_with_a_scaled_loss(framework: str) -> None:
     assert half.param_dtype == "float16"
     for step in range(5):
         batches = [toy_batch(source.config, RAGGED, seed=step)]
-        found = mean_step(half, batches, 1e-3, 0.1, loss_scale=1024.0)
+        actual = mean_step(half, batches, 1e-3, 0.1, loss_scale=1024.0)
         expected = mean_step(full, batches, 1e-3, 0.1)
-        assert found.applied
-        assert found.loss == pytest.approx(expected.loss, rel=1e-2)
-        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
+        assert actual.applied
+        assert actual.loss == pytest.approx(expected.loss, rel=1e-2)
+        assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=5e-2)
     held = snapshot(half)
     refused = mean_step(half, batches, 1e-3, 0.1, loss_scale=2.0**40)
     assert not refused.applied

@@ -1,4 +1,4 @@
-"""What is MindSpore's own: work in blocks and over threads, and starting under msrun."""
+"""What only MindSpore has: work in blocks and over threads, and starting under msrun."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_blocks_pieces_and_threads_change_nothing(toy: str, monkeypatch: pytest.
     monkeypatch.setattr(functional, "BLOCK", 7)
     monkeypatch.setattr(loss, "PIECE", 50)
     monkeypatch.setattr(threads, "WORTH_A_THREAD", 1)
-    found_loss, found = mean_gradients(engine, batches)
-    assert found_loss == pytest.approx(expected_loss, rel=1e-6)
-    assert_close_gradients(found, expected, rtol=1e-5)
+    actual_loss, gradients = mean_gradients(engine, batches)
+    assert actual_loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close_gradients(gradients, expected, rtol=1e-5)
 
 
 def test_a_device_that_mindspore_has_not_is_refused() -> None:
@@ -48,7 +48,7 @@ def test_a_device_that_mindspore_has_not_is_refused() -> None:
         create_engine("mindspore", TOYS["llama"], EngineSettings(device="cuda"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_one_worker_under_msrun_starts_and_ends(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(
@@ -87,5 +87,5 @@ def test_one_worker_under_msrun_starts_and_ends(tmp_path: Path) -> None:
     ],
 )
 def test_what_only_pytorch_does_is_refused(settings: EngineSettings, flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} runs on torch only, not on mindspore"):
+    with pytest.raises(UserError, match=f"{flag} needs torch, not mindspore"):
         create_engine("mindspore", TOYS["llama"], settings)

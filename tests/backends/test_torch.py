@@ -77,9 +77,9 @@ def test_products_without_onednn_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     batches = [toy_batch(source.config, RAGGED)]
     expected_loss, expected = mean_gradients(build(source), batches)
     monkeypatch.setattr(functional, "_HAS_ONEDNN", False)
-    found_loss, found = mean_gradients(build(source), batches)
-    assert found_loss == pytest.approx(expected_loss, rel=1e-6)
-    assert_close_gradients(found, expected, rtol=1e-5)
+    actual_loss, gradients = mean_gradients(build(source), batches)
+    assert actual_loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close_gradients(gradients, expected, rtol=1e-5)
 
 
 def test_gradients_of_a_large_weight_are_added_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +87,8 @@ def test_gradients_of_a_large_weight_are_added_in_pieces(monkeypatch: pytest.Mon
     batches = [toy_batch(source.config, RAGGED, seed=seed) for seed in range(2)]
     _, expected = mean_gradients(build(source), batches)
     monkeypatch.setattr(functional, "PIECE", 100)
-    _, found = mean_gradients(build(source), batches)
-    assert_close_gradients(found, expected, rtol=1e-5)
+    _, gradients = mean_gradients(build(source), batches)
+    assert_close_gradients(gradients, expected, rtol=1e-5)
 
 
 def test_recomputed_gives_the_same_gradient_and_keeps_only_inputs() -> None:

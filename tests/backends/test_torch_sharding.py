@@ -70,9 +70,9 @@ def wholes(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """What the weights of a module are while they are whole."""
     assert isinstance(module, FSDPModule)
     module.unshard()
-    found = [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
+    weights = [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
     module.reshard()
-    return found
+    return weights
 
 
 def is_whole(weights: list[torch.nn.Parameter]) -> bool:
@@ -113,9 +113,9 @@ def test_one_layer_is_whole_at_a_time(alone: Ranks, recompute_layers: int, monke
 def test_gradients_are_those_of_weights_that_are_not_sharded(alone: Ranks, dtype: torch.dtype) -> None:
     """Whatever computes, gradients of micro-batches are added in fp32."""
     sharded, replicated = FullySharded(alone, dtype, CPU), Replicated(Ranks(), by_rows=False)
-    found = []
+    gradients = []
     for sharing, (model, weights) in ((sharded, build(dtype, 2, sharded)), (replicated, build(dtype, 2))):
         fill(sharing, weights)
         step(model, sharing, dtype)
-        found.append({name: sharing.gradient(weight) for name, weight in weights.items()})
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+        gradients.append({name: sharing.gradient(weight) for name, weight in weights.items()})
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)

@@ -120,10 +120,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"tensor .* has shape \[\d+(, \d+)?\]; the config implies",
     ),
     "not finite": (not_a_number, "holds NaN or infinity"),
-    "bad header": (bad_header, f"damaged: the header says .* of tensor {NORM}"),
+    "bad header": (bad_header, f"damaged: the header holds .* for tensor {NORM}"),
     "index outside": (
         lambda folder: edit_index(folder, lambda names: names.update({NORM: "../x.safetensors"})),
-        "expected a file beside the index",
+        "expected a file in the folder of the index",
     ),
     "index not JSON": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
@@ -134,7 +134,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds no weight_map",
     ),
     "no weights": (remove_weights, "holds no weights"),
-    "hostile pickle": (hostile_pickle, "refused: the file asks for .*system.*nothing of it was executed"),
+    "hostile pickle": (hostile_pickle, "refused: the file asks for .*system.*No code was run"),
     "no tensors": (pickle_of_numbers, rf"{NORM} is a list; expected a tensor"),
 }
 
@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_meanwhile(
 ) -> None:
     for module in ("native", "megatron"):
         monkeypatch.setattr(f"tandem.checkpoints.{module}.sink.check_free_space", lambda *_: None)
-    with pytest.raises(UserError, match=r"to .*/disk/m: .*No space left on device; nothing of it was kept"):
+    with pytest.raises(UserError, match=r"to .*/disk/m: .*No space left on device; nothing was kept"):
         convert(options(two_megabytes, small_disk / "m", **target))
     assert not any(small_disk.iterdir())
 
@@ -256,9 +256,9 @@ def test_killed_at_any_moment(target: dict[str, Any], tmp_path: Path) -> None:
 
 
 def assert_whole(save: Path, folder: Path) -> None:
-    found, expected = open_source(save), open_source(folder)
+    actual, expected = open_source(save), open_source(folder)
     for name in tensor_table(expected.config):
-        assert found.read(name).tobytes() == expected.read(name).tobytes()
+        assert actual.read(name).tobytes() == expected.read(name).tobytes()
 
 
 # --- memory

@@ -89,9 +89,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def assert_read(source: TensorSource) -> None:
     for name in tensor_table(CONFIG):
         expected = RandomSource(CONFIG, 3).read(name)
-        found = source.read(name)
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert found.tobytes() == expected.tobytes(), name
+        actual = source.read(name)
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        assert actual.tobytes() == expected.tobytes(), name
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)

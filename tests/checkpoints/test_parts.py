@@ -74,8 +74,8 @@ def test_parts_are_those_of_the_whole(kind: str, config: ModelConfig, tmp_path: 
         grid = Grid(layout, tensor * pipeline)
         for rank in range(grid.size):
             for shard in held_shards(config, grid, grid.place(rank)):
-                found = source.read_part(shard.spec.name, shard.part)
-                np.testing.assert_array_equal(found, cut(expected.read(shard.spec.name), shard.part))
+                values = source.read_part(shard.spec.name, shard.part)
+                np.testing.assert_array_equal(values, cut(expected.read(shard.spec.name), shard.part))
 
 
 @pytest.mark.parametrize("kind", ["hf", "native", "torch"])

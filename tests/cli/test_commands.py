@@ -74,7 +74,7 @@ def test_help_reads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "--spec", "other", "layer_spec"], "--spec"),
         (["pretrain", "--ai-framework", "torch", "--lr", "1"], "--train-iters is required"),
         (["pretrain", "--ai-framework", "jax", "--lr", "1"], "expected one of ['torch', 'mindspore', 'pytorch']"),
-        (["pretrain", "--nnodes", "2"], "--nnodes 2 --node-rank 0: give --nproc-per-node, too"),
+        (["pretrain", "--nnodes", "2"], "--nnodes 2 --node-rank 0: also give --nproc-per-node"),
     ],
 )
 def test_bad_input_exits_with_2_and_says_why(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

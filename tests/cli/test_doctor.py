@@ -18,10 +18,10 @@ from tandem.frameworks import FRAMEWORKS, SPELLINGS, check_framework
 
 def test_this_machine_can_run(framework: str) -> None:
     """The frameworks that tests use are found with their version, device and launcher."""
-    findings = {finding.what: finding for finding in doctor.examine_framework(SPELLINGS[framework])}
-    assert findings[framework].found.startswith(importlib.metadata.version(framework).split("+")[0])
-    assert "cpu" in findings[f"{framework} devices"].found
-    assert findings[SPELLINGS[framework].launcher].mend == ""
+    findings = {finding.subject: finding for finding in doctor.examine_framework(SPELLINGS[framework])}
+    assert findings[framework].state.startswith(importlib.metadata.version(framework).split("+")[0])
+    assert "cpu" in findings[f"{framework} devices"].state
+    assert findings[SPELLINGS[framework].launcher].remedy == ""
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
@@ -55,7 +55,7 @@ def test_a_framework_that_does_not_start_is_no_framework(monkeypatch: pytest.Mon
     monkeypatch.setattr(doctor, "probe", broken)
     diagnosis = doctor.examine()
     assert any("no framework works" in blocker for blocker in diagnosis.blockers)
-    assert any("libhccl" in finding.found for finding in diagnosis.findings)
+    assert any("libhccl" in finding.state for finding in diagnosis.findings)
 
 
 def test_a_crashing_probe_gives_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,26 +66,24 @@ def test_a_crashing_probe_gives_its_last_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_numpy_2_is_refused_where_mindspore_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.1.0")
-    assert "numpy<2" in doctor.examine_package("numpy").mend
+    assert "numpy<2" in doctor.examine_package("numpy").remedy
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.1.0" if name == "numpy" else None)  # no MindSpore
-    assert doctor.examine_package("numpy").mend == ""
+    assert doctor.examine_package("numpy").remedy == ""
 
 
 @pytest.mark.parametrize(
     ("package", "version"), [("torch", "3.0.0+cu130"), ("torch", "2.5.1"), ("mindspore", "2.11.0")]
 )
-def test_a_version_that_was_never_tried_is_refused_unless_asked_for(
+def test_an_untested_version_is_refused_unless_asked_for(
     package: str, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_framework(package)
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == package else real(name))
-    with pytest.raises(
-        UserError, match=f"never tried here: pip install '{re.escape(SPELLINGS[package].requirement)}', or try"
-    ):
+    with pytest.raises(UserError, match=f"pip install '{re.escape(SPELLINGS[package].requirement)}', or try {package}"):
         check_framework(package)
     monkeypatch.setattr(doctor, "probe", lambda name: {"version": version, "devices": "cpu", "dtypes": "fp32"})
-    assert "pip install" in next(iter(doctor.examine_framework(SPELLINGS[package]))).mend
+    assert "pip install" in next(iter(doctor.examine_framework(SPELLINGS[package]))).remedy
     monkeypatch.setenv("TANDEM_ANY_VERSION", "1")
     assert check_framework(package).name == package
 

@@ -63,11 +63,11 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["qwen3-9B"], "Qwen3 has no dense size '9B'"),
-        (["gpt2"], "gpt2: no such folder, and no published model; published: qwen3-0.6B, "),
+        (["gpt2"], "gpt2: neither a folder nor a published model; published: qwen3-0.6B, "),
         (["qwen3-8B", "--tensor-model-parallel-size", "3"], "num_query_groups 8 is not a multiple"),
         (["qwen3-8B", "--data-parallel-size", "0"], "--data-parallel-size 0: expected 1 or more"),
         (["qwen3-8B", "--devices", "8"], "--devices needs --global-batch-size"),
-        (["qwen3-8B", "--devices", "8", "--micro-batch-size", "2"], "--micro-batch-size would fix it"),
+        (["qwen3-8B", "--devices", "8", "--micro-batch-size", "2"], "--micro-batch-size fixes it"),
         (["qwen3-8B", "--hardware", "cpu", "--bf16"], "--bf16, --fp16: this device is not faster in half precision"),
         (["qwen3-8B", "--bf16", "--fp16"], "--fp16 and --bf16 exclude each other"),
         (["qwen3-8B", "--efficiency", "60"], "--efficiency 60.0: expected a share"),

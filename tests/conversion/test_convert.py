@@ -97,7 +97,7 @@ def test_every_qwen3_shape_returns_bit_identical(size: str, tp: int, pp: int, ck
     assert_round_trip(tmp_path, config, ckpt_format=ckpt_format, **parallel)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("sizes")
 @pytest.mark.parametrize("ckpt_format", ["native", "torch"])
 @pytest.mark.parametrize("size", QWEN3_SIZES)
 def test_every_qwen3_shape_at_full_width(size: str, ckpt_format: str, tmp_path: Path) -> None:
@@ -192,9 +192,9 @@ def test_real_megatron_checkpoints_become_their_hf_models(shared_data: Path, nam
     """Files that Megatron's trainer saved; the config is the original's, as upstream asks for it."""
     hf = shared_data / "golden/mcore" / ("hf_v4_tied" if "tied" in name else "hf_v4")
     run(shared_data / "golden/mcore" / name, tmp_path / "hf", "mg-hf", hf_cfg_dir=str(hf))
-    found, expected = open_source(tmp_path / "hf"), open_source(hf)
+    converted, expected = open_source(tmp_path / "hf"), open_source(hf)
     for tensor in tensor_table(expected.config):
-        assert found.read(tensor).tobytes() == expected.read(tensor).tobytes(), tensor
+        assert converted.read(tensor).tobytes() == expected.read(tensor).tobytes(), tensor
 
 
 def save_bin(folder: Path, shards: int) -> None:
@@ -241,9 +241,9 @@ def test_trainer_checkpoints_convert_without_their_optimizer(tmp_path: Path) -> 
             sink.write(name, source.read(name), kind)
     sink.close()
     run(tmp_path / "run", tmp_path / "m", "mg-mg", ckpt_format="torch", target_pipeline_parallel_size=2)
-    found = open_source(tmp_path / "m")
-    assert found.kinds() == ("model",)
-    assert found.read(EMBEDDING).tobytes() == Biased(config, 3, "bfloat16").read(EMBEDDING).tobytes()
+    converted = open_source(tmp_path / "m")
+    assert converted.kinds() == ("model",)
+    assert converted.read(EMBEDDING).tobytes() == Biased(config, 3, "bfloat16").read(EMBEDDING).tobytes()
 
 
 def test_layers_that_a_source_does_not_record(tmp_path: Path) -> None:
@@ -277,10 +277,10 @@ def test_layers_that_contradict_the_record_are_refused(ckpt_format: str, tmp_pat
 def test_first_layers_only(tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "hf", toy_config(num_layers=4))
     run(hf, tmp_path / "m", "hf-mg", num_layers=2)
-    found, expected = open_source(tmp_path / "m"), open_source(hf)
-    assert found.config == dataclasses.replace(expected.config, num_layers=2)
-    for name in tensor_table(found.config):
-        assert found.read(name).tobytes() == expected.read(name).tobytes()
+    converted, expected = open_source(tmp_path / "m"), open_source(hf)
+    assert converted.config == dataclasses.replace(expected.config, num_layers=2)
+    for name in tensor_table(converted.config):
+        assert converted.read(name).tobytes() == expected.read(name).tobytes()
     with pytest.raises(UserError, match=r"--num-layers 5: .* has 4 layers"):
         run(hf, tmp_path / "n", "hf-mg", num_layers=5)
 
@@ -296,9 +296,9 @@ def test_dtypes(stored: str, written: str, tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "hf", config, stored)
     run(hf, tmp_path / "m", "hf-mg", params_dtype=written)
     dtype = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[written]
-    source, found = open_source(hf), open_source(tmp_path / "m")
+    source, converted = open_source(hf), open_source(tmp_path / "m")
     for name in tensor_table(config):
-        assert found.read(name).tobytes() == source.read(name).astype(dtype).tobytes()
+        assert converted.read(name).tobytes() == source.read(name).astype(dtype).tobytes()
 
 
 def test_numbers_beyond_fp16_are_refused(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_several_dtypes_need_a_choice(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     tensors[name] = tensors[name].astype(np.float16)
     save_file(tensors, hf / SINGLE)
-    with pytest.raises(UserError, match=r"self_attn\.k_proj\.weight, .* must be of one dtype"):
+    with pytest.raises(UserError, match=r"self_attn\.k_proj\.weight, .* must have one dtype"):
         run(hf, tmp_path / "n", "hf-mg", params_dtype="fp32")
 
 

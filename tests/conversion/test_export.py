@@ -165,7 +165,7 @@ def fine_tuned(workspace: Workspace, folder: Path, chat_template: object, place:
 def test_the_written_folder_asks_as_in_training(
     workspace: Workspace, tmp_path: Path, place: str, command: str, thinking: bool | None
 ) -> None:
-    """By default, and as it is told where it is told."""
+    """By default, and with an explicit `enable_thinking`."""
     from transformers import AutoTokenizer
 
     run = fine_tuned(workspace, tmp_path, THINKING_TEMPLATE, place, thinking)
@@ -193,7 +193,9 @@ def test_a_chat_template_that_cannot_ask_as_in_training_is_said(
 ) -> None:
     run = fine_tuned(workspace, tmp_path, "Human: {{ messages[0].content }}", "config", None)
     assert main(["export", "--load", str(run), "--save-dir", str(tmp_path / "out")]) == 0
-    assert "writes another prompt than --prompt-type qwen3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "fine-tuned with --prompt-type qwen3" in printed
+    assert "the tokenizer's chat template writes another prompt" in printed
 
 
 def test_another_layout_keeps_what_was_trained_on(workspace: Workspace, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def test_holds_what_was_written(tmp_path: Path, size: int) -> None:
     for start in range(0, size, 1_000_003):  # pieces end inside chunks and cross their borders
         places.append((file.tell(), start))
         file.write(data[start : start + 1_000_003])
-    assert all(told == start for told, start in places)
+    assert all(position == start for position, start in places)
     assert file.tell() == size
     file.close()
     assert (tmp_path / "folder" / "file").read_bytes() == data

@@ -26,7 +26,7 @@ def test_ranks_follow_megatron() -> None:
 
 
 def test_processes_that_make_no_whole_models_are_refused() -> None:
-    with pytest.raises(UserError, match=r"6 processes are no multiple of .* = 4"):
+    with pytest.raises(UserError, match=r"6 processes: expected a multiple of .* = 4"):
         Grid(GRID.layout, size=6)
 
 
@@ -91,11 +91,11 @@ def test_a_world_without_a_rank_is_refused() -> None:
 def test_any_part_is_put_together_from_any_slices() -> None:
     tensor = np.arange(24 * 6).reshape(24, 6)
     slices = [Part((((r * 4, r * 4 + 4), (0, 6)), ((12 + r * 4, 16 + r * 4), (0, 6)))) for r in range(3)]  # gate and up
-    wanted = [Part((((2, 9), (1, 5)), ((14, 21), (1, 5)))), Part((((0, 24), (2, 4)),), dim=1), Part.whole((24, 6))]
-    for part in wanted:
-        found = np.full(part.shape, -1)
+    parts = [Part((((2, 9), (1, 5)), ((14, 21), (1, 5)))), Part((((0, 24), (2, 4)),), dim=1), Part.whole((24, 6))]
+    for part in parts:
+        values = np.full(part.shape, -1)
         for piece in slices:
-            transfer(cut(tensor, piece), piece, found, part)
-        np.testing.assert_array_equal(found, cut(tensor, part))
+            transfer(cut(tensor, piece), piece, values, part)
+        np.testing.assert_array_equal(values, cut(tensor, part))
     assert not overlaps(slices[0], slices[1])
-    assert overlaps(slices[0], wanted[0])
+    assert overlaps(slices[0], parts[0])

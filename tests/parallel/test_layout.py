@@ -80,9 +80,9 @@ def test_fewer_layers_than_stages_do_not_divide() -> None:
         layout.stages(6)
 
 
-def test_what_is_said_of_the_stages_stays() -> None:
-    for said in ({"noop_layers": (0,)}, {"num_layer_list": (1, 4)}, {"num_layers_per_virtual_pipeline_stage": 1}):
-        layout = Layout(pipeline_model_parallel_size=2, **said)
+def test_a_layout_that_fixes_its_stages_stays() -> None:
+    for options in ({"noop_layers": (0,)}, {"num_layer_list": (1, 4)}, {"num_layers_per_virtual_pipeline_stage": 1}):
+        layout = Layout(pipeline_model_parallel_size=2, **options)
         assert layout.balanced(5) is layout
 
 
@@ -110,12 +110,12 @@ def test_slices_tile_every_tensor(tp: int, pp: int, tied: bool) -> None:
 def test_gate_and_up_are_cut_separately() -> None:
     config = toy_config(ffn_hidden_size=8)
     name = "decoder.layers.0.mlp.linear_fc1.weight"
-    found = [
+    parts = [
         shard.part.boxes
         for shard in shards(config, Layout(tensor_model_parallel_size=2), tied_head_copy=False)
         if shard.spec.name == name
     ]
-    rows = [[box[0] for box in boxes] for boxes in found]
+    rows = [[box[0] for box in boxes] for boxes in parts]
     assert rows == [[(0, 4), (8, 12)], [(4, 8), (12, 16)]]
 
 
@@ -123,12 +123,12 @@ def test_tied_head_copy_only_on_the_last_of_several_stages() -> None:
     config = toy_config(num_layers=2)
     for pp, homes in ((1, [(0, EMBEDDING)]), (2, [(0, EMBEDDING), (1, OUTPUT)])):
         layout = Layout(pipeline_model_parallel_size=pp)
-        found = [
+        places = [
             (s.pipeline_rank, s.local_name)
             for s in shards(config, layout, tied_head_copy=True)
             if s.spec.name == EMBEDDING
         ]
-        assert found == homes
+        assert places == homes
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_tied_head_copy_only_on_the_last_of_several_stages() -> None:
         ({"pipeline_model_parallel_size": 2}, "3 layers"),
         ({"tensor_model_parallel_size": 4}, "num_query_groups 2"),
         ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 1)}, "num_layer_list"),
-        ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 2), "noop_layers": (0,)}, "excludes"),
+        ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 2), "noop_layers": (0,)}, "cannot be used with"),
         ({"pipeline_model_parallel_size": 3, "num_layers_per_virtual_pipeline_stage": 1}, "virtual"),
         ({"noop_layers": (9,)}, "noop_layers"),
     ],

@@ -53,5 +53,5 @@ def test_a_plain_stage_keeps_as_many_activations_as_stages_follow(stages: int) -
 
 
 def test_interleaving_needs_whole_rounds() -> None:
-    with pytest.raises(UserError, match="3 micro-batches of a data rank are no multiple of the 2 pipeline stages"):
+    with pytest.raises(UserError, match="3 micro-batches, which is not a multiple of the 2 pipeline stages"):
         one_forward_one_backward(0, 2, 2, 3)

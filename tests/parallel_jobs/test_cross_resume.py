@@ -37,7 +37,7 @@ SLOW = [(ROADS[0], False), (ROADS[1], True)]
 
 
 @pytest.mark.parametrize(
-    ("road", "instructions"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("road", "instructions"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow("jobs")) for case in SLOW)]
 )
 def test_any_layout_of_any_backend_goes_on(
     workspace: Workspace, road: list[tuple[str, str]], instructions: bool, tmp_path: Path
@@ -55,7 +55,7 @@ def test_any_layout_of_any_backend_goes_on(
 FP16 = {"fp16": None, "initial-loss-scale": 2**20, "loss-scale-window": 4, "hysteresis": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_fp16_goes_on_with_its_scale(workspace: Workspace, tmp_path: Path) -> None:
     """Overflows, and where the scale stands, are those of the unbroken run; losses to fp16's rounding."""
     require_framework("torch")

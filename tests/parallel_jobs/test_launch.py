@@ -70,15 +70,15 @@ def test_holes_in_the_heap_of_an_old_glibc_are_prevented_where_the_cpu_computes(
 
 def running(mark: str) -> list[int]:
     """Processes whose command line names `mark`, but for this one."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
         if mark.encode() in words and int(path.name) != os.getpid():
-            found.append(int(path.name))
-    return found
+            pids.append(int(path.name))
+    return pids
 
 
 def supervised(framework: str, fault: str, folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -108,10 +108,10 @@ def losses(output: str) -> dict[int, float]:
 
 
 def one_process(workspace: Workspace, framework: str) -> list[float]:
-    found = []
+    losses = []
     changes = {"train_iters": 4, "lr_decay_style": "linear", "lr_warmup_iters": 0, "device": "cpu"}
-    train(workspace.settings(framework, **changes), lambda record: found.append(record.loss))
-    return found
+    train(workspace.settings(framework, **changes), lambda record: losses.append(record.loss))
+    return losses
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
@@ -148,7 +148,7 @@ def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, f
     assert any("faulty_job.py" in line for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     port = str(free_port())
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
@@ -175,7 +175,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 def test_a_killed_rank_of_a_training_is_named(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     """Also when the others fail for it before its launcher notices."""
     job = supervised(framework, "killed", tmp_path, "pretrain", *flags(workspace, framework, tmp_path))
@@ -190,8 +190,8 @@ def test_a_launcher_that_fails_is_said_and_its_output_is_kept(tmp_path: Path, mo
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     end = launch(Machines(nproc_per_node=2), lambda *_: (["sh", "-c", "echo no such rank; exit 3"], {}), [])
     assert end.code == 1
-    named, said, reason = end.text.splitlines()
-    assert (said, reason) == ("no such rank", "the launcher ended with code 3")
+    named, output, reason = end.text.splitlines()
+    assert (output, reason) == ("no such rank", "the launcher ended with code 3")
     assert Path(named.removeprefix("last lines of ").removesuffix(":")).read_text() == "no such rank\n"
 
 
@@ -261,7 +261,10 @@ def test_a_port_in_use_is_found_before_anything_starts() -> None:
     [
         ({"nproc_per_node": 0}, "--nproc-per-node 0"),
         ({"nproc_per_node": 2, "nnodes": 2, "node_rank": 2}, "--node-rank 2: expected"),
-        ({"nproc_per_node": 2, "nnodes": 2, "master_addr": "198.51.100.1"}, "198.51.100.1: no address of this machine"),
+        (
+            {"nproc_per_node": 2, "nnodes": 2, "master_addr": "198.51.100.1"},
+            "198.51.100.1: expected an address",
+        ),
     ],
 )
 def test_machines_that_cannot_be_are_said(values: dict[str, int], expected: str) -> None:

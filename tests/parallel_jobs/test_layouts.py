@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jobs import Case, assert_equal_to_one_process, run_job
@@ -50,7 +51,7 @@ def test_some_layouts_equal_one_process_on_pytorch(processes: int, tmp_path: Pat
     check(require_framework("torch"), processes, SHORT[processes], tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("layouts")
 def test_more_layouts_equal_one_process_on_pytorch(tmp_path: Path) -> None:
     check(require_framework("torch"), 4, MORE, tmp_path)
 
@@ -85,7 +86,7 @@ FP16 = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 @pytest.mark.parametrize("processes", list(FP16))
 def test_layouts_in_fp16_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
     check(framework, processes, FP16[processes], tmp_path)
@@ -102,13 +103,13 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow("layouts"))])
 def test_a_nan_on_one_rank_makes_all_skip_the_step(framework: str, processes: int, tmp_path: Path) -> None:
     """All report the same, and go on as one process does that skips the same step."""
     check(framework, processes, SPOILED[processes], tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("layouts")
 def test_a_nan_in_sharded_weights_makes_all_skip_the_step(tmp_path: Path) -> None:
     cases = [Case(dp=2, use_torch_fsdp2=True, spoiled="weight"), Case(dp=2, use_torch_fsdp2=True, spoiled="gradient")]
     check(require_framework("torch"), 2, cases, tmp_path)
@@ -145,14 +146,17 @@ def matrix(processes: int, switches: list[Switches]) -> list[Case]:
     return cases
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4, 8])
+def sizes_of_the_matrix(part: str) -> list[Any]:
+    """Numbers of processes, of which eight are a part of the slow tests by themselves."""
+    return [pytest.param(n, marks=pytest.mark.slow("eight" if n == 8 else part)) for n in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("processes", sizes_of_the_matrix("layouts"))
 def test_the_layout_matrix_equals_one_process_on_pytorch(processes: int, tmp_path: Path) -> None:
     check(require_framework("torch"), processes, matrix(processes, ALL), tmp_path, timeout=1200)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("processes", sizes_of_the_matrix("jobs"))
 def test_the_layout_matrix_equals_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
     rest = [
         case

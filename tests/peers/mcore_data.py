@@ -28,7 +28,7 @@ def corpus(prefix: Path, documents: int, vocab_size: int, seed: int = 0) -> str:
 def megatron_datasets(
     prefixes: Sequence[str], sizes: Sequence[int], weights: Sequence[float] | None = None, flags: bool = False
 ) -> list[Any]:
-    """Train, valid and test; the builder keeps its indices beside the files."""
+    """Train, valid and test; the builder keeps its indices next to the files."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 

@@ -2,7 +2,7 @@
 
 python megatron_lm_job.py MEGATRON_LM TOKENS CHECKPOINT FLAGS...
 
-Leaves `logits.npy` and the checkpoint `again` beside the iteration. FLAGS are Megatron-LM's, for
+Leaves `logits.npy` and the checkpoint `again` next to the iteration. FLAGS are Megatron-LM's, for
 what `--use-checkpoint-args` does not take from a file.
 """
 

@@ -57,7 +57,7 @@ CASES: dict[int, dict[str, Case]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow("jobs"))])
 def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, ranks: int, tmp_path: Path) -> None:
     """Logits as in one process here, and what the ranks save again holds the same bits."""
     batch = toy_batch(toy_config(), (40,))
@@ -70,8 +70,8 @@ def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, r
     subprocess.run([*launcher("torch", ranks), *words], check=True, timeout=600, env=environment)
     for name, (config, layout) in CASES[ranks].items():
         shares = [np.load(tmp_path / name / f"logits_{rank}.npy") for rank in range(layout.tensor_model_parallel_size)]
-        found = np.concatenate(shares, axis=1)[:, : config.vocab_size]
+        logits = np.concatenate(shares, axis=1)[:, : config.vocab_size]
         source, again = toy_weights(config), MegatronSource(tmp_path / name / "again", config=config)
-        np.testing.assert_allclose(found, our_logits(source, batch), atol=1e-4, rtol=0, err_msg=name)
+        np.testing.assert_allclose(logits, our_logits(source, batch), atol=1e-4, rtol=0, err_msg=name)
         for tensor in tensor_table(config):
             np.testing.assert_array_equal(again.read(tensor), source.read(tensor), err_msg=f"{name} {tensor}")

@@ -55,8 +55,8 @@ def test_megatron_computes_what_a_converted_model_computes(mcore: ModuleType, mo
     config = MODELS[model]
     copy(toy_weights(config), HFSink(tmp_path / "hf", config, "float32", Companions()))
     batch = toy_batch(config, (LENGTH,))
-    found = megatron_logits(mcore, to_megatron(tmp_path / "hf", tmp_path / "mg", "hf"), batch, config.vocab_size)
-    np.testing.assert_allclose(found, transformers_logits(tmp_path / "hf", batch), atol=TOLERANCE, rtol=0)
+    logits = megatron_logits(mcore, to_megatron(tmp_path / "hf", tmp_path / "mg", "hf"), batch, config.vocab_size)
+    np.testing.assert_allclose(logits, transformers_logits(tmp_path / "hf", batch), atol=TOLERANCE, rtol=0)
 
 
 def test_megatron_computes_what_a_trained_model_computes(
@@ -66,8 +66,8 @@ def test_megatron_computes_what_a_trained_model_computes(
     source = open_source(tmp_path / "run")
     batch = toy_batch(source.config, (LENGTH,))
     converted = to_megatron(tmp_path / "run", tmp_path / "mg", "mg")
-    found = megatron_logits(mcore, converted, batch, source.config.vocab_size)
-    np.testing.assert_allclose(found, our_logits(source, batch, framework), atol=TOLERANCE, rtol=0)
+    logits = megatron_logits(mcore, converted, batch, source.config.vocab_size)
+    np.testing.assert_allclose(logits, our_logits(source, batch, framework), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("model", MODELS)

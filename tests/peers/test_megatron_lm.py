@@ -32,10 +32,10 @@ def megatron_lm() -> str:
     return os.environ["MEGATRON_LM"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("jobs")
 @pytest.mark.parametrize("model", TOYS)
 def test_megatron_lm_loads_computes_and_saves(megatron_lm: str, model: str, tmp_path: Path) -> None:
-    """All that it is told besides the file is what `--use-checkpoint-args` leaves out."""
+    """Besides the file, it gets only the flags that `--use-checkpoint-args` leaves out."""
     config = TOYS[model]
     source, batch = toy_weights(config), toy_batch(config, (40,))
     copy(source, MegatronSink(tmp_path, config, Layout(), "float32"))

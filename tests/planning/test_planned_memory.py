@@ -34,7 +34,7 @@ def test_stages_hold_the_whole_model(name: str) -> None:
 
 
 def test_state_of_a_published_model() -> None:
-    """18 bytes per parameter in bf16, of which the 12 of masters and moments are shared (Megatron-LM's rule)."""
+    """18 bytes per parameter in bf16, where data ranks share the 12 of masters and moments (Megatron-LM's rule)."""
     config = qwen3_config("8B")
     alone = Job(config=config, half=True)
     (memory,) = stage_memories(alone, CPU)

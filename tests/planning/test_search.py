@@ -30,7 +30,7 @@ def test_reasons() -> None:
     _, rejected = suggest(Job(config=qwen3_config("8B"), global_batch_size=8, half=True), HARDWARE["910b"], 128)
     reason_of = {size: reason for reason, sizes in rejected.items() for size in sizes}
     assert reason_of[1, 128] == "more stages than the 36 layers"
-    assert "would leave the node of 8" in reason_of[16, 1]
+    assert "must share one node, which has 8 devices" in reason_of[16, 1]
     assert "global_batch_size 8 is not a multiple" in reason_of[1, 1]
     plans, rejected = suggest(Job(config=qwen3_config("32B"), global_batch_size=2, half=True), HARDWARE["h100"], 1)
     assert not plans

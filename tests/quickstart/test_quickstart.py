@@ -35,7 +35,7 @@ def test_every_stage_runs_on_both_backends(tmp_path: Path, capsys: pytest.Captur
         quickstart(options)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("sizes")
 def test_accuracy_rises_from_nothing(tmp_path: Path) -> None:
     for name in ("torch", "mindspore"):
         require_framework(name)

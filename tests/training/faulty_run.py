@@ -73,18 +73,18 @@ def install(fault: dict[str, Any]) -> None:
 METHODS = {"step": "train_step", "evaluation": "evaluate"}
 
 
-def run_told() -> int:
-    told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def run_with_fault() -> int:
+    fault = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     rank = World.from_environment().rank
-    if told.get("rank", rank) == rank:
-        install(told)
-    if "timeout" in told:
+    if fault.get("rank", rank) == rank:
+        install(fault)
+    if "timeout" in fault:
         connect = run.connect
-        run.connect = lambda framework, world, device, _: connect(framework, world, device, told["timeout"])
+        run.connect = lambda framework, world, device, _: connect(framework, world, device, fault["timeout"])
     code = main(sys.argv[2:])
     Path(f"{sys.argv[1]}.{rank}").write_text(str(code), encoding="utf-8")
     return code
 
 
 if __name__ == "__main__":
-    exit_with(run_told)
+    exit_with(run_with_fault)

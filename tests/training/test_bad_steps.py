@@ -62,7 +62,7 @@ def test_a_step_with_nothing_to_train_names_its_samples(framework: str, workspac
     with IndexedWriter(CONVERSATIONS.pair(tmp_path / "x", "labels"), np.int32) as labels:
         labels.add_document(np.full(9, IGNORE))
     values = {"instructions": True, "data_path": str(tmp_path / "x"), "save": str(tmp_path / "run")}
-    with pytest.raises(UserError, match=r"iteration 1: none of its 4 samples has a trained token.*x: sequences 0"):
+    with pytest.raises(UserError, match=r"iteration 1: none of the 4 samples has a trained token.*x: sequences 0"):
         run(workspace, framework, **values)
 
 
@@ -119,9 +119,9 @@ def test_skipped_steps_are_counted_and_the_schedule_waits(
     assert [record.skipped for record in records] == [False, False, True, True, False, False, False, False]
     assert [record.consumed_samples for record in records] == [4 * step for step in range(1, 9)]
     assert [r.lr for r in records] == [r.lr for r in plain[:3]] + [plain[2].lr] + [r.lr for r in plain[2:6]]
-    said = capsys.readouterr().out
-    assert "skipped iteration 3: the loss is nan. Nothing was updated. All tensors are finite" in said
-    lines = re.findall(r"lm loss: (\S+) .*skipped iterations: +(\d+) \| number of nan iterations: +(\d+) \|", said)
+    out = capsys.readouterr().out
+    assert "skipped iteration 3: the loss is nan. Nothing was updated. All tensors are finite" in out
+    lines = re.findall(r"lm loss: (\S+) .*skipped iterations: +(\d+) \| number of nan iterations: +(\d+) \|", out)
     assert [line[1:] for line in lines] == [("2", "2"), ("0", "0")]
     assert float(lines[0][0]) == pytest.approx((records[0].loss + records[1].loss) / 2, rel=1e-6)
     metrics = read_metrics(tmp_path / "metrics.jsonl")
@@ -134,7 +134,9 @@ def test_skipped_steps_are_counted_and_the_schedule_waits(
 def test_too_many_skips_in_a_row_stop_the_run(workspace: Workspace, breaks: dict[int, int]) -> None:
     options = {"on_bad_step": "skip", "max_consecutive_skips": 2, **SHORT}
     breaks.update({1: 2, 2: 3})  # steps 2 and 3, then 5 to 7
-    with pytest.raises(UserError, match=r"iteration 7: .*These are 3 in a row, more than --max-consecutive-skips"):
+    with pytest.raises(
+        UserError, match=r"iteration 7: .*These 3 bad steps in a row are more than --max-consecutive-skips"
+    ):
         run(workspace, "torch", **options)
     breaks.update({1: 2, 2: 3})
     assert len(run(workspace, "torch", no_check_for_nan_in_loss_and_grad=True, **SHORT)) == 8
@@ -193,16 +195,16 @@ def test_spikes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "said"),
+    ("result", "reason"),
     [
         (StepResult(math.inf, 1.0, 5, False), "the loss is inf"),
         (StepResult(1.0, math.nan, 5, False), "the gradient norm is nan"),
         (StepResult(0.0, 0.0, 5, False), "the loss is 0.0, though tokens are trained"),
     ],
 )
-def test_what_is_wrong_is_said(result: StepResult, said: str) -> None:
+def test_what_is_wrong_is_said(result: StepResult, reason: str) -> None:
     guard = Guard(TrainingSettings(), [])
-    assert guard.judge(result) == said
+    assert guard.judge(result) == reason
     assert guard.skipped == 1
     assert guard.judge(dataclasses.replace(result, applied=True)) is None
     assert guard.skipped == 0

@@ -130,7 +130,7 @@ def test_the_loss_is_hugging_faces(workspace: Workspace, framework: str) -> None
         },
         "test",
     )
-    (found,) = evaluate_weights(settings)[0].values()
+    (result,) = evaluate_weights(settings)[0].values()
     model = transformers.AutoModelForCausalLM.from_pretrained(workspace.hf, dtype=torch.float32)
     total, tokens = 0.0, 0
     for window in windows(single, 32):
@@ -139,9 +139,9 @@ def test_the_loss_is_hugging_faces(workspace: Workspace, framework: str) -> None
             logits = model(ids[:, :-1]).logits[0]
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         tokens += ids.shape[1] - 1
-    assert found.tokens == tokens
-    assert found.loss == pytest.approx(total / tokens, abs=1e-4)
-    assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-3)
+    assert result.tokens == tokens
+    assert result.loss == pytest.approx(total / tokens, abs=1e-4)
+    assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-3)
 
 
 QUESTIONS = [
@@ -161,26 +161,26 @@ def test_log_likelihoods_are_hugging_faces(workspace: Workspace, framework: str,
     transformers = pytest.importorskip("transformers")
     file = write_questions(tmp_path / "q.jsonl")
     values = {"load": str(workspace.hf), "valid_data_path": file, "ai_framework": framework, "seq_length": 64}
-    (found,) = evaluate_weights(from_dict(values, "test"))[0].values()
+    (result,) = evaluate_weights(from_dict(values, "test"))[0].values()
     model = transformers.AutoModelForCausalLM.from_pretrained(workspace.hf, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(workspace.hf)
     likelihoods, right, right_per_character = [], 0, 0
     for question in QUESTIONS:
-        own = []
+        choice_likelihoods = []
         for choice in question["choices"]:
             ids = tokenizer.encode(question["context"] + choice, return_tensors="pt")
             begin = len(tokenizer.encode(question["context"].rstrip()))
             with torch.no_grad():
                 logs = model(ids).logits[0].log_softmax(dim=-1)
-            own.append(float(sum(logs[i - 1, ids[0, i]] for i in range(begin, ids.shape[1]))))
+            choice_likelihoods.append(float(sum(logs[i - 1, ids[0, i]] for i in range(begin, ids.shape[1]))))
         answer = question["answer"]
-        right += max(own) == own[answer]
-        scores = [value / len(choice) for value, choice in zip(own, question["choices"])]
+        right += max(choice_likelihoods) == choice_likelihoods[answer]
+        scores = [value / len(choice) for value, choice in zip(choice_likelihoods, question["choices"])]
         right_per_character += max(scores) == scores[answer]
-        likelihoods.append(own[answer])
-    assert isinstance(found, Choices)
-    assert found.log_likelihood == pytest.approx(sum(likelihoods) / 2, abs=1e-4)
-    assert (found.questions, found.accuracy, found.accuracy_per_character) == (2, right / 2, right_per_character / 2)
+        likelihoods.append(choice_likelihoods[answer])
+    assert isinstance(result, Choices)
+    assert result.log_likelihood == pytest.approx(sum(likelihoods) / 2, abs=1e-4)
+    assert (result.questions, result.accuracy, result.accuracy_per_character) == (2, right / 2, right_per_character / 2)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_the_command_takes_text_and_instructions_at_once(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "which weights"),
-        (["HF"], "which data"),
+        ([], "no weights: give"),
+        (["HF"], "no data: give"),
         (["HF", "/no/data", "--seq-length", "32"], "/no/data"),
         (["HF", "/no/data"], "--seq-length 4096 is above max_position_embeddings 512: give --seq-length 512, or less"),
         (["/no/model", "x"], "/no/model"),

@@ -43,8 +43,8 @@ class Job:
 
     def start(self, save: str, **fault: object) -> subprocess.Popen[str]:
         """Save in a folder of that name; `fault` as `faulty_run.py` takes it."""
-        told = {"rank": -1, "framework": self.framework, **fault}
-        (self.folder / "fault.json").write_text(json.dumps(told), encoding="utf-8")
+        values = {"rank": -1, "framework": self.framework, **fault}
+        (self.folder / "fault.json").write_text(json.dumps(values), encoding="utf-8")
         supervisor = (sys.executable, str(SUPERVISED), self.framework, str(self.processes))
         launch = self.launcher or (supervisor if self.processes > 1 else (sys.executable,))
         text = f"{self.workspace.text}_text_document"
@@ -114,7 +114,7 @@ def test_kills_while_saving(workspace: Workspace, async_save: bool, tmp_path: Pa
     kill_while_saving(job, 1, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("async_save", [False, True])
 def test_twenty_kills_while_saving(workspace: Workspace, framework: str, async_save: bool, tmp_path: Path) -> None:
     flags = ("--train-iters", "60", "--save-interval", "1", "--keep-last", "2")
@@ -130,9 +130,9 @@ def stop_and_go_on(job: Job, what: str = "SIGTERM", **fault: object) -> None:
     assert job.codes() == [STOPPED] * job.processes, output[-3000:]
     stopped = NativeSource(job.folder / "b").iteration
     assert f"exiting program at iteration {stopped}" in output
-    said = job.succeed("b")
-    assert f"resuming at iteration {stopped}" in said
-    assert f"iteration {stopped:8d}/" not in said
+    resumed_output = job.succeed("b")
+    assert f"resuming at iteration {stopped}" in resumed_output
+    assert f"iteration {stopped:8d}/" not in resumed_output
     assert_same_weights(job.folder / "a", job.folder / "b")
 
 
@@ -173,7 +173,7 @@ def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> No
     stop_and_go_on(job, rank=1, when="evaluation", at=1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("signals")
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
     """In a step, an evaluation and a save, on each of two ranks."""
@@ -185,7 +185,7 @@ def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str,
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
 def test_a_nan_of_one_rank_stops_all(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
     """In the sixth step; without the fault, the next start goes on from the fourth."""
@@ -199,7 +199,7 @@ def test_a_nan_of_one_rank_stops_all(workspace: Workspace, framework: str, layou
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 def test_a_rank_that_hangs_ends_the_job_and_the_next_start_goes_on(workspace: Workspace, tmp_path: Path) -> None:
     require_framework("torch")
     flags = ("--train-iters", "8", "--save-interval", "2", "--distributed-timeout-minutes", "1")
@@ -212,7 +212,7 @@ def test_a_rank_that_hangs_ends_the_job_and_the_next_start_goes_on(workspace: Wo
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 def test_a_rank_that_is_killed_ends_the_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     """The others end, too, and the same command goes on."""
     job = Job(workspace, tmp_path, framework, processes=2, flags=("--train-iters", "8", "--save-interval", "2"))
@@ -223,7 +223,7 @@ def test_a_rank_that_is_killed_ends_the_job(workspace: Workspace, framework: str
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("kills")
 def test_torchrun_restarts_a_job_that_goes_on(workspace: Workspace, tmp_path: Path) -> None:
     """`torchrun --max-restarts`: a rank is killed in its sixth step; the second life has four to take."""
     require_framework("torch")
@@ -232,14 +232,14 @@ def test_torchrun_restarts_a_job_that_goes_on(workspace: Workspace, tmp_path: Pa
     plain = Job(workspace, tmp_path, processes=2, flags=flags)
     plain.succeed("a")
     port = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    said = Job(workspace, tmp_path, processes=2, flags=flags, launcher=(*torchrun, *port)).succeed(
+    resumed_output = Job(workspace, tmp_path, processes=2, flags=flags, launcher=(*torchrun, *port)).succeed(
         "b", rank=1, when="step", at=6, what="SIGKILL"
     )
-    assert "resuming at iteration 4" in said
+    assert "resuming at iteration 4" in resumed_output
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_ranks_save_and_leave_when_their_launcher_ends(
     workspace: Workspace, framework: str, number: signal.Signals, tmp_path: Path
@@ -295,7 +295,7 @@ def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(
     [
         ("torch", ()),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, marks=pytest.mark.slow("kills"))
             for case in [("torch", ("--async-save",)), ("mindspore", ()), ("mindspore", ("--async-save",))]
         ),
     ],

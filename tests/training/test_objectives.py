@@ -13,7 +13,7 @@ def test_the_mean_weighs_each_trained_token_of_the_global_batch_the_same() -> No
     objective: Objective = MeanLoss()
     labels = [np.array([3, IGNORE, 1], np.int32), np.array([IGNORE], np.int32)]
     positions = [np.arange(len(one), dtype=np.int32) for one in labels]
-    batches = [collate([Sample(own, one, own, (len(one),))]) for own, one in zip(positions, labels)]
+    batches = [collate([Sample(tokens, one, tokens, (len(one),))]) for tokens, one in zip(positions, labels)]
     loss, weights = objective(None, RankBatch(batches, trained_tokens=8))
     assert not objective.needs_log_probabilities
     assert loss is None

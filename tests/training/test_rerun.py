@@ -36,8 +36,8 @@ def losses(folder: Path) -> list[float]:
 
 def test_a_rerun_gives_the_same_losses(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     train(short(workspace, tmp_path / "a", framework))
-    found = rerun(RerunOptions(str(tmp_path / "a"), save=str(tmp_path / "b"), deterministic_mode=True))
-    assert (found.steps, found.difference) == (6, 0.0)
+    comparison = rerun(RerunOptions(str(tmp_path / "a"), save=str(tmp_path / "b"), deterministic_mode=True))
+    assert (comparison.steps, comparison.difference) == (6, 0.0)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
@@ -132,7 +132,7 @@ def test_changed_data_are_not_run_again(workspace: Workspace, tmp_path: Path) ->
     (record,) = content["starts"][0]["data"].values()
     record["sources"][0]["sha256"] = "0" * 64
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="the data were made again"):
+    with pytest.raises(UserError, match="the data were preprocessed again"):
         rerun(RerunOptions(str(tmp_path)))
 
 

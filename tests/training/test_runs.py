@@ -64,9 +64,9 @@ def test_resuming_is_bitwise(
     assert [record.iteration for record in second] == list(range(stop + 1, 21))
     assert losses(first + second) == losses(unbroken)
     assert [r.lr for r in first + second] == [r.lr for r in unbroken]
-    expected, found = state(tmp_path / "a"), state(tmp_path / "b")
-    assert expected.keys() == found.keys()
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    expected, actual = state(tmp_path / "a"), state(tmp_path / "b")
+    assert expected.keys() == actual.keys()
+    assert all(np.array_equal(expected[name], actual[name]) for name in expected)
 
 
 @pytest.mark.parametrize("instructions", [False, True], ids=["pretrain", "sft"])
@@ -113,10 +113,10 @@ def test_the_log_line_is_megatrons(workspace: Workspace, framework: str, capsys:
     records = run(workspace, framework, train_iters=4, log_interval=2, lr_warmup_iters=1)
     out = capsys.readouterr().out
     assert "> --save is not given: nothing will be saved" in out
-    found = LINE.findall(out)
-    assert [(int(iteration), int(samples)) for iteration, samples, _, _ in found] == [(2, 8), (4, 16)]
-    assert float(found[1][3]) == pytest.approx((records[2].loss + records[3].loss) / 2, rel=1e-6)
-    assert float(found[0][2]) == pytest.approx(records[2].lr, rel=1e-6)  # Megatron prints the next step's rate
+    lines = LINE.findall(out)
+    assert [(int(iteration), int(samples)) for iteration, samples, _, _ in lines] == [(2, 8), (4, 16)]
+    assert float(lines[1][3]) == pytest.approx((records[2].loss + records[3].loss) / 2, rel=1e-6)
+    assert float(lines[0][2]) == pytest.approx(records[2].lr, rel=1e-6)  # Megatron prints the next step's rate
 
 
 def test_evaluation_is_the_token_mean_whatever_the_micro_batch(
@@ -209,7 +209,7 @@ def changed(**values: object) -> object:
         (changed(rotary_base=5.0), "--rotary-base 5.0 contradicts .* 10000.0"),
         (changed(untie_embeddings_and_output_weights=True), "--untie-embeddings"),
         (changed(seq_length=100_000), "max_position_embeddings 512"),
-        (changed(tensor_model_parallel_size=2), "1 processes are no multiple of --tensor-model-parallel-size 2"),
+        (changed(tensor_model_parallel_size=2), "1 processes: expected a multiple of --tensor-model-parallel-size 2"),
         (changed(hidden_dropout=0.1), "hidden-dropout"),
         (changed(global_batch_size=3), "multiple"),
         (changed(data_path="/no/such/data"), "/no/such/data"),

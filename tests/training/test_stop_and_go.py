@@ -55,9 +55,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
         file.write_bytes(whole[:-9] + bytes(9) if damage.startswith("model") else whole[:100])
         capsys.readouterr()
         assert run(workspace, framework, save=str(tmp_path), save_interval=5) == unbroken[15:]
-        assert "iter" in (said := capsys.readouterr().out)
-        assert "taking the" in said
-        assert damage in said
+        assert "iter" in (out := capsys.readouterr().out)
+        assert "taking the" in out
+        assert damage in out
 
 
 def test_all_damaged_is_an_error(workspace: Workspace, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_all_damaged_is_an_error(workspace: Workspace, tmp_path: Path) -> None:
 
 def test_the_folder_of_another_run_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     run(workspace, "torch", save=str(tmp_path), train_iters=1, lr_warmup_iters=0)
-    with pytest.raises(UserError, match=r"another run, whose data_path was .*text.* here it is .*chat"):
+    with pytest.raises(UserError, match=r"another run, with data_path .*text.* here it is .*chat"):
         run(workspace, "torch", save=str(tmp_path), train_iters=2, lr_warmup_iters=0, instructions=True)
 
 
@@ -83,7 +83,7 @@ def test_the_folder_of_a_conversion_is_refused(
     if release:  # as Megatron names what is published
         (folder / "iter_0000001").rename(folder / RELEASE)
         (folder / TRACKER).write_text(RELEASE)
-    with pytest.raises(UserError, match="holds a converted checkpoint: choose another folder"):
+    with pytest.raises(UserError, match="contains a converted checkpoint: choose another folder"):
         run(workspace, "torch", save=str(folder), train_iters=1, lr_warmup_iters=0)
 
 
@@ -91,10 +91,10 @@ def test_changed_settings_are_shown(workspace: Workspace, tmp_path: Path, capsys
     run(workspace, "torch", save=str(tmp_path), train_iters=2, lr_warmup_iters=0)
     capsys.readouterr()
     run(workspace, "torch", save=str(tmp_path), train_iters=4, lr=1e-3, lr_warmup_iters=0)
-    said = capsys.readouterr().out.splitlines()
-    start = next(number for number, line in enumerate(said) if line.startswith("> setting"))
-    assert said[start].split() == [">", "setting", "was", "is"]
-    assert [line.split()[1:] for line in said[start + 1 : start + 3]] == [
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("> setting"))
+    assert lines[start].split() == [">", "setting", "was", "is"]
+    assert [line.split()[1:] for line in lines[start + 1 : start + 3]] == [
         ["lr", "0.003", "0.001"],
         ["train_iters", "2", "4"],
     ]
@@ -108,9 +108,9 @@ def test_an_exit_code_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
     assert process.stdout is not None
     next(line for line in process.stdout if "iteration" in line and "lm loss" in line)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == STOPPED
-    assert "stopped by SIGTERM" in said
+    assert "stopped by SIGTERM" in output
     assert (tmp_path / "latest_checkpointed_iteration.txt").exists()
 
 
@@ -120,7 +120,7 @@ def test_the_first_start_alone_is_fine_tuned_in_one_folder(workspace: Workspace,
     again = {"load": folder, "save": folder, "finetune": True, **common}
     for last in (2, 4, 6):
         iterations: list[int] = []
-        run(workspace, "torch", lambda record, found=iterations: found.append(record.iteration), **again)
+        run(workspace, "torch", lambda record, seen=iterations: seen.append(record.iteration), **again)
         assert iterations == [last - 1, last]
 
 
@@ -155,8 +155,8 @@ def test_machines_with_different_newest_iterations_take_the_newest_common_one(
     run(workspace, "torch", save=str(tmp_path), save_interval=2, train_iters=6)
     newest = NativeSource(tmp_path)
     for others, taken in (((6,), 6), ((4,), 4), ((8, 6), 6), ((8, 5, 4, 2), 4)):
-        found = agree_on_iteration(newest, Ranks(*others))  # type: ignore[arg-type]
-        assert isinstance(found, NativeSource)
-        assert found.iteration == taken
-    with pytest.raises(UserError, match="ranks 1 hold no checkpoint of the run"):
+        agreed = agree_on_iteration(newest, Ranks(*others))  # type: ignore[arg-type]
+        assert isinstance(agreed, NativeSource)
+        assert agreed.iteration == taken
+    with pytest.raises(UserError, match="ranks 1 have no checkpoint of the run"):
         agree_on_iteration(newest, Ranks(None))  # type: ignore[arg-type]

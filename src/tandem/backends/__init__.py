@@ -20,19 +20,19 @@ from tandem.models.config import ModelConfig
 
 
 def transformers_logits(folder: Path, batch: MicroBatch) -> np.ndarray:
-    """What Hugging Face's own model computes from its folder, in fp32: [t, vocabulary]."""
+    """The logits that Hugging Face's model computes from its folder, fp32 [t, vocabulary]."""
     logits: np.ndarray = importlib.import_module("tandem.backends.torch.transformers_model").logits(folder, batch)
     return logits
 
 
 def connect(ai_framework: str, world: World, device: str | None, timeout_minutes: float) -> Communicator:
-    """Join the framework's own process group: before an engine of several processes is built, and once.
+    """Join the framework's process group. Call it once, before an engine of several processes is built.
 
     Args:
         timeout_minutes: how long a collective waits for a process that is late.
 
     Raises:
-        UserError: the framework is not installed, the device is not there, or the others did not come.
+        UserError: the framework is not installed, the device is missing, or other processes did not join.
     """
     name = check_framework(ai_framework).name
     if world.size == 1:
@@ -43,12 +43,12 @@ def connect(ai_framework: str, world: World, device: str | None, timeout_minutes
 
 
 def serve_as_scheduler() -> None:
-    """What msrun's process beside the ranks does: let them find each other. It ends with the job, inside this call."""
+    """Be msrun's scheduler, the process through which ranks find each other. The process ends inside this call."""
     importlib.import_module("tandem.backends.mindspore.communication").serve()
 
 
 def launcher_of(ai_framework: str) -> Launcher:
-    """How the framework's own launcher is started.
+    """The function that tells how the framework's launcher is started.
 
     Raises:
         UserError: the framework is not installed.
@@ -59,13 +59,13 @@ def launcher_of(ai_framework: str) -> Launcher:
 
 
 def make_deterministic(ai_framework: str) -> None:
-    """Ask a framework for the same bits each time; before `connect` and before an engine is built."""
+    """Ask a framework for the same bits each time. Call it before `connect` and before an engine is built."""
     name = check_framework(ai_framework).name
     importlib.import_module(f"tandem.backends.{name}.determinism").make_deterministic()
 
 
 def start_profiler(ai_framework: str, folder: Path) -> Profiler:
-    """Start the framework's profiler; its own files go into `folder`."""
+    """Start the framework's profiler. Its files go into `folder`."""
     module = importlib.import_module(f"tandem.backends.{check_framework(ai_framework).name}.profiling")
     profiler: Profiler = module.start(folder)
     return profiler
@@ -75,7 +75,7 @@ def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettin
     """Build an engine with undefined weights: load some before use.
 
     Raises:
-        UserError: the name is unknown, the framework is not installed, or the device is not there.
+        UserError: the name is unknown, the framework is not installed, or the device is missing.
     """
     name = check_framework(ai_framework).name
     module = importlib.import_module(f"tandem.backends.{name}.engine")

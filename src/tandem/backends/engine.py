@@ -1,6 +1,6 @@
 """What the engines of both frameworks share: bookkeeping in NumPy, and the order of a step.
 
-A framework's engine fills in what it computes itself: passes, sums over ranks, updates.
+A framework's engine adds what it computes: passes, sums over ranks, updates.
 """
 
 from __future__ import annotations
@@ -35,18 +35,26 @@ MOMENTS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
 def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
-    """Whether a step is applied. A loss of 0 over trained tokens means that something is broken."""
+    """Whether a step is applied. A loss of 0 over trained tokens means that something is broken.
+
+    >>> is_trusted(loss=2.5, grad_norm=1.0, loss_limit=10.0), is_trusted(loss=0.0, grad_norm=1.0, loss_limit=10.0)
+    (True, False)
+    """
     return math.isfinite(loss) and 0 < loss <= loss_limit and math.isfinite(grad_norm)
 
 
 def clip_coefficient(norm: float, clip_grad: float) -> float:
-    """What gradients are multiplied by, as in Megatron; `clip_grad` 0 turns clipping off."""
+    """The factor that gradients are multiplied by, as in Megatron. A `clip_grad` of 0 turns clipping off.
+
+    >>> round(clip_coefficient(norm=4.0, clip_grad=1.0), 3), clip_coefficient(norm=0.5, clip_grad=1.0)
+    (0.25, 1.0)
+    """
     return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ByRows:
-    """What a data rank has only its own rows of (`even_rows`)."""
+    """The state of which a data rank keeps only some rows (`even_rows`)."""
 
     weights: bool
     gradients: bool
@@ -57,8 +65,8 @@ class BaseEngine(ABC, Generic[T]):
     """`tandem.backends.interface.Engine`, which documents every public method.
 
     Attributes:
-        framework: which one the engine uses.
-        readers: threads that load tensors into it at a time.
+        framework: the engine's framework.
+        readers: how many threads load tensors into it at the same time.
         by_rows: set by the framework's engine, like the interface's `device_name` and `param_dtype`.
     """
 
@@ -163,7 +171,7 @@ class BaseEngine(ABC, Generic[T]):
         return loss, self._gradients()
 
     def _forward_backward(self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]) -> float:
-        """Leave the global batch's gradients where `_update` looks for them. Returns this rank's part of the loss."""
+        """Compute the global batch's gradients, for `_update`. Returns this rank's part of the loss."""
         self._require_training()
         batches = [WeightedBatch.of(*pair) for pair in zip(micro_batches, weights, strict=True)]
         loss = self._reported(self._accumulate(self._to_run(batches)))
@@ -171,8 +179,10 @@ class BaseEngine(ABC, Generic[T]):
         return loss
 
     def _squares(self) -> float:
-        """What this rank adds to the square of the gradient's L2 norm, in which each number of the model counts once;
-        not finite when any number here is not."""
+        """This rank's part of the square of the gradient's L2 norm, in which each number of the model counts once.
+
+        It is not finite when any number on this rank is not.
+        """
         counted = [shard.spec.name for shard in counted_shards(self.config, self._grid, self._place)]
         if self._place.data > 0 and not self.by_rows.gradients:  # the first data rank has the same gradients
             counted = []
@@ -180,15 +190,17 @@ class BaseEngine(ABC, Generic[T]):
         return self._sum_of_squares(counted) + 0.0 * self._sum_of_squares(rest)
 
     def _partial_names(self, *, sequence_parallel: bool) -> list[str]:
-        """Replicated weights whose gradient on a tensor rank is a part of the sum: those that see only its heads, and,
-        where tokens are split, those that see only its tokens."""
+        """Replicated weights of which a tensor rank has only a part of the gradient.
+
+        These weights see only the rank's heads; where tokens are split, also those that see only the rank's tokens.
+        """
         return [
             name
             for name, shard in self._shards.items()
             if shard.spec.split.dim is None and (sequence_parallel or "self_attention" in name)
         ]
 
-    # --- a look without a step
+    # --- computing without a step
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         loss = self._reported(self._evaluate(self._to_run(micro_batches)))
@@ -219,22 +231,22 @@ class BaseEngine(ABC, Generic[T]):
     # --- this rank's share
 
     def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """Those with something to train, after a look at all."""
+        """The micro-batches that have tokens to train. All are checked first."""
         for batch in micro_batches:
             batch.check_vocabulary(self.config.vocab_size)
         return [batch for batch in micro_batches if batch.trained_tokens]
 
     def _reported(self, loss: float) -> float:
-        """The loss, on one of the tensor ranks that all computed it."""
+        """The loss on the first tensor rank, and 0 on the others, which computed the same."""
         return loss if self._place.tensor == 0 else 0.0
 
     def _counted_tokens(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Trained tokens, on one of the ranks that share these micro-batches."""
+        """Trained tokens on the first of the ranks that share these micro-batches; 0 on the others."""
         counts = self._place.tensor == 0 and self._place.pipeline == 0
         return float(sum(batch.trained_tokens for batch in micro_batches)) if counts else 0.0
 
     def _local_config(self) -> ModelConfig:
-        """The config of this rank's slices."""
+        """The config with the sizes of this rank's slices."""
         config, size = self.config, self._grid.tensor_size
         return dataclasses.replace(
             config,
@@ -249,7 +261,7 @@ class BaseEngine(ABC, Generic[T]):
         return part_of(tensor_table(self.config)[EMBEDDING], self._grid.tensor_size, tensor_rank).shape[0]
 
     def _choose_dtype(self, *, has_bf16: bool, without_bf16: str) -> str:
-        """The dtype to compute in; a notice says why it is not bfloat16 where that was asked for."""
+        """The dtype to compute in. A notice says why, when bfloat16 was asked for and is not taken."""
         if self._settings.fp16:
             return "float16"
         if self._settings.bf16 and has_bf16:
@@ -266,17 +278,19 @@ class BaseEngine(ABC, Generic[T]):
 
     @abstractmethod
     def _kept(self, kind: TensorKind) -> Mapping[str, T]:
-        """What this rank keeps of a kind, by name. Of masters those that have memory of their own."""
+        """The tensors of a kind that this rank keeps, by name. Masters are listed if they have their own memory."""
 
     @staticmethod
     @abstractmethod
     def _fill(blocks: Iterator[tuple[int, np.ndarray]], *targets: tuple[T, int]) -> None:
-        """Put blocks of rows, as `stream_fp32` gives them, into tensors, each of which begins at a row of its own; the
-        first one takes all."""
+        """Copy blocks of rows, as `stream_fp32` yields them, into the targets.
+
+        A target is a tensor and the number of its first row in the stream. The first target takes all rows.
+        """
 
     @abstractmethod
     def _to_numpy(self, kind: TensorKind, tensor: T) -> np.ndarray:
-        """What a checkpoint takes of a tensor that is kept."""
+        """A kept tensor as a checkpoint stores it."""
 
     @abstractmethod
     def _sum_over_ranks(self, *values: float) -> list[float]:
@@ -284,32 +298,34 @@ class BaseEngine(ABC, Generic[T]):
 
     @abstractmethod
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
-        """Forward and backward passes, after which this rank has the gradients of the sum of the weighted losses.
-        Returns that sum; 0 where the model does not end here."""
+        """Run forward and backward passes. Then this rank has the gradients of the sum of the weighted losses.
+
+        Returns that sum; 0 on ranks without the model's end.
+        """
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        """Forward passes. Returns the sum of the losses; 0 where the model does not end here."""
+        """Run forward passes. Returns the sum of the losses; 0 on ranks without the model's end."""
 
     @abstractmethod
     def _sum_gradients(self) -> None:
-        """Add up what several ranks hold parts of, for what this rank updates."""
+        """Sum the gradients that several ranks hold parts of, for the weights that this rank updates."""
 
     @abstractmethod
     def _sum_of_squares(self, names: Iterable[str]) -> float:
-        """Over the gradients of what this rank updates."""
+        """The sum over the gradients that this rank updates with."""
 
     @abstractmethod
     def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
-        """Update number `optimizer_step` with the gradients times `coefficient`, on all ranks that keep the weights."""
+        """Apply update number `optimizer_step` with the gradients times `coefficient`, and share the new weights."""
 
     @abstractmethod
     def _gradients(self) -> dict[str, np.ndarray]:
-        """The whole gradients of the shards that this rank holds; they are the caller's."""
+        """The whole gradients of the shards that this rank holds. The caller may change them."""
 
     @abstractmethod
     def _watched_by(self, look: Callable[[str, T], None]) -> AbstractContextManager[None]:
-        """Inside, `look` is called with the global name of each module that has run forward, and its output."""
+        """Inside this context, `look` is called after each module's forward pass, with its global name and output."""
 
     @abstractmethod
     def _is_finite(self, tensor: T) -> bool: ...
@@ -320,4 +336,4 @@ class BaseEngine(ABC, Generic[T]):
 
     @abstractmethod
     def _peak_of_device(self) -> int:
-        """Bytes in use at the worst moment so far, on a device that is no CPU."""
+        """The most bytes in use so far, on a device other than a CPU."""

@@ -1,4 +1,4 @@
-"""The seam between the training loop and a framework: one optimizer step over a global batch, NumPy in and out.
+"""What the training loop and a framework agree on: one optimizer step over a global batch, NumPy in and out.
 
 A backend knows no files, schedules, logs or commands; the loop knows no devices, no tensors on them and no
 parallelism. `tandem.backends.torch` and `tandem.backends.mindspore` implement `Engine` under the same file and
@@ -23,21 +23,21 @@ from tandem.parallel.layout import Shard
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What a backend must know to build a model and its optimizer.
+    """What a backend needs to build a model and its optimizer.
 
     Attributes:
-        fp16: compute in float16 with fp32 master weights; the caller scales the loss.
-        bf16: compute in bfloat16 with fp32 master weights, where the device computes it natively; elsewhere the
-            engine computes in fp32 and says so in `notices`.
-        recompute_layers: how many of a rank's decoder layers, from the first, keep only their input in the forward
-            pass and are computed again in the backward pass.
+        fp16: compute in float16 with fp32 master weights. The caller scales the loss.
+        bf16: compute in bfloat16 with fp32 master weights, if the device has bfloat16. Otherwise the engine computes in
+            fp32, and says so in `notices`.
+        recompute_layers: how many of a rank's decoder layers, from the first, are computed again in the backward pass.
+            They keep only their input in the forward pass.
         training: allocate gradients and optimizer state.
         device: "cpu", "cuda", "npu"; None takes the best one present.
-        grid, rank: all processes of the job, and which of them this one is. With more than one, `connect` comes first.
-        sequence_parallel: between tensor ranks, split norms and residuals along the tokens.
-        use_distributed_optimizer: each data rank keeps the rows of masters and moments that `even_rows` gives it.
-        use_torch_fsdp2: a data rank keeps these rows of everything, weights and gradients, too, and has a layer's whole
-            weights only while it computes (PyTorch's `fully_shard`).
+        grid, rank: all processes of the job, and the number of this one. With several, call `connect` first.
+        sequence_parallel: split norms and residuals along the tokens, over tensor ranks.
+        use_distributed_optimizer: each data rank keeps only its rows (`even_rows`) of masters and moments.
+        use_torch_fsdp2: each data rank keeps only its rows of weights and gradients, too. A layer's weights are whole
+            only while it computes (PyTorch's `fully_shard`).
     """
 
     adam_beta1: float = 0.9
@@ -58,14 +58,14 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports, the same on every rank.
+    """The result of one optimizer step, the same on every rank.
 
     Attributes:
         loss: the weighted sum over the trained tokens of the whole global batch.
         grad_norm: global L2 norm of the gradients, before clipping.
-        trained_tokens: labels that counted, over the whole global batch.
-        applied: False when a number was not finite, or the loss 0 or above its limit: weights and optimizer state are
-            as before.
+        trained_tokens: how many labels of the whole global batch counted.
+        applied: False when a number was not finite, or the loss was 0 or above its limit. Weights and optimizer state
+            are then unchanged.
     """
 
     loss: float
@@ -82,23 +82,28 @@ class Engine(Protocol):
     """
 
     config: ModelConfig
-    notices: list[str]  # what the user should be told once, such as a fall-back
+    notices: list[str]  # messages for the user, such as a fall-back
     device_name: str  # as the framework calls it; "cpu"
     param_dtype: str  # dtype of the "model" kind, a key of tandem.checkpoints.interface.DTYPES
     optimizer_step: int  # updates applied so far (Adam's t)
 
     def load_weights(self, source: TensorSource) -> None:
-        """Take this rank's slice of every weight, and its masters, from the kinds that `kinds_to_load` names."""
+        """Load this rank's slice of every weight, and its masters, from the kinds that `kinds_to_load` names."""
         ...
 
     def load_optimizer(self, source: TensorSource, optimizer_step: int) -> None:
-        """Take this rank's share of Adam's moments."""
+        """Load this rank's share of Adam's moments."""
         ...
 
     def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
-        """Everything a checkpoint must hold of this rank, as (kind, which part of which tensor, host array): what
-        `saved_shards` lists, by rows where the settings shard that kind, "model" first. `first_rank` is the first that
-        writes to this rank's disk. An array is valid until the next one is asked for."""
+        """Everything that a checkpoint takes from this rank, as (kind, part of a tensor, host array), "model" first.
+
+        The parts are those of `saved_shards`, by rows where the settings shard that kind. An array is valid until the
+        next one is asked for.
+
+        Args:
+            first_rank: the first rank that writes to this rank's disk.
+        """
         ...
 
     def train_step(
@@ -110,53 +115,56 @@ class Engine(Protocol):
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
     ) -> StepResult:
-        """Forward and backward over all micro-batches, clip, AdamW; the update only when loss and norm are finite, and
-        the loss is above 0 and at most `loss_limit`.
+        """Forward and backward over all micro-batches, then clipping and AdamW.
 
-        The loss is the sum of weight * -log p(label) over the tokens of all ranks' micro-batches, so the split into
+        The update is applied only when loss and norm are finite, and the loss is above 0 and at most `loss_limit`.
+
+        The loss is the sum of weight * -log p(label) over the tokens of all ranks' micro-batches. So the split into
         micro-batches and over data ranks does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv
         1711.05101), bias corrected, no decay on 1-D tensors.
 
         Args:
-            weights: of the tokens of each micro-batch, float64 [t] (`tandem.training.objectives`). A token whose label
-                is IGNORE weighs nothing, whatever stands there.
-            loss_scale: the gradients of so many times the loss are computed, and divided by it before they are used.
+            weights: of the tokens of each micro-batch, float64 [t] (`tandem.training.objectives`). The weight of a
+                token whose label is IGNORE does not count.
+            loss_scale: the loss is multiplied by it for the backward pass, and the gradients are divided by it later.
 
         Raises:
-            ValueError: there is not one weight for each token.
+            ValueError: the number of weights is not the number of tokens.
         """
         ...
 
     def loss_and_gradients(
         self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """The loss, and the gradients that `train_step` would use, before clipping, of the shards that this rank
-        holds, by global name; changes no state."""
+        """The loss, and the gradients of this rank's shards by global name. Changes no state.
+
+        These are the gradients that `train_step` would use, before clipping.
+        """
         ...
 
     def first_bad_output(self, micro_batches: Sequence[MicroBatch]) -> str | None:
-        """The first module of this rank, by its global name, whose output in the forward pass is not finite."""
+        """The global name of the first module on this rank whose output in the forward pass is not finite; or None."""
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Sum of the losses of the trained tokens of all ranks' micro-batches, and their number. Data ranks may bring
-        different numbers of micro-batches."""
+        """The sum of the losses of all ranks' trained tokens, and the number of these tokens.
+
+        Data ranks may have different numbers of micro-batches.
+        """
         ...
 
     def peak_memory(self) -> int:
-        """Bytes of this rank's device that were in use at the worst moment so far; on CPU, of its process. Not
-        collective."""
+        """The most bytes in use so far on this rank's device; on CPU, in its process. Not collective."""
         ...
 
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
-        """Logits, fp32 [len(rows), vocabulary], of the given positions of the micro-batch (all when None). One
-        process only."""
+        """Logits, fp32 [len(rows), vocabulary], at positions `rows` (None: all) of the batch. One process only."""
         ...
 
 
 class Profiler(Protocol):
-    """The framework's profiler, running since it was made."""
+    """The framework's profiler. It runs from its creation on."""
 
     def stop(self) -> tuple[dict[str, float], str]:
-        """End it. Returns seconds by module, and where the framework's own trace lies."""
+        """Stop profiling. Returns seconds by module, and the path of the framework's trace."""
         ...

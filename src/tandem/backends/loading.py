@@ -1,4 +1,4 @@
-"""How engines take what they read: in blocks of fp32 rows, from several threads where the framework lets them."""
+"""Loading weights into engines: in blocks of fp32 rows, from several threads where the framework allows it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def load_each(load: Callable[[T], None], items: Iterable[T], readers: int) -> None:
-    """Call `load` with each item, from so many threads; the first failure is raised, and the rest left."""
+    """Call `load` with each item, from `readers` threads. The first failure is raised."""
     if readers == 1:
         for item in items:
             load(item)
@@ -26,10 +26,10 @@ def load_each(load: Callable[[T], None], items: Iterable[T], readers: int) -> No
 
 
 def stream_fp32(source: TensorSource, name: str, part: Part, kind: TensorKind) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of rows of a part, fp32, contiguous and writable, each with the number of its first row.
+    """Blocks of rows of a part: fp32, contiguous and writable, each with the number of its first row.
 
     Raises:
-        UserError: the source fails, or gives another shape.
+        UserError: the source fails, or yields another shape.
     """
     if 0 in part.shape:
         return

@@ -1,4 +1,4 @@
-"""What the passes of both frameworks share."""
+"""What the forward and backward passes of both frameworks share."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ class WeightedBatch(MicroBatch):
 
     @classmethod
     def of(cls, batch: MicroBatch, weights: np.ndarray) -> WeightedBatch:
-        """Raises ValueError when there is not one weight for each token."""
+        """Add weights to a batch. Raises ValueError unless there is one weight for each token."""
         if weights.shape != batch.labels.shape:
-            raise ValueError(f"weights {list(weights.shape)} of a micro-batch with labels {list(batch.labels.shape)}")
+            raise ValueError(
+                f"weights have shape {list(weights.shape)}; expected {list(batch.labels.shape)}, as labels"
+            )
         return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights)
 
 
 def follow(
     schedule: Iterable[Action], forward: Callable[[Action], tuple[float, T]], backward: Callable[[Action, T], None]
 ) -> float:
-    """Run the passes of a schedule, each backward pass with what its forward pass kept. Returns the sum of the losses
-    that forward passes give."""
+    """Run the passes of a schedule. A backward pass gets what its forward pass kept.
+
+    Returns the sum of the losses that the forward passes return.
+    """
     total = 0.0
     kept: dict[tuple[int, int], T] = {}
     for action in schedule:

@@ -1,1 +1,1 @@
-"""Bytes on disk: Hugging Face folders, Megatron `torch` checkpoints, native safetensors. NumPy only."""
+"""Weights on disk: Hugging Face folders, Megatron `torch` checkpoints, native safetensors. NumPy only."""

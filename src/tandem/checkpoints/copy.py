@@ -1,4 +1,4 @@
-"""`copy(source, sink)`: every conversion, export and re-sharding is this one act."""
+"""`copy(source, sink)`: every conversion, export and re-sharding is one such copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tandem.files.publish import final_place
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part
 
-AHEAD = 8  # blocks: enough to go on reading while a write waits for the disk
+AHEAD = 8  # blocks that may be read before they are written: reading goes on while a write waits for the disk
 
 # called after each block with the bytes read so far and in all
 Progress = Callable[[int, int], None]
@@ -26,10 +26,10 @@ Block = tuple[TensorKind, str, np.ndarray]
 def copy(
     source: TensorSource, sink: TensorSink, kinds: tuple[TensorKind, ...] = ("model",), progress: Progress | None = None
 ) -> None:
-    """Move every tensor of `kinds` from source to sink, in turn; the sink appears whole or not at all.
+    """Copy every tensor of `kinds` from source to sink, one after another. The sink appears whole or not at all.
 
     Raises:
-        UserError: a tensor holds NaN or infinity, or source or sink refuse it.
+        UserError: a tensor holds NaN or infinity, or the source or the sink fails.
     """
     table = tensor_table(source.config)
     total = sum(spec.numel * source.dtype(name, kind).itemsize for kind in kinds for name, spec in table.items())
@@ -43,9 +43,9 @@ def copy(
         sink.close()
     except OSError as error:
         sink.abort()
-        what = final_place(error.filename) if error.filename else "writing failed"
+        cause = final_place(error.filename) if error.filename else "writing failed"
         raise UserError(
-            f"from {source.location} to {final_place(sink.location)}: {what}: {error.strerror}; nothing of it was kept"
+            f"from {source.location} to {final_place(sink.location)}: {cause}: {error.strerror}; nothing was kept"
         ) from error
     except BaseException:
         sink.abort()
@@ -62,7 +62,7 @@ def _checked(source: TensorSource, items: Sequence[tuple[TensorKind, str]]) -> I
 
 
 def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Read and check blocks while those before them are being written."""
+    """Read and check blocks while earlier ones are written."""
     with ThreadPoolExecutor(1) as reader:
         ahead = deque(reader.submit(next, blocks, None) for _ in range(AHEAD))
         while block := ahead.popleft().result():

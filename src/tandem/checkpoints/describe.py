@@ -36,14 +36,14 @@ class Description:
     """What a checkpoint holds.
 
     Attributes:
-        iteration: name of its folder, `iter_0000001` or `release`; None where the format has no iterations.
-        others: further iterations beside it.
+        iteration: name of its folder, `iter_0000001` or `release`; None for a format without iterations.
+        others: names of the other iterations next to it.
         layout: None where files hold whole tensors.
-        optimizer: whether and where the optimizer's state is there, in words.
-        trainer_state: what a trainer stored beside the model.
+        optimizer: in words, whether the optimizer's state is there, and where.
+        trainer_state: names of what a trainer stored next to the model.
         files: weight files, relative to `folder`, with their sizes in bytes.
-        integrity: what was checked, in words.
-        digests: sha256 of each file, where it was read.
+        integrity: in words, what was checked.
+        digests: sha256 of each file that was read.
     """
 
     source: TensorSource
@@ -62,10 +62,10 @@ class Description:
 
 
 def describe(path: str | Path, iteration: int | None = None) -> Description:
-    """Open a checkpoint and say what it holds; headers and shapes are checked, tensors are not read.
+    """Open a checkpoint and describe what it holds. Headers and shapes are checked; tensors are not read.
 
     Raises:
-        UserError: it is none, or it is damaged.
+        UserError: the folder holds no checkpoint, or a damaged one.
     """
     source = open_source(path, iteration)
     folder, has_iterations = source.folder, source.format.has_iterations
@@ -87,7 +87,7 @@ def describe(path: str | Path, iteration: int | None = None) -> Description:
 
 
 def with_integrity(description: Description, progress: Progress | None = None) -> Description:
-    """The description of a checkpoint of which everything was read and checked.
+    """Read and check the whole checkpoint. Returns its description with the results.
 
     Raises:
         UserError: a tensor is damaged, or holds NaN or infinity.
@@ -114,14 +114,14 @@ def with_integrity(description: Description, progress: Progress | None = None) -
 
 
 def _contents(source: TensorSource) -> tuple[Content, ...]:
-    found: dict[tuple[TensorKind, str], list[int]] = defaultdict(list)
+    sizes_of: dict[tuple[TensorKind, str], list[int]] = defaultdict(list)
     table = tensor_table(source.config)
     for kind in source.kinds():
         for name, spec in table.items():
-            found[kind, dtype_name(source.dtype(name, kind))].append(spec.numel)
+            sizes_of[kind, dtype_name(source.dtype(name, kind))].append(spec.numel)
     return tuple(
         Content(kind, dtype, len(sizes), sum(sizes), sum(sizes) * source.dtype(next(iter(table)), kind).itemsize)
-        for (kind, dtype), sizes in found.items()
+        for (kind, dtype), sizes in sizes_of.items()
     )
 
 

@@ -27,10 +27,10 @@ def open_source(
     """Recognise what a folder holds, and open it.
 
     Args:
-        config, noop_layers, num_layer_list: what a Megatron `torch` checkpoint may leave unsaid.
+        config, noop_layers, num_layer_list: facts that a Megatron `torch` checkpoint may not record.
 
     Raises:
-        UserError: it is missing, is neither a Hugging Face folder nor a checkpoint, or contradicts what is said of it.
+        UserError: the folder is missing, is neither a Hugging Face folder nor a checkpoint, or contradicts these facts.
     """
     folder = Path(folder)
     recover(folder)
@@ -39,7 +39,7 @@ def open_source(
     if (folder / "config.json").exists():
         if iteration is not None:
             raise UserError(
-                f"{folder} is a Hugging Face folder, which has no iteration {iteration}: no --ckpt-step here"
+                f"{folder} is a Hugging Face folder, which has no iteration {iteration}: leave out --ckpt-step"
             )
         return HFSource(folder)
     return open_iteration(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
@@ -53,7 +53,7 @@ def open_iteration(
     noop_layers: tuple[int, ...] | None = None,
     num_layer_list: tuple[int, ...] | None = None,
 ) -> TensorSource:
-    """Open an iteration of a checkpoint folder, in whatever format; arguments and errors as in `open_source`."""
+    """Open an iteration of a checkpoint folder, in any format. Arguments and errors are as in `open_source`."""
     if is_megatron(folder, iteration):
         return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
     if not (find_iteration(folder, iteration) / INDEX).exists():

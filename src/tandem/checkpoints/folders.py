@@ -14,11 +14,16 @@ COMPANIONS = "hf"  # inside an iteration: config.json and tokenizer files
 
 
 def iteration_folder(folder: str | Path, iteration: int) -> Path:
+    """Where an iteration lies in a checkpoint folder.
+
+    >>> iteration_folder("ckpt", 10)
+    PosixPath('ckpt/iter_0000010')
+    """
     return Path(folder) / f"iter_{iteration:07d}"
 
 
 def iteration_of(folder: Path) -> int | None:
-    """The number of an iteration's folder; None for any other, such as `release`."""
+    """The number in the name of an iteration's folder; None for other folders, such as `release`."""
     prefix, _, number = folder.name.partition("_")
     return int(number) if prefix == "iter" and number.isdigit() else None
 
@@ -29,15 +34,17 @@ def rank_folder(layout: Layout, tensor_rank: int, pipeline_rank: int) -> str:
 
 
 def find_iteration(folder: str | Path, iteration: int | None = None) -> Path:
-    """The folder of `iteration`, or of the one that the tracker file names; whole, whatever was killed in it.
+    """The folder of `iteration`; for None, of the iteration that the tracker file names.
+
+    If a process was killed while it published the folder, that is finished first.
 
     Raises:
-        UserError: there is no tracker file, or it names neither a number nor "release".
+        UserError: there is no tracker file, or it holds neither a number nor "release".
     """
     recover(Path(folder))
-    found = _newest(folder) if iteration is None else iteration_folder(folder, iteration)
-    recover(found)
-    return found
+    chosen = _newest(folder) if iteration is None else iteration_folder(folder, iteration)
+    recover(chosen)
+    return chosen
 
 
 def _newest(folder: str | Path) -> Path:

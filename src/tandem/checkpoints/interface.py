@@ -1,7 +1,7 @@
-"""Sources yield global tensors, sinks take them; everything that moves weights is `copy(source, sink)`.
+"""Sources yield global tensors, and sinks take them. Everything that moves weights is `copy(source, sink)`.
 
-Names are the global Megatron-core names of `tandem.models.tensors`. A checkpoint can hold, for each of them,
-several kinds of tensor of the same shape: the weight itself and, for training, what the optimizer keeps.
+Names are the global Megatron-core names of `tandem.models.tensors`. For each name, a checkpoint can hold several kinds
+of tensor of the same shape: the weight itself and, for training, what the optimizer keeps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", **{na
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """The key of DTYPES for `dtype`; MindSpore registers a bfloat16 of its own, which counts as the same."""
+    """The key of DTYPES for `dtype`. MindSpore registers its own bfloat16, which counts as the same.
+
+    >>> dtype_name(np.dtype("<f4"))
+    'float32'
+    """
     if dtype.name in DTYPES:
         return dtype.name
     raise UserError(f"dtype {dtype} is not supported in checkpoints; supported: {', '.join(DTYPES)}")
@@ -43,8 +47,8 @@ def dtype_name(dtype: np.dtype) -> str:
 class Companions:
     """The small files that travel with weights: Hugging Face's config, and tokenizer and template files.
 
-    `hf_config` is the `config.json` that the model came from (None when it never had one); `files` are the other
-    files, to be copied as they are; `texts` are files to be written with that content instead, by name.
+    `hf_config` is the `config.json` that the model came from; None when there was none. `files` are the other files,
+    which are copied as they are. `texts` holds, by name, the content of files that are written instead.
     """
 
     hf_config: dict[str, Any] | None = None
@@ -59,14 +63,14 @@ class Companions:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What weights are stored as.
+    """A format in which weights are stored.
 
     Attributes:
         name: in words.
-        load_model_type: upstream's word for it, as `--load-model-type` takes it.
-        holder: what is stored so, in words.
-        has_iterations: a folder of it holds iterations, each in a folder of its own.
-        checksums: what reading all tensors proves, in words; None where nothing is recorded to compare with.
+        load_model_type: upstream's name for it, as `--load-model-type` takes it.
+        holder: in words, what is stored in this format.
+        has_iterations: a folder of this format holds iterations, each in a folder of its own.
+        checksums: in words, what reading all tensors proves; None where the format records no checksums.
     """
 
     name: str
@@ -95,14 +99,14 @@ RANDOM = Format(name="random weights", load_model_type="random", holder="nothing
 
 
 class TensorSource(Protocol):
-    """Somewhere to read global tensors from, one at a time. Sources inherit from it what they do not know better.
+    """Somewhere to read global tensors from, one at a time. Sources inherit its defaults, and override what differs.
 
     Attributes:
         location: where it is, for messages.
-        folder: where its files are; of an iteration, that one's own folder. None without files.
-        iteration: the number that `--ckpt-step` takes; None where there is none.
-        layout: how its files share the tensors out; None where they hold them whole.
-        hf_folder: a Hugging Face folder with these very tensors; None where there is none.
+        folder: the folder of its files; for an iteration, the iteration's folder. None without files.
+        iteration: the number that `--ckpt-step` takes; None without one.
+        layout: how tensors are split over its files; None where files hold whole tensors.
+        hf_folder: a Hugging Face folder with exactly these tensors; None without one.
     """
 
     config: ModelConfig
@@ -115,7 +119,7 @@ class TensorSource(Protocol):
     hf_folder: Path | None = None
 
     def document(self, name: str) -> str | None:
-        """A small text file that was stored with the tensors, such as a trainer's counters; None where it is not."""
+        """The text of a small file that was stored with the tensors, such as a trainer's counters; None without it."""
         return None
 
     def trainer_state(self) -> tuple[str, ...]:
@@ -127,11 +131,11 @@ class TensorSource(Protocol):
         return ()
 
     def earlier(self) -> TensorSource | None:
-        """The newest iteration before this one that can be opened; None where there is none."""
+        """The newest earlier iteration that can be opened; None without one."""
         return None
 
     def kinds(self) -> tuple[TensorKind, ...]:
-        """What is held for every tensor; always contains "model"."""
+        """The kinds that are held for every tensor; "model" is always one."""
         ...
 
     def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype: ...
@@ -140,12 +144,12 @@ class TensorSource(Protocol):
         """The whole global tensor.
 
         Raises:
-            UserError: it is missing, mis-shaped or damaged; the file and the tensor are named.
+            UserError: it is missing, has the wrong shape, or is damaged. The file and the tensor are named.
         """
         ...
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
-        """Part of a global tensor, without reading more of the others than the format makes necessary.
+        """Part of a global tensor. No more of the rest is read than the format makes necessary.
 
         Raises:
             UserError: as `read`.
@@ -153,10 +157,10 @@ class TensorSource(Protocol):
         ...
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
-        """The same in blocks of consecutive rows: small ones, or all at once, as the format is best read.
+        """The same part in blocks of consecutive rows. Their size is what suits the format, up to the whole part.
 
         Raises:
-            UserError: as `read`, perhaps after blocks of what is damaged.
+            UserError: as `read`. It may come after blocks that are damaged: a checksum is known only at the end.
         """
         ...
 
@@ -167,11 +171,11 @@ class TensorSink(Protocol):
     location: str
 
     def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
-        """The next rows of a global tensor: all of them, or block after block."""
+        """Take the next rows of a global tensor: all of them, or block after block."""
         ...
 
     def close(self) -> None:
-        """Make what was written visible, whole, under its final name.
+        """Make everything that was written visible under its final name.
 
         Raises:
             UserError: not every tensor of the table was written.
@@ -179,21 +183,21 @@ class TensorSink(Protocol):
         ...
 
     def abort(self) -> None:
-        """Remove what was written; nothing appears under the final name."""
+        """Remove everything that was written. Nothing appears under the final name."""
         ...
 
 
 class RowsWritten:
-    """How many rows a sink has of each tensor."""
+    """Counts how many rows of each tensor were written to a sink."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def add(self, name: str, rows: np.ndarray, shape: tuple[int, ...]) -> range:
-        """Which rows of a tensor of `shape` the next ones are.
+        """Count the next rows of a tensor of `shape`. Returns their row numbers.
 
         Raises:
-            UserError: they are not of its shape, or too many.
+            UserError: the rows do not fit the shape, or are too many.
         """
         first = self._counts.get(name, 0)
         last = self._counts[name] = first + len(rows)
@@ -203,10 +207,10 @@ class RowsWritten:
 
 
 def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[TensorKind, TensorKind]:
-    """What an engine that computes in `param_dtype` takes a weight from, and its fp32 master.
+    """The kinds from which an engine that computes in `param_dtype` takes a weight, and its fp32 master.
 
-    Masters say more than weights in a smaller dtype. But a weight in the very dtype is its master, rounded, and is then
-    taken as it is: without shared storage a machine may hold only some rows of the masters.
+    Masters are more exact than weights in a smaller dtype. But a weight that is stored in `param_dtype` equals its
+    rounded master, so it is taken as it is: without shared storage, a machine may hold only some rows of the masters.
     """
     if "master" not in source.kinds():
         return "model", "model"
@@ -214,14 +218,15 @@ def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[Te
     return ("model" if exact else "master"), "master"
 
 
-def check_shape(where: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if tuple(found) != tuple(expected):
-        raise UserError(f"{where}: tensor {name} has shape {list(found)}; the config implies {list(expected)}")
+def check_shape(where: str, name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise UserError, with both shapes, when they differ."""
+    if tuple(actual) != tuple(expected):
+        raise UserError(f"{where}: tensor {name} has shape {list(actual)}; the config implies {list(expected)}")
 
 
-def check_names(where: str, found: set[str], expected: set[str]) -> None:
-    """Raise UserError listing what is missing and what is left over."""
-    missing, extra = sorted(expected - found), sorted(found - expected)
+def check_names(where: str, actual: set[str], expected: set[str]) -> None:
+    """Raise UserError, with the names that are missing and those that are left over."""
+    missing, extra = sorted(expected - actual), sorted(actual - expected)
     if missing or extra:
         parts = [
             f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("left over", extra)) if names
@@ -229,7 +234,7 @@ def check_names(where: str, found: set[str], expected: set[str]) -> None:
         raise UserError(f"{where}: the tensors do not match the config. {'; '.join(parts)}")
 
 
-def check_recorded(field: str, given: Any, recorded: Any, where: str) -> None:
-    """Raise UserError, with both values, when what is said of a checkpoint contradicts what it records."""
-    if given is not None and given != recorded:
-        raise UserError(f"{field} {given} contradicts {where}, which records {recorded}")
+def check_recorded(field: str, value: Any, recorded: Any, where: str) -> None:
+    """Raise UserError, with both values, when a user's value contradicts what a checkpoint records."""
+    if value is not None and value != recorded:
+        raise UserError(f"{field} {value} contradicts {where}, which records {recorded}")

@@ -1,4 +1,4 @@
-"""What a fine-tuned checkpoint says of the template that it was trained on."""
+"""The template that a fine-tuned checkpoint was trained with, as the checkpoint records it."""
 
 from __future__ import annotations
 

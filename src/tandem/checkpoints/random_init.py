@@ -1,5 +1,7 @@
-"""Random weights as a source: each tensor depends only on the seed and its name, so every layout and both backends
-start from the same bits."""
+"""Random weights as a source.
+
+Each tensor depends only on the seed and its name, so every layout and both backends start from the same bits.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ from tandem.parallel.slices import Part, cut
 
 
 class RandomSource(TensorSource):
-    """Megatron's initialisation: normal(0, init_method_std); the projections that write to the residual stream
-    (`linear_proj`, `linear_fc2`) divided by sqrt(2 * num_layers); norms at one, biases at zero."""
+    """Megatron's initialisation: normal(0, init_method_std), norms at one, biases at zero.
+
+    The projections that write to the residual stream (`linear_proj`, `linear_fc2`) are divided by sqrt(2 * num_layers).
+    """
 
     format = RANDOM
 

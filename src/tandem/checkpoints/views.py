@@ -1,4 +1,4 @@
-"""Sources seen differently: in another dtype, or without their last layers."""
+"""Sources with changed weights: in another dtype, or without their last layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tandem.parallel.slices import Part
 
 
 class View(TensorSource):
-    """Answers as its source does, but for what a subclass changes. Its tensors are no longer those of the files."""
+    """A source that passes on another one, except what a subclass changes. Its tensors differ from those in files."""
 
     def __init__(self, source: TensorSource) -> None:
         self.config, self.companions, self.location = source.config, source.companions, source.location
@@ -87,7 +87,7 @@ class Cast(View):
     def _cast(self, name: str, tensor: np.ndarray) -> np.ndarray:
         if tensor.dtype.name == self._dtype.name:
             return tensor
-        with np.errstate(over="ignore"):  # found, and named, below
+        with np.errstate(over="ignore"):  # reported below, with the tensor's name
             cast = tensor.astype(self._dtype)
         if not is_finite(cast) and is_finite(tensor):
             raise UserError(
@@ -98,7 +98,7 @@ class Cast(View):
 
 
 class FirstLayers(View):
-    """A source's model cut off after its first layers, for debugging."""
+    """The model of a source, with its first layers only, for debugging."""
 
     def __init__(self, source: TensorSource, num_layers: int) -> None:
         super().__init__(source)

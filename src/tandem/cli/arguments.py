@@ -1,6 +1,6 @@
-"""A command line into a dataclass of options, and the options' help.
+"""Reads a command line into a dataclass of options, and prints help.
 
-Words may come in any order; everything that is wrong with a line is told at once.
+Words may come in any order. One error lists everything that is wrong with a command line.
 """
 
 from __future__ import annotations
@@ -33,29 +33,30 @@ def parse(
     positionals: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> T:
-    """The options that a command line gives; `--help` prints them and ends the program.
+    """The options in a command line. `--help` prints the options and ends the program.
 
     Args:
-        first: options that `--help` lists; `--help-all` lists all. None named: both list all.
-        groups: the groups of options that matter to the command, which help lists; default: all.
-        positionals: options that words without a flag give, in order, and how help calls them; default: those that are
-            declared so.
-        values: of another origin, which flags replace.
+        kind: the dataclass of options.
+        first: options that `--help` lists; `--help-all` lists all. When empty, both list all.
+        groups: the groups of options that help lists; default: all groups.
+        positionals: options that are given without a flag, in order, with their names in help; default: the options
+            that are declared so.
+        values: values from elsewhere, such as a YAML file. Flags replace them.
 
     Raises:
-        UserError: unknown flags, values of another type, missing options: all of them are named.
+        UserError: lists all unknown flags, all values of the wrong type, and all missing options.
     """
     options = options_of(kind)
-    free = positionals or {name: option.positional for name, option in options.items() if option.positional}
+    titles = positionals or {name: option.positional for name, option in options.items() if option.positional}
     if any(word in (*HELP, HELP_ALL) for word in argv):
-        print(help_text(kind, command, description, free, () if HELP_ALL in argv else first, groups, values))
+        print(help_text(kind, command, description, titles, () if HELP_ALL in argv else first, groups, values))
         sys.exit(0)
-    given, problems = _given(options, argv, free)
+    given, problems = _given(options, argv, titles)
 
     def describe(name: str, value: Any) -> str:
         words = value if isinstance(value, list) else [value]
-        called = free.get(name, flag_of(name))
-        return " ".join([called, *(str(word) for word in words if word is not None)])
+        title = titles.get(name, flag_of(name))
+        return " ".join([title, *(str(word) for word in words if word is not None)])
 
     try:
         built = build(kind, {**(values or {}), **given}, describe)
@@ -68,18 +69,18 @@ def parse(
 def _given(
     options: Mapping[str, Option], argv: Sequence[str], positionals: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The values that were typed, by name, and what is wrong with the line."""
-    flagged = [option for option in options.values() if option.has_flag]
-    flags = {flag: option for option in flagged for flag in (option.flag, *option.aliases)}
-    left, free = list(argv), list[str]()
+    """The typed values by name of the option, and what is wrong with the command line."""
+    with_flag = [option for option in options.values() if option.has_flag]
+    flags = {flag: option for option in with_flag for flag in (option.flag, *option.aliases)}
+    words_left, free = list(argv), list[str]()
     given: dict[str, Any] = {}
     unknown, problems = list[str](), list[str]()
-    while left:
-        word = left.pop(0)
+    while words_left:
+        word = words_left.pop(0)
         flag, equals, value = _hyphened(word).partition("=")
         option = flags.get(flag)
         if word == "--":
-            free += left
+            free += words_left
             break
         if option is None:
             if word.startswith("--"):
@@ -87,7 +88,7 @@ def _given(
             else:
                 free.append(word)
             continue
-        words = [value] if equals else _taken(left, option.takes)
+        words = [value] if equals else _take_values(words_left, option.takes)
         if option.takes == 0 and not equals:
             given[option.name] = True
         elif not words or (option.takes == 0 and equals):
@@ -99,31 +100,31 @@ def _given(
     return given, [*unknown, *problems]
 
 
-def _taken(words: list[str], count: int | None) -> list[str]:
-    """The first words, at most `count`, that are no flags; they are taken off the list."""
-    taken: list[str] = []
-    while words and not words[0].startswith("--") and (count is None or len(taken) < count):
-        taken.append(words.pop(0))
-    return taken
+def _take_values(words: list[str], count: int | None) -> list[str]:
+    """Remove the words before the next flag from the list, at most `count`, and return them."""
+    values: list[str] = []
+    while words and not words[0].startswith("--") and (count is None or len(values) < count):
+        values.append(words.pop(0))
+    return values
 
 
 def _take_positionals(
     options: Mapping[str, Option], positionals: Mapping[str, str], words: Sequence[str], given: dict[str, Any]
 ) -> list[str]:
-    """Put the words without a flag into their options, in order; returns what is wrong."""
-    left, problems = list(words), []
-    for name, called in positionals.items():
-        taken = left if options[name].takes is None else left[:1]
-        if taken and name in given:
-            problems.append(f"{called} {' '.join(taken)} and {flag_of(name)}: give one of them")
-        elif taken:
-            given[name] = list(taken) if options[name].takes is None else taken[0]
-        left = left[len(taken) :]
-    return [*problems, *(f"{word}: expected a flag" for word in left)]
+    """Add the words without a flag to `given`, in order of the options. Returns what is wrong."""
+    words_left, problems = list(words), []
+    for name, title in positionals.items():
+        values = words_left if options[name].takes is None else words_left[:1]
+        if values and name in given:
+            problems.append(f"{title} {' '.join(values)} and {flag_of(name)}: give one of them")
+        elif values:
+            given[name] = list(values) if options[name].takes is None else values[0]
+        words_left = words_left[len(values) :]
+    return [*problems, *(f"{word}: expected a flag" for word in words_left)]
 
 
 def _hyphened(word: str) -> str:
-    """A flag with hyphens, as it is declared: `--train_iters=3` is `--train-iters=3`."""
+    """A flag with hyphens instead of underscores: `--train-iters=3` for `--train_iters=3`."""
     flag, equals, value = word.partition("=")
     return f"{flag.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
 
@@ -137,10 +138,10 @@ def help_text(
     groups: Collection[str] | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> str:
-    """What `--help` prints: the options named `first`, or all of them, group by group."""
-    changed = values or {}
+    """The text of `--help`: the options in `first`, or all options by group."""
+    defaults = values or {}
     options = {
-        name: dataclasses.replace(option, default=changed.get(name, option.default))
+        name: dataclasses.replace(option, default=defaults.get(name, option.default))
         for name, option in options_of(kind).items()
     }
     width = min(MOST_WIDTH, shutil.get_terminal_size().columns)
@@ -166,9 +167,9 @@ def _title(kind: type, group: str) -> str:
 
 
 def _entry(option: Option, width: int, brief: bool = False) -> list[str]:
-    """An option's lines; `brief`: only the first sentence of its text."""
+    """The help lines of one option. With `brief`, only the first sentence of its text."""
     head = option.positional or " ".join([option.flag, option.metavar]).strip()
-    if len(head) > 3 * INDENT:  # long choices stand in the text's place
+    if len(head) > 3 * INDENT:  # a long list of choices is left out
         head = option.flag
     text = option.help.partition(". ")[0].rstrip(".") if brief else option.help
     others = [*option.aliases, *([option.flag] if option.positional and option.has_flag else [])]

@@ -1,4 +1,4 @@
-"""`tandem convert`: weights between Hugging Face and Megatron-core layouts."""
+"""`tandem convert`: convert weights between Hugging Face and Megatron-core layouts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tandem.conversion.options import ConvertOptions
 from tandem.conversion.run import run_conversion
 
 DESCRIPTION = (
-    "Convert weights: Hugging Face -> Megatron-core layout for any TP and PP, back, and from one layout to another. "
-    "The training commands load any layout, so one conversion serves all of them."
+    "Convert weights from Hugging Face to Megatron-core layout, back, or between layouts, for any TP and PP. "
+    "Training can load any layout, so one conversion is enough."
 )
 FIRST = (
     *("load_dir", "save_dir", "load_model_type", "save_model_type"),
@@ -25,8 +25,8 @@ FIRST = (
 def run(argv: Sequence[str]) -> None:
     rest, notices = split_ignored(argv, CONVERT_IGNORED)
     options = parse(ConvertOptions, "convert", DESCRIPTION, rest, first=FIRST)
-    if idle := options.without_effect():
-        notices.append(f"accepted, without effect for this target: {' '.join(idle)}")
+    if flags := options.without_effect():
+        notices.append(f"accepted, without effect for this target: {' '.join(flags)}")
     for notice in notices:
         print(f"> {notice}")
     with byte_progress("converting") as progress:

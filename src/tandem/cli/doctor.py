@@ -15,12 +15,12 @@ from tandem.errors import UserError
 from tandem.options import Options
 
 DESCRIPTION = "Show versions and devices, what is missing and how to install it. Fails when no run could start."
-WIDTH = 140  # of the table where there is no terminal
+WIDTH = 140  # columns of the table when the output is not a terminal
 
 
 @dataclass(frozen=True)
 class Flags(Options):
-    """There are no options."""
+    """`tandem doctor` has no options."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -28,8 +28,8 @@ def run(argv: Sequence[str]) -> None:
     diagnosis = examine()
     table = Table(show_header=False, box=None, padding=(0, 2))
     for finding in diagnosis.findings:
-        mark = Text("!", style="yellow") if finding.mend else Text("✓", style="green")
-        table.add_row(mark, Text(finding.what), Text(finding.found), Text(finding.mend))
+        mark = Text("!", style="yellow") if finding.remedy else Text("✓", style="green")
+        table.add_row(mark, Text(finding.subject), Text(finding.state), Text(finding.remedy))
     Console(width=None if Console().is_terminal else WIDTH).print(table)
     if diagnosis.blockers:
         raise UserError("no run could start here:\n  " + "\n  ".join(diagnosis.blockers))

@@ -14,17 +14,17 @@ from tandem.training.evaluate import Result, evaluate_weights
 from tandem.training.evaluation import Evaluation
 
 DESCRIPTION = (
-    "Loss, perplexity and tokens of a checkpoint or a Hugging Face "
-    "folder on data that `tandem preprocess` made. DATA is PREFIX, or NAME=PREFIX for several sets. Whole sets are "
-    "taken; --eval-iters takes less. A FILE.jsonl in place of a PREFIX holds a question per line, {context, choices, "
-    "answer}, and its accuracy is found. Runs at any layout with --nproc-per-node, or under torchrun or msrun."
+    "Measure the loss and perplexity of a checkpoint or a Hugging Face folder. DATA is the PREFIX of data that "
+    "`tandem preprocess` made, or NAME=PREFIX for each of several sets. Whole sets are used, or less with "
+    "--eval-iters. DATA can also be a FILE.jsonl with a question {context, choices, answer} on each line; the result "
+    "is then the accuracy. Several processes: --nproc-per-node, or torchrun or msrun."
 )
 FIRST = (
     *("seq_length", "eval_iters", "tokenizer_name_or_path", "prompt_type", "ckpt_step", "micro_batch_size"),
     *("ai_framework", "device", "bf16", "tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
 )
 GROUPS = ("model", "parallel", "data", "training", "checkpoint", "launch")
-WIDTH = 100  # of the table where there is no terminal
+WIDTH = 100  # columns of a table when the output is not a terminal
 
 
 def run(argv: Sequence[str]) -> int:
@@ -37,23 +37,23 @@ def run(argv: Sequence[str]) -> int:
     )
     if (code := run_as_processes("evaluate", argv, settings.launch, settings.training.ai_framework)) is not None:
         return code
-    found, more = evaluate_weights(settings)
+    results, more_notices = evaluate_weights(settings)
     if World.from_environment().rank == 0:
-        for notice in [*notices, *more]:
+        for notice in [*notices, *more_notices]:
             print(f"> {notice}")
-        print_tables(found)
+        print_tables(results)
     return 0
 
 
-def print_tables(found: dict[str, Result]) -> None:
-    """A table of losses, and one of answers; those without a row are left out."""
+def print_tables(results: dict[str, Result]) -> None:
+    """Print a table of losses and a table of answers. An empty table is left out."""
     losses, answers = [], []
-    for name, of in found.items():
-        if isinstance(of, Evaluation):
-            losses.append([name, f"{of.loss:.6f}", f"{of.perplexity:.4f}", f"{of.tokens:,}"])
+    for name, result in results.items():
+        if isinstance(result, Evaluation):
+            losses.append([name, f"{result.loss:.6f}", f"{result.perplexity:.4f}", f"{result.tokens:,}"])
         else:
-            shares = [f"{of.accuracy:.4f}", f"{of.accuracy_per_character:.4f}", f"{of.log_likelihood:.6f}"]
-            answers.append([name, *shares, f"{of.questions:,}"])
+            accuracies = [f"{result.accuracy:.4f}", f"{result.accuracy_per_character:.4f}"]
+            answers.append([name, *accuracies, f"{result.log_likelihood:.6f}", f"{result.questions:,}"])
     _print_table(("set", "loss", "perplexity", "tokens"), losses)
     _print_table(("questions", "accuracy", "per character", "log-likelihood", "number"), answers)
 

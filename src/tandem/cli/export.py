@@ -1,4 +1,4 @@
-"""`tandem export`: a trained checkpoint as a Hugging Face folder."""
+"""`tandem export`: write a trained checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tandem.cli.progress import byte_progress
 from tandem.conversion.options import ExportOptions
 from tandem.conversion.run import run_export
 
-DESCRIPTION = "Write any checkpoint, of any layout, as a Hugging Face folder that AutoModelForCausalLM loads."
+DESCRIPTION = "Write a checkpoint of any layout as a Hugging Face folder. AutoModelForCausalLM can load it."
 
 
 def run(argv: Sequence[str]) -> None:

@@ -9,22 +9,13 @@ from tandem.cli.processes import run_training
 from tandem.cli.settings import parse_settings
 
 DESCRIPTION = (
-    "Train on instruction data made by `tandem preprocess`; only answers are trained. "
-    "--config FILE.yaml gives settings; flags override it."
+    "Train on instruction data made by `tandem preprocess`. The loss counts only the answers. "
+    "--config FILE.yaml reads settings from a file; flags override the file."
 )
 FIRST = (
     *("load", "save", "data_path", "tokenizer_name_or_path", "seq_length", "micro_batch_size", "global_batch_size"),
-    *(
-        "train_iters",
-        "lr",
-        "save_interval",
-        "ai_framework",
-        "nproc_per_node",
-        "bf16",
-        "prompt_type",
-        "pack",
-        "finetune",
-    ),
+    *("train_iters", "lr", "save_interval", "ai_framework", "nproc_per_node", "bf16", "prompt_type", "pack"),
+    "finetune",
 )
 
 

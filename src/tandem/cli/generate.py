@@ -14,8 +14,8 @@ from tandem.inference.sampling import Sampling
 from tandem.options import Options
 
 DESCRIPTION = (
-    "Ask a model: a Hugging Face folder or a checkpoint of any layout. The prompt is rendered with the template that "
-    "the model was fine-tuned on, or with the tokenizer's own chat template; --raw continues plain text."
+    "Ask a model: a Hugging Face folder or a checkpoint of any layout. Prompts get the chat template that the model "
+    "was fine-tuned with, or the tokenizer's chat template. --raw continues plain text."
 )
 
 

@@ -1,4 +1,4 @@
-"""`tandem inspect checkpoint PATH`: show what is in a folder. `tandem inspect data PREFIX` is in `inspect_data`."""
+"""`tandem inspect checkpoint PATH`: show what a folder contains. `tandem inspect data PREFIX` is in `inspect_data`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tandem.errors import UserError, nearest
 from tandem.models.tensors import parameter_count
 from tandem.options import Options, PathText, positional
 
-DESCRIPTION = "Show what a Hugging Face folder or a checkpoint of any format holds, and whether it is undamaged."
+DESCRIPTION = "Show the contents of a Hugging Face folder or of a checkpoint of any format, and check for damage."
 SUBJECTS = ("checkpoint", "data")
-PLAIN_WIDTH = 140  # columns where the output is no terminal
+PLAIN_WIDTH = 140  # columns when the output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class InspectOptions(Options):
     """Hugging Face folder or checkpoint folder."""
     _: KW_ONLY
     ckpt_step: int | None = None
-    """Iteration; default: the newest."""
+    """Iteration to show; default: the newest."""
     quick: bool = False
-    """Check headers and shapes only; read no tensor."""
+    """Check only headers and shapes. Do not read tensors."""
 
 
 def run(argv: Sequence[str]) -> None:
     subject = argv[0] if argv else ""
     if subject not in SUBJECTS and subject not in ("-h", "--help"):
         raise UserError(
-            f"inspect {subject}: expected: inspect checkpoint PATH, or inspect data PREFIX"
+            f"inspect {subject}: expected inspect checkpoint PATH, or inspect data PREFIX"
             f"{nearest(subject, list(SUBJECTS))}"
         )
     if subject == "data":
@@ -75,7 +75,7 @@ def overview(description: Description) -> Table:
         table.add_row("layout", ", ".join(f"{name} {value}" for name, value in vars(layout).items() if value))
     table.add_row("optimizer", description.optimizer)
     if description.trainer_state:
-        table.add_row("beside it", ", ".join(description.trainer_state))
+        table.add_row("other files", ", ".join(description.trainer_state))
     table.add_row("integrity", description.integrity)
     return table
 

@@ -1,4 +1,4 @@
-"""`tandem inspect data PREFIX`: what a preprocessed dataset holds, and some of its samples as text."""
+"""`tandem inspect data PREFIX`: show what a preprocessed dataset contains, and some samples as text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tandem.options import Options, PathText, positional
 from tandem.report.data_page import write_page
 from tandem.report.page_file import check_page
 
-DESCRIPTION = "Show what preprocessed data hold: counts, lengths, and samples in which trained text is green."
-PLAIN_WIDTH = 140  # columns where the output is no terminal
+DESCRIPTION = "Show what preprocessed data contain: counts, lengths, and samples, with trained text in green."
+PLAIN_WIDTH = 140  # columns when the output is not a terminal
 BAR_WIDTH = 40
 
 
@@ -29,14 +29,14 @@ class InspectDataOptions(Options):
     """Options of `tandem inspect data`."""
 
     prefix: PathText = field(metadata=positional("PREFIX"))
-    """The data path: PREFIX_text_document, or the output prefix of instruction data."""
+    """The prefix of the data: PREFIX_text_document, or the output prefix of instruction data."""
     _: KW_ONLY
     tokenizer_name_or_path: PathText | None = None
-    """Folder of the tokenizer; default: the one that the data's record names."""
+    """Folder of the tokenizer; default: the one in the record next to the data."""
     show: int = 3
-    """How many samples to print."""
+    """Number of samples to print."""
     html: PathText | None = None
-    """Write all this as one HTML page to a file."""
+    """Also write an HTML page to this file."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ def overview(prefix: str, statistics: Statistics) -> Table:
 
 
 def show_samples(console: Console, view: DataView, tokenizer: Tokenizer, count: int) -> None:
-    """Print the first samples. Trained text is green, and set in [[ ]] where there are no colours."""
+    """Print the first samples. Trained text is green, or in [[ ]] when there are no colours."""
     coloured = console.color_system is not None
     for index in range(min(count, len(view))):
         text = Text()
@@ -90,16 +90,17 @@ def show_samples(console: Console, view: DataView, tokenizer: Tokenizer, count: 
 def _tokenizer(options: InspectDataOptions) -> Tokenizer:
     if options.tokenizer_name_or_path:
         return Tokenizer(options.tokenizer_name_or_path)
-    found = read_record(options.prefix)
-    if found is None:
+    path_and_record = read_record(options.prefix)
+    if path_and_record is None:
         raise UserError(
-            f"{options.prefix}: no record beside the data names its tokenizer; give "
+            f"{options.prefix}: there is no record next to the data that names the tokenizer; give "
             f"--tokenizer-name-or-path, or --show 0"
         )
-    path, record = found
+    path, record = path_and_record
     tokenizer = Tokenizer(record["options"]["tokenizer_name_or_path"])
     if tokenizer.sha256 != record["tokenizer"]["sha256"]:
         raise UserError(
-            f"{path}: {tokenizer.folder} is no longer the tokenizer that made these data; name the right one"
+            f"{path}: {tokenizer.folder} is not the tokenizer that made these data; give the right one with "
+            f"--tokenizer-name-or-path"
         )
     return tokenizer

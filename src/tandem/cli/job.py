@@ -1,4 +1,4 @@
-"""A training as many processes, for a program that waits for its result."""
+"""Trains with several processes, for a Python program that waits for the result."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ USER_ERROR, STOPPED = 2, 75  # exit codes of the command line
 
 
 def train_as_processes(settings: Settings, write: Callable[[str], None]) -> TrainingResult | None:
-    """Train as the processes that `nproc_per_node` asks for; None when this process is to train.
+    """Train with the processes that `nproc_per_node` asks for. Returns None when this process must train.
 
     Args:
-        write: takes the lines that the first rank writes.
+        write: called with each line that the first rank writes.
 
     Raises:
-        UserError: a rank refused its input, or there is no `save`, where the steps are found afterwards.
-        RunStopped: a signal ended the job, after it saved.
+        UserError: a rank refused its input, or `save` is missing. The result is read from that folder.
+        RunStopped: a signal stopped the job, and it saved a checkpoint.
         RuntimeError: a rank failed in another way.
     """
     machines = machines_of(settings.launch)
@@ -34,7 +34,7 @@ def train_as_processes(settings: Settings, write: Callable[[str], None]) -> Trai
     save = settings.checkpoint.save
     if save is None:
         raise UserError(
-            f"--nproc-per-node {machines.nproc_per_node}: give --save, where the steps are found afterwards"
+            f"--nproc-per-node {machines.nproc_per_node}: give --save, the folder from which the result is read"
         )
     command = "finetune" if settings.data.is_instruction_dataset else "pretrain"
     with tempfile.TemporaryDirectory(prefix="tandem-settings-") as folder:
@@ -52,13 +52,13 @@ def train_as_processes(settings: Settings, write: Callable[[str], None]) -> Trai
         raise RunStopped(end.text)
     if end.code:
         raise RuntimeError(f"the job ended with code {end.code}: {end.text}")
-    begun_at = read_starts(save)[-1]["iteration"]
-    steps = [step for step in read_metrics(Path(save) / METRICS_FILE) if step["iteration"] > begun_at]
-    return TrainingResult(steps[-1]["iteration"] if steps else begun_at, tuple(steps), Path(save))
+    first = read_starts(save)[-1]["iteration"]
+    steps = [step for step in read_metrics(Path(save) / METRICS_FILE) if step["iteration"] > first]
+    return TrainingResult(steps[-1]["iteration"] if steps else first, tuple(steps), Path(save))
 
 
 class _Lines:
-    """Pieces of text as whole lines."""
+    """Collects pieces of text and writes whole lines."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write, self._rest = write, ""

@@ -21,15 +21,15 @@ from tandem.planning.speed import ASSUMPTIONS, Speed, bubble_share
 from tandem.planning.traffic import Traffic
 
 DESCRIPTION = (
-    "Plan a run before a device is there: per-rank memory, communication, and an estimated step time of one layout; "
-    "or, with --devices N, the layouts that fit N devices, fastest first."
+    "Plan a run without a device. Shows the memory of each rank, the communication, and an estimated step time of a "
+    "layout. With --devices N, shows the layouts that fit N devices, fastest first."
 )
-PLAIN_WIDTH = 140  # columns where the output is no terminal
+PLAIN_WIDTH = 140  # columns when the output is not a terminal
 PLAN_COLUMNS = (
     *("TP", "PP", "layers/chunk", "DP", "FSDP2", "micro-batch", "recompute"),
     *("peak GiB", "step s", "tokens/s", "MFU"),
 )
-SHOWN = 10  # plans, and sizes of one rejection
+SHOWN = 10  # most plans, and most sizes in one row of rejections
 
 
 FIRST = (
@@ -102,9 +102,9 @@ def memory_table(memories: Sequence[StageMemory]) -> Table:
     for stage, memory in enumerate(memories):
         sizes = (getattr(memory, name) for name in columns[2:])
         table.add_row(str(stage), str(memory.layers), f"{memory.parameters / 1e6:,.1f}", *map(gib, sizes))
-    table.caption = "logits and workspace are not there together; the larger counts"
+    table.caption = "logits and workspace are not needed at the same time; only the larger one counts"
     if any(memory.gathered_at_peak for memory in memories):
-        table.caption += "\ngathered: what whole weights and gradients beside the rank's rows add to the peak"
+        table.caption += "\ngathered: what whole weights and gradients add to the peak, besides the rank's own rows"
     return table
 
 
@@ -124,11 +124,11 @@ def speed_table(speed: Speed) -> Table:
     return table
 
 
-def show_suggestions(console: Console, options: PlanOptions, found: Suggestions) -> None:
-    """Raises UserError when nothing fits."""
+def show_suggestions(console: Console, options: PlanOptions, suggestions: Suggestions) -> None:
+    """Raises UserError when no layout fits."""
     assert options.devices is not None
-    plans, rejected = found.plans, found.rejected
-    console.print(headline(options, found.job, options.devices))
+    plans, rejected = suggestions.plans, suggestions.rejected
+    console.print(headline(options, suggestions.job, options.devices))
     if plans:
         console.print(plans_table(plans[:SHOWN]))
         console.print(f"The first one: {command(options, plans[0].job)}\n", soft_wrap=True)
@@ -168,7 +168,7 @@ def rejected_table(rejected: dict[str, list[tuple[int, int]]]) -> Table:
 
 
 def command(options: PlanOptions, job: Job) -> str:
-    """The command that shows one suggestion in full."""
+    """The command that shows one suggested layout in full."""
     words = ["tandem plan", options.model, "--hardware", options.hardware]
     values = {
         "tensor-model-parallel-size": job.tensor_size,
@@ -194,7 +194,7 @@ def command(options: PlanOptions, job: Job) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, three digits at least."""
+    """Bytes in GiB, with at least three digits."""
     value = size / GIB
     return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 

@@ -1,4 +1,4 @@
-"""`tandem preprocess`: text or instruction data into .bin/.idx files."""
+"""`tandem preprocess`: turn text or instruction data into .bin/.idx files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tandem.report.page_file import check_page
 
 DESCRIPTION = (
     "Turn text into PREFIX_text_document.bin/.idx, or instruction data into "
-    "PREFIX_packed_{input_ids,attention_mask,labels}_document.bin/.idx, as Megatron-LM and MindSpeed-LLM read them."
+    "PREFIX_packed_{input_ids,attention_mask,labels}_document.bin/.idx. Megatron-LM and MindSpeed-LLM read the same "
+    "files."
 )
 MERGE_DESCRIPTION = "Merge .bin/.idx files that were preprocessed in parts."
 
@@ -34,13 +35,13 @@ FIRST = (
 
 @dataclass(frozen=True)
 class PreprocessFlags(PreprocessOptions):
-    """The options of preprocessing, and what is shown of the result."""
+    """The options of preprocessing, and what to show of the result."""
 
     _: KW_ONLY
     show: int = 0
-    """Print so many samples of the result as text, with what is trained marked."""
+    """Print this many samples of the result as text, with the trained text marked."""
     html: PathText | None = None
-    """Write counts and the samples of --show as one HTML page to a file."""
+    """Write an HTML page with counts and the samples of --show to this file."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -72,8 +73,8 @@ def run(argv: Sequence[str]) -> None:
     )
     if summary.trimmed_prompts:
         print(
-            f"> {summary.trimmed_prompts:,} of the trimmed lost a part of a prompt, which the answer may be about; "
-            f"--over-long drop leaves out what would have to be cut"
+            f"> {summary.trimmed_prompts:,} of the trimmed lost a part of a prompt, which their answers may need; "
+            f"--over-long drop leaves out all that are too long"
         )
     print(
         f"{summary.sequences:,} sequences, {summary.tokens:,} tokens, {summary.trained_tokens:,} of them trained; "
@@ -91,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
 
 def show(flags: PreprocessFlags, view: DataView, tokenizer: Tokenizer) -> None:
     from tandem.cli.inspect_data import make_console, overview, show_samples
-    from tandem.report.data_page import write_page  # here: both load `rich`, which takes a while
+    from tandem.report.data_page import write_page  # imported late: both load `rich`, which takes a while
 
     console = make_console()
     console.print(overview(view.data_path, view.statistics()))
@@ -106,9 +107,10 @@ def run_merge(argv: Sequence[str]) -> None:
     prefixes = merge_groups(flags.input, flags.merge_group_keys, flags.output_prefix)
     for prefix in prefixes:
         print(f"wrote {prefix}.bin and .idx")
-    found = read_record(prefixes[0])
+    path_and_record = read_record(prefixes[0])
     print(
-        f"wrote {found[0]}"
-        if found
-        else "no record: not all parts have one, not all of their files are merged, or a key does not end in _document"
+        f"wrote {path_and_record[0]}"
+        if path_and_record
+        else "wrote no record: a part has none, not all files of the parts are merged, or a key does not end in "
+        "_document"
     )

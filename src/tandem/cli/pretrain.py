@@ -8,7 +8,10 @@ from tandem.cli.processes import run_training
 from tandem.cli.settings import parse_settings
 from tandem.errors import UserError
 
-DESCRIPTION = "Train on text files made by `tandem preprocess`. --config FILE.yaml gives settings; flags override it."
+DESCRIPTION = (
+    "Train on text data made by `tandem preprocess`. "
+    "--config FILE.yaml reads settings from a file; flags override the file."
+)
 FIRST = (
     *("load", "save", "data_path", "tokenizer_name_or_path", "seq_length", "micro_batch_size", "global_batch_size"),
     *("train_iters", "lr", "save_interval", "ai_framework", "nproc_per_node", "bf16"),

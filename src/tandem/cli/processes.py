@@ -1,4 +1,4 @@
-"""One command as many processes: `--nproc-per-node`."""
+"""Runs one command as several processes: `--nproc-per-node`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tandem.launch.world import World
 
 
 def run_training(command: str, argv: Sequence[str], settings: Settings, notices: Sequence[str]) -> int:
-    """Train as the processes that the settings ask for, or only check with `--dry-run`; returns the exit code."""
-    asked, framework = settings.launch, settings.training.ai_framework
-    if not asked.dry_run and (code := run_as_processes(command, argv, asked, framework)) is not None:
+    """Train with the processes that the settings ask for, or only check with `--dry-run`. Returns the exit code."""
+    options, framework = settings.launch, settings.training.ai_framework
+    if not options.dry_run and (code := run_as_processes(command, argv, options, framework)) is not None:
         return code
     if World.from_environment().rank == 0:
         for notice in notices:
             print(f"> {notice}")
-    if asked.dry_run:
-        from tandem.training.start.dry_run import dry_run  # a mistake in the command is told before these are loaded
+    if options.dry_run:
+        from tandem.training.start.dry_run import dry_run  # imported late: a wrong command fails before this loads
 
-        dry_run(settings, processes_of(asked))
+        dry_run(settings, processes_of(options))
     else:
         from tandem.training.run import train
 
@@ -35,10 +35,10 @@ def run_training(command: str, argv: Sequence[str], settings: Settings, notices:
 
 
 def run_as_processes(command: str, argv: Sequence[str], settings: LaunchSettings, ai_framework: str) -> int | None:
-    """Run `tandem COMMAND ARGV` as the processes that the settings ask for, and wait for them.
+    """Run `tandem COMMAND ARGV` with the processes that the settings ask for, and wait for them.
 
     Returns:
-        The job's exit code; None when this process is to do the work itself, alone or as one of a job.
+        The exit code of the job. None when this process must do the work, alone or as one process of a job.
     """
     end = start_processes([command, *argv], settings, ai_framework)
     if end is None:
@@ -51,13 +51,13 @@ def run_as_processes(command: str, argv: Sequence[str], settings: LaunchSettings
 def start_processes(
     words: Sequence[str], settings: LaunchSettings, ai_framework: str, show: Callable[[str], None] = show_at_once
 ) -> JobEnd | None:
-    """Run `tandem WORDS` as the processes that the settings ask for, and wait for them.
+    """Run `tandem WORDS` with the processes that the settings ask for, and wait for them.
 
     Args:
-        show: takes what the first rank writes, as it comes.
+        show: called with each new piece of the first rank's output.
 
     Returns:
-        How the job ended; None when this process is to do the work itself, alone or as one of a job.
+        How the job ended. None when this process must do the work, alone or as one process of a job.
     """
     machines = machines_of(settings)
     if machines is None or machines.processes == 1 or JOB in os.environ or World.from_environment().size > 1:
@@ -66,20 +66,20 @@ def start_processes(
 
 
 def processes_of(settings: LaunchSettings) -> int:
-    """How many processes the run has, started or not."""
+    """The number of processes of the run, whether they are started or not."""
     machines = machines_of(settings)
     return machines.processes if machines else World.from_environment().size
 
 
 def machines_of(settings: LaunchSettings) -> Machines | None:
-    """None without `--nproc-per-node`.
+    """The processes to start on each machine; None without `--nproc-per-node`.
 
     Raises:
-        UserError: several machines are named without it.
+        UserError: `--nnodes` or `--node-rank` is given without `--nproc-per-node`.
     """
     if settings.nproc_per_node is None:
         if (settings.nnodes, settings.node_rank) != (1, 0) and World.from_environment().size == 1:
             given = f"--nnodes {settings.nnodes} --node-rank {settings.node_rank}"
-            raise UserError(f"{given}: give --nproc-per-node, too, the processes to start on this machine")
+            raise UserError(f"{given}: also give --nproc-per-node, the number of processes on this machine")
         return None
     return Machines(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Machines)})

@@ -1,4 +1,4 @@
-"""Progress: on a terminal a bar, in a log file a plain line now and then."""
+"""Progress: a bar on a terminal, or a plain line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 
 from tandem.logs import lines_of_progress
 
-# called with what is done and, where it is known, how much there is
+# called with bytes done and total bytes; None when the total is not known
 Update = Callable[[int, int | None], None]
 
 
 @contextmanager
 def byte_progress(description: str) -> Iterator[Update]:
-    """Yields a function to be called with bytes done and bytes in all."""
+    """Yields a function to call with bytes done and total bytes."""
     if not sys.stderr.isatty():
         yield lines_of_progress(description, lambda line: print(line, file=sys.stderr, flush=True))
         return
-    from rich.console import Console  # not without a terminal: importing it takes longer than small work
+    from rich.console import Console  # only for a terminal: the import may take longer than the work
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (

@@ -1,4 +1,4 @@
-"""`tandem quickstart`: the whole job on a toy model."""
+"""`tandem quickstart`: all steps on a toy model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tandem.cli.arguments import parse
 from tandem.quickstart.run import QuickstartOptions, quickstart
 
 DESCRIPTION = (
-    "Run the whole job offline in a few minutes: write a small instruction set and corpus, make a toy Qwen3, convert, "
-    "preprocess, pretrain, fine-tune, export, and ask held-out questions before and after."
+    "Try everything offline in a few minutes. Makes a small corpus, small instruction data and a toy Qwen3 model. Then "
+    "converts, preprocesses, pretrains, fine-tunes and exports. Asks held-out questions before and after."
 )
 
 

@@ -1,4 +1,4 @@
-"""`tandem report`: a page about one or several runs."""
+"""`tandem report`: write a page about one or several runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tandem.report.page import render
 from tandem.report.page_file import check_page
 from tandem.report.run_folder import read_runs
 
-DESCRIPTION = "Curves, settings, data, checkpoints and events of one or several runs as one self-contained HTML page."
+DESCRIPTION = (
+    "Write one HTML page about one or several runs: curves, settings, data, checkpoints and events. The page needs no "
+    "other files."
+)
 PAGE = "report.html"
 
 
@@ -22,10 +25,10 @@ class ReportOptions(Options):
     """Options of `tandem report`."""
 
     runs: tuple[PathText, ...] = field(metadata=positional("RUN..."))
-    """--save folders of the runs; several are compared."""
+    """The --save folder of each run. Several runs are compared."""
     _: KW_ONLY
     output: PathText | None = None
-    """The page; default: report.html in the first run's folder."""
+    """File for the page; default: report.html in the first run's folder."""
 
 
 def run(argv: Sequence[str]) -> None:

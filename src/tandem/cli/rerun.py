@@ -1,4 +1,4 @@
-"""`tandem rerun`: run a recorded training again."""
+"""`tandem rerun`: repeat a recorded training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tandem.training.rerun import RerunOptions, rerun
 from tandem.training.run_record import RUN_FILE, read_starts
 
 DESCRIPTION = (
-    "Train again as run.json in a --save folder tells, with as many processes, and "
-    "compare every loss with metrics.jsonl there."
+    "Repeat the training that run.json in a --save folder records, with the same number of processes. Compares every "
+    "loss with metrics.jsonl in that folder."
 )
 
 

@@ -1,4 +1,4 @@
-"""The settings of a command that trains or evaluates: from `--config FILE.yaml` and flags, which win."""
+"""Settings of a command that trains or evaluates, from `--config FILE.yaml` and flags. Flags override the file."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def parse_settings(
     positionals: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, list[str]]:
-    """The settings that a command line gives, and notices about flags that have no effect. See `arguments.parse`.
+    """The settings in a command line, and notices about flags without effect. See `arguments.parse`.
 
     Raises:
-        UserError: an unknown name, or a value that no run can use.
+        UserError: a name is unknown, or a value is of the wrong type or out of range.
     """
     config_file, rest = _take_config(list(argv))
     rest, notices = split_ignored(as_torchrun(rest))
     if config_file:
-        from_yaml(config_file)  # ends here with the file's name where something is wrong in it
+        from_yaml(config_file)  # checked first, so that errors in the file name the file
         values = {**(values or {}), **flat(read_yaml(config_file), config_file)}
     settings = parse(
         Settings, command, description, rest, first=first, groups=groups, positionals=positionals, values=values

@@ -1,6 +1,6 @@
 """Which settings a run can use: each number in its range, and no two that contradict each other.
 
-Every check yields what is wrong, in words, so that one error can name all of it.
+Every check yields what is wrong, as text, so that one error lists everything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tandem.errors import raise_all
 from tandem.parallel.grid import Grid
 
 # fmt: off
-# Whole numbers of something that must be there.
+# Numbers that must be at least 1.
 ONE_OR_MORE = {
     "max_position_embeddings", "padded_vocab_size", "make_vocab_size_divisible_by",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
@@ -40,37 +40,37 @@ LARGEST = {"seed": 2**32 - 1, "master_port": 65535}  # NumPy's and TCP's
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UserError where settings are missing, out of range, or contradict each other; all is named."""
+    """Raise a UserError that lists all settings that are missing, out of range, or contradict each other."""
     raise_all(wrong_ranges(settings.to_dict()))
     raise_all(wrong_settings(settings))
 
 
 def check_ranges(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError for numbers that no run can use; `settings` are groups of plain values by name."""
+    """Raise UserError for numbers out of range. `settings` holds plain values by group and name."""
     raise_all(wrong_ranges(settings))
 
 
 def check_implemented(model: ModelSettings, parallel: ParallelSettings, data: DataSettings) -> None:
-    """Raise UserError for what would change the computation and is not there."""
+    """Raise UserError for settings that would change the computation and are not supported."""
     raise_all(not_implemented(model, parallel, data))
 
 
 def check_batch_sizes(training: TrainingSettings, grid: Grid) -> None:
     """Raise UserError when the batch sizes do not divide over the data ranks of `grid`."""
-    whole = training.micro_batch_size * grid.data_size
+    divisor = training.micro_batch_size * grid.data_size
     sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (training.final_batch_size,)}
     if training.rampup_batch_size is not None:
         sizes["--rampup-batch-size"] = training.rampup_batch_size[:2]
     raise_all(
         f"{flag} {' '.join(map(str, values))}: expected multiples of --micro-batch-size "
-        f"{training.micro_batch_size} x {grid.data_size} data-parallel ranks = {whole}"
+        f"{training.micro_batch_size} x {grid.data_size} data-parallel ranks = {divisor}"
         for flag, values in sizes.items()
-        if any(value % whole for value in values)
+        if any(value % divisor for value in values)
     )
 
 
 def wrong_ranges(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Numbers that no run can use. Every number without a rule of its own is at least 0, and all of them are finite."""
+    """Numbers out of range. Numbers without a rule must be at least 0. All numbers must be finite."""
     for values in settings.values():
         for name, value in values.items():
             for number in value if isinstance(value, list) else [value]:
@@ -79,7 +79,7 @@ def wrong_ranges(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def wrong_settings(settings: Settings) -> Iterator[str]:
-    """What is missing, and what contradicts something else."""
+    """Settings that are missing, or contradict others."""
     checkpoint = settings.checkpoint
     if not settings.data.data_path:
         yield "--data-path is required: the prefix that `tandem preprocess` wrote"
@@ -95,15 +95,15 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
     yield from not_implemented(settings.model, settings.parallel, settings.data)
     if checkpoint.export_hf_every and checkpoint.no_shared_storage:
         yield (
-            "--export-hf-every needs the whole checkpoint on one disk, and --no-shared-storage spreads it: bring "
-            "the folders together and use `tandem export`"
+            "--export-hf-every and --no-shared-storage: give one of them. With --no-shared-storage no machine has the "
+            "whole checkpoint: copy its parts into one folder, then run `tandem export`"
         )
     if settings.training.spiky_loss_factor <= 1:
         yield f"--spiky-loss-factor {settings.training.spiky_loss_factor}: expected more than 1"
 
 
 def not_implemented(model: ModelSettings, parallel: ParallelSettings, data: DataSettings) -> Iterator[str]:
-    """What would change the computation and is not there."""
+    """Settings that would change the computation and are not supported."""
     yield from _wrong_dropout(model)
     if parallel.context_parallel_size != 1:
         yield f"--context-parallel-size {parallel.context_parallel_size}: only 1 is supported"
@@ -114,11 +114,11 @@ def not_implemented(model: ModelSettings, parallel: ParallelSettings, data: Data
 def _wrong_dropout(model: ModelSettings) -> Iterator[str]:
     for name in ("attention_dropout", "hidden_dropout"):
         if value := getattr(model, name):
-            yield f"--{name.replace('_', '-')} {value} is not supported; only 0 is"
+            yield f"--{name.replace('_', '-')} {value}: only 0 is supported"
 
 
 def _wrong_length(training: TrainingSettings, optimizer: OptimizerSettings) -> Iterator[str]:
-    """As in Megatron, a run is counted in iterations or in samples, with every length in the same unit; epochs
+    """A run is measured in iterations or in samples, as in Megatron. All lengths then use the same unit. Epochs
     become iterations."""
     counts = {"--train-iters": training.train_iters, "--train-samples": training.train_samples}
     given = [f"{name} {value}" for name, value in (counts | {"--epochs": training.epochs}).items() if value]
@@ -144,16 +144,16 @@ def _wrong_length(training: TrainingSettings, optimizer: OptimizerSettings) -> I
     by_steps = training.epochs is not None or training.train_iters is not None
     excluded, unit = (by_samples, "iters") if by_steps else (by_iterations, "samples")
     if misplaced := [flag for flag, value in excluded.items() if value is not None]:
-        counted = "--epochs" if training.epochs is not None else f"--train-{unit}"
-        yield f"{' '.join(misplaced)}: a run counted with {counted} takes no such length"
+        length = "--epochs" if training.epochs is not None else f"--train-{unit}"
+        yield f"{' '.join(misplaced)}: cannot be used together with {length}"
         return
     wsd = optimizer.lr_wsd_decay_iters if unit == "iters" else optimizer.lr_wsd_decay_samples
     if optimizer.lr_decay_style == "WSD" and wsd is None:
         yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}"
     if not training.epochs and not training.length.iterations:
         yield (
-            f"--train-samples {training.train_samples} are fewer than one step takes, "
-            f"{training.length.batch_sizes.at(0)}: give more, or a smaller --global-batch-size"
+            f"--train-samples {training.train_samples}: expected at least {training.length.batch_sizes.at(0)}, the "
+            f"samples of one step: give more, or a smaller --global-batch-size"
         )
 
 
@@ -173,26 +173,26 @@ def _wrong_weight_decay(optimizer: OptimizerSettings) -> Iterator[str]:
             yield "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style"
     elif None in ends or not 0 <= ends[0] <= ends[1]:  # type: ignore[operator]
         yield (
-            f"--weight-decay-incr-style {optimizer.weight_decay_incr_style} needs --start-weight-decay and an "
-            f"--end-weight-decay that is not smaller; given {ends[0]} and {ends[1]}"
+            f"--weight-decay-incr-style {optimizer.weight_decay_incr_style}: expected 0 <= --start-weight-decay <= "
+            f"--end-weight-decay, got {ends[0]} and {ends[1]}"
         )
 
 
 def _wrong_batch_size(training: TrainingSettings) -> Iterator[str]:
     micro, final = training.micro_batch_size, training.final_batch_size
     if final % micro:
-        yield f"--global-batch-size {final} is not a multiple of --micro-batch-size {micro}"
+        yield f"--global-batch-size {final}: expected a multiple of --micro-batch-size {micro}"
         return
     if training.rampup_batch_size is None:
         return
     start, increment, samples = training.rampup_batch_size
     if not 0 < start <= final or increment <= 0 or samples < 0 or (final - start) % increment:
         yield (
-            f"--rampup-batch-size {start} {increment} {samples}: whole increments must lead from the first size "
-            f"to --global-batch-size {final}"
+            f"--rampup-batch-size {start} {increment} {samples}: expected a first size that reaches "
+            f"--global-batch-size {final} in whole increments"
         )
     elif start % micro or increment % micro:
-        yield f"--rampup-batch-size {start} {increment}: not multiples of --micro-batch-size {micro}"
+        yield f"--rampup-batch-size {start} {increment}: expected multiples of --micro-batch-size {micro}"
 
 
 def _wrong_precision(training: TrainingSettings) -> Iterator[str]:
@@ -216,11 +216,11 @@ def _wrong_profile(logging: LoggingSettings, checkpoint: CheckpointSettings) -> 
             f"{logging.profile_step_end}: expected 0 <= start < end"
         )
     if logging.profile_save_path is None and checkpoint.save is None:
-        yield "--profile needs --save or --profile-save-path, a folder for its files"
+        yield "--profile needs a folder for its files: give --save or --profile-save-path"
 
 
 def _expected(name: str, number: float) -> str | None:
-    """What should stand there; None when all is well."""
+    """What the number should be, as text; None when it is right."""
     if name in ONE_OR_MORE and number < 1:
         return "1 or more"
     if name in ABOVE_ZERO and not 0 < number < math.inf:

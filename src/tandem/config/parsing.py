@@ -1,4 +1,4 @@
-"""Settings from YAML, and as YAML; unknown names are errors."""
+"""Read settings from YAML, and write them as YAML. Unknown names are errors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tandem.options import build, options_of
 
 
 def from_yaml(path: str | Path) -> Settings:
-    """Read a YAML file of settings, grouped as in `Settings` or flat.
+    """Read a YAML file of settings, with or without the groups of `Settings`.
 
     Raises:
-        UserError: not YAML, or an unknown group or key; the nearest valid name is given.
+        UserError: the file is not YAML, or has an unknown group or key. The error suggests the nearest valid name.
     """
     return from_dict(read_yaml(path), where=str(path))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The values of a YAML file.
+    """The values in a YAML file.
 
     Raises:
-        UserError: it cannot be read, or holds no mapping.
+        UserError: the file cannot be read, or does not contain a mapping.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -41,10 +41,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> Settings:
-    """Settings from nested or flat plain values.
+    """Settings from plain values, in groups or without groups.
+
+    >>> from_dict({"optimizer": {"lr": 1e-3}, "seq_length": 512}, where="example").data.seq_length
+    512
+
+    Args:
+        where: the file that the values come from, for errors.
 
     Raises:
-        UserError: names every unknown group and key, and every value of another type or out of its range.
+        UserError: lists every unknown group and key, and every value of the wrong type or out of range.
     """
 
     def describe(name: str, value: Any) -> str:
@@ -56,33 +62,36 @@ def from_dict(values: Mapping[str, Any], where: str) -> Settings:
 
 
 def flat(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings without their groups.
+    """The values of all groups in one dictionary.
+
+    >>> flat({"optimizer": {"lr": 1e-3}, "seq_length": 512}, where="example")
+    {'lr': 0.001, 'seq_length': 512}
 
     Raises:
-        UserError: a setting stands in a group that is not its own.
+        UserError: a setting is in the wrong group.
     """
-    names: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     problems = []
     for key, value in values.items():
         if key not in GROUPS or not isinstance(value, dict):
-            names[str(key)] = value
+            settings[str(key)] = value
             continue
         for name, inner in value.items():
             if str(name).replace("-", "_") not in options_of(GROUPS[key]):
                 close = nearest(str(name), list(options_of(GROUPS[key])))
                 problems.append(f"{where}, group {key}: unknown setting {name!r}{close}")
-            names[str(name)] = inner
+            settings[str(name)] = inner
     raise_all(problems)
-    return names
+    return settings
 
 
 def to_yaml(settings: Settings) -> str:
-    """All settings, group by group, as `from_yaml` reads them."""
+    """All settings by group, in the form that `from_yaml` reads."""
     return yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def departures(settings: Settings) -> dict[str, list[str]]:
-    """By group, `name=value` of the settings that are not at their default."""
+    """The settings that differ from their default, by group, as `name=value`."""
     defaults = Settings().to_dict()
     changed = {
         group: [f"{name}={value}" for name, value in values.items() if value != defaults[group][name]]

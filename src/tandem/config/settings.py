@@ -1,6 +1,6 @@
-"""The settings of a training run, in groups. Every field is a flag under its Megatron name, and a YAML key.
+"""The settings of a training run, in groups. Every field is a flag with Megatron's name, and a YAML key.
 
-A field's docstring is its help text. `None` means "not given": the model's values then come from `config.json`.
+The text below a field is its help. `None` means "not given": values of the model then come from `config.json`.
 """
 
 from __future__ import annotations
@@ -17,66 +17,66 @@ from tandem.parallel.layout import Layout, parse_layers
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Model: normally read from config.json; a flag that contradicts it stops the run."""
+    """Model: read from config.json. A flag that contradicts config.json is an error."""
 
     num_layers: int | None = None
-    """Decoder layers."""
+    """Number of decoder layers."""
     hidden_size: int | None = None
-    """Width of the residual stream."""
+    """Width of the hidden states between layers."""
     ffn_hidden_size: int | None = None
-    """Width of the MLP."""
+    """Inner width of the MLP."""
     num_attention_heads: int | None = None
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: int | None = None
-    """Key/value heads."""
+    """Number of key/value heads."""
     kv_channels: int | None = None
-    """Channels of a head (head_dim)."""
+    """Size of one head (head_dim)."""
     norm_epsilon: float | None = None
     """Epsilon of RMSNorm."""
     rotary_base: float | None = None
     """Base of the rotary frequencies (rope_theta)."""
     max_position_embeddings: int | None = None
-    """Upper bound of --seq-length."""
+    """Largest --seq-length that is accepted."""
     padded_vocab_size: int | None = None
-    """Rows of the embedding, when given: at least the vocabulary of config.json. Padding never reaches the disk."""
+    """Vocabulary size with padding: must be at least the vocabulary size in config.json. Padding is never saved."""
     make_vocab_size_divisible_by: int | None = None
-    """Accepted for scripts that pass it; the vocabulary keeps the size that config.json gives."""
+    """Accepted, without effect: the vocabulary always has the size in config.json."""
     untie_embeddings_and_output_weights: bool = False
-    """The output head is a tensor of its own."""
+    """The output layer has its own weights, not those of the embedding."""
     init_method_std: float | None = None
-    """Standard deviation of random initial weights."""
+    """Standard deviation of random initial weights; default: initializer_range of config.json."""
     attention_dropout: float = 0.0
-    """Only 0 is supported."""
+    """Dropout in attention. Only 0 is supported."""
     hidden_dropout: float = 0.0
-    """Only 0 is supported."""
+    """Dropout of hidden states. Only 0 is supported."""
     hf_cfg_dir: PathText | None = None
-    """Folder with the config.json of a model that starts from random weights; default: the tokenizer's folder."""
+    """Folder with the config.json of a model that starts from random weights; default: the tokenizer folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
-    """Parallelism: how the model is spread over processes."""
+    """Parallelism: how the model is split over processes."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each tensor."""
+    """Number of ranks that split each tensor."""
     pipeline_model_parallel_size: int = 1
-    """Stages of layers."""
+    """Number of pipeline stages that split the layers."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of a chunk, for interleaved stages (PyTorch only)."""
+    """Interleaved pipeline: layers in each virtual stage (PyTorch only)."""
     num_layer_list: str | None = None
-    """Layers of each stage, such as 10,18; excludes virtual stages and noop layers."""
+    """Number of layers on each stage, such as 10,18. Not together with virtual stages or noop layers."""
     noop_layers: str | None = None
-    """Slots left empty, such as 0,29, counted in the stack that they lengthen."""
+    """Layer numbers that stay empty, such as 0,29. They count as layers when stages are filled."""
     context_parallel_size: int = 1
-    """Only 1."""
+    """Number of ranks that split each sequence. Only 1 is supported."""
     sequence_parallel: bool = False
-    """Split norms and residuals along the sequence; without effect when tensor_model_parallel_size is 1."""
+    """Split norms and residuals along the sequence. Needs --tensor-model-parallel-size above 1 to have an effect."""
     use_distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel ranks; without effect on one rank."""
+    """Shard the optimizer state over data-parallel ranks. No effect with one data-parallel rank."""
     use_torch_fsdp2: bool = False
-    """Shard weights and gradients over data-parallel ranks, too (PyTorch only)."""
+    """Shard weights and gradients over data-parallel ranks (PyTorch only)."""
     distributed_timeout_minutes: int = 10
-    """How long ranks wait for one that is late."""
+    """Minutes that ranks wait for each other before the run fails."""
 
     @property
     def layout(self) -> Layout:
@@ -94,57 +94,57 @@ class DataSettings:
     """Data."""
 
     data_path: tuple[PathText, ...] = ()
-    """Prefix of the preprocessed files: PREFIX.bin/.idx for pretraining, PREFIX_packed_*_document for instructions.
-    Several are blended by their sizes, or by weights: WEIGHT PREFIX WEIGHT PREFIX. Raw files (.jsonl, .parquet, ...),
-    folders and patterns are preprocessed first, and found in a cache the next time."""
+    """Prefix of the preprocessed files: PREFIX.bin/.idx for pretraining, PREFIX_packed_*_document for fine-tuning.
+    Several prefixes are mixed by their sizes, or by weights: WEIGHT PREFIX WEIGHT PREFIX. Raw files (.jsonl, .parquet,
+    ...), folders and patterns also work: they are preprocessed first, and cached for the next run."""
     data_cache_path: PathText | None = None
-    """Folder for what raw files become; default: beside them."""
+    """Folder for preprocessed raw files; default: next to the raw files."""
     handler_name: str = ""
-    """How the records of raw files are read; default: recognised by the first one's fields."""
+    """Format of the records in raw files; default: detected from the fields of the first record."""
     json_keys: tuple[str, ...] = ("text",)
-    """Field of raw text files; one."""
+    """Field that holds the text in raw text files. Only one field."""
     map_keys: str | None = None
-    """Other field names of raw instruction data, as JSON."""
+    """Field names of raw instruction data, as JSON, when they differ from the usual ones."""
     append_eod: bool = False
-    """End each document of raw files with the end-of-document token."""
+    """Add the end-of-document token to each document of raw files."""
     workers: int = 1
-    """Processes that tokenise raw files."""
+    """Number of processes that tokenise raw files."""
     valid_data_path: tuple[PathText, ...] = ()
-    """Validation sets in place of the split's: NAME=PREFIX ..., reported separately, or one PREFIX alone. Raw
-    files will do, too."""
+    """Validation sets, used instead of the validation part of --split. Give one PREFIX, or NAME=PREFIX for each of
+    several sets, which are reported separately. Raw files also work."""
     split: str = "969,30,1"
-    """Proportions of train, validation and test."""
+    """Shares of the data for training, validation and test."""
     seq_length: int = 4096
-    """Tokens of a sample."""
+    """Number of tokens in a sample."""
     tokenizer_type: str = "PretrainedFromHF"
-    """Only PretrainedFromHF."""
+    """Type of the tokenizer. Only PretrainedFromHF is supported."""
     tokenizer_name_or_path: PathText | None = None
     """Folder of the Hugging Face tokenizer."""
     prompt_type: str | None = None
-    """Chat template of the instruction data; must agree with the data's record, which names it when this does not."""
+    """Chat template of the instruction data; default: the one that the data were made with. Another one is an error."""
     enable_thinking: Literal["true", "false", "none"] | None = None
-    """Thinking mode of --prompt-type; must agree with the data's record, which names it when this does not."""
+    """Thinking mode of the chat template; default: the one that the data were made with. Another one is an error."""
     reset_position_ids: bool = False
-    """Restart positions after each end-of-document token."""
+    """Restart position numbers after each end-of-document token."""
     reset_attention_mask: bool = False
     """No attention across end-of-document tokens."""
     eod_mask_loss: bool = False
-    """Do not train the prediction of end-of-document tokens' successors."""
+    """Leave out the loss on the token that follows an end-of-document token."""
     pack: bool = False
-    """Fill samples of instruction data up to --seq-length with several conversations, which do not see each other. Data
-    that `tandem preprocess --pack` wrote are packed already and taken as they are."""
+    """Put several conversations into each sample of --seq-length tokens. Conversations cannot see each other. Data
+    that `tandem preprocess --pack` wrote are already packed and used unchanged."""
     neat_pack: bool = False
-    """Refuse data packed without borders between conversations. --pack needs no more: it keeps them apart."""
+    """Refuse data that were packed without borders between conversations. Not needed with --pack."""
     no_shuffle: bool = False
-    """Take instruction data in file order."""
+    """Read instruction data in file order."""
     no_pad_to_seq_lengths: bool = False
-    """Accepted for scripts that pass it: batches never hold padding."""
+    """Accepted, without effect: batches never contain padding."""
     variable_seq_lengths: bool = False
-    """Accepted for scripts that pass it: batches never hold padding."""
+    """Accepted, without effect: batches never contain padding."""
     is_instruction_dataset: bool = False
-    """Read instruction data (always so in `tandem finetune`)."""
+    """Train on instruction data. `tandem finetune` sets this."""
     stage: Literal["sft"] | None = None
-    """Post-training stage; only sft."""
+    """Stage of post-training. Only sft is supported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,43 +154,43 @@ class OptimizerSettings:
     lr: float | None = None
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Floor of the schedule."""
+    """Lowest learning rate after the warm-up."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    """Shape of the decay."""
+    """How the learning rate decays."""
     lr_decay_iters: int | None = None
-    """Iterations over which the rate decays; default: --train-iters."""
+    """Number of steps over which the learning rate decays; default: --train-iters."""
     lr_decay_samples: int | None = None
-    """With --train-samples: samples over which the rate decays; default: --train-samples."""
+    """With --train-samples: samples over which the learning rate decays; default: --train-samples."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """With WSD: shape of the annealing at the end."""
+    """With --lr-decay-style WSD: how the learning rate falls at the end."""
     lr_wsd_decay_iters: int | None = None
-    """With WSD: iterations of annealing, the last of the decay iterations."""
+    """With --lr-decay-style WSD: number of steps at the end in which the learning rate falls."""
     lr_wsd_decay_samples: int | None = None
-    """With WSD and --train-samples: samples of annealing."""
+    """With --lr-decay-style WSD and --train-samples: samples at the end in which the learning rate falls."""
     lr_warmup_iters: int = 0
-    """Iterations of linear warm-up."""
+    """Number of warm-up steps, in which the learning rate rises linearly."""
     lr_warmup_samples: int = 0
     """With --train-samples: samples of linear warm-up."""
     lr_warmup_fraction: float | None = None
-    """Warm-up as a fraction of the decay; excludes --lr-warmup-iters and --lr-warmup-samples."""
+    """Warm-up as a fraction of the decay. Not together with --lr-warmup-iters or --lr-warmup-samples."""
     lr_warmup_init: float = 0.0
-    """Rate at which warm-up begins."""
+    """Learning rate at the start of the warm-up."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; not applied to 1-D tensors."""
+    """Weight decay of AdamW. Not applied to 1-D tensors."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the weight decay's way from --start-weight-decay to --end-weight-decay over the whole run."""
+    """How weight decay changes from --start-weight-decay to --end-weight-decay over the run."""
     start_weight_decay: float | None = None
-    """Weight decay of the first step, when it changes."""
+    """Weight decay of the first step, when it changes during the run."""
     end_weight_decay: float | None = None
-    """Weight decay at the end of the run, when it changes."""
+    """Weight decay of the last step, when it changes during the run."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of Adam's first moment."""
     adam_beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of Adam's second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Small number added to the root of Adam's second moment."""
     clip_grad: float = 1.0
-    """Largest global norm of the gradients; 0 turns clipping off."""
+    """Scale gradients down to this global norm. 0 turns clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,68 +198,70 @@ class TrainingSettings:
     """Training."""
 
     ai_framework: str = field(default_factory=default_framework)
-    """Backend: mindspore, or torch (also: pytorch); default: the one that is installed, torch where both are."""
+    """Framework: torch (or pytorch), or mindspore; default: the installed one, or torch if both are installed."""
     device: str | None = None
-    """cpu, cuda or npu; default: the best one present."""
+    """Device: cpu, cuda or npu; default: the best one present."""
     micro_batch_size: int = 1
-    """Samples of one forward pass."""
+    """Number of samples in one forward pass."""
     global_batch_size: int | None = None
-    """Samples of one step; default: --micro-batch-size."""
+    """Number of samples in one step; default: --micro-batch-size."""
     rampup_batch_size: tuple[int, int, int] | None = None
-    """With --train-samples: first batch size, increment, and the samples over which it grows to the global one."""
+    """With --train-samples: grow the batch size. Give the first size, the increment, and over how many samples it grows
+    to --global-batch-size."""
     train_iters: int | None = None
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
     train_samples: int | None = None
-    """Samples of the whole run, in place of --train-iters."""
+    """Number of samples of the whole run, instead of --train-iters."""
     epochs: float | None = None
-    """Passes over the training samples, in place of --train-iters; a fraction is allowed. Rounded up to whole steps."""
+    """Number of passes over the training data, instead of --train-iters. May be a fraction. Rounded up to whole
+    steps."""
     exit_interval: int | None = None
-    """Save and leave after an iteration that is a multiple of this."""
+    """Save and exit after a step whose number is a multiple of this."""
     exit_duration_in_mins: float | None = None
-    """Save and leave after the step that ends later than this."""
+    """Save and exit after the first step that ends later than this many minutes."""
     seed: int = 1234
     """Seed of random weights and of the order of the data."""
     deterministic_mode: bool = field(default=False, metadata=aliases("--deterministic", "--npu-deterministic"))
-    """The same bits each time on the same devices, at the price of speed; a CPU computes so anyway."""
+    """Give the same bits each time on the same devices. Slower on GPU and NPU; a CPU always does this."""
     bf16: bool = False
-    """Compute in bfloat16 with fp32 master weights, where the device computes bfloat16."""
+    """Compute in bfloat16 with fp32 master weights, if the device supports bfloat16."""
     fp16: bool = False
     """Compute in float16 with fp32 master weights and a loss scale."""
     loss_scale: float | None = None
-    """With --fp16: a constant loss scale; default: a dynamic one."""
+    """With --fp16: constant loss scale; default: a dynamic one."""
     initial_loss_scale: float = 2.0**32
-    """With --fp16: first dynamic loss scale."""
+    """With --fp16: first value of the dynamic loss scale."""
     min_loss_scale: float = 1.0
-    """With --fp16: the dynamic loss scale does not fall below this."""
+    """With --fp16: smallest value of the dynamic loss scale."""
     loss_scale_window: int = 1000
-    """With --fp16: steps without overflow after which the loss scale doubles."""
+    """With --fp16: number of steps without overflow until the loss scale doubles."""
     hysteresis: int = 2
-    """With --fp16: overflows before the loss scale halves."""
+    """With --fp16: number of overflows until the loss scale halves."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """After a step whose loss or gradient norm is not finite, or whose loss is 0 or a spike: stop, or count it and go
-    on. Such a step never changes weights."""
+    """After a bad step: stop, or skip the step and go on. A step is bad if its loss or gradient norm is not finite, or
+    its loss is 0 or a spike. A bad step never changes weights."""
     no_check_for_nan_in_loss_and_grad: bool = False
     """Megatron's name for --on-bad-step skip."""
     max_consecutive_skips: int = 10
-    """With --on-bad-step skip: stop after more than so many in a row."""
+    """With --on-bad-step skip: stop after more than this many bad steps in a row."""
     check_for_spiky_loss: bool = False
-    """Take a loss for bad that is above --spiky-loss-factor times the mean of the last 100."""
+    """Treat a loss above --spiky-loss-factor times the mean of the last 100 losses as bad."""
     spiky_loss_factor: float = 2.0
-    """What is a spike; Megatron's is 10 times the largest."""
+    """With --check-for-spiky-loss: how far above the mean a spike is. (Megatron: 10 times the largest loss.)"""
     recompute_granularity: Literal["full"] | None = None
-    """Activation recompute: full keeps only each layer's input."""
+    """Recompute activations to save memory: full keeps only the input of each layer."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """uniform recomputes every layer, block the first --recompute-num-layers."""
+    """Which layers recompute: uniform is all of them, block is the first --recompute-num-layers."""
     recompute_num_layers: int | None = None
-    """With block: how many layers recompute."""
+    """With --recompute-method block: number of layers that recompute."""
     eval_interval: int = 1000
-    """Steps between evaluations on the validation split."""
+    """Steps between evaluations on the validation data."""
     eval_iters: int | Literal["full"] = 100
-    """Global batches of one evaluation, at most the whole set; full takes all of it, and 0 turns evaluation off."""
+    """Number of global batches in one evaluation, or full for the whole set. 0 turns evaluation off."""
 
     @property
     def final_batch_size(self) -> int:
-        """Samples of one step, once the batch size is no longer ramped up."""
+        """Samples of one step after the ramp-up."""
         return self.global_batch_size or self.micro_batch_size
 
     @property
@@ -269,40 +271,40 @@ class TrainingSettings:
 
     @property
     def eval_batches(self) -> int | None:
-        """Global batches of one evaluation; None for all of a set."""
+        """Global batches of one evaluation; None for the whole set."""
         return None if self.eval_iters == "full" else self.eval_iters
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingSettings:
-    """Logs, beside the metrics.jsonl that --save keeps."""
+    """Logs. A run with --save always writes metrics.jsonl there."""
 
     log_interval: int = 100
     """Steps between log lines."""
     log_throughput: bool = False
     """Add TFLOP/s to the log line."""
     no_live_view: bool = False
-    """Plain lines only, on a terminal, too."""
+    """Show plain log lines instead of the live view on a terminal."""
     tensorboard_dir: PathText | None = None
-    """Folder for TensorBoard's files, under Megatron's tags."""
+    """Folder for TensorBoard files, with Megatron's names of curves."""
     tensorboard_log_interval: int = 1
-    """Steps between TensorBoard's points."""
+    """Steps between points in TensorBoard."""
     profile: bool = False
-    """Run the framework's profiler over some steps, on the first rank."""
+    """Profile a few steps on the first rank, with the framework's profiler."""
     profile_step_start: int = 10
-    """Iteration after which profiling begins."""
+    """Profile the steps after this one."""
     profile_step_end: int = 12
-    """Last iteration that is profiled."""
+    """Last step that is profiled."""
     profile_save_path: PathText | None = None
-    """Folder for the profiler's files; default: profile in --save."""
+    """Folder for the profiler's files; default: SAVE/profile."""
     wandb_project: str | None = None
-    """Project on Weights & Biases; without it nothing is sent there."""
+    """Project on Weights & Biases. Without it, nothing is sent there."""
     wandb_exp_name: str | None = None
-    """Name of the run there; default: theirs."""
+    """Name of the run on Weights & Biases; default: one that Weights & Biases chooses."""
     wandb_entity: str | None = None
-    """User or team there; default: the one that is logged in."""
+    """User or team on Weights & Biases; default: the one that is logged in."""
     wandb_save_dir: PathText | None = None
-    """Folder for its local files; default: wandb in --save."""
+    """Folder for local files of Weights & Biases; default: SAVE/wandb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,25 +312,25 @@ class CheckpointSettings:
     """Checkpoints."""
 
     load: PathText | None = None
-    """Folder of the initial weights or of the run to resume: Hugging Face, native, or Megatron torch."""
+    """Folder of the initial weights, or of the run to resume: Hugging Face, native, or Megatron torch."""
     ckpt_step: int | None = None
     """Iteration to load; default: the newest."""
     init: Literal["random"] | None = None
-    """Start from random weights; excludes --load."""
+    """Start from random weights. Not together with --load."""
     save: PathText | None = None
-    """Folder for checkpoints."""
+    """Folder for checkpoints and logs of the run."""
     save_interval: int | None = None
     """Steps between saves; the last step is always saved."""
     async_save: bool = False
-    """Training waits for a copy in host memory only; a thread writes it to the disk."""
+    """Write checkpoints in the background. Training only waits until they are copied to host memory."""
     save_total_limit: int | None = field(default=None, metadata=aliases("--keep-last"))
-    """Keep the newest so many checkpoints, and remove older ones once a new one is on the disk; default: all."""
+    """How many of the newest checkpoints to keep; default: all. Older ones are removed after a new one is saved."""
     save_retain_interval: int | None = field(default=None, metadata=aliases("--keep-every"))
-    """Keep checkpoints of iterations that are a multiple of this, beside the newest --save-total-limit (default 1)."""
+    """Keep checkpoints whose iteration is a multiple of this, and the newest --save-total-limit (default 1)."""
     export_hf_every: int | None = None
-    """Write checkpoints of iterations that are a multiple of this as Hugging Face folders, too, in SAVE/hf."""
+    """Every this many iterations, write the checkpoint also as a Hugging Face folder in SAVE/hf."""
     finetune: bool = False
-    """Load weights only: start at iteration 0 with a fresh optimizer."""
+    """Load only the weights: start at iteration 0 with a new optimizer."""
     no_load_optim: bool = False
     """Do not load the optimizer."""
     no_load_rng: bool = False
@@ -336,31 +338,31 @@ class CheckpointSettings:
     no_save_optim: bool = False
     """Do not save the optimizer."""
     exit_on_missing_checkpoint: bool = False
-    """Accepted for scripts that pass it: a missing checkpoint always ends the run."""
+    """Accepted, without effect: a missing checkpoint always ends the run."""
     no_shared_storage: bool = False
-    """Every machine has a disk of its own: each prepares its data and keeps its ranks' part of a checkpoint."""
+    """Machines do not share a disk. Each one prepares its own data and saves the checkpoint parts of its ranks."""
     ckpt_format: Literal["native", "torch"] = "native"
-    """Layout of saved checkpoints. Training always saves native; torch is written by `tandem convert`."""
+    """Format of saved checkpoints. Training always saves native; `tandem convert` can write torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSettings:
-    """Processes: with --nproc-per-node, tandem starts them itself, with torchrun or msrun."""
+    """Processes. With --nproc-per-node, tandem starts them itself, with torchrun or msrun."""
 
     nproc_per_node: int | None = None
-    """Processes to start on this machine; without it, those of the launcher that started this one."""
+    """Number of processes to start on this machine. Leave it out for one process, or under torchrun or msrun."""
     nnodes: int = 1
-    """Machines; the same command runs on each."""
+    """Number of machines. Run the same command on each."""
     node_rank: int = 0
-    """Number of this machine."""
+    """Number of this machine, from 0."""
     master_addr: str = "127.0.0.1"
     """Address of machine 0."""
     master_port: int | None = None
-    """Port on machine 0; default: a free one on a single machine, 29500 on several."""
+    """Port on machine 0; default: a free port for one machine, 29500 for several."""
     log_dir: PathText | None = None
-    """Folder for each started process's output, rank_N.log; default: it is kept only when the job fails."""
+    """Folder for the output of each process, rank_N.log; default: output is kept only if the job fails."""
     dry_run: bool = False
-    """Check settings, weights, data and disk for so many processes, say what would run, and leave."""
+    """Check settings, weights, data and disk space, print what would run, and exit."""
 
 
 GROUPS: dict[str, type] = {
@@ -379,8 +381,12 @@ GROUPS: dict[str, type] = {
 class Settings:
     """Everything that defines a training run.
 
-    Settings are given by name, groups as a whole, or both: `Settings(lr=1e-3, train_iters=10)`,
-    `Settings(optimizer=OptimizerSettings(lr=1e-3))`.
+    Give settings by name, or whole groups, or both.
+
+    >>> Settings(lr=1e-3, train_iters=10).optimizer.lr
+    0.001
+    >>> Settings(optimizer=OptimizerSettings(lr=1e-3)).optimizer.lr
+    0.001
     """
 
     model: ModelSettings
@@ -395,7 +401,7 @@ class Settings:
     def __init__(self, **values: Any) -> None:
         """
         Raises:
-            UserError: names every unknown setting, and every value of another type.
+            UserError: lists every unknown setting, and every value of the wrong type.
         """
         named = {name: value for name, value in values.items() if name not in GROUPS}
         groups = as_groups(Settings, named) if named else {}
@@ -404,11 +410,11 @@ class Settings:
             object.__setattr__(self, name, dataclasses.replace(given, **groups.get(name, {})))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Groups of plain values, as YAML and JSON hold them."""
+        """All settings by group and name, as plain values for YAML and JSON."""
         return {group.name: plain_values(getattr(self, group.name)) for group in dataclasses.fields(self)}
 
 
 def plain_values(group: Any) -> dict[str, Any]:
-    """A group's values by name, as YAML and JSON hold them."""
+    """The values of one group by name, as plain values for YAML and JSON."""
     values = dataclasses.asdict(group)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

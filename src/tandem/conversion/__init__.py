@@ -1,1 +1,1 @@
-"""From one format of weights to another, and the check that both compute the same."""
+"""Converting weights from one format to another, and checking that both compute the same."""

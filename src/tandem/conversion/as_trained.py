@@ -1,4 +1,4 @@
-"""`tandem export`: any checkpoint as a Hugging Face folder that loads, and that asks and stops as in its training."""
+"""`tandem export`: any checkpoint as a Hugging Face folder whose model is asked, and stops, as in its training."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tandem.data.tokens.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer
 from tandem.errors import UserError
 from tandem.models.tensors import EMBEDDING
 
-# Before a chat template: what it takes `enable_thinking` for where nobody says.
+# Put before a chat template: the value of `enable_thinking` when the caller gives none.
 THINKING_DEFAULT = "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {} %}}{{%- endif %}}"
 
 
 def export(options: ExportOptions, progress: Progress | None = None, check: Check | None = None) -> Converted:
-    """Write the folder; it appears whole or not at all.
+    """Write the folder. It appears whole or not at all.
 
     Args:
-        check: what it raises keeps the folder from appearing.
+        check: compares source and result. When it raises, the folder does not appear.
 
     Raises:
         UserError: the checkpoint is damaged, the target exists, or the tokenizer lacks the template's end token.
@@ -44,8 +44,9 @@ def export(options: ExportOptions, progress: Progress | None = None, check: Chec
 
 
 def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions, list[str]]:
-    """The companions of a fine-tuned model such that whoever uses them asks as in training and stops as in training; of
-    any other model, as they are. With them, what the user should be told.
+    """Companions with which a fine-tuned model is asked, and stops, as in its training; and notices for the user.
+
+    The companions of any other model stay as they are.
 
     Raises:
         UserError: the tokenizer lacks the template's end token.
@@ -59,8 +60,8 @@ def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions
     chat_template = asking_as(template, tokenizer)
     if chat_template is None:
         return companions, [
-            f"the chat template of the tokenizer writes another prompt than --prompt-type {template.name}, which the "
-            f"model was fine-tuned on: `tandem generate --load {source.location}` asks as in training"
+            f"the model was fine-tuned with --prompt-type {template.name}, and the tokenizer's chat template writes "
+            f"another prompt: `tandem generate --load {source.location}` asks as in training"
         ]
     if chat_template != tokenizer.chat_template:
         companions = _with_chat_template(companions, chat_template)
@@ -68,28 +69,32 @@ def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions
 
 
 def asking_as(template: Template, tokenizer: Tokenizer) -> str | None:
-    """The tokenizer's chat template, with the default of `enable_thinking` that makes it begin an answer as `template`
-    does; None when no default does."""
+    """The tokenizer's chat template, changed so that it begins an answer as `template` does.
+
+    The change is a default for `enable_thinking`. None when no default gives the same beginning.
+    """
     question = "x"
     trained = "".join(template.generation_prompt([Message("user", question)]))
-    own = tokenizer.chat_template or ""
+    chat_template = tokenizer.chat_template or ""
     for default in ("", THINKING_DEFAULT.format("false"), THINKING_DEFAULT.format("true")):
         with suppress(UserError):
             message = {"role": "user", "content": question}
-            given = {"messages": [message], "add_generation_prompt": True, **tokenizer.chat_variables}
-            if render_chat_template(default + own, **given) == trained:
-                return default + own
+            variables = {"messages": [message], "add_generation_prompt": True, **tokenizer.chat_variables}
+            if render_chat_template(default + chat_template, **variables) == trained:
+                return default + chat_template
     return None
 
 
 def ending_turns(companions: Companions, end: int, stop_word: str) -> Companions:
-    """Make the template's end token the model's, so that `generate()` stops after a turn; a former end token stays
-    as a second one."""
+    """Make the template's end token the model's, so that `generate()` stops after a turn.
+
+    The former end token stays as a second one.
+    """
     assert companions.hf_config is not None
     generation = _json(companions, "generation_config.json")
     former = generation.get("eos_token_id", companions.hf_config.get("eos_token_id"))
-    others = former if isinstance(former, list) else [former]
-    ends = [end, *(token for token in others if token not in (None, end))]
+    former_ends = former if isinstance(former, list) else [former]
+    ends = [end, *(token for token in former_ends if token not in (None, end))]
     changed = {"generation_config.json": {**generation, "eos_token_id": ends if len(ends) > 1 else end}}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # older tokenizers follow the second
         if content := _json(companions, name):
@@ -102,14 +107,14 @@ def ending_turns(companions: Companions, end: int, stop_word: str) -> Companions
 
 
 def _with_chat_template(companions: Companions, chat_template: str) -> Companions:
-    """It stands in a file of its own, or in `tokenizer_config.json`, alone or as one of several."""
+    """Put a chat template where the old one is: in its own file, or in `tokenizer_config.json`, alone or in a list."""
     if any(path.name == CHAT_TEMPLATE_FILE for path in companions.files):
         changed = {CHAT_TEMPLATE_FILE: chat_template}
     else:
         config = _json(companions, "tokenizer_config.json")
         if isinstance(config["chat_template"], list):
-            others = [entry for entry in config["chat_template"] if entry["name"] != "default"]
-            config["chat_template"] = [{"name": "default", "template": chat_template}, *others]
+            named = [entry for entry in config["chat_template"] if entry["name"] != "default"]
+            config["chat_template"] = [{"name": "default", "template": chat_template}, *named]
         else:
             config["chat_template"] = chat_template
         changed = {"tokenizer_config.json": _text(config)}
@@ -117,7 +122,7 @@ def _with_chat_template(companions: Companions, chat_template: str) -> Companion
 
 
 def _json(companions: Companions, name: str) -> dict[str, Any]:
-    """What a file says, as far as it is known to be changed; nothing without one."""
+    """The content of a companion file, with the changes made so far; empty when there is no such file."""
     if name in companions.texts:
         return dict(json.loads(companions.texts[name]))
     paths = [path for path in companions.files if path.name == name]

@@ -26,9 +26,9 @@ from tandem.models.tensors import parameter_count, tensor_table
 
 MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as upstream's converters write it
 
-# called with what was to be written and with what can be read back, before the result becomes visible
+# called with the source and with what was written, before the result becomes visible; raises when they differ
 Check = Callable[[TensorSource, TensorSource], None]
-# source and its companions -> the companions to write, and what the user should be told
+# source and its companions -> the companions to write, and notices for the user
 Adapt = Callable[[TensorSource, Companions], tuple[Companions, list[str]]]
 
 
@@ -38,10 +38,10 @@ class Converted:
 
     Attributes:
         folder: where the result is.
-        iteration: that of the checkpoint; None of a Hugging Face folder.
+        iteration: the checkpoint's; None for a Hugging Face folder.
         tensors, parameters: how many were written.
-        notices: what the user should be told.
-        verification: whether logits were compared, and how far they are apart, in words.
+        notices: messages for the user.
+        verification: in words, whether logits were compared, and how much they differ.
     """
 
     folder: Path
@@ -59,11 +59,11 @@ class Converted:
 def convert(
     options: ConvertOptions, progress: Progress | None = None, check: Check | None = None, adapt: Adapt | None = None
 ) -> Converted:
-    """Read the source, write the target; it appears whole or not at all.
+    """Read the source and write the target. The target appears whole or not at all.
 
     Args:
-        check: what it raises keeps the target from appearing.
-        adapt: makes the companions of a Hugging Face folder fit what its model was trained on.
+        check: compares source and result. When it raises, the target does not appear.
+        adapt: changes the companions of a Hugging Face folder so that they fit the model's training.
 
     Raises:
         UserError: bad options, a source that is incomplete or damaged, or a target that exists.
@@ -88,7 +88,7 @@ def write_checked(
     progress: Progress | None,
     check: Check | None,
 ) -> None:
-    """Copy `source` into `folder`; what `check` raises keeps the folder from appearing."""
+    """Copy `source` into `folder`, which does not appear when `check` raises."""
     with publishing(folder) as work:
         copy(source, make_sink(work), progress=progress)
         if check:
@@ -96,18 +96,18 @@ def write_checked(
 
 
 def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSource:
-    """The weights of `source` in the dtype asked for, or in its own.
+    """The weights of `source` in `params_dtype`, or, when that is None, in their own dtype.
 
     Raises:
-        UserError: none is asked for and the source has several.
+        UserError: `params_dtype` is None and the source has several dtypes.
     """
     dtypes = sorted({dtype_name(source.dtype(name)) for name in tensor_table(source.config)})
     if params_dtype is None and len(dtypes) > 1:
         raise UserError(f"{source.location} holds {' and '.join(dtypes)}: choose one with --params-dtype")
-    wanted = DTYPE_ALIASES[params_dtype or dtypes[0]]
-    if (dtypes, source.kinds()) == ([wanted], ("model",)):
+    dtype = DTYPE_ALIASES[params_dtype or dtypes[0]]
+    if (dtypes, source.kinds()) == ([dtype], ("model",)):
         return source
-    return Cast(source, wanted)
+    return Cast(source, dtype)
 
 
 def companions_for(source: TensorSource, origin: str | None) -> Companions:
@@ -115,11 +115,11 @@ def companions_for(source: TensorSource, origin: str | None) -> Companions:
     if origin is None:
         return source.companions
     companions = companions_of(origin)
-    given, actual = _config_of(origin).to_dict(), source.config.to_dict()
+    in_folder, in_source = _config_of(origin).to_dict(), source.config.to_dict()
     different = [
-        f"{name} is {given[name]} there, {actual[name]} in the checkpoint"
-        for name in given
-        if given[name] != actual[name] and name != "init_method_std"
+        f"{name} is {value} there, {in_source[name]} in the checkpoint"
+        for name, value in in_folder.items()
+        if value != in_source[name] and name != "init_method_std"
     ]
     if different:
         raise UserError(f"{origin}/config.json contradicts {source.location}: {'; '.join(different)}")
@@ -127,7 +127,7 @@ def companions_for(source: TensorSource, origin: str | None) -> Companions:
 
 
 def _target(options: ConvertOptions) -> tuple[Path, str | None]:
-    """Where to write, and the folder that config and tokenizer come from (None: the source's own)."""
+    """Where to write, and the folder that config and tokenizer come from (None: the source's)."""
     folder = Path(options.save_dir)
     if options.save_model_type == "hf" and (folder / "config.json").exists():
         return folder / "mg2hf", options.hf_cfg_dir or str(folder)

@@ -42,11 +42,11 @@ class StatedModel:
     def check(self, config: ModelConfig, where: str) -> None:
         """Raise UserError, with both values, when a flag contradicts `config`."""
         for stated in fields(self):
-            given = getattr(self, stated.name)
+            value = getattr(self, stated.name)
             actual = getattr(config, stated.name.removeprefix("true_"))
-            if given not in (None, False) and given != actual:
+            if value not in (None, False) and value != actual:
                 flag = stated.name.replace("_", "-")
-                raise UserError(f"--{flag} {given} contradicts the config of {where}, which has {actual}")
+                raise UserError(f"--{flag} {value} contradicts the config of {where}, which has {actual}")
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class ConvertOptions(Options):
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of a chunk, for interleaved stages."""
     num_layer_list: str | None = None
-    """Layers of each stage, such as 10,18; excludes virtual stages and noop layers."""
+    """Layers of each stage, such as 10,18; not with virtual stages or noop layers."""
     noop_layers: str | None = None
-    """Slots left empty, such as 0,29, counted in the stack that they lengthen. For mg -> hf: the source's."""
+    """Slots left empty, such as 0,29, counted with these slots in the stack. For mg -> hf: the source's."""
     source_num_layer_list: str | None = None
     """--num-layer-list of a source that does not record it."""
     source_noop_layers: str | None = None
@@ -132,9 +132,9 @@ class ConvertOptions(Options):
         )
 
     def source_layers(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """What is said of the source's noop layers and of its layer list; None where nothing is.
+        """The source's noop layers and its layer list, as the flags give them; None where they do not.
 
-        Upstream repeats the target's flags for mg -> hf, where there is no target layout.
+        For mg -> hf there is no target layout, and upstream gives the source's layers with the target's flags.
         """
         noop, uneven = self.source_noop_layers, self.source_num_layer_list
         if self.save_model_type == "hf":
@@ -142,7 +142,7 @@ class ConvertOptions(Options):
         return parse_layers("--source-noop-layers", noop), parse_layers("--source-num-layer-list", uneven)
 
     def without_effect(self) -> list[str]:
-        """Flags that were given and do not matter for this target."""
+        """Flags that were given and have no effect on this target."""
         idle: list[str] = []
         if (self.save_model_type, self.ckpt_format) != ("mg", "torch"):
             idle += ["transformer_impl", "make_vocab_size_divisible_by", "padded_vocab_size"]

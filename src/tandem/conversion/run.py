@@ -1,4 +1,4 @@
-"""`tandem convert` and `tandem export` as a whole: the copy, its check, and what the user is told of it."""
+"""`tandem convert` and `tandem export` as a whole: the copy, its check, and a report of the check."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ VERIFIED_PARAMETERS = 200_000_000  # models up to this size are verified unasked
 
 
 def run_conversion(options: ConvertOptions, progress: Progress | None = None) -> Converted:
-    """Convert; `verification` of the result says whether logits were compared, and how far they are apart.
+    """Convert. `verification` of the result says whether logits were compared, and how much they differ.
 
     Raises:
-        UserError: the source or the target cannot be used, or both do not compute the same; nothing is written then.
+        UserError: the source or the target cannot be used, or they do not compute the same. Then nothing is written.
     """
-    told: list[str] = []
-    result = convert(options, progress, _check(options, told), _as_trained)
-    return dataclasses.replace(result, verification="\n".join(told))
+    verification: list[str] = []
+    result = convert(options, progress, _check(options, verification), _as_trained)
+    return dataclasses.replace(result, verification="\n".join(verification))
 
 
 def run_export(options: ExportOptions, progress: Progress | None = None) -> Converted:
     """The same for `tandem export`."""
     from tandem.conversion.as_trained import export  # templates and tokenizers take a third of the time to start
 
-    told: list[str] = []
-    result = export(options, progress, _check(options, told))
-    return dataclasses.replace(result, verification="\n".join(told))
+    verification: list[str] = []
+    result = export(options, progress, _check(options, verification))
+    return dataclasses.replace(result, verification="\n".join(verification))
 
 
-def _check(options: ConvertOptions | ExportOptions, told: list[str]) -> Check | None:
-    """The check of logits that the options ask for, which says in `told` what it did; None when they forbid it.
+def _check(options: ConvertOptions | ExportOptions, verification: list[str]) -> Check | None:
+    """The check of logits that the options ask for; None with `--no-verify`. It adds what it did to `verification`.
 
     Raises:
-        UserError: it is asked for, and no framework is installed.
+        UserError: `--verify` is given, and no framework is installed.
     """
     if options.no_verify:
         return None
@@ -54,12 +54,12 @@ def _check(options: ConvertOptions | ExportOptions, told: list[str]) -> Check | 
         size = parameter_count(source.config)
         if not options.verify and (size > VERIFIED_PARAMETERS or not frameworks):
             reason = f"{size:,} parameters" if frameworks else "neither torch nor mindspore is installed"
-            told.append(f"logits not compared ({reason}); --verify compares them")
+            verification.append(f"logits not compared ({reason}); --verify compares them")
             return
         from tandem.conversion.verify import verify  # engines are imported where they are needed
 
         comparison = verify(source, result, frameworks[0], independent=options.verify)
-        told.append(f"verified with {comparison.describe_readers()}: {comparison}")
+        verification.append(f"verified with {comparison.describe_readers()}: {comparison}")
 
     return check
 

@@ -18,12 +18,12 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 
 TOLERANCE = 1e-4  # largest difference of two logits, as a fraction of the largest logit where that is above 1
-LENGTHS = (48, 16)  # of the documents on which they are compared
+LENGTHS = (48, 16)  # of the documents on which logits are compared
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the logits of two sources lie apart over `tokens` positions, and what computed the two."""
+    """How much the logits of two sources differ over `tokens` positions, and what computed each."""
 
     tokens: int
     max_difference: float
@@ -70,11 +70,11 @@ def verify(source: TensorSource, result: TensorSource, ai_framework: str, *, ind
         engine.load_weights(side)
         return ai_framework, engine.logits(batch)
 
-    (source_reader, expected), (result_reader, found) = compute(source), compute(result)
+    (source_reader, expected), (result_reader, actual) = compute(source), compute(result)
     verification = Verification(
-        tokens=len(found),
-        max_difference=float(np.abs(found - expected).max()),
-        top1_agreement=float(np.mean(found.argmax(axis=1) == expected.argmax(axis=1))),
+        tokens=len(actual),
+        max_difference=float(np.abs(actual - expected).max()),
+        top1_agreement=float(np.mean(actual.argmax(axis=1) == expected.argmax(axis=1))),
         scale=float(np.abs(expected).max()),
         readers=(source_reader, result_reader),
     )
@@ -95,11 +95,11 @@ def fixed_batch(config: ModelConfig) -> MicroBatch:
 
 
 def first_difference(source: TensorSource, result: TensorSource) -> str:
-    """A sentence that names the first tensor, in the model's order, that is not the same."""
+    """A sentence that names the first tensor, in the model's order, that differs."""
     for name in tensor_table(source.config):
         left, right = source.read(name), result.read(name)
         if left.dtype.name != right.dtype.name:
             return f"The first differing tensor is {name}: {left.dtype} became {right.dtype}"
         if not same_bits(left, right):
             return f"The first differing tensor is {name}"
-    return "Every tensor is the same: the difference is the computation's own"
+    return "Every tensor is the same: the difference comes from the computation"

@@ -1,4 +1,4 @@
-"""sha256 of several arrays at once, each in order, from threads of their own: it takes longer than writing."""
+"""sha256 of several arrays at the same time, in threads of its own: hashing takes longer than writing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BEHIND = 64  # blocks that may wait to be hashed
 
 
 class Digest:
-    """A sha256 whose blocks one of the threads adds in order."""
+    """The sha256 of one array. One of the threads adds its blocks, in order."""
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self._sha256, self._thread = hashlib.sha256(), thread
@@ -35,12 +35,12 @@ class Hashing:
         return Digest(self._threads[0])
 
     def update(self, digest: Digest, block: memoryview) -> None:
-        """Add a block; it must not change before `close` returns."""
+        """Add a block. It must not change before `close` returns."""
         self._waiting.append(digest.update(block))
         if len(self._waiting) > BEHIND:
             self._waiting.popleft().result()
 
     def close(self) -> None:
-        """Every block is hashed."""
+        """Wait until every block is hashed."""
         for thread in self._threads:
             thread.shutdown()

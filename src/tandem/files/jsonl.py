@@ -12,7 +12,7 @@ from tandem.errors import UserError
 
 
 def append_line(file: FileIO, values: dict[str, Any]) -> None:
-    """Add a line in one write, so that a reader or a kill meets no half of it.
+    """Add a line in one write: no reader sees half of it, and no kill leaves half of it behind.
 
     Raises:
         UserError: the disk is full, or fails.
@@ -27,7 +27,7 @@ def append_line(file: FileIO, values: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
-    """Every whole line; an unfinished last one, of a writer that goes on or was killed, is left out.
+    """Every whole line. An unfinished last line is left out: its writer still writes, or was killed.
 
     Raises:
         UserError: the file cannot be read, or a line is not an object whose `key` is a `kind`.
@@ -42,13 +42,16 @@ def read_json_lines(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
 def parse_line(path: Path, number: int, line: bytes, key: str, kind: type) -> dict[str, Any]:
     """One line as an object.
 
+    >>> parse_line(Path("metrics.jsonl"), 1, b'{"step": 3, "loss": 2.5}', "step", int)
+    {'step': 3, 'loss': 2.5}
+
     Raises:
-        UserError: it is not one, or its `key` is not a `kind`.
+        UserError: the line is not a JSON object, or its `key` is not a `kind`.
     """
     try:
         values = orjson.loads(line)
     except orjson.JSONDecodeError:
         values = None
     if not isinstance(values, dict) or not isinstance(values.get(key), kind):
-        raise UserError(f"{path}:{number}: expected a JSON object with {key!r}; move the file away, or mend the line")
+        raise UserError(f"{path}:{number}: expected a JSON object with {key!r}; fix the line, or move the file away")
     return values

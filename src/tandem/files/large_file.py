@@ -22,10 +22,10 @@ DIRECT = getattr(os, "O_DIRECT", 0)  # Linux's flag
 
 
 class LargeFile:
-    """What is written is copied, and goes to the disk from a thread; `close` returns when all of it is there.
+    """A file that a thread writes. `write` copies its data; `close` returns when all of it is on the disk.
 
     Raises:
-        OSError: with the file's name; a failed write may be told by a later one, or by `close`.
+        OSError: with the file's name. When a write fails, a later `write` or `close` may be the one that raises.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,7 +41,7 @@ class LargeFile:
         return self._position + self._filled
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append `data`; how many bytes that were."""
+        """Append `data`, and return its number of bytes."""
         remaining: np.ndarray = np.frombuffer(data, np.uint8)
         while remaining.size:
             room = self._chunks[0][self._filled :]
@@ -58,14 +58,14 @@ class LargeFile:
     def close(self) -> None:
         try:
             self._wait(0)
-            self._buffer()  # the rest is no multiple of a block
+            self._use_page_cache()  # the rest is smaller than a block
             self._put(self._chunks[0][: self._filled], self._position)
             os.fsync(self._descriptor)
         finally:
             self.abort()
 
     def abort(self) -> None:
-        """Stop writing; what is there is not a whole file."""
+        """Stop writing. The file is not whole."""
         self._thread.shutdown(cancel_futures=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -88,13 +88,13 @@ class LargeFile:
             try:
                 done = os.pwrite(self._descriptor, remaining, position)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._buffer():
+                if error.errno != errno.EINVAL or not self._use_page_cache():
                     raise OSError(error.errno, error.strerror, str(self.path)) from error
                 continue
             remaining, position = remaining[done:], position + done
 
-    def _buffer(self) -> bool:
-        """From now on, write through the page cache; whether that is a change."""
+    def _use_page_cache(self) -> bool:
+        """From now on, write through the page cache. Returns False when that was so already."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
         return bool(flags & DIRECT)

@@ -19,12 +19,14 @@ DESCRIPTIONS = (".json", ".txt")  # readers recognise a folder by such a file: t
 class Publication:
     """A folder under construction.
 
-    Write into `work`; `commit()` makes it appear under `final`, `abort()` removes it. `work` lies beside `final`, or,
-    where `final` is an empty folder already (a mount point, perhaps, which nothing can be renamed to), inside it. What
-    a killed process left behind is removed, or finished, when the same folder is next written or read (`recover`).
+    Write into `work`. Then `commit()` makes it appear under `final`, and `abort()` removes it.
+
+    `work` lies next to `final`. If `final` is an empty folder already, `work` lies inside it, because nothing can be
+    renamed to a mount point. What a killed process left behind is removed, or finished, by `recover`: when the same
+    folder is next written or read.
 
     Args:
-        replace: `final` may exist and is exchanged; otherwise it must be absent or empty.
+        replace: `final` may exist, and is then replaced; otherwise it must be absent or empty.
 
     Raises:
         UserError: the final folder exists and `replace` is False, or nothing can be written there.
@@ -45,7 +47,7 @@ class Publication:
 
     @staticmethod
     def working_folder(final: Path) -> Path:
-        """Where a folder is built beside its final place."""
+        """Where a folder is built: next to its final place."""
         return final.parent / f"{TEMPORARY}{final.name}"
 
     def commit(self) -> None:
@@ -61,50 +63,54 @@ class Publication:
 
     def _exchange(self) -> None:
         if self.final.exists():
-            self.final.rename(_aside(self.final))
+            self.final.rename(_old_folder(self.final))
         self.work.rename(self.final)
         sync_folder(self.final.parent)
-        shutil.rmtree(_aside(self.final), ignore_errors=True)
+        shutil.rmtree(_old_folder(self.final), ignore_errors=True)
 
 
 def final_place(path: str | Path) -> Path:
-    """Where something below a folder under construction will be; any other path as it is."""
+    """Where a file of a folder under construction will be in the end. Any other path stays as it is.
+
+    >>> final_place("/data/.incomplete-iter_0000010/index.json")
+    PosixPath('/data/iter_0000010/index.json')
+    """
     parts = (part.removeprefix(TEMPORARY) for part in Path(path).parts if part not in (INSIDE, WHOLE))
     return Path(*parts)
 
 
 def recover(final: Path) -> None:
-    """Finish what a process that was killed while it published `final` had begun.
+    """Finish publishing `final`, if a process was killed while it did so.
 
-    Several processes may do so at once.
+    Several processes may call this at the same time.
 
     Raises:
-        UserError: the disk does not let it.
+        UserError: files cannot be moved into place.
     """
     try:
         if (final / WHOLE).is_dir():
             _move_up(final)
-        if not _aside(final).is_dir():
+        if not _old_folder(final).is_dir():
             return
         if final.exists():  # it was being removed
-            shutil.rmtree(_aside(final), ignore_errors=True)
+            shutil.rmtree(_old_folder(final), ignore_errors=True)
         else:
             with suppress(FileNotFoundError):  # another process was quicker
-                _aside(final).rename(final)
+                _old_folder(final).rename(final)
     except OSError as error:
         raise UserError(
-            f"{final}: a process was killed while it published this folder, and what it left "
-            f"({TEMPORARY}*) cannot be put in place: {error.strerror}"
+            f"{final}: a process was killed while it published this folder. What it left ({TEMPORARY}*) "
+            f"cannot be put in place: {error.strerror}"
         ) from error
 
 
-def _aside(final: Path) -> Path:
+def _old_folder(final: Path) -> Path:
     """Where the former `final` waits until the new one is in place."""
     return final.parent / f"{TEMPORARY}old-{final.name}"
 
 
 def _is_occupied(folder: Path) -> bool:
-    """Whether anything is there that a user would miss; `lost+found` is a disk's own."""
+    """Whether anything is there that a user would miss. `lost+found` does not count: file systems make it."""
     if not folder.is_dir():
         return folder.exists()
     return any(path.name not in (INSIDE, "lost+found") for path in folder.iterdir())

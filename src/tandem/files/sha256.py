@@ -1,7 +1,9 @@
-"""The sha256 of files, as a program: names on standard input, parted by NUL, hashes on standard output, a line each.
+"""The sha256 of files, as a program.
 
-It is run by itself and not by a thread, which would wait whenever Python's lock is held, as it is while a tokenizer is
-loaded; so it imports nothing of tandem, whose packages would take longer to load than most files to hash.
+It reads file names from standard input, separated by NUL, and prints a line with each file's hash.
+
+It is a process of its own: a thread would wait whenever Python's lock is held, as while a tokenizer is loaded. It
+imports nothing of tandem: loading those packages would take longer than hashing most files.
 """
 
 from __future__ import annotations

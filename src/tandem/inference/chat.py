@@ -1,4 +1,4 @@
-"""Ask a model: open it from any folder, render the question as it was trained, print what it answers."""
+"""Ask a model: open it from a folder, apply the chat template it was trained with, and decode the answer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tandem.options import build
 
 @dataclass(frozen=True)
 class Model:
-    """An engine ready to answer.
+    """A model that is ready to answer.
 
     Attributes:
-        template: the prompt type that the model was fine-tuned on; None leaves the choice to the tokenizer's own chat
-            template, and without one the prompt is continued as plain text.
+        template: the chat template that the model was fine-tuned with. With None, the tokenizer's own chat template is
+            used. Without either, the prompt is continued as plain text.
     """
 
     engine: Engine
@@ -36,14 +36,14 @@ class Model:
     def answer(
         self, questions: Sequence[str], sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> list[str]:
-        """One answer per question. `on_text` gets the text of a single question's answer as it appears."""
+        """One answer for each question. With a single question, `on_text` gets the answer piece by piece."""
         prompts = [self.prompt_ids(question) for question in questions]
-        shown = _Streamer(self.tokenizer, on_text) if on_text and len(questions) == 1 else None
-        answers = generate(self.engine, prompts, sampling, self.stop_ids(), shown)
+        streamer = _Streamer(self.tokenizer, on_text) if on_text and len(questions) == 1 else None
+        answers = generate(self.engine, prompts, sampling, self.stop_ids(), streamer)
         return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
-        """The answer to a prompt; of several prompts, a list of their answers.
+        """The answer to a prompt. For a list of prompts, a list of answers.
 
         Args:
             sampling: the fields of `Sampling`, such as `max_new_tokens=64, temperature=0.7`.
@@ -53,7 +53,8 @@ class Model:
             '321'
 
         Raises:
-            UserError: an option is unknown or of another type, or a prompt could outgrow the model's positions.
+            UserError: an option is unknown or has the wrong type, or a prompt could become longer than the model's
+                positions.
         """
         options = build(Sampling, sampling)
         if isinstance(prompt, str):
@@ -61,7 +62,7 @@ class Model:
         return self.answer(prompt, options)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of a question, rendered as in training."""
+        """Token ids of a question, in the chat template of training."""
         if self.template is not None:
             pieces = self.template.generation_prompt([Message("user", question)])
             return [token for piece in pieces for token in self.tokenizer.encode(piece)]
@@ -71,22 +72,23 @@ class Model:
         return self.tokenizer.encode(question)
 
     def stop_ids(self) -> set[int]:
-        ends = {self.tokenizer.eos_id, self.tokenizer.pad_id}
+        """Token ids that end an answer."""
+        ids = {self.tokenizer.eos_id, self.tokenizer.pad_id}
         if self.template is not None:
-            ends.add(self.tokenizer.require_id(self.template.stop_word))
-        return {token for token in ends if token is not None}
+            ids.add(self.tokenizer.require_id(self.template.stop_word))
+        return {token for token in ids if token is not None}
 
 
 def open_model(options: LoadOptions) -> Model:
     """Open a Hugging Face folder or a checkpoint of any layout for inference.
 
     Raises:
-        UserError: there is no model, or no tokenizer with it and none is named.
+        UserError: there is no model in the folder, or no tokenizer in the folder and none is given.
     """
     source = open_source(options.load, options.ckpt_step)
     folder = options.tokenizer_name_or_path or source.companions.tokenizer_folder
     if folder is None:
-        raise UserError(f"{source.location} has no tokenizer with it: name one with --tokenizer-name-or-path")
+        raise UserError(f"{source.location} contains no tokenizer: give its folder with --tokenizer-name-or-path")
     tokenizer = Tokenizer(folder)
     settings = EngineSettings(training=False, device=options.device)
     engine = create_engine(options.ai_framework, source.config, settings)
@@ -97,16 +99,16 @@ def open_model(options: LoadOptions) -> Model:
 
 
 class _Streamer:
-    """Decodes one answer as it grows; a character that is not whole yet waits for its next token."""
+    """Decodes one answer token by token. An incomplete character waits for the next token."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
         self._tokenizer, self._write = tokenizer, write
         self._tokens: list[int] = []
-        self._shown = 0
+        self._written = 0  # characters
 
     def __call__(self, number: int, token: int) -> None:
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         if not text.endswith("�"):
-            self._write(text[self._shown :])
-            self._shown = len(text)
+            self._write(text[self._written :])
+            self._written = len(text)

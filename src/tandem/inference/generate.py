@@ -1,4 +1,4 @@
-"""Continue token sequences, several at once."""
+"""Continue several token sequences at once."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt until a stop id (not included) or `max_new_tokens`.
 
-    All prompts run in one batch, laid end to end without padding; each step computes whole sequences again.
+    All prompts run in one batch without padding. Each step computes the whole sequences again.
 
     Args:
-        on_token: called with (prompt number, token id) as tokens appear.
+        on_token: called with (prompt number, token id) for each new token.
 
     Raises:
-        UserError: a prompt is empty, or could outgrow the model's positions.
+        UserError: a prompt is empty, or could become longer than the model's positions.
     """
     longest = engine.config.max_position_embeddings - sampling.max_new_tokens
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens; expected 1 to {longest}, so that {sampling.max_new_tokens} "
-                f"new ones fit max_position_embeddings {engine.config.max_position_embeddings}"
+                f"prompt {number} has {len(prompt)} tokens; expected 1 to {longest}. With {sampling.max_new_tokens} "
+                f"new tokens it must fit max_position_embeddings {engine.config.max_position_embeddings}"
             )
     random = np.random.default_rng(sampling.seed)
     sequences = [list(prompt) for prompt in prompts]

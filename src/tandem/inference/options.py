@@ -1,4 +1,4 @@
-"""Which model to ask, and where it computes."""
+"""Which model to ask, and on which device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class LoadOptions(Options):
     """Hugging Face folder, or a checkpoint of any layout."""
     _: KW_ONLY
     ai_framework: str = field(default_factory=default_framework)
-    """Backend: mindspore, or torch (also: pytorch); default: the one that is installed, torch where both are."""
+    """Framework: torch (or pytorch), or mindspore; default: the installed one, or torch if both are installed."""
     tokenizer_name_or_path: PathText | None = None
-    """Folder of the tokenizer; default: the one with the weights."""
+    """Folder of the tokenizer; default: the one in the model's folder."""
     raw: bool = False
-    """Continue the prompt as plain text."""
+    """Continue the prompt as plain text, without a chat template."""
     ckpt_step: int | None = None
     """Iteration to load; default: the newest."""
     device: str | None = None
-    """cpu, cuda or npu; default: the best one present."""
+    """Device: cpu, cuda or npu; default: the best one present."""

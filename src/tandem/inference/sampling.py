@@ -1,4 +1,4 @@
-"""The next token from a row of logits."""
+"""Choose the next token from a row of logits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tandem.options import Options
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Options):
-    """How tokens are drawn."""
+    """How tokens are chosen."""
 
     max_new_tokens: int = 128
-    """Longest answer, in tokens."""
+    """Largest number of tokens in an answer."""
     temperature: float = 0.0
-    """Randomness; 0 takes the likeliest token."""
+    """Randomness of the answer; 0 always takes the most likely token."""
     top_k: int = 0
-    """Draw among this many likeliest tokens; 0: among all."""
+    """Choose only among this many most likely tokens; 0 means all tokens."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together reach this probability."""
+    """Choose only among the most likely tokens that together reach this probability."""
     seed: int = 1234
-    """Seed of the draws."""
+    """Seed of the random choices."""
 
     def problems(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
@@ -37,7 +37,11 @@ class Sampling(Options):
 
 
 def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """One token id from logits [vocabulary]: top-k, then top-p (nucleus, arXiv 1904.09751), then a draw."""
+    """Choose a token id from logits [vocabulary]: top-k first, then top-p (nucleus sampling, arXiv 1904.09751).
+
+    >>> draw(np.array([0.1, 2.0, 0.3]), Sampling(temperature=0.0), np.random.default_rng(0))
+    1
+    """
     if sampling.temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")
@@ -46,7 +50,7 @@ def draw(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) ->
     scaled = logits[order].astype(np.float64) / sampling.temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
-    # the smallest set whose mass reaches top_p: a token stays while the mass before it is below top_p
-    kept = np.concatenate([[0.0], np.cumsum(probabilities)[:-1]]) < sampling.top_p
-    probabilities = np.where(kept, probabilities, 0.0)
+    # the smallest set that reaches top_p: a token stays while the sum before it is below top_p
+    in_nucleus = np.concatenate([[0.0], np.cumsum(probabilities)[:-1]]) < sampling.top_p
+    probabilities = np.where(in_nucleus, probabilities, 0.0)
     return int(order[random.choice(len(order), p=probabilities / probabilities.sum())])

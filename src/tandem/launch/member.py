@@ -1,7 +1,7 @@
-"""A process in a job that `tandem.launch.supervisor` supervises: where its output goes, and what it ended with.
+"""A process in a job that `tandem.launch.supervisor` supervises: where its output goes, and how it ended.
 
-The supervisor names a folder in TANDEM_JOB; each process leaves there its output, its pid and, when it ends by itself,
-a record. Without that variable a process only sees to it that it ends with its launcher.
+The supervisor sets TANDEM_JOB to a folder. Each process writes its output and its pid there. When it ends by itself, it
+also writes a record. Without TANDEM_JOB, a process only makes sure that it ends when its launcher ends.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ from typing import NoReturn
 from tandem.launch.world import World, is_one_of_several, is_scheduler
 
 JOB = "TANDEM_JOB"
-SUPERVISOR = "TANDEM_SUPERVISOR"  # its process
+SUPERVISOR = "TANDEM_SUPERVISOR"  # pid of the supervisor
 NODE = "TANDEM_NODE"  # number of this machine in the job
 _PR_SET_PDEATHSIG = 1
-_LAUNCHERS = ("MS_ROLE", "TORCHELASTIC_RUN_ID")  # variables of msrun and of torchrun in what they start
+_LAUNCHERS = ("MS_ROLE", "TORCHELASTIC_RUN_ID")  # msrun and torchrun set these for the processes that they start
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: its exit code, and what the user should read when that is not 0. The traceback, if any, is in
-    the rank's output, too."""
+    """How a rank ended.
+
+    Attributes:
+        code: exit code.
+        text: the message for the user when the code is not 0.
+        time: when the rank ended, in seconds since 1970.
+        traceback: of the error, if there was one. It is also in the output of the rank.
+    """
 
     rank: int
     code: int
@@ -44,17 +50,18 @@ class Ended:
 
 @dataclass(frozen=True)
 class Member:
-    """This process; `folder` is None outside a supervised job."""
+    """This process. `folder` is the folder of the job; None when no supervisor started it."""
 
     world: World
     folder: Path | None
 
     @classmethod
     def join(cls) -> Member:
-        """Make sure that this process ends with its job; of a supervised one, send its output to the job's folder."""
+        """Make sure that this process ends with its job. In a supervised job, write its output to the job's folder."""
         if JOB not in os.environ:
             if any(name in os.environ for name in _LAUNCHERS) and not is_scheduler():
-                die_with_parent(signal.SIGTERM)  # msrun leaves its processes behind at any signal; they save first
+                # msrun does not end its processes when a signal ends it. SIGTERM lets them save first.
+                die_with_parent(signal.SIGTERM)
             return cls(World(), None)
         world, folder = World.from_environment(), Path(os.environ[JOB])
         _write_to(log_file(folder, world.rank))
@@ -65,9 +72,9 @@ class Member:
         return cls(world, folder)
 
     def ended(self, code: int, text: str = "") -> int:
-        """Tell the supervisor, or without one print the text; returns the code.
+        """Tell the supervisor how this process ended, or print the text when there is none. Returns the code.
 
-        Of a job's process nothing is shown from here on: MindSpore speaks of its threads as they end.
+        In a supervised job, later output is dropped: MindSpore prints messages while its threads end.
         """
         if self.folder is None and text:
             print(text, file=sys.stderr, flush=True)
@@ -77,7 +84,7 @@ class Member:
         return code
 
     def crashed(self, error: Exception) -> None:
-        """Tell the supervisor of an error that nothing will catch."""
+        """Tell the supervisor about an error that nothing will catch."""
         place = f" in {place}" if (place := getattr(error, "place", None)) else ""
         text = f"rank {self.world.rank} of {self.world.size} failed{place}: {type(error).__name__}: {error}"
         self._record(1, text, "".join(traceback.format_exception(type(error), error, error.__traceback__)))
@@ -90,7 +97,7 @@ class Member:
 
 @contextmanager
 def placing(place: Callable[[], str]) -> Iterator[None]:
-    """Errors of the block say where in the run they happened."""
+    """Add the place in the run to errors that are raised inside the block."""
     try:
         yield
     except Exception as error:
@@ -101,15 +108,15 @@ def placing(place: Callable[[], str]) -> Iterator[None]:
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's main function and end the process, as `sys.exit(main())` does.
 
-    A process of several ends without taking its Python interpreter apart. From then on that would end every thread
-    which asks for Python's lock. gloo's threads ask for it to let go of a tensor, which may be long after a collective
-    is over, and after its group was destroyed. Within a C++ destructor such an end is an abort: "terminate called
-    without an active exception" (https://github.com/pytorch/pytorch/issues/190489).
+    With several processes, the process ends without Python's usual clean-up of the interpreter. During that clean-up
+    Python ends every thread that asks for its lock. gloo's threads ask for the lock to free a tensor, perhaps long
+    after the last collective. When such a thread is ended inside a C++ destructor, the process aborts with "terminate
+    called without an active exception" (https://github.com/pytorch/pytorch/issues/190489).
     """
     if not is_one_of_several():
         sys.exit(main())
     code = _exit_code(main)
-    threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter does first: wait for Python's own threads
+    threading._shutdown()  # type: ignore[attr-defined]  # wait for Python's own threads, as the interpreter does first
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -117,12 +124,12 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _exit_code(main: Callable[[], int | None]) -> int:
-    """Run it; whatever it raises is shown as the interpreter shows it."""
+    """Run `main` and return its exit code. Errors are shown as the interpreter shows them."""
     try:
         code: object = main()
     except SystemExit as ending:
         code = ending.code
-    except Exception:  # noqa: BLE001 - the last place that can show it
+    except Exception:  # noqa: BLE001 - the last place that can show the error
         sys.excepthook(*sys.exc_info())
         return 1
     if code is None or isinstance(code, int):
@@ -132,13 +139,13 @@ def _exit_code(main: Callable[[], int | None]) -> int:
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Ask Linux to send this process a signal when the one that started it ends, however that ends."""
+    """Ask Linux to send this process a signal when its parent process ends, for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _write_to(path: Path) -> None:
-    """Add this process's output to a file from here on, also what no Python writes."""
+    """From now on append all output of this process to a file, even output that does not come from Python."""
     with path.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -146,7 +153,7 @@ def _write_to(path: Path) -> None:
 
 
 def _leave_if_alone() -> None:
-    """When the job was killed while this process was starting, no parent is left to die."""
+    """End this process if its supervisor is already gone: then `die_with_parent` came too late."""
     try:
         os.kill(int(os.environ[SUPERVISOR]), 0)
     except ProcessLookupError:
@@ -171,7 +178,7 @@ def read_record(folder: Path, rank: int) -> Ended | None:
 
 
 def _publish(path: Path, text: str) -> None:
-    """Under its name the file is whole."""
+    """Write under a temporary name, then rename: a reader never sees an unfinished file."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(path)

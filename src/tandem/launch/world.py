@@ -1,4 +1,4 @@
-"""The processes of a job: what the launcher says of them, and how they talk about anything but tensors."""
+"""The processes of a job: their numbers from the launcher, and how they exchange values other than tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from tandem.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that the launcher started. `local_rank` counts within its machine.
+    """The place of this process among all processes of the job.
 
-    The scheduler of msrun has rank -1.
+    >>> World.from_environment({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"})
+    World(rank=3, size=4, local_rank=1)
+
+    Attributes:
+        rank: number of this process; -1 for the scheduler of msrun.
+        size: number of processes.
+        local_rank: number of this process on its machine.
     """
 
     rank: int = 0
@@ -22,23 +28,21 @@ class World:
     local_rank: int = 0
 
     def leads(self, *, shared_storage: bool) -> bool:
-        """Whether this process does what is done once per disk."""
+        """Whether this process does the work that is done once for each disk."""
         return self.rank == self.first_on_disk(shared_storage=shared_storage)
 
     def first_on_disk(self, *, shared_storage: bool) -> int:
-        """The first rank that writes to this process's disk. A machine's ranks follow each other."""
+        """The first rank that writes to the disk of this process. The ranks of a machine are consecutive."""
         return 0 if shared_storage else self.rank - self.local_rank
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """As torchrun or msrun says it; a single process without either.
+        """From the variables that torchrun or msrun sets; a single process without them.
 
         Raises:
-            UserError: several processes are announced, but not which of them this one is.
+            UserError: the variables name several processes, but not the rank of this one.
         """
-        if (
-            environment.get("MS_ROLE") == "MS_SCHED"
-        ):  # msrun's process beside the ranks, which lets them find each other
+        if is_scheduler(environment):
             return cls(size=int(environment["MS_WORKER_NUM"]))
         for size, rank, local_rank in VARIABLES:
             if environment.get(size, "1") != "1":
@@ -57,35 +61,35 @@ VARIABLES = (("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("MS_WORKER_NUM", "RANK_ID", 
 
 
 def is_scheduler(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is the process that msrun starts beside the ranks, which only lets them find each other."""
+    """Whether this is msrun's extra process, which only helps the ranks find each other."""
     return environment.get("MS_ROLE") == "MS_SCHED"
 
 
 def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process together with others that it computes with."""
+    """Whether this process computes together with other processes."""
     return any(environment.get(size, "1") != "1" for size, *_ in VARIABLES) and not is_scheduler(environment)
 
 
 class Communicator(Protocol):
-    """All processes of a job. Every method is called by every process, in the same order."""
+    """Exchange between all processes of a job. Every process must call the same methods in the same order."""
 
     world: World
 
     def barrier(self) -> None:
-        """Return when every process has arrived."""
+        """Wait until every process has called this."""
         ...
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank; values are what JSON can hold."""
+        """The value of every process, by rank. Values must be valid in JSON."""
         ...
 
     def close(self) -> None:
-        """Leave the job in order, when all have finished."""
+        """Leave the job after all processes have finished."""
         ...
 
 
 class SingleProcess:
-    """The `Communicator` of a job of one process."""
+    """The `Communicator` of a job with one process."""
 
     world = World()
 

@@ -1,7 +1,7 @@
 """Hyper-parameters of a decoder, from and to Hugging Face's `config.json`.
 
-Field names are Megatron's. What this toolkit cannot compute (sliding windows, biases, exotic rotary scaling)
-is refused here, so that no model is ever trained as something it is not.
+Field names are Megatron's. What this toolkit cannot compute (sliding windows, biases, other rotary scaling) is refused
+here. So no model is ever trained as something else.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModelConfig:
     init_method_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.model_type not in list(FAMILIES):  # damaged files say anything, hashable or not
+        if self.model_type not in list(FAMILIES):  # a damaged file may hold what cannot be hashed
             raise UserError(f"model_type {self.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
         for name in WHOLE_NUMBERS:
             if type(value := getattr(self, name)) is not int or value < 1:
@@ -94,6 +94,6 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; raises TypeError where fields are missing or unknown."""
+        """The inverse of `to_dict`. Raises TypeError when fields are missing or unknown."""
         scaling = values.get("rotary_scaling")
         return cls(**{**values, "rotary_scaling": RotaryScaling(**scaling) if scaling else None})

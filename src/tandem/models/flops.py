@@ -10,9 +10,13 @@ from tandem.models.config import ModelConfig
 def training_flops(config: ModelConfig, document_lengths: Iterable[int]) -> float:
     """FLOPs of one forward and backward pass over documents that attend causally, each within itself.
 
-    A product of [m, k] by [k, n] costs 2mkn; backward costs twice forward; a causal document of length s attends
-    to s^2 / 2 pairs. Recomputation is not counted. With one document per sample this is Megatron-LM's formula
+    A product of [m, k] by [k, n] costs 2mkn. Backward costs twice forward. A causal document of length s attends to
+    s^2 / 2 pairs. Recomputation is not counted. With one document per sample this is Megatron-LM's formula
     (`num_floating_point_operations`) for grouped-query attention with SwiGLU and attention ratio 0.5.
+
+    >>> from tandem.models.published import qwen3_config
+    >>> f"{training_flops(qwen3_config('0.6B'), [4096]):.3e}"
+    '2.042e+13'
     """
     lengths = list(document_lengths)
     tokens = sum(lengths)

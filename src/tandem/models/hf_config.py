@@ -45,7 +45,7 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """
     try:
         return _from_hf(hf, where)
-    except (AttributeError, TypeError, ArithmeticError) as error:  # a list where a number should be, and the like
+    except (AttributeError, TypeError, ArithmeticError) as error:  # such as a list where a number belongs
         raise UserError(f"{where}: damaged, or not a model's config: {error}") from error
 
 
@@ -55,7 +55,7 @@ def _from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     for key, allowed in ONLY_SUPPORTED.items():
         if key == "attention_bias" and FAMILIES[model_type].add_qkv_bias:
-            continue  # transformers does not read it in these families: their biases are fixed
+            continue  # these families have fixed biases: transformers does not read this key
         if hf.get(key) not in (*allowed, None):
             raise UserError(f"{where}: {key} = {hf[key]!r} is not supported; supported: {allowed[0]!r}")
     windowed = [kind for kind in hf.get("layer_types") or () if kind != "full_attention"]
@@ -79,8 +79,8 @@ def _from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
 def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
     """Write a Hugging Face config.
 
-    `base` is the config the model came from: its other keys (token ids, layout of transformers 4 or 5) are kept.
-    Without it, the older layout is written, which every version reads.
+    `base` is the config that the model came from. Its other keys are kept, and so is its layout (of transformers 4 or
+    5). Without `base`, the older layout is written, which every version reads.
     """
     hf = dict(base or {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True})
     if base is None and not config.add_qkv_bias:
@@ -98,7 +98,7 @@ def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = 
 
 
 def load_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The raw `config.json` of a Hugging Face folder."""
+    """The content of `config.json` in a Hugging Face folder."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -114,12 +114,16 @@ def load_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def hf_dtype(hf: dict[str, Any]) -> str | None:
-    """The dtype a config declares, under either of its names."""
+    """The dtype that a config names, under the key of transformers 5 or 4; None without one.
+
+    >>> hf_dtype({"torch_dtype": "bfloat16"})
+    'bfloat16'
+    """
     return hf.get("dtype") or hf.get("torch_dtype")
 
 
 def _value(hf: dict[str, Any], key: str, where: str) -> Any:
-    """A config's value, or Hugging Face's own default for the keys that it lets a config omit."""
+    """A config's value. For keys that a config may leave out: Hugging Face's default."""
     if hf.get(key) is not None:
         return hf[key]
     if key == "num_key_value_heads":

@@ -17,7 +17,10 @@ QWEN3_SIZES = {
 
 
 def qwen3_config(size: str) -> ModelConfig:
-    """A published size, such as "0.6B".
+    """The shape of a published size.
+
+    >>> qwen3_config("0.6B").hidden_size
+    1024
 
     Raises:
         UserError: there is no such size.

@@ -1,4 +1,4 @@
-"""Rotary frequencies, computed once in NumPy so that both backends turn by the same angles."""
+"""Rotary frequencies, computed once in NumPy, so that both backends use the same angles."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Row(Protocol):
     def hf(self) -> tuple[str, ...]: ...
 
     def ranges(self, rows: int, heads: Heads) -> tuple[Ranges, ...]:
-        """For each Hugging Face tensor, the ranges of the mcore tensor's `rows` rows that, stacked, are it."""
+        """For each Hugging Face tensor: which of the mcore tensor's `rows` rows it is made of, in order."""
         ...
 
 
@@ -51,7 +51,15 @@ class Rename:
 
 @dataclass(frozen=True)
 class GroupedQKV:
-    """q [A*D, h], k [G*D, h], v [G*D, h] <-> [(A+2G)*D, h], group after group: its A/G queries, its key, its value."""
+    """q [A*D, h], k [G*D, h], v [G*D, h] <-> [(A+2G)*D, h], group after group: its A/G queries, its key, its value.
+
+    With 4 query heads and 2 groups of one channel, the rows are: q0 q1 k0 v0, then q2 q3 k1 v1.
+
+    >>> from types import SimpleNamespace
+    >>> heads = SimpleNamespace(num_query_groups=2, kv_channels=1)
+    >>> GroupedQKV("linear_qkv", q="q_proj", k="k_proj", v="v_proj").ranges(8, heads)
+    (((0, 2), (4, 6)), ((2, 3), (6, 7)), ((3, 4), (7, 8)))
+    """
 
     mcore: str
     q: str

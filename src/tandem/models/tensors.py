@@ -1,7 +1,7 @@
 """The table of a model's global tensors, under Megatron-core's names, and how each is split over tensor ranks.
 
-Global means: layer numbers count over the whole model, shapes are those of one process. What a rank holds is
-derived from this table by `tandem.parallel.layout`.
+Global means: layer numbers count over the whole model, and shapes are those of one process. `tandem.parallel.layout`
+derives from this table what a rank holds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ OUTPUT = "output_layer.weight"
 class Split:
     """How tensor parallelism cuts a tensor.
 
-    `dim` None: every rank holds all of it. Otherwise the dimension is made of `blocks` equal parts (2 for gate
-    and up in `linear_fc1`), each part is cut among the ranks, and a rank stacks its cuts.
+    With `dim` None, every rank holds the whole tensor. Otherwise dimension `dim` is made of `blocks` equal parts (2 for
+    gate and up in `linear_fc1`). Each part is cut among the ranks, and a rank stacks its cuts.
     """
 
     dim: int | None = None
     blocks: int = 1
 
     def ranges(self, size: int, world: int, rank: int) -> list[tuple[int, int]]:
-        """Half-open ranges of `dim` that `rank` of `world` holds, in order; the last rank may hold fewer."""
+        """Half-open ranges of `dim` that `rank` of `world` holds, in order. The last rank may hold fewer.
+
+        >>> GATE_UP.ranges(8, world=2, rank=0)
+        [(0, 2), (4, 6)]
+        """
         if self.dim is None:
             return [(0, size)]
         block = size // self.blocks
@@ -94,5 +98,10 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Trainable numbers in the whole model; a tied head counts once."""
+    """Trainable numbers in the whole model. A tied head counts once.
+
+    >>> from tandem.models.published import qwen3_config
+    >>> parameter_count(qwen3_config("0.6B"))
+    596049920
+    """
     return sum(spec.numel for spec in tensor_table(config).values())

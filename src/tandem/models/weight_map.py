@@ -1,8 +1,8 @@
-"""Hugging Face names <-> Megatron-core names, and which rows of the one are which rows of the other.
+"""Hugging Face names <-> Megatron-core names, and which rows of one tensor are which rows of the other.
 
-A row of a table says of one mcore tensor which Hugging Face tensors it is made of, and of which of its rows each of
-these is the stack; both directions follow from that. Nothing is computed, only moved. A family is a table of rows;
-`WeightMap` unrolls it over layers.
+A row of the table names one mcore tensor and the Hugging Face tensors that it is made of. For each of these it says
+which rows of the mcore tensor they are. Both directions follow from that. Numbers are moved, never computed. A family
+is a table of such rows; `WeightMap` repeats it for every layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WeightMap:
     """The whole model's map, in the tensor table's order.
 
     Attributes:
-        rows: mcore name -> Hugging Face name -> the ranges of the mcore tensor's rows that, stacked, are that tensor.
+        rows: mcore name -> Hugging Face name -> the ranges of the mcore tensor's rows that make up that tensor.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,16 +49,16 @@ class WeightMap:
         """Every Hugging Face tensor that the config implies, with its shape; no `lm_head` when tied."""
         return {
             hf: (sum(stop - start for start, stop in ranges), *self._table[name].shape[1:])
-            for name, found in self.rows.items()
-            for hf, ranges in found.items()
+            for name, hf_tensors in self.rows.items()
+            for hf, ranges in hf_tensors.items()
         }
 
     def to_hf(self, name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
-        """The Hugging Face tensors that an mcore tensor is made of; views where rows lie together."""
+        """The Hugging Face tensors that an mcore tensor is made of. They are views where their rows lie together."""
         return {hf: _stack([tensor[start:stop] for start, stop in ranges]) for hf, ranges in self.rows[name].items()}
 
     def to_mcore(self, name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The inverse; `parts` in the order of `rows[name]`."""
+        """The inverse of `to_hf`: an mcore tensor from its `parts`, in the order of `rows[name]`."""
         pieces: dict[int, np.ndarray] = {}
         for part, ranges in zip(parts, self.rows[name].values(), strict=True):
             ends = np.cumsum([stop - start for start, stop in ranges])[:-1]

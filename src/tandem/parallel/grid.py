@@ -24,8 +24,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Grid:
-    """`size` ranks: tensor ranks are neighbours, then come data ranks, pipeline stages are furthest apart
-    (Megatron-core's order `tp-cp-ep-dp-pp`).
+    """`size` ranks in Megatron-core's order (`tp-cp-ep-dp-pp`).
+
+    Tensor ranks are neighbours, then come data ranks, and pipeline stages are furthest apart.
+
+    >>> grid = Grid(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), size=8)
+    >>> grid.place(6)
+    Place(tensor=0, data=1, pipeline=1)
+    >>> grid.groups("tensor")
+    [[0, 1], [2, 3], [4, 5], [6, 7]]
 
     Raises:
         UserError: the ranks do not divide into whole models.
@@ -38,8 +45,8 @@ class Grid:
         model = self.tensor_size * self.pipeline_size
         if self.size % model:
             raise UserError(
-                f"{self.size} processes are no multiple of --tensor-model-parallel-size {self.tensor_size} x "
-                f"--pipeline-model-parallel-size {self.pipeline_size} = {model}: start {model} processes or a multiple"
+                f"{self.size} processes: expected a multiple of --tensor-model-parallel-size {self.tensor_size} x "
+                f"--pipeline-model-parallel-size {self.pipeline_size} = {model}"
             )
 
     @property
@@ -63,14 +70,14 @@ class Grid:
         return (place.pipeline * self.data_size + place.data) * self.tensor_size + place.tensor
 
     def group(self, axis: Axis, place: Place) -> list[int]:
-        """The ranks that differ from `place` along `axis` only, itself among them, in the axis's order."""
+        """The ranks that differ from `place` along `axis` only, and its own rank, in the axis's order."""
         size = {"tensor": self.tensor_size, "data": self.data_size, "pipeline": self.pipeline_size}[axis]
         return [self.rank(replace(place, **{axis: position})) for position in range(size)]
 
     def groups(self, axis: Axis) -> list[list[int]]:
         """All groups along `axis`; each rank is in exactly one."""
-        found = {tuple(self.group(axis, self.place(rank))) for rank in range(self.size)}
-        return [list(group) for group in sorted(found)]
+        groups = {tuple(self.group(axis, self.place(rank))) for rank in range(self.size)}
+        return [list(group) for group in sorted(groups)]
 
     def is_first_stage(self, place: Place) -> bool:
         return place.pipeline == 0
@@ -80,7 +87,7 @@ class Grid:
 
 
 def held_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
-    """The weights that a rank computes with, its copy of a tied embedding for the head among them."""
+    """The weights that a rank computes with, including its copy of a tied embedding for the head."""
     return [
         shard
         for shard in shards(config, grid.layout, tied_head_copy=True)
@@ -89,7 +96,7 @@ def held_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
 
 
 def counted_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
-    """Of the held shards, those that count here: over tensor ranks and stages, each element of each tensor once.
+    """Those of the held shards that count on this rank: so tensor ranks and stages together count each number once.
 
     Replicated tensors count on the first tensor rank, a tied embedding on the first stage.
     """
@@ -101,12 +108,13 @@ def counted_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]
 
 
 def saved_shards(config: ModelConfig, grid: Grid, rank: int, *, by_rows: bool, first_rank: int = 0) -> list[Shard]:
-    """What a checkpoint takes from a rank, in the tensor table's order: of what it holds, the parts that no earlier
-    rank on its disk holds. So every disk gets all that its ranks hold, once.
+    """What a checkpoint takes from a rank, in the tensor table's order.
+
+    These are the parts that no earlier rank on its disk holds. So every disk gets everything that its ranks hold, once.
 
     Args:
-        by_rows: the state is sharded by rows over data ranks (`even_rows`), and a rank holds its own.
-        first_rank: the first that writes to the rank's disk; 0 when all share one.
+        by_rows: the state is sharded by rows over data ranks (`even_rows`): a rank holds only its rows.
+        first_rank: the first rank that writes to this rank's disk; 0 when all ranks share one disk.
     """
     place = grid.place(rank)
     held = held_shards(config, grid, place)

@@ -1,8 +1,8 @@
-"""Which layers and which slices of which tensors each rank holds.
+"""Which layers, and which slices of the tensors, each rank holds.
 
-Pure functions of the model and the layout; nothing here knows processes or files. Megatron-core's placement:
-consecutive layers per pipeline stage, or, with virtual stages, chunk `k` of stage `s` holding the `c` layers from
-`(k * p + s) * c`.
+Pure functions of the model and the layout; nothing here knows processes or files. Layers are placed as by
+Megatron-core: a pipeline stage holds consecutive layers. With virtual stages of `c` layers and `p` stages, chunk `k` of
+stage `s` holds the `c` layers from `(k * p + s) * c`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Stages = tuple[tuple[tuple[Slot, ...], ...], ...]
 class Layout:
     """How a model is spread over ranks. Field names are Megatron's.
 
-    `num_layer_list` gives the layers of each stage when they are uneven; `noop_layers` are numbers, in a stack
-    lengthened by their count, of slots that stay empty.
+    `num_layer_list` gives the layers of each stage when they are uneven. `noop_layers` are the numbers of slots that
+    stay empty, counted in the stack that they lengthen.
     """
 
     tensor_model_parallel_size: int = 1
@@ -45,17 +45,22 @@ class Layout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
-        """The inverse of `dataclasses.asdict`, also when JSON has made lists of tuples."""
+        """The inverse of `dataclasses.asdict`, also when JSON has turned tuples into lists."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
 
     def balanced(self, num_layers: int) -> Layout:
-        """The same layout, with the layers of each stage listed where they do not divide over the stages and nothing is
-        said of how they are split: stages differ by a layer at most. The last, which has the head, never gets one more,
-        and the first, which keeps most activations, is the last to get one."""
+        """The same layout, with `num_layer_list` filled in where the layers do not divide over the stages.
+
+        A layout that already fixes how layers are split stays as it is. Stages differ by one layer at most. The last
+        stage has the head, so it never gets one more; the first keeps most activations, so it gets one last.
+
+        >>> Layout(pipeline_model_parallel_size=4).balanced(30).num_layer_list
+        (7, 8, 8, 7)
+        """
         stages = self.pipeline_model_parallel_size
-        is_said = self.num_layer_list or self.noop_layers or self.num_layers_per_virtual_pipeline_stage
-        if is_said or not 1 < stages <= num_layers or num_layers % stages == 0:
+        is_fixed = self.num_layer_list or self.noop_layers or self.num_layers_per_virtual_pipeline_stage
+        if is_fixed or not 1 < stages <= num_layers or num_layers % stages == 0:
             return self
         layers, rest = divmod(num_layers, stages)
         counts = tuple(layers + (stages - 1 - rest <= stage < stages - 1) for stage in range(stages))
@@ -109,7 +114,7 @@ class Layout:
 
     def _uneven_slots(self, total: int, counts: tuple[int, ...]) -> list[list[range]]:
         if self.num_layers_per_virtual_pipeline_stage is not None or self.noop_layers:
-            raise UserError("num_layer_list excludes virtual pipeline stages and noop layers")
+            raise UserError("num_layer_list cannot be used with virtual pipeline stages or noop layers")
         if len(counts) != self.pipeline_model_parallel_size or sum(counts) != total or min(counts) < 1:
             raise UserError(
                 f"num_layer_list {list(counts)} must hold pipeline_model_parallel_size = "
@@ -133,8 +138,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of one global tensor that one rank holds; `local_name` is the rank's own name for it, with the layer
-    number counted inside the chunk."""
+    """The part of one global tensor that one rank holds.
+
+    `local_name` is its name on the rank: there, layer numbers count inside the chunk.
+    """
 
     spec: TensorSpec
     local_name: str
@@ -165,14 +172,23 @@ def part_of(spec: TensorSpec, world: int, rank: int) -> Part:
 
 
 def even_rows(rows: int, world: int, rank: int) -> tuple[int, int]:
-    """The half-open range of `rows` that `rank` of `world` keeps when state is sharded by rows: chunks of equal size,
-    the last ones shorter or empty (the rule of `torch.chunk`, which PyTorch's `fully_shard` follows)."""
+    """The half-open range of `rows` that `rank` of `world` keeps when state is sharded by rows.
+
+    Chunks are of equal size, and the last ones shorter or empty: the rule of `torch.chunk` and of `fully_shard`.
+
+    >>> [even_rows(10, 4, rank) for rank in range(4)]
+    [(0, 3), (3, 6), (6, 9), (9, 10)]
+    """
     step = -(-rows // world)
     return min(rank * step, rows), min((rank + 1) * step, rows)
 
 
 def parse_layers(flag: str, text: str | None) -> tuple[int, ...] | None:
-    """Numbers separated by commas, as `--num-layer-list` and `--noop-layers` give them; None for None."""
+    """Numbers separated by commas, as `--num-layer-list` and `--noop-layers` take them; None for None.
+
+    >>> parse_layers("--num-layer-list", "10,18")
+    (10, 18)
+    """
     if text is None:
         return None
     try:
@@ -184,8 +200,8 @@ def parse_layers(flag: str, text: str | None) -> tuple[int, ...] | None:
 def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool) -> list[Shard]:
     """Every shard of every rank, in the tensor table's order.
 
-    `tied_head_copy`: with tied embeddings and several stages, also give the last stage its copy of the embedding
-    under `output_layer.weight`, as Megatron stores it.
+    With `tied_head_copy`, tied embeddings and several stages, the last stage also gets its copy of the embedding, named
+    `output_layer.weight`, as Megatron stores it.
     """
     layout.check(config)
     stages = layout.stages(config.num_layers)

@@ -1,4 +1,4 @@
-"""In which order a pipeline stage computes: one forward, one backward (1F1B), plain or interleaved.
+"""The order in which a pipeline stage computes: one forward, one backward (1F1B), plain or interleaved.
 
 Pure functions; both backends follow the same list. Source: "Efficient Large-Scale Language Model Training on GPU
 Clusters Using Megatron-LM" (arXiv 2104.04473), section 2.2, and Megatron-core's `pipeline_parallel/schedules.py`.
@@ -25,13 +25,17 @@ class Action:
 def one_forward_one_backward(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Action]:
     """What `stage` of `stages` does with `chunks` chunks of layers, in order.
 
+    >>> actions = one_forward_one_backward(stage=0, stages=2, chunks=1, micro_batches=3)
+    >>> " ".join(f"{'F' if action.forward else 'B'}{action.micro_batch}" for action in actions)
+    'F0 F1 B0 F2 B1 B2'
+
     Raises:
-        UserError: interleaved stages, and micro-batches that are no multiple of the stages.
+        UserError: stages are interleaved, and the number of micro-batches is not a multiple of the stages.
     """
     if chunks > 1 and micro_batches % stages:
         raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage: {micro_batches} micro-batches of a data rank are no multiple of "
-            f"the {stages} pipeline stages; change --global-batch-size or --micro-batch-size"
+            f"--num-layers-per-virtual-pipeline-stage: each data rank has {micro_batches} micro-batches, which is not "
+            f"a multiple of the {stages} pipeline stages; change --global-batch-size or --micro-batch-size"
         )
     total = micro_batches * chunks
     ahead = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
@@ -46,7 +50,7 @@ def one_forward_one_backward(stage: int, stages: int, chunks: int, micro_batches
 
 
 def _position(step: int, stages: int, chunks: int) -> tuple[int, int]:
-    """Chunk and micro-batch of the `step`-th forward pass: `stages` micro-batches a chunk, then the next."""
+    """Chunk and micro-batch of the `step`-th forward pass. Chunks take turns, each with `stages` micro-batches."""
     if chunks == 1:
         return 0, step
     round_, within = divmod(step, stages * chunks)

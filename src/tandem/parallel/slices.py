@@ -1,4 +1,4 @@
-"""A part of a global array: name it, cut it out, put it back."""
+"""Parts of a global array: to name them, cut them out and put them back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Part:
-    """Boxes of a global tensor, stacked along `dim`. Most parts are one box; then `dim` does not matter."""
+    """Boxes of a global tensor, stacked along `dim`. Most parts are one box; then `dim` does not matter.
+
+    >>> part = Part((((0, 2), (0, 3)), ((4, 6), (0, 3))))
+    >>> part.shape
+    (4, 3)
+    >>> part.rows(1, 3)
+    Part(boxes=(((1, 2), (0, 3)), ((4, 5), (0, 3))), dim=0)
+    """
 
     boxes: tuple[Box, ...]
     dim: int = 0
@@ -31,17 +38,17 @@ class Part:
         return tuple(shape)
 
     def rows(self, start: int, stop: int) -> Part:
-        """Rows `start` to `stop` of this part, as a part of the same global tensor; possibly empty."""
+        """Rows `start` to `stop` of this part, as a part of the same global tensor. It may be empty."""
         if self.dim != 0:
             return Part(tuple(_narrow(box, start, stop) for box in self.boxes), self.dim)
-        found, first = [], 0
+        boxes, first = [], 0
         for box in self.boxes:
             size = box[0][1] - box[0][0]
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                found.append(_narrow(box, low, high))
+                boxes.append(_narrow(box, low, high))
             first += size
-        return Part(tuple(found) or (_narrow(self.boxes[0], 0, 0),))
+        return Part(tuple(boxes) or (_narrow(self.boxes[0], 0, 0),))
 
 
 def cut(tensor: np.ndarray, part: Part) -> np.ndarray:
@@ -51,9 +58,13 @@ def cut(tensor: np.ndarray, part: Part) -> np.ndarray:
 
 
 def cut_rows(rows: np.ndarray, first: int, part: Part) -> np.ndarray:
-    """What `part` of a global array takes from some of its rows, which begin at `first`; possibly no rows.
+    """What `part` of a global array takes from some rows of the array, which begin at row `first`. It may be no rows.
 
-    Blocks of rows that follow each other give, one below the other, what `cut` gives of the whole.
+    For consecutive blocks of rows, the results stacked are what `cut` takes from the whole array.
+
+    >>> whole = np.arange(6).reshape(3, 2)
+    >>> cut_rows(whole[1:3], 1, Part((((0, 2), (0, 1)),)))
+    array([[2]])
     """
     pieces = []
     for box in part.boxes:
@@ -62,22 +73,26 @@ def cut_rows(rows: np.ndarray, first: int, part: Part) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=part.dim)
 
 
-def overlaps(one: Part, other: Part) -> bool:
+def overlaps(left: Part, right: Part) -> bool:
     """Whether two parts of the same tensor share any number."""
-    return any(_common(a, b) is not None for a in one.boxes for b in other.boxes)
+    return any(_common(a, b) is not None for a in left.boxes for b in right.boxes)
 
 
-def transfer(values: np.ndarray, part: Part, target: np.ndarray, wanted: Part) -> None:
-    """Copy what `part` and `wanted` share from the values of the one into those of the other."""
+def transfer(values: np.ndarray, part: Part, target: np.ndarray, target_part: Part) -> None:
+    """Copy what `part` and `target_part` share from `values` into `target`, which hold these parts."""
     for box, place in zip(part.boxes, _places(part)):
-        for other, place_there in zip(wanted.boxes, _places(wanted)):
-            common = _common(box, other)
+        for target_box, target_place in zip(target_part.boxes, _places(target_part)):
+            common = _common(box, target_box)
             if common is not None:
-                target[_within(common, other, place_there)] = values[_within(common, box, place)]
+                target[_within(common, target_box, target_place)] = values[_within(common, box, place)]
 
 
 def tiles(parts: Iterable[Part], shape: tuple[int, ...]) -> bool:
-    """Whether parts cover an array of `shape`, each of its numbers once."""
+    """Whether parts cover an array of `shape`, each number once.
+
+    >>> tiles([Part((((0, 2), (0, 4)),)), Part((((2, 3), (0, 4)),))], (3, 4))
+    True
+    """
     boxes = sorted(box for part in parts for box in part.boxes if all(start < stop for start, stop in box))
     if any(len(box) != len(shape) or any(a < 0 or b > size for (a, b), size in zip(box, shape)) for box in boxes):
         return False
@@ -92,8 +107,8 @@ def tiles(parts: Iterable[Part], shape: tuple[int, ...]) -> bool:
     return True
 
 
-def _common(one: Box, other: Box) -> Box | None:
-    box = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(one, other))
+def _common(left: Box, right: Box) -> Box | None:
+    box = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(left, right))
     return box if all(start < stop for start, stop in box) else None
 
 
@@ -107,14 +122,14 @@ def _places(part: Part) -> list[tuple[int, ...]]:
 
 
 def _within(common: Box, box: Box, place: tuple[int, ...]) -> tuple[slice, ...]:
-    """The numbers of `common`, a piece of `box`, in values where `box` begins at `place`."""
+    """Where `common`, a piece of `box`, lies in values in which `box` begins at `place`."""
     return tuple(
         slice(at + start - first, at + stop - first) for (start, stop), (first, _), at in zip(common, box, place)
     )
 
 
 def _narrow(box: Box, start: int, stop: int) -> Box:
-    """The box's own rows `start` to `stop`."""
+    """Rows `start` to `stop`, counted within the box."""
     return ((box[0][0] + start, box[0][0] + stop), *box[1:])
 
 

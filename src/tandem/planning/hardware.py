@@ -1,4 +1,4 @@
-"""Devices to plan for: what their makers say, and what is assumed about them."""
+"""Devices to plan for: what their makers state, and what is assumed about them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Hardware:
         usable: share of it that a plan may fill; the rest is for the framework's context, communication buffers and
             fragmentation. Assumed, not measured.
         retained: freed bytes that the allocator keeps.
-        half_flops, fp32_flops: peak FLOP/s of dense matrix products, in bf16 or fp16 and in fp32; None where it is no
-            faster than in fp32.
+        half_flops, fp32_flops: peak FLOP/s of dense matrix products, in bf16 or fp16, and in fp32; `half_flops` is None
+            where half precision is no faster.
         efficiency: share of the peak that matrix products and attention reach. Assumed.
         memory_bandwidth: bytes/s, peak.
         devices_per_node: devices joined by the fast links.
@@ -48,7 +48,7 @@ class Hardware:
         return self.memory * self.usable
 
     def flops(self, half: bool) -> float:
-        """Raises UserError where half precision is no faster."""
+        """Peak FLOP/s. Raises UserError for half precision where that is no faster."""
         if not half:
             return self.fp32_flops
         if self.half_flops is None:
@@ -61,8 +61,11 @@ class Hardware:
     def bandwidth(self, group: int, stride: int) -> float:
         """Bytes/s that a rank sends in a ring over `group` ranks that lie `stride` ranks apart.
 
-        Within a node this is the fast links'. A ring that leaves the node shares the network links of all its ranks
-        there, since it crosses each node's border once.
+        Within a node, the ring uses the fast links. A ring over several nodes leaves each node once, and there uses the
+        network links of all its ranks in the node.
+
+        >>> HARDWARE["h100"].bandwidth(16, 1) / GB
+        400.0
         """
         links = (group - 1) / (self.devices_per_node - 1) if self.mesh else 1.0
         if group * stride <= self.devices_per_node:
@@ -72,8 +75,13 @@ class Hardware:
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Peak FLOP/s of matrix products in `dtype` (float32, bfloat16, or float16, which is as fast) on a device by the
-    name that its framework gives it; None where the name is not known."""
+    """Peak FLOP/s of matrix products in `dtype` (float32, bfloat16 or float16) on a device.
+
+    `device_name` is what its framework calls the device. None for a name that is not in the table.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") / TERA
+    989.4
+    """
     for part, key in DEVICE_NAMES.items():
         if part in device_name:
             return HARDWARE[key].flops(half=dtype != "float32")

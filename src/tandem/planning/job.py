@@ -1,4 +1,4 @@
-"""What is to be planned: a model, how it is spread over ranks, and the batch."""
+"""What a plan is made for: a model, how it is spread over ranks, and the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tandem.parallel.layout import Layout, Stages
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training run as far as its memory and its speed depend on it. Field names are Megatron's.
+    """The parts of a training run that its memory and its speed depend on. Field names are Megatron's.
 
     Attributes:
         recompute_layers: how many of a rank's layers, from the first, keep only their input for the backward pass.
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def optimizer_split(self) -> int:
-        """Into how many parts data ranks split the optimizer's state."""
+        """The number of parts that data ranks split the optimizer's state into."""
         return self.data_parallel_size if self.use_distributed_optimizer or self.use_torch_fsdp2 else 1
 
     @property
@@ -80,16 +80,16 @@ class Job:
 
     @property
     def sequence_split(self) -> int:
-        """Into how many parts tensor ranks split what lies between the tensor-parallel regions."""
+        """The number of parts that tensor ranks split the tokens into between the tensor-parallel regions."""
         return self.tensor_size if self.sequence_parallel else 1
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight that computes, and of an activation."""
+        """Bytes of a number in the weights that compute, and in activations."""
         return 2 if self.half else 4
 
     def check(self) -> None:
-        """Raise UserError where the parts do not divide, or exceed the model."""
+        """Raise UserError when sizes do not divide, or exceed what the model has."""
         self.layout.check(self.config)
         whole = self.micro_batch_size * self.data_parallel_size
         if self.global_batch_size % whole:

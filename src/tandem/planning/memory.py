@@ -1,8 +1,8 @@
 """Bytes that one rank holds: what the engines in `tandem.backends` keep, counted.
 
 Parameters are counted tensor by tensor from the layout. The rest follows the method of "Reducing Activation
-Recomputation in Large Transformer Models" (arXiv 2205.05198) and of Megatron-LM's `theoretical_memory_usage`, for what
-a layer keeps here: both backends write their backward passes by hand, and recompute norms, SwiGLU and rotary heads.
+Recomputation in Large Transformer Models" (arXiv 2205.05198) and of Megatron-LM's `theoretical_memory_usage`. A layer
+keeps less here than there: both backends recompute norms, SwiGLU and rotary heads in backward passes of their own.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tandem.parallel.pipeline import one_forward_one_backward
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
 
-# Numbers of a weight gradient that PyTorch forms at a time: `PIECE` of its functional.
+# Numbers of a weight gradient that PyTorch forms at a time: `PIECE` of `backends/torch/functional.py`.
 PIECE = 2**20
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes of whole weights and gradients beside a rank's rows, at three moments of a step; see `_gathered`.
+    """Bytes of whole weights and gradients, in addition to a rank's rows, at three moments of a step (`_gathered`).
 
     Attributes:
         loss: while there are logits.
         backward: in the backward pass of a layer.
-        scatter: when the gradients of what is outside layers are scattered, and activations are gone.
+        scatter: when the gradients of weights outside layers are scattered, and activations are freed.
     """
 
     loss: float = 0
@@ -40,17 +40,17 @@ class Gathered:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One rank of one pipeline stage: the first tensor and data rank, of which none holds more. Bytes.
+    """Bytes of one rank of a pipeline stage: the first tensor and data rank, since no other rank holds more.
 
     Attributes:
         layers: decoder layers.
-        parameters: numbers, not bytes; all that compute here.
-        weights, gradients: of the rank's rows when they are fully sharded.
+        parameters: numbers, not bytes, of all weights that compute here.
+        weights, gradients: of the rank's rows only when they are fully sharded.
         optimizer: Adam's moments, and fp32 masters of bf16 or fp16 weights.
         activations: kept for the backward pass when most micro-batches are in flight.
         logits: what the loss adds while it has a chunk of logits.
-        workspace: what the backward pass of a layer adds. Either this or the logits are there.
-        gathered: none unless they are.
+        workspace: what the backward pass of a layer adds. It is never there together with the logits.
+        gathered: whole weights and gradients; nothing unless they are fully sharded.
         retained: freed memory that the allocator keeps.
     """
 
@@ -74,7 +74,7 @@ class StageMemory:
 
     @property
     def gathered_at_peak(self) -> float:
-        """What `gathered` adds to the peak."""
+        """Bytes that `gathered` adds to the peak."""
         return self.peak - dataclasses.replace(self, gathered=Gathered()).peak
 
 
@@ -90,7 +90,7 @@ def peak_memory(job: Job, hardware: Hardware) -> float:
 
 @dataclass(frozen=True)
 class StageWeights:
-    """Numbers of the weights of one tensor rank of a stage, in its layers and outside them, a tied head's copy there.
+    """Numbers in the weights of one tensor rank of a stage: inside layers, and outside, with a tied head's copy.
 
     Attributes:
         largest: the numbers of the largest tensor.
@@ -106,32 +106,32 @@ class StageWeights:
 
 
 def stage_weights(job: Job, stage: int, ranks: int = 1) -> StageWeights:
-    """Of the first tensor rank, and of that the rows that the first of `ranks` data ranks has; none has more."""
+    """The weights of the first tensor rank: the rows of the first of `ranks` data ranks. No rank has more."""
     return _stage_weights(job.config, job.layout, ranks)[stage]
 
 
 @lru_cache(maxsize=256)
 def _stage_weights(config: ModelConfig, layout: Layout, ranks: int) -> list[StageWeights]:
-    found = [StageWeights(0, 0, 0)] * layout.pipeline_model_parallel_size
+    weights = [StageWeights(0, 0, 0)] * layout.pipeline_model_parallel_size
     for shard in shards(config, layout, tied_head_copy=True):
         if shard.tensor_rank == 0:
             rows, *rest = shard.shape
             numbers = even_rows(rows, ranks, 0)[1] * math.prod(rest)
             inside, outside = (0, numbers) if shard.spec.layer is None else (numbers, 0)
-            so_far = found[shard.pipeline_rank]
-            found[shard.pipeline_rank] = StageWeights(
+            so_far = weights[shard.pipeline_rank]
+            weights[shard.pipeline_rank] = StageWeights(
                 so_far.inside + inside, so_far.outside + outside, max(so_far.largest, numbers)
             )
-    return found
+    return weights
 
 
 def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
     layers = job.layers_of_stages[stage]
     weights, optimized = stage_weights(job, stage), stage_weights(job, stage, job.optimizer_split).total
-    # The rows of `fully_shard` are fp32, so that they need no masters.
+    # The rows of `fully_shard` are fp32: they need no masters.
     kept, kept_bytes = (optimized, 4) if job.fully_sharded else (weights.total, job.element_bytes)
     is_last = stage == job.pipeline_size - 1
-    # The normalised hidden states and their gradient are there, whole on each tensor rank, until the step's end.
+    # The normalised hidden states and their gradient stay until the step's end, whole on each tensor rank.
     head = 2 * job.tokens * job.config.hidden_size * job.element_bytes if is_last else 0
     return StageMemory(
         layers=layers,
@@ -148,8 +148,8 @@ def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
 
 
 def _in_flight(job: Job, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at most; parts of one where stages are interleaved."""
-    # Once a pipeline is full, more micro-batches change nothing.
+    """The most micro-batches whose activations a stage holds at once; a fraction where stages are interleaved."""
+    # When a pipeline is full, more micro-batches change nothing.
     micro_batches = min(job.micro_batches, 2 * job.pipeline_size)
     return _chunks_in_flight(stage, job.pipeline_size, job.chunks, micro_batches) / job.chunks
 
@@ -161,10 +161,10 @@ def _chunks_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) 
 
 
 def _kept(job: Job, layers: int) -> float:
-    """What a stage of so many layers keeps of one micro-batch."""
+    """Bytes that a stage of `layers` layers keeps of one micro-batch."""
     recomputed = min(job.recompute_layers, layers)
     residual = _residual(job)
-    # Every layer's output is the next one's input, or what the final norm, or a neighbour, is given.
+    # The last layer's output is the input of the final norm, or of the next stage.
     return recomputed * residual + (layers - recomputed) * layer_activations(job) + residual
 
 
@@ -173,7 +173,7 @@ def _residual(job: Job) -> float:
 
 
 def layer_activations(job: Job) -> float:
-    """What a layer that is not recomputed keeps of one micro-batch.
+    """Bytes that a layer keeps of one micro-batch when it is not recomputed.
 
     Its input and the input of its second half, [t, h]; queries, keys and values; the output of attention; gate and
     up; and in fp32 attention's log-sum-exp and the two norms' scales.
@@ -186,10 +186,10 @@ def layer_activations(job: Job) -> float:
 
 
 def _logits(job: Job) -> float:
-    """A chunk's logits (in 16 bits also as they come and as their gradient goes), and the head's gradient in pieces."""
+    """A chunk's fp32 logits (with 16 bits, also their 16-bit copies), and the head's gradient in pieces."""
     vocabulary = -(-job.config.vocab_size // job.tensor_size)
     rows = min(job.tokens, max(1, job.framework.logits_chunk_bytes // (4 * vocabulary)))
-    # The product for a piece, and both its factors, which are copied as oneDNN wants them.
+    # The product for a piece, and both its factors, which are copied into oneDNN's layout.
     hidden = job.config.hidden_size
     piece = min(vocabulary, max(1, PIECE // hidden))
     pieces = 4 * piece * hidden + rows * (piece + hidden) * job.element_bytes
@@ -199,36 +199,37 @@ def _logits(job: Job) -> float:
 def _workspace(job: Job, layers: int) -> float:
     """What the backward pass of one layer needs at once, beyond what the forward pass kept.
 
-    The larger of its halves. The MLP: gate's and up's gradient, the product's gradient and one factor. Attention: the
-    gradients of queries, keys and values, and of the fused tensor that they come from; for the norm of the queries
-    three fp32 copies. Besides, the gradient of the residual stream, whole where tensor ranks gathered it.
+    The larger of its two halves counts. The MLP: the gradients of gate, up and their product, and one factor.
+    Attention: the gradients of queries, keys and values, and of the fused tensor that they come from; three fp32 copies
+    for the norm of the queries. To either, the gradient of the residual stream is added, whole where tensor ranks
+    gathered it.
     """
     config = job.config
     heads, groups = config.num_attention_heads, config.num_query_groups
     mlp = 4 * config.ffn_hidden_size * job.element_bytes
     attention = ((3 * heads + 4 * groups) * job.element_bytes + 3 * heads * 4) * config.kv_channels
     gradients = 2 * job.tokens * config.hidden_size * job.element_bytes
-    # A recomputed layer's activations come back, unless those of a later one that was kept have just been freed.
-    again = layer_activations(job) if job.recompute_layers >= layers else 0
+    # A recomputed layer's activations come back. They add nothing if a later layer's have just been freed.
+    recomputed = layer_activations(job) if job.recompute_layers >= layers else 0
     half = job.tokens * max(mlp, attention) / job.tensor_size
-    return half + gradients + again
+    return half + gradients + recomputed
 
 
 def _gathered(job: Job, layers: int, weights: StageWeights) -> Gathered:
-    """Whole weights and fp32 gradients of units that `fully_shard` has gathered: a layer each, and all that is outside.
+    """Whole weights and fp32 gradients that `fully_shard` has gathered. A unit is a layer, or all outside layers.
 
-    "PyTorch FSDP" (arXiv 2304.11277), section 3, has the rows of all units and one whole unit. Here, as the code of
-    PyTorch 2.13 (torch/distributed/fsdp/_fully_shard) and of `tandem.backends.torch.fully_sharded` does it:
+    "PyTorch FSDP" (arXiv 2304.11277), section 3, counts the rows of all units and one whole unit. The code of PyTorch
+    2.13 (torch/distributed/fsdp/_fully_shard) and of `tandem.backends.torch.fully_sharded` keeps more:
 
-    - What is outside layers, weights and gradients, stays whole from the first micro-batch to the last one's end.
-    - In a layer's backward pass there are its weights, what was gathered of the layer before it, and its gradients; and
-      from the second one on, the copy of the previous layer's gradients that were scattered, but no longer that layer's
-      activations.
-    - To scatter the gradients of what is outside layers, they are copied, when their weights are gone.
+    - Weights and gradients outside layers stay whole from the first micro-batch to the end of the last one.
+    - A layer's backward pass has its weights and gradients, and the gathered weights of the layer before it.
+    - From the second backward pass on, it also has a copy of the previous layer's scattered gradients. That layer's
+      activations are freed by then.
+    - Gradients outside layers are copied to be scattered. Their weights are freed by then.
     """
     layer = weights.inside / layers
     outside = (job.element_bytes + 4) * weights.outside
-    # A layer that is recomputed takes the place of the activations of the one behind it.
+    # A recomputed layer takes the memory of the activations of the layer after it.
     freed = layer_activations(job) if job.recompute_layers < layers - 1 else 0
     scattered = max(0.0, 4 * layer - freed) if layers > 1 else 0
     return Gathered(
@@ -239,7 +240,7 @@ def _gathered(job: Job, layers: int, weights: StageWeights) -> Gathered:
 
 
 def _gradient_temporaries(job: Job, weights: StageWeights) -> float:
-    """A weight's new gradient, where it is a tensor of its own: there with the last step's, and with their sum."""
+    """Bytes of a weight's new gradient, and of the sum with the old one, where the framework does not add in place."""
     if job.framework.adds_gradients_in_place:
         return 0
     return 4 * weights.largest * (2 if job.micro_batches > 1 else 1)

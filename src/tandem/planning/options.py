@@ -17,7 +17,7 @@ from tandem.parallel.layout import Layout, parse_layers
 from tandem.planning.hardware import HARDWARE, Hardware
 from tandem.planning.job import Job
 
-# what `--devices` chooses itself
+# options that `--devices` chooses
 CHOSEN = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -34,7 +34,7 @@ CHOSEN = (
 
 @dataclass(frozen=True)
 class PlanOptions(Options):
-    """Options of `tandem plan`. Those that training has, too, mean what they mean there."""
+    """Options of `tandem plan`. Those that training also has mean the same."""
 
     model: PathText = field(metadata=positional("MODEL"))
     """Hugging Face folder, or a published model such as qwen3-8B."""
@@ -42,7 +42,7 @@ class PlanOptions(Options):
     hardware: Literal["h100", "910b", "a3", "cpu"] = "h100"
     """Device to plan for."""
     devices: int | None = None
-    """Suggest layouts for so many devices; excludes every option that fixes the layout."""
+    """Suggest layouts for this number of devices; not with options that fix the layout."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each tensor."""
     pipeline_model_parallel_size: int = 1
@@ -95,13 +95,13 @@ class PlanOptions(Options):
         defaults = options_of(PlanOptions)
         fixed = [flag_of(name) for name in CHOSEN if getattr(self, name) != defaults[name].default]
         if fixed:
-            yield f"--devices chooses the layout, and {' '.join(fixed)} would fix it: give one or the other"
+            yield f"--devices chooses the layout, and {' '.join(fixed)} fixes it: give one or the other"
         if self.global_batch_size is None:
             yield "--devices needs --global-batch-size: how many samples the devices share in a step"
 
     @property
     def device(self) -> Hardware:
-        """The hardware that is planned for."""
+        """The hardware to plan for, with the efficiency that was given."""
         hardware = HARDWARE[self.hardware]
         return hardware if self.efficiency is None else replace(hardware, efficiency=self.efficiency)
 
@@ -135,11 +135,15 @@ class PlanOptions(Options):
 
 
 def model_config(model: str) -> ModelConfig:
-    """Of a Hugging Face folder, or of a published model's name."""
+    """The shape of a model: from a Hugging Face folder, or of a published model.
+
+    >>> model_config("qwen3-0.6b").num_layers
+    28
+    """
     if Path(model).is_dir():
         return from_hf(load_hf_config(model), f"{model}/config.json")
     family, _, size = model.partition("-")
     if family.lower() != "qwen3":
         published = ", ".join(f"qwen3-{size}" for size in QWEN3_SIZES)
-        raise UserError(f"{model}: no such folder, and no published model; published: {published}")
+        raise UserError(f"{model}: neither a folder nor a published model; published: {published}")
     return qwen3_config(size.upper())

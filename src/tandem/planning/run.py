@@ -18,7 +18,7 @@ class LayoutPlan:
     """One layout.
 
     Attributes:
-        memories, traffic: of a rank of each pipeline stage, in bytes.
+        memories, traffic: of one rank of each pipeline stage, in bytes.
         speed: seconds of a step, by part, and tokens per second.
     """
 
@@ -30,7 +30,7 @@ class LayoutPlan:
 
     @property
     def peak(self) -> float:
-        """Bytes of the rank that needs most."""
+        """Bytes of the rank that needs the most memory."""
         return max(memory.peak for memory in self.memories)
 
     @property
@@ -45,7 +45,7 @@ class Suggestions:
     Attributes:
         job: what they have in common.
         plans: those that fit, fastest first.
-        rejected: by reason, the tensor and pipeline sizes of which none fits.
+        rejected: reason -> the tensor and pipeline sizes that are left out for it.
     """
 
     job: Job
@@ -61,7 +61,7 @@ def plan(options: PlanOptions) -> LayoutPlan | Suggestions:
         UserError: the model is unknown, or the layout does not divide.
     """
     hardware, job = options.device, options.job()
-    hardware.flops(job.half)  # ends here where half precision is not planned for
+    hardware.flops(job.half)  # raises for a device without fast half precision
     if options.devices is not None:
         return Suggestions(job, hardware, *suggest(job, hardware, options.devices))
     job.check()

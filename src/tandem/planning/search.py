@@ -28,10 +28,11 @@ class Plan:
 
 
 def suggest(base: Job, hardware: Hardware, devices: int) -> tuple[list[Plan], dict[str, list[tuple[int, int]]]]:
-    """The fastest plan of each tensor and pipeline size, fastest first; and by reason the sizes that have none.
+    """The fastest plan of each tensor and pipeline size, fastest first; and reason -> the sizes that have no plan.
 
-    The model, the global batch and the precision are `base`'s. Layout, micro-batch size, recomputation and, where the
-    backend has them, fully sharded weights are tried, with sequence parallelism and the distributed optimizer on.
+    The model, the global batch and the precision come from `base`. The search tries layouts, micro-batch sizes,
+    recomputation and, where the backend has them, fully sharded weights. Sequence parallelism and the distributed
+    optimizer are always on.
     """
     plans: list[Plan] = []
     rejected: dict[str, list[tuple[int, int]]] = {}
@@ -44,7 +45,7 @@ def suggest(base: Job, hardware: Hardware, devices: int) -> tuple[list[Plan], di
 
 
 def _sizes(devices: int) -> Iterator[tuple[int, int]]:
-    """Tensor sizes that are powers of two, with every pipeline size, that divide the devices."""
+    """Tensor and pipeline sizes whose product divides the devices; tensor sizes are powers of two."""
     tensor_size = 1
     while devices % tensor_size == 0 and tensor_size <= devices:
         for pipeline_size in range(1, devices // tensor_size + 1):
@@ -54,9 +55,9 @@ def _sizes(devices: int) -> Iterator[tuple[int, int]]:
 
 
 def _best(base: Job, hardware: Hardware, devices: int, tensor_size: int, pipeline_size: int) -> Plan:
-    """Raises UserError, with the reason, when there is none."""
+    """The fastest plan of one tensor and pipeline size. Raises UserError, with the reason, when there is none."""
     if tensor_size > hardware.devices_per_node:
-        raise UserError(f"tensor ranks exchange every layer and would leave the node of {hardware.devices_per_node}")
+        raise UserError(f"tensor ranks must share one node, which has {hardware.devices_per_node} devices")
     if pipeline_size > base.config.num_layers:
         raise UserError(f"more stages than the {base.config.num_layers} layers")
     candidates, reasons = [], []

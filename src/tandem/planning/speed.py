@@ -1,4 +1,4 @@
-"""An estimate of a step's time, from peak rates and stated assumptions. It ranks layouts; it promises nothing."""
+"""An estimate of a step's time, from peak rates and stated assumptions. It ranks layouts; it is no measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tandem.planning.job import Job
 from tandem.planning.memory import layer_activations, stage_memories
 from tandem.planning.traffic import stage_traffic
 
-# How often a step moves what a layer keeps between memory and the cores, outside of matrix products. Assumed.
+# How often a step moves a layer's kept activations between memory and cores, outside of matrix products. Assumed.
 ACTIVATION_PASSES = 6
 
 ASSUMPTIONS = (
@@ -23,13 +23,13 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one step, and what they come to.
+    """Seconds of one step, by part, and the rates that follow from them.
 
     Attributes:
         compute, tensor, pipeline: of the slowest stage, over all micro-batches: arithmetic, communication between
-            tensor ranks, and between stages.
+            tensor ranks, communication between stages.
         bubble: waiting for the pipeline to fill and to drain.
-        data: summing gradients, and gathering weights, over data-parallel ranks: fully sharded, in each micro-batch.
+        data: summing gradients and gathering weights over data ranks; when fully sharded, in each micro-batch.
         optimizer: reading and writing weights, gradients and moments.
         tokens_per_second: of all devices together.
         mfu: the model's FLOPs without recomputation (`models.flops`) over the peak of all devices.
@@ -50,7 +50,7 @@ class Speed:
 
 
 def bubble_share(job: Job) -> float:
-    """Of the time of a pipeline's micro-batches, how much it adds: (p - 1) / (v m) (arXiv 2104.04473, 2.2)."""
+    """What a pipeline's bubble adds, as a share of its micro-batches' time: (p - 1) / (v m) (arXiv 2104.04473, 2.2)."""
     return (job.pipeline_size - 1) / (job.chunks * job.micro_batches)
 
 
@@ -100,6 +100,6 @@ def _compute(job: Job, hardware: Hardware, stage: int) -> float:
 
 
 def _flops(config: ModelConfig, seq_length: int) -> tuple[float, float]:
-    """Of one sequence, forward and backward: a layer's, and the head's."""
+    """FLOPs of one sequence, forward and backward: of a layer, and of the head."""
     head = training_flops(dataclasses.replace(config, num_layers=0), [seq_length])
     return training_flops(dataclasses.replace(config, num_layers=1), [seq_length]) - head, head

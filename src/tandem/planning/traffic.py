@@ -1,7 +1,7 @@
 """Bytes that one rank sends in a step, by the axis of the grid that they travel along.
 
-Collectives are counted as rings: of a tensor of S bytes, each of n ranks sends (n - 1) / n S for an all-gather or a
-reduce-scatter, and twice that for an all-reduce, which is both.
+Collectives are counted as rings. For an all-gather or a reduce-scatter of a tensor of S bytes, each of n ranks sends
+(n - 1) / n S. An all-reduce is both, and sends twice that.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def _ring(ranks: int) -> float:
 def _tensor(job: Job, stage: int) -> float:
     """Passes over the hidden states of a micro-batch, each an all-gather or a reduce-scatter of [t, h].
 
-    A layer has two before and two after its tensor-parallel halves (arXiv 2205.05198, figure 5), as many in the
-    backward pass, and with sequence parallelism two more there, which gather again what was kept split. A recomputed
-    layer runs its forward pass twice. The embedding scatters, the head gathers, and both go back.
+    A layer has two before and two after its tensor-parallel halves (arXiv 2205.05198, figure 5), and four in the
+    backward pass. With sequence parallelism, the backward pass has two more, which gather what was kept split. A
+    recomputed layer runs its forward pass twice. The embedding scatters and the head gathers; their backward passes do
+    the opposite.
     """
     layers = job.layers_of_stages[stage]
     recomputed = min(job.recompute_layers, layers)
@@ -45,8 +46,10 @@ def _tensor(job: Job, stage: int) -> float:
 
 
 def _pipeline(job: Job, stage: int) -> float:
-    """Outputs to the next stage and gradients to the one before; and a tied embedding's gradient, summed over the two
-    stages that hold it, of the rows that a data rank updates."""
+    """Outputs to the next stage, and gradients to the stage before.
+
+    A tied embedding's gradient is summed over the two stages that hold it: the rows that a data rank updates.
+    """
     if job.pipeline_size == 1:
         return 0.0
     is_first, is_last = stage == 0, stage == job.pipeline_size - 1
@@ -59,12 +62,12 @@ def _pipeline(job: Job, stage: int) -> float:
 
 
 def _data(job: Job, stage: int) -> float:
-    """Gradients in fp32, summed; with the distributed optimizer scattered, and the new weights gathered.
+    """Gradients in fp32 are summed. With the distributed optimizer they are scattered, and new weights are gathered.
 
-    Fully sharded, every micro-batch gathers the weights of layers for its forward and for its backward pass, and
-    scatters their gradients: three times the parameters, where data parallelism sends two ("ZeRO", arXiv 1910.02054,
-    section 7.2.2). What is outside layers stays whole for a step (`tandem.backends.torch.fully_sharded`). Rows are
-    padded, so that every rank sends as many.
+    When fully sharded, every micro-batch gathers the weights of layers for its forward and for its backward pass, and
+    scatters their gradients. That is three times the parameters, where data parallelism sends twice ("ZeRO", arXiv
+    1910.02054, section 7.2.2). What is outside layers stays whole for a step (`tandem.backends.torch.fully_sharded`).
+    Rows are padded, so that every rank sends equally many.
     """
     ranks = job.data_parallel_size
     if job.fully_sharded:

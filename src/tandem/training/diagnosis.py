@@ -1,4 +1,4 @@
-"""What is left to look at after a step that was not applied: where the first bad number is, and on which samples."""
+"""Finds and records why a step went wrong: where the first bad number is, and on which samples."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ BAD_STEPS = "bad_steps"  # folder in --save
 
 
 def first_bad(engine: Engine, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]) -> str | None:
-    """The first place in the order of computation where this rank holds a number that is not finite. Collective."""
-    held = [f"{kind} tensor {shard.spec.name}" for kind, shard, values in engine.tensors() if not is_finite(values)]
+    """The first place, in order of computation, where this rank has a number that is not finite. Collective."""
+    tensors = [f"{kind} tensor {shard.spec.name}" for kind, shard, values in engine.tensors() if not is_finite(values)]
     output = engine.first_bad_output(micro_batches)
     _, gradients = engine.loss_and_gradients(micro_batches, weights)
-    # The last layers' gradients are computed first.
-    bad = [f"gradient of {name}" for name in reversed(gradients) if not is_finite(gradients[name])]
-    return next(iter([*held[:1], *([f"output of {output}"] if output else []), *bad[:1]]), None)
+    # The gradients of the last layers are computed first.
+    bad_gradients = [f"gradient of {name}" for name in reversed(gradients) if not is_finite(gradients[name])]
+    return next(iter([*tensors[:1], *([f"output of {output}"] if output else []), *bad_gradients[:1]]), None)
 
 
 def dump(
     folder: Path | None, communicator: Communicator, iteration: int, values: dict[str, Any], first: str | None
 ) -> str:
-    """Keep what a rank knows of a bad step as JSON. Collective.
+    """Write what this rank knows about a bad step as JSON. Collective.
 
     Returns:
-        Where it is, and the first bad place over all ranks, in words.
+        A text that names the first bad place on each rank, and the folder with the details.
     """
     rank = communicator.world.rank
     if folder is not None:

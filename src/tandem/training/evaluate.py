@@ -1,4 +1,4 @@
-"""`tandem evaluate`: weights and data in, one result per set out. Nothing is trained, nothing is written."""
+"""`tandem evaluate`: evaluates weights on data, with one result for each set. Nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ Result = Evaluation | Choices
 
 
 def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
-    """The loss of `--load` on each set of `--valid-data-path`, at the layout and on as many processes as were started.
+    """Evaluate the weights of `--load` on each set of `--valid-data-path`, on the processes that were started.
 
-    Conversations are known by their files; only their answers count then. `--eval-iters` bounds each set of either
-    kind. A `.jsonl` file holds questions with choices (`tandem.data.datasets.questions`), all of which are asked.
+    The files of a set show whether it holds text or conversations. In conversations only the answers count.
+    `--eval-iters` limits the batches of a set. A `.jsonl` file holds questions with choices
+    (`tandem.data.datasets.questions`); all of its questions are asked.
 
     Returns:
-        A result per set, in order, and what the user should be told.
+        A result for each set, in order, and notices for the user.
 
     Raises:
         UserError: weights, data or layout do not fit together.
@@ -42,34 +43,34 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     model, data, training, parallel = settings.model, settings.data, settings.training, settings.parallel
     framework = check_framework(training.ai_framework).name
     if settings.checkpoint.load is None:
-        raise UserError("which weights? Give a checkpoint or a Hugging Face folder")
+        raise UserError("no weights: give a checkpoint or a Hugging Face folder")
     places = named_sets(data.valid_data_path)
     if not places:
-        raise UserError("which data? Give PREFIX, or NAME=PREFIX ...")
+        raise UserError("no data: give PREFIX, or NAME=PREFIX for each of several sets")
     check_implemented(model, parallel, data)
     source = open_weights(settings.checkpoint, model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(model, data.seq_length, source.config)
     grid = make_grid(parallel, source.config, world.size)
     tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)
-    opened = {name: _open(place, data, training, tokenizer) for name, place in places.items()}
+    sets = {name: _open(place, data, training, tokenizer) for name, place in places.items()}
 
     communicator = connect(framework, world, training.device, parallel.distributed_timeout_minutes)
     for_training = engine_settings(training, settings.optimizer, parallel, source.config, grid, world.rank)
     engine = create_engine(framework, source.config, dataclasses.replace(for_training, training=False))
     engine.load_weights(source)
     share = Share(training.micro_batch_size, grid.data_size, grid.place(world.rank).data)
-    results = {name: _evaluate(engine, name, opened_set, share, training) for name, (opened_set, _) in opened.items()}
+    results = {name: _evaluate(engine, name, samples, share, training) for name, (samples, _) in sets.items()}
     communicator.close()
-    return results, [*engine.notices, *(notice for _, notices in opened.values() for notice in notices)]
+    return results, [*engine.notices, *(notice for _, notices in sets.values() for notice in notices)]
 
 
 def _open(
     place: str, data: DataSettings, training: TrainingSettings, tokenizer: Tokenizer | None
 ) -> tuple[Dataset | list[Question], list[str]]:
-    """A set, and what the user should be told of it."""
+    """The samples or questions of a set, and notices for the user."""
     if holds_questions(place):
         if tokenizer is None:
-            raise UserError(f"{place}: questions need the tokenizer's folder: --tokenizer-name-or-path")
+            raise UserError(f"{place}: questions need a tokenizer: give its folder with --tokenizer-name-or-path")
         return read_questions(place, tokenizer, data.seq_length), []
     kind = kind_of(place) or TEXT
     notices, _ = check_data(place, kind, data, tokenizer)

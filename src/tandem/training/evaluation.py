@@ -1,4 +1,4 @@
-"""The loss on data that is not trained: a mean over tokens, whatever the layout and the batch sizes."""
+"""The loss on validation data: a mean over tokens. It does not depend on the layout or the batch sizes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from tandem.training.logs.log import perplexity
 
 @dataclass(frozen=True)
 class Share:
-    """What one data rank takes of every batch: each n-th micro-batch, as Megatron deals them."""
+    """The part of every batch that one data rank takes: every `data_size`-th micro-batch, as in Megatron.
+
+    >>> list(Share(micro_batch_size=2, data_size=2, data_rank=1).samples(start=0, count=8))
+    [range(2, 4), range(6, 8)]
+    """
 
     micro_batch_size: int
     data_size: int = 1
     data_rank: int = 0
 
     def micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
-        """Of the samples from `start`, `count` in all; the last micro-batch may be smaller."""
+        """This rank's micro-batches of the `count` samples from `start`. The last one may be smaller."""
         for samples in self.samples(start, count):
             yield collate([dataset[index] for index in samples])
 
     def samples(self, start: int, count: int) -> Iterator[range]:
-        """The numbers of each micro-batch's samples."""
+        """The numbers of the samples in each micro-batch of this rank."""
         size = self.micro_batch_size
         for first in range(start + self.data_rank * size, start + count, self.data_size * size):
             yield range(first, min(first + size, start + count))
@@ -37,7 +41,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a run is evaluated with: sets by name, and how many batches of each; None for all."""
+    """What a run is evaluated on: sets by name, and the number of batches of each set; None for all batches."""
 
     sets: Mapping[str, Dataset]
     batch_size: int
@@ -46,7 +50,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is the mean over the `tokens` that count."""
+    """The result of an evaluation: `loss` is the mean over the `tokens` that count."""
 
     loss: float
     tokens: int
@@ -65,13 +69,15 @@ def evaluate(
     batches: int | None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Sum over the first `batches` batches (None: the whole set), at most the whole set. Collective.
+    """Evaluate the first `batches` batches of a set, or the whole set if it is smaller. Collective.
 
     Args:
-        before_batch: called at the same time on all ranks; what it raises ends the evaluation.
+        name: of the set, for errors.
+        batches: None for the whole set.
+        before_batch: called before each batch, at the same time on all ranks. An error in it ends the evaluation.
 
     Raises:
-        UserError: none of these tokens counts; `name` says of which set.
+        UserError: no token counts.
     """
     count = len(dataset) if batches is None else min(len(dataset), batches * batch_size)
     total, tokens = 0.0, 0
@@ -81,14 +87,21 @@ def evaluate(
         loss, trained = engine.evaluate(micro_batches)
         total, tokens = total + loss, tokens + trained
     if not tokens:
-        raise UserError(f"{name}: no token of its first {count} samples is trained, so there is no loss to report")
+        raise UserError(f"{name}: no token of the first {count} samples is trained, so there is no loss")
     return Evaluation(total / tokens, tokens)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Of so many `questions`, the share whose right choice is the likeliest, and the likeliest per character, which is
-    fair to long ones (lm-evaluation-harness's `acc` and `acc_norm`); the mean log-likelihood of the right choices."""
+    """The result of questions with choices. The accuracies are `acc` and `acc_norm` of lm-evaluation-harness.
+
+    Attributes:
+        questions: number of questions.
+        accuracy: share of questions whose right choice is the most likely one.
+        accuracy_per_character: the same, with the log-likelihood divided by the length of the choice. This does not
+            put long choices at a disadvantage.
+        log_likelihood: mean log-likelihood of the right choices.
+    """
 
     questions: int
     accuracy: float
@@ -97,7 +110,7 @@ class Choices:
 
 
 def evaluate_choices(engine: Engine, questions: Sequence[Question], share: Share) -> Choices:
-    """Which choice of each question is the likeliest. Collective; one choice at a time, on the first data rank."""
+    """Find the most likely choice of each question. Collective; the first data rank computes one choice at a time."""
     right = right_per_character = 0
     total = 0.0
     for question in questions:

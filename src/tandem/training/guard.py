@@ -1,4 +1,4 @@
-"""Which steps are to be trusted, and what happens after one that is not: stop, or skip it and count."""
+"""Decides which steps are bad, and what happens after a bad step: the run stops, or skips the step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from tandem.backends.interface import StepResult
 from tandem.config.settings import TrainingSettings
 from tandem.errors import UserError
 
-WINDOW = 100  # losses that a spike is measured against, as in Megatron
-SHORTEST = 10  # with fewer, nothing is called a spike
+WINDOW = 100  # a spike is compared with the mean of this many losses, as in Megatron
+SHORTEST = 10  # with fewer losses, no loss is called a spike
 
 
 @dataclass
 class Guard:
-    """Judges steps; the engine applies none that it objects to.
+    """Checks each step. The engine does not apply bad steps: `loss_limit` tells it what a spike is.
 
     Attributes:
-        recent_losses: of the last applied steps, kept up to date in place; a resumed run needs them.
-        skipped: consecutive steps that were not applied.
+        recent_losses: losses of the last applied steps. The list is updated in place; checkpoints store it.
+        skipped: number of steps in a row that were not applied.
     """
 
     settings: TrainingSettings
@@ -28,13 +28,13 @@ class Guard:
 
     @property
     def loss_limit(self) -> float:
-        """The largest loss that is no spike."""
+        """The largest loss that is not a spike."""
         if not self.settings.check_for_spiky_loss or len(self.recent_losses) < SHORTEST:
             return math.inf
         return self.settings.spiky_loss_factor * sum(self.recent_losses) / len(self.recent_losses)
 
     def judge(self, result: StepResult) -> str | None:
-        """What is wrong with a step; None when it was applied."""
+        """What is wrong with a step, as text; None when it was applied."""
         if result.applied:
             self.skipped = 0
             if self.settings.check_for_spiky_loss:
@@ -51,16 +51,16 @@ class Guard:
         return f"the loss {result.loss:.4f} is a spike: above {self.loss_limit:.4f}, --spiky-loss-factor times the mean"
 
     def act(self, iteration: int, reason: str, details: str) -> str:
-        """What to tell of a step that was skipped.
+        """The log line of a step that was skipped.
 
         Raises:
-            UserError: the run is to stop.
+            UserError: the run must stop.
         """
-        said = f"iteration {iteration}: {reason}. Nothing was updated. {details}"
+        message = f"iteration {iteration}: {reason}. Nothing was updated. {details}"
         if self.settings.on_bad_step == "stop" and not self.settings.no_check_for_nan_in_loss_and_grad:
             raise UserError(
-                f"{said}. Try a lower --lr, look at this data, or pass over such steps with --on-bad-step skip"
+                f"{message}. Try a lower --lr, check these samples, or skip such steps with --on-bad-step skip"
             )
         if self.skipped > self.settings.max_consecutive_skips:
-            raise UserError(f"{said}. These are {self.skipped} in a row, more than --max-consecutive-skips")
-        return f"  skipped {said}"
+            raise UserError(f"{message}. These {self.skipped} bad steps in a row are more than --max-consecutive-skips")
+        return f"  skipped {message}"

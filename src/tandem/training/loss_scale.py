@@ -1,4 +1,4 @@
-"""The loss scale of fp16 training: gradients are computed this much larger, so that small ones are not lost."""
+"""The loss scale of fp16 training: gradients are multiplied by it, so that small ones do not become 0."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ GROWTH, BACKOFF = 2.0, 0.5
 
 @dataclass
 class LossScale:
-    """Constant, or Megatron's dynamic scale (`DynamicGradScaler` of Megatron-core): it doubles after `window` steps
-    without overflow, and halves at each overflow once `hysteresis` of them have come since it last grew.
+    """A constant scale, or Megatron's dynamic scale (`DynamicGradScaler` of Megatron-core).
+
+    The dynamic scale doubles after `window` steps without overflow. After `hysteresis` overflows it halves, and again
+    at each further overflow until it doubles.
+
+    >>> scale = LossScale(value=8.0, window=2)
+    >>> scale.update(overflow=True)
+    >>> scale.value
+    4.0
 
     Attributes:
         value: the scale of the next step.
         window: None for a constant scale.
-        minimum: the dynamic scale does not fall below it.
-        steps: steps without overflow since the last overflow or growth.
-        patience: overflows that are still tolerated at this scale, itself included.
+        minimum: smallest value of the dynamic scale.
+        steps: steps without overflow since the last overflow or doubling.
+        patience: how many overflows are left until the scale halves.
     """
 
     value: float = 1.0
@@ -31,7 +38,7 @@ class LossScale:
 
     @classmethod
     def of(cls, settings: TrainingSettings, saved: dict[str, float]) -> LossScale:
-        """As the settings say, from where a resumed run stood (`to_dict`)."""
+        """The scale that the settings ask for. `saved` is the `to_dict` of a checkpoint, empty for a new run."""
         if not settings.fp16:
             return cls()
         if settings.loss_scale is not None:
@@ -48,16 +55,16 @@ class LossScale:
         return scale
 
     def to_dict(self) -> dict[str, float]:
-        """What a resumed run needs; nothing for a constant scale."""
+        """What a checkpoint stores; empty for a constant scale."""
         return {name: asdict(self)[name] for name in ("value", "steps", "patience")} if self.window else {}
 
     @property
     def may_fall(self) -> bool:
-        """Whether an overflow is no more than a sign that the scale is too large."""
+        """Whether an overflow is normal: it only shows that the scale is too large."""
         return self.window is not None and self.value > self.minimum
 
     def update(self, *, overflow: bool) -> None:
-        """After a step."""
+        """Change the scale after a step."""
         if self.window is None:
             return
         if overflow:

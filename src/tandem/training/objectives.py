@@ -1,7 +1,7 @@
-"""What training minimises, as the weight of each token.
+"""What training minimises, given as a weight for each token.
 
-A step follows the gradient of the sum of weight * -log p(label) over the tokens of the global batch. The weights are
-numbers by then: an objective takes the derivatives of its loss by the log-probabilities, the engine takes the rest.
+A step uses the gradient of the sum of weight * -log p(label) over the tokens of the global batch. The weights are plain
+numbers: an objective computes the derivatives of its loss by the log-probabilities, and the engine computes the rest.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tandem.data.batch import IGNORE, MicroBatch
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What a data rank trains in a step.
+    """The batch of one data rank in a step.
 
     Attributes:
-        micro_batches: of this rank.
-        trained_tokens: labels that count, in the micro-batches of all data ranks.
+        micro_batches: those of this rank.
+        trained_tokens: number of labels that count, over all data ranks.
     """
 
     micro_batches: Sequence[MicroBatch]
@@ -32,8 +32,8 @@ class Objective(Protocol):
     """What a run minimises.
 
     Attributes:
-        needs_log_probabilities: its weights depend on what the model computes, so each step needs one more forward
-            pass, before it.
+        needs_log_probabilities: whether the weights depend on the model's log-probabilities. Each step then needs one
+            more forward pass.
     """
 
     needs_log_probabilities: bool
@@ -44,11 +44,11 @@ class Objective(Protocol):
         """The loss, and the weight of each token.
 
         Args:
-            log_probabilities: of the labels of each micro-batch, [t]; None where none are needed.
+            log_probabilities: of the labels of each micro-batch, [t]; None when the weights do not depend on them.
 
         Returns:
-            This rank's part of the loss that is reported, None for the weighted sum itself, which the engine knows; and
-            for each micro-batch minus the derivative of the loss by each log-probability, float64 [t].
+            This rank's part of the reported loss; None when that is the weighted sum, which the engine computes. And
+            the weights of each micro-batch, float64 [t]: minus the derivative of the loss by each log-probability.
 
         Raises:
             UntrainedError: no label of the global batch counts.
@@ -57,14 +57,14 @@ class Objective(Protocol):
 
 
 class UntrainedError(ValueError):
-    """No label of the global batch counts, so there is no mean of their losses. All ranks raise it together."""
+    """No label of the global batch counts, so there is no mean loss. All ranks raise this error together."""
 
     def __init__(self) -> None:
-        super().__init__("no label of the global batch is trained: every one of them is masked")
+        super().__init__("no label of the global batch is trained: all labels are masked")
 
 
 class MeanLoss:
-    """`Objective` of pretraining and fine-tuning: each trained token of the global batch weighs the same."""
+    """`Objective` of pretraining and fine-tuning: all trained tokens of the global batch have the same weight."""
 
     needs_log_probabilities = False
 

@@ -8,13 +8,13 @@ from typing import Protocol
 
 @dataclass
 class Progress:
-    """Where a run stands; all that a resumed run needs beside tensors.
+    """How far a run has come: all that a resumed run needs, except tensors.
 
     Attributes:
-        skipped_train_samples: of the consumed samples, those of steps that were not applied. As in Megatron, schedules
-            do not move over them.
-        recent_losses: what a spike is measured against.
-        loss_scale: where the dynamic loss scale of fp16 stands (`LossScale.to_dict`).
+        skipped_train_samples: consumed samples of steps that were not applied. As in Megatron, they do not count for
+            the schedules.
+        recent_losses: the losses that a spike is compared with.
+        loss_scale: state of the dynamic loss scale of fp16 (`LossScale.to_dict`).
     """
 
     iteration: int = 0
@@ -29,7 +29,7 @@ class Progress:
 
 
 class Saver(Protocol):
-    """Who saves a run: `tandem.training.saving.writer.CheckpointWriter`, which documents this."""
+    """Saves a run. See `tandem.training.saving.writer.CheckpointWriter`."""
 
     @property
     def is_written(self) -> bool: ...

@@ -1,4 +1,4 @@
-"""`tandem rerun`: a recorded run once more, its losses compared step by step."""
+"""`tandem rerun`: repeats a recorded run and compares the losses step by step."""
 
 from __future__ import annotations
 
@@ -30,18 +30,25 @@ class RerunOptions(Options):
     """--save folder of the recorded run."""
     _: KW_ONLY
     save: PathText | None = None
-    """Folder for the new run; default: nothing is kept."""
+    """Folder for the new run; default: nothing is saved."""
     tolerance: float = 0.0
-    """How far a loss may be from the recorded one; 0 asks for the same bits."""
+    """Largest allowed difference between a loss and the recorded one; 0 means the same bits."""
     deterministic_mode: bool = False
-    """Run with --deterministic-mode, also where the recorded run did not."""
+    """Use --deterministic-mode even if the recorded run did not."""
     nproc_per_node: int | None = None
-    """Processes to start on this machine; default: as many as the run had. A launcher's own count instead."""
+    """Number of processes to start on this machine; default: as many as the run had. Not used under torchrun or
+    msrun."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`worst` is the iteration whose loss is furthest off, by `difference`; 0 when all are equal to the bit."""
+    """The result of a rerun.
+
+    Attributes:
+        steps: number of compared steps.
+        worst: the iteration whose loss differs most.
+        difference: of that loss; 0 when all losses have the same bits.
+    """
 
     steps: int
     worst: int
@@ -49,11 +56,11 @@ class Comparison:
 
 
 def rerun(options: RerunOptions) -> Comparison:
-    """Train again with the settings of a run's first start, from its weights and data, over its recorded steps.
+    """Repeat the recorded steps of a run, with the settings, weights and data of its first start.
 
     Raises:
-        UserError: the folder records no run, its data or weights are not as they were, or a loss is further off than
-            the tolerance.
+        UserError: the folder records no run, its data or weights have changed, or a loss differs by more than the
+            tolerance.
     """
     folder = options.run
     starts = read_starts(folder)
@@ -61,26 +68,26 @@ def rerun(options: RerunOptions) -> Comparison:
     metrics = read_metrics(Path(folder) / METRICS_FILE)
     recorded = {line["iteration"]: line["loss"] for line in metrics if line["loss"] is not None}
     if not recorded:
-        raise UserError(f"{folder}/{METRICS_FILE} holds no step to compare with")
+        raise UserError(f"{folder}/{METRICS_FILE} contains no step to compare with")
     save = os.path.abspath(options.save) if options.save else None
     if save == os.path.abspath(folder):
         raise UserError(f"--save {options.save} is the run itself: choose another folder")
     if World.from_environment().rank == 0:
         for notice in differences(starts):
             log.info("> %s", notice)
-    again: dict[int, float] = {}
+    repeated: dict[int, float] = {}
 
     def keep(record: StepRecord) -> None:
-        again[record.iteration] = record.loss
+        repeated[record.iteration] = record.loss
 
-    os.chdir(start["directory"])  # the settings' paths are relative to it
+    os.chdir(start["directory"])  # paths in the settings are relative to it
     check_data(start)
     train(settings_again(start, save, max(recorded), options.deterministic_mode), keep)
-    return compare(recorded, again, options.tolerance) if again else Comparison(0, 0, 0.0)
+    return compare(recorded, repeated, options.tolerance) if repeated else Comparison(0, 0, 0.0)
 
 
 def settings_again(start: dict[str, Any], save: str | None, last: int, deterministic: bool) -> Settings:
-    """The recorded settings, from the same weights, up to iteration `last`, with no log but the new folder's."""
+    """The recorded settings, with the same weights, up to iteration `last`. Logs are only written to `save`."""
     settings = from_dict(start["settings"], RUN_FILE)
     training = dataclasses.replace(
         settings.training,
@@ -88,7 +95,7 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
         deterministic_mode=settings.training.deterministic_mode or deterministic,
     )
     weights, load = start["weights"], settings.checkpoint.load
-    if weights["ckpt_step"] is not None:  # that one, though the folder may have newer ones, or be the run's own
+    if weights["ckpt_step"] is not None:  # this iteration, even if the folder now has newer ones
         load = str(Path(weights["location"]).parent)
     checkpoint = dataclasses.replace(settings.checkpoint, save=save, load=load, ckpt_step=weights["ckpt_step"])
     logging = LoggingSettings(
@@ -98,11 +105,11 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
 
 
 def differences(starts: list[dict[str, Any]]) -> Iterator[str]:
-    """What is not as it was when the run began."""
+    """Notices about what has changed since the run began."""
     start = starts[0]
     if len(starts) > 1:
         resumed = ", ".join(str(other["iteration"]) for other in starts[1:])
-        yield f"the run was resumed at iteration {resumed}; it is run again without stopping, with its first settings"
+        yield f"the run was resumed at iteration {resumed}; the rerun does not stop there, and keeps the first settings"
     now = versions()
     for name in sorted({*start["versions"], *now}):
         if start["versions"].get(name) != now.get(name):
@@ -114,26 +121,29 @@ def differences(starts: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def check_data(start: dict[str, Any]) -> None:
-    """Raise UserError when a record beside the data is another than the run had."""
+    """Raise UserError when a record next to the data has changed since the run."""
     for prefix, record in start["data"].items():
         if record_of(prefix) != record:
-            raise UserError(f"{prefix}: its record is not the one that the run had: the data were made again since")
+            raise UserError(f"{prefix}: the record has changed since the run: the data were preprocessed again")
 
 
-def compare(recorded: dict[int, float], again: dict[int, float], tolerance: float) -> Comparison:
-    """The losses of the steps that both have.
+def compare(recorded: dict[int, float], repeated: dict[int, float], tolerance: float) -> Comparison:
+    """Compare the losses of all steps that both runs have.
+
+    >>> compare({1: 5.0, 2: 4.0}, {1: 5.0, 2: 4.25}, tolerance=0.5)
+    Comparison(steps=2, worst=2, difference=0.25)
 
     Raises:
-        UserError: one is further off than `tolerance`; the first such step is named.
+        UserError: a loss differs by more than `tolerance`. The error names the first such step.
     """
-    both = sorted(recorded.keys() & again.keys())
-    off = {iteration: abs(recorded[iteration] - again[iteration]) for iteration in both}
-    for iteration in both:
-        if not off[iteration] <= tolerance:
+    steps = sorted(recorded.keys() & repeated.keys())
+    differences = {iteration: abs(recorded[iteration] - repeated[iteration]) for iteration in steps}
+    for iteration in steps:
+        if not differences[iteration] <= tolerance:
             raise UserError(
-                f"iteration {iteration}: the loss was {recorded[iteration]!r}, is {again[iteration]!r}, further off "
-                f"than --tolerance {tolerance}. Other devices, layouts or thread counts add in another order: give a "
-                f"tolerance; on the same device, --deterministic-mode in both runs"
+                f"iteration {iteration}: the loss was {recorded[iteration]!r}, is {repeated[iteration]!r}. The "
+                f"difference is larger than --tolerance {tolerance}. Other devices, layouts or numbers of threads add "
+                f"in another order: give a --tolerance. On the same device, use --deterministic-mode in both runs"
             )
-    worst = max(both, key=lambda iteration: off[iteration])
-    return Comparison(len(both), worst, off[worst])
+    worst = max(steps, key=lambda iteration: differences[iteration])
+    return Comparison(len(steps), worst, differences[worst])

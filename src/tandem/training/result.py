@@ -1,4 +1,4 @@
-"""A training as a function: what it returns to a program."""
+"""Training as a function that returns its results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class TrainingResult:
     """What a training did.
 
     Attributes:
-        iteration: steps of the run so far, those before it was resumed, too.
-        metrics: what metrics.jsonl holds of each step that was taken now.
-        save: the run's folder; None when nothing was saved.
+        iteration: number of steps of the run so far, including those before it was resumed.
+        metrics: of each step of this call, as in metrics.jsonl.
+        save: folder of the run; None when nothing was saved.
     """
 
     iteration: int
@@ -28,12 +28,12 @@ class TrainingResult:
 
     @property
     def losses(self) -> list[float]:
-        """The loss of each step that was taken now."""
+        """The loss of each step of this call."""
         return [step["loss"] for step in self.metrics]
 
 
 def train_and_collect(settings: Settings) -> TrainingResult:
-    """Train in this process, as one of the launcher's where there is one.
+    """Train in this process, alone or as one process of a job, and return the results.
 
     Raises:
         UserError, RunStopped: as `train`.

@@ -1,4 +1,4 @@
-"""A whole training: everything is opened, the trainer runs, everything is closed."""
+"""A whole training: opens everything, runs the trainer, closes everything."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
     """Run a whole training: pretraining, or fine-tuning when `data.is_instruction_dataset`.
 
     Returns:
-        The trainer, after its last step, with the engine that holds the trained weights.
+        The trainer after its last step. Its engine holds the trained weights.
 
     Raises:
-        UserError: something is missing, contradictory or damaged; nothing has been trained then.
-        RunStopped: a signal ended the run, after it saved.
+        UserError: settings or files are missing, wrong or damaged, or a step failed.
+        RunStopped: a signal stopped the run, and the run saved a checkpoint.
     """
     with StopSignals() as signals:
         run = prepare(settings, World.from_environment())
         communicator = connect_processes(run)
         engine = create_engine(run.framework, run.source.config, run.engine)
         source, progress = restore_newest(engine, run.source, run.loading, communicator)
-        run = run.going_on_from(source)
+        run = run.resumed_from(source)
 
         first = run.world.rank == 0
         if first and run.folder:
@@ -83,7 +83,7 @@ def connect_processes(run: PreparedRun) -> Communicator:
 def open_writer(
     run: PreparedRun, engine: Engine, communicator: Communicator, events: EventLog
 ) -> CheckpointWriter | None:
-    """Make the folder of `--save`, with the run's settings in it; None when the run saves nothing."""
+    """Open the folder of `--save`, and write the run's settings there; None when the run saves nothing."""
     checkpoint, folder, source = run.settings.checkpoint, run.folder, run.source
     if folder is None:
         return None
@@ -96,7 +96,7 @@ def open_writer(
     )
     if run.world.leads(shared_storage=not checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, description.settings)
-    is_here = source.folder is not None and source.folder.parent.resolve() == folder.resolve()
+    resumes_here = source.folder is not None and source.folder.parent.resolve() == folder.resolve()
     return CheckpointWriter(
         folder,
         checkpoint,
@@ -106,19 +106,19 @@ def open_writer(
         communicator,
         events,
         by_rows=kinds_by_rows(run.settings.parallel),
-        resumed=source.iteration if is_here else None,
+        resumed=source.iteration if resumes_here else None,
     )
 
 
 def gather_companions(source: TensorSource, tokenizer_folder: str | None) -> Companions:
-    """Config from the weights, tokenizer files from the tokenizer's folder when one is named."""
-    named = {path.name: path for path in source.companions.files}
-    named |= {path.name: path for path in companion_files(tokenizer_folder)} if tokenizer_folder else {}
-    return Companions(source.companions.hf_config, sorted(named.values()))
+    """The config of the weights, and the tokenizer files of `tokenizer_folder`, or else those of the weights."""
+    files = {path.name: path for path in source.companions.files}
+    files |= {path.name: path for path in companion_files(tokenizer_folder)} if tokenizer_folder else {}
+    return Companions(source.companions.hf_config, sorted(files.values()))
 
 
 def open_loggers(run: PreparedRun, progress: Progress, on_step: OnStep | None) -> AbstractContextManager[OnStep]:
-    """What the first rank tells of each step."""
+    """Open the loggers of the first rank."""
     logged = LoggedRun(run.framework, progress.iteration, run.folder, run.settings.to_dict())
     return step_loggers(run.settings.logging, logged, on_step)
 
@@ -132,7 +132,7 @@ def make_trainer(
     writer: CheckpointWriter | None,
     on_step: OnStep | None,
 ) -> Trainer:
-    """The loop over the steps that are left, with all its parts."""
+    """The training loop with all its parts."""
     training, logging = run.settings.training, run.settings.logging
     return Trainer(
         engine=engine,

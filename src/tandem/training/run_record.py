@@ -1,4 +1,4 @@
-"""`run.json`: all that is needed to run a training again, and to know what it was."""
+"""`run.json`: everything that is needed to repeat a training."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ RUN_FILE = "run.json"
 FORMAT = {"format": "tandem-run", "version": 1}
 # Packages whose version may change what a run computes.
 PACKAGES = ("torch", "torch_npu", "mindspore", "numpy", "tokenizers", "gigatoken", "pyarrow")
-# What of the environment may: the number of threads, and the launchers' and the collectives' own variables.
+# Environment variables that may change it: number of threads, launchers, collectives.
 ENVIRONMENT = ("OMP_", "MKL_", "CUDA_", "NCCL_", "CUBLAS_", "ASCEND_", "HCCL_", "PYTORCH_", "MS_", "TASK_QUEUE_")
 
 
 def describe_start(
     settings: Settings, source: TensorSource, engine: Engine, iteration: int, processes: int
 ) -> dict[str, Any]:
-    """One start of a run: resolved settings, the command, and everything around them that losses may depend on."""
+    """One start of a run: its settings, its command, and everything else that the losses may depend on."""
     return {
         "iteration": iteration,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -55,18 +55,18 @@ def describe_start(
 
 
 def append_start(folder: Path, start: dict[str, Any]) -> None:
-    """Add a start to the record of a run. Earlier ones stay as far as steps of theirs do."""
+    """Add a start to the record of a run. Earlier starts are removed if the run repeats all of their steps."""
     path = folder / RUN_FILE
-    earlier = read_starts(folder) if path.exists() else []
-    kept = [other for other in earlier if other["iteration"] < start["iteration"]]
-    write_text_atomically(path, json.dumps({**FORMAT, "starts": [*kept, start]}, indent=1, ensure_ascii=False) + "\n")
+    recorded = read_starts(folder) if path.exists() else []
+    starts = [*(other for other in recorded if other["iteration"] < start["iteration"]), start]
+    write_text_atomically(path, json.dumps({**FORMAT, "starts": starts}, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_starts(folder: str | Path) -> list[dict[str, Any]]:
     """Every start of a run, oldest first.
 
     Raises:
-        UserError: there is no record, or it is not one.
+        UserError: there is no record, or the file is not a record.
     """
     path = Path(folder) / RUN_FILE
     try:
@@ -82,7 +82,7 @@ def read_starts(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package, and of the packages that are installed."""
+    """The versions of Python, of Tandem, and of installed packages that may change what a run computes."""
     installed = {"python": platform.python_version(), "tandem": __version__}
     for name in PACKAGES:
         try:
@@ -93,16 +93,16 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> dict[str, Any] | None:
-    """Commit of this package's code, and whether files differ from it; None when it is not a git checkout."""
+    """The commit of Tandem's code, and whether files differ from it; None when it is not a git checkout."""
     folder = Path(__file__).parents[1]
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None  # installed, perhaps into the folder of a project that is a checkout itself
+        return None  # installed, perhaps inside the checkout of another project
     return {"commit": _git(folder, "rev-parse", "HEAD"), "modified": bool(_git(folder, "status", "--porcelain", "."))}
 
 
 def _git(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return None
     return done.stdout.strip() if done.returncode == 0 else None

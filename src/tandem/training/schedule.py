@@ -1,4 +1,4 @@
-"""Learning rate and weight decay as Megatron's `OptimizerParamScheduler` defines them, counted in samples."""
+"""Schedules of learning rate and weight decay, as in Megatron's `OptimizerParamScheduler`, measured in samples."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from tandem.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """All lengths are in samples, as in Megatron; `warmup_samples` need not be whole.
+    """Learning rate and weight decay of each step.
 
-    A step uses the values at the number of samples consumed before it: with warm-up, step 1 uses `warmup_init`.
+    All lengths are in samples, as in Megatron. `warmup_samples` may be a fraction. A step uses the values at the number
+    of samples before it: with warm-up, step 1 uses `warmup_init`.
+
+    >>> training = TrainingSettings(global_batch_size=2, train_iters=10)
+    >>> schedule = schedule_from(OptimizerSettings(lr=1.0, lr_warmup_iters=2), training)
+    >>> [schedule.lr(samples) for samples in (0, 2, 4, 20)]
+    [0.0, 0.5, 1.0, 0.0]
     """
 
     max_lr: float
@@ -30,7 +36,7 @@ class Schedule:
     weight_decay_samples: int
 
     def lr(self, consumed_samples: int) -> float:
-        """Rate of the step that begins after `consumed_samples`."""
+        """Learning rate of the step that starts after `consumed_samples`."""
         warmup = self.warmup_samples
         if warmup > 0 and consumed_samples <= warmup:
             return self.warmup_init + (self.max_lr - self.warmup_init) * consumed_samples / warmup
@@ -49,7 +55,7 @@ class Schedule:
         return self.min_lr + remaining * (self.max_lr - self.min_lr)
 
     def weight_decay(self, consumed_samples: int) -> float:
-        """Weight decay of the step that begins after `consumed_samples`."""
+        """Weight decay of the step that starts after `consumed_samples`."""
         if self.weight_decay_style == "constant" or consumed_samples > self.weight_decay_samples:
             return self.end_weight_decay
         grown = 1.0 - _remaining(self.weight_decay_style, consumed_samples / self.weight_decay_samples)
@@ -57,7 +63,7 @@ class Schedule:
 
 
 def _remaining(style: str, done: float) -> float:
-    """How much of the way down is left, from 1 to 0, after the fraction `done`."""
+    """The remaining part of a decay, from 1 to 0, when the fraction `done` is over."""
     if style == "linear":
         return 1.0 - done
     if style == "cosine":
@@ -72,7 +78,7 @@ def schedule_from(optimizer: OptimizerSettings, training: TrainingSettings) -> S
     """The schedule of a run.
 
     Raises:
-        UserError: the warm-up is as long as the decay, or longer.
+        UserError: the warm-up is not shorter than the decay.
     """
     assert optimizer.lr is not None
     if training.train_iters is not None:
@@ -91,8 +97,8 @@ def schedule_from(optimizer: OptimizerSettings, training: TrainingSettings) -> S
         warmup = optimizer.lr_warmup_fraction * decay
     if warmup >= decay:
         raise UserError(
-            f"the warm-up ({warmup:g} samples) must be shorter than the decay ({decay} samples): "
-            f"lower --lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction"
+            f"warm-up of {warmup:g} samples: expected less than the decay, {decay} samples: lower --lr-warmup-iters, "
+            f"--lr-warmup-samples or --lr-warmup-fraction"
         )
     constant = optimizer.weight_decay_incr_style == "constant"
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay

@@ -1,4 +1,4 @@
-"""The training loop: which samples, at which rate, when to evaluate, when to save."""
+"""The training loop: takes samples, sets the learning rate, trains, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ Number = TypeVar("Number", int, float)
 
 
 class _Signalled(Exception):
-    """A signal has arrived at some rank."""
+    """A signal has arrived at a rank."""
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """After which iterations a run does more than train: multiples of a number; None is never.
+    """How often a run evaluates, saves and exits: after iterations that are a multiple of these; None for never.
 
     Attributes:
-        exit: the run saves and leaves.
-        exit_minutes: it also does after the step that ends later than this.
+        exit: the run saves and exits.
+        exit_minutes: the run saves and exits after the first step that ends later than this.
     """
 
     evaluation: int | None = None
@@ -55,16 +55,16 @@ class Intervals:
 
 @dataclass(kw_only=True, eq=False)
 class Trainer:
-    """Runs steps from wherever `progress` stands.
+    """Runs the steps after `progress`.
 
     Attributes:
-        grid: all processes of the job; every one runs a trainer, over its `share` of each batch.
-        communicator: how they agree.
-        folder: of the run, where details of bad steps are left; None when it saves nothing.
-        saver: asked to save when a checkpoint is due; None when the run saves nothing.
-        signals: asked after each step whether one has arrived.
-        on_step: called on the first rank with each step's record, after the evaluation that the step ends with.
-        stopped: the signal that ended the run early, on whichever rank it arrived.
+        grid: the place of every process of the job. Each process runs a trainer on its `share` of each batch.
+        communicator: how the processes agree.
+        folder: of the run, for details of bad steps; None when the run saves nothing.
+        saver: saves checkpoints; None when the run saves nothing.
+        signals: checked after each step.
+        on_step: called on the first rank with the record of each step, after its evaluation.
+        stopped: the signal that ended the run early, on any rank; None when there was none.
     """
 
     engine: Engine
@@ -97,10 +97,10 @@ class Trainer:
         self._peak_flops = peak_flops(self.engine.device_name, self.engine.param_dtype)
 
     def run(self) -> None:
-        """Train to the last iteration, to the exit interval, or until asked to stop; what is saved is saved then.
+        """Train until the last iteration, the exit interval, or a signal. Then save.
 
         Raises:
-            UserError: a step went wrong and the run is to stop; the newest checkpoint is left as it is.
+            UserError: a step failed and the run must stop. The newest checkpoint stays as it is.
         """
         saved_at = self.progress.iteration
         while self.progress.iteration < self.train_iters:
@@ -125,7 +125,7 @@ class Trainer:
             self.saver.save(self.progress)
 
     def step(self) -> StepRecord:
-        """One optimizer step over the next global batch."""
+        """One optimizer step on the next global batch."""
         start = time.perf_counter()
         progress = self.progress
         batch = self.length.batch_sizes.at(progress.consumed_train_samples)
@@ -166,7 +166,7 @@ class Trainer:
         """The weights of this rank's tokens. Collective.
 
         Raises:
-            UserError: the global batch has nothing to train.
+            UserError: no token of the global batch is trained.
         """
         trained = self.communicator.all_gather(sum(micro_batch.trained_tokens for micro_batch in micro_batches))
         try:
@@ -178,88 +178,91 @@ class Trainer:
     def _untrained(self, batch: int) -> str:
         consumed = self.progress.consumed_train_samples
         return (
-            f"iteration {self.progress.iteration + 1}: none of its {batch} samples has a trained token, so there is no "
-            f"loss; the first is {self.train_data.origin(consumed)}. Preprocess again: `tandem preprocess` leaves such "
-            f"samples out, but a smaller --seq-length in training than there may cut all that was trained"
+            f"iteration {self.progress.iteration + 1}: none of the {batch} samples has a trained token, so there is no "
+            f"loss; the first sample is {self.train_data.origin(consumed)}. Preprocess again: `tandem preprocess` "
+            f"leaves out such samples. A smaller --seq-length in training may also cut all trained tokens"
         )
 
     def _judge(
         self, result: StepResult, micro_batches: list[MicroBatch], weights: list[np.ndarray], batch: int
     ) -> None:
-        """Move the loss scale, and act on a step that went wrong in another way than by too large a scale."""
+        """Update the loss scale, and handle a bad step, unless the only reason is a loss scale that is too large."""
         overflow = math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
         expected = overflow and self.loss_scale.may_fall
         self.loss_scale.update(overflow=overflow)
         self.progress.loss_scale = self.loss_scale.to_dict()
-        if not expected and (wrong := self.guard.judge(result)):
-            self._pass_over(wrong, result, micro_batches, weights, batch)
+        if not expected and (reason := self.guard.judge(result)):
+            self._handle_bad_step(reason, result, micro_batches, weights, batch)
 
-    def _pass_over(
-        self, wrong: str, result: StepResult, micro_batches: list[MicroBatch], weights: list[np.ndarray], batch: int
+    def _handle_bad_step(
+        self, reason: str, result: StepResult, micro_batches: list[MicroBatch], weights: list[np.ndarray], batch: int
     ) -> None:
-        """Leave what is known of a step that was not applied.
+        """Write details of a step that was not applied, and skip it.
 
         Raises:
-            UserError: the run is to stop.
+            UserError: the run must stop.
         """
         iteration, consumed = self.progress.iteration + 1, self.progress.consumed_train_samples
         samples = [number for numbers in self.share.samples(consumed, batch) for number in numbers]
-        known = {
-            "wrong": wrong,
+        values = {
+            "wrong": reason,
             "loss": str(result.loss),
             "grad_norm": str(result.grad_norm),
             "global_batch": [consumed, consumed + batch],
             "samples": {number: self.train_data.origin(number) for number in samples},
         }
-        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        first = None if finite else first_bad(self.engine, micro_batches, weights)
-        details = dump(self.folder, self.communicator, iteration, known, first)
+        is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        first = None if is_finite else first_bad(self.engine, micro_batches, weights)
+        details = dump(self.folder, self.communicator, iteration, values, first)
         if self.saver:
-            self.saver.publish()  # should the run stop now, what is being written is kept
-        self._log_first(self.guard.act(iteration, wrong, details))
+            self.saver.publish()  # keep the checkpoint that is being written, in case the run stops now
+        self._log_first(self.guard.act(iteration, reason, details))
 
     def _agree(self, micro_batches: list[MicroBatch]) -> tuple[int, float]:
-        """Tokens of the global batch, and the floating-point operations that they need; whether all leave,
-        and whether a checkpoint can be published."""
+        """Agree with all ranks on the signals, the end of the time, and whether a checkpoint can be published.
+
+        Returns:
+            Tokens of the global batch, and the floating-point operations that they need.
+        """
         lengths = [int(length) for micro_batch in micro_batches for length in micro_batch.lengths]
         minutes = self.intervals.exit_minutes
-        late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
+        is_late = minutes is not None and time.monotonic() - self._started >= 60 * minutes
         is_written = self.saver is None or self.saver.is_written
-        flops_here = training_flops(self.engine.config, lengths)
-        values = [sum(lengths), flops_here, self.signals.received, late, is_written]
-        tokens, flops, signals, lateness, written = zip(*self.communicator.all_gather(values))
+        rank_flops = training_flops(self.engine.config, lengths)
+        values = [sum(lengths), rank_flops, self.signals.received, is_late, is_written]
+        tokens, flops, signals, late, written = zip(*self.communicator.all_gather(values))
         self._note_signals(signals)
-        self._out_of_time, self._all_written = lateness[0], all(written)
+        self._out_of_time, self._all_written = late[0], all(written)
         return self._sum_over_data_ranks(tokens), self._sum_over_data_ranks(flops)
 
     def _sum_over_data_ranks(self, values: Sequence[Number]) -> Number:
-        """Of each rank's number; the other ranks of a model have the same samples."""
+        """The sum of the values of the data ranks. Tensor and pipeline ranks of a data rank have the same samples."""
         return sum(values[rank] for rank in self.grid.group("data", self.grid.place(0)))
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
     def _evaluate(self) -> dict[str, float]:
-        """Mean loss of each validation set; fewer when a signal ends the evaluation."""
+        """The mean loss of each validation set, by name. A signal ends the evaluation early."""
         size, batches = self.validation.batch_size, self.validation.batches
         losses: dict[str, float] = {}
         for name, dataset in self.validation.sets.items():
             try:
-                result = evaluate(self.engine, dataset, name, self.share, size, batches, self._leave_if_signalled)
+                result = evaluate(self.engine, dataset, name, self.share, size, batches, self._raise_if_signalled)
             except _Signalled:
                 break
             losses[name] = result.loss
             self._log_first(evaluation_line(self.progress.iteration, name, result.loss))
         return losses
 
-    def _leave_if_signalled(self) -> None:
-        """Collective."""
+    def _raise_if_signalled(self) -> None:
+        """Raise `_Signalled` when a signal has arrived at a rank. Collective."""
         self._note_signals(self.communicator.all_gather(self.signals.received))
         if self.stopped:
             raise _Signalled
 
     def _note_signals(self, received: Sequence[str | None]) -> None:
-        """The run stops when a rank has received a signal."""
+        """Remember the first signal that a rank has received: the run then stops."""
         self.stopped = next((signal for signal in received if signal), None)
 
     def _log_first(self, text: str) -> None:

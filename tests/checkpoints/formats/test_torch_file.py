@@ -71,10 +71,10 @@ def test_torch_reads_what_is_written(tmp_path: Path, weights_only: bool, mmap: b
     assert {key: content[key] for key in SCALARS} == SCALARS
     assert list(content["model"]) == list(tensors)
     for name, expected in tensors.items():
-        found = content["model"][name]
-        assert found.shape == expected.shape
-        assert STORAGES.get(name) is None or str(found.dtype).removeprefix("torch.") == expected.dtype.name
-        assert as_numpy(found).tobytes() == expected.tobytes()
+        tensor = content["model"][name]
+        assert tensor.shape == expected.shape
+        assert STORAGES.get(name) is None or str(tensor.dtype).removeprefix("torch.") == expected.dtype.name
+        assert as_numpy(tensor).tobytes() == expected.tobytes()
 
 
 def test_a_file_without_args_needs_no_allowed_globals(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_it_reads_what_it_writes(tmp_path: Path) -> None:
     content = load(tmp_path / "m.pt")
     assert {key: content[key] for key in SCALARS} == SCALARS
     for name, expected in tensors.items():
-        found = content["model"][name].read(name)
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert found.tobytes() == expected.tobytes()
+        tensor = content["model"][name].read(name)
+        assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
+        assert tensor.tobytes() == expected.tobytes()
 
 
 def test_several_writers_are_open_at_once(tmp_path: Path) -> None:
@@ -152,16 +152,16 @@ def test_it_reads_what_torch_writes(tmp_path: Path, protocol: int) -> None:
         "size": base.shape,
     }
     torch.save(content, tmp_path / "m.pt", pickle_protocol=protocol)
-    found = load(tmp_path / "m.pt")
-    assert list(found["model"]) == list(tensors)
+    loaded = load(tmp_path / "m.pt")
+    assert list(loaded["model"]) == list(tensors)
     for name, expected in tensors.items():
-        array = found["model"][name].read(name)
+        array = loaded["model"][name].read(name)
         assert array.shape == tuple(expected.shape)
         assert array.tobytes() == as_numpy(expected.detach()).tobytes()
-    assert (found["args"].noop, found["args"].dtype) == ({0, 7}, "torch.bfloat16")
-    assert found["simple"].a == 1
-    assert found["size"] == (4, 6)
-    assert isinstance(found["rng_state"][0]["torch"], LazyTensor)
+    assert (loaded["args"].noop, loaded["args"].dtype) == ({0, 7}, "torch.bfloat16")
+    assert loaded["simple"].a == 1
+    assert loaded["size"] == (4, 6)
+    assert isinstance(loaded["rng_state"][0]["torch"], LazyTensor)
 
 
 def test_files_without_crc_are_read(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_call_hidden_in_an_accepted_object_is_refused(tmp_path: Path) -> None:
 
 
 def archive_with(path: Path, data: bytes, **entries: bytes) -> Path:
-    """A torch file around a pickle of one's own."""
+    """A torch file around a given pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("m/data.pkl", data)
         for name, value in entries.items():

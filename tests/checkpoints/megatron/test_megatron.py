@@ -63,9 +63,9 @@ def write(folder: Path, config: ModelConfig, target: Layout, **options: Any) -> 
     return source
 
 
-def assert_equal(found: TensorSource, expected: TensorSource) -> None:
+def assert_equal(actual: TensorSource, expected: TensorSource) -> None:
     for name in tensor_table(expected.config):
-        tensor, other = found.read(name), expected.read(name)
+        tensor, other = actual.read(name), expected.read(name)
         assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
         assert tensor.tobytes() == other.tobytes(), name
 
@@ -140,13 +140,13 @@ LAYOUTS = [
 @pytest.mark.parametrize("untie", [TIED, UNTIED])
 @pytest.mark.parametrize("target", LAYOUTS)
 def test_round_trip_is_bit_identical(tmp_path: Path, target: Layout, untie: bool) -> None:
-    """Any layout, read back without being told which, and written at another."""
+    """Any layout is read back without naming it, and written in another one."""
     config = divisible_config(untie)
     source = write(tmp_path / "a", config, target)
-    found = MegatronSource(tmp_path / "a")
-    assert (found.layout, found.config) == (target, config)
-    assert_equal(found, source)
-    copy(found, MegatronSink(tmp_path / "b", config, layout(tp=2, pp=2, vpp=2), "bfloat16"))
+    written = MegatronSource(tmp_path / "a")
+    assert (written.layout, written.config) == (target, config)
+    assert_equal(written, source)
+    copy(written, MegatronSink(tmp_path / "b", config, layout(tp=2, pp=2, vpp=2), "bfloat16"))
     assert_equal(MegatronSource(tmp_path / "b"), source)
 
 
@@ -157,9 +157,9 @@ def test_args_alone_tell_the_model(tmp_path: Path, model_type: str, scaling: Rot
     config = divisible_config(model_type=model_type, rotary_scaling=scaling, rotary_base=5e5)
     source = write(tmp_path, config, layout(tp=2, pp=2, noop_layers=(3, 7)))
     shutil.rmtree(find_iteration(tmp_path) / "hf")
-    found = MegatronSource(tmp_path)
-    assert found.config == config
-    assert_equal(found, source)
+    written = MegatronSource(tmp_path)
+    assert written.config == config
+    assert_equal(written, source)
 
 
 def test_args_under_their_newer_names(tmp_path: Path) -> None:
@@ -204,17 +204,17 @@ def test_torch_loads_every_rank(tmp_path: Path, weights_only: bool, mmap: bool) 
     # local layer 0 of chunk 1 on stage 0 is global layer 2; gate and up are cut apart
     gate, up = torch.from_numpy(source.read("decoder.layers.2.mlp.linear_fc1.weight").view(np.int16)).chunk(2)
     expected = torch.cat([gate.chunk(2)[1], up.chunk(2)[1]])
-    found = content["model1"]["decoder.layers.0.mlp.linear_fc1.weight"]
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found.view(torch.int16), expected)
+    tensor = content["model1"]["decoder.layers.0.mlp.linear_fc1.weight"]
+    assert tensor.dtype == torch.bfloat16
+    assert torch.equal(tensor.view(torch.int16), expected)
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 def test_dtype_of_the_file(tmp_path: Path, stored: str) -> None:
     source = write(tmp_path, divisible_config(), layout(), dtype="float32", stored=stored)
-    found = MegatronSource(tmp_path)
-    assert found.dtype(EMBEDDING).name == stored
-    assert np.array_equal(found.read(EMBEDDING), source.read(EMBEDDING).astype(found.dtype(EMBEDDING)))
+    written = MegatronSource(tmp_path)
+    assert written.dtype(EMBEDDING).name == stored
+    assert np.array_equal(written.read(EMBEDDING), source.read(EMBEDDING).astype(written.dtype(EMBEDDING)))
 
 
 def test_companions_travel_with_the_weights(tmp_path: Path) -> None:
@@ -224,10 +224,10 @@ def test_companions_travel_with_the_weights(tmp_path: Path) -> None:
     tokenizer.write_text("{}")
     hf = {**to_hf(config), "eos_token_id": 17}
     write(tmp_path / "c", config, layout(tp=2), companions=Companions(hf, [tokenizer]))
-    found = MegatronSource(tmp_path / "c").companions
-    assert found.hf_config is not None
-    assert found.hf_config["eos_token_id"] == 17
-    assert [path.read_text() for path in found.files if path.name == "tokenizer.json"] == ["{}"]
+    companions = MegatronSource(tmp_path / "c").companions
+    assert companions.hf_config is not None
+    assert companions.hf_config["eos_token_id"] == 17
+    assert [path.read_text() for path in companions.files if path.name == "tokenizer.json"] == ["{}"]
 
 
 # --- vocabulary
@@ -252,9 +252,9 @@ def test_vocabulary_is_padded_and_the_padding_removed(tmp_path: Path, tp: int, w
     assert (last["args"].vocab_size, last["args"].padded_vocab_size) == (211, rows)
     if not with_hf:
         shutil.rmtree(find_iteration(tmp_path) / "hf")
-    found = MegatronSource(tmp_path)
-    assert found.config.vocab_size == 211
-    assert_equal(found, source)
+    written = MegatronSource(tmp_path)
+    assert written.config.vocab_size == 211
+    assert_equal(written, source)
 
 
 def test_padding_may_cover_whole_ranks(tmp_path: Path) -> None:
@@ -304,9 +304,9 @@ def test_mindspeed_converter_files(tmp_path: Path) -> None:
     config = divisible_config()
     source = write(tmp_path, config, layout(tp=2, pp=2))
     as_mindspeed(tmp_path, config)
-    found = MegatronSource(tmp_path)
-    assert found.config == config
-    assert_equal(found, source)
+    written = MegatronSource(tmp_path)
+    assert written.config == config
+    assert_equal(written, source)
 
 
 def test_noop_layers_that_the_converter_did_not_record_must_be_given(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "other dtype": (
         lambda content: content["model"].update({QKV: content["model"][QKV].float()}),
-        rf"mp_rank_01_001/{FILE}: {QKV} is float32; on other ranks it is not",
+        rf"mp_rank_01_001/{FILE}: {QKV} is float32; other ranks have another dtype",
     ),
     "not a tensor": (
         lambda content: content["model"].update({QKV: [1.0]}),

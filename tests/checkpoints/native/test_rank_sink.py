@@ -158,7 +158,7 @@ def test_without_shared_storage_a_machine_keeps_all_that_its_ranks_hold(
                 name, part = shard.spec.name, shard.part
                 if kind in by_rows:
                     part = part.rows(*even_rows(part.shape[0], GRID.data_size, place.data))
-                found = source.read_part(name, part, kind)
-                np.testing.assert_array_equal(found, cut(value_of(kind, name), part), err_msg=name)
+                values = source.read_part(name, part, kind)
+                np.testing.assert_array_equal(values, cut(value_of(kind, name), part), err_msg=name)
     with pytest.raises(UserError, match="another machine holds"):
         NativeSource(machines[0]).read("decoder.final_layernorm.weight")

@@ -158,7 +158,7 @@ def test_a_run_in_samples_has_as_many_with_another_batch(workspace: Workspace, t
 def test_epochs_are_not_counted_in_steps_of_another_size(workspace: Workspace, tmp_path: Path) -> None:
     values = {"train_iters": None, "epochs": 1, "instructions": True, "save": str(tmp_path / "run")}
     train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=2))
-    with pytest.raises(UserError, match=r"steps took 4 samples so far, .* keep 4, or give --train-samples \d+"):
+    with pytest.raises(UserError, match=r"steps .* took 4 samples so far, .* keep 4, or give --train-samples \d+"):
         train(workspace.settings("torch", **values, global_batch_size=8))
     assert train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=3)).progress.iteration == 3
 
@@ -170,7 +170,7 @@ def test_a_new_order_is_a_notice(workspace: Workspace) -> None:
     assert not open_data(before, tokenizer, state).notices
     packed = workspace.settings("torch", instructions=True, seq_length=128, pack=True, no_shuffle=True, seed=5)
     (notice,) = open_data(packed, tokenizer, state).notices
-    assert "in an order of another pack, no shuffle, seed: a new one begins, at the same position" in notice
+    assert "another pack, no shuffle, seed: the samples get a new order, from the same position" in notice
     old = dataclasses.replace(state, data={key: value for key, value in state.data.items() if key != "no_shuffle"})
     kept = workspace.settings("torch", instructions=True, seq_length=128, no_shuffle=True)
     assert not open_data(kept, tokenizer, old).notices
@@ -204,9 +204,9 @@ def test_a_run_with_nothing_left_to_train_says_so(
     train(settings)
     assert "nothing is left to train" not in capsys.readouterr().out
     train(settings)
-    assert "nothing is left to train: the weights stand at iteration 2 of 2" in capsys.readouterr().out
+    assert "nothing is left to train: the weights are from iteration 2 of 2" in capsys.readouterr().out
     few = dataclasses.replace(settings.training, train_iters=None, train_samples=BATCH - 1)
-    with pytest.raises(UserError, match="--train-samples 3 are fewer than one step takes, 4"):
+    with pytest.raises(UserError, match="--train-samples 3: expected at least 4"):
         train(dataclasses.replace(settings, training=few))
 
 

@@ -39,7 +39,7 @@ def test_layers_that_do_not_divide_are_split_evenly(workspace: Workspace, capsys
 @pytest.mark.parametrize(
     ("values", "processes", "expected"),
     [
-        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple of --tensor-model-parallel-size 3"),
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes: expected a multiple of --tensor-model-parallel-size 3"),
         ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
         ({"pipeline_model_parallel_size": 7}, 7, "do not divide over pipeline_model_parallel_size 7"),
         ({"global_batch_size": 6}, 2, "--global-batch-size 6: expected multiples of --micro-batch-size 2 x 2"),
@@ -98,7 +98,7 @@ def test_raw_data_are_tried_and_left_alone(
     dry_run(settings, 1)
     text = capsys.readouterr().out
     rows = len(raw.read_text().splitlines())
-    assert f"{raw} is raw and is preprocessed before training; of its first {rows} documents {rows} are kept" in text
+    assert f"{raw} is raw and is preprocessed before training; of the first {rows} documents {rows} are kept" in text
     assert "nothing was trained" in text
     assert list(tmp_path.iterdir()) == [raw]
     epochs = {"train_iters": None, "epochs": 2}
@@ -122,7 +122,7 @@ def test_raw_data_are_tried_and_left_alone(
     with pytest.raises(UserError, match="different templates"):
         dry_run(workspace.settings("torch", instructions=True, data_path=data_path, prompt_type="qwen3"), 1)
     weighted = workspace.settings("torch", data_path=["1", str(raw), "2", str(workspace.corpus)], **epochs)
-    with pytest.raises(UserError, match="--epochs 2 takes every sample so often, but with the weights"):
+    with pytest.raises(UserError, match="--epochs 2 takes every sample equally often, but the weights"):
         dry_run(weighted, 1)
     raw.write_text('{"text": "good"}\n{"text": 3}\n')
     with pytest.raises(UserError, match=r"raw\.jsonl:2: "):

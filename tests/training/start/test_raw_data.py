@@ -95,12 +95,12 @@ def test_raw_validation_sets(workspace: Workspace, tmp_path: Path) -> None:
         raw = workspace.settings(
             "torch", valid_data_path=words, data_cache_path=str(tmp_path), eval_iters=1, eval_interval=1
         )
-        found = with_preprocessed(raw)
-        assert found.data.data_path == raw.data.data_path
-        prefix = found.data.valid_data_path[0].removeprefix("a=")
+        prepared = with_preprocessed(raw)
+        assert prepared.data.data_path == raw.data.data_path
+        prefix = prepared.data.valid_data_path[0].removeprefix("a=")
         assert IndexedDataset(prefix).num_documents == IndexedDataset(ready).num_documents
-        assert found.data.valid_data_path[1:] == raw.data.valid_data_path[1:]
-        assert list(open_data(found, Tokenizer(workspace.hf)).valid)[1:] == ["b"][: len(words) - 1]
+        assert prepared.data.valid_data_path[1:] == raw.data.valid_data_path[1:]
+        assert list(open_data(prepared, Tokenizer(workspace.hf)).valid)[1:] == ["b"][: len(words) - 1]
 
 
 def test_a_blend_of_raw_and_ready(workspace: Workspace, tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ def test_errors(workspace: Workspace, tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UserError, match="give another folder with --data-cache-path"):
         with_preprocessed(settings_for(workspace, workspace.corpus, file))
-    with pytest.raises(UserError, match="--json-keys a b: training on raw files reads one field"):
+    with pytest.raises(UserError, match="--json-keys a b: expected one field"):
         with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, json_keys=["a", "b"]))
-    with pytest.raises(UserError, match="need --tokenizer-name-or-path"):
+    with pytest.raises(UserError, match="needs --tokenizer-name-or-path"):
         with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, init="random"))
 
 
@@ -184,9 +184,13 @@ def test_what_cannot_run_is_known_before_anything_is_preprocessed(
         (
             True,
             {"handler_name": "AlpacaPretrainHandler"},
-            "these are plain text, for `tandem pretrain`; --handler-name",
+            "these are plain text, for `tandem pretrain`; to read them as conversations, give --handler-name",
         ),
-        (False, {"prompt_type": "qwen3"}, "these are conversations, for `tandem finetune`; with --handler-name"),
+        (
+            False,
+            {"prompt_type": "qwen3"},
+            "these are conversations, for `tandem finetune`; to read them as text, give --handler-name",
+        ),
     ],
 )
 def test_raw_data_of_another_kind_are_refused_before_the_work(
@@ -230,5 +234,5 @@ def test_raw_data_that_changed_are_said_to_have(workspace: Workspace, tmp_path: 
     train(settings)
     with raw.open("a") as file:
         file.write("more\n")
-    with pytest.raises(UserError, match="whose raw data, or the flags that say how they are read, were others"):
+    with pytest.raises(UserError, match="since its raw data, or the flags for reading them, have changed"):
         train(settings)

@@ -1,7 +1,8 @@
 """The MindSpore backend: PyNative mode, one process, CPU here and Ascend NPUs.
 
-No framework autograd: a differentiable function returns its value together with a function from the value's gradient
-to its input's gradient, and adds its weights' gradients to their buffers on the way (`weight.Weight`).
+It does not use the framework's autograd. A differentiable function returns its value and a pullback: a function from
+the value's gradient to the input's gradient. A pullback also adds the gradients of weights to their buffers
+(`weight.Weight`).
 """
 
 import os

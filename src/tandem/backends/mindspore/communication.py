@@ -1,7 +1,7 @@
 """MindSpore's collectives: joining the job that msrun started, and the groups of ranks in it.
 
-On CPU a collective that has timed out leaves messages behind, and the next one silently adds them up: the first failure
-therefore ends all communication of the process. Every method of `Ranks` is called by all of its ranks, in one order.
+On CPU, a collective that timed out leaves messages behind, which the next one adds up without an error. So the first
+failure ends all communication of the process. All ranks of a `Ranks` call its methods, in the same order.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> MindSpo
     """Join the job that msrun started.
 
     Raises:
-        UserError: the process was not started by msrun, the device is not there, or the others did not come.
+        UserError: msrun did not start the process, the device is missing, or other processes did not join.
     """
     if is_scheduler():
         serve()
@@ -76,40 +76,40 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> MindSpo
             f"rank {world.rank} of {world.size} found no job at {os.environ.get('MS_SCHED_HOST')}:"
             f"{os.environ.get('MS_SCHED_PORT')}: {_first_line(error)}"
         ) from error
-    _take_back(signal.SIGINT)
-    # MindSpore's send takes its own rank from the group that is this default: HCCL's, which CPUs do not have.
+    _restore_handler(signal.SIGINT)
+    # MindSpore's send looks up its rank in this default group. Without the change it is HCCL's, which CPUs do not have.
     distributed.get_cache_group_rank.__defaults__ = (GlobalComm.WORLD_COMM_GROUP,)
     return MindSporeCommunicator(world)
 
 
-def _take_back(number: signal.Signals) -> None:
-    """Let the handler of this process's own have a signal again, at which MindSpore's server in it would end."""
+def _restore_handler(number: signal.Signals) -> None:
+    """Install this process's Python handler of a signal again. MindSpore's server in it would end at the signal."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(number, signal.getsignal(number))
 
 
 def serve() -> NoReturn:
     """Be msrun's scheduler, until the job ends."""
-    # msrun starts one wherever the master's address is its own machine's: with two launchers on one, twice.
+    # msrun starts a scheduler on every machine that has the master's address: two, with two launchers on one machine.
     if os.environ.get(NODE, "0") == "0":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks need it to save; it ends with them
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks need the scheduler while they save; it ends with them
         try:
             prepare("cpu")
-        except RuntimeError:  # a rank has died, and says why itself
+        except RuntimeError:  # a rank has died, and reports why
             sys.exit(1)
     sys.exit(0)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks along one axis; `group` is None when it is alone there."""
+    """This process among the ranks along one axis. `group` is None when there is only one rank."""
 
     group: str | None = None
     rank: int = 0
     size: int = 1
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' x, in its own dtype; x is unchanged."""
+        """The sum of the ranks' x, in the dtype of x, which is unchanged."""
         return _guarded("AllReduce", lambda: _all_reduce(self.group)(x))
 
     def maximum(self, x: Tensor) -> Tensor:
@@ -118,18 +118,18 @@ class Ranks:
         return x
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's x, which have one shape."""
-        found = [mint.empty(x.shape, dtype=x.dtype) for _ in range(self.size)]
-        _guarded("AllGather", lambda: dist.all_gather(found, x, group=self.group))
-        return found
+        """Every rank's x. All have the same shape."""
+        tensors = [mint.empty(x.shape, dtype=x.dtype) for _ in range(self.size)]
+        _guarded("AllGather", lambda: dist.all_gather(tensors, x, group=self.group))
+        return tensors
 
     def gather_values(self, value: Any) -> list[Any]:
-        """Every rank's value, of what JSON can hold."""
+        """Every rank's value. JSON must be able to hold it."""
         if self.group is None:
             return [value]
-        found: list[Any] = [None] * self.size
-        _guarded("AllGather", lambda: dist.all_gather_object(found, value, group=self.group))
-        return found
+        values: list[Any] = [None] * self.size
+        _guarded("AllGather", lambda: dist.all_gather_object(values, value, group=self.group))
+        return values
 
     def sum_values(self, *values: float) -> list[float]:
         """Sums over the ranks, in double precision and in the same order everywhere."""
@@ -138,7 +138,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Groups:
-    """Who this rank talks with.
+    """The groups of ranks that this rank talks with.
 
     Attributes:
         tied: the first and the last stage's ranks that hold the same slice of a tied embedding.
@@ -153,7 +153,7 @@ class Groups:
 
 
 def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
-    """The groups of `rank`; every rank calls this at the same time."""
+    """The groups of `rank`. Every rank calls this at the same time."""
     if grid.size == 1:
         return Groups(Ranks(), Ranks(), Ranks(), Ranks(), {})
     place = grid.place(rank)
@@ -169,12 +169,12 @@ def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
 
 
 def send(x: Tensor, rank: int, channel: str) -> Any:
-    """Returns what must be kept, with x, until everything has been sent."""
+    """Start to send x. The result and x must be kept until everything has been sent."""
     return _guarded("Send", lambda: dist.isend(x, rank, group=channel))
 
 
 def receive(x: Tensor, rank: int, channel: str) -> Tensor:
-    """Fill x."""
+    """Fill x with what `rank` sends."""
     _guarded("Receive", lambda: dist.recv(x, rank, group=channel))
     return x
 
@@ -186,18 +186,18 @@ def _ranks(members: list[int], rank: int) -> Ranks:
 
 
 def _channels(grid: Grid, place: Place) -> dict[tuple[int, int], str]:
-    """Both ends of a channel create it: in the sorted order of channels, which is the same everywhere."""
-    own, wanted = grid.rank(place), set()
+    """Both ends of a channel create it. All ranks create channels in sorted order, so no two wait for each other."""
+    rank, channels = grid.rank(place), set()
     for link in (before(place.pipeline, 0, grid.pipeline_size), after(place.pipeline, 0, grid.pipeline_size, 1)):
         if link is not None:
-            other = grid.rank(Place(place.tensor, place.data, link.stage))
-            wanted |= {(own, other), (other, own)}
-    return {ends: _group(f"{ends[0]}>{ends[1]}", tuple(sorted(ends))) for ends in sorted(wanted)}
+            neighbour = grid.rank(Place(place.tensor, place.data, link.stage))
+            channels |= {(rank, neighbour), (neighbour, rank)}
+    return {ends: _group(f"{ends[0]}>{ends[1]}", tuple(sorted(ends))) for ends in sorted(channels)}
 
 
 @functools.cache
 def _group(name: str, members: tuple[int, ...]) -> str:
-    """Engines of one job share their groups, which last as long as the process."""
+    """Create a group once. Engines of one job share groups, which exist until the process ends."""
     _guarded("creating a group", lambda: create_group(name, list(members)))
     return name
 
@@ -210,21 +210,21 @@ def _all_reduce(group: str) -> ops.AllReduce:
 _failure: list[str] = []
 
 
-def _guarded(what: str, call: Callable[[], Result]) -> Result:
-    """The result of a call that involves other ranks; none is made after one has failed.
+def _guarded(operation: str, call: Callable[[], Result]) -> Result:
+    """The result of a call that involves other ranks. After one call has failed, no other is made.
 
     Raises:
-        CommunicationError: it failed, or an earlier one did.
+        CommunicationError: the call failed, or an earlier one did.
     """
     if _failure:
-        raise CommunicationError(f"{what}: not tried, because an earlier {_failure[0]}")
+        raise CommunicationError(f"{operation}: not tried, because an earlier {_failure[0]}")
     try:
         return call()
     except RuntimeError as error:
-        _failure.append(f"{what} failed: {_first_line(error)}")
+        _failure.append(f"{operation} failed: {_first_line(error)}")
         seconds = os.environ.get("MS_CPU_COMM_OP_TIMEOUT")
         raise CommunicationError(
-            f"{what} failed: another rank has ended, or came more than {seconds} s late "
+            f"{operation} failed: another rank has ended, or came more than {seconds} s late "
             f"(--distributed-timeout-minutes): {_first_line(error)}"
         ) from error
 

@@ -19,19 +19,22 @@ from tandem.parallel.layout import even_rows
 
 @dataclass(frozen=True)
 class DataParallel:
-    """The ranks that hold the same slices. `by_rows`: each updates its rows of every weight (`even_rows`) and gives
-    them to the others; otherwise all update everything."""
+    """The ranks that hold the same slices.
+
+    With `by_rows`, each rank updates its rows of every weight (`even_rows`) and sends them to the others. Otherwise all
+    ranks update everything.
+    """
 
     ranks: Ranks
     by_rows: bool
     kernels: Kernels
 
     def own_rows(self, rows: int) -> tuple[int, int]:
-        """The rows that this rank updates."""
+        """The half-open range of rows that this rank updates."""
         return even_rows(rows, self.ranks.size, self.ranks.rank) if self.by_rows else (0, rows)
 
-    def own(self, tensor: Tensor) -> Tensor:
-        """Those rows of a weight, or of anything of its shape."""
+    def own_rows_of(self, tensor: Tensor) -> Tensor:
+        """The rows that this rank updates, of a weight or of another tensor of its shape."""
         return self.kernels.rows(tensor, *self.own_rows(tensor.shape[0])) if self.by_rows else tensor
 
     def reduce(self, gradients: Sequence[Tensor]) -> None:
@@ -40,7 +43,7 @@ class DataParallel:
             self.kernels.sum_over(self.ranks, gradients)
 
     def share(self, weights: Sequence[Weight]) -> None:
-        """Bring the weights' values up to date with the masters, wherever those are."""
+        """Update the weights' values from the masters, on whichever ranks these are."""
         if self.by_rows:
             self.kernels.gather_rows(self.ranks, weights)
         else:

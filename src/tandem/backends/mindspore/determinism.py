@@ -9,8 +9,8 @@ import mindspore as ms
 
 @functools.cache
 def make_deterministic() -> None:
-    """Before the device is used, once per process: Ascend's operators and collectives add in a fixed order.
+    """Make Ascend's operators and collectives add in a fixed order. Call it before the device is used.
 
-    Without effect on the CPU, whose operations are deterministic at the same number of threads.
+    It has no effect on the CPU, whose operations are deterministic at the same number of threads.
     """
     ms.set_deterministic(True)

@@ -14,14 +14,14 @@ DEVICES = {"cpu": ("CPU", "mccl"), "npu": ("Ascend", "hccl")}
 
 
 def prepare(device: str | None) -> str:
-    """Prepare for "cpu" or "npu", or the better of those present, and say which.
+    """Prepare for "cpu" or "npu", or, for None, the best device present. Returns the device.
 
-    Under msrun the process also joins the job, for msrun waits until its workers have met; msrun's scheduler process
-    stays here until the job ends, and ends with it.
+    Under msrun the process also joins the job, because msrun waits until all its workers have joined. msrun's scheduler
+    process stays in this call until the job ends.
 
     Raises:
         UserError: MindSpore does not run on that device here.
-        RuntimeError: the other processes of the job did not come.
+        RuntimeError: the other processes of the job did not join.
     """
     if device is None:
         device = "npu" if ms.device_context.ascend.is_available() else "cpu"
@@ -34,7 +34,7 @@ def prepare(device: str | None) -> str:
 
 
 def device_name() -> str:
-    """Of the device that `prepare` has prepared."""
+    """The name of the device that `prepare` has prepared."""
     return "cpu" if ms.get_context("device_target") == "CPU" else str(ms.hal.get_device_name(0))
 
 

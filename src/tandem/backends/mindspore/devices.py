@@ -1,5 +1,7 @@
-"""What MindSpore finds here: `python -m tandem.backends.mindspore.devices` prints it as JSON, in a process that may
-crash."""
+"""MindSpore's devices, printed as JSON by `python -m tandem.backends.mindspore.devices`.
+
+A process of its own does this, because it may crash.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import mindspore as ms
 
 
 def describe() -> dict[str, object]:
-    """Version, the device that a run would take, and what it can do."""
+    """MindSpore's version, the device that a run would take, and its dtypes."""
     if ms.device_context.ascend.is_available():
         devices, dtypes = f"{ms.device_context.ascend.device_count()} x {ms.hal.get_device_name(0)}", "bf16 and fp32"
     else:

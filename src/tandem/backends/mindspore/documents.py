@@ -1,4 +1,4 @@
-"""Where the documents of a micro-batch begin, as the kernels of attention take them."""
+"""The documents of a micro-batch, in the form that the attention kernels take."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def create(config: ModelConfig, settings: EngineSettings) -> MindSporeEngine:
     """Build an engine with undefined weights; with several ranks, `communication.connect` comes first.
 
     Raises:
-        UserError: MindSpore does not run on the device asked for, or the model cannot be laid out like this.
+        UserError: MindSpore does not run on the device, or the model cannot be laid out like this.
     """
     return MindSporeEngine(config, settings)
 
@@ -67,7 +67,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _new_weight(self, shape: tuple[int, ...]) -> Weight:
         value = self._kernels.zeros(shape)
         if self._dtype is ms.float32:
-            return Weight(value, self._data.own(value))
+            return Weight(value, self._data.own_rows_of(value))
         first, last = self._data.own_rows(shape[0])
         return Weight(value.astype(self._dtype), self._kernels.zeros((last - first, *shape[1:])))
 
@@ -99,8 +99,8 @@ class MindSporeEngine(BaseEngine[Tensor]):
         for first, rows in blocks:
             values[first : first + len(rows)] = rows
         for target, start in targets:
-            own = values[start : start + target.shape[0]]
-            target.copy_(Tensor.from_numpy(own).astype(target.dtype))
+            rows = values[start : start + target.shape[0]]
+            target.copy_(Tensor.from_numpy(rows).astype(target.dtype))
 
     def _to_numpy(self, kind: TensorKind, tensor: Tensor) -> np.ndarray:
         return tensor.asnumpy()
@@ -182,5 +182,5 @@ def make_tensor_parallel(settings: EngineSettings, groups: Groups, vocabulary_ro
 
 
 def _non_finite_allowed() -> np.errstate:
-    """Overflow is part of the mathematics here, and what is not finite shows in the loss and in the norm."""
+    """Allow overflow without warnings: numbers that are not finite show in the loss and in the norm."""
     return np.errstate(all="ignore")

@@ -1,4 +1,4 @@
-"""What each device computes with. The one place where devices differ, beside preparing them (`device`)."""
+"""The functions that a device computes with. Devices differ only here and in their preparation (`device`)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Differentiable = Callable[..., "tuple[Tensor, Pullback]"]
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The functions that each device has its own of; signatures and shapes are those of the CPU's.
+    """The functions that are different on each device. Signatures and shapes are documented in the CPU's.
 
     Attributes:
-        product, weight_gradient: of matrices in one dtype; an NPU gives the gradient in that dtype, too.
-        rows: the given rows of a tensor; on CPU they share its memory.
+        product, weight_gradient: of matrices of one dtype. On an NPU the gradient has that dtype, too.
+        rows: some rows of a tensor. On CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
-        bf16: matrix products in bfloat16 exist.
-        fp32_notice: what the user should know when computing in fp32.
+        bf16: whether matrix products in bfloat16 exist.
+        fp32_notice: a message for the user when computing in fp32.
     """
 
     product: Callable[..., Tensor]

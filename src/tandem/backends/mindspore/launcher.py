@@ -1,4 +1,4 @@
-"""How msrun is started. Imports no mindspore."""
+"""The command line that starts msrun. Imports no mindspore."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tandem.launch.supervisor import Machines
 
 def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """See `tandem.launch.supervisor.Launcher`."""
-    where = {
+    options = {
         "--worker_num": machines.processes,
         "--local_worker_num": machines.nproc_per_node,
         "--node_rank": machines.node_rank,
         "--master_addr": machines.master_addr,
         "--master_port": machines.master_port,
         "--log_dir": folder,
-        "--tail_worker_log": machines.processes,  # no rank: each `tail` would outlive a launcher that is killed
+        "--tail_worker_log": machines.processes,  # that of no rank: a `tail` would outlive a launcher that is killed
         "--bind_core": cores(machines.nproc_per_node),
     }
-    flags = [str(word) for pair in where.items() for word in pair]
+    flags = [str(word) for pair in options.items() for word in pair]
     msrun = [
         sys.executable,
         "-m",
@@ -31,14 +31,16 @@ def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[li
         "--join=True",
         f"--bind_core={cores(machines.nproc_per_node)}",
     ]
-    # It starts its workers with the first `python` on PATH.
+    # msrun starts its workers with the first `python` on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return [*msrun, *flags, "python", *words], {"PATH": path}
 
 
 def cores(ranks: int) -> str:
-    """Each rank's cores, as msrun takes them: nothing else limits MindSpore's threads, which spin on cores that other
-    ranks need. msrun deals them out itself where there is one for each."""
+    """Each rank's cores, as msrun takes them; "True" lets msrun share them out, if there is one for each rank.
+
+    Nothing else limits MindSpore's threads, which would spin on cores that other ranks need.
+    """
     present = sorted(os.sched_getaffinity(0))
     if len(present) >= ranks:
         return "True"

@@ -34,8 +34,10 @@ def linear(kernels: Kernels, x: Tensor, weight: Weight) -> tuple[Tensor, Pullbac
 def linear_after(
     kernels: Kernels, function: Layer, x: Tensor, weight: Weight, bias: Weight | None = None
 ) -> tuple[Tensor, Pullback]:
-    """`linear` of function(x), plus bias [o] where there is one, keeping x alone: the cheap function is computed
-    again in the backward pass."""
+    """`linear` of function(x), plus bias [o] where there is one.
+
+    Only x is kept: the function is cheap, and is computed again in the backward pass.
+    """
 
     def backward(gradient: Tensor) -> Tensor:
         value, pull = function(x)
@@ -49,7 +51,7 @@ def linear_after(
 
 
 def recomputed(layer: Layer) -> Layer:
-    """The same function, keeping its input alone and running again in the backward pass."""
+    """The same function, but it keeps only its input, and runs again in the backward pass."""
 
     def forward(x: Tensor) -> tuple[Tensor, Pullback]:
         def backward(gradient: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def chained(steps: Iterable[Layer], x: Tensor, differentiable: bool = True) -> t
 
     def backward(gradient: Tensor) -> Tensor:
         while pulls:
-            gradient = pulls.pop()(gradient)  # popped, so that what it kept is freed when it is done
+            gradient = pulls.pop()(gradient)  # popped, so that what it kept is freed after the call
         return gradient
 
     return x, backward
@@ -79,12 +81,12 @@ def chained(steps: Iterable[Layer], x: Tensor, differentiable: bool = True) -> t
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """This rank's stage and slice of a decoder: embedding, decoder layers and final norm; the loss applies the head.
+    """This rank's stage and slice of a decoder: embedding, layers and final norm. The loss applies the head.
 
     Attributes:
         config: with this rank's numbers of heads and groups.
-        layers: those of the stage, as numbered in the whole model; `recompute_layers` counts from the first.
-        first, last: the stage begins with the embedding, and ends with the final norm.
+        layers: the stage's layers, as numbered in the whole model. `recompute_layers` counts from the first.
+        first, last: whether the stage begins with the embedding, and whether it ends with the final norm.
         weights: by global name.
         watchers: called with the global name of each module that has run, and its output.
     """
@@ -107,11 +109,12 @@ class Decoder:
     def forward(
         self, micro_batch: MicroBatch, rows: np.ndarray, x: Tensor | None, differentiable: bool
     ) -> tuple[Tensor, Pullback]:
-        """The stage's output from the one before it, x [t, h] (None for the first stage); of the last stage what the
-        head takes at the given rows of the micro-batch, [len(rows), h].
+        """The stage's output from x [t, h], the output of the stage before (None for the first stage).
 
-        The second result takes the output's gradient, accumulates all weights' and returns that of x (without meaning
-        on the first stage). It may be called once, and never when not `differentiable`.
+        The last stage returns the input of the head, at `rows` of the micro-batch: [len(rows), h].
+
+        The second result takes the output's gradient, accumulates the gradients of all weights, and returns the
+        gradient of x (undefined on the first stage). It may be called once, and only when `differentiable`.
         """
         documents = Documents.of(self.config, micro_batch)
         steps = [self._layer(place, layer, documents) for place, layer in enumerate(self.layers)]
@@ -125,7 +128,7 @@ class Decoder:
         return chained(steps, x, differentiable)
 
     def _watched(self, name: str, step: Layer) -> Layer:
-        """The same step, of the module that `name` or a tensor in it belongs to."""
+        """The same step, but watchers see its output. `name` is that of the module, or of a tensor in it."""
         if not self.watchers:
             return step
 
@@ -181,7 +184,7 @@ class Decoder:
         return middle + mlp, backward
 
     def _entering(self, norm: str) -> Layer:
-        """A norm, and all tokens of its result."""
+        """A norm, and then the gathering of all tokens of its result."""
         return functools.partial(chained, [self._norm(norm), self.tensor.enter])
 
     def _norm(self, name: str) -> Layer:

@@ -29,7 +29,7 @@ class AdamW:
         self.weights = {name: weight for name, weight in weights.items() if weight.master.shape[0]}
         self.data = data
         self.kernels = kernels
-        # The kernel computes with fp32 betas; the bias corrections must be those of the same numbers.
+        # The kernel computes with fp32 betas. The bias corrections must use the same numbers.
         self.beta1, self.beta2 = float(np.float32(settings.adam_beta1)), float(np.float32(settings.adam_beta2))
         self.epsilon = settings.adam_eps
         self.exp_avg = {name: kernels.zeros(weight.master.shape) for name, weight in self.weights.items()}
@@ -43,7 +43,7 @@ class AdamW:
         scalars = (0.0, 0.0, corrected_lr, self.beta1, self.beta2, self.epsilon * correction)
         arguments = [Tensor(scalar, ms.float32) for scalar in scalars]
         for name, weight in self.weights.items():
-            gradient = self.data.own(weight.gradient)
+            gradient = self.data.own_rows_of(weight.gradient)
             if coefficient != 1:
                 self.kernels.scale(gradient, coefficient)
             if weight_decay and len(weight.value.shape) > 1:

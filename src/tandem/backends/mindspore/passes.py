@@ -21,8 +21,10 @@ from tandem.parallel.pipeline import Action
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A forward pass that waits for its backward pass; `gradient` is the output's, undefined before the next stage
-    sends it."""
+    """A forward pass that waits for its backward pass.
+
+    `gradient` is that of the output. It is undefined until the next stage sends it.
+    """
 
     pull: Pullback
     gradient: Tensor
@@ -30,7 +32,7 @@ class _InFlight:
 
 @dataclass(frozen=True)
 class Passes:
-    """The stage and its neighbours. All batches have trained tokens."""
+    """This rank's stage and its neighbours. All batches have trained tokens."""
 
     decoder: Decoder
     pipeline: Pipeline
@@ -42,7 +44,7 @@ class Passes:
         """Add the gradients of the sum of the batches' weighted losses to the weights'.
 
         Returns:
-            That sum; 0 on all stages but the last.
+            That sum; 0 on all stages except the last.
         """
 
         def forward(action: Action) -> tuple[float, _InFlight]:
@@ -56,7 +58,7 @@ class Passes:
         return total
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        """The sum of the losses; 0 on all stages but the last."""
+        """The sum of the losses; 0 on all stages except the last."""
         total = 0.0
         for batch in batches:
             rows = trained_rows(batch)
@@ -70,7 +72,7 @@ class Passes:
         return total
 
     def hidden(self, batch: MicroBatch, rows: np.ndarray) -> Tensor:
-        """What the head is given, of a model that is whole here."""
+        """The input of the head, on a rank with the whole model."""
         return self._output(batch, rows, differentiable=False)[0]
 
     def _forward(self, batch: WeightedBatch) -> tuple[float, _InFlight]:

@@ -14,7 +14,7 @@ from tandem.parallel.pipeline import Action, one_forward_one_backward
 
 @dataclass
 class Pipeline:
-    """One stage's view of its neighbours. Sending does not wait; receiving does.
+    """Messages between one stage and its neighbours. Sending does not wait; receiving does.
 
     Args:
         channels: as in `Groups`.
@@ -34,18 +34,18 @@ class Pipeline:
         return self.grid.is_last_stage(self.place)
 
     def schedule(self, micro_batches: int) -> list[Action]:
-        """What this stage does with so many micro-batches."""
+        """The passes of this stage over `micro_batches` micro-batches, in order."""
         return one_forward_one_backward(self.place.pipeline, self.grid.pipeline_size, 1, micro_batches)
 
     def receive(self, forward: bool, x: Tensor) -> Tensor:
-        """Fill x: with the activations of the stage before when `forward`, else with their gradient from the next."""
-        other = self._rank(-1 if forward else 1)
-        return receive(x, other, self.channels[other, self.grid.rank(self.place)])
+        """Fill x: when `forward`, with activations of the stage before, otherwise with their gradient from the next."""
+        neighbour = self._rank(-1 if forward else 1)
+        return receive(x, neighbour, self.channels[neighbour, self.grid.rank(self.place)])
 
     def send(self, forward: bool, x: Tensor) -> None:
-        """Activations to the next stage when `forward`, else their gradient to the one before."""
-        other = self._rank(1 if forward else -1)
-        self._sent.append((send(x, other, self.channels[self.grid.rank(self.place), other]), x))
+        """Send x: when `forward`, activations to the next stage, otherwise their gradient to the stage before."""
+        neighbour = self._rank(1 if forward else -1)
+        self._sent.append((send(x, neighbour, self.channels[self.grid.rank(self.place), neighbour]), x))
 
     def finish(self) -> None:
         """Wait until everything has been sent."""

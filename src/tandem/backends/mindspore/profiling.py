@@ -9,8 +9,8 @@ from pathlib import Path
 import mindspore as ms
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-# Operator -> module. On the CPU the rest of the work is done outside operators, in NumPy, which the profiler does not
-# see; it is one entry of its own.
+# Operator -> module. On the CPU, the rest of the work runs in NumPy, which the profiler does not see. It is one entry,
+# `OUTSIDE`.
 OPERATORS = {
     "MatMul": "linear layers, head",
     "BatchMatMul": "attention",
@@ -54,7 +54,7 @@ class MindSporeProfiler:
 
 
 def by_operator(trace: Path, spent: float) -> dict[str, float]:
-    """Seconds per module of the operators in a trace; what is left of `spent` seconds went by outside them."""
+    """Seconds per module of the operators in a trace. The rest of `spent` seconds is the time outside them."""
     seconds: dict[str, float] = {}
     for event in json.loads(trace.read_text()):
         if event["ph"] == "X" and event.get("args", {}).get("type") == "HostCpuOps":

@@ -2,7 +2,7 @@
 
 Source: "Megatron-LM" (arXiv 1909.08053), section 3; sequence parallelism: "Reducing Activation Recomputation in Large
 Transformer Models" (arXiv 2205.05198), section 4.2. As everywhere here, a function of x returns its value and a
-function from the value's gradient to x's. On a single rank all of them are the identity.
+pullback, from the value's gradient to x's. On a single rank all of them are the identity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TensorParallel:
 
     Attributes:
         sequence: between the blocks each rank holds the residuals and norms of t / size consecutive tokens only.
-        vocabulary_rows: rows of embedding and head on the first rank, and at most so many on the others.
+        vocabulary_rows: rows of embedding and head on the first rank; other ranks have at most as many.
     """
 
     ranks: Ranks
@@ -43,15 +43,15 @@ class TensorParallel:
         return (self._scatter(x), self._gather) if self.sequence else (self._sum(x), _same)
 
     def join(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """All tokens' x, for what every rank computes alike: backward takes this rank's tokens of the gradient."""
-        return (self._gather(x), self._own) if self.sequence else (x, _same)
+        """All tokens' x, before a step that all ranks repeat. Backward takes this rank's tokens of the gradient."""
+        return (self._gather(x), self._own_tokens) if self.sequence else (x, _same)
 
     def enter_joined(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """`enter` where x holds all tokens already."""
+        """`enter` for an x that already holds all tokens."""
         return x, self._sum
 
     def embedding(self, tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
-        """This rank's part of the vectors of tokens [t], ready to `leave`. The pullback's result is of no use."""
+        """This rank's part of the vectors of tokens [t], ready to `leave`. The pullback's result must not be used."""
         if self.ranks.group is None:
             return self.kernels.embedding(tokens, weight)
         local = self.local(tokens)
@@ -69,7 +69,7 @@ class TensorParallel:
         return ids - self.ranks.rank * self.vocabulary_rows
 
     def softmax_over_ranks(self, log_sum_exp: np.ndarray, label_logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """From each rank's part of the vocabulary to the whole.
+        """Log-sum-exp and label logits over the whole vocabulary, from each rank's part.
 
         Args:
             log_sum_exp: of each row's logits on this rank, fp32 [n].
@@ -90,9 +90,9 @@ class TensorParallel:
 
     def _scatter(self, x: Tensor) -> Tensor:
         # MindSpore has no ReduceScatter on CPU.
-        return self._own(self.ranks.sum(x))
+        return self._own_tokens(self.ranks.sum(x))
 
-    def _own(self, x: Tensor) -> Tensor:
+    def _own_tokens(self, x: Tensor) -> Tensor:
         size = x.shape[0] // self.ranks.size
         return self.kernels.rows(x, self.ranks.rank * size, (self.ranks.rank + 1) * size)
 

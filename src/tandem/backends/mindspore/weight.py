@@ -1,4 +1,4 @@
-"""A weight with the buffer its gradient accumulates in, and the shape of every differentiable function here."""
+"""A weight with its gradient buffer, and the type of every pullback here."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Weight:
 
     Attributes:
         value: what the model computes with.
-        master: what the optimizer updates, fp32: `value` itself, unless that is smaller, or other ranks update some of
-            its rows; then this rank's rows.
+        master: what the optimizer updates, fp32: `value`, if that is fp32 and this rank updates all its rows; otherwise
+            a tensor with this rank's rows.
         gradient: fp32, same shape, or None before the first backward pass. It is kept from step to step, so that no
             activation takes its place in the memory pool.
-        has_gradient: `gradient` holds something of this step.
+        has_gradient: whether `gradient` holds something of this step.
     """
 
     value: Tensor
@@ -34,19 +34,19 @@ class Weight:
     has_gradient: bool = False
 
     def add_gradient(self, value: Tensor) -> None:
-        """Accumulate; the first value of a step becomes the buffer itself, which spares a pass over memory."""
+        """Accumulate. The first value of a step becomes the buffer, which saves a pass over memory."""
         value = value.astype(ms.float32)
         self.gradient = self.gradient + value if self.has_gradient else value
         self.has_gradient = True
 
     def gradient_rows(self) -> np.ndarray:
-        """On CPU, the buffer to write to; its contents are undefined where there is no gradient yet."""
+        """On CPU, the buffer to write to. Its content is undefined when there is no gradient yet."""
         if self.gradient is None:
             self.gradient, _ = empty(*self.value.shape)
         return self.gradient.asnumpy()
 
     def refresh(self) -> None:
-        """Bring `value` up to date with a master of all its rows."""
+        """Update `value` from a master that has all its rows."""
         if self.value is not self.master:
             self.value.copy_(self.master.astype(self.value.dtype))
 
@@ -54,20 +54,20 @@ class Weight:
 def empty(*shape: int, dtype: ms.Type = ms.float32) -> tuple[Tensor, np.ndarray]:
     """A tensor in CPU memory, with undefined contents, and a view to write them through.
 
-    MindSpore's memory pool hands out pages that are already mapped; NumPy would fault them in again every time.
+    MindSpore's memory pool reuses pages that are already mapped. NumPy's memory would be mapped again every time.
     """
     tensor = mint.empty(shape, dtype=dtype)
     return tensor, tensor.asnumpy()
 
 
 def single(values: np.ndarray) -> np.ndarray:
-    """The same in fp32, to compute with: itself, or a copy of fp16."""
+    """The same values in fp32: the array itself, or, for fp16, a copy."""
     return values.astype(np.float32, copy=False)
 
 
 @contextmanager
 def written_in_single(values: np.ndarray) -> Iterator[np.ndarray]:
-    """What to compute `values` in, in fp32: itself, or for fp16 an array that is rounded once, at the end."""
+    """An fp32 array for the results that `values` shall hold: itself, or, for fp16, one that is rounded at the end."""
     results = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
     yield results
     if results is not values:

@@ -19,12 +19,16 @@ class Run:
 
 
 def runs(lengths: Sequence[int]) -> list[Run]:
-    """Consecutive documents of equal length, joined."""
+    """Consecutive documents of equal length, joined.
+
+    >>> runs([5, 5, 3])
+    [Run(documents=2, length=5), Run(documents=1, length=3)]
+    """
     return [Run(len(list(same)), length) for length, same in groupby(lengths)]
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Sequence[Run]) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v, each token over its own document up to itself.
+    """softmax(q k^T / sqrt(d)) v. A token attends to its document, up to itself.
 
     Args:
         q: [t, heads, d]; head i attends with group i // (heads / groups).
@@ -32,7 +36,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Sequenc
         packed: the documents that the t tokens are made of.
 
     Returns:
-        [t, heads * d]. Memory is linear in t: no matrix of scores outlives its block.
+        [t, heads * d]. Memory is linear in t: matrices of scores are freed block by block.
     """
     sizes = [run.documents * run.length for run in packed]
     parts = zip(packed, q.split(sizes), k.split(sizes), v.split(sizes))

@@ -33,9 +33,9 @@ class TorchCommunicator:
         dist.barrier(group=self._group)
 
     def all_gather(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.world.size
-        dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def close(self) -> None:
         self.barrier()
@@ -47,7 +47,7 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCo
     """Join the process group that torchrun announces.
 
     Raises:
-        UserError: torchrun's variables are missing, or the other processes did not come.
+        UserError: torchrun's variables are missing, or other processes did not join.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -55,7 +55,7 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCo
     chosen = choose_device(device)
     if chosen.type != "cpu":
         getattr(torch, chosen.type).set_device(world.local_rank)
-    # Numbers that steer the run travel between CPUs, so that no device waits for them.
+    # Numbers that control the run are sent between CPUs, so that no device waits for them.
     backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{BACKENDS[chosen.type]}"
     try:
         _init_process_group(backend, timedelta(minutes=timeout_minutes))
@@ -71,15 +71,15 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCo
 def _init_process_group(backend: str, timeout: timedelta) -> None:
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # Given a fixed address, one torchrun keeps its store over a restart, with where the killed ranks listened.
-        # (Several count their restarts apart, and need torchrun's c10d rendezvous, which makes a store for each life.)
+        # With a fixed address, one torchrun keeps its store over a restart, with the addresses of the killed ranks.
+        # (Several torchruns count restarts separately. They need its c10d rendezvous, which makes a store each time.)
         store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the ranks along one axis; `group` is None when it is alone there."""
+    """This process among the ranks along one axis. `group` is None when there is only one rank."""
 
     group: Group | None = None
     rank: int = 0
@@ -88,12 +88,12 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Groups:
-    """Who this rank talks with.
+    """The groups of ranks that this rank talks with.
 
     Attributes:
-        pipelines: whether messages are activations, and whether they go around (from the last stage to the first, or
-            their gradients back) -> a group of all stages. So between two ranks each group carries messages in one
-            direction, in the order in which both sides of the schedule come to them.
+        pipelines: (messages are activations, messages go around) -> a group of all stages. Going around means from the
+            last stage to the first, and for gradients back. So between two ranks a group carries messages in one
+            direction only, and both sides reach them in the same order.
     """
 
     everyone: Ranks
@@ -104,12 +104,12 @@ class Groups:
 
 @functools.cache
 def make_groups(grid: Grid, rank: int, *, interleaved: bool) -> Groups:
-    """Create the groups of `rank`; every rank calls this at the same time.
+    """Create the groups of `rank`. Every rank calls this at the same time.
 
     Groups hold threads, sockets and, on devices, buffers: engines of one grid share them.
 
-    PyTorch tells groups that only their members create apart by how many a process has created before, so every rank
-    must create equally many.
+    Only its members create a group here. PyTorch identifies it by how many groups the process created before, so every
+    rank must create equally many.
     """
     if grid.size == 1:
         return Groups(Ranks(), Ranks(), Ranks(), {})
@@ -148,7 +148,7 @@ def all_gather(whole: torch.Tensor, rows: torch.Tensor, group: Group | None) -> 
 
 
 def reduce_scatter(rows: torch.Tensor, whole: torch.Tensor, group: Group | None) -> dist.Work:
-    """Start to fill `rows` with this rank's of the sum of the ranks' `whole`, of which they may be a view."""
+    """Start to sum `whole` over the ranks, and to put this rank's rows into `rows`, which may be a view of `whole`."""
     return _started(_reduce_scatter(rows, whole, group=group, async_op=True))
 
 
@@ -158,7 +158,7 @@ def all_reduce(x: torch.Tensor, group: Group | None) -> dist.Work:
 
 
 def wait_for(works: Iterable[dist.Work]) -> None:
-    """Wait for collectives that start as `works` is iterated: two at a time, because gloo copies what is under way."""
+    """Wait for collectives that start while `works` is iterated. Two run at a time: gloo copies what it sends."""
     previous = None
     for work in works:
         if previous is not None:
@@ -169,17 +169,17 @@ def wait_for(works: Iterable[dist.Work]) -> None:
 
 
 def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this process is not of the group"
+    assert work is not None, "this process is not in the group"
     return work
 
 
-# As PyTorch 2.13 calls them, and as older ones do.
+# Names in PyTorch 2.13, and in older versions.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class SentBytes(TorchDispatchMode):
-    """Counts the bytes that this process sends while it is entered, for tests and benchmarks: it slows every operation.
+    """Counts the bytes that this process sends inside the context. For tests and benchmarks: it slows every operation.
 
     Collectives count as rings, as in `tandem.planning.traffic`.
     """
@@ -190,8 +190,8 @@ class SentBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d" and function._opname in _SENDS:
-            which, passes = _SENDS[function._opname]
-            tensors = args[which] if isinstance(args[which], list) else [args[which]]
+            position, passes = _SENDS[function._opname]
+            tensors = args[position] if isinstance(args[position], list) else [args[position]]
             group = next(Group.unbox(value) for value in args if isinstance(value, torch.ScriptObject))
             self.total += passes(group.size()) * sum(tensor.nbytes for tensor in tensors)
         return function(*args, **(kwargs or {}))
@@ -201,7 +201,7 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-# c10d's operations -> which argument is the whole tensor, and how often a rank of n sends that
+# c10d's operations -> the position of the whole tensor in the arguments, and how often one of n ranks sends it
 _SENDS: dict[str, tuple[int, Callable[[int], float]]] = {
     "allreduce_": (0, lambda ranks: 2 * _ring(ranks)),
     "_allgather_base_": (0, _ring),

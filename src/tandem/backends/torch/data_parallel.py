@@ -21,8 +21,8 @@ class Sharing(Protocol):
     """How data ranks share a model's state.
 
     Attributes:
-        weights_by_rows: a rank keeps its own rows (`even_rows`) of each weight only.
-        by_rows: it updates, and keeps optimizer state of, its own rows only.
+        weights_by_rows: a rank keeps only its rows (`even_rows`) of each weight.
+        by_rows: a rank updates only its rows, and keeps optimizer state only for them.
     """
 
     ranks: Ranks
@@ -30,15 +30,15 @@ class Sharing(Protocol):
     by_rows: bool
 
     def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
-        """Allocate what is kept of weights of undefined values, and of their gradients."""
+        """Allocate the kept parts of weights and of their gradients. Values of weights are undefined."""
         ...
 
     def begin(self, *, gradients: bool) -> None:
-        """Before the passes of a step: make weights usable, and all gradients zero."""
+        """Before the passes of a step: make weights ready, and all gradients zero."""
         ...
 
     def before_backward(self, chunk: nn.Module, *, last: bool) -> None:
-        """Before a backward pass of a model's chunk; `last`: of its last micro-batch in this step."""
+        """Before a backward pass of a model's chunk. `last`: it is that of the step's last micro-batch."""
         ...
 
     def end(self) -> None:
@@ -46,23 +46,23 @@ class Sharing(Protocol):
         ...
 
     def reduce(self) -> None:
-        """After `end`: sum gradients over the ranks, as far as this rank needs them."""
+        """After `end`: sum over the ranks the gradients that this rank needs."""
         ...
 
     def share(self) -> None:
-        """Give the other ranks what this one has updated, as far as they keep it."""
+        """Send what this rank has updated to the ranks that keep it."""
         ...
 
     def kept(self, weight: nn.Parameter) -> torch.Tensor:
-        """What stays here of a weight: all of it, or this rank's rows."""
+        """The part of a weight that this rank keeps: all of it, or its rows."""
         ...
 
     def updated(self, weight: nn.Parameter) -> torch.Tensor:
-        """What this rank updates of a weight: all of it, or its rows; possibly none."""
+        """The part of a weight that this rank updates: all of it, or its rows, which may be none."""
         ...
 
     def gradient(self, weight: nn.Parameter) -> torch.Tensor:
-        """The gradient of what this rank updates, fp32."""
+        """The gradient of the part that this rank updates, fp32."""
         ...
 
     def whole_gradient(self, weight: nn.Parameter) -> torch.Tensor:
@@ -76,19 +76,26 @@ def own_rows(ranks: Ranks, rows: int, *, by_rows: bool) -> tuple[int, int]:
 
 
 def padded_rows(ranks: Ranks, rows: int) -> int:
-    """The least number, not below `rows`, of which every rank can have equally many."""
+    """The smallest number of rows, at least `rows`, that every rank can have an equal share of.
+
+    >>> padded_rows(Ranks(size=4), 10)
+    12
+    """
     return -(-rows // ranks.size) * ranks.size
 
 
 def chunk(ranks: Ranks, whole: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of something that has `padded_rows`."""
+    """This rank's rows of a tensor with `padded_rows` rows."""
     step = len(whole) // ranks.size
     return whole[ranks.rank * step : (ranks.rank + 1) * step]
 
 
 class Replicated:
-    """`Sharing` of ranks that all keep all weights. `by_rows`: each updates its own rows of every weight and gives
-    them to the others; otherwise all update everything."""
+    """`Sharing` of ranks that all keep all weights.
+
+    With `by_rows`, each rank updates its rows of every weight and sends them to the others. Otherwise all ranks update
+    everything.
+    """
 
     weights_by_rows = False
 
@@ -139,10 +146,10 @@ class Replicated:
         return weight.data
 
     def updated(self, weight: nn.Parameter) -> torch.Tensor:
-        return self._own(weight.data)
+        return self._own_rows(weight.data)
 
     def gradient(self, weight: nn.Parameter) -> torch.Tensor:
-        return self._own(self._buffers[weight].value)
+        return self._own_rows(self._buffers[weight].value)
 
     def whole_gradient(self, weight: nn.Parameter) -> torch.Tensor:
         buffer = self._buffers[weight]
@@ -153,6 +160,6 @@ class Replicated:
     def _room(self, weight: nn.Parameter) -> int:
         return padded_rows(self.ranks, len(weight)) if self.by_rows else len(weight)
 
-    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _own_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         start, stop = own_rows(self.ranks, len(tensor), by_rows=self.by_rows)
         return tensor[start:stop]

@@ -8,10 +8,10 @@ import torch
 
 
 def make_deterministic() -> None:
-    """Before the device is used: only algorithms that give the same bits each time; one that has none raises.
+    """Use only algorithms that give the same bits each time. Call it before the device is used.
 
-    Source: PyTorch's notes on reproducibility. The CPU's operations are deterministic without it, at the same number
-    of threads.
+    An operation without such an algorithm raises. The CPU's operations are deterministic anyway, at the same number of
+    threads. Source: PyTorch's notes on reproducibility.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("HCCL_DETERMINISTIC", "true")

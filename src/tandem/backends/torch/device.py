@@ -1,4 +1,4 @@
-"""Which device PyTorch computes on, and what it computes natively."""
+"""The device that PyTorch computes on, and whether it has bfloat16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run in hardware. On a CPU that is for Linux to say."""
+    """Whether matrix products in bfloat16 run in hardware. On a CPU, Linux tells it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

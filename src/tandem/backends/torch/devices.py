@@ -1,4 +1,4 @@
-"""What PyTorch finds here: `python -m tandem.backends.torch.devices` prints it as JSON, in a process that may crash."""
+"""PyTorch's devices: `python -m tandem.backends.torch.devices` prints them as JSON, in a process that may crash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tandem.backends.torch.device import choose_device, device_name, has_native_
 
 
 def describe() -> dict[str, object]:
-    """Version, the device that a run would take, and what it can do."""
+    """PyTorch's version, the device that a run would take, and its dtypes."""
     device = choose_device(None)
     count = 1 if device.type == "cpu" else getattr(torch, device.type).device_count()
     dtypes = "bf16 and fp32" if has_native_bf16(device) else "fp32; --bf16 computes in fp32"

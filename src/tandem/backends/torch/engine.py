@@ -29,7 +29,7 @@ from tandem.frameworks import TORCH
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING
 
-# One token that predicts nothing.
+# One token without a label.
 UNTRAINED = WeightedBatch(
     tokens=np.zeros(1, np.int32),
     labels=np.full(1, IGNORE, np.int32),
@@ -68,7 +68,9 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows(0))
         self._sharing: Sharing
         if settings.use_torch_fsdp2 and self._grid.data_size > 1:
-            from tandem.backends.torch.fully_sharded import FullySharded  # here, because PyTorch's part is slow to load
+            from tandem.backends.torch.fully_sharded import (
+                FullySharded,
+            )  # imported here, because PyTorch's part is slow to load
 
             self._sharing = sharded = FullySharded(self._groups.data, self._dtype, self._device)
             kept_dtype, shard = torch.float32, sharded.add
@@ -79,8 +81,8 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.pipelines)
         slots = [tuple(slot.local for slot in chunk) for chunk in stage]
         chunks = [
-            Chunk(own, pipeline.source(number) is None, pipeline.target(number) is None)
-            for number, own in enumerate(slots)
+            Chunk(chunk_slots, pipeline.source(number) is None, pipeline.target(number) is None)
+            for number, chunk_slots in enumerate(slots)
         ]
         build = Build(self._local_config(), kept_dtype, self._device, self._tensor, shard)
         counts = recompute_counts(slots, settings.recompute_layers)
@@ -96,7 +98,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             (number, name): weight for number, model in enumerate(models) for name, weight in model.named_parameters()
         }
         named = {name: built.pop((shard.chunk, shard.local_name)) for name, shard in self._shards.items()}
-        assert not built, f"not laid out: {sorted(built)}"
+        assert not built, f"weights that the layout does not name: {sorted(built)}"
         for name, weight in named.items():
             assert weight.shape == self._shards[name].shape, name
         return named
@@ -137,8 +139,11 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         return sum_over(self._groups.everyone, list(values))
 
     def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """But interleaved stages need whole rounds of micro-batches, and ranks that gather weights from each other must
-        run equally many."""
+        """The same as in the base class, with two exceptions.
+
+        Interleaved stages need whole rounds of micro-batches. And ranks that gather weights from each other must run
+        equally many.
+        """
         trained = super()._to_run(micro_batches)
         batches = list(micro_batches) if len(self._passes.chunks) > 1 else trained
         if self._sharing.weights_by_rows:

@@ -1,10 +1,11 @@
 """PyTorch's `fully_shard`: weights, gradients and optimizer state by rows over data ranks.
 
-It gathers the weights of a unit, here a decoder layer, for its forward and for its backward pass, and frees them after
-each. Then it takes each whole weight's `grad` away, and adds this rank's rows of the sum over ranks to the `grad` of
-its own rows. What is outside layers is one more unit. Its weights are whole in every backward pass, and beside them the
-gradient of the head: so all of it stays whole for a step, an untied embedding's gradient, too, and is gathered and
-scattered once.
+A unit is a decoder layer here. `fully_shard` gathers a unit's weights for its forward and for its backward pass, and
+frees them after each. Then it takes the `grad` of each whole weight, sums it over the ranks, and adds this rank's rows
+of the sum to the `grad` of these rows.
+
+Everything outside layers is one more unit. Every backward pass needs its whole weights and the head's whole gradient.
+So it stays whole for a step, with all its gradients, and is gathered and scattered once.
 
 Source: "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (arXiv 2304.11277).
 """
@@ -26,12 +27,12 @@ from tandem.errors import UserError
 
 
 class FullySharded:
-    """`tandem.backends.torch.data_parallel.Sharing` of ranks that keep their own rows of everything.
+    """`tandem.backends.torch.data_parallel.Sharing` of ranks that keep only their rows of everything.
 
     Rows and gradients are fp32.
 
     Args:
-        dtype: of whole weights; rows are cast to it when they are gathered.
+        dtype: of whole weights. Rows are cast to it when they are gathered.
 
     Raises:
         UserError: this PyTorch is too old.
@@ -104,7 +105,7 @@ class FullySharded:
 
 
 class _Grad(Gradient):
-    """The `grad` of a weight that is whole for a while: where `fully_shard` looks for what it sums and scatters."""
+    """The `grad` of a weight while it is whole. `fully_shard` sums and scatters it."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self._weight = weight

@@ -1,4 +1,4 @@
-"""Arithmetic with hand-written backward passes: little is saved, and weight gradients are added where they are kept.
+"""Arithmetic with hand-written backward passes. Little is saved, and weight gradients are added in place.
 
 Shapes: t tokens, n and k features. Activations are in the parameters' dtype; norms and gradients of weights are fp32.
 """
@@ -14,20 +14,20 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
-# A product for a weight gradient is formed in pieces of at most so many numbers, which are added while in cache: glibc
-# hands such blocks out again, while those above 32 MiB are fresh pages from the kernel each time.
+# A product for a weight gradient is formed in pieces of at most this many numbers, which are added while in cache.
+# glibc reuses blocks of this size; blocks above 32 MiB are new pages from the kernel each time.
 PIECE = 2**20
 
 
 class Gradient(ABC):
     """The gradient of one weight, fp32, which backward passes add to.
 
-    The first contribution overwrites, so nothing is ever filled with zeros beforehand.
+    The first contribution overwrites, so the buffer is never filled with zeros first.
     """
 
     @abstractmethod
     def _open(self) -> tuple[torch.Tensor, bool]:
-        """What the caller now writes to, and whether that is the first contribution."""
+        """The tensor to write to, and whether this is the first contribution."""
 
     @property
     def value(self) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Gradient(ABC):
         return self._open()[0]
 
     def add_nothing(self) -> None:
-        """Be zero, if nothing was added."""
+        """Fill the gradient with zeros, if nothing was added yet."""
         value, first = self._open()
         if first:
             value.zero_()
@@ -64,10 +64,10 @@ def _add_to(target: torch.Tensor, first: bool, gradient: torch.Tensor, scale: fl
 
 
 class GradientBuffer(Gradient):
-    """Memory of its own, for the sum over the micro-batches of a step.
+    """A gradient with its own memory, for the sum over the micro-batches of a step.
 
     Args:
-        room: rows to allocate, of which the gradient takes the first; default: the weight's.
+        room: rows to allocate; the gradient takes the first ones. Default: the weight's rows.
     """
 
     def __init__(self, weight: torch.Tensor, room: int | None = None) -> None:
@@ -92,7 +92,7 @@ class GradientBuffer(Gradient):
 
 
 class Weight(torch.nn.Parameter):
-    """A parameter. It is trained when it has a `main_grad`; autograd itself adds nothing to `grad`."""
+    """A parameter. It is trained when it has a `main_grad`. Autograd adds nothing to its `grad`."""
 
     main_grad: Gradient | None = None
 
@@ -105,8 +105,8 @@ def new_weight(*shape: int, dtype: torch.dtype, device: torch.device) -> Weight:
 def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [t, k] times w [n, k] transposed: [t, n], in new memory.
 
-    In fp32 on CPU this asks oneDNN, which uses the widest vectors of every x86 processor; the MKL behind
-    `torch.nn.functional.linear` uses half their width on AMD's. oneDNN has no products of nothing.
+    In fp32 on CPU this uses oneDNN, which takes the widest vectors of every x86 processor. The MKL behind
+    `torch.nn.functional.linear` takes half their width on AMD's. oneDNN does not accept empty matrices.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
@@ -132,7 +132,7 @@ def rms_norm(x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """x [t, 2n], gate beside up -> silu(gate) * up, [t, n] (arXiv 2002.05202)."""
+    """x [t, 2n], gate then up -> silu(gate) * up, [t, n] (arXiv 2002.05202)."""
     return _SwiGLU.apply(x)
 
 
@@ -144,7 +144,7 @@ def rotary_heads(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take heads out of qkv [t, groups, queries per group + 2, d]; normalise and turn queries and keys.
+    """Take heads out of qkv [t, groups, queries per group + 2, d]; normalise and rotate queries and keys.
 
     `q_weight` and `k_weight` [d] are of the norm over each head, or None for no norm. `cos` and `sin` are
     [t, 1, d / 2] (arXiv 2104.09864; channel i pairs with i + d / 2).
@@ -156,14 +156,14 @@ def rotary_heads(
 
 
 def recomputed(cheap: Callable[..., Any], then: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """then(cheap(*inputs)), whose backward pass calls `cheap` again instead of keeping what it gave.
+    """then(cheap(*inputs)). The backward pass calls `cheap` again, instead of keeping its results.
 
-    `cheap` returns a tensor or several; `then` takes them as its arguments.
+    `cheap` returns one tensor or several; `then` takes them as its arguments.
     """
     outputs = _as_tuple(cheap(*inputs))
     if not torch.is_grad_enabled():
         return then(*outputs)
-    recipe = _Recipe(cheap, [x.detach() for x in inputs])
+    recomputation = _Recomputation(cheap, [x.detach() for x in inputs])
     numbers = {output.untyped_storage().data_ptr(): number for number, output in enumerate(outputs)}
 
     def pack(saved: torch.Tensor) -> Any:
@@ -174,14 +174,14 @@ def recomputed(cheap: Callable[..., Any], then: Callable[..., torch.Tensor], *in
         if isinstance(packed, torch.Tensor):
             return packed
         number, *place = packed
-        return recipe.outputs()[number].as_strided(*place)
+        return recomputation.outputs()[number].as_strided(*place)
 
     with saved_tensors_hooks(pack, unpack):
         return then(*outputs)
 
 
-class _Recipe:
-    """Outputs made on demand, and kept while autograd holds on to the recipe."""
+class _Recomputation:
+    """Outputs that are computed when they are needed, and kept as long as autograd keeps this object."""
 
     def __init__(self, function: Callable[..., Any], inputs: list[torch.Tensor]) -> None:
         self._function = function
@@ -199,8 +199,8 @@ def _as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-# A weight is kept as an attribute of the context, not among the saved tensors: recomputation would hand back
-# a detached copy of it, without its `main_grad`.
+# A weight is kept as an attribute of the context, not among the saved tensors: recomputation would return a detached
+# copy of it, without its `main_grad`.
 
 
 class _Linear(Function):
@@ -259,7 +259,7 @@ def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _rms_norm_backward(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The gradient of x; the weight's is added to its buffer. With y = x * scale (scale is `_inverse_rms`):
+    """The gradient of x. The weight's gradient is added to its buffer. With y = x * scale (scale is `_inverse_rms`):
 
     dweight = sum(gradient * y) over tokens, dx = scale * (gradient * weight - y * mean(gradient * weight * y)).
     """
@@ -320,8 +320,8 @@ class _RotaryHeads(Function):
             if weight is None:
                 _rotate(gradient, cos, -sin, target)
             else:
-                turned = _rotate(gradient, cos, -sin, torch.empty_like(gradient))
-                target.copy_(_rms_norm_backward(turned, x, _inverse_rms(x, ctx.eps), weight))
+                rotated = _rotate(gradient, cos, -sin, torch.empty_like(gradient))
+                target.copy_(_rms_norm_backward(rotated, x, _inverse_rms(x, ctx.eps), weight))
         return dqkv, None, None, None, None, None
 
 
@@ -331,7 +331,7 @@ def _heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of channels of x [t, g, a, d] by its angle, into `out`."""
+    """Rotate each pair of channels of x [t, g, a, d] by its angle, into `out`."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""How torchrun is started. Imports no torch."""
+"""The command line that starts torchrun. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from tandem.launch.supervisor import Machines
 
 def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """See `tandem.launch.supervisor.Launcher`."""
-    where = {
+    options = {
         "--nproc-per-node": machines.nproc_per_node,
         "--nnodes": machines.nnodes,
         "--node-rank": machines.node_rank,
         "--master-addr": machines.master_addr,
         "--master-port": machines.master_port,
-        "--log-dir": folder,  # else it makes a folder in the temporary directory, and leaves it there
+        "--log-dir": folder,  # otherwise torchrun leaves a folder in the temporary directory
     }
-    flags = [str(word) for pair in where.items() for word in pair]
+    flags = [str(word) for pair in options.items() for word in pair]
     return [sys.executable, "-m", "torch.distributed.run", *flags, *words], heap_settings()
 
 
 def heap_settings() -> dict[str, str]:
-    """What keeps glibc's heap free of holes where the CPU computes, as variables of the environment.
+    """Variables of the environment that keep glibc's heap free of holes, for runs on the CPU.
 
-    Until 2.39 (its bug 30723) `posix_memalign`, from which PyTorch has its tensors, puts what it cuts off their ends
-    into the thread's cache of small blocks. Others take such a piece and keep it; the tensor, once freed, merges with
-    nothing and is too small for the next one of its size. Without that cache a process is hardly larger than what it
-    holds, in about the same processor time (docs/lab/memory.md); but operators of a few numbers take a little longer,
-    so it stays where devices may wait for them.
+    PyTorch allocates tensors with `posix_memalign`. Before glibc 2.39 (bug 30723), it puts the ends that it cuts off
+    into the thread's cache of small blocks. Other allocations then keep such a piece. When the tensor is freed, its
+    memory cannot merge with the piece, and is too small for the next tensor of its size.
+
+    Without that cache, a process is hardly larger than what it holds, in about the same processor time
+    (docs/lab/memory.md). But operators on a few numbers take a little longer, so runs on devices keep the cache.
     """
     library, version = platform.libc_ver()
     is_old = library == "glibc" and tuple(map(int, version.split("."))) < (2, 39)

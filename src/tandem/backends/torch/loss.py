@@ -1,4 +1,4 @@
-"""The output head and its cross-entropy, in chunks of rows, so that the logits of a long batch never exist at once."""
+"""The output head and its cross-entropy, in chunks of rows: the logits of a long batch never exist at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cross_entropy(
 ) -> float:
     """Sum of -log softmax(hidden head^T)[label] over rows: hidden [t, h], head [vocabulary, h], labels [t].
 
-    With `tensor`, `head` is this rank's slice of the vocabulary, and all its ranks get the sum.
+    With `tensor`, `head` is this rank's slice of the vocabulary, and all tensor ranks get the sum.
     """
     return sum(
         _losses_and_gradient(hidden[rows], head, labels[rows], tensor)[0].sum(dtype=torch.float64).item()
@@ -36,7 +36,7 @@ def cross_entropy_and_gradient(
     """The sum of the rows' losses times `weights`, float64 [t], and its gradient with respect to `hidden`, [t, h].
 
     With `tensor`, the gradient is this rank's part of a sum over ranks. The head's gradient is added to
-    `head.main_grad` on the way: each chunk's logits become their own gradient while they are there.
+    `head.main_grad`. Each chunk's logits are overwritten by their gradient.
     """
     dhidden = torch.empty_like(hidden)
     scale, shares = split_scale(weights)
@@ -45,7 +45,7 @@ def cross_entropy_and_gradient(
     def run(rows: slice) -> float:
         losses, dlogits = _losses_and_gradient(hidden[rows], head, labels[rows], tensor)
         dlogits = dlogits.to(hidden.dtype)
-        # Rows are weighed where they are short: in the head's input and output.
+        # Weights are applied to the head's input and output, whose rows are shorter than logits.
         if head.main_grad is not None:
             head.main_grad.add_product(dlogits, hidden[rows] * share[rows].to(hidden.dtype), scale)
         torch.mul(matmul(dlogits, head.t()), column[rows].float(), out=dhidden[rows])
@@ -55,8 +55,10 @@ def cross_entropy_and_gradient(
 
 
 def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -> list[slice]:
-    """The same on all tensor ranks. No rows are one chunk, too: the head must have a gradient where other data ranks
-    have one."""
+    """Chunks of rows, the same on all tensor ranks. No rows make one empty chunk.
+
+    So the head has a gradient wherever another data rank has one.
+    """
     vocabulary = head.shape[0] if tensor is None else tensor.vocabulary_rows
     return chunks(len(hidden), vocabulary, LOGITS_CHUNK_BYTES) or [slice(0, 0)]
 
@@ -68,11 +70,11 @@ def _losses_and_gradient(
     logits = matmul(hidden, head).float()
     if tensor is not None:
         return _over_ranks(logits, labels, tensor)
-    wanted = logits.gather(1, labels[:, None])
+    label_logits = logits.gather(1, labels[:, None])
     peak, where = logits.max(dim=1, keepdim=True)
     probabilities = torch.softmax(logits, dim=1, out=logits)
     # log sum exp(logits) = peak - log softmax(peak), which is exact to rounding: the peak's share is never tiny.
-    losses = peak - probabilities.gather(1, where).log_() - wanted
+    losses = peak - probabilities.gather(1, where).log_() - label_logits
     probabilities.scatter_add_(1, labels[:, None], probabilities.new_full((1, 1), -1.0).expand(len(labels), 1))
     return losses, probabilities
 
@@ -80,13 +82,14 @@ def _losses_and_gradient(
 def _over_ranks(
     logits: torch.Tensor, labels: torch.Tensor, tensor: TensorParallel
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, of logits [t, this rank's rows of the vocabulary], which are overwritten."""
+    """The same for logits [t, this rank's rows of the vocabulary], which are overwritten."""
     labels, absent = tensor.outside(labels, logits.shape[1])
     logits.sub_(tensor.maximum(logits.max(dim=1, keepdim=True).values))
-    wanted = logits.gather(1, labels[:, None]).masked_fill_(absent[:, None], 0.0)
+    label_logits = logits.gather(1, labels[:, None]).masked_fill_(absent[:, None], 0.0)
     exponentials = logits.exp_()
-    totals, wanted = tensor.sum(torch.cat([exponentials.sum(1, keepdim=True), wanted], dim=1)).split(1, dim=1)
-    losses = totals.log() - wanted
+    sums = tensor.sum(torch.cat([exponentials.sum(1, keepdim=True), label_logits], dim=1))
+    totals, label_logits = sums.split(1, dim=1)
+    losses = totals.log() - label_logits
     probabilities = exponentials.div_(totals)
     probabilities.scatter_add_(1, labels[:, None], absent[:, None].to(probabilities.dtype).sub_(1.0))
     return losses, probabilities

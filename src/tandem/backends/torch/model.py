@@ -1,7 +1,7 @@
 """The decoder of every family, or one pipeline chunk and tensor slice of it, under Megatron-core's names.
 
-Shapes: t tokens of documents laid end to end, h hidden size. The config that modules are built from counts this rank's
-heads and channels.
+Shapes: t tokens of documents laid end to end, h hidden size. Modules are built from a config with this rank's heads and
+channels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Inputs:
         tokens: [t].
         cos, sin: of each token's rotary angles, [t, 1, kv_channels / 2].
         packed: the documents, equal lengths joined.
-        real: tokens of the batch; what follows is padding.
+        real: how many tokens are of the batch; the rest is padding.
     """
 
     tokens: torch.Tensor
@@ -52,7 +52,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive layers on one pipeline stage: their numbers in it; whether it begins and ends the model."""
+    """Consecutive layers on one pipeline stage: their numbers, and whether they begin or end the model."""
 
     slots: tuple[int, ...]
     first: bool
@@ -61,8 +61,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Build:
-    """What every module is built from: the config of this rank's slice, dtype and device of weights, the tensor ranks,
-    and what is done to each layer, and then to the model, as soon as it is built."""
+    """What every module is built from: the config of this rank's slice, dtype and device of weights, the tensor ranks.
+
+    `shard` is called with each layer, and then with the model, as soon as it is built.
+    """
 
     config: ModelConfig
     dtype: torch.dtype
@@ -88,7 +90,7 @@ def prepare(
         torch.from_numpy(np.ascontiguousarray(angles[:, None, :half])).to(device, dtype)
         for angles in cos_sin(config, batch.position_ids)
     )
-    # A copy: tokens may lie in a file that is mapped read-only, of which from_numpy warns.
+    # A copy, because tokens may lie in a file that is mapped read-only: from_numpy would warn.
     return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, runs(batch.lengths.tolist()), real)
 
 
@@ -164,10 +166,10 @@ class MLP(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and MLP, each after a norm and beside a residual.
+    """Attention and MLP, each with a norm before it and a residual around it.
 
     Args:
-        recompute: the forward pass keeps its input only, and is computed again in the backward pass.
+        recompute: the forward pass keeps only its input, and is computed again in the backward pass.
     """
 
     def __init__(self, build: Build, *, recompute: bool) -> None:
@@ -191,7 +193,7 @@ class TransformerLayer(nn.Module):
         return self._block(self.pre_mlp_layernorm, self.mlp, x)
 
     def _block(self, norm: RMSNorm, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """x + block(norm(x)); between tensor ranks the norm's tokens are gathered, the block's parts summed."""
+        """x + block(norm(x)). Tensor ranks gather the norm's tokens, and sum the parts that their blocks compute."""
         tensor = self.tensor
         if tensor is None:
             return recomputed(norm, block, x).add_(x)
@@ -223,10 +225,10 @@ class Embedding(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """A chunk of a decoder, without its loss. Its parameters bear the local names of `tandem.parallel.layout`.
+    """A chunk of a decoder, without its loss. Its parameters have the local names of `tandem.parallel.layout`.
 
     Args:
-        recompute_layers: of the chunk, from its first.
+        recompute_layers: how many of the chunk's layers are recomputed, from the first.
     """
 
     def __init__(self, build: Build, chunk: Chunk, recompute_layers: int) -> None:
@@ -242,15 +244,17 @@ class GPTModel(nn.Module):
 
     @property
     def head(self) -> Weight:
-        """The output head's weight [vocabulary, h] of the last chunk: the embedding's when they are tied and here."""
+        """The last chunk's output head [vocabulary, h]: the embedding, when they are tied and it is here."""
         if self.output_layer is not None:
             return self.output_layer.weight
         assert self.embedding is not None
         return self.embedding.word_embeddings.weight
 
     def forward(self, inputs: Inputs, x: torch.Tensor | None, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """The chunk's output, [t, h], of the chunk before it (None for the first chunk). Of the last chunk: normalised
-        hidden states, ready for the head, of `rows` (all when None), [len(rows), h]."""
+        """The chunk's output, [t, h], from x, the output of the chunk before it (None for the first chunk).
+
+        The last chunk returns normalised hidden states for the head, at `rows` (None: all), [len(rows), h].
+        """
         if self.embedding is not None:
             x = self.embedding.word_embeddings(inputs.tokens)
         assert x is not None
@@ -262,5 +266,5 @@ class GPTModel(nn.Module):
             return norm(x if rows is None else x.index_select(0, rows))
         x = self.tensor.enter(norm(x))
         if rows is None:
-            rows = torch.arange(inputs.real, device=x.device)  # no slice: `fully_shard` warns of views
+            rows = torch.arange(inputs.real, device=x.device)  # not a slice: `fully_shard` warns about views
         return x.index_select(0, rows)

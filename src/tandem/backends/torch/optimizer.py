@@ -12,7 +12,7 @@ from tandem.backends.interface import EngineSettings
 
 @record_function("gradient norm")
 def norm_of(gradients: Iterable[torch.Tensor]) -> float:
-    """L2 norm over all gradients. Row by row first: a plain fp32 sum over 10^8 squares would lose digits."""
+    """L2 norm over all gradients. Rows are summed first: one fp32 sum over 10^8 squares would lose digits."""
     rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
     return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item() if rows else 0.0
 
@@ -21,12 +21,12 @@ class AdamW:
     """Decoupled weight decay, bias corrected (arXiv 1711.05101); fp32 moments and weights, no decay on 1-D tensors.
 
     Args:
-        weights: what is updated, by name: whole weights, or some of their rows; views of the model's own.
-        gradients: fp32 gradients of the same shapes.
+        weights: the tensors to update, by name: views of the model's weights, or of some of their rows.
+        gradients: name -> the fp32 gradient, of the same shape.
 
     Attributes:
-        master: the fp32 weights that are updated: the model's own, or copies when the model computes in less.
-        exp_avg, exp_avg_sq: the moments. All three are keyed by name.
+        master: the fp32 weights to update, by name: the model's, or copies when the model computes in 16 bits.
+        exp_avg, exp_avg_sq: the moments, by name.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AdamW:
 
     @record_function("optimizer")
     def update(self, step: int, lr: float, weight_decay: float, coefficient: float) -> None:
-        """Apply update number `step`, counted from 1, with the gradients times `coefficient`; they are used up."""
+        """Apply update number `step`, counted from 1, with the gradients times `coefficient`. Gradients may change."""
         for decay, names in (
             (weight_decay, [name for name, weight in self.weights.items() if weight.ndim > 1]),
             (0.0, [name for name, weight in self.weights.items() if weight.ndim == 1]),

@@ -22,7 +22,7 @@ from tandem.parallel.pipeline import Action
 
 @dataclass
 class _InFlight:
-    """A chunk's forward pass that waits for its backward pass. `gradient` is the output's, where it is known."""
+    """A chunk's forward pass that waits for its backward pass. `gradient` is that of the output, where it is known."""
 
     x: torch.Tensor | None
     output: torch.Tensor
@@ -31,7 +31,7 @@ class _InFlight:
 
 @dataclass(frozen=True)
 class Passes:
-    """The chunks and their neighbours. `config` is the whole model's."""
+    """This rank's chunks and their neighbours. `config` is that of the whole model."""
 
     config: ModelConfig
     chunks: list[GPTModel]
@@ -44,7 +44,7 @@ class Passes:
         """Add the gradients of the sum of the batches' weighted losses to the weights' buffers.
 
         Returns:
-            That sum; 0 where the last chunk is elsewhere.
+            That sum; 0 on ranks without the last chunk.
         """
 
         def forward(action: Action) -> tuple[float, _InFlight]:
@@ -60,7 +60,7 @@ class Passes:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        """The sum of the losses; 0 where the last chunk is elsewhere."""
+        """The sum of the losses; 0 on ranks without the last chunk."""
         total = 0.0
         for batch in batches:
             for number, chunk in enumerate(self.chunks):
@@ -75,18 +75,18 @@ class Passes:
 
     @torch.no_grad()
     def hidden(self, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:
-        """What the head is given, of a model that is whole here."""
+        """The input of the head, on a rank with the whole model."""
         return self._output(0, batch, rows)
 
     def named_modules(self, shards: Iterable[Shard]) -> Iterator[tuple[str, nn.Module]]:
-        """Every module that holds weights of these shards or has modules that do, by global name."""
+        """By global name, every module that holds weights of these shards, itself or in its modules."""
         modules = [dict(chunk.named_modules()) for chunk in self.chunks]
         for shard in shards:
-            own, everywhere = shard.local_name.split("."), shard.spec.name.split(".")
-            for depth in range(1, len(own)):
-                module = modules[shard.chunk].pop(".".join(own[:depth]), None)
+            local_path, global_path = shard.local_name.split("."), shard.spec.name.split(".")
+            for depth in range(1, len(local_path)):
+                module = modules[shard.chunk].pop(".".join(local_path[:depth]), None)
                 if module is not None:
-                    yield ".".join(everywhere[:depth]), module
+                    yield ".".join(global_path[:depth]), module
 
     def _forward(self, action: Action, batch: WeightedBatch) -> tuple[float, _InFlight]:
         chunk, target = self.chunks[action.chunk], self.pipeline.target(action.chunk)
@@ -121,7 +121,7 @@ class Passes:
         return output
 
     def _receive(self, number: int, inputs: Inputs) -> torch.Tensor | None:
-        """The output of the chunk before, whose gradient is wanted where any is; None for the first chunk."""
+        """The output of the chunk before, which requires a gradient when gradients are on; None for the first chunk."""
         source = self.pipeline.source(number)
         if source is None:
             return None
@@ -134,7 +134,7 @@ class Passes:
         return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor)
 
     def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The positions whose labels count (None for all), and those labels."""
+        """The positions whose labels count (None for all), and their labels."""
         rows = trained_rows(batch)
         labels = torch.from_numpy(batch.labels[rows].astype(np.int64)).to(self.device)
         return (None if len(rows) == len(batch.labels) else torch.from_numpy(rows).to(self.device)), labels

@@ -14,7 +14,7 @@ from tandem.parallel.pipeline import Action, Link, after, before, one_forward_on
 
 @dataclass
 class Pipeline:
-    """One stage's view of its neighbours. Sending does not wait; receiving does.
+    """Messages between one stage and its neighbours. Sending does not wait; receiving does.
 
     Args:
         groups: `Groups.pipelines`.
@@ -35,7 +35,7 @@ class Pipeline:
         return after(self.place.pipeline, chunk, self.grid.pipeline_size, self.chunks)
 
     def schedule(self, micro_batches: int) -> list[Action]:
-        """What this stage does with so many micro-batches."""
+        """The passes of this stage over `micro_batches` micro-batches, in order."""
         return one_forward_one_backward(self.place.pipeline, self.grid.pipeline_size, self.chunks, micro_batches)
 
     def receive(self, link: Link, forward: bool, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Pipeline:
         work = dist.isend(x, self._rank(link.stage), group=self.groups[forward, around])
         assert work is not None
         self._sent = [(sent, kept) for sent, kept in self._sent if not sent.is_completed()]
-        self._sent.append((work, x))  # alive until it has left
+        self._sent.append((work, x))  # kept until it is sent
 
     def finish(self) -> None:
         """Wait until everything has been sent."""
@@ -59,15 +59,15 @@ class Pipeline:
         self._sent.clear()
 
     def sum_over_ends(self, x: torch.Tensor) -> None:
-        """Add what the model's first and last stage hold of a tensor, in place; for those two, of several."""
+        """Sum a tensor over the model's first and last stage, in place. Only these two, different, stages call it."""
         first = self.grid.is_first_stage(self.place)
-        other = self._rank(self.grid.pipeline_size - 1 if first else 0)
-        found = torch.empty_like(x)
-        work = dist.isend(x.contiguous(), other, group=self.groups[first, False])
-        dist.recv(found, other, group=self.groups[not first, False])
+        peer = self._rank(self.grid.pipeline_size - 1 if first else 0)
+        received = torch.empty_like(x)
+        work = dist.isend(x.contiguous(), peer, group=self.groups[first, False])
+        dist.recv(received, peer, group=self.groups[not first, False])
         assert work is not None
         work.wait()
-        x.add_(found)
+        x.add_(received)
 
     def _rank(self, stage: int) -> int:
         return self.grid.rank(Place(self.place.tensor, self.place.data, stage))

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 # Part of an event's name -> the module that its time counts for. An operation counts for the nearest event around it
-# that is named here, so that a norm computed again within a linear layer's backward pass counts as a norm.
+# that is listed here. So a norm that is computed again in a linear layer's backward pass counts as a norm.
 MODULES = {
     "c10d::": "communication",
     "gloo:": "communication",
@@ -50,14 +50,14 @@ class TorchProfiler:
 
 
 def by_module(events: Any, on_device: bool) -> dict[str, float]:
-    """Seconds per module: of kernels that operations launched when `on_device`, otherwise of the operations."""
+    """Seconds per module: with `on_device`, of the kernels that operations launched; otherwise of the operations."""
     seconds: dict[str, float] = {}
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue
-        own = event.self_device_time_total if on_device else event.self_cpu_time_total
+        microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
         name = module_of(event)
-        seconds[name] = seconds.get(name, 0.0) + own / 1e6
+        seconds[name] = seconds.get(name, 0.0) + microseconds / 1e6
     return {name: spent for name, spent in seconds.items() if spent > 0}
 
 

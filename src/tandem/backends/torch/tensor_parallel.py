@@ -23,7 +23,7 @@ class TensorParallel:
 
     Attributes:
         sequence: between the blocks each rank holds the residuals and norms of t / size consecutive tokens only.
-        vocabulary_rows: rows of embedding and head on the first rank, and at most so many on the others.
+        vocabulary_rows: rows of embedding and head on the first rank; other ranks have at most as many.
     """
 
     group: Group
@@ -34,7 +34,7 @@ class TensorParallel:
 
     @property
     def first_row(self) -> int:
-        """Of the vocabulary, on this rank."""
+        """The number of this rank's first row of the vocabulary."""
         return self.rank * self.vocabulary_rows
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class TensorParallel:
         return _Leave.apply(x, self)
 
     def outside(self, ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids as numbers of this rank's `rows` rows, and which of them are not there (0 stands in for those)."""
+        """Ids as numbers of this rank's `rows` rows, and a mask of those on other ranks, whose number becomes 0."""
         local = ids - self.first_row
         absent = (local < 0) | (local >= rows)
         return local.masked_fill(absent, 0), absent

@@ -1,4 +1,4 @@
-"""Hugging Face's own model as a second opinion: it reads a folder and computes logits without any code of ours."""
+"""Hugging Face's model as an independent check: it reads a folder and computes logits without any code of ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tandem.data.batch import MicroBatch
 
 @torch.inference_mode()
 def logits(folder: Path, batch: MicroBatch) -> np.ndarray:
-    """[t, vocabulary] in fp32, each document in a call of its own."""
+    """fp32 [t, vocabulary]. Each document is computed in a separate call."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
     documents = zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
     tokens = torch.from_numpy(np.array(batch.tokens, dtype=np.int64))

@@ -1,1 +1,1 @@
-"""Bytes on disk, one tensor at a time: safetensors and torch's files."""
+"""The files of checkpoints, one tensor at a time: safetensors and torch's files."""

@@ -12,8 +12,8 @@ import numpy as np
 from tandem.parallel.slices import Box
 
 PIECE = 1 << 17  # numbers at a time
-BLOCK = 1 << 20  # bytes of a tensor that are moved at a time: they stay in a core's cache
-# dtype -> its bits as integers, and the exponent's bits: all of them are set in NaN and infinity alone
+BLOCK = 1 << 20  # bytes of a tensor that are copied at a time: they stay in a core's cache
+# dtype -> the integer type of its bits, and the exponent's bits: only NaN and infinity have all of them set
 EXPONENTS = {
     "float32": (np.uint32, 0x7F800000),
     "bfloat16": (np.uint16, 0x7F80),
@@ -22,21 +22,25 @@ EXPONENTS = {
 
 
 def row_blocks(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of rows, of about BLOCK bytes each, that cover an array."""
+    """Half-open ranges of rows, of about BLOCK bytes each, that cover an array.
+
+    >>> list(row_blocks((5, 1 << 17), np.dtype(np.float32)))
+    [(0, 2), (2, 4), (4, 5)]
+    """
     step = max(BLOCK // max(math.prod(shape[1:]) * dtype.itemsize, 1), 1)
     for first in range(0, shape[0], step):
         yield first, min(first + step, shape[0])
 
 
 def read_array(path: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray | None:
-    """`count` numbers from byte `start` of a file, 1-D; None when the file ends before."""
+    """`count` numbers from byte `start` of a file, 1-D; None when the file is too short."""
     return read_box(path, dtype, (count,), start, ((0, count),))
 
 
 def read_box(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int, box: Box) -> np.ndarray | None:
-    """`box` of the array of `shape` that begins at byte `start` of a file; None when the file ends before.
+    """`box` of the array of `shape` that begins at byte `start` of a file; None when the file is too short.
 
-    Only the box's bytes are read. `numpy.fromfile` reads through stdio, at a third of the speed.
+    Only the box's bytes are read. `numpy.fromfile` reads through stdio, at a third of this speed.
     """
     array = np.empty([stop - first for first, stop in box], dtype)
     if not array.size:
@@ -53,15 +57,15 @@ def read_box(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int, bo
 
 
 def _runs(shape: tuple[int, ...], box: Box) -> list[int]:
-    """Where the contiguous runs of a box begin, counted in numbers; all are of one length."""
-    if all(found == (0, size) for found, size in zip(box[1:], shape[1:])):
+    """Where the contiguous runs of a box begin, counted in numbers. All runs have the same length."""
+    if all(extent == (0, size) for extent, size in zip(box[1:], shape[1:])):
         return [box[0][0] * math.prod(shape[1:])] if box else [0]
     stride, inner = math.prod(shape[1:]), _runs(shape[1:], box[1:])
     return [row * stride + run for row in range(*box[0]) for run in inner]
 
 
 def _fill(target: memoryview, descriptor: int, position: int) -> bool:
-    """Whether the file had as many bytes."""
+    """Fill `target` from byte `position` of a file. Returns False when the file is too short."""
     while target:
         done = os.preadv(descriptor, [target], position)
         if not done:

@@ -1,6 +1,6 @@
-"""One `.safetensors` file: tensors read one by one, and written one by one in an order told beforehand.
+"""One `.safetensors` file: tensors are read one by one, and written one by one, in an order fixed beforehand.
 
-The `safetensors` library writes only from memory, all tensors at once; this module holds one tensor at a time.
+The `safetensors` library writes all tensors at once, from memory; this module holds one tensor at a time.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -41,7 +41,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """Read access to one file; the header is read and checked once.
+    """Read access to one file. The header is read and checked once.
 
     Raises:
         UserError: the file is missing, truncated, or not safetensors.
@@ -54,7 +54,7 @@ class SafetensorsFile:
         self.entries = self._read_header()
 
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
-        """The tensor, or a box of it, in memory of its own."""
+        """A tensor, or a box of it, in new memory."""
         entry = self.entries[name]
         box = box or Part.whole(entry.shape).boxes[0]
         values = read_box(self.path, entry.dtype, entry.shape, entry.start, box)
@@ -85,11 +85,11 @@ class SafetensorsFile:
         try:
             code, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{self.path}: damaged: the header says {item!r} of tensor {name}") from None
+            raise UserError(f"{self.path}: damaged: the header holds {item!r} for tensor {name}") from None
         if code not in NAMES:
             raise UserError(f"{self.path}: tensor {name} has dtype {code}; supported: {', '.join(NAMES)}")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-            raise UserError(f"{self.path}: damaged: the header says {item!r} of tensor {name}")
+            raise UserError(f"{self.path}: damaged: the header holds {item!r} for tensor {name}")
         entry = Entry(DTYPES[NAMES[code]], shape, base + start)
         if stop - start != entry.nbytes or base + stop > file_size:
             raise UserError(
@@ -100,9 +100,9 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Write tensors in the order of `entries`, each at once or in blocks of rows.
+    """Write tensors in the order of `entries`, each whole or in blocks of rows.
 
-    The caller must write every entry, in order, and then `close()`.
+    The caller must write every entry, in order, and then call `close()`.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class SafetensorsWriter:
     ) -> None:
         self.path = Path(path)
         self._pending = [(name, np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in entries.items()]
-        self._next = self._rows = 0  # the entry that is due, and how many of its rows are written
+        self._next = self._rows = 0  # the number of the entry that comes next, and how many of its rows are written
         self._file = LargeFile(self.path)
         self._file.write(self._header(dict(metadata or {})))
 
     def write(self, name: str, rows: np.ndarray) -> bool:
-        """Append the next rows of `name`; whether it is complete with them."""
+        """Append the next rows of `name`. Returns whether it is complete now."""
         expected, dtype, shape = self._pending[self._next]
         assert name == expected, f"{self.path}: {name} written where {expected} was announced"
         self._rows += len(rows)

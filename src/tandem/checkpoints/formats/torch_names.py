@@ -1,4 +1,4 @@
-"""What reading and writing torch's files share: names of types, and the layout of tensors and archives."""
+"""What the reader and the writer of torch's files share: names of types, and the layout of tensors and archives."""
 
 from __future__ import annotations
 

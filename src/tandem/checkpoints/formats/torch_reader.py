@@ -1,4 +1,4 @@
-"""torch's `.pt` files without torch: read without executing the pickle, one tensor at a time.
+"""Reading torch's `.pt` files without torch, one tensor at a time. Their pickle is never executed.
 
 A file is an uncompressed zip: `<root>/data.pkl` describes nested values in which tensors refer to storages
 `<root>/data/<key>`, each a run of raw numbers. Format: torch/serialization.py and caffe2/serialize/inline_container.h.
@@ -25,12 +25,12 @@ from tandem.checkpoints.formats.arrays import read_array
 from tandem.checkpoints.formats.torch_names import LOCAL_HEADER, STORAGES, ZIP_MAGIC, contiguous_strides
 from tandem.errors import UserError
 
-# Globals that stand for nothing but their own name.
+# Globals of which only the name is used.
 TORCH_NAMES = {
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool", "strided"),
 }
-# Objects that trainers store beside the weights. They become `Inert`: their code is not loaded.
+# Objects that trainers store next to the weights. They become `Inert`: their code is not loaded.
 INERT_PACKAGES = {"megatron", "mindspeed", "mindspeed_llm", "transformer_engine", "numpy"}
 INERT_GLOBALS = {
     "_codecs.encode",
@@ -43,7 +43,7 @@ INERT_GLOBALS = {
     "torch._C.Generator",
     "torch.device",
 }
-# What a damaged pickle makes the unpickler, or a stand-in that it calls, raise.
+# What the unpickler, or a function that it calls, raises for a damaged pickle.
 PICKLE_ERRORS = (
     *(pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError),
     *(TypeError, ValueError, OverflowError, MemoryError, RecursionError),
@@ -51,7 +51,7 @@ PICKLE_ERRORS = (
 
 
 class Inert:
-    """Stands for an object whose class is not loaded. It keeps nothing but the class's name."""
+    """In place of an object whose class is not loaded. It keeps only the name of the class."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Inert:
         return super().__new__(cls)
@@ -63,7 +63,7 @@ class Inert:
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of `numel` numbers from byte `start` of a file; `crc` is 0 when its writer computed none."""
+    """`numel` consecutive numbers from byte `start` of a file. `crc` is 0 when the writer computed none."""
 
     path: Path
     dtype: np.dtype
@@ -72,7 +72,7 @@ class Storage:
     crc: int
 
     def read(self, first: int, count: int, name: str) -> np.ndarray:
-        """`count` numbers from number `first`; what is read whole is checked against the stored CRC."""
+        """`count` numbers from number `first`. A storage that is read whole is checked against its CRC."""
         flat = read_array(self.path, self.dtype, count, self.start + first * self.dtype.itemsize)
         if flat is None:
             raise UserError(f"{self.path}: tensor {name} is cut short")
@@ -83,7 +83,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor still on disk. `strides` and `offset` count elements of its storage, which others may share."""
+    """A tensor still on disk. `strides` and `offset` count elements of its storage, which tensors may share."""
 
     storage: Storage
     offset: int
@@ -102,7 +102,7 @@ class LazyTensor:
         return self.storage.dtype
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, contiguous, in memory of its own; `name` is what an error calls it."""
+        """The tensor, contiguous, in new memory. Errors call it `name`."""
         flat = self.storage.read(self.offset, self._span, name)
         if self._contiguous:
             return flat.reshape(self.shape)
@@ -120,7 +120,7 @@ class LazyTensor:
     def _contiguous(self) -> bool:
         expected = contiguous_strides(self.shape)
         return 0 in self.shape or all(
-            size == 1 or stride == due for size, stride, due in zip(self.shape, self.strides, expected)
+            size == 1 or stride == contiguous for size, stride, contiguous in zip(self.shape, self.strides, expected)
         )
 
 
@@ -130,8 +130,8 @@ def load(path: str | Path) -> Any:
     No code of the file is run, and no class that it names is imported.
 
     Raises:
-        UserError: the file is missing, truncated, damaged, too old, big-endian, or asks for a global that is not
-            on the list; the global is named.
+        UserError: the file is missing, truncated, damaged, too old or big-endian, or it asks for a global that is not
+            allowed; the global is named.
     """
     path = Path(path)
     archive = _Archive(path)
@@ -206,7 +206,7 @@ class _Archive:
         return entry
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
-        """Where an entry's bytes begin: behind its local header, whose length only the header itself tells."""
+        """Where an entry's bytes begin: after its local header, which holds its own length."""
         damaged = UserError(f"{self.path}: truncated or damaged: {entry.filename} is not where it should be")
         if entry.header_offset < 0:
             raise damaged
@@ -224,10 +224,10 @@ class _Archive:
 
 
 class _Dict(dict):
-    """Stands for OrderedDict and defaultdict."""
+    """In place of OrderedDict and defaultdict."""
 
     def __setstate__(self, state: object) -> None:
-        """Attributes of a module's state dict (`_metadata`) are of no use here."""
+        """Attributes of a module's state dict (`_metadata`) are not needed here."""
 
 
 class _Namespace(argparse.Namespace):
@@ -236,7 +236,7 @@ class _Namespace(argparse.Namespace):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Resolves a global to a stand-in of this module, or refuses it.
+    """Replaces a global by something of this module, or refuses it.
 
     Every class handed out defines `__setstate__`, so that a pickle cannot set attributes on the class itself.
     """
@@ -246,7 +246,7 @@ class _Unpickler(pickle.Unpickler):
         _check_opcodes(data)
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._archive = archive
-        self._stand_ins: dict[str, Any] = {
+        self._replacements: dict[str, Any] = {
             "argparse.Namespace": _Namespace,
             "types.SimpleNamespace": _Namespace,
             "collections.OrderedDict": _ordered_dict,
@@ -262,15 +262,15 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}".replace("__builtin__.", "builtins.")
-        if full in self._stand_ins:
-            return self._stand_ins[full]
+        if full in self._replacements:
+            return self._replacements[full]
         if module == "torch" and (name in STORAGES or name in TORCH_NAMES):
             return full
         if module.split(".")[0] in INERT_PACKAGES or full in INERT_GLOBALS:
             return type(name, (Inert,), {"__module__": module})
         raise UserError(
-            f"{self._archive.path}: refused: the file asks for {full}, which is not a tensor or a plain value; "
-            f"nothing of it was executed. Save it again with tensors and plain values only"
+            f"{self._archive.path}: refused: the file asks for {full}, which is neither a tensor nor a plain value. "
+            f"No code was run. Save it again with tensors and plain values only"
         )
 
     def persistent_load(self, identifier: Any) -> Storage:
@@ -282,8 +282,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Every opcode is whole, and none makes the unpickler reserve more memory than such a file can need: it grows
-    its memo to whatever index it is given."""
+    """Raise UnpicklingError when an opcode is cut short, or asks for more memory than the file can need.
+
+    The unpickler grows its memo to any index that the file gives.
+    """
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
             raise pickle.UnpicklingError(f"memo index {argument} in {len(data)} bytes")

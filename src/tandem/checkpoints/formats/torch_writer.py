@@ -1,4 +1,4 @@
-"""Writing a file that `torch.load` reads, one tensor at a time, without torch."""
+"""Writing files that `torch.load` reads, one tensor at a time, without torch."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ ZIP64_EXTRA = 20  # bytes that 64-bit sizes add to a local header
 
 @dataclass(frozen=True, eq=False)
 class PendingTensor:
-    """Stands in the content of a file for a tensor that is written later."""
+    """In the content of a file, the place of a tensor that is written later."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
 
 
 class TorchFileWriter:
-    """Write a file that `torch.load` reads, `mmap=True` and `weights_only=True` included.
+    """Write a file that `torch.load` reads, also with `mmap=True` and `weights_only=True`.
 
     `content` is made of dict, OrderedDict, `argparse.Namespace`, list, tuple, str, int, float, bool, None and
-    `PendingTensor`. Then every pending tensor is written, in any order, each at once or in blocks of rows, and then
-    `close()` is called. A file is fastest to read when tensors are written in the order in which they stand in
-    `content`.
+    `PendingTensor`. The caller writes every pending tensor, in any order, each whole or in blocks of rows, and then
+    calls `close()`. A file is fastest to read when tensors are written in their order in `content`.
     """
 
     def __init__(self, path: str | Path, content: Any) -> None:
@@ -59,7 +58,7 @@ class TorchFileWriter:
         self._add("byteorder", b"little")
 
     def write(self, pending: PendingTensor, rows: np.ndarray) -> None:
-        """Append the next rows of a tensor; another one may begin when it is complete."""
+        """Append the next rows of a tensor. Another tensor may begin when it is complete."""
         assert pending not in self._written, f"{self.path}: a tensor was written twice"
         assert rows.shape[1:] == pending.shape[1:], f"{self.path}: rows {rows.shape}, announced {pending.shape}"
         flat = np.ascontiguousarray(rows, dtype=pending.dtype).reshape(-1)
@@ -82,8 +81,8 @@ class TorchFileWriter:
         self._file.close()
 
     def abort(self) -> None:
-        """Stop writing; what is there is not a whole file."""
-        with contextlib.suppress(OSError):  # a full disk has been reported by the write that met it
+        """Stop writing. The file is not whole."""
+        with contextlib.suppress(OSError):  # the write that failed has reported a full disk
             if self._entry is not None:
                 self._entry.close()
             self._zip.close()
@@ -112,14 +111,14 @@ class TorchFileWriter:
         return self._zip.open(entry, "w", force_zip64=zip64)
 
     def _padding(self, name: str, zip64: bool) -> bytes:
-        """An extra field, as torch writes it, after which the entry's bytes begin at a multiple of ALIGNMENT."""
+        """An extra field, as torch writes it. After it the entry's bytes begin at a multiple of ALIGNMENT."""
         header = LOCAL_HEADER + len(name.encode()) + (ZIP64_EXTRA if zip64 else 0) + 4
         length = -(self._file.tell() + header) % ALIGNMENT
         return struct.pack("<2sH", b"FB", length) + b"Z" * length
 
 
 class _Emitter:
-    """Pickle, protocol 2: the only one that torch's `weights_only` reads. Names classes without having them."""
+    """Writes pickle protocol 2, the only one that torch's `weights_only` reads. Names classes, and imports none."""
 
     def __init__(self) -> None:
         self.tensors: list[PendingTensor] = []

@@ -1,4 +1,4 @@
-"""The files beside a model's weights: config, tokenizer, chat template."""
+"""The small files next to a model's weights: config, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 
 
 def companion_files(folder: str | Path) -> list[Path]:
-    """The small files of a Hugging Face folder beside its config and weights: tokenizer, template, generation."""
+    """The small files of a Hugging Face folder, except its config: tokenizer, template, generation settings."""
     files = {path for pattern in COMPANION_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
     return sorted(path for path in files if path.name not in ("config.json", INDEX, TORCH_INDEX))
 

@@ -51,7 +51,7 @@ class HFSink:
         assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
         shape = self._table[name].shape
         written = self._rows.add(name, rows, shape)
-        self._blocks.append(rows)  # its rows belong to several tensors in turn
+        self._blocks.append(rows)  # rows of several Hugging Face tensors take turns in it
         if written.stop < shape[0]:
             return
         tensor = self._blocks[0] if len(self._blocks) == 1 else np.concatenate(self._blocks)

@@ -23,11 +23,11 @@ from tandem.parallel.slices import Box, Part
 class HFSource(TensorSource):
     """Global tensors out of a Hugging Face folder: `.safetensors` or `pytorch_model*.bin`, single or sharded.
 
-    The tensors' names and shapes are checked against the config at once. A tied model may carry an `lm_head`; it
-    must then equal the embedding.
+    The names and shapes of tensors are checked against the config when the folder is opened. A tied model may hold an
+    `lm_head`, which must then equal the embedding.
 
     Raises:
-        UserError: no weights, or a tensor is missing, left over, mis-shaped, or of an unsupported dtype.
+        UserError: no weights, or a tensor is missing, left over, of a wrong shape, or of an unsupported dtype.
     """
 
     format = HUGGING_FACE
@@ -54,12 +54,12 @@ class HFSource(TensorSource):
         return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
-        """Of safetensors, reads the rows and columns of `part` and no others."""
+        """From safetensors, only the rows and columns of `part` are read."""
         boxes = [self._read_box(name, box) for box in part.boxes]
         return boxes[0] if len(boxes) == 1 else np.concatenate(boxes, axis=part.dim)
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
-        """In blocks that stay in the processor's cache, where the files let parts be read."""
+        """Blocks stay in the processor's cache, where the files allow to read parts."""
         if all(self._files[hf].partial for hf in self._map.rows[name]):
             for first, last in row_blocks(part.shape, self.dtype(name)):
                 yield self.read_part(name, part.rows(first, last), kind)
@@ -68,46 +68,46 @@ class HFSource(TensorSource):
 
     def _read_box(self, name: str, box: Box) -> np.ndarray:
         shape = tuple(stop - start for start, stop in box)
-        values = np.empty(shape, self.dtype(name))  # costs nothing until it is filled
+        values = np.empty(shape, self.dtype(name))  # takes no memory until it is filled
         for hf, ranges in self._map.rows[name].items():
             moves = _moves(ranges, *box[0])
             if not moves:
                 continue
             first, last = moves[0].start, moves[-1].stop
-            found = self._files[hf].read(hf, ((first, last), *box[1:]))
-            if found.shape == shape:
-                values = found
+            rows = self._files[hf].read(hf, ((first, last), *box[1:]))
+            if rows.shape == shape:
+                values = rows
                 break
             for move in moves:
-                values[move.target : move.target + move.rows] = found[move.start - first : move.stop - first]
+                values[move.target : move.target + move.rows] = rows[move.start - first : move.stop - first]
         if name == EMBEDDING and self.config.tied and LM_HEAD in self._files:
             self._check_tied_head(values, box)
         return values
 
     def _check(self) -> None:
-        found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
+        names = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
         expected = self._map.hf_shapes()
-        check_names(self.location, found - ({LM_HEAD} if self.config.tied else set()), set(expected))
+        check_names(self.location, names - ({LM_HEAD} if self.config.tied else set()), set(expected))
         for name, shape in expected.items():
             file = self._files[name]
             check_shape(str(file.path), name, file.entries[name].shape, shape)
         for parts in self._map.rows.values():
             dtypes = {dtype_name(self._files[part].entries[part].dtype) for part in parts}
             if len(dtypes) > 1:
-                raise UserError(f"{self.location}: {', '.join(parts)} must be of one dtype, not {sorted(dtypes)}")
+                raise UserError(f"{self.location}: {', '.join(parts)} must have one dtype, and have {sorted(dtypes)}")
 
     def _check_tied_head(self, embedding: np.ndarray, box: Box) -> None:
         head = self._files[LM_HEAD].read(LM_HEAD, box)
         if head.dtype != embedding.dtype or head.shape != embedding.shape or not same_bits(head, embedding):
             raise UserError(
-                f"{self._files[LM_HEAD].path}: config.json says tie_word_embeddings, but {LM_HEAD} differs from "
-                f"{HF_EMBEDDING}: set tie_word_embeddings to false if the head is one of its own"
+                f"{self._files[LM_HEAD].path}: config.json sets tie_word_embeddings, but {LM_HEAD} differs from "
+                f"{HF_EMBEDDING}: set tie_word_embeddings to false if the model has a separate head"
             )
 
 
 @dataclass(frozen=True)
 class _Move:
-    """Rows `start` to `stop` of a Hugging Face tensor, and the first of the rows they become."""
+    """Rows `start` to `stop` of a Hugging Face tensor, and the number of their first row in the result."""
 
     start: int
     stop: int
@@ -119,11 +119,17 @@ class _Move:
 
 
 def _moves(ranges: Ranges, first: int, last: int) -> list[_Move]:
-    """Which rows of the tensor that stacks `ranges` of an mcore tensor are among its rows `first` to `last`."""
-    moves, own = [], 0
+    """The rows of a Hugging Face tensor that are among rows `first` to `last` of an mcore tensor.
+
+    `ranges` are the rows of the mcore tensor that the Hugging Face tensor is made of.
+
+    >>> _moves(((0, 2), (4, 6)), 1, 5)
+    [_Move(start=1, stop=2, target=0), _Move(start=2, stop=3, target=3)]
+    """
+    moves, hf_row = [], 0
     for start, stop in ranges:
         low, high = max(start, first), min(stop, last)
         if low < high:
-            moves.append(_Move(own + low - start, own + high - start, low - first))
-        own += stop - start
+            moves.append(_Move(hf_row + low - start, hf_row + high - start, low - first))
+        hf_row += stop - start
     return moves

@@ -22,7 +22,7 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 class Entry(Protocol):
-    """What is known of a tensor before it is read."""
+    """What a file's header says about a tensor."""
 
     @property
     def dtype(self) -> np.dtype: ...
@@ -32,7 +32,7 @@ class Entry(Protocol):
 
 
 class WeightFile(Protocol):
-    """A file of named tensors. `partial`: a box of one is read without the rest of it."""
+    """A file of named tensors. `partial`: a box of a tensor can be read without the rest of the tensor."""
 
     path: Path
     partial: bool
@@ -46,10 +46,10 @@ class WeightFile(Protocol):
 
 
 class TorchWeightFile:
-    """A `pytorch_model*.bin`; its pickle is not executed.
+    """A `pytorch_model*.bin`. Its pickle is not executed.
 
     Raises:
-        UserError: it is damaged, refused, or holds something other than tensors.
+        UserError: the file is damaged, asks for code, or holds something other than tensors.
     """
 
     partial = False
@@ -65,13 +65,13 @@ class TorchWeightFile:
         self.entries: dict[str, LazyTensor] = content
 
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
-        """As for `WeightFile`; the whole tensor is read, for its CRC."""
+        """As in `WeightFile`. The whole tensor is read, to check its CRC."""
         tensor = self.entries[name].read(name)
         return tensor if box is None else cut(tensor, Part((box,)))
 
 
 def open_weights(folder: Path) -> dict[str, WeightFile]:
-    """Tensor name -> the file that holds it; safetensors where a folder holds both.
+    """Tensor name -> the file that holds it. Safetensors are taken where a folder holds both formats.
 
     Raises:
         UserError: no weights, an index that is damaged or disagrees with its files, or a file that is missing.
@@ -108,5 +108,5 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index}: holds no weight_map from tensor names to file names")
     for name in set(weight_map.values()):
         if Path(name).name != name:
-            raise UserError(f"{index}: names the file {name!r}; expected a file beside the index")
+            raise UserError(f"{index}: names the file {name!r}; expected a file in the folder of the index")
     return weight_map

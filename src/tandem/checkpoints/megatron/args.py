@@ -1,7 +1,7 @@
 """The `args` inside a Megatron checkpoint <-> ModelConfig and Layout.
 
-Trainers store their whole command line there, MindSpeed-LLM's converter stores Hugging Face's config. Names that
-both use are read; what is written is what either reads.
+Trainers store their whole command line there; MindSpeed-LLM's converter stores Hugging Face's config. The names of
+both are read, and the names that either reads are written.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "schedules_method": (),
 }
 
-# Fields that must agree wherever a checkpoint states them twice. `max_position_embeddings` is not among them:
-# trainers set it to the length that they train on.
+# Fields that must agree wherever a checkpoint states them twice. `max_position_embeddings` is left out: trainers set
+# it to the length that they train on.
 AGREEING = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("rotary_base", "untie_embeddings_and_output_weights"),
 )
 
-# Under Megatron-LM's name up to 0.15, its name from 0.16 on, Hugging Face's.
+# Megatron-LM's name up to 0.15, its name from 0.16 on, and Hugging Face's.
 NORM_EPSILON = ("norm_epsilon", "layernorm_epsilon", "rms_norm_eps")
 
 
 def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: int) -> argparse.Namespace:
-    """What Megatron-LM and MindSpeed-LLM look for when they load or convert: plain values only."""
+    """The `args` that Megatron-LM and MindSpeed-LLM read when they load or convert. Plain values only."""
     scaling = config.rotary_scaling
     values: dict[str, Any] = {
         "model_type_hf": config.model_type,
@@ -88,13 +88,13 @@ def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: 
 
 
 def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> ModelConfig:
-    """The model that `args` describe; `noop_layers` are not counted as its layers.
+    """The model that `args` describe. `noop_layers` do not count as layers.
 
-    The vocabulary is `true_vocab_size` where a converter recorded it, otherwise the padded one: a trainer's
-    `vocab_size` is its tokenizer's.
+    The vocabulary is `true_vocab_size` where a converter recorded it, otherwise the padded one. A trainer's
+    `vocab_size` is that of its tokenizer.
 
     Raises:
-        UserError: a value is missing, or one is not supported; `where` is named.
+        UserError: a value is missing or not supported. `where` is named.
     """
     for key, allowed in ONLY_SUPPORTED.items():
         if args.get(key) not in (*allowed, None):
@@ -119,7 +119,7 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
 
 
 def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tuple[int, ...]) -> None:
-    """Raise UserError when `args` contradict a config that came from elsewhere."""
+    """Raise UserError when `args` contradict a config from another place."""
     stated = {field: args[field] for field in AGREEING if args.get(field) is not None}
     if "num_layers" in stated:
         stated["num_layers"] -= len(noop_layers)
@@ -136,7 +136,11 @@ def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tu
 
 
 def numbers(value: Any) -> tuple[int, ...]:
-    """Layer numbers as trainers store them: "0,7", a list, a set, or None."""
+    """Layer numbers as trainers store them: "0,7", a list, a set, or None.
+
+    >>> numbers("0,7")
+    (0, 7)
+    """
     if value is None:
         return ()
     items = value.split(",") if isinstance(value, str) else sorted(value) if isinstance(value, frozenset) else value
@@ -170,9 +174,9 @@ def _value(args: Args, where: str, *names: str) -> Any:
 def _model_type(args: Args, where: str) -> str:
     if args.get("model_type_hf") in FAMILIES:
         return args["model_type_hf"]
-    wanted = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias"))
+    features = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias"))
     for name, family in FAMILIES.items():
-        if (family.qk_layernorm, family.add_qkv_bias) == wanted:
+        if (family.qk_layernorm, family.add_qkv_bias) == features:
             return name
     raise UserError(f"{where}: args say qk_layernorm and add_qkv_bias; no supported family has both")
 
@@ -182,8 +186,11 @@ def _states_query_groups(args: Args) -> bool:
 
 
 def _query_groups(args: Args, where: str) -> int:
-    """Megatron leaves `num_query_groups` at 1 when every head has its own; MindSpeed-LLM's converter stores only
-    `num_key_value_heads`, and wrongly `group_query_attention` False."""
+    """The number of key/value heads.
+
+    Megatron leaves `num_query_groups` at 1 when every query head has its own. MindSpeed-LLM's converter stores only
+    `num_key_value_heads`, and wrongly sets `group_query_attention` to False.
+    """
     if args.get("num_query_groups") is None:
         return _value(args, where, "num_key_value_heads", "num_attention_heads")
     if args.get("group_query_attention", True):
@@ -192,7 +199,7 @@ def _query_groups(args: Args, where: str) -> int:
 
 
 def _rotary_scaling(args: Args) -> RotaryScaling | None:
-    """Megatron's `--use-rope-scaling` is Llama 3.1's, with every other number at that model's value."""
+    """Megatron's `--use-rope-scaling` is Llama 3.1's: it stores the factor; all other numbers are that model's."""
     factor = args.get("rotary_seq_len_interpolation_factor")
     if args.get("use_rope_scaling"):
         return RotaryScaling("llama3", float(args.get("rope_scaling_factor") or 8.0))

@@ -32,15 +32,19 @@ def model_key(chunk: int, chunks: int) -> str:
 
 
 def shards_of(config: ModelConfig, layout: Layout) -> dict[str, list[Shard]]:
-    """Global name -> its shards on all ranks, the copies of a tied head included."""
-    found: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
+    """Global name -> its shards on all ranks, including the copies of a tied head."""
+    by_name: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
     for shard in shards(config, layout, tied_head_copy=True):
-        found[shard.spec.name].append(shard)
-    return found
+        by_name[shard.spec.name].append(shard)
+    return by_name
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str:
-    """`name` with its part behind the layer number exchanged, if it is one of `names`."""
+    """`name` with the part after its layer number replaced, if that is one of `names`.
+
+    >>> renamed("decoder.layers.3.mlp.linear_fc1.layer_norm_weight", FUSED_NORMS)
+    'decoder.layers.3.pre_mlp_layernorm.weight'
+    """
     layer = LAYER.match(name)
     prefix = layer[0] if layer else ""
     rest = name.removeprefix(prefix)

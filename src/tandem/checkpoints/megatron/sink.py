@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,11 @@ from tandem.parallel.slices import cut_rows
 
 
 def pad_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """Megatron's padded vocabulary: the next multiple of both numbers' product."""
+    """Megatron's padded vocabulary: the next multiple of the product of both numbers.
+
+    >>> pad_vocab_size(151669, 128, 4)
+    152064
+    """
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
@@ -33,7 +38,7 @@ class MegatronSink:
 
     Args:
         padded_vocab_size: rows of embedding and output head, filled up with zeros; None for the vocabulary itself,
-            which tensor_model_parallel_size must then divide. `pad_vocab_size` computes Megatron's number.
+            which tensor_model_parallel_size must then divide. `pad_vocab_size` computes Megatron's value.
         transformer_engine: name the norms as Transformer Engine's fused layers do.
 
     Raises:
@@ -78,9 +83,9 @@ class MegatronSink:
 
     def _write(self, name: str, first: int, rows: np.ndarray) -> None:
         for shard in self._shards[name]:
-            found = cut_rows(rows, first, shard.part)
-            if found.size:
-                self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], found)
+            rows_here = cut_rows(rows, first, shard.part)
+            if rows_here.size:
+                self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], rows_here)
 
     def close(self) -> None:
         if self._unwritten:
@@ -109,25 +114,24 @@ class MegatronSink:
     def _check_vocabulary(self) -> None:
         rows, world = self._padded.vocab_size, self._layout.tensor_model_parallel_size
         if rows < self._config.vocab_size:
-            raise UserError(f"padded_vocab_size {rows} is smaller than the vocabulary of {self._config.vocab_size}")
+            raise UserError(f"padded_vocab_size {rows} is smaller than the vocabulary, {self._config.vocab_size}")
         if rows % world:
             raise UserError(
-                f"a vocabulary of {rows} does not divide over tensor_model_parallel_size {world}: Megatron could not "
-                f"load it. Pad it with make_vocab_size_divisible_by or padded_vocab_size"
+                f"a vocabulary of {rows} does not divide over tensor_model_parallel_size {world}: Megatron cannot load "
+                f"it. Pad it with make_vocab_size_divisible_by or padded_vocab_size"
             )
 
     def _check_space(self) -> None:
-        numel = sum(int(np.prod(shard.shape)) for found in self._shards.values() for shard in found)
+        numel = sum(int(np.prod(shard.shape)) for shard in chain.from_iterable(self._shards.values()))
         check_free_space(self.folder, numel * DTYPES[self._dtype].itemsize)
 
     def _open_writer(self, tensor_rank: int, pipeline_rank: int) -> TorchFileWriter:
         chunks = len(self._layout.stages(self._config.num_layers)[pipeline_rank])
         models: list[OrderedDict[str, PendingTensor]] = [OrderedDict() for _ in range(chunks)]
-        for found in self._shards.values():
-            for shard in found:
-                if (shard.tensor_rank, shard.pipeline_rank) == (tensor_rank, pipeline_rank):
-                    pending = PendingTensor(DTYPES[self._dtype], shard.shape)
-                    self._pending[shard] = models[shard.chunk][renamed(shard.local_name, self._fused)] = pending
+        for shard in chain.from_iterable(self._shards.values()):
+            if (shard.tensor_rank, shard.pipeline_rank) == (tensor_rank, pipeline_rank):
+                pending = PendingTensor(DTYPES[self._dtype], shard.shape)
+                self._pending[shard] = models[shard.chunk][renamed(shard.local_name, self._fused)] = pending
         content = {
             "args": to_args(self._config, self._layout, self._dtype, self._padded.vocab_size),
             "checkpoint_version": CHECKPOINT_VERSION,

@@ -14,6 +14,7 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,17 @@ def is_megatron(folder: str | Path, iteration: int | None = None) -> bool:
 class MegatronSource(TensorSource):
     """Read the weights of one iteration, whatever layout wrote it. Sizes come from folder names, `args` and tensors.
 
-    What a trainer stored besides (its optimizer, its random state) is not read.
+    A trainer's optimizer and its random state are not read.
 
     Args:
-        iteration: which one; None for the one that the tracker file names.
-        config: the model, when the checkpoint does not say it, or not all of it (a trainer does not record the
-            vocabulary before padding). Needed when there are neither `args` nor `hf/config.json`.
+        iteration: its number; None for the one that the tracker file names.
+        config: the model, when the checkpoint does not describe it, or not completely: a trainer does not record the
+            vocabulary before padding. Needed when there are neither `args` nor `hf/config.json`.
         noop_layers, num_layer_list: as in `Layout`, when `args` do not record them.
 
     Raises:
-        UserError: no such checkpoint, a rank folder is missing, a file is damaged, tensors are missing, left over
-            or mis-shaped, or `args` contradict the config.
+        UserError: no such checkpoint, a rank folder is missing, a file is damaged, a tensor is missing, left over or of
+            a wrong shape, or `args` contradict the config.
     """
 
     format = MEGATRON
@@ -118,17 +119,17 @@ class MegatronSource(TensorSource):
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
-        """Reads the ranks' slices that `part` overlaps, and no others; each whole, for its CRC, with its copies."""
+        """Only the ranks' slices that overlap `part` are read: whole, to check their CRC, and with their copies."""
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
         needed: dict[Part, list[Shard]] = {}
         for shard in self._shards[name]:
             if overlaps(shard.part, part):
                 needed.setdefault(shard.part, []).append(shard)
-        if [found.shape for found in needed] == [part.shape]:  # they are the same
+        if [slice_.shape for slice_ in needed] == [part.shape]:  # the part is one slice
             return self._read_equal(*needed.values())
         values = np.empty(part.shape, self.dtype(name))
-        for found, copies in needed.items():
-            transfer(self._read_equal(copies), found, values, part)
+        for slice_, copies in needed.items():
+            transfer(self._read_equal(copies), slice_, values, part)
         return values
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
@@ -143,16 +144,16 @@ class MegatronSource(TensorSource):
         return (*in_model_file, DISTRIBUTED_OPTIMIZER) if sharded else in_model_file
 
     def _read_equal(self, copies: Sequence[Shard]) -> np.ndarray:
-        """A slice that several ranks hold: norms, the head of tied embeddings. Training must have kept them equal."""
+        """Read a slice that several ranks hold, such as norms. Raises UserError when the copies differ."""
         tensor = self._read(copies[0])
         for copy in copies[1:]:
             self._check_equal(copies[0], tensor, copy)
         return tensor
 
-    def _check_equal(self, shard: Shard, tensor: np.ndarray, other: Shard) -> None:
-        if not same_bits(tensor, self._read(other)):
+    def _check_equal(self, shard: Shard, tensor: np.ndarray, copy: Shard) -> None:
+        if not same_bits(tensor, self._read(copy)):
             raise UserError(
-                f"{self._file(other)}: {other.local_name} differs from {shard.local_name} in {self._file(shard)}; "
+                f"{self._file(copy)}: {copy.local_name} differs from {shard.local_name} in {self._file(shard)}; "
                 f"they are copies of one tensor and must be equal"
             )
 
@@ -165,10 +166,9 @@ class MegatronSource(TensorSource):
     def _file(self, shard: Shard) -> Path:
         return self._ranks[shard.tensor_rank, shard.pipeline_rank].path
 
-    def _model(self, given: ModelConfig | None, noop_layers: tuple[int, ...]) -> ModelConfig:
+    def _model(self, config: ModelConfig | None, noop_layers: tuple[int, ...]) -> ModelConfig:
         first = self._ranks[0, 0]
         where = str(first.path)
-        config = given
         if config is None and self.companions.hf_config is not None:
             config = from_hf(self.companions.hf_config, where=str(self.folder / COMPANIONS / "config.json"))
         if config is not None:
@@ -186,7 +186,7 @@ class MegatronSource(TensorSource):
         if sum(counts) != self.config.num_layers and not noop_layers:
             raise UserError(
                 f"{self.location} holds {sum(counts)} decoder layers (by stage: {list(counts)}); the config implies "
-                f"{self.config.num_layers}. Layers are missing or left over, or there are noop layers: give noop_layers"
+                f"{self.config.num_layers}. Layers are missing or left over. If there are noop layers, give noop_layers"
             )
         if not num_layer_list and not noop_layers and chunks == 1 and len(set(counts)) > 1:
             num_layer_list = counts
@@ -199,7 +199,7 @@ class MegatronSource(TensorSource):
         )
 
     def _stored_rows(self) -> int:
-        """Rows of the embedding over all ranks, padding included."""
+        """Rows of the embedding over all ranks, with padding."""
         first_stage = [rank.chunks[0] for (_, stage), rank in sorted(self._ranks.items()) if stage == 0]
         rows = sum(chunk[EMBEDDING].shape[0] for chunk in first_stage if EMBEDDING in chunk)
         if 0 < rows < self.config.vocab_size:
@@ -209,7 +209,7 @@ class MegatronSource(TensorSource):
         return rows or self.config.vocab_size
 
     def _check(self) -> None:
-        expected = [shard for found in self._shards.values() for shard in found]
+        expected = list(chain.from_iterable(self._shards.values()))
         names = {
             rank.name_of(chunk, name)
             for rank in self._ranks.values()
@@ -222,12 +222,14 @@ class MegatronSource(TensorSource):
             tensor = self._tensor(shard)
             check_shape(str(self._file(shard)), shard.local_name, tensor.shape, shard.shape)
             if dtype_name(tensor.dtype) != dtype_name(self.dtype(shard.spec.name)):
-                raise UserError(f"{self._file(shard)}: {shard.local_name} is {tensor.dtype}; on other ranks it is not")
+                raise UserError(
+                    f"{self._file(shard)}: {shard.local_name} is {tensor.dtype}; other ranks have another dtype"
+                )
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """What one rank's file holds."""
+    """The content of one rank's file."""
 
     path: Path
     args: dict[str, Any]
@@ -275,7 +277,7 @@ def _rank_paths(folder: Path) -> dict[tuple[int, int], Path]:
             raise UserError(f"{path}: not a rank of a dense model: expected mp_rank_<tensor>[_<pipeline>[_000]]")
         rank = int(match[1]), int(match[2] or 0)
         if rank in paths:
-            raise UserError(f"{path} and {paths[rank]} are the same rank: remove the one that is not meant")
+            raise UserError(f"{path} and {paths[rank]} are the same rank: remove the wrong one")
         paths[rank] = path / FILE
     if not paths:
         raise UserError(f"{folder} holds no mp_rank_* folders: not a Megatron torch checkpoint")

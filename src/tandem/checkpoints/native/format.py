@@ -1,4 +1,4 @@
-"""What the files of a native checkpoint are called and hold, and writing one iteration of them."""
+"""The files of a native checkpoint: their names, their content, and writing one iteration of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ INDEX = "index.json"
 
 
 def key_of(name: str, kind: TensorKind) -> str:
-    """A tensor's name inside a file."""
+    """A tensor's name inside a file.
+
+    >>> key_of("embedding.word_embeddings.weight", "exp_avg")
+    'exp_avg.embedding.word_embeddings.weight'
+    """
     return name if kind == "model" else f"{kind}.{name}"
 
 
@@ -37,7 +41,7 @@ def slice_bytes(tensor: np.ndarray) -> memoryview:
 
 @dataclass(frozen=True)
 class PlannedSlice:
-    """A slice that will be written: which part of which tensor, in which file."""
+    """A slice that will be written: a part of a tensor, and the file for it."""
 
     file: str
     kind: TensorKind
@@ -49,7 +53,7 @@ class PlannedSlice:
 
 
 class SliceFiles:
-    """The files that one process writes, each made when its first slice comes, and their entries in the index."""
+    """The files that one process writes, and their entries in the index. A file is made when its first slice comes."""
 
     def __init__(self, work: Path, plan: Sequence[PlannedSlice], dtypes: Mapping[TensorKind, str]) -> None:
         self._work = work
@@ -63,11 +67,11 @@ class SliceFiles:
 
     @property
     def keys(self) -> set[str]:
-        """Of which tensors something was written."""
+        """The keys of the tensors that were written, whole or in part."""
         return {item.key for item in self._digests}
 
     def write(self, item: PlannedSlice, rows: np.ndarray, dtype: np.dtype) -> None:
-        """Append the next rows of a slice. They must stay as they are until `close`."""
+        """Append the next rows of a slice. The rows must not change before `close`."""
         if item.file not in self._writers:
             self._writers[item.file] = SafetensorsWriter(self._work / item.file, self._entries[item.file])
         if item not in self._digests:
@@ -79,7 +83,7 @@ class SliceFiles:
             self._writers[item.file].write(item.key, rows[first:last])
 
     def close(self) -> None:
-        """The files are whole and on the disk, and the index has an entry of every slice."""
+        """Finish: all files are whole and on the disk, and the index has an entry for every slice."""
         assert self._writers.keys() == self._entries.keys(), "a file was announced and nothing written to it"
         for writer in self._writers.values():
             writer.close()
@@ -104,7 +108,7 @@ class SliceFiles:
 
 @dataclass(frozen=True)
 class IterationWriter:
-    """What every native checkpoint says of itself, beside its slices."""
+    """Writes what a native checkpoint holds besides its slices: index, config, companions and documents."""
 
     config: ModelConfig
     layout: Layout
@@ -128,7 +132,7 @@ class IterationWriter:
             raise UserError(f"{where}: {missing[0]} was never written ({len(missing)} tensors missing)")
 
     def describe(self, work: Path, index: Mapping[str, Any], *, elsewhere: bool) -> None:
-        """Write all but the slices into `work`. `elsewhere`: other machines hold some of the files."""
+        """Write everything except the slices into `work`. `elsewhere`: other machines hold some of the files."""
         write_companions(work / COMPANIONS, self.companions, self.config, self.dtypes["model"])
         for name, text in self.documents.items():
             (work / name).write_text(text, encoding="utf-8")
@@ -146,7 +150,11 @@ class IterationWriter:
 
 
 def in_words(error: BaseException | None) -> str | None:
-    """An error in words, which can travel between ranks."""
+    """An error in words, so that ranks can send it to each other; None for None.
+
+    >>> in_words(KeyError("model"))
+    "KeyError: 'model'"
+    """
     if error is None:
         return None
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

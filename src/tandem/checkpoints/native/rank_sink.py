@@ -1,4 +1,4 @@
-"""Writing a native checkpoint from all ranks of a job, each its own slices."""
+"""Writing a native checkpoint from all ranks of a job. Each rank writes its slices."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tandem.parallel.layout import Shard
 
 
 class NativeRankSink:
-    """One rank's part in writing an iteration: each rank writes its own slices, none gathers the others'.
+    """One rank's part in writing an iteration. Each rank writes its own slices; no rank gathers those of others.
 
-    Making it and `publish` are collective. Between them a rank calls `write_part` for what `saved_shards` lists, in
-    order, and `finish`; neither waits for other ranks, so a thread of its own may do that.
+    All ranks make this object at the same time, and all call `publish`. In between, a rank calls `write_part` for the
+    shards of `saved_shards`, in order, and then `finish`. Neither waits for other ranks, so a thread may call them.
 
     Args:
         by_rows: the kinds that are sharded by rows over data ranks.
-        shared_storage: False when every machine has a disk of its own: each then gets a folder with its own ranks'
-            files and the whole index.
+        shared_storage: False when every machine has its own disk. Then each machine gets a folder with the files of its
+            ranks and the whole index.
 
     Raises:
-        UserError: on every rank, when the folder cannot be made on one.
+        UserError: on every rank, when one rank cannot make the folder.
     """
 
     def __init__(
@@ -72,28 +72,28 @@ class NativeRankSink:
         self._files = SliceFiles(Publication.working_folder(self._final), plan, self._dtypes)
 
     def write_part(self, kind: TensorKind, shard: Shard, values: np.ndarray) -> None:
-        assert values.shape == shard.shape, f"{shard.spec.name}: {values.shape} where {shard.shape} is laid out"
+        assert values.shape == shard.shape, f"{shard.spec.name}: the shape is {values.shape}, expected {shard.shape}"
         self._files.write(self._planned(kind, shard), values, DTYPES[self._dtypes[kind]])
 
     def finish(self) -> None:
-        """All of this rank's files are whole and on the disk."""
+        """Finish this rank's files: they are whole and on the disk."""
         self._files.close()
 
     def publish(self, error: BaseException | None = None) -> None:
-        """Make the iteration visible, and the newest, when every rank has finished.
+        """Make the iteration visible as the newest one, when every rank has finished.
 
         Args:
-            error: what kept this rank from finishing.
+            error: the reason why this rank did not finish.
 
         Raises:
-            UserError: on every rank, when one has failed; nothing is visible then.
+            UserError: on every rank, when one has failed. Then nothing becomes visible.
         """
         try:
-            found = self._communicator.all_gather([in_words(error), None if error else self._files.index])
-            failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text]
+            reports = self._communicator.all_gather([in_words(error), None if error else self._files.index])
+            failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(reports) if text]
             if failures:
                 raise UserError(f"{self._final} was not saved: {'; '.join(failures)}")
-            self._together(lambda: self._publish([index for _, index in found]))
+            self._together(lambda: self._publish([index for _, index in reports]))
         except BaseException:
             self.abort()
             raise
@@ -108,7 +108,7 @@ class NativeRankSink:
         return iteration_folder(self.folder, self._iteration.number)
 
     def _together(self, act: Callable[[], None]) -> None:
-        """Leaders act while the others wait; what fails on one fails on all."""
+        """Leaders call `act` while the other ranks wait. When it fails on one rank, every rank raises."""
         failure: Exception | None = None
         if self._leads:
             try:
@@ -121,7 +121,7 @@ class NativeRankSink:
 
     def _make_folder(self) -> None:
         world = self._communicator.world
-        # Without shared storage a machine holds what its ranks write; how many they are is not known to be equal.
+        # Without shared storage a machine holds what its ranks write. Machines may have different numbers of ranks.
         check_free_space(self.folder, self._iteration.nbytes // (world.size if self._elsewhere else 1))
         self._publication = Publication(self._final, replace=True)
 

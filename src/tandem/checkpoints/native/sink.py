@@ -21,8 +21,8 @@ class NativeSink:
     """Write one iteration. Tensors come kind by kind, each kind in the tensor table's order.
 
     Args:
-        dtypes: what is held for every tensor, and in which dtype ("model" first).
-        documents: small text files of the trainer to store beside the index, by file name.
+        dtypes: the kinds that are held for every tensor, with their dtypes ("model" first).
+        documents: small text files of the trainer, by name, which are stored next to the index.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class NativeSink:
     def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         first = self._rows.add(key_of(name, kind), rows, self._shards[name][0].spec.shape).start
         for shard in self._shards[name]:
-            found = cut_rows(rows, first, shard.part)
-            if found.size:
-                self._files.write(self._planned(kind, shard), found, DTYPES[self._dtypes[kind]])
+            rows_here = cut_rows(rows, first, shard.part)
+            if rows_here.size:
+                self._files.write(self._planned(kind, shard), rows_here, DTYPES[self._dtypes[kind]])
 
     def close(self) -> None:
         self._iteration.check_complete(self.folder, self._files.keys)
@@ -68,7 +68,10 @@ class NativeSink:
 
     def _plan(self) -> list[PlannedSlice]:
         return [
-            self._planned(kind, shard) for kind in self._dtypes for found in self._shards.values() for shard in found
+            self._planned(kind, shard)
+            for kind in self._dtypes
+            for name_shards in self._shards.values()
+            for shard in name_shards
         ]
 
     def _planned(self, kind: TensorKind, shard: Shard) -> PlannedSlice:

@@ -1,4 +1,4 @@
-"""The native checkpoint: Megatron's folders with safetensors, and an index that any layout can be read from.
+"""The native checkpoint: Megatron's folders with safetensors, and an index from which any layout can be read.
 
     latest_checkpointed_iteration.txt      the newest whole iteration; written last
     iter_0000010/
@@ -50,10 +50,10 @@ class _Slice:
 
 
 class NativeSource(TensorSource):
-    """Read one iteration, whatever layout wrote it. Every slice's sha256 is checked as it is read.
+    """Read one iteration, in whatever layout it was written. The sha256 of every slice that is read is checked.
 
     Args:
-        iteration: which one; None for the one that the tracker file names.
+        iteration: its number; None for the one that the tracker file names.
 
     Raises:
         UserError: no such checkpoint, an unknown version, a missing, truncated or damaged file, a missing tensor.
@@ -91,7 +91,7 @@ class NativeSource(TensorSource):
         return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
-        """Reads the slices that `part` overlaps, and no others; each whole, for its sha256."""
+        """Only slices that overlap `part` are read: whole, to check their sha256."""
         values = np.empty(part.shape, self._dtypes[kind])
         for entry in self._overlapping(name, kind, part):
             first = 0
@@ -102,7 +102,7 @@ class NativeSource(TensorSource):
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         needed = self._overlapping(name, kind, part)
-        if [entry.part.shape for entry in needed] == [part.shape]:  # they are the same
+        if [entry.part.shape for entry in needed] == [part.shape]:  # the part is one slice
             yield from self._stream_slice(name, kind, needed[0])
         else:
             yield self.read_part(name, part, kind)
@@ -120,7 +120,7 @@ class NativeSource(TensorSource):
                 try:
                     return NativeSource(self.folder.parent, iteration)
                 except UserError:
-                    continue  # the one before that, then
+                    continue  # try the one before
         return None
 
     def _read_index(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class NativeSource(TensorSource):
         return index
 
     def _check_slices(self) -> None:
-        """The index names every tensor, and the slices of each cover it."""
+        """Raise UserError unless the index has every tensor, and the slices of each cover it."""
         self._table = tensor_table(self.config)
         expected = {key_of(name, kind): spec for kind in self.kinds() for name, spec in self._table.items()}
         check_names(self.location, set(self._slices), set(expected))
@@ -152,7 +152,7 @@ class NativeSource(TensorSource):
                 )
 
     def _here(self, slices: dict[str, list[_Slice]]) -> dict[str, list[_Slice]]:
-        """Of slices that several machines hold, the one that is here, if any."""
+        """Of equal slices on several machines, keep one: that of this machine, if it has one."""
         files = {entry.file for entries in slices.values() for entry in entries}
         present = {file for file in files if (self.folder / file).exists()}
         chosen: dict[str, dict[Part, _Slice]] = {key: {} for key in slices}
@@ -160,10 +160,10 @@ class NativeSource(TensorSource):
             for entry in entries:
                 if entry.file in present or entry.part not in chosen[key]:
                     chosen[key][entry.part] = entry
-        return {key: list(found.values()) for key, found in chosen.items()}
+        return {key: list(by_part.values()) for key, by_part in chosen.items()}
 
     def _open_files(self, *, elsewhere: bool) -> dict[str, SafetensorsFile]:
-        """The files that are here; with `elsewhere`, other machines hold the rest."""
+        """Open the files of this machine. With `elsewhere`, other machines hold the rest."""
         paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
         return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
 
@@ -171,7 +171,7 @@ class NativeSource(TensorSource):
         return [entry for entry in self._slices[key_of(name, kind)] if overlaps(entry.part, part)]
 
     def _stream_slice(self, name: str, kind: TensorKind, entry: _Slice) -> Iterator[np.ndarray]:
-        """A slice in blocks of rows; after the last one its sha256 is known, and checked."""
+        """A slice in blocks of rows. Its sha256 is checked after the last block."""
         key, digest = key_of(name, kind), hashlib.sha256()
         file = self._file_of(key, entry, self._dtypes[kind])
         shape = entry.part.shape
@@ -183,7 +183,7 @@ class NativeSource(TensorSource):
             raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
 
     def _file_of(self, key: str, entry: _Slice, dtype: np.dtype) -> SafetensorsFile:
-        """The file that holds a slice, after what its header says was compared with the index."""
+        """The file that holds a slice. Its header is compared with the index first."""
         if entry.file not in self._files:
             raise UserError(
                 f"{self.folder}: tensor {key} is in {entry.file}, which another machine holds: the checkpoint was "
@@ -191,17 +191,17 @@ class NativeSource(TensorSource):
             )
         file = self._files[entry.file]
         if key not in file.entries:
-            raise UserError(f"{file.path}: tensor {key} is missing; {INDEX} says it is there")
+            raise UserError(f"{file.path}: tensor {key} is missing; {INDEX} lists it")
         check_shape(str(file.path), key, file.entries[key].shape, entry.part.shape)
-        if (found := file.entries[key].dtype) != dtype:
-            raise UserError(f"{file.path}: tensor {key} is of {found}; {INDEX} says {dtype}")
+        if (stored := file.entries[key].dtype) != dtype:
+            raise UserError(f"{file.path}: tensor {key} is {stored}; {INDEX} says {dtype}")
         return file
 
 
 def _slices(entry: dict[str, Any]) -> list[_Slice]:
-    """What the index says of one tensor."""
-    found = []
+    """The slices of one tensor, from its entry in the index."""
+    slices = []
     for item in entry["slices"]:
         boxes = tuple(tuple((int(start), int(stop)) for start, stop in box) for box in item["boxes"])
-        found.append(_Slice(str(item["file"]), Part(boxes, int(entry["stacked_dim"])), item["sha256"]))
-    return found
+        slices.append(_Slice(str(item["file"]), Part(boxes, int(entry["stacked_dim"])), item["sha256"]))
+    return slices

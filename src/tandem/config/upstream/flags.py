@@ -1,4 +1,5 @@
-"""Flags of Megatron-LM and MindSpeed-LLM scripts that need no setting here: accepted, checked, and mentioned once."""
+"""Flags of Megatron-LM and MindSpeed-LLM scripts that have no setting here. They are accepted, checked, and listed
+once."""
 
 from __future__ import annotations
 
@@ -10,9 +11,14 @@ from tandem.errors import UserError
 
 @dataclass(frozen=True)
 class Ignored:
-    """`values`: how many words follow the flag, None for all up to the next flag. `allowed`: what they may be; None for
-    anything. `refusal`: why the flag is never accepted. `excludes`: another flag of the table that may not stand beside
-    it."""
+    """A flag that is accepted without effect.
+
+    Attributes:
+        values: how many words follow the flag; None for all words up to the next flag.
+        allowed: the values that are accepted; None for any value.
+        refusal: why the flag is not accepted at all.
+        excludes: another flag of the table that cannot be given together with this one.
+    """
 
     values: int | None = 0
     allowed: tuple[str, ...] | None = None
@@ -21,8 +27,8 @@ class Ignored:
 
 
 ALWAYS_ON = Ignored()
-ALL_WEIGHTS = Ignored(refusal="LoRA is not there; training changes all weights")
-# What these ask for is what happens anyway, or has no effect on results.
+ALL_WEIGHTS = Ignored(refusal="LoRA is not supported; training changes all weights")
+# These ask for what happens anyway, or have no effect on results.
 IGNORED: dict[str, Ignored] = {
     "--use-mcore-models": ALWAYS_ON,
     "--spec": Ignored(2, ("mindspeed_llm.tasks.models.spec.qwen3_spec", "layer_spec")),
@@ -72,12 +78,12 @@ IGNORED: dict[str, Ignored] = {
     "--no-create-attention-mask-in-dataloader": ALWAYS_ON,
     "--calculate-per-token-loss": ALWAYS_ON,
     "--pad-to-multiple-of": Ignored(1),  # batches never hold padding
-    "--join": Ignored(1, ("True",)),  # this and the next are msrun's
+    "--join": Ignored(1, ("True",)),  # this flag and the next belong to msrun
     "--cluster-time-out": Ignored(1),
 }
 
-LOCAL_FILES = Ignored(refusal="data are read from local files named by --input")
-NO_OBFUSCATION = Ignored(refusal="data are not obfuscated")
+LOCAL_FILES = Ignored(refusal="not supported; data are read from the local files of --input")
+NO_OBFUSCATION = Ignored(refusal="obfuscated data are not supported")
 PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--streaming": ALWAYS_ON,
     "--n-subs": Ignored(1),  # upstream's parts are merged into the same files
@@ -87,18 +93,18 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--make-vocab-size-divisible-by": Ignored(1),
     "--pad-vocab-size-to": Ignored(1),
     "--dataset-impl": Ignored(1),
-    "--datasets": Ignored(None),  # read by nothing upstream, as the next
+    "--datasets": Ignored(None),  # MindSpeed-LLM itself does not use this flag and the next
     "--reward-tokens": Ignored(None),
     "--dataset-additional-keys": Ignored(refusal="fields for reinforcement learning are not written"),
     "--tokenizer-model": Ignored(1),
     "--vocab-file": Ignored(1),
     "--merge-file": Ignored(1),
     "--keep-newlines": ALWAYS_ON,
-    "--reasoning-effort": Ignored(1),  # of a prompt type that is not here, as the next
+    "--reasoning-effort": Ignored(1),  # this flag and the next are for a prompt type that is not supported
     "--drop-thinking": Ignored(1),
     "--split-sentences": Ignored(refusal="documents are stored whole, not by sentence"),
     "--prompt-type-path": Ignored(
-        refusal="prompt types are built in; --prompt-type chat_template takes the model's own"
+        refusal="not supported; prompt types are built in. --prompt-type chat_template uses the model's own template"
     ),
     "--hf-datasets-params": LOCAL_FILES,
     "--script-data-dir": LOCAL_FILES,
@@ -108,7 +114,7 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
 
 NO_LORA = Ignored(refusal="LoRA adapters are not converted or merged")
 NO_LEGACY = Ignored(refusal="only Megatron-core's names are read and written")
-# What the converters' other flags ask for does not exist in a dense model, or happens anyway.
+# The other flags of converters ask for what a dense model does not have, or what happens anyway.
 CONVERT_IGNORED: dict[str, Ignored] = {
     "--use-mcore-models": ALWAYS_ON,
     "--spec": IGNORED["--spec"],
@@ -133,9 +139,9 @@ CONVERT_IGNORED: dict[str, Ignored] = {
     "--moe-grouped-gemm": Ignored(refusal="mixtures of experts are not supported"),
     "--moe-tp-extend-ep": Ignored(refusal="mixtures of experts are not supported"),
     "--mla-mm-split": Ignored(refusal="multi-head latent attention is not supported"),
-    "--schedules-method": Ignored(refusal="stages are laid out plainly or interleaved; dualpipev is not supported"),
+    "--schedules-method": Ignored(refusal="dualpipev is not supported; only plain and interleaved pipeline stages are"),
     "--add-dense-bias": Ignored(refusal="biases of dense layers are not supported"),
-    "--post-norm": Ignored(refusal="norms behind attention and MLP are not supported"),
+    "--post-norm": Ignored(refusal="norms after attention and MLP are not supported"),
     "--load-from-legacy": NO_LEGACY,
     "--save-to-legacy": NO_LEGACY,
     "--lora-load": NO_LORA,
@@ -150,10 +156,13 @@ def split_ignored(argv: Sequence[str], table: dict[str, Ignored] = IGNORED) -> t
     """Take the flags of `table` out of a command line.
 
     Returns:
-        The remaining words, and one notice that names what was taken out (none when nothing was).
+        The remaining words, and a notice that lists the flags that were taken out; no notice when there are none.
 
     Raises:
-        UserError: such a flag asks for something that is not what happens here.
+        UserError: a flag asks for something that is not supported.
+
+    >>> split_ignored(["--lr", "1", "--swiglu"])
+    (['--lr', '1'], ['accepted, without effect here: --swiglu'])
     """
     rest: list[str] = []
     taken: list[str] = []

@@ -1,4 +1,4 @@
-"""msrun's names for the processes of a job, as scripts that were written for it pass them: turned into torchrun's."""
+"""Turns msrun's flags for the number of processes into torchrun's, for scripts that were written for msrun."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ LOCAL, ALL = "--local_worker_num", "--worker_num"
 
 
 def as_torchrun(argv: Sequence[str]) -> list[str]:
-    """`--local_worker_num L --worker_num W` as `--nproc-per-node L --nnodes W/L`; the other words are kept.
+    """Turn `--local_worker_num L --worker_num W` into `--nproc-per-node L --nnodes W/L`. Other words stay the same.
+
+    >>> as_torchrun(["--worker_num", "16", "--local_worker_num", "8", "--lr", "1"])
+    ['--nproc-per-node', '8', '--nnodes', '2', '--lr', '1']
 
     Raises:
-        UserError: one of the two stands alone, is no positive number, or L does not divide W.
+        UserError: only one of the two is given, a value is not a positive number, or W is not a multiple of L.
     """
     given: dict[str, str] = {}
     rest: list[str] = []
@@ -27,10 +30,10 @@ def as_torchrun(argv: Sequence[str]) -> list[str]:
             rest.append(word)
     if not given:
         return rest
-    said = " ".join(f"{name} {value}" for name, value in given.items())
+    typed = " ".join(f"{name} {value}" for name, value in given.items())
     if len(given) == 1 or not all(value.isdigit() and int(value) for value in given.values()):
-        raise UserError(f"{said}: expected {ALL}, the processes of all machines, and {LOCAL}, those of this machine")
+        raise UserError(f"{typed}: expected {ALL} (processes on all machines) and {LOCAL} (processes on this machine)")
     local, workers = int(given[LOCAL]), int(given[ALL])
     if workers % local:
-        raise UserError(f"{said}: every machine starts {local}, so that all must be a multiple of it")
+        raise UserError(f"{typed}: expected {ALL} to be a multiple of {LOCAL}")
     return ["--nproc-per-node", str(local), "--nnodes", str(workers // local), *rest]

@@ -1,1 +1,1 @@
-"""What a run tells while it runs."""
+"""The logs that a run writes and shows."""

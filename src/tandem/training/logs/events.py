@@ -1,4 +1,4 @@
-"""`events.jsonl`: what happened to a run beside its steps. It only grows: a resumed run adds to it."""
+"""`events.jsonl`: starts, saves, exports and ends of a run. A resumed run adds to the file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EVENTS_FILE = "events.jsonl"
 
 
 class EventLog:
-    """Appends one JSON object per event, with its time.
+    """Appends a JSON object with the time for each event.
 
     Args:
-        folder: of the run; None keeps nothing, as on every rank but the first.
+        folder: of the run; None writes nothing. Only the first rank writes.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -35,18 +35,18 @@ class EventLog:
 
     @contextmanager
     def around(self, progress: Progress) -> Iterator[None]:
-        """Tells when a run starts, and whether it finishes or is stopped by an error."""
+        """Record the start of the run, and its end: finished, or stopped by an error."""
         self.add("started", iteration=progress.iteration)
         try:
             yield
         except BaseException as error:
-            with suppress(UserError):  # what stops the run must be told, not that the disk had no room to note it
+            with suppress(UserError):  # if the disk is full, the user must still see the first error
                 self.add("stopped", iteration=progress.iteration, reason=f"{type(error).__name__}: {error}")
             raise
         self.add("finished", iteration=progress.iteration)
 
 
 def read_events(folder: str | Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; none when it kept no record of them."""
+    """The events of a run, oldest first; empty when there is no file."""
     path = Path(folder) / EVENTS_FILE
     return read_json_lines(path, "event", str) if path.exists() else []

@@ -1,4 +1,4 @@
-"""The live view of a run on a terminal: where it stands, how fast it goes, where the loss is heading."""
+"""The live view of a run on a terminal: progress, speed, and the curve of the loss."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rich.text import Text
 from tandem.training.logs.log import StepRecord, perplexity
 
 BARS = "▁▂▃▄▅▆▇█"
-RECENT = 20  # steps whose mean gives speed and the time left
+RECENT = 20  # speed and remaining time are means over this many steps
 REFRESHES_PER_SECOND = 2.0
 
 
 class LiveView:
-    """A panel below the plain lines, which go on as if it were not there; it vanishes with the run."""
+    """A panel below the plain log lines. It disappears when the run ends."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._losses: list[float] = []
@@ -38,7 +38,7 @@ class LiveView:
         self._live.start()
 
     def on_step(self, record: StepRecord) -> None:
-        if math.isfinite(record.loss):  # a bad one, passed over, has no place on the curve
+        if math.isfinite(record.loss):  # the loss of a skipped step may not be finite
             self._losses.append(record.loss)
         self._recent.append(record)
         self._validation.update(record.validation)
@@ -81,10 +81,14 @@ class LiveView:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """Values as bars, the means of equal stretches when there are more of them than `width`."""
+    """Draw values as bars. More than `width` values are averaged in groups of equal size.
+
+    >>> sparkline([1.0, 2.0, 3.0, 4.0], width=2)
+    '▁█'
+    """
     if not values:
         return ""
-    stretch = -(-len(values) // max(1, width))
-    means = [sum(part) / len(part) for part in (values[i : i + stretch] for i in range(0, len(values), stretch))]
+    group = -(-len(values) // max(1, width))
+    means = [sum(part) / len(part) for part in (values[i : i + group] for i in range(0, len(values), group))]
     low, high = min(means), max(means)
     return "".join(BARS[int((mean - low) / ((high - low) or 1.0) * (len(BARS) - 1))] for mean in means)

@@ -1,4 +1,4 @@
-"""What a run prints: plain lines that survive in a log file, the iteration line in Megatron's format."""
+"""What a run prints: plain lines for log files, with iteration lines in Megatron's format."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from tandem.launch.world import World
 from tandem.logs import log
 
 Write = Callable[[str], None]
-VALIDATION = "validation"  # the name of the validation set, when there is only the split's
+VALIDATION = "validation"  # name of the validation set from --split, or of a single set without a name
 
 
 def log_notice(text: str) -> None:
-    """What the user must know, said by the first rank."""
+    """Log a notice for the user, on the first rank only."""
     if World.from_environment().rank == 0:
         log.info("> %s", text)
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step, as the logs keep it.
+    """One finished step, for the logs.
 
     Attributes:
-        lr, next_lr: the step's rate, and that of the step to come: Megatron prints that one.
-        epoch: passes over the training samples so far.
-        tokens, trained_tokens: of the global batch; padding is never among them.
+        lr: learning rate of this step.
+        next_lr: learning rate of the next step, which Megatron prints.
+        epoch: number of passes over the training samples so far.
+        tokens, trained_tokens: of the global batch. Padding does not count.
         seconds: wall time of the step.
         flops: floating-point operations that the step needed, on all `devices` together.
-        peak_flops: a device's peak per second, where it is known.
-        memory: peak bytes of the first rank's device so far; on CPU, of its process.
-        skipped: the step was not applied: its loss or gradient norm was not finite, or its loss 0 or a spike.
-        loss_scale: of the step's gradients; 1 but for fp16.
-        validation: mean loss of each validation set, when the step ended with an evaluation.
+        peak_flops: largest number of operations per second of a device; None when it is not known.
+        memory: peak bytes on the device of the first rank so far; on CPU, of its process.
+        skipped: whether the step was not applied. Its loss or gradient norm was not finite, or its loss 0 or a spike.
+        loss_scale: scale of the gradients of this step; 1 without fp16.
+        validation: mean loss of each validation set, if the step ended with an evaluation.
     """
 
     iteration: int
@@ -68,12 +69,16 @@ class StepRecord:
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss; bounded as Megatron's is, e^20."""
+    """The perplexity of a mean loss, at most e^20, as in Megatron.
+
+    >>> perplexity(0.0)
+    1.0
+    """
     return math.exp(min(20.0, loss))
 
 
 class IterationLog:
-    """Gathers steps and writes one line every `interval`."""
+    """Collects steps and writes a line every `interval` steps."""
 
     def __init__(self, interval: int, log_throughput: bool, write: Write = log.info) -> None:
         self._interval = interval
@@ -87,8 +92,10 @@ class IterationLog:
             self._window = []
 
     def _line(self, last: StepRecord) -> str:
-        """MindSpeed-LLM's and Megatron-LM's training line; the loss is the mean over the steps that were applied since
-        the last line, and left out when none was."""
+        """The training line of MindSpeed-LLM and Megatron-LM.
+
+        The loss is the mean over the applied steps since the last line. It is left out when no step was applied.
+        """
         steps = len(self._window)
         seconds = sum(record.seconds for record in self._window) / steps
         losses = [record.loss for record in self._window if not record.skipped]
@@ -111,7 +118,7 @@ class IterationLog:
 
 
 def evaluation_line(iteration: int, name: str, loss: float) -> str:
-    """Megatron's lines after an evaluation; a set other than the split's own is named."""
+    """Megatron's lines after an evaluation. The name of a set is shown, unless it is the set from --split."""
     on = "" if name == VALIDATION else f" on {name}"
     line = (
         f" validation loss at iteration {iteration}{on} | lm loss value: {loss:.6E} | "

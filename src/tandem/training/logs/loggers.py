@@ -1,4 +1,4 @@
-"""Who is told of each step: the files and services that a run's settings name."""
+"""The loggers of a run: the files and services of its settings that get every step."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ OnStep = Callable[[StepRecord], None]
 
 
 class StepLogger(Protocol):
-    """Follows a run on its first rank."""
+    """Gets every step of a run, on the first rank."""
 
     def on_step(self, record: StepRecord) -> None: ...
 
     def close(self) -> None:
-        """Called once, also when the run ends with an error."""
+        """Called once at the end, even after an error."""
         ...
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What loggers must know of a run.
+    """What loggers need to know about a run.
 
     Attributes:
-        iteration: where it stands.
-        folder: of the run; None when it saves nothing.
-        settings: all of the run's, to be shown.
+        iteration: the last finished iteration.
+        folder: of the run; None when the run saves nothing.
+        settings: all settings of the run, by group.
     """
 
     ai_framework: str
@@ -50,26 +50,26 @@ class LoggedRun:
 
 @contextmanager
 def step_loggers(logging: LoggingSettings, run: LoggedRun, on_step: OnStep | None) -> Iterator[OnStep]:
-    """Open every logger of a run; yields the function that tells them, and `on_step`, of a step.
+    """Open every logger of a run. Yields a function that passes a step to all loggers and to `on_step`.
 
     Raises:
         UserError: a file cannot be written, or a library is not installed.
     """
     with ExitStack() as stack:
         listeners = [on_step] if on_step else []
-        for logger in _opened(logging, run):
+        for logger in _open(logging, run):
             stack.callback(logger.close)
             listeners.append(logger.on_step)
 
-        def tell(record: StepRecord) -> None:
+        def log_step(record: StepRecord) -> None:
             for listener in listeners:
                 listener(record)
 
-        yield tell
+        yield log_step
 
 
-def _opened(logging: LoggingSettings, run: LoggedRun) -> Iterator[StepLogger]:
-    """Each logger is opened when it is asked for, so that those before it can be closed should that fail."""
+def _open(logging: LoggingSettings, run: LoggedRun) -> Iterator[StepLogger]:
+    """Open the loggers one by one. If one fails, the caller can close those before it."""
     if run.folder is not None:
         yield MetricsFile(run.folder / METRICS_FILE, run.iteration)
     if logging.tensorboard_dir is not None:

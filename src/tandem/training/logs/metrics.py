@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON line for each step of a run, whatever stopped and resumed it in between."""
+"""`metrics.jsonl`: one JSON line for each step of a run. Each step has one line even if the run was resumed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends a line per step, as soon as it ends.
+    """Appends a line for each step when it ends.
 
     Args:
-        iteration: where the run stands. Lines of later steps, which an earlier process took and did not save, are
-            cut off first, and so is the unfinished line that a kill may leave.
+        iteration: the last finished iteration. Lines of later steps are removed first: an earlier process took these
+            steps and did not save them. An unfinished line of a killed process is also removed.
 
     Raises:
         UserError: the file cannot be written, or is not a metrics file.
@@ -41,9 +41,11 @@ class MetricsFile:
 
 
 def metrics_of(record: StepRecord) -> dict[str, Any]:
-    """A step as plain values: times in seconds, memory in bytes, rates per second over all devices, but for
-    `tflops_per_device`; `mfu` is null where the device's peak is not known, loss and
-    gradient norm where they are not finite."""
+    """A step as plain values.
+
+    Times are in seconds and memory in bytes. Rates are per second over all devices, except `tflops_per_device`. `mfu`
+    is null when the device's peak is not known. Loss and gradient norm are null when they are not finite.
+    """
     return {
         "iteration": record.iteration,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -68,16 +70,16 @@ def metrics_of(record: StepRecord) -> dict[str, Any]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The steps of a run, in order; an unfinished last line, of a run that goes on, is left out.
+    """The steps of a run, in order. An unfinished last line is left out: the run may still be writing it.
 
     Raises:
-        UserError: the file is missing, or a line is not one of metrics.
+        UserError: the file is missing, or a line does not contain metrics.
     """
     return read_json_lines(Path(path), "iteration", int)
 
 
 def _end_of(path: Path, iteration: int) -> int:
-    """Bytes of the whole lines up to `iteration`."""
+    """The number of bytes up to the end of the line of `iteration`."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

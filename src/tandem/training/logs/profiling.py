@@ -1,4 +1,4 @@
-"""`--profile`: the framework's own profiler over a few steps, and where their time went, module by module."""
+"""`--profile`: runs the framework's profiler over a few steps, and shows the time of each module."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PROFILE_FOLDER = "profile"
 class StepProfiler:
     """Profiles the steps after `--profile-step-start` up to `--profile-step-end`, on the first rank.
 
-    Evaluations and saves between these steps are in it, too.
+    Evaluations and saves between these steps are profiled as well.
 
     Args:
-        save: the run's folder, where the summary is kept; None keeps none.
-        iteration: where the run stands; a run that resumes within or after those steps profiles nothing.
+        save: folder of the run, for the summary; None writes no summary.
+        iteration: the last finished iteration. A run that resumes within or after the profiled steps profiles nothing.
     """
 
     def __init__(self, logging: LoggingSettings, ai_framework: str, save: Path | None, iteration: int) -> None:
@@ -40,7 +40,7 @@ class StepProfiler:
             self._finish(record.iteration)
 
     def close(self) -> None:
-        """A run that ends early keeps the trace, but no summary of steps that were not all taken."""
+        """Stop the profiler. A run that ends early keeps the trace, but has no summary."""
         if self._profiler is not None:
             self._profiler.stop()
 
@@ -59,22 +59,22 @@ class StepProfiler:
 
 
 def table(first: int, last: int, seconds: Mapping[str, float], trace: str) -> str:
-    """The summary as plain lines, the longest first."""
+    """The summary as plain lines, longest time first."""
     total = sum(seconds.values()) or 1.0
     lines = [f" profile of iterations {first} to {last} | trace: {trace}"]
-    for name, spent in sorted(seconds.items(), key=lambda item: -item[1]):
-        lines.append(f"    {name:.<48} {spent:9.4f} s {spent / total:6.1%}")
+    for name, duration in sorted(seconds.items(), key=lambda item: -item[1]):
+        lines.append(f"    {name:.<48} {duration:9.4f} s {duration / total:6.1%}")
     return "\n".join(lines)
 
 
 def write_profile(folder: Path, first: int, last: int, seconds: Mapping[str, float], trace: str) -> None:
-    """Keep a summary in a run's folder."""
+    """Write a summary to the folder of a run."""
     content = {"first": first, "last": last, "seconds": dict(seconds), "trace": trace}
     path = folder / PROFILE_FOLDER / f"steps_{first}_{last}.json"
     write_text_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_profiles(folder: Path) -> list[dict[str, Any]]:
-    """Every summary of a run, by its first step."""
+    """All summaries of a run, in order of their first step."""
     files = (folder / PROFILE_FOLDER).glob("steps_*.json")
     return sorted((json.loads(file.read_text()) for file in files), key=lambda profile: profile["first"])

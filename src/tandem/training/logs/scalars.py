@@ -1,4 +1,4 @@
-"""A step as named scalars: the tags that Megatron-LM gives TensorBoard and W&B."""
+"""A step as named numbers, with the tags that Megatron-LM uses for TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from tandem.training.logs.log import VALIDATION, StepRecord, perplexity
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """Megatron's tags, and with them what it does not log. Validation sets other than the split's own have their
-    name in the tag. The x axis is the iteration: Megatron's second axis, "vs samples", is `consumed-samples`."""
+    """Megatron's tags, and more that Megatron does not log.
+
+    The tag of a validation set contains its name, unless it is the set from --split. The x axis is the iteration;
+    instead of Megatron's second axis, "vs samples", there is the tag `consumed-samples`.
+    """
     values: dict[str, float | None] = {
         "lm loss": record.loss,
         "learning-rate": record.lr,

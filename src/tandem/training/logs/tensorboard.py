@@ -13,10 +13,10 @@ FLUSH_SECONDS = 10
 
 
 class TensorBoardWriter:
-    """Writes every `interval`-th step, and every evaluation, with TensorBoard's own library.
+    """Writes every `interval`-th step and every evaluation, with TensorBoard's library.
 
     Args:
-        iteration: where the run stands. TensorBoard is told to forget what an earlier process wrote of later steps.
+        iteration: the last finished iteration. TensorBoard then drops later steps that an earlier process wrote.
 
     Raises:
         UserError: the library is not installed, or the folder cannot be written.

@@ -13,16 +13,16 @@ from tandem.training.logs.scalars import scalars
 
 
 class WandbRun:
-    """Sends every step to a run of `--wandb-project`, with the run's settings as its config.
+    """Sends every step to a run of `--wandb-project`, with the settings as its config.
 
-    Each process that resumes the training is a run of its own there, in the group of its name: W&B takes no step twice.
+    A resumed training becomes a new run on W&B, in the group of its name: W&B does not accept a step twice.
 
     Args:
-        save: the run's folder, which holds the local files unless `--wandb-save-dir` names another.
-        config: the run's settings, as W&B shows them.
+        save: folder of the run. Local files go to its wandb folder, unless `--wandb-save-dir` names another.
+        config: the settings, for W&B to show.
 
     Raises:
-        UserError: the library is not installed, or refuses to begin.
+        UserError: the library is not installed, or cannot start.
     """
 
     def __init__(self, logging: LoggingSettings, save: Path | None, config: dict[str, Any]) -> None:
@@ -50,5 +50,5 @@ class WandbRun:
         self._run.log(scalars(record), step=record.iteration)
 
     def close(self) -> None:
-        # The end of a run that an error ends must not look like success there.
+        # A run that ended with an error must not look successful on W&B.
         self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)

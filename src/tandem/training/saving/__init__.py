@@ -1,1 +1,1 @@
-"""What a run writes, and what it keeps of it."""
+"""Saves checkpoints, exports them, and removes old ones."""

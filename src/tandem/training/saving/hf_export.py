@@ -1,4 +1,4 @@
-"""Hugging Face folders of a run's checkpoints, written beside it by a process of its own while training goes on."""
+"""Exports checkpoints of a run as Hugging Face folders, in another process while training continues."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _Running:
 
 
 class HFExports:
-    """Runs `tandem export`, one at a time. An export that fails is reported, and does not end the run.
+    """Runs `tandem export`, one at a time. A failed export is reported, and does not end the run.
 
     Args:
-        every: iterations that are a multiple are exported; None exports none.
+        every: export iterations that are a multiple of this; None exports nothing.
     """
 
     def __init__(self, folder: Path, every: int | None, events: EventLog) -> None:
@@ -36,20 +36,20 @@ class HFExports:
 
     @property
     def reading(self) -> int | None:
-        """The iteration that is being exported."""
+        """The iteration that is being exported; None when nothing is."""
         if self._running is not None and self._running.process.poll() is not None:
             self.wait()
         return self._running.iteration if self._running else None
 
     def start(self, iteration: int) -> None:
-        """Export a published iteration, if it is due, after the one before it."""
+        """Export a published iteration if it is due. Waits for the previous export first."""
         if not self._every or iteration % self._every:
             return
         self.wait()
         target = iteration_folder(self._folder / EXPORTS, iteration)
-        shutil.rmtree(target, ignore_errors=True)  # of steps that were taken again after a resume
+        shutil.rmtree(target, ignore_errors=True)  # exported before the run was resumed
         words = ["--load", str(self._folder), "--ckpt-step", str(iteration), "--save-dir", str(target), "--no-verify"]
-        # A process of its own, no rank of a supervised job.
+        # The new process is not a rank of the job.
         environment = {name: value for name, value in os.environ.items() if name != JOB}
         process = subprocess.Popen(
             [sys.executable, "-m", "tandem", "export", *words],
@@ -58,12 +58,12 @@ class HFExports:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            start_new_session=True,  # a Ctrl-C is for the run, which then waits
+            start_new_session=True,  # Ctrl-C must only reach the run, which then waits for the export
         )
         self._running = _Running(iteration, process)
 
     def wait(self) -> None:
-        """Until nothing is being exported."""
+        """Wait for the export that is running, if any."""
         if self._running is None:
             return
         running, self._running = self._running, None
@@ -76,7 +76,7 @@ class HFExports:
         self._events.add("export failed", iteration=running.iteration, reason=reason)
 
     def stop(self) -> None:
-        """Give up what is being exported; nothing of it stays under its name."""
+        """Stop the export that is running, if any. It leaves no folder with the final name."""
         if self._running is not None:
             self._running.process.kill()
             self._running.process.wait()

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, and every so many iterations."""
+"""Which checkpoints to keep: the newest ones, and those of certain iterations."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from pathlib import Path
 from tandem.checkpoints.folders import iteration_folder, saved_iterations
 from tandem.files.publish import TEMPORARY
 
-REMOVED = f"{TEMPORARY}removed-"  # a folder on its way out: no reader takes it for a checkpoint
+REMOVED = f"{TEMPORARY}removed-"  # prefix of a folder that is being removed, so that it is not read as a checkpoint
 
 
 def superseded(iterations: Collection[int], newest: int, total_limit: int | None, retain_interval: int | None) -> set:
-    """Of the saved `iterations`, those to be removed once `newest` is whole.
+    """The saved iterations to remove after `newest` is saved.
 
-    Later ones than `newest` are of a branch that was left, and not touched. As in Megatron, `retain_interval` alone
-    keeps the newest and its multiples.
+    Iterations after `newest` are kept: they were saved before the run went back to an earlier iteration. As in
+    Megatron, `retain_interval` alone keeps its multiples and the newest iteration.
+
+    >>> sorted(superseded([10, 20, 30, 40], newest=40, total_limit=1, retain_interval=20))
+    [10, 30]
     """
     if total_limit is None and retain_interval is None:
         return set()
     past = sorted(iteration for iteration in iterations if iteration <= newest)
-    kept = past[-(total_limit or 1) :]
+    newest_ones = past[-(total_limit or 1) :]
     return {
         iteration
         for iteration in past
-        if iteration not in kept and not (retain_interval and iteration % retain_interval == 0)
+        if iteration not in newest_ones and not (retain_interval and iteration % retain_interval == 0)
     }
 
 
 def remove_superseded(
     folder: Path, newest: int, total_limit: int | None, retain_interval: int | None, needed: Collection[int | None]
 ) -> None:
-    """Remove them, but for the `needed`, and what a killed process had begun to remove."""
+    """Remove superseded checkpoints except `needed`, and folders that a killed process did not finish removing."""
     for iteration in superseded(saved_iterations(folder), newest, total_limit, retain_interval).difference(needed):
         final = iteration_folder(folder, iteration)
         final.rename(folder / f"{REMOVED}{final.name}")

@@ -1,4 +1,4 @@
-"""Saving a run: at once, or in the background; old checkpoints removed, exports started."""
+"""Saves a run, at once or in the background. Also removes old checkpoints and starts exports."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ SECONDS_BETWEEN_SIGNS = 2.0
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What each checkpoint of a run says besides its tensors and how far the run has come.
+    """What each checkpoint of a run stores besides tensors and progress.
 
     Attributes:
-        settings: the run's, as YAML.
-        data: what defines the order of the samples, to be compared on resuming.
-        template: the record's entry of the template trained on (None for plain text); generation and export use it.
+        settings: of the run, as YAML.
+        data: what determines the order of the samples. A resumed run compares it.
+        template: the chat template, as in the data's record; None for plain text. Generation and export use it.
     """
 
     settings: str
@@ -51,7 +51,7 @@ class RunDescription:
 
 
 def kinds_by_rows(parallel: ParallelSettings) -> tuple[TensorKind, ...]:
-    """What an engine shards by rows over data ranks."""
+    """The kinds of tensors that an engine shards by rows over data ranks."""
     if parallel.use_torch_fsdp2:
         return TENSOR_KINDS
     return tuple(kind for kind in TENSOR_KINDS if kind != "model") if parallel.use_distributed_optimizer else ()
@@ -59,8 +59,13 @@ def kinds_by_rows(parallel: ParallelSettings) -> tuple[TensorKind, ...]:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is being written: what has failed, once this rank's files are written; when saving began, and
-    how long training has waited for it."""
+    """A checkpoint that is being written.
+
+    Attributes:
+        failure: the error of this rank, or None, when its files are written.
+        began: when saving began.
+        waited: seconds that training has waited for it.
+    """
 
     sink: NativeRankSink
     iteration: int
@@ -70,18 +75,18 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """Saves a run as native checkpoints. Every rank has one; `save` and `publish` are collective.
+    """Saves a run as native checkpoints. Every rank has a writer; `save` and `publish` are collective.
 
-    With `--async-save` a checkpoint is copied to host memory, written by a thread, and becomes visible at the first
-    `publish` after that; otherwise `save` does it all. Each iteration becomes visible, and the newest, only when it is
-    whole.
+    Without `--async-save`, `save` does everything. With it, `save` copies the checkpoint to host memory, a thread
+    writes it, and the next `publish` makes it visible. An iteration becomes visible only when it is complete.
 
-    Leaving its `with` block publishes what was saved, and waits for exports; with an error, it waits for no other rank.
+    At the end of a `with` block, the writer publishes what was saved and waits for exports. After an error, it does not
+    wait for other ranks.
 
     Args:
         folder: of the run; `settings.save`.
-        by_rows: as `kinds_by_rows`.
-        resumed: the iteration of `folder` that the run goes on from; it is not removed.
+        by_rows: the result of `kinds_by_rows`.
+        resumed: the iteration in `folder` that the run was resumed from. It is not removed.
     """
 
     def __init__(
@@ -108,10 +113,10 @@ class CheckpointWriter:
         self._exports = HFExports(folder, settings.export_hf_every, events)
 
     def save(self, progress: Progress) -> None:
-        """Write one iteration, after the one before it.
+        """Save an iteration. Publishes the previous one first.
 
         Raises:
-            UserError: on every rank, when one could not write this checkpoint, or the one before it.
+            UserError: on every rank, when a rank could not write this checkpoint or the previous one.
         """
         self.publish()
         began = time.perf_counter()
@@ -120,7 +125,7 @@ class CheckpointWriter:
         try:
             if self._settings.async_save:
                 failure = self._thread.submit(_write, sink, self._copied())
-            elif self._communicator.world.size > 1:  # this thread tells the other ranks that it goes on
+            elif self._communicator.world.size > 1:  # meanwhile this thread tells the other ranks that it is alive
                 failure = self._thread.submit(_write, sink, self._parts())
             else:
                 failure.set_result(_write(sink, self._parts()))
@@ -133,14 +138,16 @@ class CheckpointWriter:
 
     @property
     def is_written(self) -> bool:
-        """Whether nothing of this rank is being written. Not collective."""
+        """Whether this rank has finished writing. Not collective."""
         return self._pending is None or self._pending.failure.done()
 
     def publish(self) -> None:
-        """Make what was saved visible, when every rank has written its part; does nothing when it is.
+        """Wait until every rank has written its part of the last checkpoint, and make it visible.
+
+        Does nothing when it is already visible.
 
         Raises:
-            UserError: on every rank, when one could not write it.
+            UserError: on every rank, when a rank could not write its part.
         """
         if self._pending is None:
             return
@@ -150,20 +157,20 @@ class CheckpointWriter:
             self._wait_for_all(pending.failure)
             failure = pending.failure.result()
         except BaseException:
-            wait([pending.failure])  # what is still being written cannot be removed
+            wait([pending.failure])  # files cannot be removed while they are being written
             pending.sink.abort()
             raise
         pending.sink.publish(failure)
         now = time.perf_counter()
         if self._leads:
-            self._tidy(pending.iteration)
+            self._remove_old(pending.iteration)
         if self._communicator.world.rank == 0:
-            self._tell(pending.iteration, waited=pending.waited + now - start, seconds=now - pending.began)
+            self._log_saved(pending.iteration, waited=pending.waited + now - start, seconds=now - pending.began)
             self._exports.start(pending.iteration)
 
     def _wait_for_all(self, written: Future[Exception | None]) -> None:
-        """Until every rank has written. Meanwhile ranks hear of each other every few seconds, so that a slow one, for
-        however long, is not taken for a lost one, for which collectives time out."""
+        """Wait until every rank has written. The ranks talk every few seconds, so that no collective times out while a
+        slow rank writes."""
         while not all(self._communicator.all_gather(bool(wait([written], SECONDS_BETWEEN_SIGNS).done))):
             pass
 
@@ -177,13 +184,13 @@ class CheckpointWriter:
             self._abandon()
 
     def _finish(self) -> None:
-        """Publish what was saved, and wait for exports."""
+        """Publish the last checkpoint, and wait for exports."""
         self.publish()
         self._thread.shutdown()
         self._exports.wait()
 
     def _abandon(self) -> None:
-        """After an error, which other ranks may not share: wait for none of them, and leave what is not visible yet."""
+        """Clean up after an error. Other ranks may not have the error: do not wait for them, and publish nothing."""
         if self._communicator.world.size == 1:
             self.publish()
         self._thread.shutdown()
@@ -233,17 +240,17 @@ class CheckpointWriter:
         return (part for part in tensors if part[0] in kinds)
 
     def _copied(self) -> list[Part]:
-        """This rank's tensors, copied. The copies' memory is kept for the next save: new pages cost as much again."""
-        copied: list[Part] = []
+        """Copies of this rank's tensors. Their memory is used again for the next save: new pages take as long again."""
+        parts: list[Part] = []
         for number, (kind, shard, values) in enumerate(self._parts()):
             if number == len(self._copies):
                 self._copies.append(np.empty(values.shape, values.dtype))
             np.copyto(self._copies[number], values)
-            copied.append((kind, shard, self._copies[number]))
-        return copied
+            parts.append((kind, shard, self._copies[number]))
+        return parts
 
-    def _tidy(self, newest: int) -> None:
-        """Remove what is superseded. A folder that cannot be removed is named, and does not end the run."""
+    def _remove_old(self, newest: int) -> None:
+        """Remove superseded checkpoints. A folder that cannot be removed gives a warning, and does not end the run."""
         try:
             remove_superseded(
                 self._folder,
@@ -255,7 +262,7 @@ class CheckpointWriter:
         except OSError as error:
             log.warning("  an old checkpoint cannot be removed: %s: %s", error.filename, error.strerror)
 
-    def _tell(self, iteration: int, waited: float, seconds: float) -> None:
+    def _log_saved(self, iteration: int, waited: float, seconds: float) -> None:
         files = iteration_folder(self._folder, iteration).rglob("*")
         nbytes = sum(path.stat().st_size for path in files if path.is_file())
         log.info(
@@ -267,7 +274,7 @@ class CheckpointWriter:
 
 
 def _write(sink: NativeRankSink, parts: Iterable[Part]) -> Exception | None:
-    """Write one rank's files. What fails is returned: the other ranks must hear of it."""
+    """Write the files of this rank. Returns the error, if any, since the other ranks must learn about it."""
     try:
         for kind, shard, values in parts:
             sink.write_part(kind, shard, values)

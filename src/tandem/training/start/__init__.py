@@ -1,1 +1,1 @@
-"""What a run begins with, checked before the first step."""
+"""Everything that a run starts with, checked before the first step."""

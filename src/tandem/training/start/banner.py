@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The lines that describe a run before its first step."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tandem.training.trainer import Trainer
 
 
 def saving_notice(checkpoint: CheckpointSettings) -> list[str]:
-    """What to say when nothing is saved, or when a script asks for a format that training does not write."""
+    """Notices when nothing is saved, or when a script asks for a format that training does not write."""
     if checkpoint.save is None:
         return ["--save is not given: nothing will be saved"]
     if checkpoint.ckpt_format == "native":
         return []
     return [
-        f"--ckpt-format {checkpoint.ckpt_format}: training saves native checkpoints; "
-        f"`tandem convert --ckpt-format torch` turns one into Megatron's"
+        f"--ckpt-format {checkpoint.ckpt_format}: training saves native checkpoints; convert one with "
+        f"`tandem convert --ckpt-format torch`"
     ]
 
 
 def print_banner(run: PreparedRun, trainer: Trainer) -> None:
-    """Say what will run: framework, model, weights, data, batch, and what a resumed run has changed."""
+    """Log what will run: framework, model, weights, data, batch, and which settings of a resumed run have changed."""
     settings, state = run.settings, run.state
     config, engine = run.source.config, trainer.engine
-    given = [f"{group}: {' '.join(values)}" for group, values in departures(settings).items()]
+    changed = [f"{group}: {' '.join(values)}" for group, values in departures(settings).items()]
     counts = trainer.train_data.describe()
     batch = settings.training.final_batch_size
     lines = [
@@ -37,15 +37,15 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()),
         f"batch {batch} x {settings.data.seq_length} tokens, "
         f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
-        *given,
+        *changed,
         *engine.notices,
         *run.data.notices,
         *saving_notice(settings.checkpoint),
     ]
     if trainer.progress.iteration >= trainer.train_iters:
         lines.append(
-            f"nothing is left to train: the weights stand at iteration {trainer.progress.iteration:,} of "
-            f"{trainer.train_iters:,}; a larger --train-iters goes on, --finetune begins a new run with them"
+            f"nothing is left to train: the weights are from iteration {trainer.progress.iteration:,} of "
+            f"{trainer.train_iters:,}. Give a larger --train-iters to continue, or --finetune to start a new run"
         )
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")

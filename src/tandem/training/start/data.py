@@ -1,4 +1,4 @@
-"""What a run reads beside its weights: tokenizer and data, and the check that they belong together."""
+"""Opens the tokenizer and the data of a run, and checks that they belong together."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from tandem.training.start.data_paths import all_prefixes, named_sets
 from tandem.training.start.datasets import Datasets, kind_to_train
 from tandem.training.start.state import TrainerState
 
-# Of `data_identity`: what each dataset's own order depends on, besides the seed. Where it changed, a new order begins.
+# The parts of `data_identity` that, with the seed, set the order inside each dataset. A change starts a new order.
 _ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack", "no_shuffle")
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is evaluated with.
+    """What a run trains on, and what it is evaluated on.
 
     Attributes:
-        valid: validation sets by name; none when nothing is evaluated.
-        template: what the data's record names, or, without a record, the flags; None for plain text, or where neither
-            does.
-        notices: what the user should be told.
-        identity: what the order of the samples is a function of, to be kept in checkpoints.
+        valid: validation sets by name; empty when nothing is evaluated.
+        template: the chat template in the record of the data, or from the flags when there is no record. None for
+            plain text, or when neither names one.
+        notices: for the user.
+        identity: what determines the order of the samples; stored in checkpoints.
     """
 
     train: Dataset
@@ -47,84 +47,86 @@ class Data:
 
 
 def open_tokenizer(folder: str | None, source: TensorSource) -> Tokenizer | None:
-    """The tokenizer of the folder that `--tokenizer-name-or-path` names, or the one that lies with the weights."""
-    folder_in_use = folder or source.companions.tokenizer_folder
-    return Tokenizer(folder_in_use) if folder_in_use else None
+    """The tokenizer in `folder`, or else the one with the weights; None when there is none."""
+    tokenizer_folder = folder or source.companions.tokenizer_folder
+    return Tokenizer(tokenizer_folder) if tokenizer_folder else None
 
 
 def open_data(
     data: DataSettings, training: TrainingSettings, tokenizer: Tokenizer | None, resumed: TrainerState | None = None
 ) -> Data:
-    """Open the datasets and compare their record with the run, which goes on from `resumed` if given.
+    """Open the datasets, and check that their records fit the run. A resumed run continues from `resumed`.
 
     Raises:
         UserError: files are missing, or their record names another tokenizer, template or length.
     """
-    kind, named = kind_to_train(data), named_sets(data.valid_data_path)
+    kind, valid_prefixes = kind_to_train(data), named_sets(data.valid_data_path)
     checks = {prefix: check_data(prefix, kind, data, tokenizer) for prefix in all_prefixes(data)}
     template = common_template({prefix: template for prefix, (_, template) in checks.items()})
     datasets = Datasets.of(kind, data, training, tokenizer)
     identity = data_identity(data, training)
     changed = _changed_ordering(identity, training.seed, resumed) if resumed else []
     train, mixture = _training(data.data_path, training.length, datasets, resumed, keeps_order=not changed)
-    valid, unevaluated = _validation_sets(data.data_path, training, datasets, named)
+    valid, split_notices = _validation_sets(data.data_path, training, datasets, valid_prefixes)
     notices = [
         *(notice for notices, _ in checks.values() for notice in notices),
         *_notices_of_flags(data, kind),
-        *unevaluated,
-        *_notices_of_evaluation(training, named, valid),
+        *split_notices,
+        *_notices_of_evaluation(training, valid_prefixes, valid),
     ]
     if changed:
         notices.append(
-            f"the checkpoint's samples came in an order of another {', '.join(changed).replace('_', ' ')}: "
-            f"a new one begins, at the same position"
+            f"the checkpoint was trained with another {', '.join(changed).replace('_', ' ')}: "
+            f"the samples get a new order, from the same position"
         )
     lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, train.sources())]
     return Data(train, valid, template, [*lines, *notices], {**identity, "mixture": mixture.to_dict()})
 
 
 def common_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The template of all prefixes of which it is known.
+    """The template that all prefixes have in common; None entries do not count.
 
     Raises:
-        UserError: there are several.
+        UserError: there are different templates.
     """
-    known = {prefix: template for prefix, template in templates.items() if template is not None}
-    first = next(iter(known), None)
-    for prefix, template in known.items():
-        if first and template != known[first]:
+    by_prefix = {prefix: template for prefix, template in templates.items() if template is not None}
+    first = next(iter(by_prefix), None)
+    for prefix, template in by_prefix.items():
+        if first and template != by_prefix[first]:
             raise UserError(
-                f"{prefix} was made with the template {template}, {first} with {known[first]}: different templates; "
-                f"preprocess all with the same --prompt-type and --enable-thinking"
+                f"{prefix} was made with the template {template}, {first} with {by_prefix[first]}: different "
+                f"templates; preprocess all with the same --prompt-type and --enable-thinking"
             )
-    return known[first] if first else None
+    return by_prefix[first] if first else None
 
 
-def _notices_of_evaluation(training: TrainingSettings, named: dict[str, str], valid: dict[str, Dataset]) -> list[str]:
-    """Where the sets that the user named are not evaluated, or not whole."""
-    if named and training.eval_iters and not valid:
+def _notices_of_evaluation(
+    training: TrainingSettings, valid_prefixes: dict[str, str], valid: dict[str, Dataset]
+) -> list[str]:
+    """Notices when the sets of --valid-data-path are not evaluated, or only in part."""
+    if valid_prefixes and training.eval_iters and not valid:
         return [
             f"--valid-data-path: an evaluation is due every {training.eval_interval} steps, and the run has "
             f"{training.length.iterations}: nothing will be evaluated; give a smaller --eval-interval"
         ]
     if training.eval_batches is None:
         return []
-    taken = training.eval_batches * training.final_batch_size
+    evaluated = training.eval_batches * training.final_batch_size
     return [
-        f"{prefix}: an evaluation takes {taken:,} of {len(valid[name]):,} samples; --eval-iters full takes all"
-        for name, prefix in named.items()
-        if name in valid and len(valid[name]) > taken
+        f"{prefix}: an evaluation takes {evaluated:,} of {len(valid[name]):,} samples; --eval-iters full takes all"
+        for name, prefix in valid_prefixes.items()
+        if name in valid and len(valid[name]) > evaluated
     ]
 
 
 def _notices_of_flags(data: DataSettings, kind: Kind) -> list[str]:
-    """Flags that mean nothing for this kind of data."""
-    given = [f"--{name.replace('_', '-')}" for name in kind.unused_by_training if getattr(data, name)]
-    return [f"{' '.join(given)}: without effect on {kind.name}"] if given else []
+    """A notice about flags that have no effect on this kind of data."""
+    flags = [f"--{name.replace('_', '-')}" for name in kind.unused_by_training if getattr(data, name)]
+    return [f"{' '.join(flags)}: without effect on {kind.name}"] if flags else []
 
 
 def data_identity(data: DataSettings, training: TrainingSettings) -> dict[str, Any]:
-    """What the order of the samples is a function of, besides the seed."""
+    """What determines the order of the samples, besides the seed."""
     kind = kind_to_train(data)
     return {
         "data_path": list(data.data_path),
@@ -140,23 +142,24 @@ def data_identity(data: DataSettings, training: TrainingSettings) -> dict[str, A
 
 
 def _validation_sets(
-    data_path: Sequence[str], training: TrainingSettings, datasets: Datasets, named: dict[str, str]
+    data_path: Sequence[str], training: TrainingSettings, datasets: Datasets, valid_prefixes: dict[str, str]
 ) -> tuple[dict[str, Dataset], list[str]]:
-    """What the run is evaluated with, by name, and notices; nothing where no evaluation is due."""
+    """The validation sets by name, and notices. There are no sets when no evaluation is due."""
     if not training.eval_iters or training.eval_interval > training.length.iterations:
         return {}, []
-    if named:
-        return {name: datasets.whole(prefix) for name, prefix in named.items()}, []
-    of_the_split, notices = _validation(data_path, datasets)
-    return {VALIDATION: of_the_split}, notices
+    if valid_prefixes:
+        return {name: datasets.whole(prefix) for name, prefix in valid_prefixes.items()}, []
+    split, notices = _validation(data_path, datasets)
+    return {VALIDATION: split}, notices
 
 
 def _validation(data_path: Sequence[str], datasets: Datasets) -> tuple[Dataset, list[str]]:
-    """The validation splits of all prefixes: one after the other where all of them is evaluated, else as many samples
-    as they have together, mixed as the training data are. And notices, where some have none.
+    """The validation splits of all prefixes as one dataset, and notices about prefixes without validation samples.
+
+    When whole sets are evaluated, the splits follow each other. Otherwise they are mixed like the training data.
 
     Raises:
-        UserError: all have none.
+        UserError: no prefix has a validation sample.
     """
     prefixes, weights = parse_blend(data_path)
     parts: dict[str, Dataset] = {}
@@ -167,13 +170,11 @@ def _validation(data_path: Sequence[str], datasets: Datasets) -> tuple[Dataset, 
         except EmptySplitError as error:
             failures[prefix] = error
     if not parts:
-        full = "" if datasets.whole_validation else "--eval-iters full takes also less than a sample, "
+        full = "" if datasets.whole_validation else "--eval-iters full also takes a sample that is not full, "
         raise UserError(
             f"{failures[prefixes[0]]}. Or: {full}--valid-data-path evaluates other data, --eval-iters 0 nothing"
         )
-    notices = [
-        f"{prefix}: its share of the split has no validation sample, and is not evaluated" for prefix in failures
-    ]
+    notices = [f"{prefix}: --split gives it no validation sample, so it is not evaluated" for prefix in failures]
     if len(parts) == 1:
         return next(iter(parts.values())), notices
     if datasets.whole_validation:
@@ -192,8 +193,10 @@ def _training(
     *,
     keeps_order: bool,
 ) -> tuple[Dataset, Mixture]:
-    """The training samples, and the mixture that they are. Where `resumed` is given and each dataset `keeps_order`,
-    each goes on where the checkpoint stopped."""
+    """The training samples, and the mixture that they come from.
+
+    If a resumed run `keeps_order`, each dataset continues where the checkpoint stopped.
+    """
     prefixes, weights = parse_blend(data_path)
     if weights is None and len(prefixes) > 1:
         weights = [float(len(datasets.split("train", prefix))) for prefix in prefixes]
@@ -207,7 +210,7 @@ def _training(
 
 
 def _changed_ordering(identity: dict[str, Any], seed: int, resumed: TrainerState) -> list[str]:
-    """What the order of each dataset depends on and is another than in the checkpoint."""
-    before = {"no_shuffle": identity["no_shuffle"], **resumed.data}  # older checkpoints do not say it
+    """The settings for the order of a dataset that differ from the checkpoint."""
+    before = {"no_shuffle": identity["no_shuffle"], **resumed.data}  # older checkpoints have no `no_shuffle`
     changed = [name for name in _ORDERING if before.get(name) != identity[name]]
     return changed + ([] if resumed.seed == seed else ["seed"])

@@ -1,4 +1,4 @@
-"""Whether data fit a run, as far as their files and their record tell."""
+"""Checks that data fit a run, from their files and their record."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from tandem.data.templates.messages import CHAT_TEMPLATE, Template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
-_ROWS_LOOKED_AT = 8
-_RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # they look for end-of-document tokens
+_CHECKED_ROWS = 8
+_RESETS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # flags that need end-of-document tokens
 
 
 def check_data(
     prefix: str, kind: Kind, data: DataSettings, tokenizer: Tokenizer | None
 ) -> tuple[list[str], dict[str, Any] | None]:
-    """Notices, and the template that the record names; without a record, that of the flags.
+    """Check the data of a prefix.
+
+    Returns:
+        Notices for the user, and the chat template in the record; without a record, the template of the flags.
 
     Raises:
-        UserError: they are not there, of another kind, or do not fit the run.
+        UserError: the data are missing, are of another kind, or do not fit the run.
     """
     check_files(prefix, kind)
     notices = _notice_of_cuts(prefix, kind, data)
     if tokenizer is None:
-        return [*notices, f"{prefix}: no tokenizer is known, so nothing shows that it belongs to the model"], None
+        return [*notices, f"{prefix}: without a tokenizer nothing shows that the data belong to the model"], None
     template = _named_template(prefix, data, tokenizer)
     notice = check_record(prefix, tokenizer, template, data.seq_length)
     if notice:
@@ -41,9 +44,7 @@ def check_data(
             return [*notices, notice], None
         notices += _notices_of_unrecorded_rows(prefix, kind, data)
         if template is None:
-            notice += (
-                "; --prompt-type would tell the checkpoint, and whoever chats with it, what the model was trained on"
-            )
+            notice += "; give --prompt-type to store the chat template in the checkpoint, for `tandem generate`"
         return [*notices, notice], template_entry(template) if template else None
     path_and_record = read_record(prefix)
     assert path_and_record is not None, "without a record there is a notice"
@@ -55,22 +56,22 @@ def check_data(
 
 
 def _require_recorded_size(prefix: str, kind: Kind, path: Path, record: dict[str, Any]) -> None:
-    """Raise UserError when the record is that of other data, which lay here before."""
+    """Raise UserError when the record belongs to other data."""
     if not kind.has_labels and len(record["files"]) > 1:
-        return  # of several json keys, which may have different numbers of texts, one number is recorded
+        return  # the record has only one number of texts, but several json keys may have different numbers
     sequences = len(IndexedDataset(kind.first_pair(prefix)))
     recorded = record["counts"]["sequences"]
     if sequences != recorded:
         raise UserError(
-            f"{path}: counts.sequences is {recorded}, but {prefix} has {sequences}: the record is that of other data; "
-            f"preprocess again, or remove it"
+            f"{path}: counts.sequences is {recorded}, but {prefix} has {sequences}: the record belongs to other data; "
+            f"preprocess again, or remove the record"
         )
 
 
 def _require_borders_between_answers(
     prefix: str, record: dict[str, Any], data: DataSettings, tokenizer: Tokenizer
 ) -> None:
-    """Raise UserError where the flags that reset at each end of a message would cut answers from their prompts."""
+    """Raise UserError when --reset-attention-mask or --reset-position-ids would cut answers from their prompts."""
     resets = [name for name in ("reset_attention_mask", "reset_position_ids") if getattr(data, name)]
     made = record["options"]
     if not (resets and made["pack"] and not made["neat_pack"]):
@@ -86,10 +87,10 @@ def _require_borders_between_answers(
 
 
 def _notices_of_record(prefix: str, kind: Kind, record: dict[str, Any], data: DataSettings) -> list[str]:
-    """What preprocessing did that this run may not expect.
+    """Notices about how the data were preprocessed.
 
     Raises:
-        UserError: they are to be kept apart, and nothing shows where they end.
+        UserError: --neat-pack must keep conversations apart, and the data do not show where they end.
     """
     made, counts = record["options"], record["counts"]
     notices = []
@@ -97,52 +98,50 @@ def _notices_of_record(prefix: str, kind: Kind, record: dict[str, Any], data: Da
     if resets and not kind.has_labels and not made["append_eod"]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in resets)
         notices.append(
-            f"{prefix}: made without --append-eod, so nothing shows where a document ends, unless the texts themselves "
-            f"hold the end-of-document token: {flags} find no other borders, and documents see each other"
+            f"{prefix}: made without --append-eod, so nothing shows where a document ends, unless the texts contain "
+            f"the end-of-document token: {flags} find no other borders, and documents see each other"
         )
     if kind.has_labels and not made["pack"] and (data.reset_attention_mask or data.reset_position_ids):
         notices.append(
-            f"{prefix}: not packed, so each conversation is a document of its own already: --reset-attention-mask and "
-            f"--reset-position-ids are without effect"
+            f"{prefix}: not packed, so conversations are already apart: --reset-attention-mask and "
+            f"--reset-position-ids have no effect"
         )
     borders = made["neat_pack"] or (made["append_eod"] and (data.reset_attention_mask or data.reset_position_ids))
     if made["pack"] and not borders:
-        told = f"{prefix}: packed without --neat-pack, so nothing shows where the conversations of a row end"
+        problem = f"{prefix}: packed without --neat-pack, so nothing shows where the conversations of a row end"
         if data.neat_pack:
             raise UserError(
-                f"{told}, and --neat-pack cannot keep them apart; preprocess again with --pack --neat-pack, or without "
-                f"--pack, which training can do itself"
+                f"{problem}, and --neat-pack cannot keep them apart; preprocess again with --pack --neat-pack, or "
+                f"without --pack and let training pack them"
             )
-        notices.append(f"{told}: they see each other")
+        notices.append(f"{problem}: they see each other")
     cut = counts["trimmed"] + counts["dropped"].get(TOO_LONG, 0)
     if cut and made["seq_length"] < data.seq_length:
         notices.append(
-            f"{prefix}: {cut:,} conversations were cut or left out when preprocessing made them fit --seq-length "
+            f"{prefix}: preprocessing cut or left out {cut:,} conversations to fit --seq-length "
             f"{made['seq_length']}; this run has room for {data.seq_length}"
         )
     return notices
 
 
 def is_packed(prefix: str) -> bool | None:
-    """Whether preprocessing packed these conversations; None where no record tells."""
+    """Whether preprocessing packed these conversations; None without a record."""
     record = record_of(prefix)
     return bool(record["options"]["pack"]) if record else None
 
 
 def check_files(prefix: str, kind: Kind) -> None:
-    """Raise UserError when there are no files of this kind, or nothing trains on it, and say what others would do."""
+    """Raise UserError when there are no files of this kind, or training cannot use them. The error says what to do."""
     if (whole := dataset_of_pair(prefix)) is not None:
-        raise UserError(
-            f"{prefix}: one of several files of conversations or preferences, which belong together: {whole} names them"
-        )
+        raise UserError(f"{prefix}: one of several files that belong together: give {whole}, the prefix of all of them")
     if kind.command and kind.exists_at(prefix):
         return
     if prefix.endswith((".bin", ".idx")) and os.path.exists(prefix):
-        raise UserError(f"{prefix}: a prefix is wanted: leave {prefix[-4:]} out")
+        raise UserError(f"{prefix}: expected a prefix: leave out {prefix[-4:]}")
     if other := kind_of(prefix):
         raise UserError(f"{prefix}: these data are {other.in_words}")
     if os.path.exists(prefix):
-        raise UserError(f"{prefix}: a raw file; preprocess it first: `tandem preprocess`")
+        raise UserError(f"{prefix}: this is a raw file: preprocess it first with `tandem preprocess`")
     written = []
     if path_and_record := read_record(prefix):
         path, record = path_and_record
@@ -150,13 +149,13 @@ def check_files(prefix: str, kind: Kind) -> None:
         if missing := [name for name in written if not os.path.exists(f"{name}.idx")]:
             raise UserError(f"{missing[0]}.idx: no such file, though {path} names it; copy all files")
     raise UserError(
-        f"{kind.first_pair(prefix)}.idx: no such file, nor raw ones of the name {prefix}; give "
+        f"{kind.first_pair(prefix)}.idx: no such file, and no raw file with the name {prefix}; give "
         + (" or ".join(written) or "the prefix that `tandem preprocess` wrote")
     )
 
 
 def _notice_of_cuts(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
-    """Conversations are stored whole unless preprocessing was told a length; what training cuts is said."""
+    """A notice about conversations that are longer than --seq-length, which training cuts."""
     if not kind.has_labels:
         return []
     lengths = IndexedDataset(kind.first_pair(prefix)).lengths
@@ -171,10 +170,10 @@ def _notice_of_cuts(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
 
 
 def _notices_of_unrecorded_rows(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
-    """What the rows themselves show where no record says whether they are packed: such rows are equally long.
+    """Notices about data without a record. Rows of equal length may be packed.
 
     Raises:
-        UserError: packed rows would be cut, and with them whole conversations.
+        UserError: --seq-length would cut packed rows, and lose whole conversations.
     """
     segments = kind.columns[0].segments
     lengths = IndexedDataset(kind.first_pair(prefix)).lengths
@@ -182,10 +181,10 @@ def _notices_of_unrecorded_rows(prefix: str, kind: Kind, data: DataSettings) -> 
         return []
     length = int(lengths[0])
     mask = IndexedDataset(kind.pair(prefix, segments))
-    if any((mask[row] != 1).any() for row in range(min(len(mask), _ROWS_LOOKED_AT))):
+    if any((mask[row] != 1).any() for row in range(min(len(mask), _CHECKED_ROWS))):
         if length > data.seq_length:
             raise UserError(
-                f"{prefix}: its rows of {length:,} tokens are packed; --seq-length {data.seq_length} would cut them: "
+                f"{prefix}: the rows of {length:,} tokens are packed; --seq-length {data.seq_length} would cut them: "
                 f"train with --seq-length {length}, or pack again"
             )
         return []
@@ -196,7 +195,7 @@ def _notices_of_unrecorded_rows(prefix: str, kind: Kind, data: DataSettings) -> 
 
 
 def template_of(prefix: str, tokenizer: Tokenizer | None) -> Template | None:
-    """The template that made these conversations, by their record; None where that does not name one that is here."""
+    """The template in the record of these conversations; None when there is no record, or the template is not known."""
     record = record_of(prefix)
     entry = record["template"] if record else None
     if tokenizer is None or entry is None or entry["prompt_type"] not in PROMPT_TYPES:
@@ -208,7 +207,7 @@ def template_of(prefix: str, tokenizer: Tokenizer | None) -> Template | None:
 
 
 def _named_template(prefix: str, data: DataSettings, tokenizer: Tokenizer) -> Template | None:
-    """The template that the flags name, if any; what they leave open, type or thinking mode, is the record's."""
+    """The template of the flags; None when they name none. The record fills in a missing type or thinking mode."""
     if data.prompt_type is None and data.enable_thinking is None:
         return None
     record = record_of(prefix)

@@ -1,4 +1,4 @@
-"""Which data the flags name: the words of `--data-path` and `--valid-data-path`."""
+"""Reads the words of `--data-path` and `--valid-data-path`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from tandem.training.logs.log import VALIDATION
 
 
 def all_prefixes(data: DataSettings) -> list[str]:
-    """Of all data that a run reads."""
+    """The prefixes of all data that a run reads."""
     prefixes, _ = parse_blend(data.data_path)
     return list(dict.fromkeys([*prefixes, *named_sets(data.valid_data_path).values()]))
 
 
 def named_sets(paths: Sequence[str]) -> dict[str, str]:
-    """Prefixes by name, from words NAME=PREFIX; a single PREFIX alone has the name of the split's own set.
+    """Prefixes by name, from words NAME=PREFIX. A single PREFIX gets the name "validation".
+
+    >>> named_sets(["code=a", "math=b"])
+    {'code': 'a', 'math': 'b'}
+    >>> named_sets(["a"])
+    {'validation': 'a'}
 
     Raises:
         UserError: a name is missing or given twice.
@@ -37,7 +42,9 @@ def named_sets(paths: Sequence[str]) -> dict[str, str]:
 
 
 def split_name(word: str) -> tuple[str | None, str]:
-    """Name and path of a word NAME=PATH; None for the name of a path alone. Where files have the whole word's name, the
-    `=` belongs to it."""
+    """Split NAME=PATH into name and path. The name is None for a path alone.
+
+    If there are files whose name starts with the whole word, the `=` is a part of the path.
+    """
     name, equals, path = word.partition("=")
     return (name, path) if equals and not glob.glob(f"{glob.escape(word)}*") else (None, word)

@@ -1,4 +1,4 @@
-"""A run's datasets, opened: for each kind of data, what makes samples of it."""
+"""Opens the datasets of a run, for each kind of data."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tandem.training.start.data_checks import is_packed, template_of
 
 
 def kind_to_train(data: DataSettings) -> Kind:
-    """The kind of data that the settings, in upstream's spelling, say that a run is trained on."""
+    """The kind of data that a run trains on."""
     return CONVERSATIONS if data.is_instruction_dataset else TEXT
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """What opens the datasets of one kind, by the settings of a run.
+    """Opens datasets of one kind, with the settings of a run.
 
     Attributes:
-        whole_validation: all of a validation set is taken, its last, shorter sample too.
+        whole_validation: whether whole validation sets are used, with their last, shorter sample.
     """
 
     kind: Kind
@@ -43,8 +43,8 @@ class Datasets:
 
         Args:
             name: "train", "valid" or "test".
-            samples: how many are needed; None: those of one epoch.
-            number: which of several datasets of the same split this is; each has an order of its own.
+            samples: number of samples that are needed; None for one epoch.
+            number: added to the seed, so that several datasets of the same split have different orders.
 
         Raises:
             UserError: the split is empty, files do not belong together, or a flag needs a tokenizer.
@@ -52,9 +52,9 @@ class Datasets:
         return _OPENERS[self.kind](self, prefix, name, samples, self.seed + number)
 
     def whole(self, prefix: str) -> Dataset:
-        """All samples of a prefix once, as a validation set."""
-        all_of_it = dataclasses.replace(self, data=dataclasses.replace(self.data, split="0,1,0"))
-        return all_of_it.split("valid", prefix)
+        """All samples of a prefix, as a validation set."""
+        unsplit = dataclasses.replace(self, data=dataclasses.replace(self.data, split="0,1,0"))
+        return unsplit.split("valid", prefix)
 
 
 def _open_text(datasets: Datasets, prefix: str, name: str, samples: int | None, seed: int) -> Dataset:
@@ -78,7 +78,7 @@ def _open_conversations(datasets: Datasets, prefix: str, name: str, samples: int
     data = datasets.data
     eod, header = _ends(prefix, datasets.tokenizer)
     packed = is_packed(prefix)
-    resets = packed is not False  # a conversation that is stored alone is a document of its own
+    resets = packed is not False  # conversations that are not packed need no resets
     return SFTDataset(
         prefix,
         name,
@@ -96,12 +96,12 @@ def _open_conversations(datasets: Datasets, prefix: str, name: str, samples: int
 
 
 def _ends(prefix: str, tokenizer: Tokenizer | None) -> tuple[int | None, list[int]]:
-    """The token that ends a message, and the ids with which the header of an answer begins."""
+    """The token that ends a message, and the token ids at the start of an answer's header."""
     eod = tokenizer.eos_id if tokenizer else None
     template = template_of(prefix, tokenizer)
     if template is None or tokenizer is None:
-        return eod, [] if eod is None else [eod]  # most templates end a message so before they begin an answer
-    # Not the tokenizer's own end, which is another token in the folders of models that were only pretrained.
+        return eod, [] if eod is None else [eod]  # most templates have this token before an answer
+    # The tokenizer's own end token may be another one, in folders of models that were only pretrained.
     stop = tokenizer.require_id(template.stop_word)
     return stop, tokenizer.encode(template.answer_header) or [stop]
 

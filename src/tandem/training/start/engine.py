@@ -1,4 +1,4 @@
-"""What an engine is built by: which process does what, and how it computes."""
+"""The settings of an engine: the place of each process, and how it computes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tandem.training.logs.log import log_notice
 
 
 def make_grid(parallel: ParallelSettings, config: ModelConfig, processes: int) -> Grid:
-    """Which process does what.
+    """The place of each process in the layout.
 
     Raises:
-        UserError: the model or the processes do not divide so.
+        UserError: the layout does not divide the model or the processes evenly.
     """
     layout = parallel.layout.balanced(config.num_layers)
     layout.check(config)
     chunk = layout.num_layers_per_virtual_pipeline_stage
     if chunk is not None and layout.pipeline_model_parallel_size == 1:
         raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {chunk} interleaves the layers of several stages: leave it out, "
-            f"or give --pipeline-model-parallel-size 2 or more"
+            f"--num-layers-per-virtual-pipeline-stage {chunk} needs several pipeline stages: leave it out, or give "
+            f"--pipeline-model-parallel-size 2 or more"
         )
     if layout != parallel.layout:
         stages = layout.pipeline_model_parallel_size
@@ -38,7 +38,7 @@ def engine_settings(
     grid: Grid,
     rank: int,
 ) -> EngineSettings:
-    """How the engine of `rank` computes, in the words of the backends."""
+    """The settings of the engine of `rank`, as backends take them."""
     return EngineSettings(
         adam_beta1=optimizer.adam_beta1,
         adam_beta2=optimizer.adam_beta2,
@@ -57,7 +57,7 @@ def engine_settings(
 
 
 def recomputed_layers(training: TrainingSettings, num_layers: int) -> int:
-    """How many layers keep only their input."""
+    """The number of layers that recompute their activations."""
     if training.recompute_granularity != "full":
         return 0
     if training.recompute_method == "block":

@@ -1,4 +1,4 @@
-"""`--epochs`: the length of a run in passes over its training samples."""
+"""`--epochs`: turns the number of passes over the training samples into a number of steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tandem.training.start.state import TrainerState
 
 
 def check_epochs(data: DataSettings, training: TrainingSettings) -> None:
-    """Raise UserError when the prefixes have weights, which say by themselves how often a sample is taken."""
+    """Raise UserError when the prefixes have weights: then a pass over the samples is not defined."""
     _, weights = parse_blend(data.data_path)
     if training.epochs is not None and weights is not None:
         raise UserError(
-            f"--epochs {training.epochs:g} takes every sample so often, but with the weights of --data-path "
-            f"{' '.join(data.data_path)} some come more often than others: leave the weights out, or give "
+            f"--epochs {training.epochs:g} takes every sample equally often, but the weights of --data-path "
+            f"{' '.join(data.data_path)} take some more often than others: leave the weights out, or give "
             f"--train-iters"
         )
 
@@ -27,11 +27,11 @@ def check_epochs(data: DataSettings, training: TrainingSettings) -> None:
 def with_epochs(
     data: DataSettings, training: TrainingSettings, resumed: TrainerState | None = None
 ) -> TrainingSettings:
-    """`--epochs` as `--train-iters`: the steps that take every training sample that often, rounded up.
+    """Turn `--epochs` into `--train-iters`: the steps that take every training sample that often, rounded up.
 
     Raises:
-        UserError: as `check_epochs`; or the run goes on from steps of another size, so that the number of steps does
-            not tell how many samples it takes.
+        UserError: as in `check_epochs`. Or the run was resumed with another batch size, so that the number of steps
+            does not give the number of samples.
     """
     if training.epochs is None:
         return training
@@ -40,9 +40,9 @@ def with_epochs(
     before = resumed.data.get("global_batch_size") if resumed else None
     if before not in (None, batch):
         raise UserError(
-            f"--epochs {training.epochs:g}: the run's steps took {before} samples so far, and --global-batch-size is "
-            f"now {batch}; keep {before}, or give --train-samples {math.ceil(training.epochs * samples)} in place of "
-            f"--epochs"
+            f"--epochs {training.epochs:g}: the steps of this run took {before} samples so far, and "
+            f"--global-batch-size is now {batch}; keep {before}, or give --train-samples "
+            f"{math.ceil(training.epochs * samples)} instead of --epochs"
         )
     return replace(training, epochs=None, train_iters=max(1, math.ceil(training.epochs * samples / batch)))
 
@@ -51,7 +51,7 @@ def _samples_of_an_epoch(data: DataSettings, training: TrainingSettings) -> int:
     kind, (prefixes, _) = kind_to_train(data), parse_blend(data.data_path)
     for prefix in prefixes:
         check_files(prefix, kind)
-    # The number of samples depends on none of the flags that need a tokenizer.
+    # The flags that need a tokenizer do not change the number of samples.
     plain = replace(data, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False)
     datasets = Datasets.of(kind, plain, training, None)
     return sum(len(datasets.split("train", prefix)) for prefix in prefixes)

@@ -1,4 +1,4 @@
-"""What a run begins with, checked before a device or another process is needed."""
+"""Prepares a run: checks everything that needs no device and no other process."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from tandem.training.start.weights import check_model_flags, open_weights
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAndProcesses:
-    """What a run begins with, but for its data.
+    """What a run starts with, except its data.
 
     Attributes:
-        settings: as they were given; those of a `PreparedRun` are as the run records them, see `settle`.
-        world: this process among those of the run.
-        grid: which process does what.
-        source: the weights; those of the run's newest checkpoint go before those of `--load`.
-        loading: as which `source` is loaded; its `finetune` and the like are off where that was done before.
-        state: how far the run had come when `source` was saved; None when it begins at iteration 0.
-        tokenizer: None where neither the flags nor the weights have one.
+        settings: as given by the user. In a `PreparedRun`, as the run records them (see `settle`).
+        world: the place of this process among the processes of the run.
+        grid: the place of each process in the layout.
+        source: the weights, from the run's newest checkpoint if there is one, or else from `--load`.
+        loading: the settings to load `source` with. `finetune` and similar flags are off if they were done before.
+        state: how far the run was when `source` was saved; None when the run starts at iteration 0.
+        tokenizer: None when neither the flags nor the weights have one.
     """
 
     settings: Settings
@@ -52,7 +52,7 @@ class ModelAndProcesses:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun(ModelAndProcesses):
-    """All that a run begins with."""
+    """Everything that a run starts with."""
 
     engine: EngineSettings
     schedule: Schedule
@@ -60,11 +60,11 @@ class PreparedRun(ModelAndProcesses):
 
     @property
     def folder(self) -> Path | None:
-        """Where the run saves."""
+        """The folder of `--save`; None when the run saves nothing."""
         return Path(self.settings.checkpoint.save) if self.settings.checkpoint.save else None
 
-    def going_on_from(self, source: TensorSource) -> PreparedRun:
-        """The same run from another iteration's weights, as when the newest ones turn out to be damaged."""
+    def resumed_from(self, source: TensorSource) -> PreparedRun:
+        """The same run with the weights of another iteration, for example when the newest ones are damaged."""
         if source is self.source:
             return self
         state = state_to_continue(source, self.loading)
@@ -73,21 +73,22 @@ class PreparedRun(ModelAndProcesses):
 
 
 def prepare(settings: Settings, world: World) -> PreparedRun:
-    """Check everything that can be checked without a device and without the other processes, the data last: raw data
-    are preprocessed by the first process of each machine, which may take hours and must not end in an error that could
-    have been told before.
+    """Check everything that needs no device and no other process.
+
+    The data come last. The first process of each machine preprocesses raw data, which may take hours. All other errors
+    must appear before that.
 
     Raises:
-        UserError: something is missing, contradictory or damaged.
+        UserError: settings or files are missing, wrong or damaged.
     """
     return with_data(check_model_and_processes(settings, world))
 
 
 def check_model_and_processes(settings: Settings, world: World) -> ModelAndProcesses:
-    """Check the settings against each other, the number of processes and the weights' config.
+    """Check the settings, also against the number of processes and the config of the weights.
 
     Raises:
-        UserError: something is missing or contradictory.
+        UserError: settings are missing, wrong, or contradict each other.
     """
     training, data, checkpoint = settings.training, settings.data, settings.checkpoint
     framework = check_framework(training.ai_framework)
@@ -116,42 +117,42 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     )
 
 
-def with_data(known: ModelAndProcesses) -> PreparedRun:
-    """Preprocess raw data, and settle and open what depends on the data."""
-    settings = settle(known)
-    training, config = settings.training, known.source.config
+def with_data(start: ModelAndProcesses) -> PreparedRun:
+    """Preprocess raw data, and open everything that depends on the data."""
+    settings = settle(start)
+    training, config = settings.training, start.source.config
     return PreparedRun(
-        **{**vars(known), "settings": settings},
+        **{**vars(start), "settings": settings},
         engine=engine_settings(
-            training, settings.optimizer, settings.parallel, config, known.grid, rank=known.world.rank
+            training, settings.optimizer, settings.parallel, config, start.grid, rank=start.world.rank
         ),
         schedule=schedule_from(settings.optimizer, training),
-        data=open_data(settings.data, training, known.tokenizer, known.state),
+        data=open_data(settings.data, training, start.tokenizer, start.state),
     )
 
 
-def settle(known: ModelAndProcesses) -> Settings:
-    """The settings as a run records them. They differ from those that were given in:
+def settle(start: ModelAndProcesses) -> Settings:
+    """The settings as a run records them. They differ from the given ones in:
 
-    - `data_path`: each path in its shortest spelling;
-    - `data_path` and `valid_data_path`: in place of raw files the prefixes of what they became;
-    - `epochs`: None, and `train_iters` the steps that they take;
-    - `seed`: that of the checkpoint that the run goes on from, unless `--no-load-rng` asks for another.
+    - `data_path`: each path is in its shortest form;
+    - `data_path` and `valid_data_path`: raw files are replaced by the prefixes of the preprocessed files;
+    - `epochs`: None; `train_iters` is the number of steps instead;
+    - `seed`: the seed of the checkpoint that is resumed, unless `--no-load-rng` is given.
 
     Raises:
-        UserError: the run goes on from a checkpoint that was trained on other data; or as preprocessing.
+        UserError: the checkpoint that is resumed was trained on other data; or as in preprocessing.
     """
-    settings = known.settings
+    settings = start.settings
     data = replace(settings.data, data_path=plain_paths(settings.data.data_path))
-    data = with_preprocessed(data, known.tokenizer, leader=known.world.local_rank == 0)
-    training = with_epochs(data, settings.training, known.state)
-    check_same_data(data, settings.checkpoint, known.loading)
-    seed = settled_seed(training.seed, known.loading, known.state)
+    data = with_preprocessed(data, start.tokenizer, leader=start.world.local_rank == 0)
+    training = with_epochs(data, settings.training, start.state)
+    check_same_data(data, settings.checkpoint, start.loading)
+    seed = settled_seed(training.seed, start.loading, start.state)
     return replace(settings, data=data, training=replace(training, seed=seed))
 
 
 def settled_seed(seed: int, loading: CheckpointSettings, state: TrainerState | None) -> int:
-    """A run that goes on keeps the seed of its data order."""
+    """The seed of the run. A resumed run keeps the seed of its data order, unless `--no-load-rng` is given."""
     if state is None or loading.no_load_rng or state.seed == seed:
         return seed
     log_notice(f"seed {state.seed} from the checkpoint replaces --seed {seed} (--no-load-rng keeps yours)")

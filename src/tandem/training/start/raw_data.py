@@ -1,4 +1,4 @@
-"""Raw files in `--data-path` and `--valid-data-path`: what training needs is made of them first."""
+"""Raw files in `--data-path` and `--valid-data-path`: they are preprocessed before training."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from tandem.training.start.data_checks import check_files
 from tandem.training.start.data_paths import all_prefixes, split_name
 from tandem.training.start.datasets import kind_to_train
 
-# How the same files may be read as data of another kind.
+# How to read the same files as data of another kind.
 _OTHER_READINGS = {
-    TEXT: "; --handler-name and --map-keys say how records are conversations",
-    CONVERSATIONS: "; with --handler-name AlpacaPretrainHandler or SharegptPretrainHandler they are plain text",
+    TEXT: "; to read them as conversations, give --handler-name or --map-keys",
+    CONVERSATIONS: "; to read them as text, give --handler-name AlpacaPretrainHandler or SharegptPretrainHandler",
 }
 
 
 def with_preprocessed(
     data: DataSettings, tokenizer: Tokenizer | None, leader: bool = True, wait: Wait = wait_for
 ) -> DataSettings:
-    """Raw files as the prefixes of what they become, preprocessed now unless they were before.
+    """Preprocess raw files, unless they are in the cache, and replace them by the prefixes of the result.
 
     Args:
-        leader: whether this process may do it; the first of each machine, while the others `wait` for its record.
+        leader: whether this process preprocesses. The first process of a machine does; the others `wait` for its
+            record.
 
     Raises:
-        UserError: as preprocessing.
+        UserError: as in preprocessing.
     """
     options = raw_options(data, tokenizer)
     if not options:
@@ -51,46 +52,46 @@ def with_preprocessed(
 
 
 def check_ready(data: DataSettings) -> None:
-    """Raise UserError when data that are not raw are not there either."""
+    """Raise UserError when preprocessed data are missing."""
     for prefix in all_prefixes(data):
         if not is_raw(prefix):
             check_files(prefix, kind_to_train(data))
 
 
 def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
-    """What becomes of the first rows of each raw path; nothing is written.
+    """Try to preprocess the first rows of each raw path, and describe the result. Nothing is written.
 
     Raises:
-        UserError: as preprocessing.
+        UserError: as in preprocessing.
     """
     lines = []
     for path, options in raw.items():
         counts = try_first_rows(options)
         lines.append(
-            f"{path} is raw and is preprocessed before training; of its first {counts['documents']:,} documents "
+            f"{path} is raw and is preprocessed before training; of the first {counts['documents']:,} documents "
             f"{counts['kept']:,} are kept, {counts['tokens']:,} tokens"
         )
     return lines
 
 
 def raw_templates(raw: Mapping[str, PreprocessOptions]) -> dict[str, dict[str, Any] | None]:
-    """The template of which each raw path is made, as its record will name it."""
+    """The template of each raw path, as its record will name it."""
     return {path: template_of_raw(options, Tokenizer(options.tokenizer_name_or_path)) for path, options in raw.items()}
 
 
 def raw_options(data: DataSettings, tokenizer: Tokenizer | None) -> dict[str, PreprocessOptions]:
-    """How each raw path is to be preprocessed; where to is not said.
+    """The options to preprocess each raw path with, without an output prefix.
 
     Raises:
-        UserError: settings do not say how.
+        UserError: there is no tokenizer, or the files are of a kind that the run cannot train on.
     """
     raw = [path for path in all_prefixes(data) if is_raw(path)]
     if not raw:
         return {}
     if len(data.json_keys) != 1:
-        raise UserError(f"--json-keys {' '.join(data.json_keys)}: training on raw files reads one field")
+        raise UserError(f"--json-keys {' '.join(data.json_keys)}: expected one field for training on raw files")
     if tokenizer is None:
-        raise UserError("raw files as training data need --tokenizer-name-or-path, the folder of the tokenizer")
+        raise UserError("training on raw files needs --tokenizer-name-or-path, the folder of the tokenizer")
     options = PreprocessOptions(
         input=(raw[0],),
         output_prefix="",
@@ -104,12 +105,12 @@ def raw_options(data: DataSettings, tokenizer: Tokenizer | None) -> dict[str, Pr
         workers=data.workers,
     )
     by_path = {path: dataclasses.replace(options, input=(path,)) for path in raw}
-    for path, its_options in by_path.items():
-        _require_kind(path, kind_of_input(its_options), kind_to_train(data))
+    for path, path_options in by_path.items():
+        _require_kind(path, kind_of_input(path_options), kind_to_train(data))
     return by_path
 
 
-def _require_kind(path: str, kind: Kind, wanted: Kind) -> None:
-    """Raise UserError where a run cannot train on what the first record of a raw file is."""
-    if kind is not wanted:
+def _require_kind(path: str, kind: Kind, expected: Kind) -> None:
+    """Raise UserError when the first record of a raw file is of another kind than the run trains on."""
+    if kind is not expected:
         raise UserError(f"{path}: by the first record these are {kind.in_words}{_OTHER_READINGS.get(kind, '')}")

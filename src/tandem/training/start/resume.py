@@ -1,4 +1,4 @@
-"""Where a run goes on: from its own newest whole checkpoint, or from what `--load` names."""
+"""Resumes a run from its newest complete checkpoint, or starts it from `--load`."""
 
 from __future__ import annotations
 
@@ -22,31 +22,30 @@ from tandem.training.logs.log import log_notice
 from tandem.training.progress import Progress
 from tandem.training.start.state import SETTINGS_FILE, check_optimizer, restore
 
-# What makes a run the same one: where it began, and what it is trained on, which is known when raw files have become
-# their prefixes.
+# A command continues the run in --save if these settings are the same. `DATA` is compared after preprocessing, when
+# raw files have been replaced by their prefixes.
 ORIGIN = ("load", "init")
 DATA = ("data_path", "is_instruction_dataset")
-FIRST_START = ("finetune", "no_load_optim", "no_load_rng")  # what these ask for is done once
-# Settings that only say where things are, and may differ between two starts of a run.
+FIRST_START = ("finetune", "no_load_optim", "no_load_rng")  # these only affect the first start of a run
+# Settings for places, which may differ between two starts of a run.
 PLACES = {"load", "save", "init", "ckpt_step", *FIRST_START}
 
 
 def continued(checkpoint: CheckpointSettings) -> CheckpointSettings:
-    """The settings to load by. When `--save` holds a checkpoint of this very run, the run goes on from there, whatever
-    its first start was told to load: so the same command, started again, continues.
+    """The settings to load with. If `--save` contains a checkpoint of this run, it is loaded instead of `--load`.
+
+    So the same command, started again, continues the run.
 
     Raises:
-        UserError: `--save` holds a checkpoint of another run.
+        UserError: `--save` contains a checkpoint of another run.
     """
     if checkpoint.save is None or not (Path(checkpoint.save) / TRACKER).exists():
         return checkpoint
     if _loads_where_it_saves(checkpoint):
-        return _without_what_was_done(checkpoint, checkpoint.save)
+        return _without_first_start(checkpoint, checkpoint.save)
     saved = saved_settings(find_newest(checkpoint.save))
     if saved is None:
-        raise UserError(
-            f"--save {checkpoint.save} holds a converted checkpoint: choose another folder for the run's own"
-        )
+        raise UserError(f"--save {checkpoint.save} contains a converted checkpoint: choose another folder for this run")
     before = saved.get("checkpoint", {})
     _check_same(ORIGIN, before, plain_values(checkpoint), checkpoint.save)
     _check_step(before, checkpoint)
@@ -55,7 +54,11 @@ def continued(checkpoint: CheckpointSettings) -> CheckpointSettings:
 
 
 def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading: CheckpointSettings) -> None:
-    """Raise UserError when the run goes on (`loading` is what `continued` gave) that was trained on other data."""
+    """Raise UserError when the run that is resumed was trained on other data.
+
+    Args:
+        loading: the result of `continued`.
+    """
     save = checkpoint.save
     if save is not None and loading.load == save and not _loads_where_it_saves(checkpoint):
         saved = saved_settings(find_newest(save)) or {}
@@ -63,36 +66,37 @@ def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading:
 
 
 def _check_same(names: Sequence[str], before: dict[str, Any], now: dict[str, Any], save: str) -> None:
-    """Raise UserError when values of a group differ from those that the run in `save` had before."""
+    """Raise UserError when settings differ from those of the run in `save`."""
     for name in names:
-        was, new = before.get(name), now[name]
-        if name == "data_path" and was is not None:
-            was = list(plain_paths(was))
-        if was == new or (name == "load" and was == save):
+        old, new = before.get(name), now[name]
+        if name == "data_path" and old is not None:
+            old = list(plain_paths(old))
+        if old == new or (name == "load" and old == save):
             continue
-        changed = f"whose {name} was {was}; here it is {new}"
-        if name == "data_path" and was is not None and without_keys(was) == without_keys(new):
-            changed = "whose raw data, or the flags that say how they are read, were others: they have changed since"
+        difference = f"with {name} {old}; here it is {new}"
+        if name == "data_path" and old is not None and without_keys(old) == without_keys(new):
+            difference = "since its raw data, or the flags for reading them, have changed"
         raise UserError(
-            f"--save {save} holds a checkpoint of another run, {changed}. "
+            f"--save {save} contains a checkpoint of another run, {difference}. "
             f"Choose another folder, or resume that run with --load {save}"
         )
 
 
 def _check_step(before: dict[str, Any], now: CheckpointSettings) -> None:
-    """Raise UserError for an iteration of `--load` that the first start did not take: it would be passed over, and who
-    gives it now wants to go back."""
+    """Raise UserError for a new --ckpt-step: the run would ignore it and continue from its newest checkpoint."""
     if now.ckpt_step is not None and before.get("load") == now.load and before.get("ckpt_step") != now.ckpt_step:
         raise UserError(
-            f"--ckpt-step {now.ckpt_step} is an iteration of --load {now.load}, but --save {now.save} holds this run, "
-            f"which goes on from its newest. To go back to an earlier one, give --load {now.save} --ckpt-step "
+            f"--ckpt-step {now.ckpt_step} is an iteration of --load {now.load}, but the run in --save {now.save} "
+            f"continues from its newest iteration. To go back to an earlier one, give --load {now.save} --ckpt-step "
             f"{now.ckpt_step}"
         )
 
 
-def _without_what_was_done(checkpoint: CheckpointSettings, save: str) -> CheckpointSettings:
-    """For a run that loads and saves in one folder: without those flags for the first start that the newest checkpoint
-    there was already made with."""
+def _without_first_start(checkpoint: CheckpointSettings, save: str) -> CheckpointSettings:
+    """Turn off flags for the first start, if the newest checkpoint was already made with them.
+
+    This is for a run that loads from and saves to the same folder.
+    """
     given = [name for name in FIRST_START if getattr(checkpoint, name)]
     if not given:
         return checkpoint
@@ -104,29 +108,32 @@ def _without_what_was_done(checkpoint: CheckpointSettings, save: str) -> Checkpo
 
 
 def find_newest(folder: str | Path, report: Callable[[str], None] = lambda _: None) -> TensorSource:
-    """The newest iteration of a checkpoint folder that can be opened. Of those that cannot, `report` is told.
+    """The newest iteration of a checkpoint folder that can be opened.
+
+    Args:
+        report: called with a text about each iteration that cannot be opened.
 
     Raises:
-        UserError: none can; the newest one's error.
+        UserError: no iteration can be opened. The error is that of the newest one.
     """
     newest = find_iteration(folder)
     number = iteration_of(newest)
-    if number is None:  # a release has no iterations
+    if number is None:  # a checkpoint of Megatron that is called "release" has no iteration number
         return open_iteration(folder)
     failure: UserError | None = None
     for iteration in saved_iterations(folder):
         if iteration > number:
-            continue  # not published to its end
+            continue  # not completely published
         try:
             return open_iteration(folder, iteration)
         except UserError as error:
             failure = failure or error
             report(f"iteration {iteration} cannot be used: {error}; taking the one before it")
-    raise failure or UserError(f"{folder} names iteration {newest.name}, which is not there")
+    raise failure or UserError(f"{folder} names iteration {newest.name}, but that folder is missing")
 
 
 def open_initial(folder: str, iteration: int | None) -> TensorSource:
-    """`open_source`, but of a run's folder the newest iteration that is whole, when none is asked for."""
+    """Open the weights of `--load`. In the folder of a run, damaged iterations are skipped if `iteration` is None."""
     try:
         return open_source(folder, iteration)
     except UserError:
@@ -138,13 +145,13 @@ def open_initial(folder: str, iteration: int | None) -> TensorSource:
 def restore_newest(
     engine: Engine, source: TensorSource, checkpoint: CheckpointSettings, communicator: Communicator
 ) -> tuple[TensorSource, Progress]:
-    """Load from `source`; when a rank finds it damaged, all ranks load the iteration before it.
+    """Load from `source`. If it is damaged on any rank, all ranks load the iteration before it.
 
     Returns:
-        What was loaded, and the progress to continue from.
+        The source that was loaded, and the progress to continue from.
 
     Raises:
-        UserError: on every rank, when there is no whole one.
+        UserError: on every rank, when no complete iteration is left.
     """
     source = agree_on_iteration(source, communicator)
     check_optimizer(source, checkpoint)
@@ -166,10 +173,12 @@ def restore_newest(
 
 
 def agree_on_iteration(source: TensorSource, communicator: Communicator) -> TensorSource:
-    """The newest iteration that every rank has: without shared storage, a kill may leave machines with different ones.
+    """The newest iteration that every rank has.
+
+    Without shared storage, machines may have different iterations after a job was killed.
 
     Raises:
-        UserError: on every rank, when there is none.
+        UserError: on every rank, when there is no such iteration.
     """
     current: TensorSource | None = source
     while True:
@@ -181,23 +190,23 @@ def agree_on_iteration(source: TensorSource, communicator: Communicator) -> Tens
         if None in numbers:
             absent = ", ".join(str(rank) for rank, number in enumerate(numbers) if number is None)
             raise UserError(
-                f"ranks {absent} hold no checkpoint of the run that the other ranks go on with: copy the newest "
-                f"iteration and the tracker file to their machines, or remove both everywhere to begin again"
+                f"ranks {absent} have no checkpoint of the run that the other ranks continue: copy the newest "
+                f"iteration and the tracker file to their machines, or remove both everywhere to start again"
             )
         if iteration != min(numbers):
-            assert current is not None, "a rank without an iteration has ended the search"
+            assert current is not None, "the search ends when a rank has no iteration"
             current = current.earlier()
 
 
 def saved_settings(source: TensorSource) -> dict[str, dict[str, Any]] | None:
-    """The settings that a trainer stored with a checkpoint; None for any other source."""
+    """The settings that a training run stored with a checkpoint; None for any other source."""
     text = source.document(SETTINGS_FILE)
     settings: dict[str, dict[str, Any]] | None = None if text is None else yaml.safe_load(text)
     return settings
 
 
 def changes(source: TensorSource, now: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of which settings differ from those that the checkpoint was saved with; those of `now` apply."""
+    """The lines of a table of settings that have changed since the checkpoint. The settings in `now` are used."""
     saved = saved_settings(source)
     if saved is None:
         return []

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training run beside tensors, and restoring all of it."""
+"""The state of a training run in a checkpoint, and how to restore it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ OPTIMIZER_KINDS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Counters, data position and random state; `skipped_train_samples`, `recent_losses` and `loss_scale` as
-    in `Progress`.
+    """Counters, position in the data, and random state. For the last three fields, see `Progress`.
 
-    The only randomness of a run is the order of its data, a function of `seed` and of `data`; the position in
-    that order is `consumed_train_samples`. Together they are the whole random state.
+    Only the order of the data is random. It is a function of `seed` and `data`, and `consumed_train_samples` is the
+    position in it. These three are the whole random state.
     """
 
     iteration: int
@@ -41,35 +40,35 @@ class TrainerState:
 
     @classmethod
     def from_source(cls, source: TensorSource) -> TrainerState | None:
-        """The state in a checkpoint, or None when it was not written by a trainer."""
+        """The state in a checkpoint; None when no training run wrote it."""
         text = source.document(STATE_FILE)
         return None if text is None else cls(**json.loads(text))
 
 
 def check_optimizer(source: TensorSource, checkpoint: CheckpointSettings) -> None:
-    """Raise UserError when the run wants an optimizer and the checkpoint of a trainer has none."""
+    """Raise UserError when the run must load an optimizer and the checkpoint of a training run has none."""
     if checkpoint.finetune or checkpoint.no_load_optim or TrainerState.from_source(source) is None:
         return
     if missing := [kind for kind in OPTIMIZER_KINDS if kind not in source.kinds()]:
         raise UserError(
-            f"{source.location} holds no optimizer ({', '.join(missing)} missing): "
-            f"add --no-load-optim to start with a fresh one, or --finetune to start at iteration 0"
+            f"{source.location} contains no optimizer ({', '.join(missing)} missing): "
+            f"add --no-load-optim to start with a new one, or --finetune to start at iteration 0"
         )
 
 
 def state_to_continue(source: TensorSource, checkpoint: CheckpointSettings) -> TrainerState | None:
-    """What a run goes on from; None when it begins at iteration 0."""
+    """The state that a run continues from; None when it starts at iteration 0."""
     return None if checkpoint.finetune else TrainerState.from_source(source)
 
 
 def restore(engine: Engine, source: TensorSource, checkpoint: CheckpointSettings) -> Progress:
-    """Load weights and, when `source` was saved by a trainer and is not only to be fine-tuned, go on from there.
+    """Load the weights. If `source` is a checkpoint of a training run to continue, also load its optimizer and state.
 
     Returns:
         The progress to continue from.
 
     Raises:
-        UserError: something in it is damaged.
+        UserError: a file is damaged.
     """
     engine.load_weights(source)
     state = state_to_continue(source, checkpoint)

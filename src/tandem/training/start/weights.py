@@ -1,4 +1,4 @@
-"""The initial weights of a run, and whether the model that they are of is the one that its flags describe."""
+"""Opens the initial weights of a run, and checks that their model is the one that the flags describe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf
 from tandem.training.start.resume import open_initial
 
-# Model flags that must equal what the weights' config.json says.
+# Flags that must agree with the config.json of the weights.
 COMPARED = (
     "num_layers",
     "hidden_size",
@@ -29,8 +29,10 @@ COMPARED = (
 def open_weights(
     checkpoint: CheckpointSettings, model: ModelSettings, tokenizer_folder: str | None, seed: int
 ) -> TensorSource:
-    """What `--load` names; without it random weights from `seed`, whose config.json lies in `--hf-cfg-dir`, or in the
-    tokenizer's folder."""
+    """The weights of `--load`, or random weights from `seed`.
+
+    Random weights need a config.json, from `--hf-cfg-dir` or from the tokenizer's folder.
+    """
     if checkpoint.load is not None:
         return open_initial(checkpoint.load, checkpoint.ckpt_step)
     folder = model.hf_cfg_dir or tokenizer_folder
@@ -44,8 +46,7 @@ def open_weights(
 
 
 def check_model_flags(model: ModelSettings, seq_length: int, config: ModelConfig) -> None:
-    """Raise UserError, with both values, when a model flag, or the length of samples, contradicts the weights'
-    config."""
+    """Raise UserError when a model flag or `--seq-length` contradicts the config of the weights."""
     for name in COMPARED:
         given, actual = getattr(model, name), getattr(config, name)
         if given is not None and given != actual:
@@ -55,8 +56,12 @@ def check_model_flags(model: ModelSettings, seq_length: int, config: ModelConfig
             "--untie-embeddings-and-output-weights contradicts the weights' config: its embeddings are tied"
         )
     if model.padded_vocab_size is not None and model.padded_vocab_size < config.vocab_size:
-        raise UserError(f"--padded-vocab-size {model.padded_vocab_size} is below the vocabulary of {config.vocab_size}")
+        raise UserError(
+            f"--padded-vocab-size {model.padded_vocab_size}: expected at least {config.vocab_size}, the "
+            f"vocabulary size of the model"
+        )
     bound = model.max_position_embeddings or config.max_position_embeddings
     if seq_length > bound:
-        given = f"--seq-length {seq_length} is above max_position_embeddings {bound}"
-        raise UserError(f"{given}: give --seq-length {bound}, or less")
+        raise UserError(
+            f"--seq-length {seq_length} is above max_position_embeddings {bound}: give --seq-length {bound}, or less"
+        )

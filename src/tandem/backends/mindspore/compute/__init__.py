@@ -1,1 +1,1 @@
-"""What MindSpore computes with, per device."""
+"""The kernels that MindSpore computes with, for each device."""

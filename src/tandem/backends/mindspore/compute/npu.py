@@ -1,8 +1,8 @@
 """The kernels on Ascend NPUs: fused operators, differentiated by MindSpore one at a time.
 
-Written from MindSpore's documentation; there was no NPU to run it on. A function is differentiated inside its own
-backward pass, forward included: `ms.vjp` keeps memory for a pullback that is never called, and wants pullbacks called
-last in, first out.
+Written from MindSpore's documentation; there was no NPU to run it on. A function is differentiated inside its backward
+pass, where it runs forward again. Reasons: `ms.vjp` keeps memory for a pullback that is never called, and pullbacks
+must be called last in, first out.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def swiglu(gate_up: Tensor) -> tuple[Tensor, Pullback]:
 def attention(
     qkv: Tensor, q_norm: Weight | None, k_norm: Weight | None, documents: Documents, config: ModelConfig
 ) -> tuple[Tensor, Pullback]:
-    """Flash attention over documents; it computes in half precision: that of qkv, or bf16."""
+    """Flash attention over documents. It computes in the half precision of qkv, or, for fp32, in bf16."""
     tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
     heads = config.num_attention_heads
     cos, sin = documents.cos.reshape(tokens, 1, head), documents.sin.reshape(tokens, 1, head)
@@ -138,7 +138,7 @@ def cross_entropy_and_gradient(
         rows = hidden[part]
         losses, d_logits = _losses(rows, head, labels[part], tensor)
         total += float(np.sum(losses * weights[part]))
-        # Scaled only now, so that the loss scale of fp16 takes none of its range away.
+        # Scaled only now, so that the loss scale does not reduce the range of fp16.
         d_logits = d_logits.astype(hidden.dtype)
         share = Tensor(shares[part, None].astype(np.float32)).astype(hidden.dtype)
         gradients.append(product(d_logits, head.value) * share * scale)
@@ -151,12 +151,12 @@ def _losses(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParall
     logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
     local, size = tensor.local(labels), head.value.shape[0]
     here = (local >= 0) & (local < size)
-    wanted = mint.nn.functional.one_hot(Tensor(np.where(here, local, 0), ms.int64), size).astype(ms.float32)
-    wanted = wanted * Tensor(here[:, None].astype(np.float32))
+    one_hot = mint.nn.functional.one_hot(Tensor(np.where(here, local, 0), ms.int64), size).astype(ms.float32)
+    one_hot = one_hot * Tensor(here[:, None].astype(np.float32))
     log_sum_exp, label_logits = tensor.softmax_over_ranks(
-        mint.logsumexp(logits, -1).asnumpy(), mint.sum(logits * wanted, -1).asnumpy()
+        mint.logsumexp(logits, -1).asnumpy(), mint.sum(logits * one_hot, -1).asnumpy()
     )
-    return log_sum_exp - label_logits, mint.exp(logits - Tensor(log_sum_exp[:, None])) - wanted
+    return log_sum_exp - label_logits, mint.exp(logits - Tensor(log_sum_exp[:, None])) - one_hot
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
@@ -179,6 +179,6 @@ def sum_over(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
 def gather_rows(ranks: Ranks, weights: Sequence[Weight]) -> None:
     for weight in weights:
         count, step = weight.value.shape[0], -(-weight.value.shape[0] // ranks.size)
-        own = weight.master.astype(weight.value.dtype)
-        padding = mint.zeros((step - own.shape[0], *own.shape[1:]), dtype=own.dtype)
-        weight.value.copy_(mint.cat(ranks.gather(mint.cat((own, padding), 0)), 0)[:count])
+        rows = weight.master.astype(weight.value.dtype)
+        padding = mint.zeros((step - rows.shape[0], *rows.shape[1:]), dtype=rows.dtype)
+        weight.value.copy_(mint.cat(ranks.gather(mint.cat((rows, padding), 0)), 0)[:count])

@@ -1,4 +1,4 @@
-"""The kernels of each device. The one place where devices differ, beside preparing them (`device`)."""
+"""The kernels of each device. Devices differ only here and in their preparation (`device`)."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ _KERNELS = {"cpu": CPU, "npu": NPU}
 
 
 def kernels_for(device: str | None) -> Kernels:
-    """Prepare MindSpore for a device, see `device.prepare`, and give its kernels."""
+    """Prepare MindSpore for a device (see `device.prepare`), and return its kernels."""
     return _KERNELS[prepare(device)]

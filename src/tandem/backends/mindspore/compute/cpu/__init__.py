@@ -1,1 +1,1 @@
-"""MindSpore's kernels on CPU: MindSpore's operators for products, NumPy on several threads for the rest."""
+"""The kernels on CPU: MindSpore's operators for products, NumPy on several threads for the rest."""

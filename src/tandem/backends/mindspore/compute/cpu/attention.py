@@ -1,9 +1,11 @@
 """Causal attention within documents on CPU, in blocks of query rows, in memory linear in the sequence length.
 
-The forward pass keeps its input, its output and each row's log-sum-exp; the backward pass computes everything else
-again, block by block ("FlashAttention-2", arXiv 2307.08691). Products are MindSpore's; what lies between them is
-NumPy over the same memory, split over the query groups. Of fp16 it takes and gives fp16, and computes in fp32 in
-between, a document at a time: products of fp16 would round the scores, which flash attention does not.
+The forward pass keeps its input, its output and each row's log-sum-exp. The backward pass computes everything else
+again, block by block ("FlashAttention-2", arXiv 2307.08691). MindSpore computes the products, and NumPy the rest, over
+the same memory, split over the query groups.
+
+With fp16, input and output are fp16, and everything in between is fp32, one document at a time. Products in fp16 would
+round the scores, which flash attention does not do.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def attention(
 ) -> tuple[Tensor, Pullback]:
     """Attention's output [t, A * d] from qkv [t, (A + 2G) * d], group after group: its queries, its key, its value.
 
-    Queries and keys are normalised per head where there are norms, and rotated (arXiv 2104.09864); a token attends
-    to its own document up to itself.
+    Queries and keys are normalised per head where there are norms, and rotated (arXiv 2104.09864). A token attends to
+    its document, up to itself.
     """
     tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
     per_group = config.num_attention_heads // groups
@@ -58,10 +60,10 @@ def attention(
         d_out = _by_group(gradient.asnumpy(), groups, head)
         for part, document_log_sum_exp in zip(parts, log_sum_exp):
             heads = heads_of(part)
-            own_out, own_d_out = single(out[:, :, part]), single(d_out[:, :, part])
-            gradients = _backward(heads, own_out, document_log_sum_exp, own_d_out)
-            with written_in_single(d_rows[part]) as own_d_rows:
-                heads.backward(gradients, own_d_rows)
+            document_out, document_d_out = single(out[:, :, part]), single(d_out[:, :, part])
+            gradients = _backward(heads, document_out, document_log_sum_exp, document_d_out)
+            with written_in_single(d_rows[part]) as document_d_rows:
+                heads.backward(gradients, document_d_rows)
         return d_qkv
 
     return result, backward
@@ -122,7 +124,7 @@ class _Heads:
 
 
 class _Rotated:
-    """Norm and rotary embedding of heads [G, n, s, d], computed for a slice of the groups at a time."""
+    """Norm and rotary embedding of heads [G, n, s, d]. Each call computes a slice of the groups."""
 
     def __init__(
         self, heads: np.ndarray, norm: Weight | None, cos: np.ndarray, sin: np.ndarray, epsilon: float
@@ -141,7 +143,7 @@ class _Rotated:
 
     def backward(self, part: slice, d_result: np.ndarray, d_heads: np.ndarray) -> np.ndarray | None:
         """Write the gradient of `heads`; returns this part's share of the norm's, [d]."""
-        # The transpose of a rotation turns by the opposite angle.
+        # The transpose of a rotation rotates by the opposite angle.
         if self.norm is None:
             _rotate(d_result[part], self.cos, -self.sin, d_heads[part])
             return None
@@ -152,7 +154,7 @@ class _Rotated:
 
 
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
-    """Turn each pair of channels (i, i + d/2) of x [..., s, d] by its angle, into `out`."""
+    """Rotate each pair of channels (i, i + d/2) of x [..., s, d] by its angle, into `out`."""
     half = x.shape[-1] // 2
     np.multiply(x, cos, out=out)
     out[..., :half] -= x[..., half:] * sin[:, :half]
@@ -260,6 +262,6 @@ def _backward_block(
 
 
 def _mask(scores: np.ndarray, rows: slice) -> None:
-    """Hide later tokens from scores [..., rows, keys]; only keys of the block itself can be later."""
+    """Hide later tokens from scores [..., rows, keys]. Only keys of the same block can be later."""
     size = rows.stop - rows.start
     scores[..., rows] += _LATER[:size, :size]

@@ -1,4 +1,4 @@
-"""Collectives over many tensors on CPU, through buckets: few messages, and little memory beside the tensors."""
+"""Collectives over many tensors on CPU, through buckets: few messages, and little memory for copies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mindspore import Tensor
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.weight import Weight, empty
 
-# Elements of a message: large enough for the speed, small enough for the five of it that a gathering takes.
+# Elements of a message: large enough to be fast, small enough for the five copies that a gathering needs.
 BUCKET = 2**22
 
 
@@ -25,19 +25,19 @@ def sum_over(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
 
 
 def gather_rows(ranks: Ranks, weights: Sequence[Weight]) -> None:
-    """Give every rank the rows of each weight that `even_rows` gives this one: its masters, in the values' dtype."""
+    """Send this rank's rows (`even_rows`) of each weight to every rank: the masters, in the dtype of the values."""
     for bucket in _buckets(piece for weight in weights for piece in _pieces(weight, ranks.size)):
-        # The first rank's rows are the most; on the others the end of a message may be without meaning.
+        # The first rank has the most rows. On other ranks, the end of a message may be undefined.
         sizes = [len(piece[0]) for piece in bucket]
         message, values = empty(sum(sizes), dtype=weights[0].value.dtype)
-        for own, start in zip((piece[-1] for piece in bucket), np.cumsum([0, *sizes])):
-            values[start : start + len(own)] = own
-        for rank, found in enumerate(ranks.gather(message)):
-            _unpack(found.asnumpy(), [piece[rank] for piece in bucket], sizes)
+        for master, start in zip((piece[-1] for piece in bucket), np.cumsum([0, *sizes])):
+            values[start : start + len(master)] = master
+        for rank, rank_message in enumerate(ranks.gather(message)):
+            _unpack(rank_message.asnumpy(), [piece[rank] for piece in bucket], sizes)
 
 
 def _pieces(weight: Weight, size: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Parts of a bucket's size, flat: the same part of each rank's rows of the value, and of this rank's master."""
+    """Flat pieces of a bucket's size: of the value, a piece of each rank's rows; last, that of this rank's master."""
     rows = weight.value.asnumpy()
     step = -(-len(rows) // size)
     chunks = [rows[rank * step : (rank + 1) * step].reshape(-1) for rank in range(size)]
@@ -47,7 +47,7 @@ def _pieces(weight: Weight, size: int) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def _buckets(pieces: Iterable[tuple[np.ndarray, ...]]) -> Iterator[list[tuple[np.ndarray, ...]]]:
-    """Consecutive pieces whose first arrays fit a bucket together."""
+    """Groups of consecutive pieces. The first arrays of a group's pieces fit into one bucket."""
     bucket: list[tuple[np.ndarray, ...]] = []
     size = 0
     for piece in pieces:
@@ -61,7 +61,7 @@ def _buckets(pieces: Iterable[tuple[np.ndarray, ...]]) -> Iterator[list[tuple[np
 
 
 def _unpack(values: np.ndarray, pieces: Sequence[np.ndarray], sizes: Sequence[int] | None = None) -> None:
-    """Write consecutive values into the pieces, which take `sizes` (their own lengths when None) each."""
+    """Write consecutive values into the pieces. Each takes its entry of `sizes`; None: its length."""
     start = 0
     for piece, size in zip(pieces, sizes or [len(piece) for piece in pieces]):
         piece[...] = values[start : start + len(piece)]

@@ -1,8 +1,7 @@
-"""Everything on CPU but attention and loss: products, embedding, RMSNorm, SwiGLU, and what the optimizer does besides
-Adam.
+"""The kernels on CPU except attention and loss: products, embedding, RMSNorm, SwiGLU, and parts of the optimizer.
 
-MindSpore's element-wise CPU kernels broadcast and reduce slowly, so these run in NumPy over the tensors' own memory.
-Of fp16 they take and give fp16, and compute in fp32 in between.
+MindSpore's element-wise CPU kernels broadcast and reduce slowly, so these run in NumPy, over the memory of the tensors.
+With fp16, input and output are fp16, and everything in between is fp32.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ _product_ta = ops.MatMul(transpose_a=True)
 def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
     """The product of two matrices of one dtype, in that dtype.
 
-    MindSpore's own product of fp16 is the same, to the bit: it casts to fp32 and back. But each of its casts takes a
-    third of a millisecond, however small the matrix.
+    MindSpore's product of fp16 has the same bits: it casts to fp32 and back. But each of its casts takes a third of a
+    millisecond, even for small matrices.
     """
     wide = _PRODUCTS[transpose_b](_in_single(a), _in_single(b))
     if a.dtype == ms.float32:
@@ -38,7 +37,7 @@ def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient [t, o] transposed times x [t, i], fp32 and of fp16 not rounded: [o, i]."""
+    """gradient [t, o] transposed times x [t, i]: [o, i], fp32, and not rounded to fp16 in between."""
     return _product_ta(_in_single(gradient), _in_single(x))
 
 
@@ -47,7 +46,7 @@ def _in_single(x: Tensor) -> Tensor:
 
 
 def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
-    """Rows of weight [v, h] for tokens [t]: [t, h]. The pullback's result is of no use."""
+    """Rows of weight [v, h] for tokens [t]: [t, h]. The pullback's result must not be used."""
     vectors, rows = empty(len(tokens), weight.value.shape[1], dtype=weight.value.dtype)
     rows[...] = weight.value.asnumpy()[tokens]
 
@@ -200,7 +199,7 @@ def zeros(shape: tuple[int, ...]) -> Tensor:
 
 
 def fill_zero(values: np.ndarray) -> None:
-    """In place, over all cores."""
+    """Fill with zeros, in place, on all cores."""
     split_work(lambda part: values[part].fill(0), len(values), values.size)
 
 
@@ -211,7 +210,7 @@ def scale(tensor: Tensor, factor: float) -> None:
 
 
 def sum_of_squares(tensor: Tensor) -> float:
-    """Of all elements, in fp32 over short runs and in fp64 over those."""
+    """The sum over all elements: in fp32 over short runs, and in fp64 over the runs."""
     values = tensor.asnumpy().reshape(-1)
 
     def run(part: slice) -> float:

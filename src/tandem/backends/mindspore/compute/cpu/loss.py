@@ -1,7 +1,7 @@
 """The output head with cross-entropy on CPU, in chunks of rows and pieces of the vocabulary.
 
-Logits of a chunk become, in place, the gradient of the logits; full logits of a long batch never exist, and neither
-does a second tensor of the head's size. Of fp16 it takes and gives fp16, and computes in fp32 in between.
+Logits of a chunk are overwritten by their gradient. So the logits of a long batch never exist at once, and neither does
+a second tensor of the head's size. With fp16, input and output are fp16, and everything in between is fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _product_tb = ops.MatMul(transpose_b=True)
 def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
     """Sum of -log softmax(hidden head^T)[label] over rows: hidden [n, h], head [v, h], labels [n].
 
-    Where ranks share the vocabulary, `head` is this rank's part of it, and all get the sum.
+    Where ranks share the vocabulary, `head` is this rank's part of it, and all ranks get the sum.
     """
     rows = hidden.asnumpy()
     return sum(
@@ -41,10 +41,10 @@ def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: Tens
 def cross_entropy_and_gradient(
     hidden: Tensor, head: Weight, labels: np.ndarray, weights: np.ndarray, tensor: TensorParallel
 ) -> tuple[float, Tensor]:
-    """The sum of the rows' losses times `weights`, float64 [n], and its gradient with respect to `hidden`, [n, h]:
-    where ranks share the vocabulary, this rank's part of a sum over ranks.
+    """The sum of the rows' losses times `weights`, float64 [n], and its gradient with respect to `hidden`, [n, h].
 
-    The head's gradient is accumulated on the way.
+    Where ranks share the vocabulary, the gradient is this rank's part of a sum over ranks. The head's gradient is
+    added to its buffer.
     """
     rows = hidden.asnumpy()
     d_hidden, d_rows = empty(*rows.shape, dtype=hidden.dtype)
@@ -95,7 +95,7 @@ class _Chunk:
         return piece
 
     def backward(self, weights: np.ndarray, d_rows: np.ndarray) -> None:
-        """Write the gradient of the rows and accumulate the head's; consumes the pieces."""
+        """Write the gradient of the rows, and accumulate the head's. The pieces are overwritten."""
         factors = np.exp(self.largest - self.log_sum_exp[:, None]) * weights[:, None]
         d_head = self.head.gradient_rows()
         for index, piece in enumerate(self.pieces):

@@ -1,0 +1,31 @@
+"""Parts of the slow suite, for machines and people with less time than all of it takes: `make test-slow PART=kills`.
+
+`@pytest.mark.slow(PART)` puts a test into one. On two free cores each part takes at most 20 minutes.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+PARTS = {
+    "sizes": "real sizes: conversions, the scripts with 0.6B, the whole quickstart, the guide",
+    "layouts": "PyTorch's layouts of two and four processes, and a NaN in them",
+    "eight": "layouts of eight processes",
+    "jobs": "other jobs: fp16, MindSpore's layouts, resuming elsewhere, launchers, Megatron, plans",
+    "signals": "signals at any time, and launchers that end",
+    "kills": "kills, hangs and NaN, and going on after them",
+}
+
+
+def parts_of(item: pytest.Item) -> list[str]:
+    """The parts that a slow test names; one is right."""
+    return [part for mark in item.iter_markers("slow") for part in mark.args or ("no part",)]
+
+
+def misplaced(items: list[pytest.Item]) -> list[str]:
+    """Slow tests that are not in exactly one known part, and where they say they are."""
+    return [
+        f"{item.nodeid}: {', '.join(parts)}"
+        for item in items
+        if (parts := parts_of(item)) and (len(parts) > 1 or parts[0] not in PARTS)
+    ]

@@ -1,0 +1,29 @@
+"""`make test-slow PART=...`: every slow test is in exactly one part."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slow_parts import misplaced
+
+
+def test_every_slow_test_is_in_one_part(misplaced_slow_tests: list[str]) -> None:
+    assert misplaced_slow_tests == []
+
+
+@pytest.mark.parametrize(
+    ("marks", "told"),
+    [
+        ([], []),
+        ([pytest.mark.slow("kills")], []),
+        ([pytest.mark.slow], ["test: no part"]),
+        ([pytest.mark.slow("kils")], ["test: kils"]),
+        ([pytest.mark.slow("signals"), pytest.mark.slow("kills")], ["test: signals, kills"]),
+    ],
+)
+def test_a_slow_test_elsewhere_is_found(marks: list[pytest.MarkDecorator], told: list[str]) -> None:
+    item: Any = SimpleNamespace(nodeid="test", iter_markers=lambda name: [mark.mark for mark in marks])
+    assert misplaced([item]) == told
