@@ -165,7 +165,7 @@ def test_errors(workspace: Workspace, tmp_path: Path) -> None:
         ({"valid_data_path": ["/no/such", "b=/no/other"]}, 1, "--valid-data-path /no/such: expected NAME=PREFIX"),
         ({"lr": None}, 1, "--lr is required"),
         ({"train_iters": None, "epochs": 1, "train_samples": 8}, 1, "--epochs 1.0 exclude each other"),
-        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple"),
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes: expected a multiple"),
         ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
         ({"num_layers": 7}, 1, "--num-layers 7 contradicts"),
         ({"load": "/no/such/folder"}, 1, "/no/such/folder does not exist"),
