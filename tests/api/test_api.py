@@ -89,7 +89,7 @@ def test_processes_are_started_and_give_the_same_losses(workspace: Workspace, tm
         tandem.train(nproc_per_node=2, **values)
     job = tandem.train(nproc_per_node=2, tensor_model_parallel_size=2, save=tmp_path / "run", **values)
     assert job.losses == pytest.approx(tandem.train(**values).losses, abs=1e-4)
-    with pytest.raises(UserError, match="ranks"):
+    with pytest.raises(UserError, match="2 processes: expected a multiple"):
         tandem.train(nproc_per_node=2, pipeline_model_parallel_size=3, save=tmp_path / "other", **values)
 
 

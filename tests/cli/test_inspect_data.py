@@ -44,7 +44,7 @@ def test_text_and_its_counts(workspace: Workspace, capsys: pytest.CaptureFixture
 def test_labels_alone_are_no_text(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [CONVERSATIONS.pair(str(workspace.instructions), "labels"), "--tokenizer-name-or-path", str(workspace.hf)]
     assert main(["inspect", "data", *words]) == 2
-    assert f"files that belong together; name them all as {workspace.instructions}" in capsys.readouterr().err
+    assert f"one of several files of a dataset; give {workspace.instructions} instead" in capsys.readouterr().err
     for suffix in ("bin", "idx"):
         shutil.copy(f"{words[0]}.{suffix}", tmp_path / f"alone.{suffix}")
     assert main(["inspect", "data", str(tmp_path / "alone"), "--show", "1", *words[1:]]) == 2

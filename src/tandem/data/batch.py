@@ -58,8 +58,8 @@ class MicroBatch:
         for name, ids in (("tokens", self.tokens), ("labels", self.labels[self.labels != IGNORE])):
             if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
                 raise UserError(
-                    f"{name} of a micro-batch go from {ids.min()} to {ids.max()}, but the model's vocabulary is "
-                    f"0..{vocab_size - 1}; preprocess the data with this model's tokenizer"
+                    f"{name} of a micro-batch span {ids.min()}..{ids.max()}, but the model's vocabulary is "
+                    f"0..{vocab_size - 1}; if the data was made with another tokenizer, preprocess it again"
                 )
 
 

@@ -294,7 +294,7 @@ def test_templates_that_cannot_tell_are_refused(tmp_path: Path) -> None:
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "cannot find the messages"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' if add_generation_prompt }}",
-            "begins no answer with",
+            "cannot find the answers",
         ),
     ]:
         (folder / "chat_template.jinja").write_text(source)

@@ -121,7 +121,7 @@ def test_the_others_wait_for_the_leader(workspace: Workspace, tmp_path: Path) ->
     waiting.join(20)
     assert waiting.exitcode == 0
 
-    with pytest.raises(UserError, match="did not write it"):
+    with pytest.raises(UserError, match="did not write this record"):
         with_preprocessed(settings_for(workspace, workspace.questions.parent, tmp_path), False, wait=lambda _: None)
 
 
@@ -149,7 +149,7 @@ def test_a_second_job_waits_for_the_first(
 def test_errors(workspace: Workspace, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="give a folder of yours with --data-cache-path"):
+    with pytest.raises(UserError, match="give another folder with --data-cache-path"):
         with_preprocessed(settings_for(workspace, workspace.corpus, file))
     with pytest.raises(UserError, match="--json-keys a b: expected one field"):
         with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, json_keys=["a", "b"]))
@@ -165,7 +165,7 @@ def test_errors(workspace: Workspace, tmp_path: Path) -> None:
         ({"valid_data_path": ["/no/such", "b=/no/other"]}, 1, "--valid-data-path /no/such: expected NAME=PREFIX"),
         ({"lr": None}, 1, "--lr is required"),
         ({"train_iters": None, "epochs": 1, "train_samples": 8}, 1, "--epochs 1.0 exclude each other"),
-        ({"tensor_model_parallel_size": 3}, 4, "4 processes are no multiple"),
+        ({"tensor_model_parallel_size": 3}, 4, "4 processes: expected a multiple"),
         ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
         ({"num_layers": 7}, 1, "--num-layers 7 contradicts"),
         ({"load": "/no/such/folder"}, 1, "/no/such/folder does not exist"),
