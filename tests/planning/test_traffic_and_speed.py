@@ -112,5 +112,5 @@ def test_batches_that_do_not_divide_are_refused() -> None:
         Job(config=CONFIG, layout=layout, global_batch_size=3, seq_length=64).check()
     with pytest.raises(UserError, match="--use-torch-fsdp2 needs torch, not mindspore"):
         Job(config=CONFIG, seq_length=64, use_torch_fsdp2=True, ai_framework="mindspore").check()
-    with pytest.raises(UserError, match="--num-layers-per-virtual-pipeline-stage runs on torch only"):
+    with pytest.raises(UserError, match="--num-layers-per-virtual-pipeline-stage needs torch, not mindspore"):
         Job(config=CONFIG, layout=layout, global_batch_size=2, seq_length=64, ai_framework="mindspore").check()

@@ -67,7 +67,7 @@ def test_what_a_framework_does_not_do_is_said_before_a_device_is_needed(
     workspace: Workspace, values: dict[str, object]
 ) -> None:
     require_framework("mindspore")
-    with pytest.raises(UserError, match="not on mindspore; leave it out, or take --ai-framework torch"):
+    with pytest.raises(UserError, match="not mindspore: leave it out, or use --ai-framework torch"):
         dry_run(workspace.settings("mindspore", **values), 2)
 
 
