@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 
 PARTS = {
-    "sizes": "real sizes: conversions, the scripts with 0.6B, the whole quickstart, the guide",
+    "sizes": "real sizes and whole ways: conversions, scripts, quickstart, guide, processes as large as planned",
     "layouts": "PyTorch's layouts of two and four processes, and a NaN in them",
     "eight": "layouts of eight processes",
-    "jobs": "other jobs: fp16, MindSpore's layouts, resuming elsewhere, launchers, Megatron, plans",
+    "jobs": "other jobs: fp16, MindSpore's layouts, resuming elsewhere, launchers, Megatron",
     "signals": "signals at any time, and launchers that end",
     "kills": "kills, hangs and NaN, and going on after them",
 }

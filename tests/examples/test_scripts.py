@@ -149,8 +149,8 @@ def test_the_documented_command_for_random_weights(site: Site) -> None:
     [
         ("torch", 2, {"TP": 2}),
         ("mindspore", 2, {"PP": 2}),
-        pytest.param("torch", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("jobs")),
-        pytest.param("mindspore", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("jobs")),
+        pytest.param("torch", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("sizes")),
+        pytest.param("mindspore", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("sizes")),
     ],
 )
 def test_several_processes_give_the_same_losses(
