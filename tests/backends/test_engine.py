@@ -286,7 +286,7 @@ def test_a_weight_for_each_token_or_an_error(framework: str) -> None:
     engine = build(framework, source)
     batch = toy_batch(source.config, RAGGED)
     for weights in ([], [np.ones(3)]):
-        with pytest.raises(ValueError, match=r"zip|weights \[3\] of a micro-batch with labels \[56\]"):
+        with pytest.raises(ValueError, match=r"zip|weights have shape \[3\]; expected \[56\], as labels"):
             engine.train_step([batch], weights, 1e-3, 0.1)
 
 
