@@ -18,7 +18,7 @@ SHORT = {
         # them small.
         Case(tp=2, family="qwen2", recompute_layers=2, lr=2e-4),
         Case(tp=2, tied=False, family="llama"),
-        Case(tp=2, packed=True, weighted=True),
+        Case(tp=2, packed=True, weighted=True, lr=2e-4),
         Case(pp=2, packed=True),
         Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
         Case(pp=2, noop_layers=(0, 5)),
