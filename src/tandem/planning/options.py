@@ -73,7 +73,7 @@ class PlanOptions(Options):
     fp16: bool = False
     """Compute in float16 with fp32 masters and a loss scale: as large and as fast as bfloat16."""
     ai_framework: str = field(default_factory=default_framework)
-    """Backend: mindspore, or torch; default: the one that is installed, torch where both are."""
+    """Framework: mindspore, or torch; default: the one that is installed, torch where both are."""
     efficiency: float | None = None
     """Share of the device's peak that matrix products reach; default: the device's assumption."""
 

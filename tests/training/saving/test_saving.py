@@ -170,5 +170,5 @@ def test_an_export_that_fails_is_told_and_training_goes_on(
 ) -> None:
     (tmp_path / "hf").write_text("in the way")
     run(workspace, "torch", save=str(tmp_path), export_hf_every=1, train_iters=2, lr_warmup_iters=0, save_interval=1)
-    assert "iteration 1 was not exported" in capsys.readouterr().out
+    assert "iteration 1 was not exported" in capsys.readouterr().err
     assert [event["iteration"] for event in read_events(tmp_path) if event["event"] == "export failed"] == [1, 2]
