@@ -203,6 +203,8 @@ def train(settings: Settings) -> TrainingResult:
         UserError: settings or files are missing, wrong or damaged, or a step failed.
         RunStopped: a signal stopped the run, and the run saved a checkpoint. The same call continues it.
     """
+    if settings.launch.dry_run:
+        raise UserError("--dry-run: the Python functions train; use `tandem pretrain --dry-run`")
     from tandem.cli.job import train_as_processes
     from tandem.training.result import train_and_collect
 
@@ -245,9 +247,13 @@ def evaluate(load: str | Path, *data: str | Path, **settings: Any) -> dict[str, 
     """
     from tandem.training.evaluate import evaluate_weights
 
-    results, notices = evaluate_weights(
-        Settings(**{"eval_iters": "full", **settings, "load": load, "valid_data_path": [*map(str, data)]})
-    )
+    if data and "valid_data_path" in settings:
+        raise UserError("valid_data_path and data without a keyword are the same: give one of them")
+    places = {"valid_data_path": [*map(str, data)]} if data else {}
+    chosen = Settings(**{"eval_iters": "full", **settings, **places, "load": load})
+    if chosen.launch.nproc_per_node not in (None, 1):
+        raise UserError("--nproc-per-node: the Python function evaluates in this process; use `tandem evaluate`")
+    results, notices = evaluate_weights(chosen)
     for notice in notices:
         log.info("> %s", notice)
     return results

@@ -138,6 +138,18 @@ def test_all_that_is_wrong_is_told_at_once(call: Any, problems: tuple[str, ...])
     assert raised.value.problems == problems
 
 
+def test_what_the_functions_do_not_do_is_refused() -> None:
+    for call, flag in (
+        (lambda: tandem.train(dry_run=True), "--dry-run"),
+        (lambda: tandem.evaluate("m", "d", nproc_per_node=2), "--nproc-per-node"),
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        assert flag in raised.value.flags
+    with pytest.raises(UserError, match="valid_data_path"):
+        tandem.evaluate("m", "d", valid_data_path="e")
+
+
 def test_errors_name_the_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         tandem.load(tmp_path)
