@@ -198,3 +198,23 @@ def test_html_page_in_a_browser(workspace: Workspace, tmp_path: Path) -> None:
     spans = DataView(workspace.instructions).spans(0, Tokenizer(workspace.hf))
     assert page.samples[0] == "".join(span.text for span in spans)
     assert page.marked[0] in [span.text for span in spans if span.trained]
+
+
+def test_the_record_names_the_tokenizer_wherever_one_stands(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workspace.hf, tmp_path / "hf")
+    shutil.copy(workspace.questions, tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    preprocess(PreprocessOptions(("rows.jsonl",), "x", "hf", prompt_type="qwen3"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["inspect", "data", "../x", "--show", "1"]) == 0
+    assert "[[" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text())["sources"][0]["file"] == str(tmp_path / "rows.jsonl")
+    (tmp_path / "hf").rename(tmp_path / "moved")
+    assert main(["inspect", "data", "../x", "--show", "1"]) == 2
+    message = capsys.readouterr().err
+    assert f"names {tmp_path / 'hf'}, which is not here" in message
+    assert "--tokenizer-name-or-path" in message
+    assert main(["inspect", "data", "../x", "--show", "1", "--tokenizer-name-or-path", "../moved"]) == 0

@@ -152,6 +152,35 @@ def test_damaged_files_are_named(kind: str, message: str, tmp_path: Path) -> Non
         IndexedDataset(prefix)
 
 
+# The index of two sequences of int32: 34 bytes of header, 2 lengths, 2 pointers, 3 document indices.
+@pytest.mark.parametrize(
+    ("form", "offset", "value", "message"),
+    [
+        ("<i", 34, -1, "length of sequence 0 is -1, expected 0 or more"),
+        ("<i", 34, 9, "sequence 0 ends at byte 36, but .* has 16"),
+        ("<q", 42, -(2**31), "pointer of sequence 0 is -2,147,483,648, expected 0 or more"),
+        ("<q", 42, 2, "pointer of sequence 0 is 2, expected a multiple of 4"),
+        ("<q", 42, 16, "pointer of sequence 1 is 12, expected no less than the pointer before it"),
+        ("<q", 66, 3, "document index 2 is 2, expected no less than the one before it"),
+        ("<q", 66, -1, "document index 1 is -1, expected no less"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+def test_every_entry_of_an_index_is_checked(
+    form: str, offset: int, value: int, message: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.data.indexed._CHECKED_AT_ONCE", at_once)
+    prefix = write(tmp_path / "x", [[[1, 2, 3]], [[4]]])
+    assert [s.tolist() for s in IndexedDataset(prefix)] == [[1, 2, 3], [4]]
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    struct.pack_into(form, index, offset, value)
+    Path(f"{prefix}.idx").write_bytes(index)
+    with pytest.raises(UserError, match=message):
+        IndexedDataset(prefix)
+    with pytest.raises(UserError, match=r"x\.idx: "), merging({str(tmp_path / "merged"): [prefix]}):
+        pass
+
+
 def test_an_error_about_a_missing_dataset_lists_the_others_in_the_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"without `.bin` or `.idx`$"):
         IndexedDataset(tmp_path / "text")

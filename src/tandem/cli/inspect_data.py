@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -97,7 +98,14 @@ def _tokenizer(options: InspectDataOptions) -> Tokenizer:
             f"--tokenizer-name-or-path, or --show 0"
         )
     path, record = path_and_record
-    tokenizer = Tokenizer(record["options"]["tokenizer_name_or_path"])
+    folder = record["options"]["tokenizer_name_or_path"]  # None where merged parts name different folders
+    if folder is None or not os.path.isdir(folder):
+        place = "names no single folder of" if folder is None else f"names {folder}, which is not here, as"
+        raise UserError(
+            f"{path}: {place} the tokenizer that made these data; give its folder with --tokenizer-name-or-path, or "
+            f"--show 0"
+        )
+    tokenizer = Tokenizer(folder)
     if tokenizer.sha256 != record["tokenizer"]["sha256"]:
         raise UserError(
             f"{path}: {tokenizer.folder} is not the tokenizer that made these data; give the right one with "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from tandem.errors import UserError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_CHECKED_AT_ONCE = 1 << 20  # entries of an index
 DTYPE_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 
 
@@ -42,7 +43,8 @@ class IndexedDataset:
         document_indices: int64 [documents + 1]; document d has the sequences from entry d up to entry d + 1.
 
     Raises:
-        UserError: a file is missing, truncated, or not a Megatron dataset.
+        UserError: a file is missing, truncated, or not a Megatron dataset. Or a length, a pointer or a document index
+            is wrong: each is checked.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -273,7 +275,40 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         raise UserError(
             f"{path}: document indices must go from 0 to {sequences} (the number of sequences); write it again"
         )
-    return np.dtype(_DTYPES[code]), lengths, pointers, document_indices
+    dtype = np.dtype(_DTYPES[code])
+    _require_each(path, "length of sequence", lengths, lambda part, _: part >= 0, "0 or more")
+    _require_each(path, "pointer of sequence", pointers, lambda part, _: part >= 0, "0 or more")
+    _require_each(path, "pointer of sequence", pointers, _rises, "no less than the pointer before it")
+    _require_each(
+        path,
+        "pointer of sequence",
+        pointers,
+        lambda part, _: part % dtype.itemsize == 0,
+        f"a multiple of {dtype.itemsize}, the bytes of a token",
+    )
+    _require_each(path, "document index", document_indices, _rises, "no less than the one before it")
+    return dtype, lengths, pointers, document_indices
+
+
+_Holds = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of values and the values before them: bool for each
+
+
+def _rises(part: np.ndarray, before: np.ndarray) -> np.ndarray:
+    return np.asarray(part >= before)
+
+
+def _require_each(path: Path, name: str, values: np.ndarray, holds: _Holds, expected: str) -> None:
+    """Raise UserError with the first value for which `holds` is false. Memory does not grow with the file."""
+    for begin in range(0, len(values), _CHECKED_AT_ONCE):
+        part = values[begin : begin + _CHECKED_AT_ONCE]
+        before = np.concatenate([values[max(0, begin - 1) : max(1, begin)], part[:-1]])
+        wrong = np.flatnonzero(~holds(part, before))
+        if len(wrong):
+            number = begin + int(wrong[0])
+            raise UserError(
+                f"{path}: {name} {number:,} is {int(values[number]):,}, expected {expected}; the file is damaged: copy "
+                f"it again, or preprocess again"
+            )
 
 
 def _map_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray) -> np.ndarray:
@@ -285,4 +320,12 @@ def _map_tokens(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.n
         raise UserError(
             f"{path}: has {size} bytes, but its .idx describes {expected}; one is damaged, or they do not match"
         )
+    for begin in range(0, len(lengths), _CHECKED_AT_ONCE):  # pointers rise, but a length may reach too far
+        part = slice(begin, begin + _CHECKED_AT_ONCE)
+        ends = pointers[part] + lengths[part].astype(np.int64) * dtype.itemsize
+        for number in np.flatnonzero(ends > size)[:1].tolist():
+            raise UserError(
+                f"{path.with_suffix('.idx')}: sequence {begin + number:,} ends at byte {int(ends[number]):,}, but "
+                f"{path} has {size:,}; the .idx is damaged: copy it again, or preprocess again"
+            )
     return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)

@@ -65,7 +65,7 @@ def _entries(files: Sequence[Path], process: Popen[str]) -> list[dict[str, Any]]
     if process.returncode:
         raise UserError(f"an input file cannot be hashed: {errors.rstrip().rpartition(chr(10))[2]}")
     return [
-        {"file": str(file), "bytes": file.stat().st_size, "sha256": sha256}
+        {"file": os.path.abspath(file), "bytes": file.stat().st_size, "sha256": sha256}
         for file, sha256 in zip(files, hashes.split())
     ]
 

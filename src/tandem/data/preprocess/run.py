@@ -315,6 +315,8 @@ def _identity(
 
 def _recorded_options(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
     recorded = options.recorded()
+    # Whoever reads the record later may stand in another folder.
+    recorded["tokenizer_name_or_path"] = os.path.abspath(options.tokenizer_name_or_path)
     for name in ("workers", "log_interval"):  # they do not change the data
         del recorded[name]
     if not options.handler_name:  # record the handler that was recognised
