@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def folder(tmp_path: Path) -> Path:
         "hub": {"hf_hub_url": "x/y"},
         "pairs": {"file_name": "one.jsonl", "ranking": True},
         "pictures": {"file_name": "one.jsonl", "columns": {"images": "x"}},
+        "few": {"file_name": "one.jsonl", "num_samples": 2},
+        "sha1": {
+            "file_name": "one.jsonl",
+            "file_sha1": hashlib.sha1((tmp_path / "one.jsonl").read_bytes()).hexdigest(),
+        },
+        "other": {"file_name": "one.jsonl", "file_sha1": "0"},
+        "typo": {"file_name": "one.jsonl", "colums": {"prompt": "instruction"}},
+        "split": {"file_name": "one.jsonl", "split": "test"},
+        "both": {"file_name": "one.jsonl", "hf_hub_url": "x/y"},
+        "none": {"file_name": "one.jsonl", "num_samples": 0},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     return tmp_path
@@ -88,6 +99,12 @@ def test_concatenated(folder: Path) -> None:
     assert questions(folder, run(folder, "two,one", max_samples=2)) == ["b0", "b1", "a0", "a1"]
     record = json.loads((folder / "out.json").read_text())
     assert [Path(source["file"]).name for source in record["sources"]] == ["a.jsonl", "b.jsonl", "one.jsonl"]
+
+
+def test_what_an_entry_says_is_heard(folder: Path) -> None:
+    assert questions(folder, run(folder, "few,two")) == ["a0\nno", "a1\nno", "b0", "b1", "b2", "b3", "b4"]
+    assert questions(folder, run(folder, "few,two", max_samples=1)) == ["a0\nno", "b0"]
+    assert len(questions(folder, run(folder, "sha1"))) == 3
 
 
 def test_interleaved(folder: Path) -> None:
@@ -121,11 +138,16 @@ def test_interleaving_does_not_depend_on_being_interrupted(folder: Path, monkeyp
 @pytest.mark.parametrize(
     ("names", "changes", "message"),
     [
-        ("three", {}, r"no dataset 'three'; the file has \['hub', 'one', 'pairs', 'pictures', 'two'\]"),
+        ("three", {}, r"no dataset 'three'; the file has \['both', 'few', 'hub', "),
         (",", {}, "--input names no dataset"),
         ("hub", {}, "dataset 'hub': file_name is missing, and only local files are read"),
         ("pairs", {}, "dataset 'pairs': ranking data are preferences"),
         ("pictures", {}, r"dataset 'pictures': columns \['images'\] are not read"),
+        ("other", {}, r"dataset 'other': file_sha1 is '0', but that of .*one\.jsonl"),
+        ("typo", {}, "dataset 'typo': 'colums' is not known here.*did you mean 'columns'"),
+        ("split", {}, "dataset 'split': 'split' is not known here"),
+        ("both", {}, "dataset 'both': hf_hub_url names data that are not on this disk"),
+        ("none", {}, "dataset 'none': num_samples is 0"),
         ("one", {"map_keys": {"prompt": "q"}}, "takes field names from dataset_info.json"),
         ("one", {"dataset_dir": None}, "needs --dataset-dir"),
         (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.data.record import write_record
+from tandem.data.sources.files import expand_input
 from tandem.data.sources.json_array import iter_elements
-from tandem.data.sources.readers import expand_input, iter_blocks, parse_row
+from tandem.data.sources.readers import iter_blocks, parse_row
 from tandem.errors import UserError
 
 RECORDS = [{"text": "one", "n": 1}, {"text": "中文\u2028 two", "n": 2}, {"text": "", "n": 3}]
@@ -39,6 +43,10 @@ def write(folder: Path, name: str) -> Path:
         new = ipc.new_file if name.startswith("file") else ipc.new_stream
         with new(str(path), table.schema) as writer:
             writer.write_table(table)
+    elif name.endswith(".xz"):
+        path.write_bytes(lzma.compress(LINES[:20]) + lzma.compress(LINES[20:]))
+    elif name.endswith(".bz2"):
+        path.write_bytes(bz2.compress(LINES[:20]) + bz2.compress(LINES[20:]))
     elif name.endswith(".gz"):
         path.write_bytes(gzip.compress(LINES[:20]) + gzip.compress(LINES[20:]))  # two members
     elif name.endswith(".zst"):
@@ -53,7 +61,10 @@ def write(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["a.jsonl", "lines.json", "array.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "file.arrow", "stream.arrow"],
+    [
+        *("a.jsonl", "lines.json", "array.json", "a.ndjson", "A.JSONL", "a.parquet", "file.arrow", "stream.arrow"),
+        *("a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz", "a.json.bz2"),
+    ],
 )
 def test_every_format_gives_the_same_records(name: str, tmp_path: Path) -> None:
     rows = places_and_rows([write(tmp_path, name)])
@@ -81,6 +92,28 @@ def test_lines_of_text_and_rows_of_csv(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 5: 1 fields, but the header names 2"):
         parse_row(rows[1][1])
     assert [parse_row(rows[i][1]) for i in (0, 2)] == [{"text": "x", "n": "1"}, {"text": "z", "n": "2"}]
+
+
+@pytest.mark.parametrize("compress", [lambda content: content, gzip.compress, lzma.compress, bz2.compress])
+def test_tables_of_texts_are_compressed_too(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    suffix = {gzip.compress: ".gz", lzma.compress: ".XZ", bz2.compress: ".bz2"}.get(compress, "")
+    for name, separator in (("a.csv", ","), ("b.TSV", "\t")):
+        (tmp_path / f"{name}{suffix}").write_bytes(compress(f'text{separator}n\n"one ""two"""{separator}1\n'.encode()))
+    rows = [parse_row(row) for _, row in places_and_rows(expand_input([tmp_path]))]
+    assert rows == [{"text": 'one "two"', "n": "1"}] * 2
+    damaged = tmp_path / f"a.csv{suffix}"
+    if suffix:
+        damaged.write_bytes(damaged.read_bytes()[:-4])
+        with pytest.raises(UserError, match=r"cannot be read after line .* damaged"):
+            places_and_rows([damaged])
+
+
+def test_numbers_that_json_lacks_do_no_harm_where_nobody_reads_them() -> None:
+    record = parse_row(b'{"text": "x", "score": NaN, "best": -Infinity}')
+    assert (record["text"], record["best"]) == ("x", float("-inf"))
+    for line in (b'{"text": "NaN", "n": }', b'{"text": "\\ud800", "n": NaN}', b'{"a": NaN, "n": ' + b"[" * 5000):
+        with pytest.raises(UserError, match="not valid JSON"):
+            parse_row(line)
 
 
 def test_what_a_table_adds_to_the_objects_of_a_column_is_left_out(tmp_path: Path) -> None:
@@ -112,6 +145,32 @@ def test_what_an_earlier_run_left_in_a_folder_is_no_input(tmp_path: Path) -> Non
     for entry in (tmp_path, tmp_path / "*.json*", tmp_path / "*"):
         assert [file.name for file in expand_input([entry])] == ["b.jsonl"]
     assert [file.name for file in expand_input([tmp_path / "out.rejects.jsonl"])] == ["out.rejects.jsonl"]
+
+
+def test_files_that_describe_data_are_no_input(tmp_path: Path) -> None:
+    """As `save_to_disk` of the datasets library leaves them, and LLaMA-Factory's list of data sets."""
+    write(tmp_path, "data-00000-of-00001.arrow")
+    (tmp_path / "state.json").write_text('{"_data_files": [], "_fingerprint": "x"}')
+    (tmp_path / "dataset_info.json").write_text('{"features": {}, "citation": ""}')
+    for entry in (tmp_path, tmp_path / "*"):
+        assert [file.name for file in expand_input([entry])] == ["data-00000-of-00001.arrow"]
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "x.json"}}')
+    assert [file.name for file in expand_input([tmp_path])] == ["data-00000-of-00001.arrow"]
+    (tmp_path / "state.json").write_text('[{"text": "Ohio"}]')  # data that have such a name
+    assert [file.name for file in expand_input([tmp_path])] == ["data-00000-of-00001.arrow", "state.json"]
+
+
+def test_data_that_lie_deeper_are_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "data-00000-of-00001.arrow")
+    with pytest.raises(UserError, match="lie deeper") as error:
+        expand_input([tmp_path])
+    pattern = str(tmp_path / "**" / "*.arrow")
+    assert repr(pattern) in str(error.value)
+    assert str(tmp_path / "train") in str(error.value)
+    assert len(expand_input([pattern])) == 2
 
 
 def test_text_of_a_table_that_is_not_utf8(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import BusyError, fingerprint
 from tandem.data.record import read_record, record_of, record_path, source_entries, template_entry, tokenizer_entry
-from tandem.data.sources.readers import expand_input
+from tandem.data.sources.files import expand_input
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError

@@ -306,6 +306,7 @@ def _identity(
             "version": __version__,
             "options": _recorded_options(options, sources),
             "handlers": [str(source.handler) for source in sources],
+            "limits": [source.max_samples for source in sources],
             "tokenizer": tokenizer_entry(tokenizer),
             "template": template_entry(template) if template else None,
             "sources": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],

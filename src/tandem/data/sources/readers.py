@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
-import io
-import os
+import json
 import secrets
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import orjson
 
-from tandem.data.kinds import REJECTS_SUFFIX
-from tandem.data.record import is_record
+from tandem.data.sources.compressed import COMPRESSIONS, DAMAGED, has_suffix, open_bytes
 from tandem.data.sources.json_array import is_array, iter_elements
 from tandem.data.sources.tables import TABLE_SUFFIXES, UnevenRow, iter_table_rows
 from tandem.errors import UserError
 
-_COMPRESSIONS = ("", ".gz", ".zst")
-_TEXT_SUFFIXES = tuple(".txt" + compression for compression in _COMPRESSIONS)
-_JSON_SUFFIXES = tuple(json + compression for json in (".json", ".jsonl") for compression in _COMPRESSIONS)
+_TEXT_SUFFIXES = tuple(".txt" + compression for compression in COMPRESSIONS)
+_JSON_SUFFIXES = tuple(name + compression for name in (".json", ".jsonl", ".ndjson") for compression in COMPRESSIONS)
 SUFFIXES = (*_JSON_SUFFIXES, *_TEXT_SUFFIXES, *TABLE_SUFFIXES)
+SUFFIXES_IN_WORDS = (
+    ".json, .jsonl, .ndjson, .txt, .csv, .tsv (also with .gz, .zst, .xz or .bz2 after it), .parquet, .arrow"
+)
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024  # a block ends when it has either
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _AT_LINE_ENDS = secrets.randbits(62)  # a random number, which no file can be made to contain
@@ -78,9 +75,26 @@ def parse_row(row: Any) -> dict[str, Any]:
     try:
         value = orjson.loads(row) if isinstance(row, bytes) else row
     except orjson.JSONDecodeError as error:
-        raise _json_error(row, error) from None
+        value = _with_special_numbers(row)
+        if value is None:
+            raise _json_error(row, error) from None
     if not isinstance(value, dict):
         raise UserError(f"expected an object with named fields, found {type(value).__name__}")
+    return value
+
+
+def _with_special_numbers(row: bytes) -> Any:
+    """The value of a line that holds NaN or Infinity, which Python writes though JSON has no such numbers.
+
+    They do no harm in a field that nobody reads. None where the line has none, or something else is wrong with it.
+    """
+    if b"NaN" not in row and b"Infinity" not in row:
+        return None
+    try:
+        value = json.loads(row)
+        json.dumps(value, ensure_ascii=False).encode()  # `loads` accepts half a surrogate pair, which is not text
+    except (ValueError, RecursionError):
+        return None
     return value
 
 
@@ -116,48 +130,13 @@ def _lines_at_once(block: Block) -> list[Any] | None:
     return values[:-1:2]
 
 
-def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files that `inputs` name. Each is a file, a folder (its data files, sorted by name) or a glob pattern."""
-    files: list[Path] = []
-    for entry in inputs:
-        given, path = os.fspath(entry), Path(entry)
-        if path.is_dir():
-            data_files = (file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.is_dir())
-            matches = sorted(file for file in data_files if not _is_output(file))
-        elif path.is_file():
-            matches = [path]
-        else:
-            named = sorted(Path(name) for name in glob.glob(given, recursive=True) if os.path.isfile(name))
-            matches = [file for file in named if not _is_output(file)]
-        if not matches:
-            raise UserError(
-                f"input {given!r}: no such file, and no folder or pattern with files of {', '.join(SUFFIXES)}"
-            )
-        files += matches
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: a link to {os.readlink(file)}, which does not exist")
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"{file}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-    return files
-
-
-def _is_output(file: Path) -> bool:
-    """Whether an earlier run wrote this file next to its input: data, a record, or rejected rows."""
-    return (
-        file.suffix in (".bin", ".idx")
-        or file.name.endswith(REJECTS_SUFFIX)
-        or (file.suffix == ".json" and file.is_file() and is_record(file))
-    )
-
-
 def iter_blocks(files: Sequence[Path]) -> Iterator[Block]:
     """All rows of all files, in order. Memory does not grow with the size of the files.
 
     Where a block ends depends only on the files.
     """
     for file in files:
-        if file.name.endswith(TABLE_SUFFIXES):
+        if has_suffix(file, TABLE_SUFFIXES):
             yield from _row_blocks(file, iter_table_rows(file))
         else:
             yield from _line_blocks(file)
@@ -165,10 +144,10 @@ def iter_blocks(files: Sequence[Path]) -> Iterator[Block]:
 
 def _line_blocks(file: Path) -> Iterator[Block]:
     """The blocks of a text or JSON file. The first character shows whether a JSON file has an array or lines."""
-    is_text = file.name.endswith(_TEXT_SUFFIXES)
+    is_text = has_suffix(file, _TEXT_SUFFIXES)
     line = 0
     try:
-        with _open(file) as stream:
+        with open_bytes(file) as stream:
             if not is_text and is_array(stream):
                 yield from _row_blocks(file, iter_elements(file, stream))
                 return
@@ -181,7 +160,7 @@ def _line_blocks(file: Path) -> Iterator[Block]:
                 count = ends + (not content.endswith(b"\n"))
                 yield Block(str(file), line + 1, count, content, is_text)
                 line += count
-    except (OSError, EOFError, zlib.error) as error:
+    except DAMAGED as error:
         raise UserError(f"{file}: cannot be read after line {line}: {error}; the file is damaged") from None
 
 
@@ -223,18 +202,3 @@ def _decode(line: bytes) -> str:
         raise UserError(
             f"not UTF-8: byte {line[error.start]:#04x} at position {error.start + 1}; convert the file"
         ) from None
-
-
-def _open(file: Path) -> BinaryIO:
-    if file.name.endswith(".gz"):
-        return io.BufferedReader(gzip.open(file), 1 << 20)
-    if file.name.endswith(".zst"):
-        return _open_zstandard(file)
-    return file.open("rb")
-
-
-def _open_zstandard(file: Path) -> BinaryIO:
-    # Not the zstandard package: it reads a truncated file without an error. Imported here, because that is slow.
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 1 << 20)

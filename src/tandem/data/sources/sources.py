@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import orjson
 
 from tandem.data.handlers.fields import described
 from tandem.data.handlers.registry import LLAMA_FACTORY, Handler, detect_handler, make_handler
-from tandem.data.sources.readers import Block, expand_input, iter_blocks, parse_row
+from tandem.data.sources.files import expand_input
+from tandem.data.sources.readers import Block, iter_blocks, parse_row
 from tandem.errors import UserError, nearest
 
 _DATASET_INFO = "dataset_info.json"
@@ -24,16 +26,31 @@ _FORMATS = {
     "openai": ("OpenAIInstructionHandler", ("messages", "system", "tools")),
 }
 _REQUIRED_COLUMNS = ("prompt", "response", "messages")
+_KEYS = ("file_name", "formatting", "columns", "tags", "ranking", "num_samples", "file_sha1")  # of an entry
+_ELSEWHERE = (
+    "hf_hub_url",
+    "ms_hub_url",
+    "om_hub_url",
+    "cloud_file_name",
+    "script_url",
+)  # data that are not on this disk
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files that one handler reads. `handler_name` is upstream's name of it; `map_keys` is what it was made with."""
+    """Files that one handler reads.
+
+    Attributes:
+        handler_name: upstream's name of the handler.
+        map_keys: what the handler was made with.
+        max_samples: so many rows are read at most; None: all.
+    """
 
     files: tuple[Path, ...]
     handler_name: str
     handler: Handler
     map_keys: Mapping[str, Any] | None = None
+    max_samples: int | None = None
 
 
 def open_sources(
@@ -65,7 +82,7 @@ def open_sources(
 def iter_source_blocks(sources: Sequence[Source], max_samples: int | None = None) -> Iterator[Block]:
     """All rows of all sources, in order; at most the first `max_samples` of each source."""
     for number, source in enumerate(sources):
-        left = max_samples
+        left = min((limit for limit in (max_samples, source.max_samples) if limit is not None), default=None)
         for block in iter_blocks(source.files):
             count = block.count if left is None else min(block.count, left)
             yield dataclasses.replace(block, count=count, source=number)
@@ -115,6 +132,23 @@ def _llama_factory_source(path: Path, datasets: Mapping[str, dict[str, Any]], na
             f"{path}: no dataset {name!r}; the file has {sorted(datasets)}{nearest(name, sorted(datasets))}"
         )
     entry, place = datasets[name], f"{path}, dataset {name!r}"
+    _require_known_keys(entry, place)
+    formatting = entry.get("formatting", "alpaca")
+    if not isinstance(formatting, str) or formatting not in _FORMATS:
+        raise UserError(f"{place}: formatting is {formatting!r}, expected one of {sorted(_FORMATS)}")
+    handler_name, column_names = _FORMATS[formatting]
+    map_keys = _map_keys(place, entry, column_names)
+    file = path.parent / entry["file_name"]
+    try:
+        source = Source(tuple(expand_input([file])), handler_name, make_handler(handler_name, map_keys=map_keys))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    _require_sha1(entry, place, source.files)
+    return dataclasses.replace(source, max_samples=entry.get("num_samples"))
+
+
+def _require_known_keys(entry: Mapping[str, Any], place: str) -> None:
+    """Raise UserError for what an entry says and nobody would hear."""
     if not isinstance(entry.get("file_name"), str):
         raise UserError(f"{place}: file_name is missing, and only local files are read; the entry has {sorted(entry)}")
     if entry.get("ranking"):
@@ -122,16 +156,33 @@ def _llama_factory_source(path: Path, datasets: Mapping[str, dict[str, Any]], na
             f"{place}: ranking data are preferences; use --handler-name AlpacaStylePairwiseHandler or "
             f"SharegptStylePairwiseHandler, with --input the file"
         )
-    formatting = entry.get("formatting", "alpaca")
-    if not isinstance(formatting, str) or formatting not in _FORMATS:
-        raise UserError(f"{place}: formatting is {formatting!r}, expected one of {sorted(_FORMATS)}")
-    handler_name, column_names = _FORMATS[formatting]
-    map_keys = _map_keys(place, entry, column_names)
-    try:
-        handler = make_handler(handler_name, map_keys=map_keys)
-        return Source(tuple(expand_input([path.parent / entry["file_name"]])), handler_name, handler)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+    for key in entry:
+        if key in _ELSEWHERE:
+            raise UserError(f"{place}: {key} names data that are not on this disk; leave it out to read file_name")
+        if key not in _KEYS:
+            raise UserError(f"{place}: {key!r} is not known here; expected {list(_KEYS)}{nearest(key, list(_KEYS))}")
+    count = entry.get("num_samples")
+    if count is not None and (type(count) is not int or count < 1):
+        raise UserError(f"{place}: num_samples is {count!r}, expected a whole number of 1 or more")
+
+
+def _require_sha1(entry: Mapping[str, Any], place: str, files: Sequence[Path]) -> None:
+    """Raise UserError when the data are not those that `file_sha1` is of."""
+    expected = entry.get("file_sha1")
+    if expected is None:
+        return
+    if len(files) != 1:
+        raise UserError(f"{place}: file_sha1 is of one file, but file_name gives {len(files)}; leave file_sha1 out")
+    digest = hashlib.sha1(usedforsecurity=False)
+    with files[0].open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if found != expected:
+        raise UserError(
+            f"{place}: file_sha1 is {expected!r}, but that of {files[0]} is {found!r}: the file was changed or is "
+            f"damaged; get it again, or leave file_sha1 out"
+        )
 
 
 def _map_keys(place: str, entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

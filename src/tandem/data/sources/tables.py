@@ -1,16 +1,22 @@
-"""Rows of table files: CSV, Parquet, Arrow."""
+"""Rows of table files: CSV, TSV, Parquet, Arrow."""
 
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tandem.data.sources.compressed import COMPRESSIONS, DAMAGED, has_suffix, open_bytes
 from tandem.errors import UserError
 
-TABLE_SUFFIXES = (".csv", ".parquet", ".arrow")
+# The end of a name -> what separates values.
+_SEPARATORS = {
+    f"{name}{compression}": sign for name, sign in ((".csv", ","), (".tsv", "\t")) for compression in COMPRESSIONS
+}
+TABLE_SUFFIXES = (*_SEPARATORS, ".parquet", ".arrow")
 _BATCH_ROWS = 1024  # in memory at a time
 
 
@@ -21,21 +27,23 @@ class UnevenRow(list[str]):
 
 
 def iter_table_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
-    """The records of a table file, one at a time. Values of CSV files are texts; blank lines are skipped.
+    """The records of a table file, one at a time. Values of CSV and TSV files are texts; blank lines are skipped.
 
     Raises:
         UserError: the file is damaged.
     """
-    if file.name.endswith(".csv"):
-        return _csv_rows(file)
+    for suffix, separator in _SEPARATORS.items():
+        if has_suffix(file, (suffix,)):
+            return _csv_rows(file, separator)
     return _arrow_rows(file)
 
 
-def _csv_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
+def _csv_rows(file: Path, separator: str) -> Iterator[dict[str, Any] | UnevenRow]:
     csv.field_size_limit(sys.maxsize)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
-        try:
+    line = 0
+    try:
+        with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True, delimiter=separator)
             rows = filter(None, reader)
             header = next(rows, [])
             if repeated := [name for number, name in enumerate(header) if name in header[:number]]:
@@ -43,21 +51,21 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any] | UnevenRow]:
                     f"{file}: the header names {', '.join(map(repr, repeated))} more than once; rename a column"
                 )
             for values in rows:
+                line = reader.line_num
                 if len(values) == len(header):
                     yield dict(zip(header, values))
                     continue
                 uneven = UnevenRow(values)
-                uneven.reason = (
-                    f"line {reader.line_num}: {len(values)} fields, but the header names {len(header)}: {header}"
-                )
+                uneven.reason = f"line {line}: {len(values)} fields, but the header names {len(header)}: {header}"
                 yield uneven
-        except csv.Error as error:
-            raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after line {reader.line_num}; "
-                f"convert the file"
-            ) from None
+    except csv.Error as error:
+        raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after line {reader.line_num}; convert the file"
+        ) from None
+    except DAMAGED as error:
+        raise UserError(f"{file}: cannot be read after line {line}: {error}; the file is damaged") from None
 
 
 def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -65,7 +73,7 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
 
     number = 0
     try:
-        for batch in _parquet_batches(file) if file.name.endswith(".parquet") else _arrow_batches(file):
+        for batch in _parquet_batches(file) if has_suffix(file, (".parquet",)) else _arrow_batches(file):
             for begin in range(0, batch.num_rows, _BATCH_ROWS):
                 for row in batch.slice(begin, _BATCH_ROWS).to_pylist():
                     number += 1
