@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) tandem quickstart
 
 test: $(VENV)/.installed-dev
-	$(RUN) pytest -n 2 --dist loadfile -m "not slow"
+	$(RUN) pytest -n 2 --dist worksteal -m "not slow"
 
 # All parts, or the one named: make test-slow PART=kills (tests/slow_parts.py)
 test-slow: $(VENV)/.installed-dev

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from frameworks import require_framework
 from scripts import EXAMPLES
 
 NOTEBOOKS = EXAMPLES / "notebooks"
@@ -25,7 +26,9 @@ def cells(notebook: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("sizes"))])
 def test_a_notebook_runs(name: str, tmp_path: Path, framework: str) -> None:
+    require_framework(framework)
     script = "\n".join(
         [
             "import matplotlib; matplotlib.use('agg')",

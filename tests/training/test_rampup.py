@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from frameworks import require_framework
 from runs import assert_same_weights, run
 from tandem.training.logs.log import StepRecord
 from workspace import Workspace
@@ -23,12 +24,19 @@ RAMP = {
 SIZES = [2, 2, 2, 2, 4, 4, 6, 6, 8, 8, 8, 8]
 
 
-@pytest.mark.parametrize("instructions", [False, True])
-@pytest.mark.parametrize("stop", [3, 6, 9])
+@pytest.mark.parametrize(
+    ("framework", "instructions", "stop"),
+    [
+        *(("torch", instructions, stop) for instructions in (False, True) for stop in (3, 6, 9)),
+        ("mindspore", True, 6),
+        *(pytest.param("mindspore", *case, marks=pytest.mark.slow("sizes")) for case in ((False, 3), (True, 9))),
+    ],
+)
 def test_a_ramp_is_resumed_exactly(
     workspace: Workspace, framework: str, instructions: bool, stop: int, tmp_path: Path
 ) -> None:
     """Inside each part of the ramp."""
+    require_framework(framework)
     common = {"instructions": instructions, "save_interval": 4, **RAMP}
     whole, parts = list[StepRecord](), list[StepRecord]()
     run(workspace, framework, whole.append, save=str(tmp_path / "a"), **common)
