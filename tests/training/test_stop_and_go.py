@@ -114,16 +114,6 @@ def test_an_exit_code_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
     assert (tmp_path / "latest_checkpointed_iteration.txt").exists()
 
 
-def test_the_first_start_alone_is_fine_tuned_in_one_folder(workspace: Workspace, tmp_path: Path) -> None:
-    folder, common = str(tmp_path), {"train_iters": 6, "exit_interval": 2, "lr_warmup_iters": 1}
-    run(workspace, "torch", save=folder, **common)
-    again = {"load": folder, "save": folder, "finetune": True, **common}
-    for last in (2, 4, 6):
-        iterations: list[int] = []
-        run(workspace, "torch", lambda record, seen=iterations: seen.append(record.iteration), **again)
-        assert iterations == [last - 1, last]
-
-
 def test_the_step_to_load_is_for_the_first_start(workspace: Workspace, tmp_path: Path) -> None:
     run(workspace, "torch", save=str(tmp_path / "a"), save_interval=2, train_iters=6)
     common = {"load": str(tmp_path / "a"), "ckpt_step": 4, "save": str(tmp_path / "b")}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.checkpoints.folders import find_iteration
+from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations
 from tandem.checkpoints.hf.source import HFSource
+from tandem.checkpoints.hf.weights import holds_weights
 from tandem.checkpoints.interface import TensorSource, check_recorded
 from tandem.checkpoints.megatron.names import FILE
 from tandem.checkpoints.megatron.source import MegatronSource, is_megatron
@@ -30,19 +31,37 @@ def open_source(
         config, noop_layers, num_layer_list: facts that a Megatron `torch` checkpoint may not record.
 
     Raises:
-        UserError: the folder is missing, is neither a Hugging Face folder nor a checkpoint, or contradicts these facts.
+        UserError: the folder is missing, is neither a Hugging Face folder nor a checkpoint, is both, or contradicts
+            these facts.
     """
     folder = Path(folder)
     recover(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist: expected a Hugging Face folder or a checkpoint folder")
-    if (folder / "config.json").exists():
+    if iteration is None:
+        check_one_format(folder)
+    if (folder / "config.json").exists() and not holds_iterations(folder):
         if iteration is not None:
             raise UserError(
                 f"{folder} is a Hugging Face folder, which has no iteration {iteration}: leave out --ckpt-step"
             )
         return HFSource(folder)
     return open_iteration(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
+
+
+def is_hugging_face(folder: str | Path) -> bool:
+    """Whether a folder holds a Hugging Face model: a config and weights."""
+    return (Path(folder) / "config.json").exists() and holds_weights(Path(folder))
+
+
+def check_one_format(folder: str | Path) -> None:
+    """Raise UserError when a folder holds a Hugging Face model and also iterations: which one is meant is not known."""
+    if is_hugging_face(folder) and holds_iterations(folder):
+        raise UserError(
+            f"{folder} holds two models: a Hugging Face one (config.json and weights), and a checkpoint ({TRACKER} or "
+            f"iter_*). Give --ckpt-step N to read the checkpoint's iteration N, or move one of the two to a folder of "
+            f"its own"
+        )
 
 
 def open_iteration(
@@ -54,12 +73,16 @@ def open_iteration(
     num_layer_list: tuple[int, ...] | None = None,
 ) -> TensorSource:
     """Open an iteration of a checkpoint folder, in any format. Arguments and errors are as in `open_source`."""
+    chosen = find_iteration(folder, iteration)
     if is_megatron(folder, iteration):
+        if (chosen / INDEX).exists():
+            raise UserError(
+                f"{chosen} holds two checkpoints: a native one ({INDEX}) and a Megatron one (mp_rank_*/{FILE}). Move "
+                f"the files of one of the two away"
+            )
         return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
-    if not (find_iteration(folder, iteration) / INDEX).exists():
-        raise UserError(
-            f"{find_iteration(folder, iteration)} holds neither {INDEX} (native) nor mp_rank_*/{FILE} (Megatron torch)"
-        )
+    if not (chosen / INDEX).exists():
+        raise UserError(f"{chosen} holds neither {INDEX} (native) nor mp_rank_*/{FILE} (Megatron torch)")
     source = NativeSource(folder, iteration)
     check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
     check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)

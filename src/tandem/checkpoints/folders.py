@@ -61,6 +61,11 @@ def _newest(folder: str | Path) -> Path:
     return iteration_folder(folder, int(text))
 
 
+def holds_iterations(folder: str | Path) -> bool:
+    """Whether iterations were saved in `folder`, whole or damaged."""
+    return (Path(folder) / TRACKER).exists() or bool(saved_iterations(folder))
+
+
 def saved_iterations(folder: str | Path) -> list[int]:
     """The iterations that a checkpoint folder holds, newest first."""
     numbers = (iteration_of(path) for path in Path(folder).glob("iter_*") if path.is_dir())

@@ -11,6 +11,7 @@ from typing import Any
 
 from tandem.checkpoints.folders import iteration_folder
 from tandem.errors import UserError
+from tandem.files.places import resolved
 from tandem.training.logs.events import read_events
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.logs.profiling import read_profiles
@@ -79,7 +80,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     if not folders:
         raise UserError("no run is given; give one or more --save folders: tandem report RUN_DIR ...")
     paths = [Path(os.path.abspath(folder)) for folder in folders]
-    if len(set(paths)) != len(paths):
+    if len(set(map(resolved, paths))) != len(paths):
         raise UserError(f"a folder is given twice: {' '.join(folders)}; give each run once")
     return [
         Run(

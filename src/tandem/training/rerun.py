@@ -13,6 +13,7 @@ from tandem.config.parsing import from_dict
 from tandem.config.settings import LoggingSettings, Settings
 from tandem.data.record import record_of
 from tandem.errors import UserError
+from tandem.files.places import same_place
 from tandem.launch.world import World
 from tandem.logs import log
 from tandem.options import Options, PathText, positional
@@ -70,7 +71,7 @@ def rerun(options: RerunOptions) -> Comparison:
     if not recorded:
         raise UserError(f"{folder}/{METRICS_FILE} contains no step to compare with")
     save = os.path.abspath(options.save) if options.save else None
-    if save == os.path.abspath(folder):
+    if save is not None and same_place(save, folder):
         raise UserError(f"--save {options.save} is the run itself: choose another folder")
     if World.from_environment().rank == 0:
         for notice in differences(starts):

@@ -13,6 +13,7 @@ from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped
+from tandem.files.places import same_place
 from tandem.files.publish import write_text_atomically
 from tandem.launch.member import placing
 from tandem.launch.world import Communicator, World
@@ -29,7 +30,7 @@ from tandem.training.saving.writer import CheckpointWriter, RunDescription, kind
 from tandem.training.signals import StopSignals
 from tandem.training.start.banner import print_banner
 from tandem.training.start.prepare import PreparedRun, prepare
-from tandem.training.start.resume import restore_newest
+from tandem.training.start.resume import origin_of, origin_of_saved, restore_newest
 from tandem.training.start.state import SETTINGS_FILE
 from tandem.training.trainer import Intervals, Trainer
 
@@ -87,16 +88,17 @@ def open_writer(
     checkpoint, folder, source = run.settings.checkpoint, run.folder, run.source
     if folder is None:
         return None
+    resumes_here = source.folder is not None and same_place(str(source.folder.parent), str(folder))
     description = RunDescription(
         settings=to_yaml(run.settings),
         seed=run.settings.training.seed,
         data=run.data.identity,
+        origin=origin_of_saved(source) if resumes_here else origin_of(checkpoint),
         template=run.data.template,
         companions=gather_companions(source, run.settings.data.tokenizer_name_or_path),
     )
     if run.world.leads(shared_storage=not checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, description.settings)
-    resumes_here = source.folder is not None and source.folder.parent.resolve() == folder.resolve()
     return CheckpointWriter(
         folder,
         checkpoint,

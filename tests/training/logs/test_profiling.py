@@ -45,18 +45,21 @@ def test_a_run_tells_where_the_time_of_its_profiled_steps_went(
     assert "profile of iterations 3 to 4" in capsys.readouterr().out
 
 
-def test_a_run_that_ends_before_keeps_no_summary(workspace: Workspace, tmp_path: Path) -> None:
-    settings = workspace.settings(
-        "torch",
-        train_iters=3,
-        lr_warmup_iters=0,
-        profile=True,
-        profile_step_start=1,
-        profile_step_end=9,
-        save=str(tmp_path),
-    )
-    train(settings)
-    assert read_profiles(tmp_path) == []
+def test_a_profile_that_is_not_whole_is_said(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends inside the profiled steps, before them, or goes on after them."""
+    common = {"lr_warmup_iters": 0, "profile": True, "profile_step_end": 9, "save": str(tmp_path)}
+    for train_iters, first, said in (
+        (3, 1, "the run ended inside them"),
+        (4, 8, "the run ended before them"),
+        (5, 1, "goes on after iteration 4, so nothing is profiled"),
+    ):
+        train(workspace.settings("torch", train_iters=train_iters, profile_step_start=first, **common))
+        out = capsys.readouterr().out
+        assert f"--profile of iterations {first + 1} to 9" in out
+        assert said in out
+        assert read_profiles(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ class TorchWeightFile:
         return tensor if box is None else cut(tensor, Part((box,)))
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has weight files of a Hugging Face model, whole or not."""
+    named = any((folder / name).exists() for name in (INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE))
+    return named or any(folder.glob("*.safetensors"))
+
+
 def open_weights(folder: Path) -> dict[str, WeightFile]:
     """Tensor name -> the file that holds it. Safetensors are taken where a folder holds both formats.
 

@@ -109,7 +109,10 @@ class NativeSource(TensorSource):
 
     def document(self, name: str) -> str | None:
         path = self.folder / name
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        try:
+            return path.read_text(encoding="utf-8") if path.exists() else None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: damaged: {error}") from error
 
     def trainer_state(self) -> tuple[str, ...]:
         return tuple(sorted(path.name for path in self.folder.glob("*.*") if path.is_file() and path.name != INDEX))

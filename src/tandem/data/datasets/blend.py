@@ -12,6 +12,7 @@ import numpy as np
 from tandem.data.batch import Sample
 from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
+from tandem.files.places import resolved
 
 _MARGIN = 1.005  # as in Megatron, each dataset is built half a percent larger than its share
 
@@ -42,7 +43,7 @@ def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None
                 f"--data-path {' '.join(data_path)}: expected a prefix, found {prefix}; give prefixes alone, or a "
                 f"weight before each"
             )
-    if len(set(prefixes)) < len(prefixes):
+    if len(set(map(resolved, prefixes))) < len(prefixes):
         raise UserError(f"--data-path: a prefix is named twice: {' '.join(prefixes)}; give it one weight")
     return prefixes, weights
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ from tandem.data.datasets.blend import (
     Segment,
     blend_sizes,
     normalized,
-    plain_paths,
     segment_indices,
 )
 from tandem.data.datasets.dataset import Dataset
+from tandem.data.kinds import kind_of
+from tandem.files.places import resolved, same_place
 
 # prefix, number of samples, number of the dataset among those of this prefix -> the dataset
 Build = Callable[[str, int, int], Dataset]
@@ -87,19 +89,49 @@ class Mixture:
         return BlendedDataset(datasets, self.segments, self.size), mixture
 
     def to_dict(self) -> dict[str, Any]:
-        """The mixture as JSON values."""
-        segments = [{"begin": segment.begin, "weights": list(segment.weights)} for segment in self.segments]
-        return {"prefixes": list(self.prefixes), "segments": segments, "sizes": self.sizes, "size": self.size}
+        """The mixture as JSON values. `places` are what the prefixes resolve to."""
+        return {
+            "prefixes": list(self.prefixes),
+            "segments": [{"begin": segment.begin, "weights": list(segment.weights)} for segment in self.segments],
+            "sizes": self.sizes,
+            "size": self.size,
+            "places": {prefix: resolved(prefix) for prefix in self.prefixes},
+        }
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any] | None) -> Mixture | None:
-        """The mixture that `to_dict` gave; None for None."""
+    def from_dict(cls, value: Mapping[str, Any] | None, prefixes: Sequence[str] = ()) -> Mixture | None:
+        """The mixture that `to_dict` gave; None for None.
+
+        Args:
+            prefixes: how a user calls the sources now. A source keeps its samples when only its spelling changes.
+        """
         if value is None:
             return None
         segments = tuple(Segment(entry["begin"], tuple(entry["weights"])) for entry in value["segments"])
-        prefixes = plain_paths(value["prefixes"])
-        sizes = dict(zip(plain_paths(list(value["sizes"])), value["sizes"].values()))
-        return cls(prefixes, segments, sizes, value["size"])
+        names = {old: _name_now(old, prefixes, value.get("places", {})) for old in value["prefixes"]}
+        sizes = {names.get(old, old): size for old, size in value["sizes"].items()}
+        return cls(tuple(names.values()), segments, sizes, value["size"])
+
+
+def same_words(now: Sequence[str], before: Sequence[str], places: Mapping[str, str]) -> bool:
+    """Whether the words of two `--data-path`s are the same weights and the same data.
+
+    >>> same_words(["0.5", "./a", "0.5", "b"], ["0.5", "a", "0.5", "b/"], {})
+    True
+
+    Args:
+        places: what the prefixes in `before` resolved to, as far as it was recorded.
+    """
+    return len(now) == len(before) and all(_same_data(new, old, places) for new, old in zip(now, before))
+
+
+def _name_now(old: str, prefixes: Sequence[str], places: Mapping[str, str]) -> str:
+    return next((new for new in prefixes if _same_data(new, old, places)), os.path.normpath(old))
+
+
+def _same_data(now: str, before: str, places: Mapping[str, str]) -> bool:
+    place = places.get(before, places.get(os.path.normpath(before)))
+    return same_place(now, before, place, lambda prefix: kind_of(prefix) is not None)
 
 
 def _chain(prefix: str, sizes: list[int], needed: int, build: Build) -> tuple[Dataset, list[int]]:

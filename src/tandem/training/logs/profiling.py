@@ -32,6 +32,9 @@ class StepProfiler:
         self._start, self._end = logging.profile_step_start, logging.profile_step_end
         self._folder = Path(logging.profile_save_path or (save or Path()) / PROFILE_FOLDER)
         self._profiler: Profiler | None = None
+        self._is_done = iteration > self._start
+        if self._is_done:
+            log.info("> %s: the run goes on after iteration %s, so nothing is profiled", self._window, iteration)
         self._begin_at(iteration)
 
     def on_step(self, record: StepRecord) -> None:
@@ -40,9 +43,18 @@ class StepProfiler:
             self._finish(record.iteration)
 
     def close(self) -> None:
-        """Stop the profiler. A run that ends early keeps the trace, but has no summary."""
+        """Stop the profiler. A run that ends early keeps the trace, but has no summary; then this is said."""
         if self._profiler is not None:
             self._profiler.stop()
+            log.info(
+                " %s: the run ended inside them: the trace is in %s, without a summary", self._window, self._folder
+            )
+        elif not self._is_done:
+            log.info(" %s: the run ended before them, so nothing was profiled", self._window)
+
+    @property
+    def _window(self) -> str:
+        return f"--profile of iterations {self._start + 1} to {self._end}"
 
     def _begin_at(self, iteration: int) -> None:
         if iteration == self._start:
@@ -52,7 +64,7 @@ class StepProfiler:
         if self._profiler is None:
             return
         seconds, trace = self._profiler.stop()
-        self._profiler = None
+        self._profiler, self._is_done = None, True
         log.info(table(self._start + 1, iteration, seconds, trace))
         if self._save:
             write_profile(self._save, self._start + 1, iteration, seconds, trace)

@@ -40,12 +40,14 @@ class RunDescription:
     Attributes:
         settings: of the run, as YAML.
         data: what determines the order of the samples. A resumed run compares it.
+        origin: what the run first started from. A resumed run compares it.
         template: the chat template, as in the data's record; None for plain text. Generation and export use it.
     """
 
     settings: str
     seed: int
     data: dict[str, Any]
+    origin: dict[str, Any]
     template: dict[str, Any] | None
     companions: Companions
 
@@ -209,6 +211,7 @@ class CheckpointWriter:
             skipped_train_samples=progress.skipped_train_samples,
             recent_losses=progress.recent_losses,
             loss_scale=progress.loss_scale,
+            origin=description.origin,
         )
         documents = {STATE_FILE: state.to_json(), SETTINGS_FILE: description.settings}
         if description.template is not None:

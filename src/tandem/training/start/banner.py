@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from tandem.config.parsing import departures
-from tandem.config.settings import CheckpointSettings
+from tandem.config.settings import CheckpointSettings, TrainingSettings
 from tandem.logs import log
 from tandem.models.tensors import parameter_count
+from tandem.training.start.changes import changes, other_kind, other_rate
 from tandem.training.start.prepare import PreparedRun
-from tandem.training.start.resume import changes
 from tandem.training.trainer import Trainer
 
 
@@ -45,9 +45,16 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
     if trainer.progress.iteration >= trainer.train_iters:
         lines.append(
             f"nothing is left to train: the weights are from iteration {trainer.progress.iteration:,} of "
-            f"{trainer.train_iters:,}. Give a larger --train-iters to continue, or --finetune to start a new run"
+            f"{trainer.train_iters:,}. Give {_longer(settings.training)} to go on, or another --save to begin a new run"
         )
     if state is not None:
         lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
+        lines += other_kind(state, settings.data)
+        lines += other_rate(run.source, state, run.schedule)
         lines += changes(run.source, settings.to_dict())
     log.info("\n".join(f"> {line}" for line in lines))
+
+
+def _longer(training: TrainingSettings) -> str:
+    """The setting that makes a run longer."""
+    return "a larger --train-samples" if training.train_samples else "a larger --train-iters or --epochs"

@@ -204,7 +204,7 @@ def _training(
     if resumed is not None:
         samples = length.samples_from(resumed.iteration, resumed.consumed_train_samples)
         if keeps_order:
-            earlier, consumed = Mixture.from_dict(resumed.data.get("mixture")), resumed.consumed_train_samples
+            earlier, consumed = Mixture.from_dict(resumed.data.get("mixture"), prefixes), resumed.consumed_train_samples
     mixture = Mixture.of(prefixes, weights or [1.0], samples, earlier, consumed)
     return mixture.open(partial(datasets.split, "train"), extendable=datasets.kind.extendable)
 

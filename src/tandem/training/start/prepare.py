@@ -21,7 +21,8 @@ from tandem.training.start.data import Data, open_data, open_tokenizer
 from tandem.training.start.engine import engine_settings, make_grid
 from tandem.training.start.epochs import check_epochs, with_epochs
 from tandem.training.start.raw_data import check_ready, with_preprocessed
-from tandem.training.start.resume import check_same_data, continued
+from tandem.training.start.resume import check_new_run, check_same_data, continued
+from tandem.training.start.saved import check_place
 from tandem.training.start.state import TrainerState, state_to_continue
 from tandem.training.start.weights import check_model_flags, open_weights
 
@@ -102,9 +103,12 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     check_batch_sizes(training, Grid(settings.parallel.layout, world.size))
     if checkpoint.save is not None:
         check_writable(checkpoint.save)
+        check_place(checkpoint.save)
     loading = continued(checkpoint)
     source = open_weights(loading, settings.model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(settings.model, data.seq_length, source.config)
+    state = state_to_continue(source, loading)
+    check_new_run(state, checkpoint.save)
     return ModelAndProcesses(
         settings=settings,
         framework=framework.name,
@@ -112,7 +116,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         grid=make_grid(settings.parallel, source.config, world.size),
         source=source,
         loading=loading,
-        state=state_to_continue(source, loading),
+        state=state,
         tokenizer=open_tokenizer(data.tokenizer_name_or_path, source),
     )
 

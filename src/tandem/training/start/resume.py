@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tandem.backends.interface import Engine
-from tandem.checkpoints.detect import open_iteration, open_source
-from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, saved_iterations
+from tandem.checkpoints.folders import holds_iterations
 from tandem.checkpoints.interface import TensorSource
-from tandem.config.settings import CheckpointSettings, DataSettings, plain_values
-from tandem.data.datasets.blend import plain_paths
+from tandem.config.settings import CheckpointSettings, DataSettings
+from tandem.data.datasets.mixture import same_words
 from tandem.data.preprocess.cache import without_keys
 from tandem.errors import UserError
+from tandem.files.places import resolved, same_place
 from tandem.launch.world import Communicator
 from tandem.training.logs.log import log_notice
 from tandem.training.progress import Progress
-from tandem.training.start.state import SETTINGS_FILE, check_optimizer, restore
+from tandem.training.start.saved import find_newest
+from tandem.training.start.state import (
+    TrainerState,
+    check_optimizer,
+    has_optimizer,
+    restore,
+    saved_settings,
+    state_to_continue,
+)
 
-# A command continues the run in --save if these settings are the same. `DATA` is compared after preprocessing, when
-# raw files have been replaced by their prefixes.
-ORIGIN = ("load", "init")
-DATA = ("data_path", "is_instruction_dataset")
-FIRST_START = ("finetune", "no_load_optim", "no_load_rng")  # these only affect the first start of a run
-# Settings for places, which may differ between two starts of a run.
-PLACES = {"load", "save", "init", "ckpt_step", *FIRST_START}
+FIRST_START = ("finetune", "no_load_optim")  # these only affect the first start of a run
 
 
 def continued(checkpoint: CheckpointSettings) -> CheckpointSettings:
@@ -37,20 +35,48 @@ def continued(checkpoint: CheckpointSettings) -> CheckpointSettings:
     So the same command, started again, continues the run.
 
     Raises:
-        UserError: `--save` contains a checkpoint of another run.
+        UserError: `--save` contains checkpoints of another run, or only damaged ones.
     """
-    if checkpoint.save is None or not (Path(checkpoint.save) / TRACKER).exists():
+    save = checkpoint.save
+    if save is None or not holds_iterations(save):
         return checkpoint
     if _loads_where_it_saves(checkpoint):
-        return _without_first_start(checkpoint, checkpoint.save)
-    saved = saved_settings(find_newest(checkpoint.save))
-    if saved is None:
-        raise UserError(f"--save {checkpoint.save} contains a converted checkpoint: choose another folder for this run")
-    before = saved.get("checkpoint", {})
-    _check_same(ORIGIN, before, plain_values(checkpoint), checkpoint.save)
-    _check_step(before, checkpoint)
-    first_start: dict[str, Any] = dict.fromkeys(FIRST_START, False)
-    return replace(checkpoint, load=checkpoint.save, init=None, ckpt_step=None, **first_start)
+        return _without_first_start(checkpoint, save)
+    newest = find_newest(save)
+    if TrainerState.from_source(newest) is None:
+        raise UserError(f"--save {save} contains a converted checkpoint: choose another folder for this run")
+    _check_origin(origin_of_saved(newest), checkpoint)
+    # A run that saves no optimizer goes on without one each time.
+    without_optimizer = checkpoint.no_load_optim and not has_optimizer(newest)
+    return replace(checkpoint, load=save, init=None, ckpt_step=None, finetune=False, no_load_optim=without_optimizer)
+
+
+def check_new_run(state: TrainerState | None, save: str | None) -> None:
+    """Raise UserError when a run that begins at iteration 0 would write over the checkpoints in `--save`."""
+    if state is None and save is not None and holds_iterations(save):
+        raise UserError(
+            f"--save {save} contains checkpoints, and this run begins at iteration 0: it would replace them. Choose "
+            f"another folder for --save"
+        )
+
+
+def origin_of(checkpoint: CheckpointSettings) -> dict[str, Any]:
+    """What a run starts from, as its checkpoints record it: `load` as given, its place, `init` and `ckpt_step`."""
+    load = checkpoint.load
+    place = None if load is None else resolved(load)
+    return {"load": load, "place": place, "init": checkpoint.init, "ckpt_step": checkpoint.ckpt_step}
+
+
+def origin_of_saved(source: TensorSource) -> dict[str, Any]:
+    """What the run that wrote a checkpoint first started from.
+
+    Older checkpoints have the settings of their last start instead.
+    """
+    state = TrainerState.from_source(source)
+    if state is not None and state.origin:
+        return state.origin
+    settings = (saved_settings(source) or {}).get("checkpoint", {})
+    return {name: settings.get(name) for name in ("load", "init", "ckpt_step")}
 
 
 def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading: CheckpointSettings) -> None:
@@ -60,36 +86,56 @@ def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading:
         loading: the result of `continued`.
     """
     save = checkpoint.save
-    if save is not None and loading.load == save and not _loads_where_it_saves(checkpoint):
-        saved = saved_settings(find_newest(save)) or {}
-        _check_same(DATA, saved.get("data", {}), plain_values(data), save)
+    if save is None or loading.load != save or _loads_where_it_saves(checkpoint):
+        return
+    state = TrainerState.from_source(find_newest(save))
+    before: dict[str, Any] = state.data if state else {}
+    old, new = before.get("data_path"), list(data.data_path)
+    places: dict[str, str] = before.get("mixture", {}).get("places", {})
+    if old is not None and not same_words(new, old, places):
+        if old != new and without_keys(old) == without_keys(new):
+            raise _another_run(save, "since its raw data, or the flags for reading them, have changed")
+        if old == new:  # the same words, in another folder
+            old = [places.get(word, word) for word in old]
+            new = [resolved(word) if word in places else word for word in new]
+        raise _another_run(save, f"with data_path {' '.join(old)}; here it is {' '.join(new)}")
+    instructions = before.get("is_instruction_dataset", data.is_instruction_dataset)
+    if instructions != data.is_instruction_dataset:
+        kinds = {True: "conversations", False: "text"}
+        raise _another_run(save, f"on {kinds[instructions]}; here it is {kinds[data.is_instruction_dataset]}")
 
 
-def _check_same(names: Sequence[str], before: dict[str, Any], now: dict[str, Any], save: str) -> None:
-    """Raise UserError when settings differ from those of the run in `save`."""
-    for name in names:
-        old, new = before.get(name), now[name]
-        if name == "data_path" and old is not None:
-            old = list(plain_paths(old))
-        if old == new or (name == "load" and old == save):
-            continue
-        difference = f"with {name} {old}; here it is {new}"
-        if name == "data_path" and old is not None and without_keys(old) == without_keys(new):
-            difference = "since its raw data, or the flags for reading them, have changed"
+def _check_origin(origin: dict[str, Any], now: CheckpointSettings) -> None:
+    """Raise UserError when a command starts from something else than the run in `--save` did.
+
+    Also for a new `--ckpt-step`: the run would ignore it and continue from its newest checkpoint.
+    """
+    save, old, new = now.save, origin.get("load"), now.load
+    assert save is not None
+    if origin.get("init") != now.init:
+        raise _another_run(save, f"with init {origin.get('init')}; here it is {now.init}")
+    # A command with --load SAVE continued the run; checkpoints that record no origin then have only that.
+    if old is not None and "place" not in origin and same_place(save, old):
+        log_notice(f"--load {new}: the checkpoints in {save} do not record what their run started from")
+        return
+    same = old == new if old is None or new is None else same_place(new, old, origin.get("place"))
+    if not same:
+        if old == new and new is not None:  # the same words, in another folder
+            old, new = origin["place"], resolved(new)
+        raise _another_run(save, f"with load {old}; here it is {new}")
+    if now.ckpt_step is not None and origin.get("ckpt_step") != now.ckpt_step:
         raise UserError(
-            f"--save {save} contains a checkpoint of another run, {difference}. "
-            f"Choose another folder, or resume that run with --load {save}"
-        )
-
-
-def _check_step(before: dict[str, Any], now: CheckpointSettings) -> None:
-    """Raise UserError for a new --ckpt-step: the run would ignore it and continue from its newest checkpoint."""
-    if now.ckpt_step is not None and before.get("load") == now.load and before.get("ckpt_step") != now.ckpt_step:
-        raise UserError(
-            f"--ckpt-step {now.ckpt_step} is an iteration of --load {now.load}, but the run in --save {now.save} "
-            f"continues from its newest iteration. To go back to an earlier one, give --load {now.save} --ckpt-step "
+            f"--ckpt-step {now.ckpt_step} is an iteration of --load {now.load}, but the run in --save {save} "
+            f"continues from its newest iteration. To go back to an earlier one, give --load {save} --ckpt-step "
             f"{now.ckpt_step}"
         )
+
+
+def _another_run(save: str, difference: str) -> UserError:
+    return UserError(
+        f"--save {save} contains a checkpoint of another run, {difference}. "
+        f"Choose another folder, or resume that run with --load {save}"
+    )
 
 
 def _without_first_start(checkpoint: CheckpointSettings, save: str) -> CheckpointSettings:
@@ -100,46 +146,14 @@ def _without_first_start(checkpoint: CheckpointSettings, save: str) -> Checkpoin
     given = [name for name in FIRST_START if getattr(checkpoint, name)]
     if not given:
         return checkpoint
-    before = (saved_settings(find_newest(save)) or {}).get("checkpoint", {})
-    if before.get("load") != checkpoint.load:
+    newest = find_newest(save)
+    before = (saved_settings(newest) or {}).get("checkpoint", {})
+    if before.get("load") is None or not same_place(save, before["load"]):
         return checkpoint
     done: dict[str, Any] = {name: False for name in given if before.get(name)}
+    if not has_optimizer(newest):
+        done.pop("no_load_optim", None)
     return replace(checkpoint, **done)
-
-
-def find_newest(folder: str | Path, report: Callable[[str], None] = lambda _: None) -> TensorSource:
-    """The newest iteration of a checkpoint folder that can be opened.
-
-    Args:
-        report: called with a text about each iteration that cannot be opened.
-
-    Raises:
-        UserError: no iteration can be opened. The error is that of the newest one.
-    """
-    newest = find_iteration(folder)
-    number = iteration_of(newest)
-    if number is None:  # a checkpoint of Megatron that is called "release" has no iteration number
-        return open_iteration(folder)
-    failure: UserError | None = None
-    for iteration in saved_iterations(folder):
-        if iteration > number:
-            continue  # not completely published
-        try:
-            return open_iteration(folder, iteration)
-        except UserError as error:
-            failure = failure or error
-            report(f"iteration {iteration} cannot be used: {error}; taking the one before it")
-    raise failure or UserError(f"{folder} names iteration {newest.name}, but that folder is missing")
-
-
-def open_initial(folder: str, iteration: int | None) -> TensorSource:
-    """Open the weights of `--load`. In the folder of a run, damaged iterations are skipped if `iteration` is None."""
-    try:
-        return open_source(folder, iteration)
-    except UserError:
-        if iteration is not None or len(saved_iterations(folder)) < 2:
-            raise
-    return find_newest(folder, log_notice)
 
 
 def restore_newest(
@@ -155,6 +169,7 @@ def restore_newest(
     """
     source = agree_on_iteration(source, communicator)
     check_optimizer(source, checkpoint)
+    goes_on = state_to_continue(source, checkpoint) is not None
     while True:
         failure: UserError | None = None
         try:
@@ -166,7 +181,7 @@ def restore_newest(
         if not broken:
             return source, progress
         older = source.earlier() if checkpoint.ckpt_step is None else None
-        if older is None:
+        if older is None or (goes_on and state_to_continue(older, checkpoint) is None):
             raise failure or UserError("; ".join(broken))
         log_notice(f"{source.location} cannot be used: {'; '.join(broken)}; taking the iteration before it")
         source = older
@@ -198,30 +213,6 @@ def agree_on_iteration(source: TensorSource, communicator: Communicator) -> Tens
             current = current.earlier()
 
 
-def saved_settings(source: TensorSource) -> dict[str, dict[str, Any]] | None:
-    """The settings that a training run stored with a checkpoint; None for any other source."""
-    text = source.document(SETTINGS_FILE)
-    settings: dict[str, dict[str, Any]] | None = None if text is None else yaml.safe_load(text)
-    return settings
-
-
-def changes(source: TensorSource, now: dict[str, dict[str, Any]]) -> list[str]:
-    """The lines of a table of settings that have changed since the checkpoint. The settings in `now` are used."""
-    saved = saved_settings(source)
-    if saved is None:
-        return []
-    rows = [
-        (name, str(saved.get(group, {}).get(name)), str(value))
-        for group, values in now.items()
-        for name, value in values.items()
-        if name not in PLACES and name in saved.get(group, {}) and saved[group][name] != value
-    ]
-    if not rows:
-        return []
-    widths = [max(len(row[column]) for row in [("setting", "was", "is"), *rows]) for column in range(2)]
-    return [f"{name:<{widths[0]}}  {was:<{widths[1]}}  {new}" for name, was, new in [("setting", "was", "is"), *rows]]
-
-
 def _loads_where_it_saves(checkpoint: CheckpointSettings) -> bool:
     load, save = checkpoint.load, checkpoint.save
-    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+    return load is not None and save is not None and same_place(load, save)

@@ -11,7 +11,7 @@ from tandem.config.settings import CheckpointSettings, ModelSettings
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf
-from tandem.training.start.resume import open_initial
+from tandem.training.start.saved import open_initial
 
 # Flags that must agree with the config.json of the weights.
 COMPARED = (
@@ -34,7 +34,7 @@ def open_weights(
     Random weights need a config.json, from `--hf-cfg-dir` or from the tokenizer's folder.
     """
     if checkpoint.load is not None:
-        return open_initial(checkpoint.load, checkpoint.ckpt_step)
+        return open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune)
     folder = model.hf_cfg_dir or tokenizer_folder
     if folder is None:
         raise UserError("--init random needs the model's config.json: give its folder with --hf-cfg-dir")
