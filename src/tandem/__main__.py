@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 from tandem.errors import RunStopped, UserError, nearest
+from tandem.files.text import unreadable
 from tandem.launch.member import Member, exit_with
 from tandem.launch.world import is_scheduler
 from tandem.logs import printed
@@ -33,6 +34,7 @@ COMMANDS = {
 
 STOPPED = 75  # exit code of a run that a signal stopped; the same command continues it
 UNREAD = 141  # exit code that a shell reports for a program ended by SIGPIPE
+INTERRUPTED = 130  # exit code that a shell reports for a program ended by Ctrl-C
 
 
 def usage() -> str:
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command, alone or as a process of a job.
 
     Returns:
-        The exit code of the command, 2 for bad input, or STOPPED.
+        The exit code of the command, 2 for bad input or a file that cannot be used, STOPPED, UNREAD or INTERRUPTED.
     """
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
@@ -81,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         return member.ended(UNREAD)
     except RunStopped as stopped:
         return member.ended(STOPPED, f"tandem {command}: {stopped}")
+    except KeyboardInterrupt:
+        return member.ended(INTERRUPTED, f"tandem {command}: interrupted")
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # the user's files, not a fault of the code
+            return member.ended(2, f"tandem {command}: error: {unreadable(os.fsdecode(error.filename), error)}")
         member.crashed(error)
         raise
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
-from tandem.errors import UserError, nearest, raise_all
+from tandem.errors import UserError, raise_all
+from tandem.other_names import suggestion
 
 T = TypeVar("T")
 
@@ -68,6 +69,11 @@ class Option:
         return self.hint is bool
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """Every flag that gives the option a value. Those of a switch turn it on."""
+        return (self.flag, *self.aliases) if self.has_flag else ()
+
+    @property
     def takes(self) -> int | None:
         """How many words follow the flag; None for any number of words."""
         for hint in alternatives(self.hint):
@@ -89,6 +95,15 @@ def flag_of(name: str) -> str:
     '--train-iters'
     """
     return f"--{name.replace('_', '-')}"
+
+
+def opposite(flag: str) -> str:
+    """The flag that turns off what `flag` turns on.
+
+    >>> opposite("--bf16"), opposite("--no-shuffle")
+    ('--no-bf16', '--shuffle')
+    """
+    return f"--{flag[5:]}" if flag.startswith("--no-") else f"--no-{flag[2:]}"
 
 
 _OPTIONS: dict[type, Mapping[str, Option]] = {}  # results of `options_of`
@@ -170,7 +185,7 @@ def as_groups(
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in options:
-            problems.append(f"{describe(str(key), None)}: unknown{nearest(name, list(options))}")
+            problems.append(f"{describe(str(key), None)}: unknown{suggestion(name, list(options))}")
             continue
         try:
             groups.setdefault(options[name].group, {})[name] = coerce(value, options[name].hint)

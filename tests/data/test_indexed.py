@@ -198,8 +198,9 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         IndexedWriter(tmp_path / "x", "uint16") as writer,
     ):
         writer.add_document([65536])
-    with pytest.raises(UserError, match=r"folder .* does not exist"):
-        IndexedWriter(tmp_path / "absent" / "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, where a folder is expected"):
+        IndexedWriter(tmp_path / "file" / "x")
     parts = [write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[1]]], "int64")]
     with pytest.raises(UserError, match="only equal dtypes can be merged"), merging({str(tmp_path / "c"): parts}):
         pass

@@ -9,11 +9,12 @@ import dataclasses
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from tandem.errors import UserError, nearest, raise_all
-from tandem.options import Option, build, flag_of, groups_of, options_of
+from tandem.errors import UserError, raise_all
+from tandem.options import Option, build, flag_of, groups_of, opposite, options_of
+from tandem.other_names import suggestion
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ def parse(
     groups: Collection[str] | None = None,
     positionals: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
+    stray: Callable[[str], str] = lambda _: "expected a flag",
 ) -> T:
     """The options in a command line. `--help` prints the options and ends the program.
 
@@ -42,6 +44,7 @@ def parse(
         positionals: options that are given without a flag, in order, with their names in help; default: the options
             that are declared so.
         values: values from elsewhere, such as a YAML file. Flags replace them.
+        stray: what to say of a word that belongs to no flag.
 
     Raises:
         UserError: lists all unknown flags, all values of the wrong type, and all missing options.
@@ -51,12 +54,11 @@ def parse(
     if any(word in (*HELP, HELP_ALL) for word in argv):
         print(help_text(kind, command, description, titles, () if HELP_ALL in argv else first, groups, values))
         sys.exit(0)
-    given, problems = _given(options, argv, titles)
+    given, problems = _given(options, argv, titles, stray)
 
     def describe(name: str, value: Any) -> str:
         words = value if isinstance(value, list) else [value]
-        title = titles.get(name, flag_of(name))
-        return " ".join([title, *(str(word) for word in words if word is not None)])
+        return " ".join([_title_of(name, titles, options), *(str(word) for word in words if word is not None)])
 
     try:
         built = build(kind, {**(values or {}), **given}, describe)
@@ -66,37 +68,48 @@ def parse(
     return built
 
 
+def _title_of(name: str, positionals: Mapping[str, str], options: Mapping[str, Option]) -> str:
+    """How errors call an option: `--lr`, `RUN`, or `MODEL (--load)` when both ways of giving it work."""
+    if name not in positionals:
+        return flag_of(name)
+    return f"{positionals[name]} ({flag_of(name)})" if options[name].has_flag else positionals[name]
+
+
 def _given(
-    options: Mapping[str, Option], argv: Sequence[str], positionals: Mapping[str, str]
+    options: Mapping[str, Option], argv: Sequence[str], positionals: Mapping[str, str], stray: Callable[[str], str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The typed values by name of the option, and what is wrong with the command line."""
-    with_flag = [option for option in options.values() if option.has_flag]
-    flags = {flag: option for option in with_flag for flag in (option.flag, *option.aliases)}
+    flags = {flag: option for option in options.values() for flag in option.flags}
+    off = {opposite(flag): option for flag, option in flags.items() if option.is_switch}
     words_left, free = list(argv), list[str]()
     given: dict[str, Any] = {}
     unknown, problems = list[str](), list[str]()
     while words_left:
         word = words_left.pop(0)
         flag, equals, value = _hyphened(word).partition("=")
-        option = flags.get(flag)
+        option = flags.get(flag) or off.get(flag)
         if word == "--":
             free += words_left
             break
         if option is None:
             if word.startswith("--"):
-                unknown.append(f"{flag}: unknown flag{nearest(flag, list(flags))}")
+                unknown.append(f"{flag}: unknown flag{suggestion(flag, flags)}")
             else:
                 free.append(word)
             continue
+        if option.is_switch:
+            if equals or (words_left and words_left[0].lower() in ("true", "false")):
+                words = value if equals else words_left.pop(0)
+                problems.append(f"{flag} {words}: takes no value; {flag} alone is true, {opposite(flag)} is false")
+            given[option.name] = flag in flags
+            continue
         words = [value] if equals else _take_values(words_left, option.takes)
-        if option.takes == 0 and not equals:
-            given[option.name] = True
-        elif not words or (option.takes == 0 and equals):
-            problems.append(f"{flag} takes no value" if option.is_switch else f"{flag} needs a value: {option.metavar}")
+        if not words:
+            problems.append(f"{flag} needs a value: {option.metavar}")
         else:
             given[option.name] = words[0] if option.takes == 1 else words
     if not unknown:
-        problems += _take_positionals(options, positionals, free, given)
+        problems += _take_positionals(options, positionals, free, given, stray)
     return given, [*unknown, *problems]
 
 
@@ -109,7 +122,11 @@ def _take_values(words: list[str], count: int | None) -> list[str]:
 
 
 def _take_positionals(
-    options: Mapping[str, Option], positionals: Mapping[str, str], words: Sequence[str], given: dict[str, Any]
+    options: Mapping[str, Option],
+    positionals: Mapping[str, str],
+    words: Sequence[str],
+    given: dict[str, Any],
+    stray: Callable[[str], str],
 ) -> list[str]:
     """Add the words without a flag to `given`, in order of the options. Returns what is wrong."""
     words_left, problems = list(words), []
@@ -120,7 +137,7 @@ def _take_positionals(
         elif values:
             given[name] = list(values) if options[name].takes is None else values[0]
         words_left = words_left[len(values) :]
-    return [*problems, *(f"{word}: expected a flag" for word in words_left)]
+    return [*problems, *(f"{word}: {stray(word)}" for word in words_left)]
 
 
 def _hyphened(word: str) -> str:
@@ -168,13 +185,13 @@ def _title(kind: type, group: str) -> str:
 
 def _entry(option: Option, width: int, brief: bool = False) -> list[str]:
     """The help lines of one option. With `brief`, only the first sentence of its text."""
-    head = option.positional or " ".join([option.flag, option.metavar]).strip()
+    ways = [option.positional or "", f"{option.flag} {option.metavar}".strip() if option.has_flag else ""]
+    head = ", ".join(filter(None, ways))
     if len(head) > 3 * INDENT:  # a long list of choices is left out
         head = option.flag
     text = option.help.partition(". ")[0].rstrip(".") if brief else option.help
-    others = [*option.aliases, *([option.flag] if option.positional and option.has_flag else [])]
-    if others and not brief:
-        text += f" Also: {', '.join(others)}."
+    if option.aliases and not brief:
+        text += f" Also: {', '.join(option.aliases)}."
     if option.default not in (None, False, "", (), dataclasses.MISSING):
         default = " ".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
         text += f" [{default}]"

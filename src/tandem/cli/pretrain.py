@@ -10,7 +10,8 @@ from tandem.errors import UserError
 
 DESCRIPTION = (
     "Train on text data made by `tandem preprocess`. "
-    "--config FILE.yaml reads settings from a file; flags override the file."
+    "--config FILE.yaml reads settings from a file; flags override the file. "
+    "--no-x turns the switch --x off."
 )
 FIRST = (
     *("load", "save", "data_path", "tokenizer_name_or_path", "seq_length", "micro_batch_size", "global_batch_size"),

@@ -38,10 +38,25 @@ def parse_settings(
         from_yaml(config_file)  # checked first, so that errors in the file name the file
         values = {**(values or {}), **flat(read_yaml(config_file), config_file)}
     settings = parse(
-        Settings, command, description, rest, first=first, groups=groups, positionals=positionals, values=values
+        Settings,
+        command,
+        description,
+        rest,
+        first=first,
+        groups=groups,
+        positionals=positionals,
+        values=values,
+        stray=_stray,
     )
     check_ranges(settings.to_dict())
     return settings, notices
+
+
+def _stray(word: str) -> str:
+    """What to say of a word that belongs to no flag."""
+    if word.endswith((".yaml", ".yml")):
+        return f"expected a flag; a file of settings is given with {CONFIG_FLAG} {word}"
+    return "expected a flag, such as --load FOLDER or --data-path PREFIX"
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:

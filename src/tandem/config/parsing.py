@@ -10,8 +10,10 @@ import yaml
 
 from tandem.config.checks import check_ranges
 from tandem.config.settings import GROUPS, Settings
-from tandem.errors import UserError, nearest, raise_all
+from tandem.config.yaml_file import read_yaml
+from tandem.errors import raise_all
 from tandem.options import build, options_of
+from tandem.other_names import suggestion
 
 
 def from_yaml(path: str | Path) -> Settings:
@@ -21,23 +23,6 @@ def from_yaml(path: str | Path) -> Settings:
         UserError: the file is not YAML, or has an unknown group or key. The error suggests the nearest valid name.
     """
     return from_dict(read_yaml(path), where=str(path))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The values in a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, or does not contain a mapping.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got a {type(values).__name__}")
-    return values
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> Settings:
@@ -68,19 +53,23 @@ def flat(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     {'lr': 0.001, 'seq_length': 512}
 
     Raises:
-        UserError: a setting is in the wrong group.
+        UserError: a setting is in the wrong group, or is given twice.
     """
     settings: dict[str, Any] = {}
+    places: dict[str, str] = {}  # name of a setting -> where it was given
     problems = []
     for key, value in values.items():
-        if key not in GROUPS or not isinstance(value, dict):
-            settings[str(key)] = value
-            continue
-        for name, inner in value.items():
-            if str(name).replace("-", "_") not in options_of(GROUPS[key]):
-                close = nearest(str(name), list(options_of(GROUPS[key])))
-                problems.append(f"{where}, group {key}: unknown setting {name!r}{close}")
-            settings[str(name)] = inner
+        group = key if key in GROUPS and isinstance(value, dict) else None
+        place = where if group is None else f"{where}, group {group}"
+        for spelled, inner in (value if group is not None else {key: value}).items():
+            name = str(spelled).replace("-", "_")
+            if group is not None and name not in options_of(GROUPS[group]):
+                close = suggestion(name, list(options_of(GROUPS[group])))
+                problems.append(f"{place}: unknown setting {spelled!r}{close}")
+            elif name in places:
+                problems.append(f"{place}: {spelled} is also given in {places[name]}: give it once")
+            places[name] = place
+            settings[name] = inner
     raise_all(problems)
     return settings
 

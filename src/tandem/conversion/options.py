@@ -53,9 +53,9 @@ class StatedModel:
 class ConvertOptions(Options):
     """Options of `tandem convert`, named as the flags of MindSpeed-LLM's converters."""
 
-    load_dir: PathText
+    load_dir: PathText = field(metadata=positional("SOURCE", flag_too=True))
     """Source folder; with --load-model-type random, the folder that holds config.json and the tokenizer."""
-    save_dir: PathText
+    save_dir: PathText = field(metadata=positional("TARGET", flag_too=True))
     """Target folder; must not hold anything yet. For hf, a folder with a model is taken as the origin of config and
     tokenizer, and the weights go to its subfolder mg2hf, as upstream does."""
     _: KW_ONLY
@@ -159,7 +159,7 @@ class ExportOptions(Options):
 
     load: PathText = field(metadata=positional("CHECKPOINT", flag_too=True))
     """Checkpoint folder, of a training run or of a conversion."""
-    save_dir: PathText
+    save_dir: PathText = field(metadata=positional("TARGET", flag_too=True))
     """Folder for the Hugging Face model; must not hold anything yet."""
     _: KW_ONLY
     params_dtype: Literal["bf16", "fp16", "fp32"] | None = None

@@ -26,6 +26,7 @@ import numpy as np
 
 from tandem.data.kinds import datasets_in_folder_of
 from tandem.errors import UserError
+from tandem.files.publish import check_writable
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -90,10 +91,8 @@ class IndexedWriter:
             raise UserError(
                 f"{prefix}: dtype {np.dtype(dtype)} cannot be stored; use one of {sorted(map(str, DTYPE_CODES))}"
             )
-        if not Path(self.prefix).absolute().parent.is_dir():
-            raise UserError(
-                f"{prefix}: the folder {Path(self.prefix).absolute().parent} does not exist; create it first"
-            )
+        check_writable(Path(self.prefix).absolute().parent)
+        Path(self.prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
         self._lengths: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._sequences = 0

@@ -174,7 +174,7 @@ def sync_tree(folder: Path) -> None:
 
 def check_writable(folder: str | Path) -> None:
     """Raise UserError when `folder` is not there and cannot be made, or cannot be written to. Nothing is made."""
-    place = _nearest(folder)
+    place = nearest_folder(folder)
     if not place.is_dir():
         raise UserError(f"{folder}: {place} is a file, where a folder is expected: choose another folder")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -183,14 +183,14 @@ def check_writable(folder: str | Path) -> None:
 
 def check_free_space(folder: str | Path, needed: int) -> None:
     """Raise UserError when the disk that will hold `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(_nearest(folder)).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         raise UserError(
             f"{final_place(folder)} needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
         )
 
 
-def _nearest(folder: str | Path) -> Path:
+def nearest_folder(folder: str | Path) -> Path:
     """The folder itself, or the nearest one above it that is there."""
     place = Path(folder).absolute()
     while not place.exists():

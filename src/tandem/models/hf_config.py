@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.files.text import read_json
 from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.families import FAMILIES
 
@@ -100,14 +101,9 @@ def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = 
 def load_hf_config(folder: str | Path) -> dict[str, Any]:
     """The content of `config.json` in a Hugging Face folder."""
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: expected a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}, not a JSON object")
     return config

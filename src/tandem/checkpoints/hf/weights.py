@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from tandem.checkpoints.formats.safetensors import SafetensorsFile
 from tandem.checkpoints.formats.torch_reader import LazyTensor, load
 from tandem.checkpoints.interface import check_names
 from tandem.errors import UserError
+from tandem.files.text import read_json
 from tandem.parallel.slices import Box, Part, cut
 
 SINGLE = "model.safetensors"
@@ -105,10 +105,7 @@ def _open_sharded(index: Path, opener: Callable[[Path], WeightFile]) -> dict[str
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{index}: damaged: {error}") from error
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: holds no weight_map from tensor names to file names")

@@ -21,7 +21,7 @@ class PreprocessOptions(Options):
     """Files (.json, .jsonl, .parquet, ...), folders or patterns. With LlamaFactoryInstructionHandler: names in
     dataset_info.json, separated by commas."""
     output_prefix: PathText
-    """Prefix of the files to write; its folder must exist."""
+    """Prefix of the files to write. A missing folder is made."""
     tokenizer_name_or_path: PathText
     """Folder of the Hugging Face tokenizer."""
     _: KW_ONLY

@@ -38,6 +38,7 @@ from tandem.data.templates.messages import Template
 from tandem.data.tokens.encoder import choose_engine
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.files.publish import check_writable, nearest_folder
 from tandem.version import __version__
 
 Progress = Callable[[int, int], None]
@@ -345,8 +346,7 @@ def _record(
 
 
 def _require_output_folder(output_prefix: str) -> None:
-    folder = _folder(output_prefix)
-    require(folder.is_dir(), f"--output-prefix {output_prefix}: the folder {folder} does not exist; create it first")
+    check_writable(_folder(output_prefix))
     require(
         bool(os.path.basename(output_prefix)),
         f"--output-prefix {output_prefix}: is a folder; add a name for the files, such as {output_prefix}data",
@@ -355,7 +355,7 @@ def _require_output_folder(output_prefix: str) -> None:
 
 def _require_names(output_prefix: str, names: Mapping[str, str], rejects: Path, sources: Sequence[Source]) -> None:
     """Raise UserError where the output files cannot have these names."""
-    longest = os.pathconf(_folder(output_prefix), "PC_NAME_MAX")
+    longest = os.pathconf(nearest_folder(_folder(output_prefix)), "PC_NAME_MAX")
     for pair in names.values():
         over = len(os.fsencode(part_of(Path(f"{pair}.idx")).name)) - longest
         require(

@@ -58,7 +58,7 @@ class Spool:
         self.keys = tuple(keys)
         self._identity = identity
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be created: {error.strerror}; choose another output_prefix"

@@ -16,6 +16,7 @@ from tandem.data.sources.compressed import COMPRESSIONS, DAMAGED, has_suffix, op
 from tandem.data.sources.json_array import is_array, iter_elements
 from tandem.data.sources.tables import TABLE_SUFFIXES, UnevenRow, iter_table_rows
 from tandem.errors import UserError
+from tandem.files.text import not_utf8
 
 _TEXT_SUFFIXES = tuple(".txt" + compression for compression in COMPRESSIONS)
 _JSON_SUFFIXES = tuple(name + compression for name in (".json", ".jsonl", ".ndjson") for compression in COMPRESSIONS)
@@ -199,6 +200,4 @@ def _decode(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8: byte {line[error.start]:#04x} at position {error.start + 1}; convert the file"
-        ) from None
+        raise UserError(not_utf8(line, error)) from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from tandem.data.sources.compressed import COMPRESSIONS, DAMAGED, has_suffix, open_bytes
 from tandem.errors import UserError
+from tandem.files.text import not_utf8
 
 # The end of a name -> what separates values.
 _SEPARATORS = {
@@ -61,9 +62,7 @@ def _csv_rows(file: Path, separator: str) -> Iterator[dict[str, Any] | UnevenRow
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after line {reader.line_num}; convert the file"
-        ) from None
+        raise UserError(f"{file}: after line {reader.line_num}: {not_utf8(error.object, error, file)}") from None
     except DAMAGED as error:
         raise UserError(f"{file}: cannot be read after line {line}: {error}; the file is damaged") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ import tokenizers
 
 from tandem.data.tokens.chat_template import render_chat_template
 from tandem.errors import UserError
+from tandem.files.text import read_json, read_text
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -168,17 +168,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; it names the special tokens. Copy it from the model's folder")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}, not a JSON object")
+    return config
 
 
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """From `chat_template.jinja`, as transformers 5 has it; else from `tokenizer_config.json`, as in older versions."""
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
         named = {entry["name"]: entry["template"] for entry in template}

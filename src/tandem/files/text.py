@@ -1,0 +1,90 @@
+"""Text files of users: errors name the file, what is wrong with it, and for another encoding the command that helps."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError
+
+_SAMPLE_BYTES = 1 << 16
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_CHINESE = ("\u4e00", "\u9fff")  # first and last of the common characters
+
+
+def read_text(path: str | Path, flag: str = "") -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        flag: the flag that named the file, for errors.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {unreadable(path, error)}".lstrip()) from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: {not_utf8(content, error, path)}".lstrip()) from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a UTF-8 file of JSON.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, or is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def unreadable(path: str | Path, error: OSError) -> str:
+    """A file, and why it cannot be read: `x.json: is a link to y.json, which is not there`."""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"{path}: is a link to {os.readlink(path)}, which is not there: copy the file that it should name"
+    if isinstance(error, PermissionError):
+        return f"{path}: {error.strerror}: have it made readable, for example with chmod a+r"
+    return f"{path}: {error.strerror}"
+
+
+def not_utf8(content: bytes, error: UnicodeDecodeError, path: str | Path | None = None) -> str:
+    """What is wrong with bytes that are not UTF-8, which encoding they look like, and the command that converts them.
+
+    Args:
+        path: the file; None when the message already names it.
+    """
+    where = f"not UTF-8: byte {content[error.start]:#04x} at position {error.start + 1}"
+    encoding = _likely_encoding(content[:_SAMPLE_BYTES])
+    if encoding is None:
+        return f"{where}; convert the file, for example with iconv"
+    file = "FILE" if path is None else shlex.quote(str(path))
+    return f"{where}. It looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8 {file} > {file}.utf8"
+
+
+def _likely_encoding(sample: bytes) -> str | None:
+    """The encoding that bytes look like; None for one that is not recognised.
+
+    >>> _likely_encoding("中文".encode("gbk")), _likely_encoding("text".encode("utf-16"))
+    ('GBK', 'UTF-16')
+    """
+    if sample.startswith(_BYTE_ORDER_MARKS) or sample.count(0) > len(sample) // 4:
+        return "UTF-16"
+    for encoding in ("gbk", "gb18030"):
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(sample)
+        except UnicodeDecodeError:
+            continue
+        others = [character for character in text if character > "\x7f"]
+        # Bytes of a Western encoding are rarely valid in these, and then give rare characters.
+        if sum(_CHINESE[0] <= character <= _CHINESE[1] for character in others) * 2 > len(others):
+            return encoding.upper()
+    return None

@@ -1,0 +1,66 @@
+"""Text files that cannot be read: the error names the file, the reason, and the command that helps."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tandem.__main__ import main
+from tandem.errors import UserError
+from tandem.files.text import read_json, read_text
+from workspace import Workspace
+
+CHINESE = '{"text": "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"}\n'
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
+def test_another_encoding_is_named_with_a_command_that_works(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "my file.json"
+    file.write_text(CHINESE, encoding=encoding)
+    with pytest.raises(UserError, match=f"looks like {encoding.upper()}") as error:
+        read_text(file)
+    subprocess.run(str(error.value).partition("convert it: ")[2], shell=True, check=True)
+    assert read_text(f"{file}.utf8") == CHINESE
+
+
+def test_text_of_the_west_is_not_taken_for_chinese(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("déjà vu, garçon, naïve, Zürich", encoding="latin-1")
+    with pytest.raises(UserError, match="not UTF-8") as error:
+        read_text(tmp_path / "x")
+    assert "looks like" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_a_dangling_link_names_its_target(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("/no/such")
+    with pytest.raises(UserError, match="link to /no/such"):
+        read_text(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.csv", "data.txt"])
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
+def test_data_in_another_encoding(
+    name: str, encoding: str, tmp_path: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"csv": 'text\n"学而时习之，不亦说乎"\n', "json": f"[{CHINESE}]"}.get(name.rpartition(".")[2], CHINESE)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    words = ["--input", str(tmp_path / name), "--output-prefix", str(tmp_path / "out" / "x")]
+    assert main(["preprocess", *words, "--tokenizer-name-or-path", str(workspace.hf)]) == 2
+    error = capsys.readouterr().err
+    assert f"iconv -f {encoding.upper()} -t UTF-8" in error
+    assert name in error
+
+
+def test_configs_in_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(CHINESE, encoding="gbk")
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "config.json: not UTF-8" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("save: 学而时习之\n", encoding="gbk")
+    assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "iconv -f GBK" in capsys.readouterr().err
