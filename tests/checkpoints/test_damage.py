@@ -127,7 +127,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index not JSON": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
-        r"index\.json: damaged",
+        r"index\.json:1: not valid JSON",
     ),
     "no index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),

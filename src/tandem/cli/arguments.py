@@ -99,8 +99,8 @@ def _given(
             continue
         if option.is_switch:
             if equals or (words_left and words_left[0].lower() in ("true", "false")):
-                words = value if equals else words_left.pop(0)
-                problems.append(f"{flag} {words}: takes no value; {flag} alone is true, {opposite(flag)} is false")
+                value = value if equals else words_left.pop(0)
+                problems.append(f"{flag} {value}: takes no value; {flag} alone is true, {opposite(flag)} is false")
             given[option.name] = flag in flags
             continue
         words = [value] if equals else _take_values(words_left, option.takes)

@@ -24,8 +24,10 @@ class _EachKeyOnce(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
-            name, line = self.construct_object(key, deep=True), key.start_mark.line + 1  # type: ignore[no-untyped-call]
-            if isinstance(name, Hashable) and name in lines:
+            name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+            if not isinstance(name, Hashable):
+                continue  # an error of YAML itself
+            if name in lines:
                 raise UserError(f"{self.name}:{line}: {name} is also given in line {lines[name]}: give it once")
             lines[name] = line
         return super().construct_mapping(node, deep)
@@ -41,11 +43,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     loader = _EachKeyOnce(read_text(path, "--config"))
     loader.name = str(path)
     try:
-        values = loader.get_single_data() or {}  # type: ignore[no-untyped-call]
+        values = loader.get_single_data() or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, got a {type(values).__name__}")
     expanded: dict[str, Any] = _expanded(values, str(path))
