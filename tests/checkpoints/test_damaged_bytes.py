@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import distributed_toys
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.sink import HFSink
@@ -49,11 +50,16 @@ def write_megatron(folder: Path) -> None:
     copy(RandomSource(CONFIG, 3), MegatronSink(folder, CONFIG, LAYOUT, "float32"))
 
 
+def write_torch_dist(folder: Path) -> None:
+    distributed_toys.write(folder, distributed_toys.stacked(RandomSource(CONFIG, 3)), RandomSource(CONFIG, 3))
+
+
 FORMATS: dict[str, Callable[[Path], None]] = {
     "hf": write_hf,
     "bin": write_bin,
     "native": write_native,
     "torch": write_megatron,
+    "torch_dist": write_torch_dist,
 }
 
 

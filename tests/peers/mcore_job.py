@@ -1,7 +1,7 @@
 """A rank of Megatron-core: loads its part of each checkpoint, computes, and saves its part again.
 
 Run by torchrun: python mcore_job.py TOKENS CHECKPOINT...    In each checkpoint's folder the last stage's tensor ranks
-leave `logits_RANK.npy`, and all ranks together the checkpoint `again`.
+leave `logits_RANK.npy`, and all ranks together the checkpoints `again`, `distributed` and `by_layer`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def one(folder: Path, tokens: torch.Tensor) -> None:
     if logits is not None:
         np.save(folder / f"logits_{parallel_state.get_tensor_model_parallel_rank()}.npy", logits.numpy())
     mcore_model.save(folder / "again", chunks, args)
+    mcore_model.save_distributed(folder / "distributed", chunks, args)
+    mcore_model.save_distributed(folder / "by_layer", chunks, args, singleton_local_shards=True)
     parallel_state.destroy_model_parallel()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from tandem.checkpoints.megatron.names import CHECKPOINT_VERSION, FILE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it misses Apex and Transformer Engine
-    from megatron.core import parallel_state
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.safe_globals import SAFE_GLOBALS
@@ -35,6 +38,7 @@ def on_cpu() -> Iterator[None]:
     with (
         mock.patch("torch.cuda.current_device", return_value="cpu"),
         mock.patch("torch.Tensor.cuda", lambda tensor, *_, **__: tensor),
+        mock.patch("torch.cuda.synchronize"),
     ):
         yield
 
@@ -49,8 +53,11 @@ def alone() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def build(args: argparse.Namespace) -> list[GPTModel]:
-    """This rank's chunks, as Megatron-LM makes them of `args`: where names are the same, the value is taken."""
+def build(args: argparse.Namespace, first_stage: int | None = None) -> list[GPTModel]:
+    """This rank's chunks, as Megatron-LM makes them of `args`: where names are the same, the value is taken.
+
+    `first_stage` is the number of its layers, where interleaved stages are uneven.
+    """
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     values = {name: value for name, value in vars(args).items() if name in names}
     if args.num_layer_list:
@@ -58,6 +65,7 @@ def build(args: argparse.Namespace) -> list[GPTModel]:
         values |= {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
     config = TransformerConfig(
         **{
+            "num_layers_in_first_pipeline_stage": first_stage,
             **values,
             "layernorm_epsilon": args.norm_epsilon,
             "layernorm_zero_centered_gamma": args.apply_layernorm_1p,
@@ -109,11 +117,19 @@ def rank_file(folder: Path) -> Path:
 def load(folder: Path) -> list[GPTModel]:
     """This rank's chunks with the weights of the checkpoint; `strict` names every key but `_extra_state`."""
     content = read(rank_file(find_iteration(folder)))
-    chunks = build(content["args"])
+    chunks = build(content["args"], uneven_first_stage(folder, content["args"]))
     for key, chunk in zip(_keys(chunks), chunks):
         chunk.load_state_dict(content[key], strict=True)
     assert {key for key in content if key.startswith("model")} == set(_keys(chunks))
     return chunks
+
+
+def uneven_first_stage(folder: Path, args: argparse.Namespace) -> int | None:
+    """Layers of the first stage, when its interleaved chunks are uneven: the flag that Megatron-LM wants then."""
+    if not args.virtual_pipeline_model_parallel_size or args.num_layers_per_virtual_pipeline_stage:
+        return None
+    first = read(find_iteration(folder) / "mp_rank_00_000" / FILE)
+    return sum(name.endswith("linear_fc2.weight") for key in first if key.startswith("model") for name in first[key])
 
 
 def save(folder: Path, chunks: list[GPTModel], args: argparse.Namespace) -> None:
@@ -122,6 +138,32 @@ def save(folder: Path, chunks: list[GPTModel], args: argparse.Namespace) -> None
     path.parent.mkdir(parents=True)
     states = {key: chunk.state_dict_for_save_checkpoint() for key, chunk in zip(_keys(chunks), chunks)}
     torch.save({"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 1, **states}, path)
+    (folder / TRACKER).write_text("1")
+
+
+def save_distributed(folder: Path, chunks: list[GPTModel], args: argparse.Namespace, **metadata: bool) -> None:
+    """The `torch_dist` checkpoint of all ranks, with the weights once more as one of the optimizer's moments.
+
+    `metadata` chooses among the forms that Megatron-core writes.
+    """
+    path = iteration_folder(folder, 1)
+    path.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    content = {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    states = {key: chunk.sharded_state_dict(metadata=content) for key, chunk in zip(_keys(chunks), chunks)}
+    weights = extract_sharded_tensors_and_factories(copy.copy(states))[0]
+    moments = {
+        (key, name): make_sharded_optimizer_tensor(tensor, tensor.data + 1, "optimizer.state.exp_avg")
+        for key, tensors in weights.items()
+        for name, tensor in tensors.items()
+    }
+    common = {
+        "args": args,
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 1,
+        "opt_param_scheduler": {"lr": 0.1},
+    }
+    dist_checkpointing.save({**common, **states, "moments": moments}, str(path), content_metadata=metadata)
     (folder / TRACKER).write_text("1")
 
 

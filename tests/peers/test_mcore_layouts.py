@@ -13,8 +13,9 @@ from reference import toy_batch, toy_weights
 
 from launchers import launcher
 from tandem.checkpoints.copy import copy
+from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.interface import MEGATRON, TORCH_DIST
 from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
-from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
@@ -25,14 +26,22 @@ UNTIED = {"untie_embeddings_and_output_weights": True}
 Case = tuple[ModelConfig, Layout]
 
 
-def case(tp: int, pp: int, vpp: int | None = None, layers: tuple[int, ...] | None = None, **changes: object) -> Case:
+def case(
+    tp: int,
+    pp: int,
+    vpp: int | None = None,
+    layers: tuple[int, ...] | None = None,
+    chunks: tuple[int, ...] | None = None,
+    **changes: object,
+) -> Case:
     layout = Layout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         num_layers_per_virtual_pipeline_stage=vpp,
         num_layer_list=layers,
+        layers_of_chunks=chunks,
     )
-    sizes = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 6}
+    sizes = {"num_layers": sum(chunks or (4,)), "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 6}
     return toy_config(**sizes, **changes), layout
 
 
@@ -42,6 +51,7 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2": case(2, 1),
         "pp2": case(1, 2),
         "pp2-virtual": case(1, 2, vpp=1, **UNTIED),
+        "pp2-virtual-uneven": case(1, 2, chunks=(1, 2, 1, 2)),
     },
     4: {
         "tp4": case(4, 1, model_type="qwen2"),
@@ -59,7 +69,7 @@ CASES: dict[int, dict[str, Case]] = {
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow("jobs"))])
 def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, ranks: int, tmp_path: Path) -> None:
-    """Logits as in one process here, and what the ranks save again holds the same bits."""
+    """Logits as in one process here, and what the ranks save again, in either format, holds the same bits."""
     batch = toy_batch(toy_config(), (40,))
     np.save(tmp_path / "tokens.npy", batch.tokens.astype(np.int64))
     for name, (config, layout) in CASES[ranks].items():
@@ -71,7 +81,10 @@ def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, r
     for name, (config, layout) in CASES[ranks].items():
         shares = [np.load(tmp_path / name / f"logits_{rank}.npy") for rank in range(layout.tensor_model_parallel_size)]
         logits = np.concatenate(shares, axis=1)[:, : config.vocab_size]
-        source, again = toy_weights(config), MegatronSource(tmp_path / name / "again", config=config)
+        source = toy_weights(config)
         np.testing.assert_allclose(logits, our_logits(source, batch), atol=1e-4, rtol=0, err_msg=name)
-        for tensor in tensor_table(config):
-            np.testing.assert_array_equal(again.read(tensor), source.read(tensor), err_msg=f"{name} {tensor}")
+        for saved in ("again", "distributed", "by_layer"):
+            again = open_source(tmp_path / name / saved, config=config)
+            assert again.format is (MEGATRON if saved == "again" else TORCH_DIST)
+            for tensor in tensor_table(config):
+                np.testing.assert_array_equal(again.read(tensor), source.read(tensor), err_msg=f"{name} {tensor}")

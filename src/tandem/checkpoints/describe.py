@@ -16,7 +16,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".distcp")
 BLOCK = 1 << 22  # bytes hashed at a time
 
 

@@ -9,12 +9,19 @@ from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.hf.weights import holds_weights
 from tandem.checkpoints.interface import TensorSource, check_recorded
 from tandem.checkpoints.megatron.names import FILE
-from tandem.checkpoints.megatron.source import MegatronSource, is_megatron
+from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.checkpoints.native.format import INDEX
 from tandem.checkpoints.native.source import NativeSource
+from tandem.checkpoints.torch_dist.metadata import METADATA
+from tandem.checkpoints.torch_dist.source import TorchDistSource, is_torch_dist
 from tandem.errors import UserError
 from tandem.files.publish import recover
 from tandem.models.config import ModelConfig
+
+# The forms of an iteration, by the file that marks each.
+NATIVE_SIGN = f"{INDEX} (native)"
+TORCH_SIGN = f"mp_rank_*/{FILE} (Megatron torch)"
+TORCH_DIST_SIGN = f"{METADATA} (Megatron torch_dist)"
 
 
 def open_source(
@@ -28,7 +35,8 @@ def open_source(
     """Recognise what a folder holds, and open it.
 
     Args:
-        config, noop_layers, num_layer_list: facts that a Megatron `torch` checkpoint may not record.
+        config, noop_layers, num_layer_list: facts that a Megatron checkpoint may not record. Layers of `torch_dist` are
+            counted over the whole model, so num_layer_list is not needed there.
 
     Raises:
         UserError: the folder is missing, is neither a Hugging Face folder nor a checkpoint, is both, or contradicts
@@ -73,17 +81,29 @@ def open_iteration(
     num_layer_list: tuple[int, ...] | None = None,
 ) -> TensorSource:
     """Open an iteration of a checkpoint folder, in any format. Arguments and errors are as in `open_source`."""
-    chosen = find_iteration(folder, iteration)
-    if is_megatron(folder, iteration):
-        if (chosen / INDEX).exists():
-            raise UserError(
-                f"{chosen} holds two checkpoints: a native one ({INDEX}) and a Megatron one (mp_rank_*/{FILE}). Move "
-                f"the files of one of the two away"
-            )
+    form = _form_of(find_iteration(folder, iteration))
+    if form == TORCH_SIGN:
         return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
-    if not (chosen / INDEX).exists():
-        raise UserError(f"{chosen} holds neither {INDEX} (native) nor mp_rank_*/{FILE} (Megatron torch)")
+    if form == TORCH_DIST_SIGN:
+        return TorchDistSource(folder, iteration, config=config, noop_layers=noop_layers)
     source = NativeSource(folder, iteration)
     check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
     check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)
     return source
+
+
+def _form_of(iteration: Path) -> str:
+    """In which of the forms an iteration is stored. Raises UserError when it is none of them, or several."""
+    signs = {
+        NATIVE_SIGN: (iteration / INDEX).exists(),
+        TORCH_SIGN: any(iteration.glob(f"mp_rank_*/{FILE}")),
+        TORCH_DIST_SIGN: is_torch_dist(iteration),
+    }
+    forms = [form for form, found in signs.items() if found]
+    if not forms:
+        raise UserError(f"{iteration} holds no checkpoint: expected {NATIVE_SIGN}, {TORCH_SIGN}, or {TORCH_DIST_SIGN}")
+    if len(forms) > 1:
+        raise UserError(
+            f"{iteration} holds two checkpoints: {' and '.join(forms)}. Move the files of one of the two away"
+        )
+    return forms[0]

@@ -95,6 +95,13 @@ MEGATRON = Format(
     has_iterations=True,
     checksums="every tensor has the CRC that its file records",
 )
+TORCH_DIST = Format(
+    name="Megatron torch_dist",
+    load_model_type="mg",
+    holder="a Megatron-core checkpoint",
+    has_iterations=True,
+    checksums="every weight has the CRC that its file records",
+)
 RANDOM = Format(name="random weights", load_model_type="random", holder="nothing: its weights are random")
 
 

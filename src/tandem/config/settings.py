@@ -50,7 +50,8 @@ class ModelSettings:
     hidden_dropout: float = 0.0
     """Dropout of hidden states. Only 0 is supported."""
     hf_cfg_dir: PathText | None = None
-    """Folder with the config.json of a model that starts from random weights; default: the tokenizer folder."""
+    """Folder with the config.json of a model that starts from random weights (default: the tokenizer folder), or of a
+    Megatron checkpoint that does not describe its model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +331,7 @@ class CheckpointSettings:
     """Checkpoints."""
 
     load: PathText | None = None
-    """Folder of the initial weights, or of the run to resume: Hugging Face, native, or Megatron torch."""
+    """Folder of the initial weights, or of the run to resume: Hugging Face, native, Megatron torch or torch_dist."""
     ckpt_step: int | None = None
     """Iteration to load; default: the newest."""
     init: Literal["random"] | None = None
@@ -359,8 +360,9 @@ class CheckpointSettings:
     """Accepted, without effect: a missing checkpoint always ends the run."""
     no_shared_storage: bool = False
     """Machines do not share a disk. Each one prepares its own data and saves the checkpoint parts of its ranks."""
-    ckpt_format: Literal["native", "torch"] = "native"
-    """Format of saved checkpoints. Training always saves native; `tandem convert` can write torch."""
+    ckpt_format: Literal["native", "torch", "torch_dist"] = "native"
+    """Format of saved checkpoints. Training always saves native; `tandem convert` can write torch. The format of
+    --load is recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)

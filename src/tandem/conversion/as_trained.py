@@ -13,7 +13,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
 from tandem.checkpoints.prompt import prompt_entry
-from tandem.conversion.convert import Check, Converted, companions_for, with_one_dtype, write_checked
+from tandem.conversion.convert import Check, Converted, companions_for, left_out, with_one_dtype, write_checked
 from tandem.conversion.options import ExportOptions
 from tandem.data.templates.catalog import template_from_entry
 from tandem.data.templates.messages import Message, Template
@@ -40,7 +40,7 @@ def export(options: ExportOptions, progress: Progress | None = None, check: Chec
     source = with_one_dtype(source, options.params_dtype)
     folder, dtype = Path(options.save_dir), dtype_name(source.dtype(EMBEDDING))
     write_checked(folder, source, lambda work: HFSink(work, source.config, dtype, companions), progress, check)
-    return Converted.of(folder, None, source.config, notices)
+    return Converted.of(folder, None, source.config, [*left_out(source), *notices])
 
 
 def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions, list[str]]:

@@ -70,15 +70,22 @@ def convert(
     """
     folder, origin = _target(options)
     source = _open(options, origin)
-    companions, notices = companions_for(source, origin), list[str]()
+    companions, notices = companions_for(source, origin), left_out(source)
     if options.save_model_type == "hf" and adapt:
-        companions, notices = adapt(source, companions)
+        companions, more = adapt(source, companions)
+        notices += more
     if options.num_layers is not None:
         source = FirstLayers(source, options.num_layers)
     source = with_one_dtype(source, options.params_dtype)
     write_checked(folder, source, lambda work: _sink(work, options, source, companions), progress, check)
     iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
     return Converted.of(folder, iteration, source.config, notices)
+
+
+def left_out(source: TensorSource) -> list[str]:
+    """A notice when a source holds an optimizer's state, of which nothing is written."""
+    places = source.unread_optimizer()
+    return [f"only weights are converted; the optimizer's state ({', '.join(places)}) is left out"] if places else []
 
 
 def write_checked(

@@ -60,7 +60,8 @@ class ConvertOptions(Options):
     tokenizer, and the weights go to its subfolder mg2hf, as upstream does."""
     _: KW_ONLY
     load_model_type: Literal["hf", "mg", "random"] = "hf"
-    """What --load-dir holds: hf, mg (native or torch, recognised), or random: random weights for a config.json."""
+    """What --load-dir holds: hf, mg (native, torch or torch_dist, recognised), or random: random weights for a
+    config.json."""
     save_model_type: Literal["mg", "hf"] = "mg"
     """What to write: mg (Megatron-core layout) or hf."""
     ckpt_step: int | None = None
@@ -83,8 +84,9 @@ class ConvertOptions(Options):
     """Keep only the first layers of a Hugging Face model, for debugging; excludes noop layers."""
     params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Dtype to write; default: the source's."""
-    ckpt_format: Literal["native", "torch"] = "native"
-    """mg layout on disk: native (safetensors) or torch (Megatron-LM's and MindSpeed's pickles)."""
+    ckpt_format: Literal["native", "torch", "torch_dist"] = "native"
+    """mg layout on disk: native (safetensors) or torch (Megatron-LM's and MindSpeed's pickles). torch_dist is read, and
+    recognised, but not written."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """For torch: names of the norms, as Megatron's local layers or Transformer Engine's fused ones have them."""
     make_vocab_size_divisible_by: int | None = None
@@ -109,6 +111,11 @@ class ConvertOptions(Options):
     def problems(self) -> Iterator[str]:
         if (self.load_model_type, self.save_model_type) == ("hf", "hf"):
             yield "--load-model-type hf --save-model-type hf: nothing to convert"
+        if (self.save_model_type, self.ckpt_format) == ("mg", "torch_dist"):
+            yield (
+                "--ckpt-format torch_dist is read, but not written: write --ckpt-format torch, which Megatron loads, "
+                "and saves as torch_dist if it is asked to"
+            )
         if self.num_layers is not None and self.load_model_type == "mg":
             yield "--num-layers keeps the first layers of a Hugging Face model, not of a checkpoint"
         if self.num_layers is not None and self.noop_layers:

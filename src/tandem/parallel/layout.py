@@ -8,6 +8,7 @@ stage `s` holds the `c` layers from `(k * p + s) * c`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ class Layout:
     """How a model is spread over ranks. Field names are Megatron's.
 
     `num_layer_list` gives the layers of each stage when they are uneven. `noop_layers` are the numbers of slots that
-    stay empty, counted in the stack that they lengthen.
+    stay empty, counted in the stack that they lengthen. `layers_of_chunks` gives the layers of each chunk, in the
+    model's order, where interleaved stages are uneven; such checkpoints of Megatron are read, and not written.
     """
 
     tensor_model_parallel_size: int = 1
@@ -42,6 +44,7 @@ class Layout:
     num_layers_per_virtual_pipeline_stage: int | None = None
     num_layer_list: tuple[int, ...] | None = None
     noop_layers: tuple[int, ...] = ()
+    layers_of_chunks: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
@@ -89,6 +92,8 @@ class Layout:
     def _slots(self, total: int) -> list[list[range]]:
         """[stage][chunk] -> range of slot numbers, before noop slots are emptied."""
         pp, per_chunk = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
+        if self.layers_of_chunks is not None:
+            return _interleaved(self.layers_of_chunks, pp)
         if self.num_layer_list is not None:
             return self._uneven_slots(total, self.num_layer_list)
         if total % pp:
@@ -106,11 +111,7 @@ class Layout:
                 f"num_layers_per_virtual_pipeline_stage {per_chunk} must divide the {per_stage} layers of a "
                 f"pipeline stage and be smaller"
             )
-        starts = range(per_stage // per_chunk)
-        return [
-            [range((chunk * pp + stage) * per_chunk, (chunk * pp + stage + 1) * per_chunk) for chunk in starts]
-            for stage in range(pp)
-        ]
+        return _interleaved((per_chunk,) * (total // per_chunk), pp)
 
     def _uneven_slots(self, total: int, counts: tuple[int, ...]) -> list[list[range]]:
         if self.num_layers_per_virtual_pipeline_stage is not None or self.noop_layers:
@@ -134,6 +135,17 @@ class Layout:
                     f"{field} {getattr(config, field)} is not a multiple of tensor_model_parallel_size {tp}"
                 )
         self.stages(config.num_layers)
+
+
+def _interleaved(counts: tuple[int, ...], stages: int) -> list[list[range]]:
+    """[stage][chunk] -> range of slots, when chunks of `counts` layers go to the stages in turn.
+
+    >>> _interleaved((1, 2, 1, 2), 2)
+    [[range(0, 1), range(3, 4)], [range(1, 3), range(4, 6)]]
+    """
+    ends = list(itertools.accumulate(counts))
+    ranges = [range(end - count, end) for count, end in zip(counts, ends)]
+    return [ranges[stage::stages] for stage in range(stages)]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import functools
 import io
 import os
 import pickle
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import tracemalloc
 import types
+import uuid
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -23,6 +27,7 @@ import pytest
 from tandem.checkpoints.formats.torch_names import STORAGES
 from tandem.checkpoints.formats.torch_reader import LazyTensor, load
 from tandem.checkpoints.formats.torch_writer import ALIGNMENT, PendingTensor, TorchFileWriter
+from tandem.checkpoints.formats.unpickler import Inert
 from tandem.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -171,6 +176,48 @@ def test_files_without_crc_are_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     assert load(tmp_path / "m.pt")["w"].read("w").tolist() == [1, 1, 1]
+
+
+class Options(dict):
+    """A class of a trainer's own."""
+
+    def __init__(self, **values: object) -> None:
+        super().__init__(values)
+        self.more = [1]
+
+    def method(self) -> None: ...
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_harmless_objects_of_trainers_are_stood_in_for(tmp_path: Path, protocol: int) -> None:
+    """Functions, partials, ranges, classes and objects of the trainer's own: nothing of them is imported or called."""
+    args = argparse.Namespace(
+        num_layers=4,
+        activation=torch.nn.functional.silu,
+        approximated=functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+        init_method=torch.nn.init.xavier_uniform_,
+        builtin=torch._C._nn.gelu,
+        module=torch.nn.Linear(2, 3),
+        steps=range(3),
+        part=slice(1, 2),
+        started=datetime.datetime(2026, 1, 1),
+        waits=datetime.timedelta(1),
+        queue=collections.deque([1, 2]),
+        counts=collections.Counter("aab"),
+        own=Options(a=1),
+        own_class=Options,
+        own_function=as_numpy,
+        kind=int,
+        stop=signal.Signals.SIGUSR1,
+        identity=uuid.UUID(int=3),
+    )
+    torch.save({"args": args, "model": {"w": torch.ones(2)}}, tmp_path / "m.pt", pickle_protocol=protocol)
+    loaded = load(tmp_path / "m.pt")
+    assert loaded["args"].num_layers == 4
+    assert loaded["model"]["w"].read("w").tolist() == [1, 1]
+    for name, value in vars(loaded["args"]).items():
+        kind = value if isinstance(value, type) else type(value)
+        assert name == "num_layers" or issubclass(kind, Inert), name
 
 
 class Hostile:

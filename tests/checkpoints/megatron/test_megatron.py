@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from tandem.checkpoints.copy import copy
+from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import find_iteration
 from tandem.checkpoints.formats.torch_reader import load
 from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.megatron.names import FILE
 from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
-from tandem.checkpoints.megatron.source import MegatronSource, is_megatron
+from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, RotaryScaling
@@ -347,8 +348,9 @@ def test_release_tracker_and_expert_suffix(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     for path in list((tmp_path / "release").glob("mp_rank_*")):
         path.rename(f"{path}_000")
-    assert is_megatron(tmp_path)
-    assert_equal(MegatronSource(tmp_path), source)
+    written = open_source(tmp_path)
+    assert isinstance(written, MegatronSource)
+    assert_equal(written, source)
     (tmp_path / "release" / "mp_rank_00_000_000").rename(tmp_path / "release" / "mp_rank_00_000_001")
     with pytest.raises(UserError, match="mp_rank_00_000_001: not a rank of a dense model"):
         MegatronSource(tmp_path)
@@ -483,6 +485,15 @@ def test_args_that_change_the_mathematics_are_refused(checkpoint: Path, field: s
         MegatronSource(checkpoint.parent)
 
 
+def test_layers_in_another_order_are_refused_whatever_config_is_given(checkpoint: Path) -> None:
+    config = MegatronSource(checkpoint.parent).config
+    edit(
+        checkpoint / "mp_rank_00_000" / FILE, lambda content: setattr(content["args"], "schedules_method", "dualpipev")
+    )
+    with pytest.raises(UserError, match="args say schedules_method = 'dualpipev'"):
+        MegatronSource(checkpoint.parent, config=config)
+
+
 def test_the_smallest_checkpoint_needs_a_config(checkpoint: Path) -> None:
     """What Megatron itself needs: version, iteration, model."""
     config = MegatronSource(checkpoint.parent).config
@@ -500,6 +511,18 @@ def test_uneven_stages_need_no_args(tmp_path: Path) -> None:
     for path in find_iteration(tmp_path).glob(f"*/{FILE}"):
         edit(path, lambda content: content.pop("args"))
     assert_equal(MegatronSource(tmp_path, config=config), source)
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 1, 2), (0, 3, 2, 1), (2, 1, 0, 1, 1, 1)])
+def test_uneven_interleaved_stages_need_no_args(counts: tuple[int, ...], tmp_path: Path) -> None:
+    """Such as --decoder-first-pipeline-num-layers and --account-for-embedding-in-pipeline-split make them."""
+    config = divisible_config(num_layers=6)
+    source = write(tmp_path, config, layout(tp=2, pp=2, layers_of_chunks=counts))
+    for path in find_iteration(tmp_path).glob(f"*/{FILE}"):
+        edit(path, lambda content: content.pop("args"))
+    written = MegatronSource(tmp_path, config=config)
+    assert written.layout == layout(tp=2, pp=2, layers_of_chunks=counts)
+    assert_equal(written, source)
 
 
 # --- whole or not at all

@@ -1,16 +1,15 @@
-"""Reading torch's `.pt` files without torch, one tensor at a time. Their pickle is never executed.
+"""Reading what `torch.save` wrote without torch, one tensor at a time. Its pickle is never executed.
 
-A file is an uncompressed zip: `<root>/data.pkl` describes nested values in which tensors refer to storages
-`<root>/data/<key>`, each a run of raw numbers. Format: torch/serialization.py and caffe2/serialize/inline_container.h.
+That is an uncompressed zip, a file or a range of one: `<root>/data.pkl` describes nested values in which tensors refer
+to storages `<root>/data/<key>`, each a run of raw numbers. Format: torch/serialization.py and
+caffe2/serialize/inline_container.h.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import pickle
-import pickletools
 import struct
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ import numpy as np
 
 from tandem.checkpoints.formats.arrays import read_array
 from tandem.checkpoints.formats.torch_names import LOCAL_HEADER, STORAGES, ZIP_MAGIC, contiguous_strides
+from tandem.checkpoints.formats.unpickler import unpickle
 from tandem.errors import UserError
 
 # Globals of which only the name is used.
@@ -30,35 +30,16 @@ TORCH_NAMES = {
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool", "strided"),
 }
-# Objects that trainers store next to the weights. They become `Inert`: their code is not loaded.
-INERT_PACKAGES = {"megatron", "mindspeed", "mindspeed_llm", "transformer_engine", "numpy"}
-INERT_GLOBALS = {
-    "_codecs.encode",
-    "_io.BytesIO",
-    "io.BytesIO",
-    "pathlib.PosixPath",
-    "signal.SIGINT",
-    "signal.SIGTERM",
-    "signal.Signals",
-    "torch._C.Generator",
-    "torch.device",
-}
-# What the unpickler, or a function that it calls, raises for a damaged pickle.
-PICKLE_ERRORS = (
-    *(pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError),
-    *(TypeError, ValueError, OverflowError, MemoryError, RecursionError),
-)
+TORCH_GLOBALS = {f"torch.{name}": f"torch.{name}" for name in (*TORCH_NAMES, *STORAGES)}
 
 
-class Inert:
-    """In place of an object whose class is not loaded. It keeps only the name of the class."""
+@dataclass(frozen=True)
+class Extent:
+    """Where something lies: `length` bytes from byte `start` of a file."""
 
-    def __new__(cls, *args: object, **kwargs: object) -> Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
+    path: Path
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -134,27 +115,38 @@ def load(path: str | Path) -> Any:
             allowed; the global is named.
     """
     path = Path(path)
-    archive = _Archive(path)
+    try:
+        return load_extent(Extent(path, 0, path.stat().st_size))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def load_extent(extent: Extent) -> Any:
+    """The same for a part of a file that `torch.save` wrote."""
+    archive = _Archive(extent)
     order = archive.read("byteorder") if archive.has("byteorder") else b"little"
     if order.strip() != b"little":
-        raise UserError(f"{path}: byte order {order.decode(errors='replace')!r}; only little-endian files are read")
-    try:
-        return _Unpickler(archive).load()
-    except UserError:
-        raise
-    except PICKLE_ERRORS as error:
-        raise UserError(f"{path}: damaged: data.pkl cannot be read: {error}") from error
+        raise UserError(
+            f"{extent.path}: byte order {order.decode(errors='replace')!r}; only little-endian files are read"
+        )
+    known = {
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+        "torch._utils._rebuild_parameter": _rebuild_parameter,
+        "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+        **TORCH_GLOBALS,
+    }
+    return unpickle(archive.read("data.pkl"), extent.path, "data.pkl", known, archive.persistent_load)
 
 
 class _Archive:
-    """The zip entries of a `.pt` file."""
+    """The zip entries of what `torch.save` wrote."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, extent: Extent) -> None:
+        self.path, self._extent = extent.path, extent
         self._entries = self._directory()
         pickles = [name for name in self._entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise UserError(f"{path}: a zip file, but not one that torch.save wrote: it holds no data.pkl")
+            raise UserError(f"{self.path}: a zip file, but not one that torch.save wrote: it holds no data.pkl")
         self._root = pickles[0].removesuffix("data.pkl")
 
     def has(self, name: str) -> bool:
@@ -174,13 +166,20 @@ class _Archive:
             )
         return Storage(self.path, dtype, numel, self._start(entry), entry.CRC)
 
+    def persistent_load(self, identifier: Any) -> Storage:
+        kind, storage_type, key, _location, numel = identifier
+        dtype = STORAGES.get(str(storage_type).removeprefix("torch."))
+        if kind != "storage" or dtype is None or type(numel) is not int:
+            raise pickle.UnpicklingError(f"unknown storage {identifier!r}")
+        return self.storage(str(key), dtype, numel)
+
     def _directory(self) -> dict[str, zipfile.ZipInfo]:
         try:
-            with open(self.path, "rb") as file:
+            with _Window(self._extent) as file:
                 magic = file.read(len(ZIP_MAGIC))
-            if magic != ZIP_MAGIC:
-                self._refuse(magic)
-            with zipfile.ZipFile(self.path) as archive:
+                if magic != ZIP_MAGIC:
+                    self._refuse(magic)
+                archive = zipfile.ZipFile(file)
                 return {entry.filename: entry for entry in archive.infolist()}
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror}") from error
@@ -210,93 +209,48 @@ class _Archive:
         damaged = UserError(f"{self.path}: truncated or damaged: {entry.filename} is not where it should be")
         if entry.header_offset < 0:
             raise damaged
-        with open(self.path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
+        with _Window(self._extent) as file:
             file.seek(entry.header_offset)
             header = file.read(LOCAL_HEADER)
         if len(header) != LOCAL_HEADER or not header.startswith(ZIP_MAGIC):
             raise damaged
         name_length, extra_length = struct.unpack_from("<HH", header, LOCAL_HEADER - 4)
         start = entry.header_offset + LOCAL_HEADER + name_length + extra_length
-        if start + entry.file_size > size:
+        if start + entry.file_size > self._extent.length:
             raise damaged
-        return start
+        return self._extent.start + start
 
 
-class _Dict(dict):
-    """In place of OrderedDict and defaultdict."""
+class _Window(io.RawIOBase):
+    """An extent of a file, as a file of its own."""
 
-    def __setstate__(self, state: object) -> None:
-        """Attributes of a module's state dict (`_metadata`) are not needed here."""
+    def __init__(self, extent: Extent) -> None:
+        self._extent, self._position = extent, 0
+        self._file = open(extent.path, "rb", buffering=0)  # noqa: SIM115  (closed with this object)
 
+    def readable(self) -> bool:
+        return True
 
-class _Namespace(argparse.Namespace):
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    def seekable(self) -> bool:
+        return True
 
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._extent.length}[whence]
+        if base + offset < 0:
+            raise ValueError("a position before the beginning of the file")
+        self._position = base + offset
+        return self._position
 
-class _Unpickler(pickle.Unpickler):
-    """Replaces a global by something of this module, or refuses it.
+    def readinto(self, target: Any) -> int:
+        count = max(min(len(target), self._extent.length - self._position), 0)
+        data = os.pread(self._file.fileno(), count, self._extent.start + self._position)
+        target[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
-    Every class handed out defines `__setstate__`, so that a pickle cannot set attributes on the class itself.
-    """
-
-    def __init__(self, archive: _Archive) -> None:
-        data = archive.read("data.pkl")
-        _check_opcodes(data)
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._archive = archive
-        self._replacements: dict[str, Any] = {
-            "argparse.Namespace": _Namespace,
-            "types.SimpleNamespace": _Namespace,
-            "collections.OrderedDict": _ordered_dict,
-            "collections.defaultdict": _default_dict,
-            "builtins.set": frozenset,
-            "builtins.frozenset": frozenset,
-            "builtins.dict": _ordered_dict,
-            "builtins.list": list,
-            "torch.Size": tuple,
-            "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-            "torch._utils._rebuild_parameter": _rebuild_parameter,
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}".replace("__builtin__.", "builtins.")
-        if full in self._replacements:
-            return self._replacements[full]
-        if module == "torch" and (name in STORAGES or name in TORCH_NAMES):
-            return full
-        if module.split(".")[0] in INERT_PACKAGES or full in INERT_GLOBALS:
-            return type(name, (Inert,), {"__module__": module})
-        raise UserError(
-            f"{self._archive.path}: refused: the file asks for {full}, which is neither a tensor nor a plain value. "
-            f"No code was run. Save it again with tensors and plain values only"
-        )
-
-    def persistent_load(self, identifier: Any) -> Storage:
-        kind, storage_type, key, _location, numel = identifier
-        dtype = STORAGES.get(str(storage_type).removeprefix("torch."))
-        if kind != "storage" or dtype is None or type(numel) is not int:
-            raise pickle.UnpicklingError(f"unknown storage {identifier!r}")
-        return self._archive.storage(str(key), dtype, numel)
-
-
-def _check_opcodes(data: bytes) -> None:
-    """Raise UnpicklingError when an opcode is cut short, or asks for more memory than the file can need.
-
-    The unpickler grows its memo to any index that the file gives.
-    """
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
-            raise pickle.UnpicklingError(f"memo index {argument} in {len(data)} bytes")
-
-
-def _ordered_dict() -> dict:
-    return _Dict()
-
-
-def _default_dict(factory: object = None) -> dict:
-    return _Dict()
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _rebuild_tensor(storage: Storage, offset: int, size: Iterable, stride: Iterable, *_autograd: object) -> LazyTensor:

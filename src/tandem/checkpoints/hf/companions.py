@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from tandem.checkpoints.folders import COMPANIONS
 from tandem.checkpoints.hf.weights import INDEX, TORCH_INDEX
 from tandem.checkpoints.interface import Companions
 from tandem.models.config import ModelConfig
@@ -23,6 +24,11 @@ def companion_files(folder: str | Path) -> list[Path]:
 def companions_of(folder: str | Path) -> Companions:
     """The config and the companion files of a Hugging Face folder."""
     return Companions(load_hf_config(folder), companion_files(folder))
+
+
+def companions_in(iteration: Path) -> Companions:
+    """Those that were stored with an iteration of a checkpoint; none where a trainer of others wrote it."""
+    return companions_of(iteration / COMPANIONS) if (iteration / COMPANIONS).is_dir() else Companions()
 
 
 def write_companions(folder: Path, companions: Companions, config: ModelConfig, dtype: str) -> None:

@@ -10,9 +10,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from tandem.checkpoints.interface import Companions
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.families import FAMILIES
+from tandem.models.hf_config import from_hf
 from tandem.parallel.layout import Layout
 
 Args = Mapping[str, Any]
@@ -28,8 +30,9 @@ ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "layernorm_zero_centered_gamma": (False,),  # the same under its newer name
     "apply_residual_connection_post_layernorm": (False,),
     "rope_scaling_type": (),
-    "schedules_method": (),
 }
+# Settings whose other values change which layers a file holds.
+ONLY_ORDER: dict[str, tuple[Any, ...]] = {"schedules_method": ()}
 
 # Fields that must agree wherever a checkpoint states them twice. `max_position_embeddings` is left out: trainers set
 # it to the length that they train on.
@@ -96,10 +99,7 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
     Raises:
         UserError: a value is missing or not supported. `where` is named.
     """
-    for key, allowed in ONLY_SUPPORTED.items():
-        if args.get(key) not in (*allowed, None):
-            supported = f"supported: {allowed[0]!r}" if allowed else "it must not be set"
-            raise UserError(f"{where}: args say {key} = {args[key]!r}; {supported}")
+    _check_supported(args, where, ONLY_SUPPORTED)
     return ModelConfig(
         model_type=_model_type(args, where),
         num_layers=_value(args, where, "num_layers") - len(noop_layers),
@@ -118,6 +118,25 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
     )
 
 
+def described_model(
+    args: Args, where: str, config: ModelConfig | None, companions: Companions, noop_layers: tuple[int, ...]
+) -> ModelConfig:
+    """The model of a checkpoint: `config` if given, else the companions' config.json, else what `args` describe.
+
+    Raises:
+        UserError: nothing describes the model, or `args` contradict the config. `where` is named.
+    """
+    _check_supported(args, where, ONLY_ORDER)
+    if config is None and companions.hf_config is not None:
+        config = from_hf(companions.hf_config, where=f"config.json next to {where}")
+    if config is not None:
+        check_agreement(args, where, config, noop_layers)
+        return config
+    if not args:
+        raise UserError(f"{where} holds no args: the model is unknown. Give its config.json with --hf-cfg-dir")
+    return config_from_args(args, where, noop_layers)
+
+
 def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tuple[int, ...]) -> None:
     """Raise UserError when `args` contradict a config from another place."""
     stated = {field: args[field] for field in AGREEING if args.get(field) is not None}
@@ -133,6 +152,13 @@ def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tu
             raise UserError(
                 f"{where}: args say {field} = {value!r}, the model's config says {getattr(config, field)!r}{hint}"
             )
+
+
+def _check_supported(args: Args, where: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, allowed in supported.items():
+        if args.get(key) not in (*allowed, None):
+            expected = f"supported: {allowed[0]!r}" if allowed else "it must not be set"
+            raise UserError(f"{where}: args say {key} = {args[key]!r}; {expected}")
 
 
 def numbers(value: Any) -> tuple[int, ...]:
@@ -153,7 +179,7 @@ def _layout_values(config: ModelConfig, layout: Layout) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": chunks if per_chunk else None,
+        "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
         "num_layers_per_virtual_pipeline_stage": per_chunk,
         "expert_model_parallel_size": 1,
         "context_parallel_size": 1,

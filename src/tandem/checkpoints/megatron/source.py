@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from tandem.checkpoints.folders import COMPANIONS, TRACKER, find_iteration, iteration_of, rank_folder
+from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, rank_folder
 from tandem.checkpoints.formats.arrays import same_bits
 from tandem.checkpoints.formats.torch_reader import LazyTensor, load
-from tandem.checkpoints.hf.companions import companions_of
+from tandem.checkpoints.hf.companions import companions_in
 from tandem.checkpoints.interface import (
     MEGATRON,
-    Companions,
     TensorKind,
     TensorSource,
     check_names,
@@ -34,7 +33,7 @@ from tandem.checkpoints.interface import (
     check_shape,
     dtype_name,
 )
-from tandem.checkpoints.megatron.args import check_agreement, config_from_args, numbers
+from tandem.checkpoints.megatron.args import described_model, numbers
 from tandem.checkpoints.megatron.names import (
     CHECKPOINT_VERSION,
     DISTRIBUTED_OPTIMIZER,
@@ -51,15 +50,9 @@ from tandem.checkpoints.megatron.names import (
 )
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.hf_config import from_hf
 from tandem.models.tensors import EMBEDDING
 from tandem.parallel.layout import Layout, Shard
 from tandem.parallel.slices import Part, overlaps, transfer
-
-
-def is_megatron(folder: str | Path, iteration: int | None = None) -> bool:
-    """Whether `folder` holds a Megatron `torch` checkpoint. Raises what `find_iteration` raises."""
-    return any(find_iteration(folder, iteration).glob(f"mp_rank_*/{FILE}"))
 
 
 class MegatronSource(TensorSource):
@@ -100,9 +93,8 @@ class MegatronSource(TensorSource):
         if recorded:
             check_recorded("noop_layers", noop_layers, recorded, self.location)
         noop = noop_layers or recorded
-        has_companions = (self.folder / COMPANIONS).is_dir()
-        self.companions = companions_of(self.folder / COMPANIONS) if has_companions else Companions()
-        self.config = self._model(config, noop)
+        self.companions = companions_in(self.folder)
+        self.config = described_model(first.args, str(first.path), config, self.companions, noop)
         self.layout = self._layout(noop, num_layer_list or numbers(first.args.get("num_layer_list")))
         self._shards = shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
         self._check()
@@ -166,36 +158,30 @@ class MegatronSource(TensorSource):
     def _file(self, shard: Shard) -> Path:
         return self._ranks[shard.tensor_rank, shard.pipeline_rank].path
 
-    def _model(self, config: ModelConfig | None, noop_layers: tuple[int, ...]) -> ModelConfig:
-        first = self._ranks[0, 0]
-        where = str(first.path)
-        if config is None and self.companions.hf_config is not None:
-            config = from_hf(self.companions.hf_config, where=str(self.folder / COMPANIONS / "config.json"))
-        if config is not None:
-            check_agreement(first.args, where, config, noop_layers)
-            return config
-        if not first.args:
-            raise UserError(f"{where} holds no args: the model is unknown. Give its config.json")
-        return config_from_args(first.args, where, noop_layers)
-
     def _layout(self, noop_layers: tuple[int, ...], num_layer_list: tuple[int, ...]) -> Layout:
         stages = 1 + max(pipeline_rank for _, pipeline_rank in self._ranks)
         chunks = len(self._ranks[0, 0].chunks)
-        counts = tuple(_count_layers(self._ranks[0, stage].chunks) for stage in range(stages))
+        # in the model's order: the first chunk of every stage, then the second
+        counts = tuple(
+            _count_layers(self._ranks[0, stage].chunks[chunk]) for chunk in range(chunks) for stage in range(stages)
+        )
         total = self.config.num_layers + len(noop_layers)
         if sum(counts) != self.config.num_layers and not noop_layers:
+            by_stage = [sum(counts[stage::stages]) for stage in range(stages)]
             raise UserError(
-                f"{self.location} holds {sum(counts)} decoder layers (by stage: {list(counts)}); the config implies "
+                f"{self.location} holds {sum(counts)} decoder layers (by stage: {by_stage}); the config implies "
                 f"{self.config.num_layers}. Layers are missing or left over. If there are noop layers, give noop_layers"
             )
-        if not num_layer_list and not noop_layers and chunks == 1 and len(set(counts)) > 1:
+        uneven = not noop_layers and len(set(counts)) > 1
+        if uneven and not num_layer_list and chunks == 1:
             num_layer_list = counts
         return Layout(
             tensor_model_parallel_size=1 + max(tensor_rank for tensor_rank, _ in self._ranks),
             pipeline_model_parallel_size=stages,
-            num_layers_per_virtual_pipeline_stage=total // (stages * chunks) if chunks > 1 else None,
+            num_layers_per_virtual_pipeline_stage=total // (stages * chunks) if chunks > 1 and not uneven else None,
             num_layer_list=num_layer_list or None,
             noop_layers=noop_layers,
+            layers_of_chunks=counts if uneven and chunks > 1 else None,
         )
 
     def _stored_rows(self) -> int:
@@ -240,9 +226,9 @@ class _Rank:
         return f"{self.path.parent.name}/{model_key(chunk, len(self.chunks))}/{name}"
 
 
-def _count_layers(chunks: Sequence[Chunk]) -> int:
-    """Distinct decoder layers in a rank's chunks."""
-    return sum(len({match[1] for name in chunk if (match := LAYER.match(name))}) for chunk in chunks)
+def _count_layers(chunk: Chunk) -> int:
+    """Distinct decoder layers in a chunk."""
+    return len({match[1] for name in chunk if (match := LAYER.match(name))})
 
 
 def _open_ranks(folder: Path) -> dict[tuple[int, int], _Rank]:

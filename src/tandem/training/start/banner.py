@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tandem.checkpoints.interface import TensorSource
 from tandem.config.parsing import departures
 from tandem.config.settings import CheckpointSettings, TrainingSettings
 from tandem.logs import log
@@ -23,6 +24,17 @@ def saving_notice(checkpoint: CheckpointSettings) -> list[str]:
     ]
 
 
+def unread_notice(source: TensorSource, checkpoint: CheckpointSettings) -> list[str]:
+    """A notice when `--load` holds an optimizer's state that is not read, and a fresh start was not asked for."""
+    places = source.unread_optimizer()
+    if not places or checkpoint.finetune or checkpoint.no_load_optim:
+        return []
+    return [
+        f"the optimizer's state of {source.location} ({', '.join(places)}) is not read: this run starts at iteration 0 "
+        f"with a new optimizer"
+    ]
+
+
 def print_banner(run: PreparedRun, trainer: Trainer) -> None:
     """Log what will run: framework, model, weights, data, batch, and which settings of a resumed run have changed."""
     settings, state = run.settings, run.state
@@ -38,6 +50,7 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         f"batch {batch} x {settings.data.seq_length} tokens, "
         f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
         *changed,
+        *unread_notice(run.source, settings.checkpoint),
         *engine.notices,
         *run.data.notices,
         *saving_notice(settings.checkpoint),

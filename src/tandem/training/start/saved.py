@@ -10,6 +10,7 @@ from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, sa
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.native.format import INDEX
 from tandem.errors import UserError
+from tandem.models.config import ModelConfig
 from tandem.training.logs.log import log_notice
 from tandem.training.start.state import TrainerState, saved_settings
 
@@ -27,13 +28,18 @@ def check_place(save: str | Path) -> None:
 
 
 def find_newest(
-    folder: str | Path, report: Callable[[str], None] = lambda _: None, *, weights_only: bool = False
+    folder: str | Path,
+    report: Callable[[str], None] = lambda _: None,
+    *,
+    weights_only: bool = False,
+    config: ModelConfig | None = None,
 ) -> TensorSource:
     """The newest iteration of a checkpoint folder that can be used.
 
     Args:
         report: called with a text about each thing that is damaged.
         weights_only: the state of the training run is not needed.
+        config: the model, for a checkpoint of Megatron that does not describe it.
 
     Raises:
         UserError: no iteration can be used. The error is that of the newest one.
@@ -48,7 +54,7 @@ def find_newest(
         newest = find_iteration(folder, iterations[0])
     number = iteration_of(newest)
     if number is None:  # a checkpoint of Megatron that is called "release" has no iteration number
-        return open_iteration(folder)
+        return open_iteration(folder, config=config)
     failure: UserError | None = None
     if not newest.exists():
         failure = UserError(
@@ -60,7 +66,7 @@ def find_newest(
         if iteration > number:
             continue  # not completely published
         try:
-            source = open_iteration(folder, iteration)
+            source = open_iteration(folder, iteration, config=config)
             if not weights_only:
                 _check_documents(source)
             return source
@@ -77,13 +83,15 @@ def _check_documents(source: TensorSource) -> None:
     saved_settings(source)
 
 
-def open_initial(folder: str, iteration: int | None, *, weights_only: bool) -> TensorSource:
+def open_initial(
+    folder: str, iteration: int | None, *, weights_only: bool, config: ModelConfig | None = None
+) -> TensorSource:
     """Open the weights of `--load`. In the folder of a run, damaged iterations are skipped if `iteration` is None.
 
     Args:
-        weights_only: as in `find_newest`.
+        weights_only, config: as in `find_newest`.
     """
     if iteration is not None or not saved_iterations(folder):
-        return open_source(folder, iteration)
+        return open_source(folder, iteration, config=config)
     check_one_format(folder)
-    return find_newest(folder, log_notice, weights_only=weights_only)
+    return find_newest(folder, log_notice, weights_only=weights_only, config=config)

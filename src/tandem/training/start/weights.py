@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tandem.checkpoints.hf.companions import companions_of
-from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import CheckpointSettings, ModelSettings
 from tandem.errors import UserError
@@ -31,18 +31,24 @@ def open_weights(
 ) -> TensorSource:
     """The weights of `--load`, or random weights from `seed`.
 
-    Random weights need a config.json, from `--hf-cfg-dir` or from the tokenizer's folder.
+    Random weights need a config.json, from `--hf-cfg-dir` or from the tokenizer's folder. A checkpoint of Megatron
+    takes that of `--hf-cfg-dir`.
     """
     if checkpoint.load is not None:
-        return open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune)
+        config = _config_of(companions_of(model.hf_cfg_dir), model.hf_cfg_dir) if model.hf_cfg_dir else None
+        return open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune, config=config)
     folder = model.hf_cfg_dir or tokenizer_folder
     if folder is None:
         raise UserError("--init random needs the model's config.json: give its folder with --hf-cfg-dir")
     companions = companions_of(folder)
-    config = from_hf(companions.hf_config or {}, where=f"{folder}/config.json")
+    config = _config_of(companions, folder)
     if model.init_method_std is not None:
         config = dataclasses.replace(config, init_method_std=model.init_method_std)
     return RandomSource(config, seed, companions=companions)
+
+
+def _config_of(companions: Companions, folder: str) -> ModelConfig:
+    return from_hf(companions.hf_config or {}, where=f"{folder}/config.json")
 
 
 def check_model_flags(model: ModelSettings, seq_length: int, config: ModelConfig) -> None:
