@@ -3,6 +3,9 @@
 # command, pretrain or finetune. The environment goes before every default; examples/README.md explains the variables.
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR source=logged.sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/logged.sh"
+
 COMMAND="$1"
 SCRIPT="${BASH_SOURCE[1]}" # as the user named it, perhaps a link
 case "$SCRIPT" in
@@ -124,13 +127,12 @@ add_value INIT_METHOD_STD --init-method-std
 add_switch SEQUENCE_PARALLEL --sequence-parallel
 add_switch USE_DISTRIBUTED_OPTIMIZER --use-distributed-optimizer
 
-mkdir -p logs
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words
-python -m tandem \
+logged "$LOG" python -m tandem \
     "${COMMAND_ARGS[@]}" \
     "${DISTRIBUTED_ARGS[@]}" \
     "${WEIGHTS_ARGS[@]}" \
     "${TRAIN_ARGS[@]}" \
     "${DATA_ARGS[@]}" \
     "${OUTPUT_ARGS[@]}" \
-    $EXTRA_ARGS 2>&1 | tee "$LOG"
+    $EXTRA_ARGS

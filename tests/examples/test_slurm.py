@@ -38,7 +38,7 @@ for _ in {1..600}; do sleep 0.1; done
 }
 SAYS_ITS_NUMBER = 'echo "$NODE_RANK of $NNODES x $NPUS_PER_NODE at $MASTER_ADDR:$MASTER_PORT"'
 FAILS = "((NODE_RANK == 0)) || exit 3; sleep 100"
-TRAINS = 'python -m tandem pretrain 2>&1 | tee "$FOLDER/log_$NODE_RANK"'
+TRAINS = f'source {EXAMPLES}/common/logged.sh; logged "$FOLDER/log_$NODE_RANK" python -m tandem pretrain'
 
 
 def start(folder: Path, script: str) -> subprocess.Popen[str]:

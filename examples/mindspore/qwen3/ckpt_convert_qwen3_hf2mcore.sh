@@ -2,6 +2,9 @@
 # Hugging Face weights -> Megatron-core layout. Every variable can be set from the environment.
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR source=../../common/logged.sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../common/logged.sh"
+
 LOAD_DIR="${LOAD_DIR:-./model_from_hf/qwen3_hf/}"
 SAVE_DIR="${SAVE_DIR:-./model_weights/qwen3_mcore/}"
 PARAMS_DTYPE="${PARAMS_DTYPE:-bf16}"
@@ -20,6 +23,5 @@ CONVERT_ARGS=(
     --model-type-hf qwen3
 )
 
-mkdir -p logs
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words
-python -m tandem convert "${CONVERT_ARGS[@]}" $EXTRA_ARGS 2>&1 | tee logs/ckpt_convert_qwen3_hf2mcore.log
+logged logs/ckpt_convert_qwen3_hf2mcore.log python -m tandem convert "${CONVERT_ARGS[@]}" $EXTRA_ARGS

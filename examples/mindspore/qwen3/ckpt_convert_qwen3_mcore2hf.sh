@@ -2,6 +2,9 @@
 # Megatron-core layout -> Hugging Face weights. Every variable can be set from the environment.
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR source=../../common/logged.sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../common/logged.sh"
+
 LOAD_DIR="${LOAD_DIR:-./model_weights/qwen3_mcore/}" # a converted checkpoint or a training run, of any TP and PP
 SAVE_DIR="${SAVE_DIR:-./model_from_hf/qwen3_hf/}"    # a folder that already holds a model receives mg2hf/
 PARAMS_DTYPE="${PARAMS_DTYPE:-bf16}"
@@ -16,6 +19,5 @@ CONVERT_ARGS=(
     --model-type-hf qwen3
 )
 
-mkdir -p logs
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words
-python -m tandem convert "${CONVERT_ARGS[@]}" $EXTRA_ARGS 2>&1 | tee logs/ckpt_convert_qwen3_mcore2hf.log
+logged logs/ckpt_convert_qwen3_mcore2hf.log python -m tandem convert "${CONVERT_ARGS[@]}" $EXTRA_ARGS

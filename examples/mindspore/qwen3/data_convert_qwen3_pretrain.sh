@@ -2,6 +2,9 @@
 # Text -> OUTPUT_PREFIX_text_document.bin/.idx. Every variable can be set from the environment.
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR source=../../common/logged.sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../common/logged.sh"
+
 INPUT="${INPUT:-./dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet}" # a file, a folder or a pattern
 TOKENIZER_PATH="${TOKENIZER_PATH:-./model_from_hf/qwen3_hf/}"
 OUTPUT_PREFIX="${OUTPUT_PREFIX:-./dataset/alpaca}"
@@ -19,6 +22,6 @@ DATA_ARGS=(
     --log-interval 1000
 )
 
-mkdir -p logs "$(dirname "$OUTPUT_PREFIX")"
+mkdir -p "$(dirname "$OUTPUT_PREFIX")"
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words
-python -m tandem preprocess "${DATA_ARGS[@]}" $EXTRA_ARGS 2>&1 | tee logs/data_convert_qwen3_pretrain.log
+logged logs/data_convert_qwen3_pretrain.log python -m tandem preprocess "${DATA_ARGS[@]}" $EXTRA_ARGS
