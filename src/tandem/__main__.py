@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from contextlib import nullcontext
 from typing import NoReturn
 
+from tandem.console import drop_output, lasting_console, open_missing_streams
 from tandem.errors import RunStopped, UserError, nearest
 from tandem.files.text import unreadable
-from tandem.launch.member import Member, exit_with
+from tandem.launch.member import JOB, Member, exit_with
 from tandem.launch.world import is_scheduler
 from tandem.logs import printed
 from tandem.version import __version__
@@ -31,6 +33,8 @@ COMMANDS = {
     "quickstart": "Try everything on a toy model, with one framework or both.",
 }
 
+# Commands whose result is files: they go on when nobody reads what they print. Others end then, as in `... | head`.
+LASTING = {"convert", "preprocess", "pretrain", "finetune", "export", "rerun", "quickstart"}
 
 STOPPED = 75  # exit code of a run that a signal stopped; the same command continues it
 UNREAD = 141  # exit code that a shell reports for a program ended by SIGPIPE
@@ -56,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code of the command, 2 for bad input or a file that cannot be used, STOPPED, UNREAD or INTERRUPTED.
     """
+    open_missing_streams()
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -67,19 +72,25 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"tandem: unknown command {command!r}{nearest(command, list(COMMANDS))}\n\n{usage()}", file=sys.stderr)
         return 2
+    with lasting_console() if command in LASTING else nullcontext():
+        return _run(command, words[1:])
+
+
+def _run(command: str, words: list[str]) -> int:
+    """Run one command, and tell the job, if there is one, how it ended. Returns the exit code."""
     member = Member.join()
-    if is_scheduler():
+    if is_scheduler() and (JOB in os.environ or not _asks_for_processes(words)):
         importlib.import_module("tandem.backends").serve_as_scheduler()
     try:
         module = importlib.import_module(f"tandem.cli.{command}")
         with printed():
-            code = module.run(words[1:]) or 0
+            code = module.run(words) or 0
             sys.stdout.flush()
         return member.ended(code)
     except UserError as error:
         return member.ended(2, _error(command, error))
     except BrokenPipeError:  # in `tandem ... | head`, head has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)
         return member.ended(UNREAD)
     except RunStopped as stopped:
         return member.ended(STOPPED, f"tandem {command}: {stopped}")
@@ -90,6 +101,11 @@ def main(argv: list[str] | None = None) -> int:
             return member.ended(2, f"tandem {command}: error: {unreadable(os.fsdecode(error.filename), error)}")
         member.crashed(error)
         raise
+
+
+def _asks_for_processes(words: list[str]) -> bool:
+    """Whether the command starts its own processes: then a MS_ROLE in the environment is left from another job."""
+    return any(word.replace("_", "-").split("=")[0] == "--nproc-per-node" for word in words)
 
 
 def _error(command: str, error: UserError) -> str:

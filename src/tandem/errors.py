@@ -29,8 +29,8 @@ class UserError(ValueError):
 
 
 class RunStopped(Exception):
-    """A signal stopped the run, and the run has saved its checkpoint. The same command continues it. The command line
-    exits with code 75 (`EX_TEMPFAIL` of sysexits.h)."""
+    """A signal stopped the run. What it trained is saved, and the same command continues it. The command line exits
+    with code 75 (`EX_TEMPFAIL` of sysexits.h)."""
 
 
 def raise_all(problems: Iterable[str]) -> None:

@@ -22,7 +22,7 @@ from tandem.__main__ import STOPPED
 from tandem.backends import launcher_of
 from tandem.checkpoints.folders import TRACKER
 from tandem.checkpoints.native.source import NativeSource
-from tandem.launch.supervisor import Machines
+from tandem.launch.machines import Machines
 from tandem.models.tensors import tensor_table
 from workspace import Workspace
 

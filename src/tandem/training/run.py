@@ -43,10 +43,11 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
 
     Raises:
         UserError: settings or files are missing, wrong or damaged, or a step failed.
-        RunStopped: a signal stopped the run, and the run saved a checkpoint.
+        RunStopped: a signal stopped the run. If steps were taken, it saved a checkpoint.
     """
     with StopSignals() as signals:
-        run = prepare(settings, World.from_environment())
+        with signals.leaving_at_once():
+            run = prepare(settings, World.from_environment())
         communicator = connect_processes(run)
         engine = create_engine(run.framework, run.source.config, run.engine)
         source, progress = restore_newest(engine, run.source, run.loading, communicator)

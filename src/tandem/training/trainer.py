@@ -103,7 +103,8 @@ class Trainer:
             UserError: a step failed and the run must stop. The newest checkpoint stays as it is.
         """
         saved_at = self.progress.iteration
-        while self.progress.iteration < self.train_iters:
+        self._note_signals(self.communicator.all_gather(self.signals.received))  # those of the start
+        while self.progress.iteration < self.train_iters and not self.stopped:
             record = self.step()
             if self.is_first_rank:
                 self.log.step(record)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.checkpoints.folders import iteration_folder
+from tandem.launch import run_module
 from tandem.launch.member import JOB
 from tandem.logs import log
 from tandem.training.logs.events import EventLog
@@ -52,7 +53,7 @@ class HFExports:
         # The new process is not a rank of the job.
         environment = {name: value for name, value in os.environ.items() if name != JOB}
         process = subprocess.Popen(
-            [sys.executable, "-m", "tandem", "export", *words],
+            [sys.executable, *run_module.command("tandem", "export", *words)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
