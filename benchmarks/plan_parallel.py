@@ -26,8 +26,8 @@ import turns
 
 from tandem.backends import launcher_of, serve_as_scheduler
 from tandem.frameworks import named_framework
+from tandem.launch.machines import Machines
 from tandem.launch.member import exit_with
-from tandem.launch.supervisor import Machines
 from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tandem.frameworks import FRAMEWORKS, TORCH, Framework
+from tandem.launch import run_module
 
 PYTHON = ((3, 10), (3, 12))  # first and last minor version
 REQUIRED = ("numpy", "ml_dtypes", "tokenizers", "orjson", "pyarrow", "jinja2", "pyyaml", "rich")
@@ -117,7 +118,7 @@ def probe(name: str) -> dict[str, str]:
     Raises:
         RuntimeError: the framework cannot be imported, crashes or hangs. The message is its last line of output.
     """
-    command = [sys.executable, "-m", f"tandem.backends.{name}.devices"]
+    command = [sys.executable, *run_module.command(f"tandem.backends.{name}.devices")]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from types import FrameType, SimpleNamespace
 
 from tandem import __main__ as tandem
 from tandem.errors import UserError
-from tandem.launch.member import exit_with, placing
+from tandem.launch.member import JOINED, exit_with, placing, tell_stage
 from tandem.launch.world import World
 from tandem.training.trainer import Trainer
 
@@ -26,12 +26,15 @@ def meet(iteration: int) -> None:
     """The fault, in iteration 2 of rank 1."""
     if FAULT == "user error":
         raise UserError("all ranks agree that this cannot be")
-    if World.from_environment().rank != 1 or iteration != 2:
+    rank = World.from_environment().rank
+    if FAULT == "killed before the error" and (rank, iteration) == (0, 6):
+        raise UserError("this cannot be")
+    if rank != 1 or iteration != 2:
         return
     (FOLDER / "moment").write_text(str(time.time()))
     if FAULT == "error":
         raise RuntimeError("rank 1 does not like iteration 2")
-    if FAULT == "killed":
+    if FAULT.startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -48,6 +51,8 @@ def wait(words: list[str]) -> int:
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     atexit.register(print, "as frameworks do, it speaks while it leaves")
+    if FAULT != "starting":
+        tell_stage(JOINED)
     print("waiting", flush=True)
     for iteration in range(1, 600):
         with placing(lambda iteration=iteration: f"iteration {iteration}"):  # type: ignore[misc]

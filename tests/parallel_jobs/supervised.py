@@ -10,7 +10,8 @@ import sys
 import plain_launcher
 
 from tandem.backends import launcher_of
-from tandem.launch.supervisor import Machines, launch
+from tandem.launch.machines import Machines
+from tandem.launch.supervisor import launch
 
 if __name__ == "__main__":
     framework, processes, *words = sys.argv[1:]

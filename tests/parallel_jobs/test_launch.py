@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
+import plain_launcher
 import pytest
 
 from frameworks import require_framework
@@ -20,7 +22,9 @@ from launchers import launcher
 from scripts import free_port
 from tandem.backends import launcher_of
 from tandem.errors import UserError
-from tandem.launch.supervisor import Machines, launch
+from tandem.launch.machines import Machines
+from tandem.launch.out_of_memory import kills
+from tandem.launch.supervisor import launch
 from tandem.training.run import train
 from workspace import Workspace
 
@@ -28,11 +32,11 @@ HERE = Path(__file__).parent
 LOSS = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) ")
 
 
-def start(words: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+def start(words: Sequence[str], folder: Path, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """`folder` takes what jobs leave when they fail."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), **variables}
     return subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
     )
 
 
@@ -114,15 +118,44 @@ def one_process(workspace: Workspace, framework: str) -> list[float]:
     return losses
 
 
+# What job runners set, and what other jobs leave.
+JOB_RUNNER = {"WORLD_SIZE": "8", "RANK": "3", "MASTER_ADDR": "198.51.100.1", "PET_RDZV_BACKEND": "c10d"}
+LEFT_OVER = {"MS_ROLE": "MS_SCHED", "MS_WORKER_NUM": "16", "MS_SCHED_HOST": "198.51.100.1", "MS_SCHED_PORT": "1"}
+
+
+@pytest.fixture
+def untidy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files that have the names of libraries."""
+    folder = tmp_path_factory.mktemp("untidy")
+    for name in ("random", "yaml", "tokenizers", "torch", "mindspore", "tandem"):
+        (folder / f"{name}.py").write_text("raise ImportError('this is no library')")
+    return folder
+
+
+@pytest.fixture
+def tandem_script(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pip installs as `tandem`."""
+    script = tmp_path_factory.mktemp("bin") / "tandem"
+    script.write_text("from tandem.__main__ import run\nif __name__ == '__main__':\n    run()\n")
+    return str(script)
+
+
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_a_command_as_two_processes_trains_as_one(
-    workspace: Workspace, framework: str, axis: str, tmp_path: Path
+    workspace: Workspace, framework: str, axis: str, untidy_folder: Path, tandem_script: str, tmp_path: Path
 ) -> None:
-    """And across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process."""
-    command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path)]
+    """And across backends: MindSpore's tensor ranks and PyTorch's stages equal PyTorch in one process.
+
+    Whatever lies in the working folder, and whatever other jobs have left in the environment.
+    """
+    command = [tandem_script, "pretrain", *flags(workspace, framework, tmp_path)]
     logs = tmp_path / "logs"
     job = start(
-        [*command, "--nproc-per-node", "2", "--log-dir", str(logs), f"--{axis}-model-parallel-size", "2"], tmp_path
+        [*command, "--nproc-per-node", "2", "--log-dir", str(logs), f"--{axis}-model-parallel-size", "2"],
+        tmp_path,
+        untidy_folder,
+        **JOB_RUNNER,
+        **LEFT_OVER,
     )
     code, out, err = finish(job, str(tmp_path))
     assert code == 0, out + err
@@ -169,10 +202,46 @@ def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:
     assert err == "tandem wait: error: all ranks agree that this cannot be\n"
 
 
+def test_the_error_that_a_rank_records_wins(tmp_path: Path) -> None:
+    """Launchers kill the ranks that have yet to say the same."""
+    code, _, err = finish(supervised("plain", "killed before the error", tmp_path), str(tmp_path))
+    assert (code, err) == (2, "tandem wait: error: this cannot be\n")
+
+
 def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     code, _, err = finish(supervised("plain", "killed", tmp_path), str(tmp_path))
     assert code == 1
     assert err.splitlines()[-1] == "rank 1 of 2 was killed, or crashed"
+
+
+def test_a_rank_that_the_system_killed_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tandem.launch.out_of_memory.kills", count(5).__next__)
+    words = [str(HERE / "faulty_job.py"), "killed", str(tmp_path)]
+    end = launch(Machines(nproc_per_node=2), plain_launcher.launcher, words)
+    assert end.code == 1
+    reason = end.text.splitlines()[-1]
+    assert reason.startswith("rank 1 of 2 was killed by the system, because memory ran out: ")
+    assert "--micro-batch-size" in reason
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cgroup": "0::/job\n", "cg/job/memory.events": "low 0\noom 4\noom_kill 3\n", "vmstat": "oom_kill 9\n"}, 3),
+        ({"cgroup": "0::/of/the/host\n", "cg/memory.events": "oom_kill 2\n"}, 2),  # in a container
+        ({"cgroup": "4:memory:/a\n0::/\n", "cg/memory/a/memory.oom_control": "under_oom 0\noom_kill 1\n"}, 1),
+        ({"cgroup": "0::/\n", "vmstat": "nr_free_pages 1\noom_kill 9\n"}, 9),
+        ({}, None),
+    ],
+    ids=["version 2", "container", "version 1", "machine", "unknown"],
+)
+def test_kills_for_memory_are_counted(files: dict[str, str], expected: int | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        path = tmp_path / ("self/cgroup" if name == "cgroup" else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert kills(tmp_path / "cg", tmp_path) == expected
 
 
 @pytest.mark.slow("jobs")
@@ -207,11 +276,57 @@ def test_ranks_get_the_signal_and_time_to_save(tmp_path: Path) -> None:
     }
 
 
+def test_a_signal_before_the_ranks_have_met_ends_the_job_at_once(tmp_path: Path) -> None:
+    job = supervised("plain", "starting", tmp_path)
+    wait_for(tmp_path / "rank_1")
+    job.send_signal(signal.SIGUSR1)
+    code, _, err = finish(job, str(tmp_path), timeout=20)
+    assert code == 128 + signal.SIGUSR1
+    assert err == "ended by SIGUSR1 while its processes started: nothing was trained\n"
+    assert not list(tmp_path.glob("saved_*"))
+
+
+def test_a_signal_while_a_training_starts_ends_it(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--train-iters", "100000"]
+    job = start([*command, "--nproc-per-node", "2"], tmp_path)
+    while not list(tmp_path.glob("tandem-job-*/launcher.log")):
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    code, out, _ = finish(job, str(tmp_path), timeout=30)
+    assert (code, out) == (128 + signal.SIGTERM, "")
+
+
+def test_machines_that_do_not_come_are_waited_for_until_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tandem.launch.supervisor.SECONDS_UNSAID", 0.1)
+    machines = Machines(nproc_per_node=2, nnodes=2, master_port=free_port(), timeout_minutes=0.01)
+    end = launch(machines, lambda *_: (["sleep", "100"], {}), [])
+    assert end.code == 2
+    assert UserError(end.text).flags == ("--nnodes", "--distributed-timeout-minutes", "--node-rank", "--master-addr")
+    said = capsys.readouterr().err
+    assert said.count("machine 0 of --nnodes 2 waits for the others") == 1
+    assert f"127.0.0.1:{machines.master_port}" in said
+
+
+@pytest.mark.slow("signals")
+def test_a_machine_that_waits_for_another_obeys_ctrl_c(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
+    job = start([*command, "--nnodes", "2", "--master-port", str(free_port())], tmp_path)
+    assert job.stderr is not None
+    assert "waits for the others" in job.stderr.readline()
+    job.send_signal(signal.SIGINT)
+    assert finish(job, str(tmp_path), timeout=20)[0] == 128 + signal.SIGINT
+
+
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     job = supervised("plain", "deaf", tmp_path)
     wait_for(tmp_path / "rank_1")
     job.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)  # a script may pass on what its whole group has got
+    time.sleep(1.2)
     assert job.poll() is None
     job.send_signal(signal.SIGTERM)
     assert finish(job, str(tmp_path), timeout=20)[0] == 128 + signal.SIGTERM

@@ -14,6 +14,7 @@ import numpy as np
 from tandem.backends.interface import Engine, EngineSettings, Profiler
 from tandem.data.batch import MicroBatch
 from tandem.frameworks import check_framework
+from tandem.launch.member import JOINED, JOINING, tell_stage
 from tandem.launch.supervisor import Launcher
 from tandem.launch.world import Communicator, SingleProcess, World
 from tandem.models.config import ModelConfig
@@ -38,7 +39,9 @@ def connect(ai_framework: str, world: World, device: str | None, timeout_minutes
     if world.size == 1:
         return SingleProcess()
     module = importlib.import_module(f"tandem.backends.{name}.communication")
+    tell_stage(JOINING)
     communicator: Communicator = module.connect(world, device, timeout_minutes)
+    tell_stage(JOINED)
     return communicator
 
 

@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
         positionals={"load": "CHECKPOINT", "valid_data_path": "DATA..."},
         values={"eval_iters": "full"},
     )
-    if (code := run_as_processes("evaluate", argv, settings.launch, settings.training.ai_framework)) is not None:
+    if (code := run_as_processes("evaluate", argv, settings)) is not None:
         return code
     results, more_notices = evaluate_weights(settings)
     if World.from_environment().rank == 0:

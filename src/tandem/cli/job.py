@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tandem.cli.processes import machines_of, start_processes
+from tandem.cli.processes import machines_to_start, start_processes
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped, UserError
@@ -28,7 +28,7 @@ def train_as_processes(settings: Settings, write: Callable[[str], None]) -> Trai
         RunStopped: a signal stopped the job, and it saved a checkpoint.
         RuntimeError: a rank failed in another way.
     """
-    machines = machines_of(settings.launch)
+    machines = machines_to_start(settings)
     if machines is None or machines.processes == 1:
         return None
     save = settings.checkpoint.save
@@ -40,12 +40,8 @@ def train_as_processes(settings: Settings, write: Callable[[str], None]) -> Trai
     with tempfile.TemporaryDirectory(prefix="tandem-settings-") as folder:
         file = Path(folder) / "settings.yaml"
         file.write_text(to_yaml(settings), encoding="utf-8")
-        lines = _Lines(write)
-        end = start_processes(
-            [command, "--config", str(file)], settings.launch, settings.training.ai_framework, lines.take
-        )
-        if end is None:
-            return None
+        end = start_processes([command, "--config", str(file)], settings, machines, _Lines(write).take)
+    assert end is not None, "there are several processes"
     if end.code == USER_ERROR:
         raise UserError(end.text)
     if end.code == STOPPED:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from tandem.backends import launcher_of
-from tandem.config.settings import LaunchSettings, Settings
+from tandem.config.settings import Settings
 from tandem.errors import UserError
+from tandem.launch import run_module
+from tandem.launch.machines import Machines
 from tandem.launch.member import JOB
-from tandem.launch.supervisor import JobEnd, Machines, launch, show_at_once
-from tandem.launch.world import World
+from tandem.launch.supervisor import JobEnd, launch, show_at_once
+from tandem.launch.world import World, forget_launchers, is_launched, started_processes
 
 
 def run_training(command: str, argv: Sequence[str], settings: Settings, notices: Sequence[str]) -> int:
     """Train with the processes that the settings ask for, or only check with `--dry-run`. Returns the exit code."""
-    options, framework = settings.launch, settings.training.ai_framework
-    if not options.dry_run and (code := run_as_processes(command, argv, options, framework)) is not None:
-        return code
+    machines = machines_to_start(settings)
+    if machines and not settings.launch.dry_run and (end := start_processes([command, *argv], settings, machines)):
+        return say_end(end)
     if World.from_environment().rank == 0:
         for notice in notices:
             print(f"> {notice}")
-    if options.dry_run:
+    if settings.launch.dry_run:
         from tandem.training.start.dry_run import dry_run  # imported late: a wrong command fails before this loads
 
-        dry_run(settings, processes_of(options))
+        dry_run(settings, machines.processes if machines else World.from_environment().size)
     else:
         from tandem.training.run import train
 
@@ -34,52 +35,76 @@ def run_training(command: str, argv: Sequence[str], settings: Settings, notices:
     return 0
 
 
-def run_as_processes(command: str, argv: Sequence[str], settings: LaunchSettings, ai_framework: str) -> int | None:
+def run_as_processes(command: str, argv: Sequence[str], settings: Settings) -> int | None:
     """Run `tandem COMMAND ARGV` with the processes that the settings ask for, and wait for them.
 
     Returns:
         The exit code of the job. None when this process must do the work, alone or as one process of a job.
     """
-    end = start_processes([command, *argv], settings, ai_framework)
-    if end is None:
-        return None
+    machines = machines_to_start(settings)
+    end = start_processes([command, *argv], settings, machines) if machines else None
+    return say_end(end) if end else None
+
+
+def say_end(end: JobEnd) -> int:
+    """Say why a job failed, if it did. Returns its exit code."""
     if end.text:
         print(end.text, file=sys.stderr, flush=True)
     return end.code
 
 
 def start_processes(
-    words: Sequence[str], settings: LaunchSettings, ai_framework: str, show: Callable[[str], None] = show_at_once
+    words: Sequence[str], settings: Settings, machines: Machines, show: Callable[[str], None] = show_at_once
 ) -> JobEnd | None:
-    """Run `tandem WORDS` with the processes that the settings ask for, and wait for them.
+    """Run `tandem WORDS` with these processes, and wait for them.
 
     Args:
         show: called with each new piece of the first rank's output.
 
     Returns:
-        How the job ended. None when this process must do the work, alone or as one process of a job.
+        How the job ended. None when there is one process only: this one must do the work.
     """
-    machines = machines_of(settings)
-    if machines is None or machines.processes == 1 or JOB in os.environ or World.from_environment().size > 1:
+    if machines.processes == 1:
         return None
-    return launch(machines, launcher_of(ai_framework), ["-m", "tandem", *words], settings.log_dir, show)
+    launcher = launcher_of(settings.training.ai_framework)
+    return launch(machines, launcher, run_module.command("tandem", *words), settings.launch.log_dir, show)
 
 
-def processes_of(settings: LaunchSettings) -> int:
-    """The number of processes of the run, whether they are started or not."""
-    machines = machines_of(settings)
-    return machines.processes if machines else World.from_environment().size
+def machines_to_start(settings: Settings) -> Machines | None:
+    """The processes to start on each machine. None without `--nproc-per-node`, and in a process of a job.
 
-
-def machines_of(settings: LaunchSettings) -> Machines | None:
-    """The processes to start on each machine; None without `--nproc-per-node`.
+    The flag goes before variables such as WORLD_SIZE, which a job runner has set or an earlier job has left: they are
+    removed from this process's environment.
 
     Raises:
-        UserError: `--nnodes` or `--node-rank` is given without `--nproc-per-node`.
+        UserError: `--nnodes` or `--node-rank` is given without `--nproc-per-node`, or another number of processes than
+            torchrun or msrun has started.
     """
-    if settings.nproc_per_node is None:
-        if (settings.nnodes, settings.node_rank) != (1, 0) and World.from_environment().size == 1:
-            given = f"--nnodes {settings.nnodes} --node-rank {settings.node_rank}"
-            raise UserError(f"{given}: also give --nproc-per-node, the number of processes on this machine")
+    given = settings.launch
+    if JOB in os.environ:
         return None
-    return Machines(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Machines)})
+    if given.nproc_per_node is None:
+        if (given.nnodes, given.node_rank) != (1, 0) and World.from_environment().size == 1:
+            raise UserError(
+                f"--nnodes {given.nnodes} --node-rank {given.node_rank}: also give --nproc-per-node, the number of "
+                f"processes on this machine"
+            )
+        return None
+    machines = Machines(
+        nproc_per_node=given.nproc_per_node,
+        nnodes=given.nnodes,
+        node_rank=given.node_rank,
+        master_addr=given.master_addr,
+        master_port=given.master_port,
+        timeout_minutes=settings.parallel.distributed_timeout_minutes,
+    )
+    started = started_processes()
+    if started == machines.processes > 1:
+        return None
+    if started is not None and is_launched():
+        raise UserError(
+            f"--nproc-per-node {given.nproc_per_node} --nnodes {given.nnodes}: torchrun or msrun has already started "
+            f"{started} processes; leave out these flags, or start tandem without torchrun and msrun"
+        )
+    forget_launchers()
+    return machines

@@ -26,6 +26,8 @@ from tandem.launch.world import World, is_one_of_several, is_scheduler
 JOB = "TANDEM_JOB"
 SUPERVISOR = "TANDEM_SUPERVISOR"  # pid of the supervisor
 NODE = "TANDEM_NODE"  # number of this machine in the job
+# How far a rank has come: it waits for the other ranks, or all have met. Only then can it have anything to save.
+JOINING, JOINED = "joining", "joined"
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = ("MS_ROLE", "TORCHELASTIC_RUN_ID")  # msrun and torchrun set these for the processes that they start
 
@@ -93,6 +95,12 @@ class Member:
         if self.folder is not None and not is_scheduler():
             ended = Ended(self.world.rank, code, text, time.time(), trace)
             _publish(record_file(self.folder, self.world.rank), json.dumps(asdict(ended)))
+
+
+def tell_stage(stage: str) -> None:
+    """Tell the supervisor, if there is one, how far this rank has come: JOINING or JOINED."""
+    if JOB in os.environ:
+        _publish(stage_file(Path(os.environ[JOB]), World.from_environment().rank), stage)
 
 
 @contextmanager
@@ -166,6 +174,10 @@ def log_file(folder: Path, rank: int) -> Path:
 
 def pid_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.pid"
+
+
+def stage_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.stage"
 
 
 def record_file(folder: Path, rank: int) -> Path:

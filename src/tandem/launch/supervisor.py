@@ -6,26 +6,41 @@ passes signals on. When a rank fails, it ends the job and prints the reason last
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.launch.member import JOB, NODE, SUPERVISOR, Ended, die_with_parent, log_file, pid_file, read_record
+from tandem.launch import out_of_memory
+from tandem.launch.machines import Machines
+from tandem.launch.member import (
+    JOB,
+    JOINED,
+    JOINING,
+    NODE,
+    SUPERVISOR,
+    Ended,
+    die_with_parent,
+    log_file,
+    pid_file,
+    read_record,
+    stage_file,
+)
+from tandem.launch.stopping import SAME_SIGNAL_SECONDS, stopping_signals
+from tandem.logs import log
 
-DEFAULT_PORT = 29500
 POLL_SECONDS = 0.1
+# How long machines wait for each other before that is said.
+SECONDS_UNSAID = 10.0
 # When a rank fails, others fail because of it. Wait for them, to report the one that failed first.
 SECONDS_FOR_OTHERS = 1.0
 # How long ranks may take to finish their step and save after a signal.
@@ -35,64 +50,8 @@ SECONDS_TO_END = 60.0
 # A killed rank writes no time of its end. It is taken to have ended this long before it was noticed.
 SECONDS_UNNOTICED = 0.3
 CRASHED = 1
+USER_ERROR = 2
 LINES_OF_LOG = 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machines:
-    """How many processes to start on how many machines, and which machine this is. The names are torchrun's.
-
-    `master_port` None means a free port for one machine, and DEFAULT_PORT for several.
-
-    >>> Machines(nproc_per_node=8, nnodes=2, node_rank=1).ranks
-    range(8, 16)
-    """
-
-    nproc_per_node: int
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int | None = None
-
-    @property
-    def processes(self) -> int:
-        return self.nproc_per_node * self.nnodes
-
-    @property
-    def ranks(self) -> range:
-        """The ranks on this machine."""
-        return range(self.node_rank * self.nproc_per_node, (self.node_rank + 1) * self.nproc_per_node)
-
-    def checked(self) -> Machines:
-        """The same machines, with a port.
-
-        Raises:
-            UserError: a number is out of range, or the first machine cannot open the port at its address.
-        """
-        if self.nproc_per_node < 1 or self.nnodes < 1 or not 0 <= self.node_rank < self.nnodes:
-            raise UserError(
-                f"--nproc-per-node {self.nproc_per_node} --nnodes {self.nnodes} --node-rank {self.node_rank}: expected "
-                f"positive numbers, and --node-rank from 0 to --nnodes - 1"
-            )
-        port = self.master_port if self.master_port is not None or self.nnodes == 1 else DEFAULT_PORT
-        return replace(self, master_port=self._listen(port or 0) if self.node_rank == 0 else port)
-
-    def _listen(self, port: int) -> int:
-        """Check that the port can be opened, and return it. 0 chooses a free port."""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.master_addr, port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise UserError(
-                        f"--master-port {port} on {self.master_addr} is in use: end the other job, or give another port"
-                    ) from None
-                raise UserError(
-                    f"--master-addr {self.master_addr}: expected an address of this machine, since it has "
-                    f"--node-rank 0 ({error})"
-                ) from None
-            return int(probe.getsockname()[1])
 
 
 # A function of the machines, a folder for the launcher's files, and the words after `python`. It returns the command
@@ -106,7 +65,7 @@ class JobEnd:
 
     Attributes:
         code: the exit code of the first rank that failed. 128 + the signal's number when a signal ended the job.
-            CRASHED when the launcher failed. Otherwise 0.
+            USER_ERROR when other machines did not come. CRASHED when the launcher failed. Otherwise 0.
         text: why the job failed; empty when it did not fail.
     """
 
@@ -163,17 +122,23 @@ class _Job:
     environment: dict[str, str]
     show: Callable[[str], None]
     signals: list[int] = field(default_factory=list)  # received signals, in order
+    signal_times: dict[int, float] = field(default_factory=dict)  # signal -> when it last came
+    is_impatient: bool = False  # whether a signal came twice
     shown_bytes: int = 0  # how much of the first rank's output was shown
     deadline: float = float("inf")
     noticed: dict[int, float] = field(default_factory=dict)  # rank -> when it was seen to be gone without a record
+    waiting_since: float | None = None  # since when this machine has waited for others
+    has_said_so: bool = False
+    is_late: bool = False  # whether the others did not come in time
 
     def run(self) -> JobEnd:
-        with self._taking_signals(), (self.folder / "launcher.log").open("wb") as log:
+        self.kills_before = out_of_memory.kills()
+        with stopping_signals(self._remember), (self.folder / "launcher.log").open("wb") as output:
             self.launcher = subprocess.Popen(
                 self.command,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
@@ -186,23 +151,61 @@ class _Job:
             self._show_output()
         return self._explain(failures, code)
 
+    def _remember(self, number: int, frame: Any) -> None:
+        """The handler of signals. The same one again, but not at once, means: do not wait."""
+        now = time.monotonic()
+        self.is_impatient |= now - self.signal_times.get(number, now) > SAME_SIGNAL_SECONDS
+        self.signal_times[number] = now
+        self.signals.append(number)
+
     def _wait(self) -> None:
         """Return when the job is over: all ended, one failed, or time is up."""
-        passed_on = 0
+        has_passed_on = False
         while self.launcher.poll() is None and time.monotonic() < self.deadline:
             self._show_output()
-            if len(self.signals) > 1:  # a second signal means: do not wait
+            if self.signals and (self.is_impatient or not self._has_begun()):
                 return
-            if len(self.signals) > passed_on:
-                passed_on += 1
+            if self.signals and not has_passed_on:
+                has_passed_on = True
                 self._set_deadline(SECONDS_TO_SAVE)
                 self._pass_on(self.signals[0])
+            if self._waits_in_vain():
+                return
             if self._failures():
                 self._set_deadline(SECONDS_TO_END if self.signals else SECONDS_FOR_OTHERS)
             elif self._have_ended():
                 # msrun's scheduler takes seconds to notice. Ranks on other machines may still need it.
                 self._set_deadline(SECONDS_FOR_OTHERS if self.machines.nnodes == 1 else SECONDS_TO_END)
             time.sleep(POLL_SECONDS)
+
+    def _has_begun(self) -> bool:
+        """Whether the ranks of this machine have met all others. Before that, no rank has anything to save."""
+        return all(stage == JOINED for stage in self._stages())
+
+    def _stages(self) -> list[str | None]:
+        """How far each rank of this machine has come; None before it waits for others."""
+        paths = [stage_file(self.folder, rank) for rank in self.machines.ranks]
+        return [path.read_text(encoding="utf-8") if path.exists() else None for path in paths]
+
+    def _waits_in_vain(self) -> bool:
+        """Whether other machines did not come in time. That this one waits for them is said once."""
+        stages = self._stages()
+        has_no_rank = all(self._pid(rank) is None for rank in self.machines.ranks)  # torchrun starts none before
+        if self.machines.nnodes == 1 or not (has_no_rank or set(stages) == {JOINING}):
+            self.waiting_since = None
+            return False
+        now = time.monotonic()
+        self.waiting_since = self.waiting_since or now
+        minutes = self.machines.timeout_minutes
+        if now - self.waiting_since > SECONDS_UNSAID and not self.has_said_so:
+            self.has_said_so = True
+            log.warning(
+                "machine %d of --nnodes %d waits for the others at %s, for at most %g minutes "
+                "(--distributed-timeout-minutes)",
+                *(self.machines.node_rank, self.machines.nnodes, self.machines.meeting_place, minutes),
+            )
+        self.is_late = now - self.waiting_since > 60 * minutes
+        return self.is_late
 
     def _set_deadline(self, seconds: float) -> None:
         self.deadline = min(self.deadline, time.monotonic() + seconds)
@@ -251,16 +254,43 @@ class _Job:
         if failures and failures[0].text:
             return self._quote(failures[0])
         if self.signals:
-            return JobEnd(128 + self.signals[0])
+            return JobEnd(128 + self.signals[0], self._unbegun())
+        if self.is_late:
+            return JobEnd(USER_ERROR, self._missing_machines())
         if failures and failures[0].code != CRASHED:
             return JobEnd(failures[0].code)
         if failures:
             rank = failures[0].rank
-            reason = f"rank {rank} of {self.machines.processes} was killed, or crashed"
+            reason = f"rank {rank} of {self.machines.processes} {self._cause()}"
             return self._crashed(reason, log_file(self.folder, rank))
         if launcher_code != 0 and not all(self._records()):
             return self._crashed(f"the launcher ended with code {launcher_code}", self.folder / "launcher.log")
         return JobEnd(0)
+
+    def _unbegun(self) -> str:
+        """What to say of a job that a signal ended."""
+        if self._has_begun():
+            return ""
+        return f"ended by {signal.Signals(self.signals[0]).name} while its processes started: nothing was trained"
+
+    def _missing_machines(self) -> str:
+        machines = self.machines
+        return (
+            f"--nnodes {machines.nnodes}: not every machine came to {machines.meeting_place} within "
+            f"--distributed-timeout-minutes {machines.timeout_minutes:g}. Start the same command on each machine, with "
+            f"--node-rank 0 to {machines.nnodes - 1}; --master-addr must be the address of machine 0, which the others "
+            f"can reach"
+        )
+
+    def _cause(self) -> str:
+        """Why a rank is gone that said nothing."""
+        kills = out_of_memory.kills()
+        if kills is None or self.kills_before is None or kills <= self.kills_before:
+            return "was killed, or crashed"
+        return (
+            "was killed by the system, because memory ran out: give a smaller --micro-batch-size or --seq-length, or "
+            "recompute or shard more (`tandem plan` says what a run needs)"
+        )
 
     def _quote(self, ended: Ended) -> JobEnd:
         lines = [ended.text]
@@ -279,18 +309,6 @@ class _Job:
             pid = self._pid(rank)
             if pid is not None and read_record(self.folder, rank) is None and _is_running(pid):
                 os.kill(pid, number)
-
-    @contextmanager
-    def _taking_signals(self) -> Iterator[None]:
-        def remember(number: int, frame: Any) -> None:
-            self.signals.append(number)
-
-        handlers = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
     def _kill_everything(self) -> None:
         """Kill the launcher, then all processes of the job, until none is left."""

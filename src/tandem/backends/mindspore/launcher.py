@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.launch.supervisor import Machines
+from tandem.launch import run_module
+from tandem.launch.machines import Machines
 
 
 def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -19,6 +20,7 @@ def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[li
         "--node_rank": machines.node_rank,
         "--master_addr": machines.master_addr,
         "--master_port": machines.master_port,
+        "--cluster_time_out": machines.launcher_seconds,
         "--log_dir": folder,
         "--tail_worker_log": machines.processes,  # that of no rank: a `tail` would outlive a launcher that is killed
         "--bind_core": cores(machines.nproc_per_node),
@@ -26,10 +28,8 @@ def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[li
     flags = [str(word) for pair in options.items() for word in pair]
     msrun = [
         sys.executable,
-        "-m",
-        "mindspore.parallel.cluster.run",
+        *run_module.command("mindspore.parallel.cluster.run"),
         "--join=True",
-        f"--bind_core={cores(machines.nproc_per_node)}",
     ]
     # msrun starts its workers with the first `python` on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

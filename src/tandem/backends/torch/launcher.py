@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tandem.launch.supervisor import Machines
+from tandem.launch import run_module
+from tandem.launch.machines import Machines
 
 
 def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -20,10 +21,11 @@ def launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[li
         "--node-rank": machines.node_rank,
         "--master-addr": machines.master_addr,
         "--master-port": machines.master_port,
+        "--rdzv-conf": f"timeout={machines.launcher_seconds}",
         "--log-dir": folder,  # otherwise torchrun leaves a folder in the temporary directory
     }
     flags = [str(word) for pair in options.items() for word in pair]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, *words], heap_settings()
+    return [sys.executable, *run_module.command("torch.distributed.run", *flags), *words], heap_settings()
 
 
 def heap_settings() -> dict[str, str]:
