@@ -35,6 +35,7 @@ COMMANDS = {
 
 # Commands whose result is files: they go on when nobody reads what they print. Others end then, as in `... | head`.
 LASTING = {"convert", "preprocess", "pretrain", "finetune", "export", "rerun", "quickstart"}
+HELP = {"-h", "--help", "--help-all"}
 
 STOPPED = 75  # exit code of a run that a signal stopped; the same command continues it
 UNREAD = 141  # exit code that a shell reports for a program ended by SIGPIPE
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     open_missing_streams()
     words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in HELP:
         print(usage())
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"tandem: unknown command {command!r}{nearest(command, list(COMMANDS))}\n\n{usage()}", file=sys.stderr)
         return 2
-    with lasting_console() if command in LASTING else nullcontext():
+    writes_files = command in LASTING and not HELP & set(words)
+    with lasting_console() if writes_files else nullcontext():
         return _run(command, words[1:])
 
 
