@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -416,3 +417,24 @@ def test_options_that_cannot_be(direction: str, options: dict[str, Any], message
     with pytest.raises(UserError, match=message):
         run(hf, tmp_path / "m", direction, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_two_conversions_into_one_folder(tmp_path: Path, there: bool) -> None:
+    """The second one is refused, and says by whom. The first one's result is whole."""
+    hf, target = write_hf(tmp_path / "hf", toy_config()), tmp_path / "target"
+    if there:
+        target.mkdir()
+    options, refused = ConvertOptions(load_dir=str(hf), save_dir=str(target)), list[str]()
+
+    def convert_again(*_: object) -> None:
+        with pytest.raises(UserError, match=f"target is in use by process {os.getpid()} on .*remove .*lock") as caught:
+            convert(options)
+        refused.extend(caught.value.problems)
+
+    convert(options, check=convert_again)
+    assert len(refused) == 1
+    source, result = open_source(hf), open_source(target)
+    for name in tensor_table(source.config):
+        np.testing.assert_array_equal(result.read(name), source.read(name), err_msg=name)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "target"}

@@ -21,10 +21,12 @@ from frameworks import require_framework
 from launchers import launcher
 from scripts import free_port
 from tandem.backends import launcher_of
+from tandem.checkpoints.detect import open_source
 from tandem.errors import UserError
 from tandem.launch.machines import Machines
 from tandem.launch.out_of_memory import kills
 from tandem.launch.supervisor import launch
+from tandem.models.tensors import tensor_table
 from tandem.training.run import train
 from workspace import Workspace
 
@@ -183,8 +185,10 @@ def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, f
 
 @pytest.mark.slow("jobs")
 def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
-    port = str(free_port())
+    """They share a disk, and say so, whatever --no-shared-storage says: there is one checkpoint, and it is whole."""
+    port, save = str(free_port()), tmp_path / "shared"
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
+    command += ["--save", str(save), "--no-shared-storage"]
     nodes = [
         start([*command, "--nnodes", "2", "--node-rank", str(n), "--master-port", port], tmp_path) for n in range(2)
     ]
@@ -193,6 +197,10 @@ def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_pa
     assert not running(str(tmp_path))
     assert list(losses(outputs[0][0]).values()) == pytest.approx(one_process(workspace, framework), rel=1e-4)
     assert not outputs[1][0]
+    assert outputs[0][0].count("all 2 machines see the same") == 1
+    source = open_source(save)
+    for name in tensor_table(source.config):
+        source.read(name)  # compares sha256
 
 
 def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tandem.cli.settings import parse_settings
 from tandem.config.parsing import from_dict, to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped, UserError
+from tandem.files.publish import write_text_atomically
 from tandem.training.logs.events import read_events
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
@@ -153,3 +154,39 @@ def test_a_folder_without_a_run_is_named(words: list[str], named: str, capsys: p
 @pytest.mark.parametrize("flag", ["--deterministic-mode", "--deterministic", "--npu-deterministic"])
 def test_deterministic_under_each_of_its_names(flag: str) -> None:
     assert parse_settings("pretrain", "", [flag])[0].training.deterministic_mode
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "tandem-run", "version": 1}', "cut"])
+def test_a_damaged_record_does_not_keep_a_run_from_going_on(
+    workspace: Workspace, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is moved away, and the record begins again. Half an event is cut off."""
+    train(short(workspace, tmp_path, exit_interval=2))
+    path, events = tmp_path / "run.json", tmp_path / "events.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2] if content == "cut" else content)
+    with pytest.raises(UserError, match=r"run\.json"):
+        read_starts(tmp_path)
+    events.write_bytes(events.read_bytes()[:-9])
+    capsys.readouterr()
+    train(short(workspace, tmp_path, exit_interval=3))
+    assert "It is moved to run.json.damaged" in capsys.readouterr().err
+    assert [start["iteration"] for start in read_starts(tmp_path)] == [2]
+    assert (tmp_path / "run.json.damaged").exists()
+    named = [event["event"] for event in read_events(tmp_path)]
+    assert named == ["started", "saved", "started", "saved", "finished"]
+
+
+def test_a_report_names_and_leaves_out_what_is_damaged(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(short(workspace, tmp_path, exit_interval=2))
+    with (tmp_path / "events.jsonl").open("a") as events:
+        events.write('{"event": "sav{"event": "saved"}\n')
+    write_text_atomically(tmp_path / "profile" / "steps_1_2.json", '{"first": 1')
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "events.jsonl:4: this line is damaged" in err
+    assert "steps_1_2.json: this summary is damaged" in err
+    assert (tmp_path / "report.html").stat().st_size > 1000

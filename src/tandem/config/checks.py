@@ -93,11 +93,6 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
     yield from _wrong_recompute(settings.training)
     yield from _wrong_profile(settings.logging, settings.checkpoint)
     yield from not_implemented(settings.model, settings.parallel, settings.data)
-    if checkpoint.export_hf_every and checkpoint.no_shared_storage:
-        yield (
-            "--export-hf-every and --no-shared-storage: give one of them. With --no-shared-storage no machine has the "
-            "whole checkpoint: copy its parts into one folder, then run `tandem export`"
-        )
     if settings.training.spiky_loss_factor <= 1:
         yield f"--spiky-loss-factor {settings.training.spiky_loss_factor}: expected more than 1"
 

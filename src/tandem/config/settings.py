@@ -359,7 +359,8 @@ class CheckpointSettings:
     exit_on_missing_checkpoint: bool = False
     """Accepted, without effect: a missing checkpoint always ends the run."""
     no_shared_storage: bool = False
-    """Machines do not share a disk. Each one prepares its own data and saves the checkpoint parts of its ranks."""
+    """Machines do not share a disk. Each saves the checkpoint parts of its ranks. Where they do share --save, this is
+    recognised, and has no effect."""
     ckpt_format: Literal["native", "torch", "torch_dist"] = "native"
     """Format of saved checkpoints. Training always saves native; `tandem convert` can write torch. The format of
     --load is recognised."""

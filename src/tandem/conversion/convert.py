@@ -19,7 +19,7 @@ from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.views import Cast, FirstLayers
 from tandem.conversion.options import ConvertOptions
 from tandem.errors import UserError
-from tandem.files.publish import publishing
+from tandem.files.lock import publishing
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, hf_dtype
 from tandem.models.tensors import parameter_count, tensor_table

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tandem.errors import UserError
 
+LOCK = ".lock"  # in a folder, or with the name of a folder before it: `tandem.files.lock`
 TEMPORARY = ".incomplete-"  # prefix of a folder that is being written
 INSIDE = f"{TEMPORARY}contents"  # what is written inside an empty folder that was there before
 WHOLE = f"{TEMPORARY}whole"  # the same, flushed: nothing is missing but moving its files up
@@ -33,10 +34,10 @@ class Publication:
     """
 
     def __init__(self, final: str | Path, *, replace: bool = False) -> None:
-        self.final = Path(final)
+        self.final, self._replace = Path(final), replace
         recover(self.final)
-        if not replace and _is_occupied(self.final):
-            raise UserError(f"{self.final} exists and is not an empty folder: remove it or choose another place")
+        if not replace:
+            check_unoccupied(self.final)
         self._inside = not replace and self.final.exists()
         self.work = self.final / INSIDE if self._inside else self.working_folder(self.final)
         shutil.rmtree(self.work, ignore_errors=True)
@@ -63,10 +64,20 @@ class Publication:
 
     def _exchange(self) -> None:
         if self.final.exists():
+            if not self._replace:
+                self._check_still_unoccupied()
             self.final.rename(_old_folder(self.final))
         self.work.rename(self.final)
         sync_folder(self.final.parent)
         shutil.rmtree(_old_folder(self.final), ignore_errors=True)
+
+    def _check_still_unoccupied(self) -> None:
+        """Raise UserError when another program has written the final folder meanwhile."""
+        try:
+            check_unoccupied(self.final)
+        except UserError:
+            self.abort()
+            raise
 
 
 def final_place(path: str | Path) -> Path:
@@ -109,11 +120,12 @@ def _old_folder(final: Path) -> Path:
     return final.parent / f"{TEMPORARY}old-{final.name}"
 
 
-def _is_occupied(folder: Path) -> bool:
-    """Whether anything is there that a user would miss. `lost+found` does not count: file systems make it."""
-    if not folder.is_dir():
-        return folder.exists()
-    return any(path.name not in (INSIDE, "lost+found") for path in folder.iterdir())
+def check_unoccupied(final: Path) -> None:
+    """Raise UserError when anything is there that a user would miss. Such a thing is not `lost+found`, which file
+    systems make, nor what a process that is still writing puts there."""
+    ours = (INSIDE, LOCK, "lost+found")
+    if any(path.name not in ours for path in final.iterdir()) if final.is_dir() else final.exists():
+        raise UserError(f"{final} exists and is not an empty folder: remove it or choose another place")
 
 
 def _move_up(final: Path) -> None:
@@ -127,25 +139,18 @@ def _move_up(final: Path) -> None:
     sync_folder(final)
 
 
-@contextmanager
-def publishing(final: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """`with publishing(folder) as work:` commits when the block ends, aborts when it raises."""
-    publication = Publication(final, replace=replace)
-    try:
-        yield publication.work
-    except BaseException:
-        publication.abort()
-        raise
-    publication.commit()
-
-
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Replace a small file in one step, durably."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_lines_atomically(path, [text.encode()])
+
+
+def write_lines_atomically(path: Path, lines: Iterable[bytes]) -> None:
+    """Replace a file in one step, durably. The lines may come from the file itself."""
     work = path.with_name(f"{TEMPORARY}{path.name}")
-    with open(work, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(work, "wb") as file:
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     work.replace(path)

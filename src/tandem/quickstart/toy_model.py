@@ -14,7 +14,7 @@ from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.random_init import RandomSource
-from tandem.files.publish import publishing
+from tandem.files.lock import publishing
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import to_hf
 

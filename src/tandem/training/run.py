@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
@@ -29,6 +29,7 @@ from tandem.training.run_record import append_start, describe_start
 from tandem.training.saving.writer import CheckpointWriter, RunDescription, kinds_by_rows
 from tandem.training.signals import StopSignals
 from tandem.training.start.banner import print_banner
+from tandem.training.start.folder import lock_folder, lock_other_folders, settle_storage
 from tandem.training.start.prepare import PreparedRun, prepare
 from tandem.training.start.resume import origin_of, origin_of_saved, restore_newest
 from tandem.training.start.state import SETTINGS_FILE
@@ -45,10 +46,13 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         UserError: settings or files are missing, wrong or damaged, or a step failed.
         RunStopped: a signal stopped the run. If steps were taken, it saved a checkpoint.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, ExitStack() as held:
         with signals.leaving_at_once():
+            lock_folder(settings.checkpoint, World.from_environment(), held)
             run = prepare(settings, World.from_environment())
         communicator = connect_processes(run)
+        run = run.with_storage(settle_storage(run.settings.checkpoint, communicator))
+        lock_other_folders(run.settings.checkpoint, communicator, held)
         engine = create_engine(run.framework, run.source.config, run.engine)
         source, progress = restore_newest(engine, run.source, run.loading, communicator)
         run = run.resumed_from(source)

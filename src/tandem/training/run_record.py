@@ -18,7 +18,9 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
 from tandem.data.record import record_of
 from tandem.errors import UserError
+from tandem.files.jsonl import DAMAGED
 from tandem.files.publish import write_text_atomically
+from tandem.logs import log
 from tandem.models.tensors import parameter_count
 from tandem.training.start.data_paths import all_prefixes
 from tandem.version import __version__
@@ -55,9 +57,18 @@ def describe_start(
 
 
 def append_start(folder: Path, start: dict[str, Any]) -> None:
-    """Add a start to the record of a run. Earlier starts are removed if the run repeats all of their steps."""
+    """Add a start to the record of a run. Earlier starts are removed if the run repeats all of their steps.
+
+    A damaged record is moved away, with a warning: it must not keep a run from going on.
+    """
     path = folder / RUN_FILE
-    recorded = read_starts(folder) if path.exists() else []
+    try:
+        recorded = read_starts(folder) if path.exists() else []
+    except UserError as error:
+        aside = path.with_name(path.name + DAMAGED)
+        path.rename(aside)
+        log.warning("%s. It is moved to %s; the record of this run begins again", error, aside.name)
+        recorded = []
     starts = [*(other for other in recorded if other["iteration"] < start["iteration"]), start]
     write_text_atomically(path, json.dumps({**FORMAT, "starts": starts}, indent=1, ensure_ascii=False) + "\n")
 
@@ -70,15 +81,21 @@ def read_starts(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / RUN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: expected the --save folder of a training run") from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path}: damaged: {error}. The next start of the run begins a new record") from error
     if not isinstance(content, dict) or {name: content.get(name) for name in FORMAT} != FORMAT:
         raise UserError(f"{path}: expected {FORMAT}")
-    starts: list[dict[str, Any]] = content["starts"]
+    starts = content.get("starts")
+    if not isinstance(starts, list) or not starts or not all(_is_start(start) for start in starts):
+        raise UserError(f"{path}: damaged: expected a list of starts. The next start of the run begins a new record")
     return starts
+
+
+def _is_start(start: object) -> bool:
+    return isinstance(start, dict) and isinstance(start.get("iteration"), int)
 
 
 def versions() -> dict[str, str]:

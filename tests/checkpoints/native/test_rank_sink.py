@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from ranks import Room
 from tandem.checkpoints.interface import Companions, TensorKind
 from tandem.checkpoints.native.rank_sink import NativeRankSink
 from tandem.checkpoints.native.source import NativeSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.conversion.convert import with_one_dtype
 from tandem.errors import UserError
-from tandem.launch.world import World
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid, held_shards, saved_shards
 from tandem.parallel.layout import Layout, even_rows
@@ -28,34 +26,6 @@ KINDS: dict[TensorKind, str] = {"model": "float32", "exp_avg": "float32", "exp_a
 OPTIMIZER: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 CONFIG = toy_config(num_layers=4)
 GRID = Grid(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), size=8)
-
-
-class Room:
-    """Threads that talk as ranks do."""
-
-    def __init__(self, size: int) -> None:
-        self.values: list[Any] = [None] * size
-        self.gate = threading.Barrier(size, timeout=20)
-
-    def communicator(self, rank: int, per_machine: int) -> Communicator:
-        return Communicator(self, World(rank, len(self.values), rank % per_machine))
-
-
-class Communicator:
-    def __init__(self, room: Room, world: World) -> None:
-        self.world, self._room = world, room
-
-    def barrier(self) -> None:
-        self.all_gather(None)
-
-    def all_gather(self, value: Any) -> list[Any]:
-        self._room.gate.wait()
-        self._room.values[self.world.rank] = value
-        self._room.gate.wait()
-        return list(self._room.values)
-
-    def close(self) -> None:
-        pass
 
 
 def value_of(kind: TensorKind, name: str) -> np.ndarray:

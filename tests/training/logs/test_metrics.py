@@ -64,12 +64,40 @@ def test_a_full_disk_is_said_with_the_file() -> None:
         append_line(file, {"iteration": 1})
 
 
-def test_a_file_of_another_kind_is_not_cut(tmp_path: Path) -> None:
+def test_a_damaged_line_costs_that_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named when the file is read, and taken out when lines are added; the file as it was is kept."""
     path = tmp_path / "m.jsonl"
-    path.write_text('{"iteration": 1}\nnotes\n')
-    with pytest.raises(UserError, match=r"m\.jsonl:2"):
-        MetricsFile(path, 5)
-    assert path.read_text() == '{"iteration": 1}\nnotes\n'
+    before = b'{"iteration": 1}\n{"iterat\n\0\0\n{"iteration": 4}\n{"iteration": 5}\n{"it'
+    path.write_bytes(before)
+    assert [line["iteration"] for line in read_metrics(path)] == [1, 4, 5]
+    assert "m.jsonl:2" in (err := capsys.readouterr().err)
+    assert "m.jsonl:3" in err
+    file = MetricsFile(path, 4)
+    file.on_step(step_record(5))
+    file.close()
+    assert "damaged lines are left out: 2, 3" in capsys.readouterr().err
+    assert [line["iteration"] for line in read_metrics(path)] == [1, 4, 5]
+    assert capsys.readouterr().err == ""
+    assert before.startswith((tmp_path / "m.jsonl.damaged").read_bytes())
+
+
+def test_a_file_of_another_kind_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text("notes\nmore notes\n")
+    with pytest.raises(UserError, match=r"m\.jsonl: expected lines of JSON objects with 'iteration'"):
+        read_metrics(path)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(FileIO):
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            return super().write(data[:5])
+
+    with FileIO(tmp_path / "m.jsonl", "a") as file:
+        append_line(file, {"iteration": 1})
+    with Full(tmp_path / "m.jsonl", "a") as file, pytest.raises(UserError, match="only 5 of"):
+        append_line(file, {"iteration": 2})
+    assert (tmp_path / "m.jsonl").read_bytes() == b'{"iteration":1}\n'
 
 
 def test_a_run_that_was_stopped_and_resumed_has_every_step_once(workspace: Workspace, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 from tandem.data.kinds import kind_of
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
-from tandem.data.preprocess.spool import BusyError, fingerprint
+from tandem.data.preprocess.spool import fingerprint
 from tandem.data.record import read_record, record_of, record_path, source_entries, template_entry, tokenizer_entry
 from tandem.data.sources.files import expand_input
 from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.files.lock import BusyError
 from tandem.logs import log
 
 _REVISION = 2  # to be increased when preprocessing begins to make other files of the same input

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import orjson
 from tandem.data.indexed import IndexedDataset, publish, write_index
 from tandem.data.preprocess.chunks import Reject, TokenizedChunk
 from tandem.errors import UserError
+from tandem.files.lock import BusyError, read_holder, write_holder
 
 _SECONDS_BETWEEN_SAVES = 0.5  # or longer, if the last save is not finished
 _REJECTS = "rejects.jsonl"
@@ -27,10 +29,6 @@ _REJECTS = "rejects.jsonl"
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """sha256 of everything that decides the output."""
     return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
-
-
-class BusyError(UserError):
-    """Another process is writing the same output."""
 
 
 class Spool:
@@ -65,11 +63,13 @@ class Spool:
             ) from None
         if any(self.folder.iterdir()) and not (self.folder / "lock").exists():
             raise UserError(f"{self.folder}: holds files that tandem did not write; choose another output_prefix")
-        self._lock = (self.folder / "lock").open("w")
+        self._lock = FileIO(self.folder / "lock", "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BusyError(f"{output_prefix}: another process is writing this output; wait for it") from None
+            holder = read_holder(self._lock) or "another process"
+            raise BusyError(f"{output_prefix}: {holder} is writing this output; wait for it") from None
+        write_holder(self._lock)
         names = [f"{key}.{suffix}" for key in self.keys for suffix in ("bin", "lengths")]
         progress = self._read_progress([*names, _REJECTS])
         self.blocks: int = progress["blocks"]

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.files.jsonl import append_line, read_json_lines
+from tandem.files.jsonl import append_line, mend, read_json_lines
 from tandem.training.progress import Progress
 
 EVENTS_FILE = "events.jsonl"
+IDENTITY = ("event", str)  # what every line has
 
 
 class EventLog:
-    """Appends a JSON object with the time for each event.
+    """Appends a JSON object with the time for each event. Damaged lines of the file are removed first.
 
     Args:
         folder: of the run; None writes nothing. Only the first rank writes.
@@ -25,6 +26,8 @@ class EventLog:
 
     def __init__(self, folder: Path | None) -> None:
         self._path = folder / EVENTS_FILE if folder else None
+        if self._path:
+            mend(self._path, *IDENTITY)
 
     def add(self, event: str, **values: Any) -> None:
         if self._path is None:
@@ -49,4 +52,4 @@ class EventLog:
 def read_events(folder: str | Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; empty when there is no file."""
     path = Path(folder) / EVENTS_FILE
-    return read_json_lines(path, "event", str) if path.exists() else []
+    return read_json_lines(path, *IDENTITY) if path.exists() else []

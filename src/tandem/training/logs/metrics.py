@@ -8,11 +8,14 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from tandem.errors import UserError
-from tandem.files.jsonl import append_line, parse_line, read_json_lines
+from tandem.files.jsonl import append_line, mend, read_json_lines
 from tandem.training.logs.log import StepRecord
 
 METRICS_FILE = "metrics.jsonl"
+IDENTITY = ("iteration", int)  # what every line has
 
 
 class MetricsFile:
@@ -20,13 +23,14 @@ class MetricsFile:
 
     Args:
         iteration: the last finished iteration. Lines of later steps are removed first: an earlier process took these
-            steps and did not save them. An unfinished line of a killed process is also removed.
+            steps and did not save them. Damaged lines are removed as `mend` does.
 
     Raises:
-        UserError: the file cannot be written, or is not a metrics file.
+        UserError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, iteration: int) -> None:
+        mend(Path(path), *IDENTITY)
         try:
             self._file = FileIO(path, "a")
         except OSError as error:
@@ -73,17 +77,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The steps of a run, in order. An unfinished last line is left out: the run may still be writing it.
 
     Raises:
-        UserError: the file is missing, or a line does not contain metrics.
+        UserError: the file is missing, or contains no metrics.
     """
-    return read_json_lines(Path(path), "iteration", int)
+    return read_json_lines(Path(path), *IDENTITY)
 
 
 def _end_of(path: Path, iteration: int) -> int:
-    """The number of bytes up to the end of the line of `iteration`."""
+    """The number of bytes up to the end of the line of `iteration`, in a file whose lines are whole."""
     end = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n") or parse_line(path, number, line, "iteration", int)["iteration"] > iteration:
+        for line in file:
+            if orjson.loads(line)["iteration"] > iteration:
                 break
             end += len(line)
     return end

@@ -87,6 +87,12 @@ def write_profile(folder: Path, first: int, last: int, seconds: Mapping[str, flo
 
 
 def read_profiles(folder: Path) -> list[dict[str, Any]]:
-    """All summaries of a run, in order of their first step."""
-    files = (folder / PROFILE_FOLDER).glob("steps_*.json")
-    return sorted((json.loads(file.read_text()) for file in files), key=lambda profile: profile["first"])
+    """All summaries of a run, in order of their first step. A damaged one is left out, and named in the log."""
+    profiles = []
+    for file in (folder / PROFILE_FOLDER).glob("steps_*.json"):
+        try:
+            profile = json.loads(file.read_bytes())
+            profiles.append((profile["first"], profile))
+        except (KeyError, TypeError, ValueError):
+            log.warning("%s: this summary is damaged, and left out", file)
+    return [profile for _, profile in sorted(profiles, key=lambda entry: entry[0])]

@@ -64,6 +64,10 @@ class PreparedRun(ModelAndProcesses):
         """The folder of `--save`; None when the run saves nothing."""
         return Path(self.settings.checkpoint.save) if self.settings.checkpoint.save else None
 
+    def with_storage(self, checkpoint: CheckpointSettings) -> PreparedRun:
+        """The same run with `no_shared_storage` as the disks of its machines are."""
+        return replace(self, settings=replace(self.settings, checkpoint=checkpoint))
+
     def resumed_from(self, source: TensorSource) -> PreparedRun:
         """The same run with the weights of another iteration, for example when the newest ones are damaged."""
         if source is self.source:
