@@ -46,8 +46,36 @@ def test_old_and_new_transformers_layouts_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize("original", [OLD, NEW], ids=["old", "new"])
-def test_a_config_survives_the_round_trip_in_its_own_layout(original: dict) -> None:
-    assert to_hf(from_hf(original), base=original) == original
+def test_a_config_is_written_in_both_spellings(original: dict) -> None:
+    """What only one of transformers 4 and 5 reads is there for the other, too. The rest stays as it was."""
+    both = {key: NEW[key] for key in ("dtype", "rope_parameters")} | {
+        key: OLD[key] for key in ("torch_dtype", "rope_theta", "rope_scaling")
+    }
+    written = to_hf(from_hf(original), base=original)
+    assert written == original | both
+    assert to_hf(from_hf(written), base=written) == written
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_theta": 10000.0}, r"rope_theta is both 10000\.0 and 1000000\.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "no scaling, rope_scaling for linear by 2"),
+        ({"rope_scaling": {**SCALED, "rope_theta": 5e5}}, r"rope_theta is both 500000\.0 and 1000000\.0"),
+    ],
+)
+def test_spellings_that_contradict_each_other_are_refused(change: dict, named: str) -> None:
+    """Each reader would take another one."""
+    with pytest.raises(UserError, match=named):
+        from_hf(NEW | change)
+
+
+def test_a_scaling_in_both_spellings_is_one_scaling() -> None:
+    scaled = OLD | {"rope_scaling": SCALED, "rope_parameters": {**SCALED, "rope_theta": 1e6}}
+    assert from_hf(scaled).rotary_scaling == RotaryScaling("llama3", 8.0, 1.0, 4.0)
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -26,6 +26,13 @@ HF_KEYS = {
     "init_method_std": "initializer_range",
 }
 
+DEFAULT_ROPE_THETA = 10000.0  # of transformers, where a config says nothing
+# Kinds of rotary scaling, with the fields of RotaryScaling that count.
+SCALING_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 # Keys whose other values change the mathematics in a way that is not implemented.
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -80,8 +87,8 @@ def _from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
 def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
     """Write a Hugging Face config.
 
-    `base` is the config that the model came from. Its other keys are kept, and so is its layout (of transformers 4 or
-    5). Without `base`, the older layout is written, which every version reads.
+    `base` is the config that the model came from. Its other keys are kept. What transformers 4 and 5 spell differently
+    is written in both spellings: readers of one do not know the other.
     """
     hf = dict(base or {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True})
     if base is None and not config.add_qkv_bias:
@@ -91,7 +98,7 @@ def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = 
     for field, key in HF_KEYS.items():
         hf[key] = getattr(config, field)
     hf["tie_word_embeddings"] = config.tied
-    hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
+    hf["torch_dtype"] = hf["dtype"] = dtype
     if "layer_types" in hf:
         hf["layer_types"] = ["full_attention"] * config.num_layers
     _rotary_to_hf(config, hf)
@@ -133,28 +140,48 @@ def _value(hf: dict[str, Any], key: str, where: str) -> Any:
 
 
 def _rotary_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RotaryScaling | None]:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+    """Base and scaling, in the spelling of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
+
+    A config may have both, for readers of either. Then they must agree: each reader would take another one.
+    """
+    spellings = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
+    if any(rope.get("partial_rotary_factor", 1.0) != 1.0 for rope in (hf, *spellings.values())):
         raise UserError(f"{where}: partial_rotary_factor is not supported: rotary embeddings cover the whole head")
+    thetas = {float(rope["rope_theta"]) for rope in (hf, *spellings.values()) if rope.get("rope_theta") is not None}
+    scalings = [_scaling(rope, where) for rope in spellings.values()]
+    if len(thetas) > 1:
+        raise UserError(
+            f"{where}: rope_theta is both {min(thetas)} and {max(thetas)}, in different places (rope_theta, "
+            f"{', '.join(spellings)}): transformers 4 and 5 would compute different models; make them equal"
+        )
+    if len(set(scalings)) > 1:
+        raise UserError(
+            f"{where}: rope_parameters ask for {_in_words(scalings[0])}, rope_scaling for {_in_words(scalings[1])}: "
+            f"transformers 4 and 5 would compute different models; make them equal"
+        )
+    return thetas.pop() if thetas else DEFAULT_ROPE_THETA, scalings[0] if scalings else None
+
+
+def _scaling(rope: dict[str, Any], where: str) -> RotaryScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
-        return float(theta), None
-    if kind not in ("linear", "llama3"):
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
-    fields = [f.name for f in dataclasses.fields(RotaryScaling) if f.name != "kind" and f.name in rope]
-    return float(theta), RotaryScaling(kind=kind, **{name: rope[name] for name in fields})
+        return None
+    if kind not in SCALING_FIELDS:
+        supported = ", ".join(["default", *SCALING_FIELDS])
+        raise UserError(f"{where}: rope_type {kind!r} is not supported; supported: {supported}")
+    return RotaryScaling(kind=kind, **{name: rope[name] for name in SCALING_FIELDS[kind] if name in rope})
+
+
+def _in_words(scaling: RotaryScaling | None) -> str:
+    return "no scaling" if scaling is None else f"{scaling.kind} by {scaling.factor}"
 
 
 def _rotary_to_hf(config: ModelConfig, hf: dict[str, Any]) -> None:
+    """Both spellings. Each of transformers 4, transformers 5 and vLLM reads one, and takes 10000 without it."""
     scaling = config.rotary_scaling
     rope: dict[str, Any] | None = None
     if scaling:
-        keep = ("factor",) if scaling.kind == "linear" else tuple(dataclasses.asdict(scaling))
-        rope = {"rope_type": scaling.kind, **{k: v for k, v in dataclasses.asdict(scaling).items() if k in keep}}
-        rope.pop("kind", None)
-    if "rope_parameters" in hf:
-        hf["rope_parameters"] = {"rope_theta": config.rotary_base, **(rope or {"rope_type": "default"})}
-    else:
-        hf["rope_theta"] = config.rotary_base
-        hf["rope_scaling"] = rope
+        rope = {"rope_type": scaling.kind, **{name: getattr(scaling, name) for name in SCALING_FIELDS[scaling.kind]}}
+    hf["rope_theta"] = config.rotary_base
+    hf["rope_scaling"] = rope
+    hf["rope_parameters"] = {"rope_theta": config.rotary_base, **(rope or {"rope_type": "default"})}
