@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tandem.errors import UserError, nearest
 
+FIRST_TRANSFORMERS = (4, 51)  # the first version that has Qwen3
 ANY_VERSION = "TANDEM_ANY_VERSION"  # environment variable: accept versions that Tandem was not tested with
 
 
@@ -114,8 +115,11 @@ def default_framework() -> str:
 
 
 def has_transformers() -> bool:
-    """Whether Hugging Face's own models can be run here."""
-    return TORCH.is_installed and importlib.util.find_spec("transformers") is not None
+    """Whether Hugging Face's own models can be run here, Qwen3 among them."""
+    if not TORCH.is_installed or importlib.util.find_spec("transformers") is None:
+        return False
+    numbers = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("transformers"))[:2]))
+    return numbers >= FIRST_TRANSFORMERS
 
 
 def named_framework(ai_framework: str) -> Framework:

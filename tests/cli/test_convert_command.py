@@ -89,12 +89,39 @@ def test_an_unknown_flag_is_an_error_with_the_nearest_name(hf: Path, capsys: pyt
 def test_small_models_are_verified_unasked(
     framework: str, ckpt_format: str, hf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--ai-framework", framework, "--ckpt-format", ckpt_format, "--target-pipeline-parallel-size", "2"]
+    """In both directions by transformers, which shares no reader with us; between checkpoints by one framework."""
+    chosen = ["--ai-framework", framework]
+    flags = [*chosen, "--ckpt-format", ckpt_format, "--target-pipeline-parallel-size", "2"]
     assert main(words(hf, *flags)) == 0
-    assert (
-        f"verified with {framework}: logits on 64 tokens: largest difference 0.00e+00, top-1 agreement 100.0%"
-        in capsys.readouterr().out
-    )
+    assert f"verified with transformers (source) and {framework} (result): logits on 64" in capsys.readouterr().out
+    checkpoint = str(hf.parent / "m")
+    assert main(["export", "--load", checkpoint, "--save-dir", str(hf.parent / "back"), *chosen]) == 0
+    assert f"verified with {framework} (source) and transformers (result): logits" in capsys.readouterr().out
+    again = ["--load-dir", checkpoint, "--save-dir", str(hf.parent / "n"), "--load-model-type", "mg"]
+    assert main(["convert", *again, *chosen]) == 0
+    expected = f"verified with {framework} (both sides are read by Tandem): logits on 64 tokens: largest difference 0.0"
+    assert expected in capsys.readouterr().out
+
+
+def test_without_transformers_one_framework_reads_both(
+    framework: str, hf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the line says so."""
+    monkeypatch.setattr("tandem.conversion.verify.has_transformers", lambda: False)
+    assert main(words(hf, "--ai-framework", framework)) == 0
+    assert f"verified with {framework} (both sides are read by Tandem)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("params_dtype", [None, "fp16"])
+def test_weights_are_compared_in_their_own_dtype(params_dtype: str | None, hf: Path, tmp_path: Path) -> None:
+    """Fp32 weights under a config that says bfloat16, as many hub folders have them."""
+    config = toy_config(num_layers=4)
+    copy(RandomSource(config, 3, "float32"), HFSink(tmp_path / "f", config, "float32", Companions()))
+    (tmp_path / "f/config.json").write_text((hf / "config.json").read_text())
+    assert '"bfloat16"' in (tmp_path / "f/config.json").read_text()
+    chosen = ["--params-dtype", params_dtype] if params_dtype else []
+    words = ["--load-dir", str(tmp_path / "f"), "--save-dir", str(tmp_path / "g"), "--verify", *chosen]
+    assert main(["convert", *words]) == 0
 
 
 class Off(RandomSource):
@@ -116,21 +143,12 @@ def test_the_first_differing_tensor_is_named(framework: str) -> None:
         verify(RandomSource(config, 3), RandomSource(other, 3), framework)
 
 
-def test_verify_lets_transformers_read_the_hugging_face_side(
-    framework: str, hf: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Both directions, `tandem export` like `tandem convert`."""
-    back = str(hf.parent / "back")
-    chosen = ["--ai-framework", framework, "--verify"]
-    assert main(words(hf, *chosen)) == 0
-    assert f"verified with transformers (source) and {framework} (result): logits" in capsys.readouterr().out
-    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back, *chosen]) == 0
-    assert f"verified with {framework} (source) and transformers (result): logits" in capsys.readouterr().out
-    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back + "2", *chosen[:2]]) == 0
-    assert f"verified with {framework}: logits on 64 tokens: largest difference 0.00e+00" in capsys.readouterr().out
-    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back + "3", "--no-verify"]) == 0
+def test_no_verify_forbids_the_comparison(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(hf, "--no-verify")) == 0
+    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", str(hf.parent / "b"), "--no-verify"]) == 0
     assert "verified" not in capsys.readouterr().out
-    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", back + "4", "--no-verify", "--verify"]) == 2
+    both = ["--no-verify", "--verify"]
+    assert main(["export", "--load", str(hf.parent / "m"), "--save-dir", str(hf.parent / "c"), *both]) == 2
     assert "exclude each other" in capsys.readouterr().err
 
 
@@ -139,16 +157,25 @@ def test_the_independent_reader_sees_what_ours_would_not(framework: str, hf: Pat
     source, result = RandomSource(toy_config(num_layers=4), 3, "bfloat16"), HFSource(hf)
     config = toy_config(num_layers=4)
     copy(Off(config, 3, "bfloat16"), HFSink(hf.parent / "wrong", config, "bfloat16", Companions()))
-    result.hf_folder = hf.parent / "wrong"
+    result.hf_folder = None
     assert verify(source, result, framework).passed
+    result.hf_folder = hf.parent / "wrong"
     with pytest.raises(UserError, match=r"hf does not compute what random weights .* computes"):
-        verify(source, result, framework, independent=True)
+        verify(source, result, framework)
+
+
+def test_a_folder_that_transformers_cannot_open_is_named(framework: str, hf: Path) -> None:
+    source = HFSource(hf)
+    (hf / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"hf: transformers .* cannot open it") as raised:
+        verify(source, RandomSource(toy_config(num_layers=4), 3, "bfloat16"), framework)
+    assert raised.value.flags == ("--no-verify",)
 
 
 def test_a_result_that_differs_never_appears(
     framework: str, hf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def skewed(_: TensorSource, result: TensorSource, framework: str, *, independent: bool) -> Verification:
+    def skewed(_: TensorSource, result: TensorSource, framework: str) -> Verification:
         return verify(Off(result.config, 3, "bfloat16"), result, framework)
 
     monkeypatch.setattr("tandem.conversion.verify.verify", skewed)

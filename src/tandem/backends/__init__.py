@@ -20,9 +20,17 @@ from tandem.launch.world import Communicator, SingleProcess, World
 from tandem.models.config import ModelConfig
 
 
-def transformers_logits(folder: Path, batch: MicroBatch) -> np.ndarray:
-    """The logits that Hugging Face's model computes from its folder, fp32 [t, vocabulary]."""
-    logits: np.ndarray = importlib.import_module("tandem.backends.torch.transformers_model").logits(folder, batch)
+def transformers_logits(folder: Path, dtype: str, batch: MicroBatch) -> np.ndarray:
+    """The logits that Hugging Face's model computes in fp32 from its folder, fp32 [t, vocabulary].
+
+    Args:
+        dtype: `float32`, `bfloat16` or `float16`, to which the weights are rounded before.
+
+    Raises:
+        UserError: transformers cannot open the folder.
+    """
+    module = importlib.import_module("tandem.backends.torch.transformers_model")
+    logits: np.ndarray = module.logits(folder, dtype, batch)
     return logits
 
 

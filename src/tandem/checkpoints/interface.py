@@ -113,7 +113,8 @@ class TensorSource(Protocol):
         folder: the folder of its files; for an iteration, the iteration's folder. None without files.
         iteration: the number that `--ckpt-step` takes; None without one.
         layout: how tensors are split over its files; None where files hold whole tensors.
-        hf_folder: a Hugging Face folder with exactly these tensors; None without one.
+        hf_folder: a Hugging Face folder from which transformers reads the same weights; None without one.
+        notices: what a user should know of how the files were read.
     """
 
     config: ModelConfig
@@ -124,6 +125,7 @@ class TensorSource(Protocol):
     iteration: int | None = None
     layout: Layout | None = None
     hf_folder: Path | None = None
+    notices: tuple[str, ...] = ()
 
     def document(self, name: str) -> str | None:
         """The text of a small file that was stored with the tensors, such as a trainer's counters; None without it."""
@@ -229,16 +231,6 @@ def check_shape(where: str, name: str, actual: tuple[int, ...], expected: tuple[
     """Raise UserError, with both shapes, when they differ."""
     if tuple(actual) != tuple(expected):
         raise UserError(f"{where}: tensor {name} has shape {list(actual)}; the config implies {list(expected)}")
-
-
-def check_names(where: str, actual: set[str], expected: set[str]) -> None:
-    """Raise UserError, with the names that are missing and those that are left over."""
-    missing, extra = sorted(expected - actual), sorted(actual - expected)
-    if missing or extra:
-        parts = [
-            f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("left over", extra)) if names
-        ]
-        raise UserError(f"{where}: the tensors do not match the config. {'; '.join(parts)}")
 
 
 def check_recorded(field: str, value: Any, recorded: Any, where: str) -> None:

@@ -19,7 +19,7 @@ class View(TensorSource):
     def __init__(self, source: TensorSource) -> None:
         self.config, self.companions, self.location = source.config, source.companions, source.location
         self.format, self.folder, self.iteration = source.format, source.folder, source.iteration
-        self.layout = source.layout
+        self.layout, self.notices = source.layout, source.notices
         self._source = source
 
     def of(self, source: TensorSource) -> TensorSource:
@@ -65,6 +65,7 @@ class Cast(View):
     def __init__(self, source: TensorSource, dtype: str) -> None:
         super().__init__(source)
         self._dtype = DTYPES[dtype]
+        self.hf_folder = source.hf_folder  # transformers casts as it reads
 
     def of(self, source: TensorSource) -> Cast:
         return Cast(source, self._dtype.name)

@@ -102,8 +102,8 @@ class ConvertOptions(Options):
     ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
     """Framework that computes the logits of --verify; default: the one installed. Bytes do not depend on it."""
     verify: bool = False
-    """Compare the logits of source and result, a Hugging Face side computed by transformers where that is installed;
-    small models are always compared, by one framework."""
+    """Compare the logits of source and result; without it, those of small models only. Where transformers is installed,
+    it reads and computes a Hugging Face side."""
     no_verify: bool = False
     """Never compare the logits."""
     stated: StatedModel = field(default_factory=StatedModel)
@@ -178,8 +178,8 @@ class ExportOptions(Options):
     ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
     """Framework that computes the checkpoint's logits for --verify; default: the one installed."""
     verify: bool = False
-    """Compare the logits of the checkpoint with those of the folder, computed by transformers where that is installed;
-    small models are always compared, by one framework."""
+    """Compare the logits of the checkpoint with those of the folder; without it, those of small models only. Where
+    transformers is installed, it reads and computes the folder."""
     no_verify: bool = False
     """Never compare the logits."""
 

@@ -58,7 +58,7 @@ def _check(options: ConvertOptions | ExportOptions, verification: list[str]) -> 
             return
         from tandem.conversion.verify import verify  # engines are imported where they are needed
 
-        comparison = verify(source, result, frameworks[0], independent=options.verify)
+        comparison = verify(source, result, frameworks[0])
         verification.append(f"verified with {comparison.describe_readers()}: {comparison}")
 
     return check

@@ -9,15 +9,16 @@ import numpy as np
 from tandem.backends import create_engine, transformers_logits
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.formats.arrays import same_bits
-from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.interface import TensorSource, dtype_name
 from tandem.data.batch import MicroBatch, Sample, collate
 from tandem.errors import UserError
 from tandem.files.publish import final_place
 from tandem.frameworks import has_transformers
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import tensor_table
+from tandem.models.tensors import EMBEDDING, tensor_table
 
 TOLERANCE = 1e-4  # largest difference of two logits, as a fraction of the largest logit where that is above 1
+TRANSFORMERS = "transformers"  # as a reader
 LENGTHS = (48, 16)  # of the documents on which logits are compared
 
 
@@ -43,15 +44,16 @@ class Verification:
 
     def describe_readers(self) -> str:
         source, result = self.readers
-        return source if source == result else f"{source} (source) and {result} (result)"
+        if source == result:
+            return f"{source} (both sides are read by Tandem)"
+        return f"{source} (source) and {result} (result)"
 
 
-def verify(source: TensorSource, result: TensorSource, ai_framework: str, *, independent: bool = False) -> Verification:
+def verify(source: TensorSource, result: TensorSource, ai_framework: str) -> Verification:
     """Compare the logits of two sources of the same model.
 
-    Args:
-        independent: let transformers, where it is installed, read and compute the side that is a Hugging Face folder;
-            otherwise our engine computes both.
+    Where transformers is installed, it reads and computes a side that is a Hugging Face folder: an error of our own
+    reader would be the same on both sides, and so would not be seen.
 
     Raises:
         UserError: the configs differ, or the logits do; the first field or tensor that differs is named.
@@ -65,8 +67,9 @@ def verify(source: TensorSource, result: TensorSource, ai_framework: str, *, ind
     engine = create_engine(ai_framework, source.config, EngineSettings(training=False, device="cpu"))
 
     def compute(side: TensorSource) -> tuple[str, np.ndarray]:
-        if independent and side.hf_folder and has_transformers():
-            return "transformers", transformers_logits(side.hf_folder, batch)
+        if side.hf_folder and has_transformers():
+            dtype = dtype_name(side.dtype(EMBEDDING))
+            return TRANSFORMERS, transformers_logits(side.hf_folder, dtype, batch)
         engine.load_weights(side)
         return ai_framework, engine.logits(batch)
 

@@ -20,6 +20,7 @@ from tandem.checkpoints.formats.arrays import read_box
 from tandem.checkpoints.interface import DTYPES, dtype_name
 from tandem.errors import UserError
 from tandem.files.large_file import LargeFile
+from tandem.files.real import check_real
 from tandem.parallel.slices import Box, Part
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -63,6 +64,7 @@ class SafetensorsFile:
         return values
 
     def _read_header(self) -> dict[str, Entry]:
+        check_real(self.path)
         try:
             size = self.path.stat().st_size
             with open(self.path, "rb") as file:

@@ -24,6 +24,7 @@ from tandem.checkpoints.formats.arrays import read_array
 from tandem.checkpoints.formats.torch_names import LOCAL_HEADER, STORAGES, ZIP_MAGIC, contiguous_strides
 from tandem.checkpoints.formats.unpickler import unpickle
 from tandem.errors import UserError
+from tandem.files.real import check_real
 
 # Globals of which only the name is used.
 TORCH_NAMES = {
@@ -115,6 +116,7 @@ def load(path: str | Path) -> Any:
             allowed; the global is named.
     """
     path = Path(path)
+    check_real(path)
     try:
         return load_extent(Extent(path, 0, path.stat().st_size))
     except OSError as error:

@@ -28,7 +28,6 @@ from tandem.checkpoints.interface import (
     MEGATRON,
     TensorKind,
     TensorSource,
-    check_names,
     check_recorded,
     check_shape,
     dtype_name,
@@ -48,6 +47,7 @@ from tandem.checkpoints.megatron.names import (
     renamed,
     shards_of,
 )
+from tandem.checkpoints.name_lists import check_names
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING

@@ -31,9 +31,9 @@ from tandem.checkpoints.interface import (
     NATIVE,
     TensorKind,
     TensorSource,
-    check_names,
     check_shape,
 )
+from tandem.checkpoints.name_lists import check_names
 from tandem.checkpoints.native.format import FORMAT, INDEX, VERSION, in_words, key_of, slice_bytes
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig

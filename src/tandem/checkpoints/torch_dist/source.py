@@ -29,11 +29,11 @@ from tandem.checkpoints.interface import (
     TORCH_DIST,
     TensorKind,
     TensorSource,
-    check_names,
     check_recorded,
 )
 from tandem.checkpoints.megatron.args import described_model, numbers
 from tandem.checkpoints.megatron.names import EXTRA_STATE
+from tandem.checkpoints.name_lists import check_names
 from tandem.checkpoints.torch_dist.metadata import METADATA, read_metadata
 from tandem.checkpoints.torch_dist.names import OPTIMIZER, Home, Piece, find, model_names, prefix_of
 from tandem.errors import UserError
