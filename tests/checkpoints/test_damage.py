@@ -104,7 +104,7 @@ def not_a_number(folder: Path) -> None:
 NORM = "model.norm.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, r"model-00002-of-\d+\.safetensors: tensor .* truncated or damaged"),
-    "missing shard": (lambda folder: shard(folder).unlink(), r"model-00002-of-.*cannot be read: No such file"),
+    "missing shard": (lambda folder: shard(folder).unlink(), r"1 of them are missing: model-00002-of-"),
     "missing tensor": (
         lambda folder: edit_shard(folder, lambda tensors: tensors.pop(sorted(tensors)[0])),
         r"compared with model\.safetensors\.index\.json: .*missing: model\.",

@@ -177,7 +177,7 @@ def test_hundreds_of_wrong_names_are_one_line(tmp_path: Path) -> None:
     rename(folder, lambda name: f"transformer.h.{name.replace('embed_tokens', 'wte')}")
     with pytest.raises(UserError, match="none of the 706 tensors that the config implies is there, such as") as raised:
         open_source(folder)
-    assert len(str(raised.value)) < 700
+    assert len(str(raised.value)) < 1000
 
 
 # --- files that are there by name only

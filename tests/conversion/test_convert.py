@@ -28,8 +28,9 @@ from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.native.source import NativeSource
 from tandem.checkpoints.random_init import RandomSource
+from tandem.conversion.as_trained import export
 from tandem.conversion.convert import Converted, convert
-from tandem.conversion.options import ConvertOptions, StatedModel
+from tandem.conversion.options import ConvertOptions, ExportOptions, StatedModel
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.published import QWEN3_SIZES
@@ -332,6 +333,50 @@ def test_several_dtypes_need_a_choice(tmp_path: Path) -> None:
     save_file(tensors, hf / SINGLE)
     with pytest.raises(UserError, match=r"self_attn\.k_proj\.weight, .* must have one dtype"):
         run(hf, tmp_path / "n", "hf-mg", params_dtype="fp32")
+
+
+# --- the config of another folder
+
+
+def trained_by_megatron(hf: Path, folder: Path) -> Path:
+    """A `torch` checkpoint as a trainer saves it: without config, with its length, and with the padded vocabulary."""
+    import torch
+
+    run(hf, folder, "hf-mg", ckpt_format="torch", padded_vocab_size=256)
+    iteration = find_iteration(folder)
+    shutil.rmtree(iteration / "hf")
+    for path in iteration.glob(f"*/{FILE}"):
+        content = torch.load(path, weights_only=False)
+        content["args"].max_position_embeddings = 32
+        del content["args"].true_vocab_size
+        torch.save(content, path)
+    return folder
+
+
+def test_convert_and_export_take_the_same_config(tmp_path: Path) -> None:
+    """`--hf-cfg-dir` states the vocabulary before padding, and the positions, which a trainer overwrites."""
+    hf = write_hf(tmp_path / "hf", toy_config(vocab_size=211))
+    checkpoint = trained_by_megatron(hf, tmp_path / "m")
+    run(checkpoint, tmp_path / "converted", "mg-hf", hf_cfg_dir=str(hf))
+    export(ExportOptions(load=str(checkpoint), save_dir=str(tmp_path / "exported"), hf_cfg_dir=str(hf)))
+    for name in ("config.json", SINGLE):
+        expected = (hf / name).read_bytes()
+        assert (tmp_path / "converted" / name).read_bytes() == expected == (tmp_path / "exported" / name).read_bytes()
+
+
+def test_other_positions_of_a_native_checkpoint_are_taken_and_said(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf", toy_config(vocab_size=256))
+    run(trained_by_megatron(hf, tmp_path / "m"), tmp_path / "native", "mg-mg")
+    assert open_source(tmp_path / "native").config.max_position_embeddings == 32
+    options = ExportOptions(load=str(tmp_path / "native"), save_dir=str(tmp_path / "out"), hf_cfg_dir=str(hf))
+    notices = export(options).notices
+    assert (tmp_path / "out/config.json").read_bytes() == (hf / "config.json").read_bytes()
+    assert [notice for notice in notices if "max_position_embeddings is 512" in notice]
+    other = write_hf(tmp_path / "other", toy_config(vocab_size=256, rotary_base=1e4))
+    with pytest.raises(
+        UserError, match=r"other/config\.json contradicts .*: rotary_base is 10000\.0 there, 1000000\.0"
+    ):
+        run(tmp_path / "native", tmp_path / "n", "mg-hf", hf_cfg_dir=str(other))
 
 
 # --- vocabulary

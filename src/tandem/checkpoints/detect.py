@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations
+from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations, saved_iterations
 from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.hf.weights import holds_weights
 from tandem.checkpoints.interface import TensorSource, check_recorded
@@ -12,6 +12,7 @@ from tandem.checkpoints.megatron.names import FILE
 from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.checkpoints.native.format import INDEX
 from tandem.checkpoints.native.source import NativeSource
+from tandem.checkpoints.recognise import is_model_folder, unusable
 from tandem.checkpoints.torch_dist.metadata import METADATA
 from tandem.checkpoints.torch_dist.source import TorchDistSource, is_torch_dist
 from tandem.errors import UserError
@@ -44,8 +45,8 @@ def open_source(
     """
     folder = Path(folder)
     recover(folder)
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist: expected a Hugging Face folder or a checkpoint folder")
+    if not (is_model_folder(folder) or (iteration is not None and saved_iterations(folder))):
+        raise unusable(folder)
     if iteration is None:
         check_one_format(folder)
     if (folder / "config.json").exists() and not holds_iterations(folder):
@@ -81,7 +82,10 @@ def open_iteration(
     num_layer_list: tuple[int, ...] | None = None,
 ) -> TensorSource:
     """Open an iteration of a checkpoint folder, in any format. Arguments and errors are as in `open_source`."""
-    form = _form_of(find_iteration(folder, iteration))
+    place = find_iteration(folder, iteration)
+    if not place.is_dir():
+        raise _missing(Path(folder), iteration)
+    form = _form_of(place)
     if form == TORCH_SIGN:
         return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
     if form == TORCH_DIST_SIGN:
@@ -107,3 +111,13 @@ def _form_of(iteration: Path) -> str:
             f"{iteration} holds two checkpoints: {' and '.join(forms)}. Move the files of one of the two away"
         )
     return forms[0]
+
+
+def _missing(folder: Path, iteration: int | None) -> UserError:
+    """The error for an iteration that is not there."""
+    iterations = saved_iterations(folder)
+    there = f"there are {', '.join(map(str, sorted(iterations)))}" if iterations else "there are no others"
+    if iteration is not None:
+        return UserError(f"--ckpt-step {iteration}: {folder} has no iteration {iteration}; {there}")
+    step = f": --ckpt-step {iterations[0]} takes the newest of these" if iterations else ""
+    return UserError(f"{folder / TRACKER} names {find_iteration(folder).name}, which is not there; {there}{step}")

@@ -48,12 +48,19 @@ class Companions:
     """The small files that travel with weights: Hugging Face's config, and tokenizer and template files.
 
     `hf_config` is the `config.json` that the model came from; None when there was none. `files` are the other files,
-    which are copied as they are. `texts` holds, by name, the content of files that are written instead.
+    which are copied as they are. `texts` holds, by name, the content of files that are written instead. `left_out` are
+    the names of files next to them that are not copied.
     """
 
     hf_config: dict[str, Any] | None = None
     files: list[Path] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def text_of(self, name: str) -> str | None:
+        """The content of one of the files, as it will be written; None when there is no such file."""
+        paths = [path for path in self.files if path.name == name]
+        return self.texts.get(name) or (paths[0].read_text(encoding="utf-8") if paths else None)
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from tandem.errors import UserError
 
-MOST_PATTERNS = 4  # shown in a message; the rest is counted
+MOST_PATTERNS = 12  # shown in a message: enough for all kinds of a layer; the rest is counted
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -17,8 +17,8 @@ def in_a_line(names: Collection[str]) -> str:
 
     >>> in_a_line(["norm.weight", "layers.0.up", "layers.1.up", "layers.3.up"])
     'layers.0-1,3.up, norm.weight'
-    >>> in_a_line([f"{letter}.weight" for letter in "abcdefg"])
-    'a.weight, b.weight, c.weight, d.weight and 3 more'
+    >>> in_a_line("abcdefghijklmnop")
+    'a, b, c, d, e, f, g, h, i, j, k, l and 4 more'
     """
     numbers: dict[str, list[int]] = {}
     for name in sorted(names):

@@ -1,4 +1,4 @@
-"""Sources with changed weights: in another dtype, or without their last layers."""
+"""Sources with changed weights: in another dtype, without their last layers, or with more rows for tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from tandem.checkpoints.formats.arrays import is_finite
+from tandem.checkpoints.formats.arrays import is_finite, row_blocks
 from tandem.checkpoints.interface import DTYPES, TensorKind, TensorSource
 from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
 from tandem.parallel.slices import Part
 
 
@@ -109,3 +111,71 @@ class FirstLayers(View):
 
     def of(self, source: TensorSource) -> FirstLayers:
         return FirstLayers(source, self.config.num_layers)
+
+
+class Described(View):
+    """A source under another config, which must imply the same tensors."""
+
+    def __init__(self, source: TensorSource, config: ModelConfig) -> None:
+        super().__init__(source)
+        self.config = config
+
+    def of(self, source: TensorSource) -> Described:
+        return Described(source, self.config)
+
+
+class LargerVocabulary(View):
+    """The model of a source with more rows in its embedding and its output head.
+
+    Each new row is the mean of the others. So a new token begins as an average one, and is not drawn much more often
+    than others.
+
+    Raises:
+        UserError: the source has as many rows already, or more.
+    """
+
+    def __init__(self, source: TensorSource, rows: int) -> None:
+        super().__init__(source)
+        self._before = source.config.vocab_size
+        if rows <= self._before:
+            raise UserError(
+                f"--resize-vocab {rows}: {source.location} has {self._before} rows; expected more: rows are added, and "
+                f"none is dropped"
+            )
+        self.config = replace(source.config, vocab_size=rows)
+        self._table = tensor_table(self.config)
+        self._means: dict[tuple[str, TensorKind], np.ndarray] = {}
+
+    def of(self, source: TensorSource) -> LargerVocabulary:
+        return LargerVocabulary(source, self.config.vocab_size)
+
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
+        return self.read_part(name, Part.whole(self._table[name].shape), kind)
+
+    def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
+        if name not in (EMBEDDING, OUTPUT):
+            return super().read_part(name, part, kind)
+        (((first, last), columns),) = part.boxes  # split along rows, so the part is one box
+        there, new = min(last, self._before), last - max(first, self._before)
+        blocks = []
+        if first < there:
+            blocks.append(super().read_part(name, Part((((first, there), columns),)), kind))
+        if new > 0:
+            blocks.append(np.tile(self._mean(name, kind)[slice(*columns)], (new, 1)))
+        return np.concatenate(blocks)
+
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
+        if name not in (EMBEDDING, OUTPUT):
+            yield from super().stream(name, part, kind)
+            return
+        for first, last in row_blocks(part.shape, self.dtype(name, kind)):
+            yield self.read_part(name, part.rows(first, last), kind)
+
+    def _mean(self, name: str, kind: TensorKind) -> np.ndarray:
+        """The mean row of the source, [hidden], summed in fp64."""
+        if (name, kind) not in self._means:
+            shape = (self._before, *self._table[name].shape[1:])
+            blocks = self._source.stream(name, Part.whole(shape), kind)
+            total = sum(block.astype(np.float64).sum(axis=0) for block in blocks)
+            self._means[name, kind] = (total / self._before).astype(self.dtype(name, kind))
+        return self._means[name, kind]

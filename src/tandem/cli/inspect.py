@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tandem.checkpoints.describe import Description, describe, with_integrity
+from tandem.checkpoints.hf.record import resizes_of
 from tandem.cli import inspect_data
 from tandem.cli.arguments import parse
 from tandem.cli.progress import byte_progress
@@ -70,14 +71,22 @@ def overview(description: Description) -> Table:
     table.add_row("hidden, ffn", f"{config.hidden_size}, {config.ffn_hidden_size}")
     heads = f"{config.num_attention_heads} queries, {config.num_query_groups} keys, {config.kv_channels} channels"
     table.add_row("heads", heads)
-    table.add_row("vocabulary", f"{config.vocab_size:,}")
+    table.add_row("vocabulary", f"{config.vocab_size:,}{_added_rows(description)}")
     if layout:
         table.add_row("layout", ", ".join(f"{name} {value}" for name, value in vars(layout).items() if value))
     table.add_row("optimizer", description.optimizer)
     if description.trainer_state:
         table.add_row("other files", ", ".join(description.trainer_state))
     table.add_row("integrity", description.integrity)
+    for notice in description.source.notices:
+        table.add_row("note", notice)
     return table
+
+
+def _added_rows(description: Description) -> str:
+    """In words, the rows that `tandem convert --resize-vocab` added."""
+    steps = resizes_of(description.source.companions)
+    return "".join(f"; rows from {step['from']:,} on were added as {step['new_rows']}" for step in steps)
 
 
 def contents(description: Description) -> Table:

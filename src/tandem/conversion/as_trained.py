@@ -10,10 +10,12 @@ from typing import Any
 
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.hf.record import recorded
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
 from tandem.checkpoints.prompt import prompt_entry
-from tandem.conversion.convert import Check, Converted, companions_for, left_out, with_one_dtype, write_checked
+from tandem.conversion.convert import Check, Converted, config_of, left_out, with_one_dtype, with_origin, write_checked
+from tandem.conversion.lacking import what_lacks
 from tandem.conversion.options import ExportOptions
 from tandem.data.templates.catalog import template_from_entry
 from tandem.data.templates.messages import Message, Template
@@ -35,8 +37,11 @@ def export(options: ExportOptions, progress: Progress | None = None, check: Chec
     Raises:
         UserError: the checkpoint is damaged, the target exists, or the tokenizer lacks the template's end token.
     """
-    source = open_source(options.load, options.ckpt_step)
-    companions, notices = as_trained(source, companions_for(source, options.hf_cfg_dir))
+    config = config_of(options.hf_cfg_dir) if options.hf_cfg_dir else None
+    stored = open_source(options.load, options.ckpt_step, config=config)
+    source, companions, notices = with_origin(stored, options.hf_cfg_dir)
+    companions, more = as_trained(source, recorded(companions))
+    notices = [*stored.notices, *notices, *more, *what_lacks(companions, source.config)]
     source = with_one_dtype(source, options.params_dtype)
     folder, dtype = Path(options.save_dir), dtype_name(source.dtype(EMBEDDING))
     write_checked(folder, source, lambda work: HFSink(work, source.config, dtype, companions), progress, check)
@@ -51,11 +56,12 @@ def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions
     Raises:
         UserError: the tokenizer lacks the template's end token.
     """
-    folder = companions.tokenizer_folder
-    entry, tokenizer = prompt_entry(source), Tokenizer(folder) if folder else None
-    template = template_from_entry(entry, tokenizer)
-    if template is None or tokenizer is None or companions.hf_config is None:
+    entry, folder = prompt_entry(source), companions.tokenizer_folder
+    if entry is None or folder is None or companions.hf_config is None:
         return companions, []
+    tokenizer = Tokenizer(folder)
+    template = template_from_entry(entry, tokenizer)
+    assert template is not None, "an entry names its template"
     companions = ending_turns(companions, tokenizer.require_id(template.stop_word), template.stop_word)
     chat_template = asking_as(template, tokenizer)
     if chat_template is None:
@@ -123,10 +129,8 @@ def _with_chat_template(companions: Companions, chat_template: str) -> Companion
 
 def _json(companions: Companions, name: str) -> dict[str, Any]:
     """The content of a companion file, with the changes made so far; empty when there is no such file."""
-    if name in companions.texts:
-        return dict(json.loads(companions.texts[name]))
-    paths = [path for path in companions.files if path.name == name]
-    return dict(json.loads(paths[0].read_text(encoding="utf-8"))) if paths else {}
+    text = companions.text_of(name)
+    return {} if text is None else dict(json.loads(text))
 
 
 def _text(value: dict[str, Any]) -> str:

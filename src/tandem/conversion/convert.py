@@ -10,13 +10,15 @@ from typing import Any
 from tandem.checkpoints.copy import Progress, copy
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.companions import companions_of
+from tandem.checkpoints.hf.record import RECORD, recorded
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import DTYPE_ALIASES, Companions, TensorSink, TensorSource, dtype_name
 from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
 from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.checkpoints.random_init import RandomSource
-from tandem.checkpoints.views import Cast, FirstLayers
+from tandem.checkpoints.views import Cast, Described, FirstLayers, LargerVocabulary
+from tandem.conversion.lacking import what_lacks
 from tandem.conversion.options import ConvertOptions
 from tandem.errors import UserError
 from tandem.files.lock import publishing
@@ -24,6 +26,9 @@ from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, hf_dtype
 from tandem.models.tensors import parameter_count, tensor_table
 
+# Fields of a config that change no tensor, and no logit of a text that is short enough. A trainer sets the first to the
+# length that it trains on.
+DESCRIPTIVE = {"max_position_embeddings", "init_method_std"}
 MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as upstream's converters write it
 
 # called with the source and with what was written, before the result becomes visible; raises when they differ
@@ -70,16 +75,23 @@ def convert(
     """
     folder, origin = _target(options)
     source = _open(options, origin)
-    companions, notices = companions_for(source, origin), left_out(source)
+    notices = [*source.notices, *left_out(source)]
+    source, companions, more = with_origin(source, origin)
+    notices += more
+    if options.save_model_type == "hf":
+        companions = recorded(companions)
     if options.save_model_type == "hf" and adapt:
         companions, more = adapt(source, companions)
         notices += more
     if options.num_layers is not None:
         source = FirstLayers(source, options.num_layers)
+    if options.resize_vocab is not None:
+        companions = recorded(companions, resize=(source.config.vocab_size, options.resize_vocab))
+        source = LargerVocabulary(source, options.resize_vocab)
     source = with_one_dtype(source, options.params_dtype)
     write_checked(folder, source, lambda work: _sink(work, options, source, companions), progress, check)
     iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
-    return Converted.of(folder, iteration, source.config, notices)
+    return Converted.of(folder, iteration, source.config, [*notices, *what_lacks(companions, source.config)])
 
 
 def left_out(source: TensorSource) -> list[str]:
@@ -117,28 +129,51 @@ def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSour
     return Cast(source, dtype)
 
 
-def companions_for(source: TensorSource, origin: str | None) -> Companions:
-    """The source's companions, or those of the folder `origin`, whose config must describe the same model."""
+def with_origin(source: TensorSource, origin: str | None) -> tuple[TensorSource, Companions, list[str]]:
+    """The source with the config and the companions of the folder `origin`, and notices for the user.
+
+    None keeps the source's.
+
+    Raises:
+        UserError: the config describes another model.
+    """
     if origin is None:
-        return source.companions
-    companions = companions_of(origin)
-    in_folder, in_source = _config_of(origin).to_dict(), source.config.to_dict()
-    different = [
-        f"{name} is {value} there, {in_source[name]} in the checkpoint"
-        for name, value in in_folder.items()
-        if value != in_source[name] and name != "init_method_std"
+        return source, source.companions, []
+    config = config_of(origin)
+    in_folder, in_source = config.to_dict(), source.config.to_dict()
+    different = {name: value for name, value in in_folder.items() if value != in_source[name]}
+    if contradictions := different.keys() - DESCRIPTIVE:
+        texts = [f"{name} is {in_folder[name]} there, {in_source[name]} in the checkpoint" for name in contradictions]
+        raise UserError(f"{origin}/config.json contradicts {source.location}: {'; '.join(sorted(texts))}")
+    notices = [
+        f"{name} is {value}, of {origin}; {in_source[name]} in {source.location}" for name, value in different.items()
     ]
-    if different:
-        raise UserError(f"{origin}/config.json contradicts {source.location}: {'; '.join(different)}")
-    return companions
+    return Described(source, config) if different else source, companions_of(origin), notices
+
+
+def config_of(folder: str) -> ModelConfig:
+    """The model that a Hugging Face folder describes."""
+    return from_hf(companions_of(folder).hf_config or {}, where=f"{folder}/config.json")
 
 
 def _target(options: ConvertOptions) -> tuple[Path, str | None]:
-    """Where to write, and the folder that config and tokenizer come from (None: the source's)."""
+    """Where to write, and the folder that config and tokenizer come from (None: the source's).
+
+    Of upstream's converters, the first takes the original model in the target as its template, and the second writes
+    into the target itself.
+
+    Raises:
+        UserError: an earlier conversion wrote the target. As a template it would stay there, out of date.
+    """
     folder = Path(options.save_dir)
-    if options.save_model_type == "hf" and (folder / "config.json").exists():
-        return folder / "mg2hf", options.hf_cfg_dir or str(folder)
-    return folder, options.hf_cfg_dir
+    if options.save_model_type != "hf" or options.hf_cfg_dir or not (folder / "config.json").exists():
+        return folder, options.hf_cfg_dir
+    if (folder / RECORD).exists():
+        raise UserError(
+            f"--save-dir {folder} holds what an earlier conversion wrote ({RECORD}): remove it to convert again, or "
+            f"choose another folder"
+        )
+    return folder / "mg2hf", str(folder)
 
 
 def _open(options: ConvertOptions, origin: str | None) -> TensorSource:
@@ -153,7 +188,7 @@ def _open_random(options: ConvertOptions) -> TensorSource:
     companions = companions_of(options.load_dir)
     hf: dict[str, Any] = companions.hf_config or {}
     dtype = DTYPE_ALIASES.get(options.params_dtype or hf_dtype(hf) or "float32", "float32")
-    return RandomSource(_config_of(options.load_dir), options.seed, dtype, companions)
+    return RandomSource(config_of(options.load_dir), options.seed, dtype, companions)
 
 
 def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
@@ -161,17 +196,13 @@ def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
     source = open_source(
         options.load_dir,
         options.ckpt_step,
-        config=_config_of(origin) if origin else None,
+        config=config_of(origin) if origin else None,
         noop_layers=noop_layers,
         num_layer_list=num_layer_list,
     )
     if options.load_model_type != source.format.load_model_type:
         raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {source.format.holder}")
     return source
-
-
-def _config_of(folder: str) -> ModelConfig:
-    return from_hf(companions_of(folder).hf_config or {}, where=f"{folder}/config.json")
 
 
 def _sink(work: Path, options: ConvertOptions, source: TensorSource, companions: Companions) -> TensorSink:

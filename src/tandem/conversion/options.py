@@ -82,6 +82,9 @@ class ConvertOptions(Options):
     """--noop-layers of a source that does not record them."""
     num_layers: int | None = None
     """Keep only the first layers of a Hugging Face model, for debugging; excludes noop layers."""
+    resize_vocab: int | None = None
+    """Rows of the embedding and the output head to write, more than the source has, for a tokenizer with added tokens.
+    Each new row is the mean of the others. With --load-model-type hf --save-model-type hf, too."""
     params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Dtype to write; default: the source's."""
     ckpt_format: Literal["native", "torch", "torch_dist"] = "native"
@@ -109,7 +112,7 @@ class ConvertOptions(Options):
     stated: StatedModel = field(default_factory=StatedModel)
 
     def problems(self) -> Iterator[str]:
-        if (self.load_model_type, self.save_model_type) == ("hf", "hf"):
+        if (self.load_model_type, self.save_model_type) == ("hf", "hf") and self.resize_vocab is None:
             yield "--load-model-type hf --save-model-type hf: nothing to convert"
         if (self.save_model_type, self.ckpt_format) == ("mg", "torch_dist"):
             yield (

@@ -17,6 +17,7 @@ from tandem.errors import UserError
 from tandem.inference.generate import generate
 from tandem.inference.options import LoadOptions
 from tandem.inference.sampling import Sampling
+from tandem.logs import log
 from tandem.options import build
 
 
@@ -86,6 +87,8 @@ def open_model(options: LoadOptions) -> Model:
         UserError: there is no model in the folder, or no tokenizer in the folder and none is given.
     """
     source = open_source(options.load, options.ckpt_step)
+    for notice in source.notices:
+        log.warning("> %s", notice)  # to standard error: the answers go to standard output
     folder = options.tokenizer_name_or_path or source.companions.tokenizer_folder
     if folder is None:
         raise UserError(f"{source.location} contains no tokenizer: give its folder with --tokenizer-name-or-path")

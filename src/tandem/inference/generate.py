@@ -27,7 +27,8 @@ def generate(
         on_token: called with (prompt number, token id) for each new token.
 
     Raises:
-        UserError: a prompt is empty, or could become longer than the model's positions.
+        UserError: a prompt is empty, could become longer than the model's positions, or has a token that the model does
+            not know.
     """
     longest = engine.config.max_position_embeddings - sampling.max_new_tokens
     for number, prompt in enumerate(prompts):
@@ -35,6 +36,11 @@ def generate(
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens; expected 1 to {longest}. With {sampling.max_new_tokens} "
                 f"new tokens it must fit max_position_embeddings {engine.config.max_position_embeddings}"
+            )
+        if max(prompt) >= engine.config.vocab_size:
+            raise UserError(
+                f"prompt {number} has the token id {max(prompt)}, and the model has {engine.config.vocab_size} rows in "
+                f"its embedding: the tokenizer is another model's, or `tandem convert --resize-vocab` must add rows"
             )
     random = np.random.default_rng(sampling.seed)
     sequences = [list(prompt) for prompt in prompts]

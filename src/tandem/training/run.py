@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
-from tandem.checkpoints.hf.companions import companion_files
-from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.hf.companions import with_tokenizer
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped
@@ -100,7 +99,7 @@ def open_writer(
         data=run.data.identity,
         origin=origin_of_saved(source) if resumes_here else origin_of(checkpoint),
         template=run.data.template,
-        companions=gather_companions(source, run.settings.data.tokenizer_name_or_path),
+        companions=with_tokenizer(source.companions, run.settings.data.tokenizer_name_or_path),
     )
     if run.world.leads(shared_storage=not checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, description.settings)
@@ -115,13 +114,6 @@ def open_writer(
         by_rows=kinds_by_rows(run.settings.parallel),
         resumed=source.iteration if resumes_here else None,
     )
-
-
-def gather_companions(source: TensorSource, tokenizer_folder: str | None) -> Companions:
-    """The config of the weights, and the tokenizer files of `tokenizer_folder`, or else those of the weights."""
-    files = {path.name: path for path in source.companions.files}
-    files |= {path.name: path for path in companion_files(tokenizer_folder)} if tokenizer_folder else {}
-    return Companions(source.companions.hf_config, sorted(files.values()))
 
 
 def open_loggers(run: PreparedRun, progress: Progress, on_step: OnStep | None) -> AbstractContextManager[OnStep]:

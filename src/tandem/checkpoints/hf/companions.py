@@ -6,24 +6,62 @@ import json
 import shutil
 from pathlib import Path
 
-from tandem.checkpoints.folders import COMPANIONS
+from tandem.checkpoints.folders import COMPANIONS, TRACKER
+from tandem.checkpoints.hf.record import RECORD
 from tandem.checkpoints.hf.weights import INDEX, TORCH_INDEX
 from tandem.checkpoints.interface import Companions
+from tandem.checkpoints.recognise import unusable
+from tandem.errors import UserError
+from tandem.files.real import check_real
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import load_hf_config, to_hf
 
-COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+CONFIG = "config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+MODEL_FILES = ("generation_config.json", RECORD)
+SUSPECTED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")  # files of these names may be meant to belong to a model
+SMALL = 1_000_000  # bytes of JSON that are parsed at once
 
 
 def companion_files(folder: str | Path) -> list[Path]:
-    """The small files of a Hugging Face folder, except its config: tokenizer, template, generation settings."""
-    files = {path for pattern in COMPANION_PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
-    return sorted(path for path in files if path.name not in ("config.json", INDEX, TORCH_INDEX))
+    """The small files of a Hugging Face folder, except its config: tokenizer, template, generation settings.
+
+    Raises:
+        UserError: one of them is a dangling link, a Git-LFS pointer, or JSON that is cut short.
+    """
+    files = [Path(folder) / name for name in (*TOKENIZER_FILES, *MODEL_FILES)]
+    for path in files:
+        check_real(path)
+    found = sorted(path for path in files if path.is_file())
+    for path in found:
+        if path.suffix == ".json":
+            _check_json(path)
+    return found
 
 
 def companions_of(folder: str | Path) -> Companions:
-    """The config and the companion files of a Hugging Face folder."""
-    return Companions(load_hf_config(folder), companion_files(folder))
+    """The config and the companion files of a Hugging Face folder. Raises as `companion_files`."""
+    folder = Path(folder)
+    if not (folder / CONFIG).exists() and not (folder / TRACKER).exists():
+        raise unusable(folder)
+    return Companions(load_hf_config(folder), companion_files(folder), left_out=_others(folder))
+
+
+def with_tokenizer(companions: Companions, folder: str | Path | None) -> Companions:
+    """The companions with the tokenizer of another folder; None keeps theirs.
+
+    The tokenizer's files are all from there. Files of two tokenizers together would make a third one.
+    """
+    if folder is None:
+        return companions
+    given = companion_files(folder)
+    names = {*TOKENIZER_FILES, *(path.name for path in given)}
+    kept = [path for path in companions.files if path.name not in names]
+    return Companions(companions.hf_config, sorted([*kept, *given], key=lambda path: path.name))
 
 
 def companions_in(iteration: Path) -> Companions:
@@ -35,8 +73,33 @@ def write_companions(folder: Path, companions: Companions, config: ModelConfig, 
     """Write `config.json` and copy the tokenizer files into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     hf = to_hf(config, companions.hf_config, dtype)
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     for path in companions.files:
         shutil.copyfile(path, folder / path.name)
     for name, text in companions.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _check_json(path: Path) -> None:
+    """Raise UserError when a file is no JSON object. Of a large file only both ends are looked at."""
+    with open(path, "rb") as file:
+        content = file.read(SMALL)
+        if file.read(1):
+            file.seek(-SMALL, 2)
+            ends = content.lstrip()[:1], file.read().rstrip()[-1:]
+            if ends != (b"{", b"}"):
+                raise UserError(f"{path}: cut short, or not a JSON object; copy or download it again")
+            return
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object")
+
+
+def _others(folder: Path) -> tuple[str, ...]:
+    """Names of files that might be taken for parts of a model, and are not copied."""
+    known = {*TOKENIZER_FILES, *MODEL_FILES, CONFIG, INDEX, TORCH_INDEX}
+    files = {path.name for pattern in SUSPECTED for path in folder.glob(pattern)}
+    return tuple(sorted(files - known))

@@ -13,6 +13,7 @@ import tokenizers
 
 from tandem.data.tokens.chat_template import render_chat_template
 from tandem.errors import UserError
+from tandem.files.real import check_real
 from tandem.files.text import read_json, read_text
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -35,6 +36,7 @@ class Tokenizer:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
+        check_real(path)
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; expected a Hugging Face folder. If it has only vocab.json and merges.txt, "
@@ -65,6 +67,20 @@ class Tokenizer:
     @cached_property
     def _length(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def rows_needed(self) -> int:
+        """Rows that an embedding needs for every token: the highest id, plus 1."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def check_fits(self, vocab_size: int, model: str) -> None:
+        """Raise UserError when `model`, whose embedding has `vocab_size` rows, has none for some token."""
+        if self.rows_needed > vocab_size:
+            raise UserError(
+                f"{self.folder}: the tokenizer has tokens up to id {self.rows_needed - 1:,}, and {model} has "
+                f"{vocab_size:,} rows in its embedding. Give the model's own tokenizer with --tokenizer-name-or-path, "
+                f"or add rows with `tandem convert --resize-vocab {self.rows_needed}`"
+            )
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of one text. A special token that is written in the text becomes its id."""

@@ -47,9 +47,17 @@ class Data:
 
 
 def open_tokenizer(folder: str | None, source: TensorSource) -> Tokenizer | None:
-    """The tokenizer in `folder`, or else the one with the weights; None when there is none."""
+    """The tokenizer in `folder`, or else the one with the weights; None when there is none.
+
+    Raises:
+        UserError: it cannot be used, or the model has no rows for some of its tokens.
+    """
     tokenizer_folder = folder or source.companions.tokenizer_folder
-    return Tokenizer(tokenizer_folder) if tokenizer_folder else None
+    if not tokenizer_folder:
+        return None
+    tokenizer = Tokenizer(tokenizer_folder)
+    tokenizer.check_fits(source.config.vocab_size, f"the model in {source.location}")
+    return tokenizer
 
 
 def open_data(

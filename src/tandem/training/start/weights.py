@@ -11,6 +11,7 @@ from tandem.config.settings import CheckpointSettings, ModelSettings
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf
+from tandem.training.logs.log import log_notice
 from tandem.training.start.saved import open_initial
 
 # Flags that must agree with the config.json of the weights.
@@ -36,7 +37,10 @@ def open_weights(
     """
     if checkpoint.load is not None:
         config = _config_of(companions_of(model.hf_cfg_dir), model.hf_cfg_dir) if model.hf_cfg_dir else None
-        return open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune, config=config)
+        source = open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune, config=config)
+        for notice in source.notices:
+            log_notice(notice)
+        return source
     folder = model.hf_cfg_dir or tokenizer_folder
     if folder is None:
         raise UserError("--init random needs the model's config.json: give its folder with --hf-cfg-dir")

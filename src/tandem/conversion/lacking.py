@@ -1,0 +1,58 @@
+"""What users of a converted model will miss: tokenizer, end token, chat template, and files that are left out."""
+
+from __future__ import annotations
+
+import json
+
+from tandem.checkpoints.interface import Companions
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig
+
+OLDER_TOKENIZERS = {"vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+
+
+def what_lacks(companions: Companions, config: ModelConfig) -> list[str]:
+    """Notices for the user; empty when the model has everything.
+
+    Args:
+        companions: those that are written.
+        config: the model that is written.
+    """
+    notices = [f"not copied, as not a model's files: {', '.join(companions.left_out)}"] if companions.left_out else []
+    missing = _missing(companions)
+    if missing:
+        notices.append(
+            f"the model has no {' and no '.join(missing)}: --hf-cfg-dir FOLDER takes them from another model"
+        )
+    folder = companions.tokenizer_folder
+    if folder is None:
+        return notices
+    try:
+        Tokenizer(folder).check_fits(config.vocab_size, "the model")
+    except UserError as error:
+        notices.append(str(error))
+    return notices
+
+
+def _missing(companions: Companions) -> list[str]:
+    """In words, what the companions do not have."""
+    names = {path.name for path in companions.files} | set(companions.texts)
+    tokenizer = _json(companions, "tokenizer_config.json")
+    ends = [
+        (companions.hf_config or {}).get("eos_token_id"),
+        _json(companions, "generation_config.json").get("eos_token_id"),
+        tokenizer.get("eos_token"),
+    ]
+    older = sorted(names & OLDER_TOKENIZERS)
+    in_words = {
+        f"tokenizer.json (only {', '.join(older)})" if older else "tokenizer": "tokenizer.json" in names,
+        "end token (eos_token_id)": any(end is not None and end != [] for end in ends),
+        "chat template": bool(names & {"chat_template.jinja", "chat_template.json"} or tokenizer.get("chat_template")),
+    }
+    return [words for words, is_there in in_words.items() if not is_there]
+
+
+def _json(companions: Companions, name: str) -> dict[str, object]:
+    text = companions.text_of(name)
+    return {} if text is None else dict(json.loads(text))
