@@ -14,7 +14,8 @@ from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.detect import open_source
 from tandem.conversion.as_trained import export
-from tandem.conversion.options import ExportOptions
+from tandem.conversion.convert import convert
+from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.data.batch import IGNORE, Sample, collate
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
@@ -208,3 +209,19 @@ def test_another_layout_keeps_what_was_trained_on(workspace: Workspace, tmp_path
         for folder in (run, tmp_path / "tp2")
     ]
     assert asked[0] == asked[1]
+
+
+def test_numbers_that_are_wider_than_the_model_was_are_said(workspace: Workspace, tmp_path: Path) -> None:
+    """As after a run in bf16 on a device that has none."""
+    shutil.copytree(workspace.hf, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "mcore"), "--no-verify"]) == 0
+    for dtype, is_said in ((None, True), ("bf16", False), ("fp32", False)):
+        out = tmp_path / f"out-{dtype}"
+        result = export(ExportOptions(str(tmp_path / "mcore"), str(out), params_dtype=dtype))  # type: ignore[arg-type]
+        assert any("twice the room" in notice for notice in result.notices) is is_said
+    back = convert(
+        ConvertOptions(str(tmp_path / "mcore"), str(tmp_path / "back"), load_model_type="mg", save_model_type="hf")
+    )
+    assert "--params-dtype bf16" in " ".join(back.notices)

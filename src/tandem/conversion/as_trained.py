@@ -14,7 +14,16 @@ from tandem.checkpoints.hf.record import recorded
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
 from tandem.checkpoints.prompt import prompt_entry
-from tandem.conversion.convert import Check, Converted, config_of, left_out, with_one_dtype, with_origin, write_checked
+from tandem.conversion.convert import (
+    Check,
+    Converted,
+    config_of,
+    left_out,
+    notices_of_dtype,
+    with_one_dtype,
+    with_origin,
+    write_checked,
+)
 from tandem.conversion.lacking import what_lacks
 from tandem.conversion.options import ExportOptions
 from tandem.data.templates.catalog import template_from_entry
@@ -43,6 +52,7 @@ def export(options: ExportOptions, progress: Progress | None = None, check: Chec
     companions, more = as_trained(source, recorded(companions))
     notices = [*stored.notices, *notices, *more, *what_lacks(companions, source.config)]
     source = with_one_dtype(source, options.params_dtype)
+    notices += notices_of_dtype(source, companions, options.params_dtype)
     folder, dtype = Path(options.save_dir), dtype_name(source.dtype(EMBEDDING))
     write_checked(folder, source, lambda work: HFSink(work, source.config, dtype, companions), progress, check)
     return Converted.of(folder, None, source.config, [*left_out(source), *notices])

@@ -24,7 +24,7 @@ from tandem.errors import UserError
 from tandem.files.lock import publishing
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, hf_dtype
-from tandem.models.tensors import parameter_count, tensor_table
+from tandem.models.tensors import EMBEDDING, parameter_count, tensor_table
 
 # Fields of a config that change no tensor, and no logit of a text that is short enough. A trainer sets the first to the
 # length that it trains on.
@@ -89,6 +89,8 @@ def convert(
         companions = recorded(companions, resize=(source.config.vocab_size, options.resize_vocab))
         source = LargerVocabulary(source, options.resize_vocab)
     source = with_one_dtype(source, options.params_dtype)
+    if options.save_model_type == "hf":
+        notices = [*notices, *notices_of_dtype(source, companions, options.params_dtype)]
     write_checked(folder, source, lambda work: _sink(work, options, source, companions), progress, check)
     iteration = None if options.save_model_type == "hf" else MCORE_ITERATION
     return Converted.of(folder, iteration, source.config, [*notices, *what_lacks(companions, source.config)])
@@ -127,6 +129,21 @@ def with_one_dtype(source: TensorSource, params_dtype: str | None) -> TensorSour
     if (dtypes, source.kinds()) == ([dtype], ("model",)):
         return source
     return Cast(source, dtype)
+
+
+def notices_of_dtype(source: TensorSource, companions: Companions, params_dtype: str | None) -> list[str]:
+    """A notice when a Hugging Face folder gets wider numbers than its config has, and nobody asked for that.
+
+    A run in bf16 on a device without bf16 computes in fp32, and so are its checkpoints.
+    """
+    written, original = dtype_name(source.dtype(EMBEDDING)), hf_dtype(companions.hf_config or {})
+    if params_dtype is not None or written != "float32" or original not in ("bfloat16", "float16"):
+        return []
+    short = next(alias for alias, name in DTYPE_ALIASES.items() if name == original)
+    return [
+        f"{source.location} holds float32, and the model was {original}: the folder is written in float32 and takes "
+        f"twice the room; --params-dtype {short} writes {original}"
+    ]
 
 
 def with_origin(source: TensorSource, origin: str | None) -> tuple[TensorSource, Companions, list[str]]:

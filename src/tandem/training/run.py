@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from tandem.backends import connect, create_engine, make_deterministic
@@ -22,6 +22,7 @@ from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
 from tandem.training.logs.log import IterationLog, StepRecord
 from tandem.training.logs.loggers import LoggedRun, OnStep, step_loggers
+from tandem.training.logs.summary import RunSummary
 from tandem.training.loss_scale import LossScale
 from tandem.training.progress import Progress
 from tandem.training.run_record import append_start, describe_start
@@ -61,7 +62,9 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
             append_start(run.folder, describe_start(run.settings, source, engine, progress.iteration, run.world.size))
         events = EventLog(run.folder if first else None)
         writer = open_writer(run, engine, communicator, events)
-        with open_loggers(run, progress, on_step) if first else nullcontext() as log_step:
+        summary = RunSummary(run.folder, answers=run.settings.data.is_instruction_dataset)
+        listeners = [summary.step, *([on_step] if on_step else [])]
+        with open_loggers(run, progress, listeners) if first else nullcontext() as log_step:
             trainer = make_trainer(run, engine, communicator, progress, signals, writer, log_step)
             if first:
                 print_banner(run, trainer)
@@ -69,6 +72,8 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
                 with writer or nullcontext():
                     trainer.run()
                 communicator.close()
+                for line in summary.lines():
+                    log.info("> %s", line)
                 if trainer.stopped:
                     when = f"after iteration {progress.iteration}"
                     raise RunStopped(f"stopped by {trainer.stopped} {when}; the same command goes on")
@@ -116,10 +121,10 @@ def open_writer(
     )
 
 
-def open_loggers(run: PreparedRun, progress: Progress, on_step: OnStep | None) -> AbstractContextManager[OnStep]:
-    """Open the loggers of the first rank."""
+def open_loggers(run: PreparedRun, progress: Progress, listeners: Sequence[OnStep]) -> AbstractContextManager[OnStep]:
+    """Open the loggers of the first rank. Each step also goes to `listeners`."""
     logged = LoggedRun(run.framework, progress.iteration, run.folder, run.settings.to_dict())
-    return step_loggers(run.settings.logging, logged, on_step)
+    return step_loggers(run.settings.logging, logged, listeners)
 
 
 def make_trainer(

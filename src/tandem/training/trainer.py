@@ -106,14 +106,16 @@ class Trainer:
         self._note_signals(self.communicator.all_gather(self.signals.received))  # those of the start
         while self.progress.iteration < self.train_iters and not self.stopped:
             record = self.step()
-            if self.is_first_rank:
-                self.log.step(record)
             iteration = self.progress.iteration
-            if self._due(self.intervals.evaluation) and not self.stopped:
+            is_last = iteration == self.train_iters
+            leaving = self._due(self.intervals.exit) or self._out_of_time or self.stopped is not None
+            if self.is_first_rank:
+                self.log.step(record, is_last=is_last or leaving)
+            if (self._due(self.intervals.evaluation) or is_last) and not self.stopped:
                 record = replace(record, validation=self._evaluate())
             if self.is_first_rank and self.on_step:
                 self.on_step(record)
-            leaving = self._due(self.intervals.exit) or self._out_of_time or self.stopped is not None
+            leaving = leaving or self.stopped is not None  # a signal may have come during the evaluation
             if self.saver and self._all_written:
                 self.saver.publish()
             if self.saver and (self._due(self.intervals.save) or leaving):

@@ -189,7 +189,7 @@ def test_wandb_that_refuses_ends_the_run_before_it_begins(
 @pytest.mark.usefixtures("wandb")
 def test_a_run_that_fails_is_closed_and_has_failed_on_wandb(tmp_path: Path) -> None:
     logging = LoggingSettings(wandb_project="p", wandb_save_dir=str(tmp_path), no_live_view=True)
-    with pytest.raises(RuntimeError), step_loggers(logging, RUN, None):
+    with pytest.raises(RuntimeError), step_loggers(logging, RUN):
         raise RuntimeError
     (records,) = offline_runs(tmp_path)
     assert wandb_exit(records) == 1
@@ -227,7 +227,7 @@ def test_the_live_view_is_for_terminals_and_can_be_turned_off(
 
     monkeypatch.setattr("tandem.training.logs.loggers.LiveView", View)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    with step_loggers(LoggingSettings(no_live_view=off), RUN, None):
+    with step_loggers(LoggingSettings(no_live_view=off), RUN):
         pass
     assert bool(opened) == shown
 

@@ -14,7 +14,7 @@ from tandem.checkpoints.recognise import unusable
 from tandem.errors import UserError
 from tandem.files.real import check_real
 from tandem.models.config import ModelConfig
-from tandem.models.hf_config import load_hf_config, to_hf
+from tandem.models.hf_config import hf_dtype, load_hf_config, to_hf
 
 CONFIG = "config.json"
 TOKENIZER_FILES = (
@@ -69,8 +69,17 @@ def companions_in(iteration: Path) -> Companions:
     return companions_of(iteration / COMPANIONS) if (iteration / COMPANIONS).is_dir() else Companions()
 
 
+def original_dtype(companions: Companions, written: str) -> str:
+    """The dtype of the model that the companions come from; `written` when its config does not say."""
+    return hf_dtype(companions.hf_config or {}) or written
+
+
 def write_companions(folder: Path, companions: Companions, config: ModelConfig, dtype: str) -> None:
-    """Write `config.json` and copy the tokenizer files into `folder`."""
+    """Write `config.json` and copy the tokenizer files into `folder`.
+
+    Args:
+        dtype: what the config says. Next to a checkpoint that is the original model's, of which export reminds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     hf = to_hf(config, companions.hf_config, dtype)
     (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

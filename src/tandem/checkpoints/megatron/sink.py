@@ -11,7 +11,7 @@ import numpy as np
 
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, iteration_folder, rank_folder
 from tandem.checkpoints.formats.torch_writer import PendingTensor, TorchFileWriter
-from tandem.checkpoints.hf.companions import write_companions
+from tandem.checkpoints.hf.companions import original_dtype, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, TensorKind
 from tandem.checkpoints.megatron.args import to_args
 from tandem.checkpoints.megatron.names import CHECKPOINT_VERSION, FILE, FUSED_NORMS, model_key, renamed, shards_of
@@ -94,7 +94,8 @@ class MegatronSink:
             )
         for writer in self._writers.values():
             writer.close()
-        write_companions(self._publication.work / COMPANIONS, self._companions, self._config, self._dtype)
+        dtype = original_dtype(self._companions, self._dtype)
+        write_companions(self._publication.work / COMPANIONS, self._companions, self._config, dtype)
         self._publication.commit()
         write_text_atomically(self.folder / TRACKER, str(self.iteration))
 

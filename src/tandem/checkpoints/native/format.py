@@ -13,7 +13,7 @@ import numpy as np
 from tandem.checkpoints.folders import COMPANIONS
 from tandem.checkpoints.formats.arrays import row_blocks
 from tandem.checkpoints.formats.safetensors import SafetensorsWriter
-from tandem.checkpoints.hf.companions import write_companions
+from tandem.checkpoints.hf.companions import original_dtype, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, TensorKind, dtype_name
 from tandem.errors import UserError
 from tandem.files.digests import Digest, Hashing
@@ -133,7 +133,8 @@ class IterationWriter:
 
     def describe(self, work: Path, index: Mapping[str, Any], *, elsewhere: bool) -> None:
         """Write everything except the slices into `work`. `elsewhere`: other machines hold some of the files."""
-        write_companions(work / COMPANIONS, self.companions, self.config, self.dtypes["model"])
+        dtype = original_dtype(self.companions, self.dtypes["model"])
+        write_companions(work / COMPANIONS, self.companions, self.config, dtype)
         for name, text in self.documents.items():
             (work / name).write_text(text, encoding="utf-8")
         content = {

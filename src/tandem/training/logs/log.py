@@ -78,18 +78,25 @@ def perplexity(loss: float) -> float:
 
 
 class IterationLog:
-    """Collects steps and writes a line every `interval` steps."""
+    """Collects steps and writes a line every `interval` steps, and for the first and the last step.
+
+    The line of the first step does not end a window: the next line is a mean over it, too, as in Megatron.
+    """
 
     def __init__(self, interval: int, log_throughput: bool, write: Write = log.info) -> None:
         self._interval = interval
         self._log_throughput, self._write = log_throughput, write
         self._window: list[StepRecord] = []
+        self._is_first = True
 
-    def step(self, record: StepRecord) -> None:
+    def step(self, record: StepRecord, is_last: bool = False) -> None:
         self._window.append(record)
-        if record.iteration % self._interval == 0:
+        is_due = record.iteration % self._interval == 0
+        if is_due or is_last or self._is_first:
             self._write(self._line(record))
+        if is_due:
             self._window = []
+        self._is_first = False
 
     def _line(self, last: StepRecord) -> str:
         """The training line of MindSpeed-LLM and Megatron-LM.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from logging import INFO
@@ -49,14 +49,14 @@ class LoggedRun:
 
 
 @contextmanager
-def step_loggers(logging: LoggingSettings, run: LoggedRun, on_step: OnStep | None) -> Iterator[OnStep]:
-    """Open every logger of a run. Yields a function that passes a step to all loggers and to `on_step`.
+def step_loggers(logging: LoggingSettings, run: LoggedRun, others: Sequence[OnStep] = ()) -> Iterator[OnStep]:
+    """Open every logger of a run. Yields a function that passes a step to `others` and to all loggers.
 
     Raises:
         UserError: a file cannot be written, or a library is not installed.
     """
     with ExitStack() as stack:
-        listeners = [on_step] if on_step else []
+        listeners = list(others)
         for logger in _open(logging, run):
             stack.callback(logger.close)
             listeners.append(logger.on_step)

@@ -13,7 +13,8 @@ from tandem.config.settings import DataSettings, TrainingSettings
 from tandem.data.datasets.blend import ChainedDataset, parse_blend
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.mixture import Mixture
-from tandem.data.datasets.sample_index import EmptySplitError
+from tandem.data.datasets.sample_index import SPLIT_NAMES, EmptySplitError, split_range, split_weights
+from tandem.data.indexed import IndexedDataset
 from tandem.data.kinds import CONVERSATIONS, Kind
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -79,6 +80,7 @@ def open_data(
     notices = [
         *(notice for notices, _ in checks.values() for notice in notices),
         *_notices_of_flags(data, kind),
+        *(notice for prefix in parse_blend(data.data_path)[0] for notice in _notices_of_split(prefix, kind, data)),
         *split_notices,
         *_notices_of_evaluation(training, valid_prefixes, valid),
     ]
@@ -111,12 +113,9 @@ def common_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, An
 def _notices_of_evaluation(
     training: TrainingSettings, valid_prefixes: dict[str, str], valid: dict[str, Dataset]
 ) -> list[str]:
-    """Notices when the sets of --valid-data-path are not evaluated, or only in part."""
-    if valid_prefixes and training.eval_iters and not valid:
-        return [
-            f"--valid-data-path: an evaluation is due every {training.eval_interval} steps, and the run has "
-            f"{training.length.iterations}: nothing will be evaluated; give a smaller --eval-interval"
-        ]
+    """Notices when nothing is evaluated, or the sets of --valid-data-path only in part."""
+    if not valid:
+        return []
     if training.eval_batches is None:
         return []
     evaluated = training.eval_batches * training.final_batch_size
@@ -124,6 +123,19 @@ def _notices_of_evaluation(
         f"{prefix}: an evaluation takes {evaluated:,} of {len(valid[name]):,} samples; --eval-iters full takes all"
         for name, prefix in valid_prefixes.items()
         if name in valid and len(valid[name]) > evaluated
+    ]
+
+
+def _notices_of_split(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
+    """A notice about the sequences of a prefix that `--split` keeps from training."""
+    total = len(IndexedDataset(kind.first_pair(prefix)))
+    trained, valid, test = (len(split_range(data.split, name, total)) for name in SPLIT_NAMES)
+    if trained == total:
+        return []
+    held_out = [f"{count:,} for {use}" for count, use in ((valid, "validation"), (test, "test")) if count]
+    return [
+        f"{prefix}: --split {data.split} trains {trained:,} of {total:,} sequences and holds out "
+        f"{' and '.join(held_out)}; --split 100,0,0 trains all"
     ]
 
 
@@ -152,11 +164,22 @@ def data_identity(data: DataSettings, training: TrainingSettings) -> dict[str, A
 def _validation_sets(
     data_path: Sequence[str], training: TrainingSettings, datasets: Datasets, valid_prefixes: dict[str, str]
 ) -> tuple[dict[str, Dataset], list[str]]:
-    """The validation sets by name, and notices. There are no sets when no evaluation is due."""
-    if not training.eval_iters or training.eval_interval > training.length.iterations:
+    """The validation sets by name, and notices. There are none when nothing is evaluated.
+
+    Sets of --valid-data-path are evaluated at least once, at the end. A part of --split is only evaluated in a run
+    that reaches --eval-interval, and only if it has a share.
+    """
+    if not training.eval_iters:
         return {}, []
     if valid_prefixes:
         return {name: datasets.whole(prefix) for name, prefix in valid_prefixes.items()}, []
+    if not split_weights(datasets.data.split)[SPLIT_NAMES.index("valid")]:
+        return {}, [f"--split {datasets.data.split} holds out nothing for validation: nothing is evaluated"]
+    if training.eval_interval > training.length.iterations:
+        return {}, [
+            f"nothing is evaluated: an evaluation is due every {training.eval_interval:,} steps, and the run has "
+            f"{training.length.iterations:,}: give a smaller --eval-interval, or --valid-data-path"
+        ]
     split, notices = _validation(data_path, datasets)
     return {VALIDATION: split}, notices
 
