@@ -114,9 +114,9 @@ def test_the_log_line_is_megatrons(workspace: Workspace, framework: str, capsys:
     out = capsys.readouterr().out
     assert "> --save is not given: nothing will be saved" in out
     lines = LINE.findall(out)
-    assert [(int(iteration), int(samples)) for iteration, samples, _, _ in lines] == [(2, 8), (4, 16)]
-    assert float(lines[1][3]) == pytest.approx((records[2].loss + records[3].loss) / 2, rel=1e-6)
-    assert float(lines[0][2]) == pytest.approx(records[2].lr, rel=1e-6)  # Megatron prints the next step's rate
+    assert [(int(iteration), int(samples)) for iteration, samples, _, _ in lines] == [(1, 4), (2, 8), (4, 16)]
+    assert float(lines[2][3]) == pytest.approx((records[2].loss + records[3].loss) / 2, rel=1e-6)
+    assert float(lines[1][2]) == pytest.approx(records[2].lr, rel=1e-6)  # Megatron prints the next step's rate
 
 
 def test_evaluation_is_the_token_mean_whatever_the_micro_batch(

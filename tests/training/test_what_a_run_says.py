@@ -96,17 +96,3 @@ def test_what_split_holds_out_is_said(workspace: Workspace, tmp_path: Path, caps
     out = capsys.readouterr().out
     assert "an evaluation is due every 4 steps, and the run has 3" in out
     assert "validation loss" not in out
-
-
-def test_the_same_command_with_other_settings_says_what_differs(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = {"train_iters": 3, "lr_warmup_iters": 0, "save": str(tmp_path)}
-    train(workspace.settings("torch", **values))
-    capsys.readouterr()
-    train(workspace.settings("torch", **values, seed=99, lr=1e-4))
-    out = capsys.readouterr().out
-    assert "nothing is trained: the weights are from iteration 3 of 3" in out
-    assert "--seed 99" in out
-    assert re.search(r"lr +0\.003 +0\.0001", out)
-    assert not printed_steps(out)

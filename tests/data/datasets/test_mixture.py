@@ -202,9 +202,9 @@ def test_a_run_with_nothing_left_to_train_says_so(
         workspace, [f"{workspace.text}_text_document"], 2, lr_warmup_iters=0, save=str(tmp_path / "run")
     )
     train(settings)
-    assert "nothing is trained" not in capsys.readouterr().out
+    assert "nothing is left to train" not in capsys.readouterr().out
     train(settings)
-    assert "nothing is trained: the weights are from iteration 2 of 2" in capsys.readouterr().out
+    assert "nothing is left to train: the weights are from iteration 2 of 2" in capsys.readouterr().out
     few = dataclasses.replace(settings.training, train_iters=None, train_samples=BATCH - 1)
     with pytest.raises(UserError, match="--train-samples 3: expected at least 4"):
         train(dataclasses.replace(settings, training=few))

@@ -57,7 +57,7 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
     ]
     if trainer.progress.iteration >= trainer.train_iters:
         lines.append(
-            f"nothing is trained: the weights are from iteration {trainer.progress.iteration:,} of "
+            f"nothing is left to train: the weights are from iteration {trainer.progress.iteration:,} of "
             f"{trainer.train_iters:,}. Give {_longer(settings.training)} to go on, or another --save to begin a new run"
         )
     if state is not None:
