@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tandem.frameworks import FRAMEWORKS, TORCH, Framework
 from tandem.launch import run_module
+from tandem.machine import memory_bytes
 
 PYTHON = ((3, 10), (3, 12))  # first and last minor version
 REQUIRED = ("numpy", "ml_dtypes", "tokenizers", "orjson", "pyarrow", "jinja2", "pyyaml", "rich")
@@ -148,9 +149,8 @@ def examine_optional(name: str) -> Finding:
 
 
 def examine_machine() -> Iterator[Finding]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("processors", f"{os.cpu_count()}; OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'is not set')}")
-    yield Finding("memory", f"{memory / 1e9:.1f} GB")
+    yield Finding("memory", f"{memory_bytes() / 1e9:.1f} GB")
     yield Finding("disk here", f"{shutil.disk_usage('.').free / 1e9:.1f} GB free in {os.getcwd()}")
 
 

@@ -56,14 +56,20 @@ def check_implemented(model: ModelSettings, parallel: ParallelSettings, data: Da
 
 
 def check_batch_sizes(training: TrainingSettings, grid: Grid) -> None:
-    """Raise UserError when the batch sizes do not divide over the data ranks of `grid`."""
+    """Raise UserError when the batch sizes do not divide over the data ranks of `grid`.
+
+    With interleaved stages, each data rank takes as many micro-batches as there are stages, or a multiple of that.
+    """
     divisor = training.micro_batch_size * grid.data_size
+    parts = f"--micro-batch-size {training.micro_batch_size} x {grid.data_size} data-parallel ranks"
+    if grid.layout.num_layers_per_virtual_pipeline_stage is not None:
+        divisor *= grid.pipeline_size
+        parts += f" x {grid.pipeline_size} interleaved pipeline stages"
     sizes: dict[str, tuple[int, ...]] = {"--global-batch-size": (training.final_batch_size,)}
     if training.rampup_batch_size is not None:
         sizes["--rampup-batch-size"] = training.rampup_batch_size[:2]
     raise_all(
-        f"{flag} {' '.join(map(str, values))}: expected multiples of --micro-batch-size "
-        f"{training.micro_batch_size} x {grid.data_size} data-parallel ranks = {divisor}"
+        f"{flag} {' '.join(map(str, values))}: expected multiples of {parts} = {divisor}"
         for flag, values in sizes.items()
         if any(value % divisor for value in values)
     )

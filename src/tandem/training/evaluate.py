@@ -16,6 +16,7 @@ from tandem.errors import UserError
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate, evaluate_choices
+from tandem.training.out_of_memory import naming_less_memory
 from tandem.training.start.data import open_tokenizer
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import named_sets
@@ -39,6 +40,11 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     Raises:
         UserError: weights, data or layout do not fit together.
     """
+    with naming_less_memory(settings):
+        return _evaluate_weights(settings)
+
+
+def _evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
     world = World.from_environment()
     model, data, training, parallel = settings.model, settings.data, settings.training, settings.parallel
     framework = check_framework(training.ai_framework).name

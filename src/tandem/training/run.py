@@ -24,6 +24,7 @@ from tandem.training.logs.log import IterationLog, StepRecord
 from tandem.training.logs.loggers import LoggedRun, OnStep, step_loggers
 from tandem.training.logs.summary import RunSummary
 from tandem.training.loss_scale import LossScale
+from tandem.training.out_of_memory import naming_less_memory
 from tandem.training.progress import Progress
 from tandem.training.run_record import append_start, describe_start
 from tandem.training.saving.writer import CheckpointWriter, RunDescription, kinds_by_rows
@@ -46,7 +47,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         UserError: settings or files are missing, wrong or damaged, or a step failed.
         RunStopped: a signal stopped the run. If steps were taken, it saved a checkpoint.
     """
-    with StopSignals() as signals, ExitStack() as held:
+    with naming_less_memory(settings), StopSignals() as signals, ExitStack() as held:
         with signals.leaving_at_once():
             lock_folder(settings.checkpoint, World.from_environment(), held)
             run = prepare(settings, World.from_environment())

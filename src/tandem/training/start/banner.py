@@ -9,6 +9,7 @@ from tandem.logs import log
 from tandem.models.tensors import parameter_count
 from tandem.training.start.changes import changes, other_kind, other_rate
 from tandem.training.start.prepare import PreparedRun
+from tandem.training.start.room import notices_of_disk
 from tandem.training.trainer import Trainer
 
 
@@ -54,6 +55,7 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         *engine.notices,
         *run.data.notices,
         *saving_notice(settings.checkpoint),
+        *notices_of_disk(settings, config, trainer.progress.iteration),
     ]
     if trainer.progress.iteration >= trainer.train_iters:
         lines.append(

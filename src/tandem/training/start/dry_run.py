@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from dataclasses import replace
 
-from tandem.config.settings import CheckpointSettings, Settings, TrainingSettings
-from tandem.files.publish import check_free_space
+from tandem.config.settings import Settings, TrainingSettings
 from tandem.launch.world import World
 from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
+from tandem.training.schedule import schedule_from
 from tandem.training.start.banner import saving_notice
-from tandem.training.start.data import common_template
+from tandem.training.start.data import common_template, open_data
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import all_prefixes
 from tandem.training.start.datasets import kind_to_train
-from tandem.training.start.prepare import ModelAndProcesses, check_model_and_processes, with_data
+from tandem.training.start.prepare import ModelAndProcesses, check_model_and_processes, settle
 from tandem.training.start.raw_data import describe_raw, raw_options, raw_templates
+from tandem.training.start.room import check_memory, checkpoint_bytes, notices_of_disk
+from tandem.training.start.state import TrainerState
+
+MOST_SAMPLES = 1_000_000  # of a longer run, the order of no more samples is drawn
 
 
 def dry_run(settings: Settings, processes: int) -> None:
@@ -38,8 +42,9 @@ def dry_run(settings: Settings, processes: int) -> None:
         f"global batch {batch} = {grid.data_size} data ranks x "
         f"{batch // grid.data_size // micro_batch} micro-batches x {micro_batch} samples "
         f"of at most {settings.data.seq_length} tokens",
+        *check_memory(settings, config, grid),
         *describe_data(start),
-        *check_disk(settings.checkpoint, settings.training, parameter_count(config)),
+        *describe_checkpoints(settings, config),
         "dry run: all of this can start; nothing was trained",
     ]
     log.info("\n".join(f"> {line}" for line in lines))
@@ -53,10 +58,29 @@ def describe_data(start: ModelAndProcesses) -> list[str]:
         checks = {path: check_data(path, kind, data, start.tokenizer) for path in ready}
         common_template({path: template for path, (_, template) in checks.items()} | raw_templates(raw))
         return [*describe_raw(raw), *(notice for notices, _ in checks.values() for notice in notices)]
-    run = with_data(start)
-    length, counts = run.settings.training.length, run.data.train.describe()
+    settings = settle(start)
+    schedule_from(settings.optimizer, settings.training)  # its checks
+    length = settings.training.length
+    training, state = shortened(settings.training, start.state)
+    opened = open_data(settings.data, training, start.tokenizer, state)
+    counts = {name: value for name, value in opened.train.describe().items() if name not in ("samples", "epochs")}
     count_texts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items())
-    return [f"{length.iterations:,} steps over {length.samples:,} samples; data: {count_texts}", *run.data.notices]
+    epochs = length.samples / max(1, counts["samples_per_epoch"])
+    return [
+        f"{length.iterations:,} steps over {length.samples:,} samples ({epochs:,.2f} epochs); data: {count_texts}",
+        *opened.notices,
+        *notices_of_disk(settings, start.source.config, start.state.iteration if start.state else 0),
+    ]
+
+
+def shortened(training: TrainingSettings, state: TrainerState | None) -> tuple[TrainingSettings, TrainerState | None]:
+    """The same run, or a new and shorter one where it would take long to draw the order of all samples."""
+    length = training.length
+    if length.samples <= MOST_SAMPLES:
+        return training, state
+    # as long as an evaluation needs, so that its data are opened, too
+    steps = max(1, MOST_SAMPLES // training.final_batch_size, min(training.eval_interval, length.iterations))
+    return replace(training, train_iters=steps, train_samples=None, rampup_batch_size=None), None
 
 
 def parameters_held(config: ModelConfig, grid: Grid, rank: int) -> int:
@@ -64,17 +88,8 @@ def parameters_held(config: ModelConfig, grid: Grid, rank: int) -> int:
     return sum(math.prod(shard.shape) for shard in held_shards(config, grid, grid.place(rank)))
 
 
-def check_disk(checkpoint: CheckpointSettings, training: TrainingSettings, parameters: int) -> list[str]:
-    """A line about the size of a checkpoint.
-
-    Raises:
-        UserError: the disk has no room for a checkpoint.
-    """
-    if checkpoint.save is None:
-        return saving_notice(checkpoint)
-    half = training.bf16 or training.fp16
-    weight = 2 if half else 4
-    optimizer = 8 + (4 if half else 0)  # two moments, and fp32 master weights of 16-bit weights
-    needed = parameters * (weight + (0 if checkpoint.no_save_optim else optimizer))
-    check_free_space(Path(checkpoint.save), needed)
-    return [f"a checkpoint takes {needed / 1e9:,.2f} GB in {checkpoint.save}"]
+def describe_checkpoints(settings: Settings, config: ModelConfig) -> list[str]:
+    """A line about the size of a checkpoint."""
+    if settings.checkpoint.save is None:
+        return saving_notice(settings.checkpoint)
+    return [f"a checkpoint takes {checkpoint_bytes(settings, config) / 1e9:,.2f} GB in {settings.checkpoint.save}"]

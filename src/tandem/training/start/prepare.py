@@ -22,6 +22,7 @@ from tandem.training.start.engine import engine_settings, make_grid
 from tandem.training.start.epochs import check_epochs, with_epochs
 from tandem.training.start.raw_data import check_ready, with_preprocessed
 from tandem.training.start.resume import check_new_run, check_same_data, continued
+from tandem.training.start.room import check_disk
 from tandem.training.start.saved import check_place
 from tandem.training.start.state import TrainerState, state_to_continue
 from tandem.training.start.weights import check_model_flags, open_weights
@@ -111,6 +112,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     loading = continued(checkpoint)
     source = open_weights(loading, settings.model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(settings.model, data.seq_length, source.config)
+    check_disk(settings, source.config)
     state = state_to_continue(source, loading)
     check_new_run(state, checkpoint.save)
     return ModelAndProcesses(

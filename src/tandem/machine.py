@@ -1,0 +1,25 @@
+"""Facts about this machine that need no framework."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# Limits of a container's memory: cgroup version 2 and 1.
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+ACCELERATOR_TOOLS = ("nvidia-smi", "npu-smi")
+
+
+def memory_bytes() -> int:
+    """The memory of the machine, or less where a container may use only a part of it."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _LIMITS:
+        if path.exists() and (text := path.read_text(encoding="ascii").strip()).isdigit():
+            sizes.append(int(text))
+    return min(sizes)
+
+
+def has_accelerator() -> bool:
+    """Whether the tools of NVIDIA's or Ascend's drivers are installed here."""
+    return any(shutil.which(tool) for tool in ACCELERATOR_TOOLS)
