@@ -35,6 +35,8 @@ RECORDS = {
 NEEDED = {TEXT: {}, CONVERSATIONS: {"prompt_type": "qwen3"}, PREFERENCES: {"prompt_type": "qwen3"}}
 # Of each option that some kind does not use, a value that is not the default; with what that value needs.
 GIVEN = {
+    "enable_thinking": {"enable_thinking": "true"},
+    "eod_token": {"append_eod": True, "eod_token": "<|im_end|>"},
     "prompt_type": {"prompt_type": "qwen3"},
     "train_turns": {"train_turns": "last"},
     "seq_length": {"seq_length": 9},

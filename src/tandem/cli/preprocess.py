@@ -10,6 +10,7 @@ from tandem.cli.arguments import parse
 from tandem.cli.progress import byte_progress
 from tandem.config.upstream.flags import PREPROCESS_IGNORED, split_ignored
 from tandem.data.preprocess.merge import merge_groups
+from tandem.data.preprocess.noticed import told
 from tandem.data.preprocess.options import MergeOptions, PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.record import read_record
@@ -66,11 +67,19 @@ def run(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         raise RunStopped("interrupted; what is tokenised so far is kept: the same command goes on") from None
     seconds = time.perf_counter() - start
+    for handler in dict.fromkeys(summary.handlers):
+        recognised = "" if flags.handler_name else ", recognised by the first record"
+        template = f", with prompt type {summary.template}" if summary.template else ""
+        print(f"> read with {handler}{recognised}{template}")
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in summary.dropped.items())
     print(
         f"{summary.documents:,} documents: {summary.kept:,} kept, {summary.rejected:,} rejected, "
         f"{summary.trimmed:,} trimmed{dropped}"
     )
+    if summary.eod:
+        print(f"> each document ends with {summary.eod}")
+    for line in told(summary.unread, summary.readers, summary.noticed):
+        print(f"> {line}")
     if summary.trimmed_prompts:
         print(
             f"> {summary.trimmed_prompts:,} of the trimmed lost a part of a prompt, which their answers may need; "

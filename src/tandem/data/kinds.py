@@ -100,7 +100,15 @@ TEXT = Kind(
     name="plain text",
     command="pretrain",
     extendable=False,
-    unused_by_preprocess=("prompt_type", "train_turns", "seq_length", "over_long", "pack", "neat_pack"),
+    unused_by_preprocess=(
+        "prompt_type",
+        "enable_thinking",
+        "train_turns",
+        "seq_length",
+        "over_long",
+        "pack",
+        "neat_pack",
+    ),
     unused_by_training=("pack", "neat_pack", "no_shuffle"),
 )
 CONVERSATIONS = Kind(
@@ -114,7 +122,7 @@ PREFERENCES = Kind(
     name="preferences",
     command=None,
     columns=tuple(Columns(f"{name}_input_ids", f"{name}_labels", name=name) for name in ("chosen", "rejected")),
-    unused_by_preprocess=("json_keys", "pad_to_multiple_of", "pack", "neat_pack", "append_eod"),
+    unused_by_preprocess=("json_keys", "pad_to_multiple_of", "pack", "neat_pack", "append_eod", "eod_token"),
 )
 KINDS = (CONVERSATIONS, PREFERENCES, TEXT)  # where a data path fits several kinds, the first one counts
 

@@ -129,7 +129,7 @@ def test_interleaving_does_not_depend_on_being_interrupted(folder: Path, monkeyp
             run(folder, mix_strategy="interleave_over")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "tandem.data.preprocess.chunks.InstructionTokenizer._tokenize", lambda *_: 1 / 0
+            "tandem.data.preprocess.dialogues.InstructionTokenizer._tokenize", lambda *_: 1 / 0
         )  # nothing is left to do
         again = run(folder, mix_strategy="interleave_over")
     assert Path(f"{again.prefixes['labels']}.bin").read_bytes() == bytes_of_whole

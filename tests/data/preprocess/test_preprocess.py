@@ -369,7 +369,7 @@ def test_handlers_are_detected_and_options_checked_against_them(tokenizer_folder
         ({"seq_length": 1}, "--seq-length 1: expected 2 or more"),
         ({"neat_pack": True}, "--neat-pack needs --pack"),
         ({"pack": True}, "--pack needs --seq-length"),
-        ({"enable_thinking": True}, "--enable-thinking needs --prompt-type"),
+        ({"eod_token": "x"}, "--eod-token x needs --append-eod"),
         ({"prompt_type": "qwen"}, "did you mean 'qwen3'"),
         ({"handler_name": "AlpacaHandler"}, "expected one of"),
     ],

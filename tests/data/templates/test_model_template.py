@@ -43,7 +43,7 @@ def chat(messages: list[Message]) -> list[dict[str, Any]]:
     return entries
 
 
-@pytest.mark.parametrize("arguments", ['{"a":1}', '{"a": "\\u00e9"}', "no JSON", "{}"])
+@pytest.mark.parametrize("arguments", ['{"a":1}', '{"a": "\\u00e9"}', "{}"])
 @pytest.mark.parametrize("mode", [None, True, False])
 def test_arguments_given_as_text_stay_that_text(tokenizer: Tokenizer, arguments: str, mode: bool | None) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
@@ -62,6 +62,33 @@ def test_arguments_given_as_text_stay_that_text(tokenizer: Tokenizer, arguments:
     assert text_of(turns) == expected
 
 
+FORMS = {
+    "quotes a text again": "{{ c.function.arguments | tojson }}",
+    "writes objects as Python does": "{{ c.function.arguments }}",
+    "cannot write an object": "{{ '' + c.function.arguments }}",
+    "writes each argument": "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [(form, "<a>1" if form == "writes each argument" else '{"a": 1}') for form in FORMS],
+)
+def test_arguments_reach_a_template_in_a_form_that_it_can_write(form: str, expected: str, tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        f"{FORMS[form]}{{% endfor %}}<|im_end|>\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = get_template(
+        "chat_template", tokenizer=Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=source))
+    )
+    for arguments in ('{"a": 1}', {"a": 1}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
+        assert trained(template, *OpenAIInstructionHandler().messages(record)) == [f"{expected}<|im_end|>"]
+
+
 def trained(template: Template, *messages: Message) -> list[str]:
     return ["".join(turn.target) for turn in template.turns(messages) if turn.target]
 
@@ -77,6 +104,29 @@ def test_what_is_trained(tokenizer: Tokenizer) -> None:
     call = Message("assistant", "", "", (ToolCall("f", '{"a": 1}'),))
     answers = trained(template, one, call, Message("tool", "3"), Message("assistant", "B"))
     assert answers == ['<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>', "B<|im_end|>"]
+
+
+def test_an_answer_that_its_data_leave_out_is_not_trained(tokenizer: Tokenizer) -> None:
+    template = get_template("chat_template", tokenizer=tokenizer)
+    messages = [Message("user", "1"), Message("assistant", "BAD"), Message("user", "2"), Message("assistant", "B")]
+    weighed = [message._replace(trained=message.content != "BAD") for message in messages]
+    assert trained(template, *weighed) == ["B<|im_end|>"]
+    assert text_of(template.turns(weighed)) == text_of(template.turns(messages))
+
+
+def test_variables_of_a_record_reach_the_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    messages = [Message("user", "1"), Message("assistant", "A")]
+    template = get_template("chat_template", tokenizer=tokenizer)
+    thinks = template.with_variables({"enable_thinking": False})
+    assert thinks is template.with_variables({"enable_thinking": False})
+    assert "<think>" in thinks.generation_prompt(messages[:1])[0]
+    own = CHATML.replace("{% for", "{{ name | default('') }}{% for", 1)
+    named = get_template(
+        "chat_template", tokenizer=Tokenizer(byte_tokenizer(tmp_path / "tokenizer", chat_template=own))
+    )
+    assert text_of(named.with_variables({"name": "Ada"}).turns(messages)) == "Ada" + text_of(named.turns(messages))
+    with pytest.raises(UserError, match="come from the data"):
+        named.with_variables({"messages": []})
 
 
 def test_only_the_last_answer_though_text_follows_it(tokenizer: Tokenizer) -> None:
@@ -219,6 +269,9 @@ def test_the_templates_own_generation_tags_say_what_is_trained(tmp_path: Path) -
     talk = [("user", "1"), ("assistant", "\ue002A"), ("user", "2"), ("assistant", " B")]
     messages = [Message(role, content) for role, content in talk]
     assert trained(template, *messages) == ["\ue002A!", " B!<|im_end|>"]
+    for number, left in ((1, [" B!<|im_end|>"]), (3, ["\ue002A!"])):
+        weighed = [message._replace(trained=i != number) for i, message in enumerate(messages)]
+        assert trained(template, *weighed) == left
     assert text_of(template.turns(messages)) == tokenizer.apply_chat_template(chat(messages))
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer").apply_chat_template(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tandem.data.templates.catalog import get_template
-from tandem.data.templates.messages import Message, ToolCall, Turn, trained_on_last
+from tandem.data.templates.messages import Message, ToolCall, Turn, join_neighbours, only_last_trained
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -120,11 +120,103 @@ def test_tools_equal_the_models_template(system: list[Message], content: str, sh
 def test_only_the_last_answer() -> None:
     messages = [user("1"), assistant("A"), user("2"), assistant("B")]
     turns = get_template("qwen3").turns(messages)
-    last = trained_on_last(turns)
+    last = get_template("qwen3").turns(only_last_trained(messages))
     assert [turn.target for turn in last] == [(), ("B<|im_end|>\n",)]
     assert "".join("".join((*t.source, *t.target)) for t in last) == "".join(
         "".join((*t.source, *t.target)) for t in turns
     )
+
+
+def test_an_answer_that_its_data_leave_out_is_not_trained() -> None:
+    messages = [user("1"), assistant("BAD")._replace(trained=False), user("2"), assistant("B")]
+    template = get_template("qwen3", True)
+    first, second = template.turns(messages)
+    assert first == Turn((USER.replace("U", "1"), EMPTY, "BAD<|im_end|>\n"), ())
+    assert second.target == (EMPTY, "B<|im_end|>\n")
+    (last, unread) = template.turns(only_last_trained([*messages[:3], assistant("B")._replace(trained=False)]))
+    assert last.target == unread.target == ()
+
+
+# An answer as data spell it, and the thought and the rest as the template writes them.
+SPELLINGS = [
+    ("<think>short</think>I'm fine", "short", "I'm fine"),
+    ("<think> short </think> I'm fine", " short ", " I'm fine"),
+    ("<think>\n\nhm\n</think>A", "hm", "A"),
+    ("\n<think>\nhm\n</think>\nA", "hm", "A"),
+    ("<think>hm</think>\n\n\nA", "hm", "A"),
+    ("hm\n</think>\n\nA", "hm", "A"),  # the prompt held the beginning
+    ("<think></think>A", "", "A"),
+    ("<think>hm</think>", "hm", ""),
+]
+
+
+@pytest.mark.parametrize(("answer", "thought", "content"), SPELLINGS)
+def test_a_thought_in_any_spelling_becomes_the_templates_own(answer: str, thought: str, content: str) -> None:
+    canonical = f"<think>\n{thought}\n</think>\n\n{content}<|im_end|>\n"
+    for mode in (None, True):
+        assert get_template("qwen3", mode).turns([user(), assistant(answer)]) == [Turn((USER,), (canonical,))]
+    without = get_template("qwen3", False).turns([user(), assistant(answer)])
+    assert without == [Turn((USER, EMPTY), (f"{content}<|im_end|>\n",))]
+    call = Message("assistant", answer, None, (ToolCall("f", "{}"),))
+    written = "".join(get_template("qwen3").turns([user(), call])[0].target)
+    assert written.startswith(canonical.removesuffix("<|im_end|>\n") + ("\n" if content else "") + "<tool_call>")
+
+
+@pytest.mark.parametrize(("answer", "thought", "content"), SPELLINGS)
+def test_thoughts_are_read_as_the_models_template_reads_them(
+    answer: str, thought: str, content: str, shared_data: Path
+) -> None:
+    model = get_template("chat_template", tokenizer=Tokenizer(shared_data / "qwen3-0.6b"))
+    messages = [user(), Message("assistant", answer)]
+    texts = [
+        "".join(piece for turn in template.turns(messages) for piece in (*turn.source, *turn.target))
+        for template in (get_template("qwen3"), model)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("reasoning", ["hm", "\nhm\n", "hm\n\n"])
+def test_a_thought_in_a_field_of_its_own_has_the_templates_line_ends(reasoning: str) -> None:
+    (turn,) = get_template("qwen3").turns([user(), assistant("\nA", reasoning)])
+    assert turn == Turn((USER,), (THOUGHT + "<|im_end|>\n",))
+    (without,) = get_template("qwen3").turns([user(), assistant("A", "\n")])
+    assert without == Turn((USER, EMPTY), ("A<|im_end|>\n",))
+
+
+def test_a_thought_that_is_not_at_the_beginning_stays_where_it_is() -> None:
+    for answer in ("B <think>hm</think>A", "<think>\na\n</think>\n\nb <think>c</think>"):
+        assert get_template("qwen3").turns([user(), assistant(answer)]) == [Turn((USER,), (f"{answer}<|im_end|>\n",))]
+
+
+def test_neighbours_of_one_role_are_joined() -> None:
+    call = ToolCall("f", "{}")
+    messages = [
+        *(Message("system", "S"), Message("system", "T")),
+        *(user("1"), user(""), user("2"), assistant("A", "hm"), Message("assistant", "B", None, (call,))),
+        *(Message("tool", "r"), Message("tool", "s"), assistant("C")),
+    ]
+    assert join_neighbours(messages) == [
+        *(Message("system", "S\nT"), user("1\n2"), Message("assistant", "A\nB", "hm", (call,))),
+        *messages[-3:],
+    ]
+    two_calls = [Message("assistant", "", None, (ToolCall(name, "{}"),)) for name in "fg"]
+    assert [c.name for c in join_neighbours([user(), *two_calls])[1].tool_calls] == ["f", "g"]
+    for first, second in (
+        (assistant("A"), assistant("B")._replace(trained=False)),
+        (assistant("A"), assistant("B", "hm")),
+        (assistant("A"), assistant("<think>hm</think>B")),
+        (two_calls[0], assistant("B")),
+    ):
+        with pytest.raises(UserError, match="two answers in a row"):
+            join_neighbours([user(), first, second])
+
+
+def test_variables_of_a_record() -> None:
+    template = get_template("qwen3").with_variables({"enable_thinking": True})
+    assert template.turns([user(), assistant()]) == [Turn((USER,), (EMPTY, "A<|im_end|>\n"))]
+    for wrong in ({"enable_thinking": 1}, {"documents": []}):
+        with pytest.raises(UserError, match="takes only enable_thinking"):
+            get_template("qwen3").with_variables(wrong)
 
 
 def test_upstream_differs_from_the_models_template_on_earlier_turns(shared_data: Path) -> None:

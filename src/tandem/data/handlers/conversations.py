@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from tandem.data.handlers.fields import described, field, string
+from tandem.data.handlers import entries
+from tandem.data.handlers.fields import described, field, is_empty, string
 from tandem.data.kinds import CONVERSATIONS, Kind
-from tandem.data.templates.messages import Message, ToolCall, split_thought
+from tandem.data.templates.messages import Message
 from tandem.errors import UserError, nearest
+
+# A field that handlers do not read unless `map_keys` names it -> the columns that usually hold it.
+_USUAL_COLUMNS = {
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class InstructionHandler:
                 raise UserError(f"map_keys {name!r}: expected the name of a field, found {described(column)}")
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """An optional system message, then user (or tool results) and assistant in turn.
+        """The messages of a record, as it has them: neighbours of one role are not joined.
 
         Raises:
             UserError: a field is missing or has another type.
@@ -44,15 +51,44 @@ class InstructionHandler:
 
     def tools(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """The JSON text of each tool that the record offers. The field is a list, or the JSON text of a list."""
-        column = self._columns["tools"] if "tools" in self.defaults else ""
-        if not column or (column not in record and "tools" not in self.map_keys):
-            return ()
-        value = field(record, column, "map_keys 'tools'") or []
-        if isinstance(value, str):
-            value = _parse_json(value, f"field {column!r}")
-        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            raise UserError(f"field {column!r}: expected a list of tools, each an object, found {described(value)}")
-        return tuple(_json_text(tool, f"field {column!r}") for tool in value)
+        column = self._columns.get("tools", "")
+        return entries.tools_of(record.get(column) or [], f"field {column!r}") if column else ()
+
+    def template_variables(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the record itself gives to the chat template, such as `enable_thinking`: an object, or its JSON text."""
+        column = self._columns.get("chat_template_kwargs", "")
+        value = record.get(column) if column else None
+        if isinstance(value, str) and value.strip():
+            value = entries.parse_json(value, f"field {column!r}")
+        if not value:
+            return {}
+        if not isinstance(value, dict):
+            raise UserError(f"field {column!r}: expected an object, found {described(value)}")
+        return value
+
+    def unread(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """The columns of a record that hold something and are not read."""
+        read = self._read_columns
+        for name, value in record.items():
+            if name not in read and not is_empty(value):
+                yield name
+
+    def mapped(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """The columns of `mapped_columns` that a record has."""
+        return (column for column in self.mapped_columns if column in record)
+
+    @cached_property
+    def mapped_columns(self) -> tuple[str, ...]:
+        """The columns that `map_keys` names and that a record need not have. Some record should."""
+        named = {name: column for name, column in self.map_keys.items() if name in self.defaults and column}
+        return tuple(column for name, column in named.items() if name not in self.needed)
+
+    def reader_of(self, column: str) -> str | None:
+        """The key of `map_keys` that would read a column under its usual name; None where there is none."""
+        for name, usual in _USUAL_COLUMNS.items():
+            if column in usual and self._columns.get(name) == "":
+                return name
+        return None
 
     @staticmethod
     def _nested_keys() -> tuple[str, ...]:
@@ -63,27 +99,31 @@ class InstructionHandler:
     def _columns(self) -> dict[str, str]:
         return {name: self.map_keys.get(name, column) for name, column in self.defaults.items()}
 
+    @cached_property
+    def _read_columns(self) -> frozenset[str]:
+        return frozenset(self._columns.values())
+
     def _required(self, record: Mapping[str, Any], name: str) -> str:
         column = self._columns[name]
         value = record.get(column)
         return value if isinstance(value, str) else string(record, column, f"map_keys {name!r}")
 
     def _optional(self, record: Mapping[str, Any], name: str) -> str:
-        """A field that may be null. It may be missing, too, unless the user named its column."""
+        """A field that may be null or missing."""
         column = self._columns[name]
-        value = record.get(column) if column else ""
-        if isinstance(value, str):
-            return value
-        if column not in record and name not in self.map_keys:
-            return ""
-        value = field(record, column, f"map_keys {name!r}")
-        return "" if value is None else string(record, column, f"map_keys {name!r}")
+        value = record.get(column) if column else None
+        if value is None or isinstance(value, str):
+            return value or ""
+        return string(record, column, f"map_keys {name!r}")
 
-    def _entries(self, record: Mapping[str, Any]) -> list[Any]:
-        column = self._columns["messages"]
-        value = field(record, column, "map_keys 'messages'")
+    def _list(self, record: Mapping[str, Any], name: str, of: str) -> list[Any]:
+        """A field that holds a list with something in it, or the JSON text of one, as tables have it."""
+        column = self._columns[name]
+        value = field(record, column, f"map_keys {name!r}")
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = entries.parse_json(value, f"field {column!r}")
         if not isinstance(value, list) or not value:
-            raise UserError(f"field {column!r}: expected a list of messages, found {described(value)}")
+            raise UserError(f"field {column!r}: expected a list of {of}, found {described(value)}")
         return value
 
     def _with_system(self, record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -101,6 +141,7 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         "response": "output",
         "system": "",
         "history": "",
+        "chat_template_kwargs": "chat_template_kwargs",
     }
     needed: ClassVar[tuple[str, ...]] = ("prompt", "response")
 
@@ -115,13 +156,10 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
 
     def _history(self, record: Mapping[str, Any]) -> list[Message]:
         column = self._columns["history"]
-        history = field(record, column, "map_keys 'history'") if column else None
-        if history is None:
+        if not column or is_empty(record.get(column)):
             return []
-        if not isinstance(history, list):
-            raise UserError(f"field {column!r}: expected a list of [user, assistant] pairs, found {described(history)}")
         messages = []
-        for number, pair in enumerate(history, start=1):
+        for number, pair in enumerate(self._list(record, "history", "[user, assistant] pairs"), start=1):
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
                 raise UserError(
                     f"field {column!r}, turn {number}: expected [user, assistant] strings, found {described(pair)}"
@@ -130,14 +168,54 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         return messages
 
 
-class SharegptStyleInstructionHandler(InstructionHandler):
+class EntriesHandler(InstructionHandler):
+    """Base of the handlers whose records hold a list with an entry for each message."""
+
+    needed: ClassVar[tuple[str, ...]] = ("messages",)
+    _entry: ClassVar[str] = "message"  # what an error calls an entry
+
+    def messages(self, record: Mapping[str, Any]) -> list[Message]:
+        return self._with_system(record, self._messages(record, "messages"))
+
+    def unread(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """Also what the entries of messages hold, as `messages[].name`."""
+        yield from super().unread(record)
+        for name in self.needed:
+            column = self._columns[name]
+            values = record.get(column)
+            for entry in values if isinstance(values, list) else ():
+                if isinstance(entry, dict) and not entry.keys() <= self._keys_of_entry:
+                    others = (key for key in entry if key not in self._keys_of_entry and not is_empty(entry[key]))
+                    yield from (f"{column}[].{key}" for key in others)
+
+    @cached_property
+    def _keys_of_entry(self) -> frozenset[str]:
+        """The fields of an entry that are read, or that only number it."""
+        names = ("role", "content", "tool_calls", "function_call", "tool_call_id")
+        return frozenset({*names, *entries.THOUGHTS, *entries.WEIGHTS})
+
+    def _messages(self, record: Mapping[str, Any], name: str) -> list[Message]:
+        column = self._columns[name]
+        numbered = enumerate(self._list(record, name, "messages"), start=1)
+        return [self._message(f"field {column!r}, {self._entry} {number}", entry) for number, entry in numbered]
+
+    def _message(self, place: str, entry: Any) -> Message:
+        raise NotImplementedError
+
+
+class SharegptStyleInstructionHandler(EntriesHandler):
     """`conversations`: a list of `{from, value}`; `from` is human, gpt, observation, function_call or system.
 
-    `tags` in `map_keys` renames all of these. `system` and `tools` are read where `map_keys` names them.
+    `tags` in `map_keys` renames all of these. `user`, `assistant` and `tool` are known, too. `system` and `tools` are
+    read where `map_keys` names them.
     """
 
-    defaults: ClassVar[dict[str, str]] = {"messages": "conversations", "system": "", "tools": ""}
-    needed: ClassVar[tuple[str, ...]] = ("messages",)
+    defaults: ClassVar[dict[str, str]] = {
+        "messages": "conversations",
+        "system": "",
+        "tools": "",
+        "chat_template_kwargs": "chat_template_kwargs",
+    }
     tags: ClassVar[dict[str, str]] = {
         "role_tag": "from",
         "content_tag": "value",
@@ -147,6 +225,13 @@ class SharegptStyleInstructionHandler(InstructionHandler):
         "function_tag": "function_call",
         "system_tag": "system",
     }
+    _other_roles: ClassVar[dict[str, str]] = {
+        "user": "user",
+        "assistant": "assistant",
+        "tool": "tool",
+        "developer": "system",
+    }
+    _entry: ClassVar[str] = "turn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,109 +247,102 @@ class SharegptStyleInstructionHandler(InstructionHandler):
             if not isinstance(tag, str):
                 raise UserError(f"map_keys 'tags': {name}: expected a string, found {described(tag)}")
 
-    def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        column = self._columns["messages"]
-        entries = enumerate(self._entries(record), start=1)
-        return self._with_system(record, [self._message(f"{column!r}, turn {n}", entry) for n, entry in entries])
+    @cached_property
+    def _tags(self) -> dict[str, str]:
+        return {**self.tags, **self.map_keys.get("tags", {})}
 
-    def _message(self, place: str, entry: Any) -> Message:
-        tags = {**self.tags, **self.map_keys.get("tags", {})}
-        roles = {
+    @cached_property
+    def _roles(self) -> dict[str, str]:
+        """What `from` may be -> the role of the message; "function" is a call."""
+        tags = self._tags
+        return {
+            **({} if "tags" in self.map_keys else self._other_roles),  # whoever gives tags means these alone
             tags["user_tag"]: "user",
             tags["assistant_tag"]: "assistant",
             tags["observation_tag"]: "tool",
             tags["function_tag"]: "function",
             tags["system_tag"]: "system",
         }
+
+    @cached_property
+    def _keys_of_entry(self) -> frozenset[str]:
+        return frozenset({self._tags["role_tag"], self._tags["content_tag"], *entries.THOUGHTS, *entries.WEIGHTS})
+
+    def _message(self, place: str, entry: Any) -> Message:
+        role_tag, content_tag = self._tags["role_tag"], self._tags["content_tag"]
         if not isinstance(entry, dict):
-            raise UserError(
-                f"field {place}: expected an object with {tags['role_tag']} and {tags['content_tag']}, "
-                f"found {described(entry)}"
-            )
-        tag, value = entry.get(tags["role_tag"]), entry.get(tags["content_tag"])
-        if not isinstance(tag, str) or tag not in roles:
-            raise UserError(f"field {place}: {tags['role_tag']} is {tag!r}, expected one of {sorted(roles)}")
-        if not isinstance(value, str):
-            raise UserError(f"field {place}: {tags['content_tag']}: expected a string, found {described(value)}")
-        return _function_call(value, place) if roles[tag] == "function" else Message(roles[tag], value)
+            raise UserError(f"{place}: expected an object with {role_tag} and {content_tag}, found {described(entry)}")
+        tag, value = entry.get(role_tag), entry.get(content_tag)
+        role = self._roles.get(tag) if isinstance(tag, str) else None
+        if role is None:
+            raise UserError(f"{place}: {role_tag} is {tag!r}, expected one of {sorted(self._roles)}")
+        if role != "function":
+            return entries.message_of(role, value, f"{place}: {content_tag}", entry, place)
+        thought, calls = entries.calls_in_text(entries.text_of(value, f"{place}: {content_tag}"), place)
+        message = entries.message_of("assistant", "", place, entry, place, calls)
+        return message._replace(reasoning=thought or message.reasoning)
 
     @staticmethod
     def _nested_keys() -> tuple[str, ...]:
         return ("tags",)
 
 
-class OpenAIInstructionHandler(InstructionHandler):
+class OpenAIInstructionHandler(EntriesHandler):
     """`messages`: a list of objects with `role` (system, user, assistant, tool) and `content`; `tools`.
 
     An assistant's message may have `reasoning_content` and `tool_calls`. `system` is read where `map_keys` names it.
     """
 
-    defaults: ClassVar[dict[str, str]] = {"messages": "messages", "system": "", "tools": "tools"}
-    needed: ClassVar[tuple[str, ...]] = ("messages",)
+    defaults: ClassVar[dict[str, str]] = {
+        "messages": "messages",
+        "system": "",
+        "tools": "tools",
+        "chat_template_kwargs": "chat_template_kwargs",
+    }
+    roles: ClassVar[dict[str, str]] = {
+        "system": "system",
+        "developer": "system",
+        "user": "user",
+        "assistant": "assistant",
+        "tool": "tool",
+        "function": "tool",
+    }
 
-    def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        column = self._columns["messages"]
-        entries = enumerate(self._entries(record), start=1)
-        return self._with_system(record, [self._message(f"{column!r}, message {n}", entry) for n, entry in entries])
-
-    @staticmethod
-    def _message(place: str, entry: Any) -> Message:
+    def _message(self, place: str, entry: Any) -> Message:
         if not isinstance(entry, dict):
-            raise UserError(f"field {place}: expected an object with role and content, found {described(entry)}")
-        role = entry.get("role")
-        if role not in ("system", "user", "assistant", "tool"):
-            raise UserError(f"field {place}: role is {role!r}, expected 'system', 'user', 'assistant' or 'tool'")
-        content, reasoning = entry.get("content"), entry.get("reasoning_content")
-        calls = _tool_calls(entry.get("tool_calls") or [], place)
+            raise UserError(f"{place}: expected an object with role and content, found {described(entry)}")
+        role = self.roles.get(entry["role"]) if isinstance(entry.get("role"), str) else None
+        if role is None:
+            expected = "'system', 'user', 'assistant' or 'tool'"
+            raise UserError(f"{place}: role is {entry.get('role')!r}, expected {expected}")
+        calls, content = entries.calls_of(entry, place), entry.get("content")
         if content is None and calls:
             content = ""  # as OpenAI writes it
-        if not isinstance(content, str):
-            raise UserError(f"field {place}: content: expected a string, found {described(content)}")
-        if reasoning is not None and not isinstance(reasoning, str):
-            raise UserError(f"field {place}: reasoning_content: expected a string, found {described(reasoning)}")
-        return Message(role, content, reasoning, calls)
+        return entries.message_of(role, content, f"{place}: content", entry, place, calls)
 
 
-def _function_call(text: str, place: str) -> Message:
-    """A `function_call` turn of ShareGPT: one call or a list of calls as JSON, perhaps after a thought."""
-    reasoning, rest = split_thought(text)
-    value = _parse_json(rest, f"field {place}")
-    return Message(
-        "assistant", "", reasoning or None, _tool_calls(value if isinstance(value, list) else [value], place)
-    )
+class PromptCompletionHandler(OpenAIInstructionHandler):
+    """`prompt` and `completion`: two texts, or two lists of messages as OpenAI's; `tools`. The completion is trained.
 
-
-def _tool_calls(value: Any, place: str) -> tuple[ToolCall, ...]:
-    """A list of calls `{name, arguments}`, or `{function: {name, arguments}}` as OpenAI writes them.
-
-    The arguments are an object or a text.
+    `system` is read where `map_keys` names it.
     """
-    if not isinstance(value, list):
-        raise UserError(f"field {place}: tool_calls: expected a list, found {described(value)}")
-    calls = []
-    for entry in value:
-        call = entry.get("function", entry) if isinstance(entry, dict) else None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise UserError(f"field {place}: expected a call with name and arguments, found {described(entry)}")
-        arguments = call["arguments"]
-        is_text = isinstance(arguments, str)
-        text = arguments if is_text else _json_text(arguments, f"field {place}: arguments of {call['name']}")
-        calls.append(ToolCall(call["name"], text, is_text))
-    return tuple(calls)
 
+    defaults: ClassVar[dict[str, str]] = {
+        "prompt": "prompt",
+        "completion": "completion",
+        "system": "",
+        "tools": "tools",
+        "chat_template_kwargs": "chat_template_kwargs",
+    }
+    needed: ClassVar[tuple[str, ...]] = ("prompt", "completion")
 
-def _parse_json(text: str, place: str) -> Any:
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # `loads` accepts half a surrogate pair, which is not text
-    except ValueError as error:
-        raise UserError(f"{place}: not valid JSON: {error}; found {described(text)}") from None
-    return value
+    def messages(self, record: Mapping[str, Any]) -> list[Message]:
+        before = [
+            message._replace(trained=False) if message.role == "assistant" else message
+            for message in self._side(record, "prompt", "user")
+        ]
+        return self._with_system(record, [*before, *self._side(record, "completion", "assistant")])
 
-
-def _json_text(value: Any, place: str) -> str:
-    """The JSON text of a value. A value of a table may be a date, a decimal or bytes: JSON cannot hold these."""
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except TypeError as error:
-        raise UserError(f"{place}: {error}; store texts or numbers instead") from None
+    def _side(self, record: Mapping[str, Any], name: str, role: str) -> list[Message]:
+        value = record.get(self._columns[name])
+        return [Message(role, value)] if isinstance(value, str) else self._messages(record, name)

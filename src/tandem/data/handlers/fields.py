@@ -26,6 +26,15 @@ def string(record: Mapping[str, Any], column: str, named_by: str) -> str:
     return value
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a value holds nothing: null, an empty text, list or object. A number and false are something.
+
+    >>> is_empty(""), is_empty(0)
+    (True, False)
+    """
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
 def described(value: Any) -> str:
     """A value's type and how it begins, for messages.
 

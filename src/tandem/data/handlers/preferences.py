@@ -80,7 +80,7 @@ class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler, PairwiseHand
 
     def _answer(self, record: Mapping[str, Any], name: str) -> Message:
         column = self._columns[name]
-        message = self._message(repr(column), field(record, column, f"map_keys {name!r}"))
+        message = self._message(f"field {column!r}", field(record, column, f"map_keys {name!r}"))
         if message.role != "assistant":
             raise UserError(f"field {column!r}: expected a turn of the assistant, found a turn of {message.role!r}")
         return message

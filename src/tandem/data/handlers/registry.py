@@ -9,8 +9,10 @@ from tandem.data.handlers.conversations import (
     AlpacaStyleInstructionHandler,
     InstructionHandler,
     OpenAIInstructionHandler,
+    PromptCompletionHandler,
     SharegptStyleInstructionHandler,
 )
+from tandem.data.handlers.entries import parse_json
 from tandem.data.handlers.preferences import AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler
 from tandem.data.handlers.text import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
 from tandem.errors import UserError, nearest
@@ -22,7 +24,12 @@ _TEXTS: dict[str, type[GeneralPretrainHandler]] = {
 }
 _INSTRUCTIONS: dict[str, type[InstructionHandler]] = {
     handler.__name__: handler
-    for handler in (AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler, OpenAIInstructionHandler)
+    for handler in (
+        AlpacaStyleInstructionHandler,
+        SharegptStyleInstructionHandler,
+        OpenAIInstructionHandler,
+        PromptCompletionHandler,
+    )
 }
 _PAIRS: dict[str, type[InstructionHandler]] = {
     handler.__name__: handler for handler in (AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler)
@@ -69,8 +76,8 @@ def detect_handler(
         return GeneralPretrainHandler.__name__, map_keys
     raise UserError(
         f"fields {sorted(record)} fit no handler. Expected {list(json_keys)} (plain text), instruction and output "
-        f"(alpaca), conversations (ShareGPT) or messages (OpenAI). Name your fields with json_keys or map_keys, or "
-        f"choose a handler_name of {HANDLER_NAMES}"
+        f"(alpaca), conversations (ShareGPT), messages (OpenAI), prompt and completion. Name fields with json_keys or "
+        f"map_keys, or choose a handler_name of {HANDLER_NAMES}"
     )
 
 
@@ -80,6 +87,8 @@ def _by_tags(
     """ShareGPT, if `map_keys` has tags or the first message has `from`; else OpenAI."""
     column = columns["messages"]
     messages = record[column]
+    if isinstance(messages, str):  # as tables have it
+        messages = parse_json(messages, f"field {column!r}")
     first = messages[0] if isinstance(messages, list) and messages else None
     tagged = isinstance(first, dict) and "role" not in first and "from" in first
     handler = SharegptStyleInstructionHandler if tagged or "tags" in (map_keys or {}) else OpenAIInstructionHandler

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tandem.data.handlers.fields import described, field, string
+from tandem.data.handlers.fields import described, field, is_empty, string
 from tandem.data.kinds import TEXT, Kind
 from tandem.errors import UserError
 
@@ -34,11 +34,20 @@ class GeneralPretrainHandler:
             return texts
         return [string(record, key, "json_keys") for key in self.json_keys]
 
+    def unread(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """The columns of a record that hold something and are not read."""
+        return (name for name, value in record.items() if name not in self._read_columns and not is_empty(value))
+
+    @property
+    def _read_columns(self) -> tuple[str, ...]:
+        return self.json_keys
+
 
 class AlpacaPretrainHandler(GeneralPretrainHandler):
     """`instruction`, `input`, `output` in upstream's English wrapper. Without an input, its heading is left out."""
 
     is_verbatim: ClassVar[bool] = False
+    _read_columns = ("instruction", "input", "output")
 
     def texts(self, record: Mapping[str, Any]) -> list[str]:
         question = string(record, "input", "alpaca") if record.get("input") else ""
@@ -55,6 +64,7 @@ class SharegptPretrainHandler(GeneralPretrainHandler):
     """`conversations`: the `value` of every turn, one after the other."""
 
     is_verbatim: ClassVar[bool] = False
+    _read_columns = ("conversations",)
 
     def texts(self, record: Mapping[str, Any]) -> list[str]:
         turns = field(record, "conversations", "sharegpt")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.kinds import kind_of
+from tandem.data.preprocess.noticed import told
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.data.preprocess.spool import fingerprint
@@ -23,7 +24,7 @@ from tandem.errors import UserError
 from tandem.files.lock import BusyError
 from tandem.logs import log
 
-_REVISION = 2  # to be increased when preprocessing begins to make other files of the same input
+_REVISION = 3  # to be increased when preprocessing begins to make other files of the same input
 _NOT_IN_KEY = ("input", "output_prefix", "tokenizer_name_or_path", "workers", "log_interval")
 _SECONDS_BETWEEN_CHECKS = 0.5
 _IN_CACHE = re.compile(r"(\.preprocessed/)[0-9a-f]{16}(?=/)")
@@ -84,7 +85,9 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}; give another folder with --data-cache-path") from None
         try:
-            preprocess(options)
+            summary = preprocess(options)
+            for line in told(summary.unread, summary.readers, summary.noticed):
+                log.info("> %s: %s", raw, line)
         except BusyError:  # another job preprocesses the same data
             wait(record)
     elif not leader:

@@ -1,23 +1,20 @@
-"""Tokenising a block of rows: the work of each worker of preprocessing."""
+"""Tokenising a block of rows: the work of each worker of preprocessing. Here for plain text."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from tandem.data.batch import IGNORE
-from tandem.data.handlers.conversations import InstructionHandler
-from tandem.data.handlers.preferences import PairwiseHandler
+from tandem.data.handlers.registry import Handler
 from tandem.data.handlers.text import GeneralPretrainHandler
-from tandem.data.kinds import CONVERSATIONS, PREFERENCES
 from tandem.data.sources.readers import Block, parse_row, plain_texts
-from tandem.data.templates.conversations import Conversations, with_ends
-from tandem.data.templates.messages import Template, Turn, trained_on_last
+from tandem.data.templates.conversations import with_ends
 from tandem.data.tokens.encoder import Engine
+from tandem.data.tokens.special import SpecialTokens
 from tandem.errors import UserError
 
 TOO_LONG = "longer than seq_length"  # a reason to drop
@@ -39,15 +36,32 @@ class TokenizedChunk:
         columns: by output key, the tokens of all sequences end to end, int32 [t], and their lengths, int64 [sequences].
         counts: documents, kept, trimmed, trimmed_prompts, tokens, trained_tokens, text_bytes.
         dropped: documents left out, by reason.
+        unread: rows by the name of a column that holds something and is not read. Of plain text one row of a block
+            counts.
+        mapped: rows by the source and the name of a column that `map_keys` names.
+        noticed: what `noticed.py` counts.
         rejects: rows that could not be used, in order.
         source: number of the source of the block.
+        hashes: uint64 [documents], the hash of each conversation.
     """
 
     columns: dict[str, tuple[np.ndarray, np.ndarray]]
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    mapped: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
     source: int = 0
+    hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+
+COUNTERS = ("counts", "dropped", "unread", "mapped", "noticed")  # the counters of a chunk
+
+
+def mapped_key(source: int, column: str) -> str:
+    """The key of a column in `TokenizedChunk.mapped`."""
+    return f"{source} {column}"
 
 
 class OverLongError(Exception):
@@ -65,36 +79,57 @@ class ChunkTokenizer:
 
     Attributes:
         output_keys: names of the columns; each becomes a `.bin/.idx` pair.
+        special: the special tokens that texts may spell.
+        spells: whether these are spelled out.
+        eod: the token that ends each document; None where there is none.
+        adds_special_tokens: whether each text gets the tokenizer's special tokens, such as one at its beginning.
     """
 
     output_keys: tuple[str, ...]
+    eod: int | None = None
+    adds_special_tokens: ClassVar[bool] = False
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, special: SpecialTokens, spells: bool) -> None:
         self.engine = engine
+        self.special = special
+        self.spells = spells
 
     def __call__(self, block: Block) -> TokenizedChunk:
         chunk = TokenizedChunk({}, source=block.source)
         rows = block.rows()
-        documents, places = [], []
+        records, documents, places = [], [], []
         for index, row in enumerate(rows):
             try:
-                documents.append(self.read_row(row, block.source))
+                record, document = self.read_row(row, block.source)
+                records.append(record)
+                documents.append(document)
                 places.append(index)
             except UserError as error:
                 chunk.rejects.append(Reject(f"{block.place(index)}: {error}", row))
         chunk.counts["documents"] = len(rows)
+        self._look(records, block.source, chunk)
         try:
             self._tokenize(documents, chunk)
         except OverLongError as error:
             raise UserError(f"{block.place(places[error.document])}: {error}") from None
         return chunk
 
-    def read_row(self, row: Any, source: int) -> Any:
-        """The document of a row. Raises UserError without the place of the row."""
+    def read_row(self, row: Any, source: int) -> tuple[dict[str, Any], Any]:
+        """The record of a row, and its document. Raises UserError without the place of the row."""
         try:
-            return self.read(parse_row(row), source)
+            record = parse_row(row)
+            return record, self.read(record, source)
         except RecursionError:
             raise UserError("nested too deeply") from None
+
+    def _look(self, records: Sequence[dict[str, Any]], source: int, chunk: TokenizedChunk) -> None:
+        """Count the columns of records that are not read."""
+        handler = self._handler_of(source)
+        for record in records:
+            chunk.unread.update(dict.fromkeys(handler.unread(record), 1))
+
+    def _handler_of(self, source: int) -> Handler:
+        raise NotImplementedError
 
     def read(self, record: dict[str, Any], source: int) -> Any:
         """The document of a record. Raises UserError without the place of the row."""
@@ -119,20 +154,26 @@ class PretrainTokenizer(ChunkTokenizer):
     With `pad_to_multiple_of` above 1, `pad` is added before `eod`, so that the length is a multiple of it.
     """
 
+    adds_special_tokens: ClassVar[bool] = True
+
     def __init__(
         self,
         engine: Engine,
+        special: SpecialTokens,
+        spells: bool,
         handler: GeneralPretrainHandler,
         eod: int | None,
         pad_to_multiple_of: int = 1,
         pad: int = 0,
     ) -> None:
-        super().__init__(engine)
+        super().__init__(engine, special, spells)
         self.output_keys = handler.json_keys
         self._handler = handler
-        self._eod = eod
+        self.eod = eod
         self._multiple = pad_to_multiple_of
         self._pad = pad
+        # Special tokens that the tokenizer adds to each text, such as one at its beginning.
+        self._special_of_empty = int(np.count_nonzero(special.are_special[engine.encode([""])[0]]))
 
     def __call__(self, block: Block) -> TokenizedChunk:
         columns = plain_texts(block, self.output_keys) if self._handler.is_verbatim else None
@@ -140,11 +181,19 @@ class PretrainTokenizer(ChunkTokenizer):
             return super().__call__(block)
         chunk = TokenizedChunk({}, source=block.source)
         chunk.counts["documents"] = block.count
+        self._look([parse_row(block.first_row())], block.source, chunk)
         self._add_columns(columns, chunk)
         return chunk
 
     def read(self, record: dict[str, Any], source: int) -> list[str]:
         return self._handler.texts(record)
+
+    def _look(self, records: Sequence[dict[str, Any]], source: int, chunk: TokenizedChunk) -> None:
+        """The first record of a block is enough, since all of a corpus are alike, and rows should take no time."""
+        super()._look(records[:1], source, chunk)
+
+    def _handler_of(self, source: int) -> Handler:
+        return self._handler
 
     def texts(self, document: list[str]) -> list[str]:
         return document
@@ -158,145 +207,20 @@ class PretrainTokenizer(ChunkTokenizer):
         for key, column in zip(self.output_keys, columns):
             texts = [text for text in column if text]
             chunk.counts["text_bytes"] += sum(map(len, texts))
-            tokens, lengths = self.engine.encode(texts, None if self._multiple > 1 else self._eod)
+            if self.spells:
+                texts = [self.special.marked(text.decode()).encode() for text in texts]
+            end = None if self._multiple > 1 else self.eod
+            tokens, lengths = self.engine.encode(texts, end)
+            added = len(texts) * (self._special_of_empty + bool(end is not None and self.special.are_special[end]))
+            chunk.noticed["special tokens"] += int(np.count_nonzero(self.special.are_special[tokens])) - added
             if self._multiple > 1:
                 # As upstream: a text whose length is a multiple gets one more multiple. The eod is a part of it.
-                missing = self._multiple - lengths % self._multiple - (self._eod is not None)
+                missing = self._multiple - lengths % self._multiple - (self.eod is not None)
                 tokens, lengths = with_ends(tokens, lengths, missing, self._pad)
-                if self._eod is not None:
-                    tokens, lengths = with_ends(tokens, lengths, np.ones_like(lengths), self._eod)
+                if self.eod is not None:
+                    tokens, lengths = with_ends(tokens, lengths, np.ones_like(lengths), self.eod)
             chunk.columns[key] = tokens, lengths
             chunk.counts["tokens"] += tokens.size
             chunk.counts["trained_tokens"] += tokens.size
             chunk.dropped[f"empty {key}"] += len(column) - len(texts)
         chunk.counts["kept"] = sum(map(any, zip(*columns)))
-
-
-class InstructionTokenizer(ChunkTokenizer):
-    """Conversations: a sequence each, of fewer than `seq_length` tokens. Prompts are masked, answers are trained.
-
-    Args:
-        handlers: the handler of each source.
-        header: ids of the template's `answer_header`, which a prompt keeps when it is cut.
-        eod: token to add to a conversation that leaves room for it. An answer that is cut leaves none, so it never
-            gets a false end.
-        train_turns: "all", or "last" to train only the last answer.
-        over_long: what to do with conversations that are too long: "trim", "drop" (leave them out) or "stop".
-    """
-
-    output_keys = CONVERSATIONS.keys
-
-    def __init__(
-        self,
-        engine: Engine,
-        handlers: Sequence[InstructionHandler],
-        template: Template,
-        seq_length: int | None,
-        header: Sequence[int],
-        eod: int | None,
-        train_turns: str = "all",
-        over_long: str = "trim",
-    ) -> None:
-        super().__init__(engine)
-        self._over_long = over_long
-        self._handlers = handlers
-        self._template = template
-        self._train_turns = train_turns
-        self._room = room_for(seq_length)
-        self._header, self._eod = header, eod
-
-    def read(self, record: dict[str, Any], source: int) -> list[Turn]:
-        handler = self._handlers[source]
-        turns = self._template.turns(handler.messages(record), handler.tools(record))
-        return trained_on_last(turns) if self._train_turns == "last" else turns
-
-    def texts(self, document: list[Turn]) -> list[str]:
-        return texts_of(document)
-
-    def _tokenize(self, documents: list[list[Turn]], chunk: TokenizedChunk) -> None:
-        conversations = Conversations(documents, *self._encode([t for d in documents for t in texts_of(d)], chunk))
-        if self._over_long == "stop":
-            require_room(conversations.lengths, self._room)
-        if self._over_long == "drop":
-            short = conversations.lengths <= self._room
-            conversations.keep_only(short)
-            chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
-        else:
-            chunk.counts["trimmed"], chunk.counts["trimmed_prompts"] = conversations.trim(self._room, self._header)
-        chunk.dropped["nothing left to train"] = conversations.drop_untrained()
-        ids, labels, lengths = conversations.ids, conversations.labels, conversations.lengths
-        if self._eod is not None:
-            roomy = lengths < self._room
-            labels, _ = with_ends(labels, lengths, roomy, self._eod)
-            ids, lengths = with_ends(ids, lengths, roomy, self._eod)
-        chunk.columns = {
-            "input_ids": (ids, lengths),
-            "attention_mask": (np.ones_like(ids), lengths),
-            "labels": (labels, lengths),
-        }
-        chunk.counts["kept"] = len(lengths)
-        chunk.counts["tokens"] = ids.size
-        chunk.counts["trained_tokens"] = int(np.count_nonzero(labels != IGNORE))
-
-
-class PairTokenizer(ChunkTokenizer):
-    """Preferences: two sequences each, the masked prompt with the chosen answer, and with the rejected one.
-
-    If either is too long for `seq_length`, both are left out, as upstream does, unless `over_long` is "stop".
-    """
-
-    output_keys = PREFERENCES.keys
-
-    def __init__(
-        self,
-        engine: Engine,
-        handler: PairwiseHandler,
-        template: Template,
-        seq_length: int | None,
-        over_long: str = "drop",
-    ) -> None:
-        super().__init__(engine)
-        self._over_long = over_long
-        self._handler = handler
-        self._template = template
-        self._room = room_for(seq_length)
-
-    def read(self, record: dict[str, Any], source: int) -> tuple[list[Turn], list[Turn]]:
-        tools = self._handler.tools(record)
-        chosen, rejected = self._handler.pair(record)
-        return self._template.last_answer(chosen, tools), self._template.last_answer(rejected, tools)
-
-    def texts(self, document: tuple[list[Turn], list[Turn]]) -> list[str]:
-        return [text for turns in document for text in texts_of(turns)]
-
-    def _tokenize(self, documents: list[tuple[list[Turn], list[Turn]]], chunk: TokenizedChunk) -> None:
-        texts = [text for document in documents for text in self.texts(document)]
-        both = Conversations([turns for document in documents for turns in document], *self._encode(texts, chunk))
-        longer = both.lengths.reshape(-1, 2).max(axis=1)
-        if self._over_long == "stop":
-            require_room(longer, self._room)
-        short = longer <= self._room
-        both.keep_only(np.repeat(short, 2))
-        chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
-        for position, columns in enumerate(PREFERENCES.columns):
-            ids, labels, lengths = both.every_other(position)
-            chunk.columns[columns.ids] = ids, lengths
-            chunk.columns[columns.labels] = labels, lengths
-        chunk.counts["kept"] = int(np.count_nonzero(short))
-        chunk.counts["tokens"] = both.ids.size
-        chunk.counts["trained_tokens"] = int(np.count_nonzero(both.labels != IGNORE))
-
-
-def room_for(seq_length: int | None) -> int:
-    """The most tokens that a conversation may have: upstream reserves one position of `seq_length`."""
-    return int(np.iinfo(np.int64).max) if seq_length is None else seq_length - 1
-
-
-def require_room(lengths: np.ndarray, room: int) -> None:
-    """Raise OverLongError for the first document of more than `room` tokens."""
-    for document in np.flatnonzero(lengths > room).tolist():
-        raise OverLongError(document, int(lengths[document]), room)
-
-
-def texts_of(turns: Sequence[Turn]) -> list[str]:
-    return [piece for turn in turns for piece in (*turn.source, *turn.target)]

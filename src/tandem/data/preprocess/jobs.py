@@ -9,12 +9,14 @@ from tandem.data.handlers.conversations import InstructionHandler
 from tandem.data.handlers.preferences import PairwiseHandler
 from tandem.data.handlers.text import GeneralPretrainHandler
 from tandem.data.kinds import CONVERSATIONS, KINDS, PREFERENCES, TEXT, Kind
-from tandem.data.preprocess.chunks import ChunkTokenizer, InstructionTokenizer, PairTokenizer, PretrainTokenizer
+from tandem.data.preprocess.chunks import ChunkTokenizer, PretrainTokenizer
+from tandem.data.preprocess.dialogues import InstructionTokenizer, PairTokenizer
 from tandem.data.preprocess.options import PreprocessOptions, require
 from tandem.data.sources.sources import Source
 from tandem.data.templates.catalog import get_template
-from tandem.data.templates.messages import Template
+from tandem.data.templates.messages import CHAT_TEMPLATE, Template
 from tandem.data.tokens.encoder import TokenizersEngine
+from tandem.data.tokens.special import SpecialTokens
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.options import flag_of
 
@@ -47,13 +49,16 @@ def _text_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
     handler = sources[0].handler
     assert isinstance(handler, GeneralPretrainHandler)
     require(
-        not options.append_eod or tokenizer.eos_id is not None,
-        f"--append-eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json",
+        not options.append_eod or options.eod_token is not None or tokenizer.eos_id is not None,
+        f"--append-eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json, or "
+        f"give --eod-token",
     )
     job = PretrainTokenizer(
-        TokenizersEngine(tokenizer, add_special_tokens=True),
+        TokenizersEngine(tokenizer, PretrainTokenizer.adds_special_tokens),
+        SpecialTokens(tokenizer),
+        options.spells,
         handler,
-        tokenizer.eos_id if options.append_eod else None,
+        _end(options, tokenizer, tokenizer.eos_id),
         options.pad_to_multiple_of,
         pad=len(tokenizer),  # upstream's choice
     )
@@ -69,11 +74,13 @@ def _conversation_job(options: PreprocessOptions, sources: Sequence[Source], tok
     handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
     job = InstructionTokenizer(
         TokenizersEngine(tokenizer, add_special_tokens=False),
+        SpecialTokens(tokenizer),
+        options.spells,
         handlers,
         template,
         options.seq_length,
         tokenizer.encode(template.answer_header),
-        stop if options.append_eod else None,
+        _end(options, tokenizer, stop),
         options.train_turns,
         options.over_long,
     )
@@ -84,16 +91,32 @@ def _pair_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
     handler = sources[0].handler
     assert isinstance(handler, PairwiseHandler)
     template, _ = _template(options, sources, tokenizer)
-    engine = TokenizersEngine(tokenizer, add_special_tokens=False)
-    return PairTokenizer(engine, handler, template, options.seq_length, options.over_long), template
+    job = PairTokenizer(
+        TokenizersEngine(tokenizer, add_special_tokens=False),
+        SpecialTokens(tokenizer),
+        options.spells,
+        handler,
+        template,
+        options.seq_length,
+        options.over_long,
+    )
+    return job, template
+
+
+def _end(options: PreprocessOptions, tokenizer: Tokenizer, usual: int | None) -> int | None:
+    """The token that ends each document; None without --append-eod."""
+    if not options.append_eod:
+        return None
+    if options.eod_token is None:
+        return usual
+    token_id = tokenizer.token_to_id(options.eod_token)
+    require(token_id is not None, f"--eod-token {options.eod_token}: is not a token of {tokenizer.folder}")
+    return token_id
 
 
 def _template(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Template, int]:
     """The template of messages, and the id of the token that ends one."""
-    name = sources[0].handler_name
-    require(options.prompt_type is not None, f"{name} needs --prompt-type, a template for conversations, such as qwen3")
-    assert options.prompt_type is not None
-    template = get_template(options.prompt_type, options.thinking_mode, tokenizer)
+    template = template_of(options, tokenizer, sources[0].handler_name)
     stop = tokenizer.token_to_id(template.stop_word)
     require(
         stop is not None,
@@ -102,6 +125,20 @@ def _template(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
     )
     assert stop is not None
     return template, stop
+
+
+def template_of(options: PreprocessOptions, tokenizer: Tokenizer, handler_name: str) -> Template:
+    """The template of --prompt-type; without one the model's own.
+
+    Raises:
+        UserError: there is neither.
+    """
+    require(
+        options.prompt_type is not None or tokenizer.chat_template is not None,
+        f"{handler_name} needs --prompt-type, a template for conversations, such as qwen3: {tokenizer.folder} has no "
+        f"chat template of its own",
+    )
+    return get_template(options.prompt_type or CHAT_TEMPLATE, options.thinking_mode, tokenizer)
 
 
 _JOBS: dict[Kind, Callable[[PreprocessOptions, Sequence[Source], Tokenizer], Job]] = {

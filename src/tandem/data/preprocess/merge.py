@@ -129,9 +129,14 @@ def _shared(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _sums(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    dropped: Counter[str] = sum((Counter(count["dropped"]) for count in counts), Counter())
-    names = dict.fromkeys(name for count in counts for name in count if name != "dropped")
-    return {**{name: sum(count.get(name, 0) for count in counts) for name in names}, "dropped": dict(dropped)}
+    """The sums of counts, and of counts by name, such as those of dropped documents by reason."""
+    sums: dict[str, Any] = {}
+    for name, value in (entry for count in counts for entry in count.items()):
+        if isinstance(value, dict):
+            sums[name] = dict(Counter(sums.get(name, {})) + Counter(value))
+        else:
+            sums[name] = sums.get(name, 0) + value
+    return sums
 
 
 def _require_equal_options(parts: Sequence[Path]) -> None:

@@ -45,7 +45,7 @@ class PreprocessOptions(Options):
     seed: int = 1234
     """Random seed of --interleave-probs."""
     prompt_type: str | None = None
-    """Chat template of instruction data, such as qwen3."""
+    """Chat template of instruction data, such as qwen3; default: chat_template, the model's own, if it has one."""
     enable_thinking: Literal["true", "false", "none"] | None = "none"
     """Thinking mode of the template."""
     train_turns: Literal["all", "last"] = "all"
@@ -59,6 +59,11 @@ class PreprocessOptions(Options):
     """Plain text: pad each document to a multiple of this, with the id after the tokenizer's last id."""
     append_eod: bool = False
     """End each document with the end-of-document token."""
+    eod_token: str | None = None
+    """With --append-eod: this token ends documents, such as <|endoftext|>; default: the tokenizer's eos_token, or the
+    token that ends a message."""
+    special_tokens_in_text: Literal["encode", "text"] = "encode"
+    """What a special token becomes that a text spells, such as <|im_end|>: itself (encode), or its letters (text)."""
     pack: bool = False
     """Put several conversations into a row of --seq-length."""
     neat_pack: bool = False
@@ -74,6 +79,11 @@ class PreprocessOptions(Options):
     def thinking_mode(self) -> bool | None:
         return THINKING_MODES[self.enable_thinking or "none"]
 
+    @property
+    def spells(self) -> bool:
+        """Whether special tokens in texts become their letters."""
+        return self.special_tokens_in_text == "text"
+
     def recorded(self) -> dict[str, Any]:
         """The options as a record stores them."""
         names = [field.name for field in fields(PreprocessOptions) if field.name != "tokenizer_type"]
@@ -88,8 +98,8 @@ class PreprocessOptions(Options):
         yield from self._wrong_keys()
         yield from self._wrong_numbers()
         yield from self._wrong_lengths()
-        if self.thinking_mode is not None and self.prompt_type is None:
-            yield "--enable-thinking needs --prompt-type, the template that it changes; give both"
+        if self.eod_token is not None and not self.append_eod:
+            yield f"--eod-token {self.eod_token} needs --append-eod; give both"
 
     def _wrong_keys(self) -> Iterator[str]:
         if not self.json_keys:

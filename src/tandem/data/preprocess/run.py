@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -14,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from tandem.data.handlers.conversations import InstructionHandler
 from tandem.data.indexed import IndexedDataset, IndexedWriter, part_of
 from tandem.data.kinds import REJECTS_SUFFIX, Kind
 from tandem.data.packing import Sequences, packed_rows
-from tandem.data.preprocess.chunks import ChunkTokenizer, TokenizedChunk
+from tandem.data.preprocess.chunks import ChunkTokenizer, TokenizedChunk, mapped_key
 from tandem.data.preprocess.jobs import job_of
 from tandem.data.preprocess.mixing import Selection, interleaved
 from tandem.data.preprocess.options import PreprocessOptions, require
@@ -35,9 +35,10 @@ from tandem.data.sources.readers import iter_blocks
 from tandem.data.sources.sources import Source, iter_source_blocks, open_sources
 from tandem.data.statistics import DataView
 from tandem.data.templates.messages import Template
-from tandem.data.tokens.encoder import choose_engine
+from tandem.data.tokens.encoder import Engine, choose_engine
+from tandem.data.tokens.special import SpellingEngine
 from tandem.data.tokens.tokenizer import Tokenizer
-from tandem.errors import UserError
+from tandem.errors import UserError, nearest
 from tandem.files.publish import check_writable, nearest_folder
 from tandem.version import __version__
 
@@ -59,12 +60,19 @@ class PreprocessSummary:
         trimmed: conversations that were cut to seq_length.
         trimmed_prompts: trimmed conversations in which a prompt was cut.
         dropped: documents left out, by reason.
+        unread: rows by the name of a column that holds something and is not read. Of plain text a part of the rows
+            counts.
+        readers: by such a column, the key of `map_keys` that would read it.
+        noticed: other things that change what is learned, by the names of `noticed.py`.
         sequences: sequences written for the first key; with `pack`, rows.
         tokens: tokens of all keys, without the padding of packed rows.
         trained_tokens: tokens with a label; all tokens of plain text.
         text_bytes: UTF-8 bytes of text that were tokenised.
         rejects: the file with the rejected rows, if there are any.
         engine: the library that tokenised, gigatoken or tokenizers; both give the same result.
+        handlers: the handler of each source.
+        template: the prompt type of conversations; None for plain text.
+        eod: the token that ends each document; None without `append_eod`.
     """
 
     prefixes: dict[str, str]
@@ -75,12 +83,18 @@ class PreprocessSummary:
     trimmed: int
     trimmed_prompts: int
     dropped: dict[str, int]
+    unread: dict[str, int]
+    readers: dict[str, str]
+    noticed: dict[str, int]
     sequences: int
     tokens: int
     trained_tokens: int
     text_bytes: int
     rejects: str | None
     engine: str
+    handlers: tuple[str, ...]
+    template: str | None
+    eod: str | None
 
 
 def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> PreprocessSummary:
@@ -112,10 +126,10 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
             ) from None
 
 
-def try_first_rows(options: PreprocessOptions) -> Counter[str]:
+def try_first_rows(options: PreprocessOptions) -> tuple[TokenizedChunk, Source]:
     """Tokenise the first block of the input, about a megabyte, to see whether `preprocess` would work.
 
-    Writes nothing. Returns the counts of a `TokenizedChunk`.
+    Writes nothing. Returns the block, and the source that it is of.
 
     Raises:
         UserError: as `preprocess`.
@@ -123,7 +137,7 @@ def try_first_rows(options: PreprocessOptions) -> Counter[str]:
     sources = _open(options)
     job, _ = job_of(options, sources, Tokenizer(options.tokenizer_name_or_path))
     for block in iter_source_blocks(sources, options.max_samples):
-        return _checked(job(block), options).counts
+        return _checked(job(block), options), sources[block.source]
     raise UserError(f"{_files(sources)}: no rows")
 
 
@@ -134,6 +148,13 @@ def kind_of_input(options: PreprocessOptions) -> Kind:
         UserError: as `preprocess`.
     """
     return _open(options)[0].handler.kind
+
+
+def readers_of(unread: Iterable[str], sources: Sequence[Source]) -> dict[str, str]:
+    """By column that is not read, the key of `map_keys` that would read it."""
+    handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
+    keys = {column: handler.reader_of(column) for handler in handlers for column in unread}
+    return {column: key for column, key in keys.items() if key is not None}
 
 
 def _open(options: PreprocessOptions) -> list[Source]:
@@ -164,9 +185,11 @@ def _preprocess(
     keys = ("input_ids", "labels") if options.pack else job.output_keys
     spool = Spool(options.output_prefix, keys, _identity(options, tokenizer, template, sources))
     try:
-        job.engine = choose_engine(tokenizer, job.engine, _sample(job, sources), options.workers)
+        job.engine = _engine(job, tokenizer, sources, options)
         _tokenize(job, sources, options, spool, progress)
         _require_kept(spool, sources)
+        _require_mapped(spool, sources)
+        noticed = {**spool.counters["noticed"], "repeated": spool.repeated()}
         order = _order(spool, sources, options)
         remove_record(options.output_prefix, names)  # an old record must never meet the new data
         spool.publish_rejects(rejects)
@@ -193,15 +216,29 @@ def _preprocess(
         trimmed=counts["trimmed"],
         trimmed_prompts=counts["trimmed_prompts"],
         dropped=dict(spool.dropped),
+        unread=dict(spool.counters["unread"]),
+        readers=readers_of(spool.counters["unread"], sources),
+        noticed={name: count for name, count in noticed.items() if count},
         sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
         tokens=counts["tokens"],
         trained_tokens=counts["trained_tokens"],
         text_bytes=counts["text_bytes"],
         rejects=str(rejects) if spool.rejected else None,
         engine=job.engine.name,
+        handlers=tuple(source.handler_name for source in sources),
+        template=template.name if template else None,
+        eod=None if job.eod is None else tokenizer.decode([job.eod]),
     )
     write_record(options.output_prefix, names, _record(options, sources, tokenizer, template, entries(), summary))
     return summary
+
+
+def _engine(job: ChunkTokenizer, tokenizer: Tokenizer, sources: Sequence[Source], options: PreprocessOptions) -> Engine:
+    """The fastest engine that gives the job's ids."""
+    engine = choose_engine(tokenizer, job.engine, _sample(job, sources), options.workers)
+    if not options.spells:
+        return engine
+    return SpellingEngine(engine, tokenizer, job.special, job.adds_special_tokens)
 
 
 def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
@@ -212,7 +249,7 @@ def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
         size = 0
         for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
             try:
-                texts_of_row = [text[:_SAMPLED_CHARACTERS] for text in job.texts(job.read_row(row, number))]
+                texts_of_row = [text[:_SAMPLED_CHARACTERS] for text in job.texts(job.read_row(row, number)[1])]
             except UserError:
                 continue  # reported later, when the row is tokenised
             texts += texts_of_row
@@ -249,6 +286,18 @@ def _require_kept(spool: Spool, sources: Sequence[Source]) -> None:
         f"{_files(sources)}: none of the {spool.counts['documents']} documents can be used; "
         f"rejected {spool.rejected}, dropped {dict(spool.dropped)}{first}",
     )
+
+
+def _require_mapped(spool: Spool, sources: Sequence[Source]) -> None:
+    """Raise UserError for a column that `map_keys` names and no row has. A row alone may lack it: it is then empty."""
+    for number, source in enumerate(sources):
+        handler = source.handler
+        for column in handler.mapped_columns if isinstance(handler, InstructionHandler) else ():
+            require(
+                bool(spool.counters["mapped"][mapped_key(number, column)] or not spool.kept_of[str(number)]),
+                f"{_files([source])}: no row has the field {column!r}, which --map-keys or dataset_info.json names"
+                f"{nearest(column, list(spool.counters['unread']))}",
+            )
 
 
 def _order(spool: Spool, sources: Sequence[Source], options: PreprocessOptions) -> np.ndarray | None:
@@ -335,7 +384,8 @@ def _record(
     summary: PreprocessSummary,
 ) -> dict[str, Any]:
     counts = asdict(summary)
-    del counts["prefixes"], counts["data_paths"], counts["rejects"], counts["engine"]
+    for name in ("prefixes", "data_paths", "rejects", "readers", "engine", "handlers", "template", "eod"):
+        del counts[name]
     return {
         "tokenizer": tokenizer_entry(tokenizer),
         "template": template_entry(template) if template else None,

@@ -18,12 +18,12 @@ import numpy as np
 import orjson
 
 from tandem.data.indexed import IndexedDataset, publish, write_index
-from tandem.data.preprocess.chunks import Reject, TokenizedChunk
+from tandem.data.preprocess.chunks import COUNTERS, Reject, TokenizedChunk
 from tandem.errors import UserError
 from tandem.files.lock import BusyError, read_holder, write_holder
 
 _SECONDS_BETWEEN_SAVES = 0.5  # or longer, if the last save is not finished
-_REJECTS = "rejects.jsonl"
+_REJECTS, _HASHES = "rejects.jsonl", "hashes"
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -34,8 +34,8 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 class Spool:
     """The folder `{output_prefix}.unfinished`.
 
-    It has a file of tokens and one of lengths for each output key, and a file of rejected rows. `progress.json` says
-    how much of each file belongs to whole blocks.
+    It has a file of tokens and one of lengths for each output key, a file of rejected rows, and one of hashes.
+    `progress.json` says how much of each file belongs to whole blocks.
 
     Args:
         keys: output keys.
@@ -43,7 +43,7 @@ class Spool:
 
     Attributes:
         blocks: number of blocks of the input that are done.
-        counts, dropped: as in `TokenizedChunk`, for all blocks.
+        counters: the `COUNTERS` of `TokenizedChunk` by name, for all blocks; `counts` and `dropped` are two of them.
         kept_of: kept documents, by the number of their source.
         rejected: rows that could not be used; `first_reason` is the reason of the first.
 
@@ -71,9 +71,10 @@ class Spool:
             raise BusyError(f"{output_prefix}: {holder} is writing this output; wait for it") from None
         write_holder(self._lock)
         names = [f"{key}.{suffix}" for key in self.keys for suffix in ("bin", "lengths")]
-        progress = self._read_progress([*names, _REJECTS])
+        progress = self._read_progress([*names, _REJECTS, _HASHES])
         self.blocks: int = progress["blocks"]
-        self.counts, self.dropped = Counter(progress["counts"]), Counter(progress["dropped"])
+        self.counters = {name: Counter(progress[name]) for name in COUNTERS}
+        self.counts, self.dropped = self.counters["counts"], self.counters["dropped"]
         self.kept_of = Counter(progress["kept_of"])
         self.rejected: int = progress["rejected"]
         self.first_reason: str = progress["first_reason"]
@@ -90,8 +91,9 @@ class Spool:
                 self._files[f"{key}.lengths"].write(lengths.astype("<i4").data)
         for reject in chunk.rejects:
             self._add_reject(reject)
-        self.counts += chunk.counts
-        self.dropped += chunk.dropped
+        self._files[_HASHES].write(chunk.hashes.astype("<u8").data)
+        for name in self.counters:
+            self.counters[name] += getattr(chunk, name)
         self.kept_of[str(chunk.source)] += chunk.counts["kept"]
         self.blocks += 1
         if self._saving.done() and time.monotonic() - self._saved_at > _SECONDS_BETWEEN_SAVES:
@@ -110,8 +112,7 @@ class Spool:
         progress = {
             "identity": self._identity,
             "blocks": self.blocks,
-            "counts": self.counts,
-            "dropped": self.dropped,
+            **self.counters,
             "kept_of": self.kept_of,
             "rejected": self.rejected,
             "first_reason": self.first_reason,
@@ -148,6 +149,12 @@ class Spool:
         else:
             path.unlink(missing_ok=True)
 
+    def repeated(self) -> int:
+        """How many conversations stand in the data more than once, not counting the first of each."""
+        self._files[_HASHES].flush()
+        hashes = np.fromfile(self.folder / _HASHES, "<u8")
+        return len(hashes) - len(np.unique(hashes))
+
     def remove(self) -> None:
         self._disk.shutdown()
         for file in self._files.values():
@@ -168,7 +175,8 @@ class Spool:
 
     def _read_progress(self, names: list[str]) -> dict[str, Any]:
         """The progress of a run of the same identity, if all its files exist; else the progress of a new run."""
-        fresh = {"blocks": 0, "counts": {}, "dropped": {}, "kept_of": {}, "rejected": 0, "first_reason": ""}
+        fresh: dict[str, Any] = {"blocks": 0, "kept_of": {}, "rejected": 0, "first_reason": ""}
+        fresh |= {name: {} for name in COUNTERS}
         fresh["sizes"] = dict.fromkeys(names, 0)
         path = self.folder / "progress.json"
         if not path.is_file():

@@ -53,6 +53,13 @@ class Block:
         rows = self.content.split(b"\n") if isinstance(self.content, bytes) else self.content
         return list(map(_TextLine, rows[: self.count])) if self.is_text else rows[: self.count]
 
+    def first_row(self) -> Any:
+        """The first of `rows`."""
+        if not isinstance(self.content, bytes):
+            return self.content[0]
+        line = self.content.partition(b"\n")[0]
+        return _TextLine(line) if self.is_text else line
+
     def place(self, index: int) -> str:
         """`file:line`, or `file:row n` where a row is not a line."""
         return f"{self.file}:{'' if isinstance(self.content, bytes) else 'row '}{self.first + index}"
@@ -74,29 +81,35 @@ def parse_row(row: Any) -> dict[str, Any]:
     if isinstance(row, UnevenRow):
         raise UserError(row.reason)
     try:
-        value = orjson.loads(row) if isinstance(row, bytes) else row
+        value = _value_of(row) if isinstance(row, bytes) else row
     except orjson.JSONDecodeError as error:
-        value = _with_special_numbers(row)
-        if value is None:
-            raise _json_error(row, error) from None
+        raise _json_error(row, error) from None
     if not isinstance(value, dict):
         raise UserError(f"expected an object with named fields, found {type(value).__name__}")
     return value
 
 
-def _with_special_numbers(row: bytes) -> Any:
-    """The value of a line that holds NaN or Infinity, which Python writes though JSON has no such numbers.
+def _value_of(line: bytes) -> Any:
+    """The JSON value of a line. It may hold NaN and Infinity, which Python writes though JSON has no such numbers.
 
-    They do no harm in a field that nobody reads. None where the line has none, or something else is wrong with it.
+    They do no harm in a field that nobody reads.
+
+    Raises:
+        orjson.JSONDecodeError: the line is not JSON.
     """
-    if b"NaN" not in row and b"Infinity" not in row:
-        return None
     try:
-        value = json.loads(row)
-        json.dumps(value, ensure_ascii=False).encode()  # `loads` accepts half a surrogate pair, which is not text
-    except (ValueError, RecursionError):
-        return None
-    return value
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        if b"NaN" not in line and b"Infinity" not in line:
+            raise
+        try:
+            value = json.loads(line.decode())
+            json.dumps(value, ensure_ascii=False).encode()  # `loads` accepts half a surrogate pair, which is not text
+        except (ValueError, RecursionError):
+            value = None
+        if value is None:
+            raise
+        return value
 
 
 def plain_texts(block: Block, keys: Sequence[str]) -> list[list[bytes]] | None:
@@ -107,7 +120,7 @@ def plain_texts(block: Block, keys: Sequence[str]) -> list[list[bytes]] | None:
     if block.is_text:
         return None
     try:
-        records = _lines_at_once(block) or [orjson.loads(row) for row in block.rows()]
+        records = _lines_at_once(block) or list(map(_value_of, block.rows()))
         return [[record[key].encode() for record in records] for key in keys]  # only a str has `encode`
     except (ValueError, TypeError, KeyError, AttributeError):
         return None  # `parse_row` will say what is wrong

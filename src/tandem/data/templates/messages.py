@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from tandem.errors import UserError
 
@@ -30,12 +30,14 @@ class Message(NamedTuple):
         role: system, user, assistant, or tool (the result of a call).
         reasoning: an assistant's thought, where the data has it in a separate field; else None.
         tool_calls: the calls that an assistant makes after the content.
+        trained: whether the data say that it is trained; None where they do not say. Answers are, unless this is False.
     """
 
     role: str
     content: str
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    trained: bool | None = None
 
 
 class Turn(NamedTuple):
@@ -79,6 +81,14 @@ class Template(Protocol):
     def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]: ...
 
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]: ...
+
+    def with_variables(self, variables: Mapping[str, Any]) -> Template:
+        """The template with variables that a record gives it, such as `enable_thinking`.
+
+        Raises:
+            UserError: this template has no such variable, or not with such a value.
+        """
+        ...
 
 
 CHAT_TEMPLATE = "chat_template"  # the prompt type of the model's own template
@@ -125,7 +135,48 @@ def split_thought(answer: str) -> tuple[str, str]:
     return (match.group(1), answer[match.end() :]) if match else ("", answer)
 
 
-def trained_on_last(turns: Sequence[Turn]) -> list[Turn]:
-    """The same text, with only the last answer trained."""
-    last = max(number for number, turn in enumerate(turns) if turn.target)
-    return [turn if number == last else Turn((*turn.source, *turn.target), ()) for number, turn in enumerate(turns)]
+def only_last_trained(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, with only the last one trained."""
+    return [*(message._replace(trained=False) for message in messages[:-1]), *messages[-1:]]
+
+
+def untrained(turn: Turn) -> Turn:
+    """The same text, with nothing trained.
+
+    >>> untrained(Turn(("Hi",), ("Hello",)))
+    Turn(source=('Hi', 'Hello'), target=())
+    """
+    return Turn((*turn.source, *turn.target), ())
+
+
+def join_neighbours(messages: Sequence[Message]) -> list[Message]:
+    """One message for several of one role in a row, each text on lines of its own. Tool results stay apart.
+
+    >>> [message.content for message in join_neighbours([Message("user", "a"), Message("user", "b")])]
+    ['a\\nb']
+
+    Raises:
+        UserError: answers in a row cannot be one: only one is trained, or a later one thinks or follows a call.
+    """
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role == message.role != "tool":
+            joined[-1] = _joined(joined[-1], message)
+        else:
+            joined.append(message)
+    return joined
+
+
+def _joined(first: Message, second: Message) -> Message:
+    if first.role == "assistant":
+        if (first.trained is False) != (second.trained is False):
+            raise UserError(
+                "two answers in a row, and only one of them is trained; put the user's message between them"
+            )
+        if second.reasoning or "</think>" in second.content or (first.tool_calls and second.content):
+            raise UserError(
+                "two answers in a row that cannot be one: the second has a thought, or follows a call; put the message "
+                "between them that is missing"
+            )
+    content = "\n".join(filter(None, (first.content, second.content)))
+    return first._replace(content=content, tool_calls=first.tool_calls + second.tool_calls)

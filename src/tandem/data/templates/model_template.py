@@ -5,18 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from tandem.data.templates.messages import CHAT_TEMPLATE, Message, ToolCall, Turn, grouped, trained_on_last
+from tandem.data.templates.messages import (
+    CHAT_TEMPLATE,
+    Message,
+    ToolCall,
+    Turn,
+    grouped,
+    only_last_trained,
+    untrained,
+)
 from tandem.data.tokens.chat_template import GENERATION_MARKS, MARK_GENERATION
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
 _BEGIN_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
+_TAKEN = frozenset({"messages", "tools", "add_generation_prompt", MARK_GENERATION})  # variables that come from the data
+_CALL_TEXT = '{"tandem": "x"}'
 _MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use, which no template writes
 
 
@@ -37,7 +47,12 @@ class ModelTemplate:
 
     name = CHAT_TEMPLATE
 
-    def __init__(self, tokenizer: Tokenizer, enable_thinking: bool | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        enable_thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         if tokenizer.chat_template is None or tokenizer.eos_id is None:
             raise UserError(
                 f"{tokenizer.folder}: prompt_type {self.name} needs the model's chat template (chat_template.jinja or "
@@ -48,9 +63,25 @@ class ModelTemplate:
         self.stop_word = tokenizer.decode([tokenizer.eos_id])
         self._has_tags = _GENERATION_TAG.search(tokenizer.chat_template) is not None
         self._tokenizer = tokenizer
+        self._variables = dict(variables or {})
+        if enable_thinking is not None:
+            self._variables["enable_thinking"] = enable_thinking
+        self._with_variables: dict[str, ModelTemplate] = {}
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ModelTemplate:
+        """See `Template`. All variables reach the model's template, in place of those that it already gets."""
+        if taken := sorted(_TAKEN.intersection(variables)):
+            raise UserError(f"the record gives the template {taken}, which come from the data; leave them out")
+        key = json.dumps(variables, sort_keys=True, default=str)
+        if key not in self._with_variables:
+            mode = variables.get("enable_thinking", self.enable_thinking)
+            self._with_variables[key] = ModelTemplate(self._tokenizer, mode, {**self._variables, **variables})
+        return self._with_variables[key]
 
     def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
         """As `PromptTemplate.turns`. Text after the last end token is a turn without a target.
+
+        Arguments of calls reach the template as the data have them, an object or a text, if it can write them so.
 
         Raises:
             UserError: the roles do not alternate, or the template changes a text so much that it is not recognised.
@@ -61,7 +92,9 @@ class ModelTemplate:
         # A template may split a thought from the content, or leave it in, or remove it from earlier answers only.
         for split in dict.fromkeys(map(frozenset, (inline, (), inline - {len(messages) - 1}))):
             try:
-                entries = [_MarkedMessage(message, number in split) for number, message in enumerate(messages)]
+                entries = [
+                    _MarkedMessage(message, number in split, self._arguments) for number, message in enumerate(messages)
+                ]
                 return self._aligned_turns(entries, tools)
             except UserError as error:
                 failure = failure or error
@@ -73,7 +106,7 @@ class ModelTemplate:
         """What follows the text of a user; "" where the template does not show it."""
         question = [{"role": "user", "content": "\ue0000\ue001"}]
         try:
-            text = self._tokenizer.apply_chat_template(question, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(question, add_generation_prompt=True, **self._variables)
         except UserError:  # the template needs more than a question; prompts that are cut then lose their end
             return ""
         return text.partition("\ue0000\ue001")[2].partition(_BEGIN_OF_THOUGHT)[0]
@@ -85,28 +118,33 @@ class ModelTemplate:
         pieces = _aligned(marked, full, [text for entry in entries for text in (entry.reasoning, entry.content)])
         turns = []
         done = 0
-        for begin, end in tagged if self._has_tags else self._answers(marked, entries):
-            turns.append(Turn((_replaced(marked[done:begin], pieces),), (_replaced(marked[begin:end], pieces),)))
+        for (begin, end), message in self._answers(marked, tagged, entries):
+            turn = Turn((_replaced(marked[done:begin], pieces),), (_replaced(marked[begin:end], pieces),))
+            turns.append(untrained(turn) if message.trained is False else turn)
             done = end
         rest = _replaced(marked[done:], pieces)
         return [*turns, Turn((rest,), ())] if rest else turns
 
     def last_answer(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
         """The same text with only the last answer trained."""
-        return trained_on_last(self.turns(messages, tools))
+        return self.turns(only_last_trained(messages), tools)
 
     def generation_prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[str, ...]:
         """The text before the answer to a user's last message."""
-        rendered = [_MarkedMessage(message, splits_thought=False).unmarked() for message in messages]
+        rendered = [_MarkedMessage(message, False, self._arguments).unmarked() for message in messages]
         return (self._render(rendered, tools, add_generation_prompt=True),)
 
-    def _answers(self, marked: str, entries: Sequence[_MarkedMessage]) -> list[tuple[int, int]]:
-        """Begin and end of each answer in the marked rendering."""
-        answers: list[tuple[int, int]] = []
+    def _answers(
+        self, marked: str, tagged: Sequence[tuple[int, int]], entries: Sequence[_MarkedMessage]
+    ) -> list[tuple[tuple[int, int], Message]]:
+        """Begin and end of each answer in the marked rendering, with the message that it is of."""
+        if self._has_tags:
+            return [(place, _author(marked[: place[1]], entries)) for place in tagged]
+        answers: list[tuple[tuple[int, int], Message]] = []
         for entry in entries:
             if entry.message.role == "assistant":
-                done = answers[-1][1] if answers else 0
-                answers.append(self._answer(marked, done, thinks=bool(entry.reasoning)))
+                done = answers[-1][0][1] if answers else 0
+                answers.append((self._answer(marked, done, thinks=bool(entry.reasoning)), entry.message))
         return answers
 
     def _answer(self, marked: str, begin: int, thinks: bool) -> tuple[int, int]:
@@ -128,13 +166,40 @@ class ModelTemplate:
     def _openings(self) -> tuple[str, str, str]:
         """What the template writes before any answer, before a new answer, and before a new one without thinking."""
         question = [{"role": "user", "content": "x"}]
-        without = self._tokenizer.apply_chat_template(question)
+        without = self._tokenizer.apply_chat_template(question, **self._variables)
         openings = [
-            self._tokenizer.apply_chat_template(question, add_generation_prompt=True, enable_thinking=mode)
+            self._tokenizer.apply_chat_template(
+                question, add_generation_prompt=True, **{**self._variables, "enable_thinking": mode}
+            )
             for mode in (True, False)
         ]
         opening, opening_without_thought = (text.removeprefix(without) for text in openings)
         return opening.partition(_BEGIN_OF_THOUGHT)[0], opening, opening_without_thought
+
+    def _arguments(self, call: ToolCall) -> Any:
+        """A call's arguments in the form that the data have, an object or a text, unless the template spoils it."""
+        keeps_texts, keeps_objects = self._forms_of_arguments
+        as_text = call.given_as_text if keeps_texts == keeps_objects else keeps_texts
+        return call.arguments if as_text else json.loads(call.arguments)
+
+    @cached_property
+    def _forms_of_arguments(self) -> tuple[bool, bool]:
+        """Whether the template writes arguments given as a text unchanged, and those given as an object as JSON.
+
+        Some templates quote a text once more. Others write an object as Python does, or cannot write it at all.
+        """
+        text, of_object = self._with_call(_CALL_TEXT), self._with_call(json.loads(_CALL_TEXT))
+        return text is not None and _CALL_TEXT in text, of_object is not None and "{'" not in of_object
+
+    def _with_call(self, arguments: Any) -> str | None:
+        """What the template writes for a call with these arguments; None where it cannot."""
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}]
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        try:
+            return self._render(messages, ())
+        except UserError:
+            return None
 
     def _render(
         self,
@@ -143,12 +208,11 @@ class ModelTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        mode = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return self._tokenizer.apply_chat_template(
             messages,
             add_generation_prompt,
             tools=[json.loads(tool) for tool in tools] or None,
-            **{**mode, **(variables or {})},
+            **{**self._variables, **(variables or {})},
         )
 
 
@@ -160,8 +224,9 @@ def _holds_thought(message: Message) -> bool:
 class _MarkedMessage:
     """A message whose texts can be replaced by marks. On request the thought is split from the content."""
 
-    def __init__(self, message: Message, splits_thought: bool) -> None:
+    def __init__(self, message: Message, splits_thought: bool, arguments: Callable[[ToolCall], Any]) -> None:
         self.message = message
+        self._arguments = arguments
         reasoning = message.reasoning or ""
         # Templates strip line ends from a thought. A thought of line ends only is no thought.
         self.reasoning, self.content = reasoning if reasoning.strip("\n") else "", message.content
@@ -188,15 +253,22 @@ class _MarkedMessage:
             fields["reasoning_content"] = reasoning
         if self.message.tool_calls:
             fields["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
+                {"type": "function", "function": {"name": call.name, "arguments": self._arguments(call)}}
                 for call in self.message.tool_calls
             ]
         return fields
 
 
-def _arguments(call: ToolCall) -> Any:
-    """The arguments as the data has them: an object or a text."""
-    return call.arguments if call.given_as_text else json.loads(call.arguments)
+def _author(marked: str, entries: Sequence[_MarkedMessage]) -> Message:
+    """The assistant's message at the end of a part of the marked rendering.
+
+    It is the last one with a text there, or the next one, which then has no text: only calls.
+    """
+    numbers = [int(number) // 2 for number in _MARK.findall(marked)]
+    last = next((number for number in reversed(numbers) if number < len(entries)), 0)
+    messages = [entry.message for entry in entries]
+    following = (message for message in messages[last:] if message.role == "assistant")
+    return next(following, messages[-1])
 
 
 def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:

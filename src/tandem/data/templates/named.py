@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from tandem.data.templates.messages import Message, Turn, grouped
+from tandem.data.templates.messages import Message, Turn, grouped, untrained
+from tandem.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class PromptTemplate:
         tool_call: the text of an assistant's call, with `{name}` and `{arguments}`.
         tools: follows the system prompt when there are tools; `{tools}` has a line for each.
         stop_word: the token that ends a message; the end-of-document token of fine-tuning data.
-        thought_words: what begins and what ends a thought.
+        thought_words: what begins and what ends a thought, with the line ends around it. Data may have other line ends.
         enable_thinking: an answer without a thought gets an empty one. True trains it. None and False put it into the
             prompt, untrained. False also removes the thoughts of all answers.
     """
@@ -52,7 +54,7 @@ class PromptTemplate:
         return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
     def turns(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[Turn]:
-        """The turns of a conversation, with every answer trained.
+        """The turns of a conversation, with every answer trained, unless its message says that it is not.
 
         Args:
             messages: an optional system message, then user (or tool results) and assistant in turn.
@@ -85,11 +87,25 @@ class PromptTemplate:
         prefix, prompts, answers = self._parts(messages, tools, "user")
         pieces = [*prefix, prompts[0]]
         for answer, prompt in zip(answers, prompts[1:]):
-            content = self._without_thought(answer.content) + self._calls(answer)
+            content = self._without_thought(self._canonical(answer.content)) + self._calls(answer)
             pieces += [_filled(self.assistant, content), prompt]
         return tuple(pieces)
 
+    def with_variables(self, variables: Mapping[str, Any]) -> PromptTemplate:
+        """See `Template`. The only variable is `enable_thinking`."""
+        mode = variables.get("enable_thinking", self.enable_thinking)
+        if variables.keys() - {"enable_thinking"} or not (mode is None or isinstance(mode, bool)):
+            raise UserError(
+                f"the record gives the template {dict(variables)}; prompt type {self.name} takes only enable_thinking, "
+                f"true or false. Choose --prompt-type chat_template, or leave them out"
+            )
+        return dataclasses.replace(self, enable_thinking=mode)
+
     def _turn(self, source: tuple[str, ...], message: Message) -> Turn:
+        turn = self._trained_turn(source, message)
+        return untrained(turn) if message.trained is False else turn
+
+    def _trained_turn(self, source: tuple[str, ...], message: Message) -> Turn:
         answer = self._answer(message)
         target = (_filled(self.assistant, answer),)
         if self._has_thought(answer):
@@ -123,9 +139,29 @@ class PromptTemplate:
 
     def _answer(self, message: Message) -> str:
         begin, end = self.thought_words
-        content = f"{begin}{message.reasoning}{end}{message.content}" if message.reasoning else message.content
+        thought = (message.reasoning or "").strip("\n")
+        content = self._canonical(message.content)
+        if thought:
+            content = f"{begin}{thought}{end}{message.content.lstrip(chr(10))}"
         content = self._without_thought(content) if self.enable_thinking is False else content
         return content + self._calls(message)
+
+    def _canonical(self, answer: str) -> str:
+        """An answer with the thought that it begins with as this template writes it.
+
+        The thought may have other line ends around it, or no beginning, which the prompt held. An answer that has a
+        thought in this template's words keeps its characters.
+        """
+        begin, end = self.thought_words
+        begin_word, end_word = begin.strip(), end.strip()
+        if end_word not in answer or (answer.startswith(begin) and end in answer):
+            return answer
+        thought, _, content = answer.partition(end_word)
+        before, begins, inner = thought.partition(begin_word)
+        if begins and before.strip():
+            return answer  # a thought in the middle of an answer stays there
+        thought = (inner if begins else before).strip("\n")
+        return f"{begin}{thought}{end}{content.lstrip(chr(10))}"
 
     def _calls(self, message: Message) -> str:
         """The text of an answer's calls; a new line separates it from the content."""
@@ -134,15 +170,15 @@ class PromptTemplate:
         calls = "\n".join(
             self.tool_call.format(name=call.name, arguments=call.arguments) for call in message.tool_calls
         )
-        return f"\n{calls}" if self._without_thought(message.content) else calls
+        return f"\n{calls}" if self._without_thought(self._canonical(message.content)) else calls
 
     def _has_thought(self, answer: str) -> bool:
         begin, end = self.thought_words
-        return begin in answer or end in answer
+        return begin in answer or end.strip() in answer
 
     def _without_thought(self, answer: str) -> str:
-        begin, end = map(re.escape, self.thought_words)
-        return re.sub(f"{begin}.*?{end}", "", answer, flags=re.DOTALL).lstrip("\n")
+        begin, end = (re.escape(word.strip()) for word in self.thought_words)
+        return re.sub(f"{begin}.*?{end}\n{{0,2}}", "", answer, flags=re.DOTALL).lstrip("\n")
 
 
 def _filled(text: str, content: str) -> str:

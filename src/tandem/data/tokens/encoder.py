@@ -64,7 +64,7 @@ class TokenizersEngine:
     def encode(self, texts: Texts, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         strings = [text.decode() if isinstance(text, bytes) else text for text in texts]
         ids = self._tokenizer.encode_batch(strings, self._add_special_tokens)
-        return _end_to_end([np.array(sequence, np.int32) for sequence in ids], end)
+        return end_to_end([np.array(sequence, np.int32) for sequence in ids], end)
 
 
 class Separator(NamedTuple):
@@ -93,7 +93,7 @@ class GigatokenEngine:
 
     def encode(self, texts: Texts, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         together = self._encode_together(texts, end, self._separator) if self._separator else None
-        return together or _end_to_end([self._ids(_utf8(text)) for text in texts], end)
+        return together or end_to_end([self._ids(_utf8(text)) for text in texts], end)
 
     def _encode_together(
         self, texts: Texts, end: int | None, separator: Separator
@@ -182,7 +182,7 @@ def _utf8(text: str | bytes) -> bytes:
     return text if isinstance(text, bytes) else text.encode()
 
 
-def _end_to_end(ids: Sequence[np.ndarray], end: int | None) -> tuple[np.ndarray, np.ndarray]:
+def end_to_end(ids: Sequence[np.ndarray], end: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The result of `Engine.encode`, made of the ids of each text, int32 [t]."""
     tail = np.array([] if end is None else [end], np.int32)
     lengths = np.array([len(sequence) + len(tail) for sequence in ids], np.int64)

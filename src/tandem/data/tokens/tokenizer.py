@@ -91,6 +91,17 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def encode_spelled(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """Ids of many texts, in which a special token is encoded as the letters that it is written with."""
+        encodings = self._spelling.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _spelling(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 

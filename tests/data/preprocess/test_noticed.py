@@ -1,0 +1,180 @@
+"""What changes the meaning of data is honoured, refused or named: by `tandem preprocess` and by a dry run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_toys import byte_tokenizer, options, write_jsonl
+from tandem.__main__ import main
+from tandem.data.batch import IGNORE
+from tandem.data.indexed import IndexedDataset
+from tandem.data.preprocess.run import PreprocessSummary, preprocess
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat(*texts: str, **last: Any) -> dict[str, Any]:
+    """A record of questions and answers in turn; `last` are more fields of the last answer."""
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
+    ]
+    messages[-1] |= last
+    return {"messages": messages}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return byte_tokenizer(tmp_path / "tokenizer", chat_template=CHATML)
+
+
+def made(tmp_path: Path, tokenizer: Path, *records: Any, **changes: Any) -> PreprocessSummary:
+    return preprocess(options(write_jsonl(tmp_path / "x.jsonl", *records), tmp_path / "x", tokenizer, **changes))
+
+
+def trained_texts(summary: PreprocessSummary, tokenizer: Path) -> list[str]:
+    ids, labels = (IndexedDataset(summary.prefixes[key]) for key in ("input_ids", "labels"))
+    reader = Tokenizer(tokenizer)
+    return [reader.decode(ids[i][labels[i] != IGNORE].tolist()) for i in range(len(ids))]
+
+
+def test_answers_of_weight_nought_are_not_trained(tmp_path: Path, tokenizer: Path) -> None:
+    records = [chat("1", "BAD", "2", "good"), chat("1", "ALL BAD", weight=0), chat("1", "fine", weight=1)]
+    records[0]["messages"][1]["weight"] = 0
+    records[0]["messages"][0]["train"] = True
+    for prompt_type in ("qwen3", "chat_template"):
+        summary = made(tmp_path, tokenizer, *records, prompt_type=prompt_type)
+        end = "<|im_end|>\n" if prompt_type == "qwen3" else "<|im_end|>"
+        assert trained_texts(summary, tokenizer) == [f"good{end}", f"fine{end}"]
+        assert summary.dropped == {"nothing left to train": 1}
+        assert (summary.noticed["untrained"], summary.noticed["asked"]) == (2, 1)
+        last = made(tmp_path, tokenizer, *records, prompt_type=prompt_type, train_turns="last")
+        assert trained_texts(last, tokenizer) == [f"good{end}", f"fine{end}"]
+
+
+def test_what_is_not_read_is_named(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"instruction": "I", "output": "O", "system": "S", "label": False, "images": ["a.png"], "note": ""}
+    source = write_jsonl(tmp_path / "x.jsonl", record, record)
+    words = ["--input", str(source), "--output-prefix", str(tmp_path / "x"), "--tokenizer-name-or-path", str(tokenizer)]
+    assert main(["preprocess", *words]) == 0
+    out = capsys.readouterr().out
+    assert "read with AlpacaStyleInstructionHandler, recognised by the first record" in out
+    assert "not read: system, label, images\n" in out
+    assert """--map-keys '{"system": "system"}' reads system""" in out
+    assert "label: rows with a false label are trained" in out
+    assert "1 conversations stand in the data more than once" in out
+    counts = json.loads((tmp_path / "x.json").read_text())["counts"]
+    assert counts["unread"] == {"system": 2, "label": 2, "images": 2}
+    assert main(["preprocess", *words, "--map-keys", '{"system": "system"}']) == 0
+    assert "not read: label, images\n" in capsys.readouterr().out
+
+
+def test_a_column_that_is_mapped_may_be_absent_but_not_everywhere(tmp_path: Path, tokenizer: Path) -> None:
+    records = [{"instruction": "I", "output": "O"}, {"instruction": "I", "output": "O", "system": "S"}]
+    summary = made(tmp_path, tokenizer, *records, map_keys={"system": "system"})
+    assert summary.kept == 2
+    assert summary.unread == {}
+    with pytest.raises(UserError, match=r"no row has the field 'sistem'.*did you mean 'system'"):
+        made(tmp_path, tokenizer, *records, map_keys={"system": "sistem"})
+    assert not (tmp_path / "x.unfinished").exists()
+
+
+def test_empty_and_repeated_answers_and_lost_thoughts_are_counted(tmp_path: Path, tokenizer: Path) -> None:
+    records = [chat("1", " "), chat("1", "A"), chat("1", "A"), chat("1", "A"), chat("2", "B", reasoning="because")]
+    summary = made(tmp_path, tokenizer, *records)
+    assert summary.noticed == {"empty": 1, "repeated": 2, "lost thoughts": 1}
+    assert "lost thoughts" not in made(tmp_path, tokenizer, *records, prompt_type="qwen3").noticed
+    without = made(tmp_path, tokenizer, *records, prompt_type="qwen3", enable_thinking="false")
+    assert without.noticed["lost thoughts"] == 1
+
+
+def test_neighbours_are_joined_and_counted(tmp_path: Path, tokenizer: Path) -> None:
+    record = chat("1", "A")
+    record["messages"].append({"role": "assistant", "content": "B"})
+    summary = made(tmp_path, tokenizer, record)
+    assert trained_texts(summary, tokenizer) == ["A\nB<|im_end|>"]
+    assert summary.noticed == {"joined": 1}
+
+
+def test_a_record_gives_its_template_variables(tmp_path: Path, tokenizer: Path) -> None:
+    records = [chat("1", "A"), {**chat("1", "A"), "chat_template_kwargs": {"enable_thinking": True}}]
+    summary = made(tmp_path, tokenizer, *records, prompt_type="qwen3")
+    assert trained_texts(summary, tokenizer) == ["A<|im_end|>\n", "<think>\n\n</think>\n\nA<|im_end|>\n"]
+    with pytest.raises(UserError, match=r"x\.jsonl:1: .*takes only enable_thinking"):
+        made(tmp_path, tokenizer, {**chat("1", "A"), "chat_template_kwargs": {"x": 1}}, prompt_type="qwen3")
+
+
+@pytest.mark.parametrize("prompt_type", ["qwen3", "chat_template"])
+def test_special_tokens_in_texts(tmp_path: Path, tokenizer: Path, prompt_type: str) -> None:
+    record = chat("say <|im_end|>", "<think>hm</think>it is <|im_end|><|im_start|>", "2", "B")
+    reader = Tokenizer(tokenizer)
+    ids = {}
+    for form in ("encode", "text"):
+        summary = made(tmp_path, tokenizer, record, prompt_type=prompt_type, special_tokens_in_text=form)
+        ids[form] = IndexedDataset(summary.prefixes["input_ids"])[0].tolist()
+        assert summary.noticed.get("special", 0) == (2 if form == "encode" else 0)
+    assert reader.decode(ids["text"]) == reader.decode(ids["encode"])
+    end = reader.require_id("<|im_end|>")
+    assert (ids["encode"].count(end), ids["text"].count(end)) == (6, 4)
+    spelled = reader.encode_spelled(["<|im_end|>"])[0]
+    assert len(spelled) == 10
+    assert len(ids["text"]) == len(ids["encode"]) + 2 * 9 + (len("<|im_start|>") - 1)
+
+
+def test_special_tokens_in_plain_text(tmp_path: Path, tokenizer: Path) -> None:
+    rows = [{"text": "a<|endoftext|>b"}, {"text": "c"}]
+    summary = made(tmp_path, tokenizer, *rows, append_eod=True)
+    assert (summary.noticed, summary.eod) == ({"special tokens": 1}, "<|im_end|>")
+    spelled = made(tmp_path, tokenizer, *rows, append_eod=True, special_tokens_in_text="text")
+    assert spelled.noticed == {}
+    first = IndexedDataset(spelled.prefixes["text"])[0].tolist()
+    reader = Tokenizer(tokenizer)
+    assert first == [*reader.encode("a"), *reader.encode_spelled(["<|endoftext|>"])[0], *reader.encode("b"), 258]
+    many = made(tmp_path, tokenizer, *rows, append_eod=True, special_tokens_in_text="text", workers=2)
+    assert IndexedDataset(many.prefixes["text"])[0].tolist() == first
+
+
+def test_the_token_that_ends_documents_can_be_chosen(tmp_path: Path, tokenizer: Path) -> None:
+    summary = made(tmp_path, tokenizer, {"text": "a"}, append_eod=True, eod_token="<|endoftext|>")
+    assert summary.eod == "<|endoftext|>"
+    assert IndexedDataset(summary.prefixes["text"])[0].tolist()[-1] == 256
+    source = write_jsonl(tmp_path / "talk.jsonl", chat("1", "A"))
+    chosen = options(source, tmp_path / "talk", tokenizer, append_eod=True, eod_token="<|endoftext|>")
+    talk = preprocess(chosen)
+    assert IndexedDataset(talk.prefixes["labels"])[0].tolist()[-1] == 256
+    with pytest.raises(UserError, match="--eod-token </s>: is not a token of"):
+        made(tmp_path, tokenizer, {"text": "a"}, append_eod=True, eod_token="</s>")
+
+
+def test_the_models_own_template_is_the_default(tmp_path: Path, tokenizer: Path) -> None:
+    assert made(tmp_path, tokenizer, chat("1", "A")).template == "chat_template"
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["template"]["prompt_type"] == "chat_template"
+    bare = byte_tokenizer(tmp_path / "bare")
+    with pytest.raises(UserError, match="OpenAIInstructionHandler needs --prompt-type"):
+        made(tmp_path, bare, chat("1", "A"))
+    with pytest.raises(UserError, match="--enable-thinking is for conversations"):
+        made(tmp_path, tokenizer, {"text": "x"}, enable_thinking="true")
+
+
+def test_the_counts_do_not_depend_on_blocks_and_workers(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [{**chat(str(n % 3), "A" * (n % 2), weight=n % 4 > 0), "id": n} for n in range(40)]
+    whole = made(tmp_path, tokenizer, *records)
+    assert whole.unread == {"id": 40}
+    assert whole.noticed["repeated"] == 34
+    monkeypatch.setattr("tandem.data.sources.readers._BLOCK_BYTES", 100)
+    parts = made(tmp_path, tokenizer, *records, workers=2)
+    assert (parts.noticed, parts.unread, parts.dropped) == (whole.noticed, whole.unread, whole.dropped)
+    labels = IndexedDataset(whole.prefixes["labels"])
+    assert sum(int(np.count_nonzero(sequence != IGNORE)) for sequence in labels) == whole.trained_tokens
