@@ -114,6 +114,17 @@ class DataSettings:
     """Field names of raw instruction data, as JSON, when they differ from the usual ones."""
     append_eod: bool = False
     """Add the end-of-document token to each document of raw files."""
+    eod_token: str | None = None
+    """With --append-eod: the token that ends documents of raw files; default: the tokenizer's eos_token, or the token
+    that ends a message."""
+    special_tokens_in_text: Literal["encode", "text"] = "encode"
+    """What a special token becomes that raw texts spell: itself (encode), or its letters (text)."""
+    train_turns: Literal["all", "last"] = "all"
+    """Which answers of raw conversations are trained."""
+    over_long: Literal["trim", "drop", "stop"] = "trim"
+    """What to do with raw conversations longer than --seq-length: cut them turn by turn, leave them out, or stop."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do with an unusable row of raw files: stop, or leave it out."""
     workers: int = 1
     """Number of processes that tokenise raw files."""
     valid_data_path: tuple[PathText, ...] = ()

@@ -199,6 +199,19 @@ def test_resets_that_would_cut_answers_from_their_prompts_are_refused_before_the
     assert not open_data(settings, tokenizer).notices
 
 
+def test_the_token_that_was_chosen_to_end_documents_is_their_border(workspace: Workspace, tmp_path: Path) -> None:
+    made = {"prompt_type": "qwen3", "append_eod": True, "eod_token": "<|endoftext|>", "pack": True, "seq_length": 128}
+    preprocess(PreprocessOptions((str(workspace.questions),), str(tmp_path / "x"), str(workspace.hf), **made))
+    values = {"reset_attention_mask": True, "seq_length": 128, "data_path": [str(tmp_path / "x")]}
+    inputs = open_data(workspace.settings("torch", instructions=True, **values), Tokenizer(workspace.hf))
+    assert any("ends with <|endoftext|>" in notice for notice in inputs.notices)
+    sample = inputs.train[0]
+    end = Tokenizer(workspace.hf).require_id("<|endoftext|>")
+    borders = np.cumsum(sample.lengths)[:-1]
+    assert len(borders) > 1
+    assert (sample.tokens[borders - 1] == end).all()
+
+
 def test_resets_find_the_borders_of_templates_whose_prompts_end_otherwise(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(workspace.hf, folder)

@@ -64,8 +64,69 @@ def test_raw_conversations_with_epochs_and_packing(workspace: Workspace, tmp_pat
     raw = settings_for(workspace, workspace.questions, tmp_path, prompt_type="qwen3", **values)
     ready = with_epochs(with_preprocessed(raw))
     assert open_data(ready, Tokenizer(workspace.hf)).template["prompt_type"] == "qwen3"  # type: ignore[index]
+    own = with_epochs(with_preprocessed(settings_for(workspace, workspace.questions, tmp_path, **values)))
+    assert open_data(own, Tokenizer(workspace.hf)).template["prompt_type"] == "chat_template"  # type: ignore[index]
+    bare = shutil.copytree(workspace.hf, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template*"))
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": None}))
     with pytest.raises(UserError, match="needs --prompt-type"):
-        with_preprocessed(settings_for(workspace, workspace.questions, tmp_path, **values))
+        with_preprocessed(
+            settings_for(workspace, workspace.questions, tmp_path, tokenizer_name_or_path=str(bare), **values)
+        )
+
+
+def talk(*texts: str, **more: object) -> str:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
+    return json.dumps({"messages": messages, **more}) + "\n"
+
+
+def test_raw_conversations_take_the_options_of_preprocessing(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "x.jsonl"
+    long = talk("1", "one " * 64)
+    raw.write_text(talk("1", "one", "2", "two") * 9 + long + "no JSON\n" + talk("1", "one", system="S"))
+    values = {"instructions": True, "prompt_type": "qwen3", "seq_length": 64, "on_bad": "skip"}
+    sizes = {}
+    for name, change in {
+        "all": {},
+        "last": {"train_turns": "last"},
+        "short": {"over_long": "drop"},
+        "end": {"append_eod": True, "eod_token": "<|endoftext|>"},
+    }.items():
+        (prefix,) = with_preprocessed(settings_for(workspace, raw, tmp_path, **values, **change)).data.data_path
+        record = json.loads(Path(f"{prefix}.json").read_text())
+        sizes[name] = (record["counts"]["kept"], record["counts"]["trained_tokens"])
+        assert record["counts"]["rejected"] == 1
+    assert "not read: system" in capsys.readouterr().out
+    assert sizes["last"][0] == sizes["all"][0] == sizes["short"][0] + 1 == 11
+    assert sizes["last"][1] < sizes["all"][1] < sizes["end"][1]
+    with pytest.raises(UserError, match=r"x\.jsonl:10: .* tokens, but seq_length allows 64"):
+        with_preprocessed(settings_for(workspace, raw, tmp_path, **values, over_long="stop"))
+    with pytest.raises(UserError, match=r"x\.jsonl:11: not valid JSON"):
+        with_preprocessed(settings_for(workspace, raw, tmp_path, **{**values, "on_bad": "stop"}))
+
+
+def test_a_dry_run_names_the_handler_and_what_it_does_not_read(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "x.jsonl"
+    raw.write_text(json.dumps({"instruction": "I", "output": "O", "history": [["a", "b"]], "images": ["x.png"]}) + "\n")
+    dry_run(settings_for(workspace, raw, tmp_path, instructions=True, prompt_type="qwen3", train_iters=1), 1)
+    out = capsys.readouterr().out
+    assert "read with AlpacaStyleInstructionHandler" in out
+    assert "not read: history, images" in out
+    assert """--map-keys '{"history": "history"}' reads history""" in out
+    assert "images: only texts are trained on" in out
+
+
+def test_flags_for_raw_files_are_named_where_the_data_are_ready(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(workspace, workspace.instructions, tmp_path, instructions=True, train_turns="last")
+    assert with_preprocessed(settings) == settings
+    assert "--train-turns: for raw files" in capsys.readouterr().out
 
 
 def test_what_is_raw(workspace: Workspace, tmp_path: Path) -> None:

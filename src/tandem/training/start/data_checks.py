@@ -74,7 +74,7 @@ def _require_borders_between_answers(
     """Raise UserError when --reset-attention-mask or --reset-position-ids would cut answers from their prompts."""
     resets = [name for name in ("reset_attention_mask", "reset_position_ids") if getattr(data, name)]
     made = record["options"]
-    if not (resets and made["pack"] and not made["neat_pack"]):
+    if not (resets and made["pack"] and not made["neat_pack"]) or names_end(prefix):
         return
     template = template_of(prefix, tokenizer)
     if template is not None and template.stop_word in template.answer_header:
@@ -95,6 +95,8 @@ def _notices_of_record(prefix: str, kind: Kind, record: dict[str, Any], data: Da
     made, counts = record["options"], record["counts"]
     notices = []
     resets = [name for name in _RESETS if getattr(data, name)]
+    if resets and made.get("eod_token"):
+        notices.append(f"{prefix}: each document ends with {made['eod_token']}, as --eod-token said")
     if resets and not kind.has_labels and not made["append_eod"]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in resets)
         notices.append(
@@ -128,6 +130,25 @@ def is_packed(prefix: str) -> bool | None:
     """Whether preprocessing packed these conversations; None without a record."""
     record = record_of(prefix)
     return bool(record["options"]["pack"]) if record else None
+
+
+def names_end(prefix: str) -> bool:
+    """Whether --eod-token named the token that ends the documents of these data."""
+    record = record_of(prefix)
+    return bool(record and record["options"].get("eod_token"))
+
+
+def end_of_documents(prefix: str, tokenizer: Tokenizer | None) -> int | None:
+    """The token that ends a document: the one of --eod-token, as the record has it, or the tokenizer's eos_token.
+
+    Raises:
+        UserError: the tokenizer does not have the token of the record.
+    """
+    record = record_of(prefix)
+    named = record["options"].get("eod_token") if record else None
+    if tokenizer is None or named is None:
+        return tokenizer.eos_id if tokenizer else None
+    return tokenizer.require_id(named)
 
 
 def check_files(prefix: str, kind: Kind) -> None:

@@ -12,7 +12,7 @@ from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.text import GPTDataset
 from tandem.data.kinds import CONVERSATIONS, TEXT, Kind
 from tandem.data.tokens.tokenizer import Tokenizer
-from tandem.training.start.data_checks import is_packed, template_of
+from tandem.training.start.data_checks import end_of_documents, is_packed, names_end, template_of
 
 
 def kind_to_train(data: DataSettings) -> Kind:
@@ -66,7 +66,7 @@ def _open_text(datasets: Datasets, prefix: str, name: str, samples: int | None, 
         samples,
         data.seq_length,
         seed,
-        eod_token=datasets.tokenizer.eos_id if datasets.tokenizer else None,
+        eod_token=end_of_documents(prefix, datasets.tokenizer),
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
@@ -96,14 +96,14 @@ def _open_conversations(datasets: Datasets, prefix: str, name: str, samples: int
 
 
 def _ends(prefix: str, tokenizer: Tokenizer | None) -> tuple[int | None, list[int]]:
-    """The token that ends a message, and the token ids at the start of an answer's header."""
-    eod = tokenizer.eos_id if tokenizer else None
+    """The token that ends a document, and the token ids at the start of an answer's header."""
+    eod = end_of_documents(prefix, tokenizer)
     template = template_of(prefix, tokenizer)
     if template is None or tokenizer is None:
         return eod, [] if eod is None else [eod]  # most templates have this token before an answer
     # The tokenizer's own end token may be another one, in folders of models that were only pretrained.
     stop = tokenizer.require_id(template.stop_word)
-    return stop, tokenizer.encode(template.answer_header) or [stop]
+    return (eod if names_end(prefix) else stop), tokenizer.encode(template.answer_header) or [stop]
 
 
 _OPENERS: dict[Kind, Callable[[Datasets, str, str, int | None, int], Dataset]] = {

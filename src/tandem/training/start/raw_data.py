@@ -9,11 +9,14 @@ from typing import Any
 from tandem.config.settings import DataSettings
 from tandem.data.kinds import CONVERSATIONS, TEXT, Kind
 from tandem.data.preprocess.cache import Wait, is_raw, preprocess_once, template_of_raw, wait_for
+from tandem.data.preprocess.noticed import told
 from tandem.data.preprocess.options import PreprocessOptions
-from tandem.data.preprocess.run import kind_of_input, try_first_rows
+from tandem.data.preprocess.run import kind_of_input, readers_of, try_first_rows
+from tandem.data.templates.messages import CHAT_TEMPLATE
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.options import parse_json_object
+from tandem.options import flag_of, parse_json_object
+from tandem.training.logs.log import log_notice
 from tandem.training.start.data_checks import check_files
 from tandem.training.start.data_paths import all_prefixes, split_name
 from tandem.training.start.datasets import kind_to_train
@@ -23,6 +26,11 @@ _OTHER_READINGS = {
     TEXT: "; to read them as conversations, give --handler-name or --map-keys",
     CONVERSATIONS: "; to read them as text, give --handler-name AlpacaPretrainHandler or SharegptPretrainHandler",
 }
+# Settings that only say how raw files are preprocessed.
+_FOR_RAW_FILES = (
+    *("handler_name", "json_keys", "map_keys", "append_eod", "eod_token", "special_tokens_in_text"),
+    *("train_turns", "over_long", "on_bad"),
+)
 
 
 def with_preprocessed(
@@ -39,6 +47,8 @@ def with_preprocessed(
     """
     options = raw_options(data, tokenizer)
     if not options:
+        if flags := [flag_of(name) for name in _FOR_RAW_FILES if getattr(data, name) != getattr(DataSettings, name)]:
+            log_notice(f"{' '.join(flags)}: for raw files; the data are preprocessed already, and stay as they are")
         return data
 
     def ready(path: str) -> str:
@@ -66,11 +76,14 @@ def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
     """
     lines = []
     for path, options in raw.items():
-        counts = try_first_rows(options)
+        chunk, source = try_first_rows(options)
+        counts = chunk.counts
         lines.append(
             f"{path} is raw and is preprocessed before training; of the first {counts['documents']:,} documents "
-            f"{counts['kept']:,} are kept, {counts['tokens']:,} tokens"
+            f"{counts['kept']:,} are kept, {counts['tokens']:,} tokens, read with {source.handler_name}"
         )
+        readers = readers_of(chunk.unread, [source])
+        lines += [f"{path}: {line}" for line in told(chunk.unread, readers, chunk.noticed)]
     return lines
 
 
@@ -99,11 +112,22 @@ def raw_options(data: DataSettings, tokenizer: Tokenizer | None) -> dict[str, Pr
         handler_name=data.handler_name,
         json_keys=data.json_keys,
         map_keys=parse_json_object("--map-keys", data.map_keys),
-        prompt_type=data.prompt_type,
         enable_thinking=data.enable_thinking or "none",
         append_eod=data.append_eod,
+        eod_token=data.eod_token,
+        special_tokens_in_text=data.special_tokens_in_text,
+        on_bad=data.on_bad,
         workers=data.workers,
     )
+    if kind_to_train(data) is CONVERSATIONS:
+        options = dataclasses.replace(
+            options,
+            prompt_type=data.prompt_type or (CHAT_TEMPLATE if tokenizer.chat_template else None),
+            train_turns=data.train_turns,
+            over_long=data.over_long,
+            # Training itself cuts what is too long; only to leave it out, or to stop, its length matters here.
+            seq_length=None if data.over_long == "trim" else data.seq_length + 1,
+        )
     by_path = {path: dataclasses.replace(options, input=(path,)) for path in raw}
     for path, path_options in by_path.items():
         _require_kind(path, kind_of_input(path_options), kind_to_train(data))
