@@ -35,9 +35,11 @@ docs: $(VENV)/.installed-docs
 clean:
 	rm -rf $(VENV) $(NUMPY2) build dist *.egg-info
 
+# What a failure leaves behind would be taken for an environment.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --upgrade pip
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "$(PYTHON) is `$(PYTHON) --version 2>&1`: expected Python 3.10 to 3.12, for example make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV) && $(RUN) pip install --quiet --upgrade pip || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) pip install --quiet -c constraints.txt -e '.[torch,mindspore]'

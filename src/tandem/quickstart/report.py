@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tandem.training.logs.log import StepRecord
-
 
 @dataclass
 class Stage:
-    """A stage: its name, its backend, the records of its steps, and the accuracy on held-out questions after it."""
+    """A stage: name, backend, steps as in metrics.jsonl, and the accuracy on held-out questions after it."""
 
     name: str
     backend: str
     accuracy: float
-    records: list[StepRecord] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        return sum(record.seconds for record in self.records)
+        return sum(step["seconds"] for step in self.steps)
 
 
 def print_table(stages: Sequence[Stage], questions: int, seconds: float) -> None:
@@ -46,8 +45,8 @@ def save_curve(stages: Sequence[Stage], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     start = 0
     for stage in stages:
-        steps = [start + number for number in range(1, len(stage.records) + 1)]
-        losses = [record.loss for record in stage.records]
+        steps = [start + number for number in range(1, len(stage.steps) + 1)]
+        losses = [step["loss"] for step in stage.steps]
         if steps:
             label = f"{stage.name} on {stage.backend}: {stage.accuracy:.0%} of answers right"
             axes.plot(steps, losses, label=label)
@@ -61,13 +60,13 @@ def save_curve(stages: Sequence[Stage], path: Path) -> None:
 
 
 def _numbers(stage: Stage) -> tuple[str, ...]:
-    if not stage.records:
+    if not stage.steps:
         return ("", "", "", "", "")
-    tokens = sum(record.tokens for record in stage.records)
+    tokens = sum(step["tokens"] for step in stage.steps)
     return (
-        str(len(stage.records)),
+        str(len(stage.steps)),
         f"{stage.seconds:.1f}",
-        f"{stage.records[0].loss:.3f}",
-        f"{stage.records[-1].loss:.3f}",
+        f"{stage.steps[0]['loss']:.3f}",
+        f"{stage.steps[-1]['loss']:.3f}",
         f"{tokens / stage.seconds:,.0f}",
     )
