@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -190,3 +191,20 @@ def test_a_report_names_and_leaves_out_what_is_damaged(
     assert "events.jsonl:4: this line is damaged" in err
     assert "steps_1_2.json: this summary is damaged" in err
     assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_a_rerun_finds_relative_paths_from_anywhere(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From another folder, and when the folder around the run was moved."""
+    project = tmp_path / "project"
+    shutil.copytree(workspace.root, project)
+    monkeypatch.chdir(project)
+    text = f"{workspace.text.name}_text_document"
+    train(short(workspace, Path("run"), load="hf", data_path=text, train_iters=2))
+    monkeypatch.chdir(tmp_path)
+    assert rerun(RerunOptions("project/run")).difference == 0.0
+    project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert rerun(RerunOptions("run")).difference == 0.0
+    assert f"{project}, where the run was started, is gone" in capsys.readouterr().out

@@ -122,6 +122,8 @@ def test_the_step_to_load_is_for_the_first_start(workspace: Workspace, tmp_path:
     assert len(run(workspace, "torch", **common, exit_interval=7)) == 1
     with pytest.raises(UserError, match=r"To go back to an earlier one, give --load .*b --ckpt-step 2"):
         run(workspace, "torch", **{**common, "ckpt_step": 2})
+    back = {**common, "load": str(tmp_path / "b"), "ckpt_step": 6}  # what the error says
+    assert len(run(workspace, "torch", **back, exit_interval=7)) == 1
     with pytest.raises(UserError, match="is a Hugging Face folder, which has no iteration 2"):
         run(workspace, "torch", ckpt_step=2)
 

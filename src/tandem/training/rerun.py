@@ -17,7 +17,7 @@ from tandem.files.places import same_place
 from tandem.launch.world import World
 from tandem.logs import log
 from tandem.options import Options, PathText, positional
-from tandem.training.logs.log import StepRecord
+from tandem.training.logs.log import StepRecord, log_notice
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.run import train
 from tandem.training.run_record import RUN_FILE, code_version, read_starts, versions
@@ -81,7 +81,10 @@ def rerun(options: RerunOptions) -> Comparison:
     def keep(record: StepRecord) -> None:
         repeated[record.iteration] = record.loss
 
-    os.chdir(start["directory"])  # paths in the settings are relative to it
+    if os.path.isdir(start["directory"]):
+        os.chdir(start["directory"])  # paths in the settings are relative to it
+    else:
+        log_notice(f"{start['directory']}, where the run was started, is gone: relative paths begin at {os.getcwd()}")
     check_data(start)
     train(settings_again(start, save, max(recorded), options.deterministic_mode), keep)
     return compare(recorded, repeated, options.tolerance) if repeated else Comparison(0, 0, 0.0)

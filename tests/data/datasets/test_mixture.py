@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -158,8 +160,14 @@ def test_a_run_in_samples_has_as_many_with_another_batch(workspace: Workspace, t
 def test_epochs_are_not_counted_in_steps_of_another_size(workspace: Workspace, tmp_path: Path) -> None:
     values = {"train_iters": None, "epochs": 1, "instructions": True, "save": str(tmp_path / "run")}
     train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=2))
-    with pytest.raises(UserError, match=r"steps .* took 4 samples so far, .* keep 4, or give --train-samples \d+"):
+    with pytest.raises(UserError, match=r"steps .* took 4 samples so far, .* keep 4, or give ") as caught:
         train(workspace.settings("torch", **values, global_batch_size=8))
+    (samples,) = re.findall(r"--train-samples (\d+)", str(caught.value))
+    instead = {**values, "epochs": None, "train_samples": int(samples)}
+    settings = workspace.settings("torch", **instead, global_batch_size=8, lr_warmup_iters=0, exit_interval=3)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    checkpoint = dataclasses.replace(settings.checkpoint, save=str(tmp_path / "other"))
+    assert train(dataclasses.replace(settings, checkpoint=checkpoint)).progress.iteration == 3
     assert train(workspace.settings("torch", **values, global_batch_size=4, exit_interval=3)).progress.iteration == 3
 
 

@@ -86,6 +86,14 @@ def test_another_input_starts_over(killed: PreprocessOptions, tmp_path: Path) ->
     assert preprocess(killed).documents == 1
 
 
+@pytest.mark.parametrize("content", [b"", b'{"identity": "'])
+def test_damaged_progress_starts_over(killed: PreprocessOptions, content: bytes) -> None:
+    (Path(f"{killed.output_prefix}.unfinished") / "progress.json").write_bytes(content)
+    over = preprocess(killed)
+    assert over.documents == len(RECORDS)
+    assert files(killed.output_prefix)
+
+
 def test_two_runs_do_not_write_the_same_output(killed: PreprocessOptions) -> None:
     with (Path(f"{killed.output_prefix}.unfinished") / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -17,9 +17,9 @@ from tandem.data.indexed import IndexedDataset
 from tandem.data.preprocess.cache import is_raw, preprocess_once
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
-from tandem.data.preprocess.spool import BusyError
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.files.lock import BusyError
 from tandem.launch.world import World
 from tandem.training.run import train
 from tandem.training.start import raw_data
@@ -295,5 +295,20 @@ def test_raw_data_that_changed_are_said_to_have(workspace: Workspace, tmp_path: 
     train(settings)
     with raw.open("a") as file:
         file.write("more\n")
-    with pytest.raises(UserError, match="since its raw data, or the flags for reading them, have changed"):
+    with pytest.raises(UserError, match="since its raw data, or the flags for reading them, have changed") as caught:
         train(settings)
+    assert caught.value.flags == ("--save", "--load")  # what the error says:
+    checkpoint = dataclasses.replace(settings.checkpoint, load=settings.checkpoint.save)
+    training = dataclasses.replace(settings.training, train_iters=2)
+    assert train(dataclasses.replace(settings, checkpoint=checkpoint, training=training)).progress.iteration == 2
+
+
+def test_preprocessed_data_with_the_name_of_a_raw_folder_are_said(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{workspace.text}_text_document"
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{name}.{suffix}", tmp_path / f"text.{suffix}")
+    (tmp_path / "text").mkdir()
+    train(workspace.settings("torch", data_path=str(tmp_path / "text"), train_iters=1, lr_warmup_iters=0))
+    assert f"{tmp_path}/text: preprocessed data, not the folder of the same name" in capsys.readouterr().out

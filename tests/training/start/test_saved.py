@@ -13,6 +13,7 @@ from runs import run
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.folders import RELEASE, TRACKER, iteration_folder
 from tandem.checkpoints.native.format import INDEX
+from tandem.checkpoints.prompt import PROMPT_FILE, prompt_entry
 from tandem.conversion.convert import convert
 from tandem.conversion.options import ConvertOptions
 from tandem.errors import UserError
@@ -113,6 +114,16 @@ def test_damage_is_named_and_the_newest_whole_iteration_taken(
     out = capsys.readouterr().out
     assert named in out
     assert "; taking the" in out
+
+
+def test_a_damaged_template_is_an_error_that_names_the_file(workspace: Workspace, tmp_path: Path) -> None:
+    run(workspace, "torch", instructions=True, save=str(tmp_path), save_interval=1, train_iters=2, lr_warmup_iters=0)
+    for content in ('{"name": "qwe', "[]"):
+        (iteration_folder(tmp_path, 2) / PROMPT_FILE).write_text(content)
+        with pytest.raises(UserError, match=rf"iter_0000002/{PROMPT_FILE}: damaged") as caught:
+            prompt_entry(open_source(tmp_path))
+        assert caught.value.flags == ("--ckpt-step",)
+    assert prompt_entry(open_source(tmp_path, 1)) is not None  # what the error says
 
 
 def test_a_state_that_is_gone_everywhere_ends_the_start(workspace: Workspace, saved: Path) -> None:
@@ -283,7 +294,8 @@ def test_a_run_with_nothing_left_says_so_and_what_differs(
     assert "nothing is left to train: the weights are from iteration 6 of 6" in out
     assert "replaces --seed 6" in out
     assert ["lr", "0.003", "0.0001"] in [line.split()[1:] for line in out.splitlines()]
-    assert len(run(workspace, "torch", **{**common, "train_iters": 7})) == 1  # what it says goes on
+    assert len(run(workspace, "torch", **{**common, "train_iters": 7})) == 1  # what it says
+    assert len(run(workspace, "torch", **{**common, "save": f"{saved}-new"})) == 6
 
 
 def test_a_learning_rate_that_jumps_is_said(

@@ -21,6 +21,7 @@ from tandem.data.indexed import IndexedDataset, publish, write_index
 from tandem.data.preprocess.chunks import COUNTERS, Reject, TokenizedChunk
 from tandem.errors import UserError
 from tandem.files.lock import BusyError, read_holder, write_holder
+from tandem.logs import log
 
 _SECONDS_BETWEEN_SAVES = 0.5  # or longer, if the last save is not finished
 _REJECTS, _HASHES = "rejects.jsonl", "hashes"
@@ -181,7 +182,11 @@ class Spool:
         path = self.folder / "progress.json"
         if not path.is_file():
             return fresh
-        progress = orjson.loads(path.read_bytes())
+        try:
+            progress = orjson.loads(path.read_bytes())
+        except orjson.JSONDecodeError:
+            log.info("> %s is damaged: preprocessing begins again", path)
+            return fresh
         if progress["identity"] != self._identity:
             return fresh
         for name, size in progress["sizes"].items():

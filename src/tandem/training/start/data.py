@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,6 +80,7 @@ def open_data(
     valid, split_notices = _validation_sets(data.data_path, training, datasets, valid_prefixes)
     notices = [
         *(notice for notices, _ in checks.values() for notice in notices),
+        *_notices_of_names(checks),
         *_notices_of_flags(data, kind),
         *(notice for prefix in parse_blend(data.data_path)[0] for notice in _notices_of_split(prefix, kind, data)),
         *split_notices,
@@ -136,6 +138,15 @@ def _notices_of_split(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
     return [
         f"{prefix}: --split {data.split} trains {trained:,} of {total:,} sequences and holds out "
         f"{' and '.join(held_out)}; --split 100,0,0 trains all"
+    ]
+
+
+def _notices_of_names(prefixes: Iterable[str]) -> list[str]:
+    """Notices about prefixes that raw files share: the preprocessed data are taken."""
+    return [
+        f"{prefix}: preprocessed data, not the {'folder' if os.path.isdir(prefix) else 'file'} of the same name"
+        for prefix in prefixes
+        if os.path.exists(prefix)
     ]
 
 
