@@ -173,6 +173,13 @@ def locked(folder: str | Path, what: str) -> Iterator[None]:
                 path.rmdir()
 
 
+def check_unlocked(folder: str | Path, what: str) -> None:
+    """Raise BusyError when a process has locked the folder. Nothing is made; what a killed process left is removed."""
+    path = Path(folder) / LOCK
+    if path.exists():
+        Lock(path, what).release()
+
+
 @contextmanager
 def publishing(final: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """`with publishing(folder) as work:` commits when the block ends, aborts when it raises.

@@ -13,10 +13,12 @@ from runs import assert_same_weights, run
 from tandem.config.settings import CheckpointSettings
 from tandem.errors import UserError
 from tandem.files import lock
+from tandem.files.lock import BusyError
 from tandem.files.publish import LOCK
 from tandem.launch.world import World
 from tandem.training.logs.log import StepRecord
 from tandem.training.start import folder as folders
+from tandem.training.start.dry_run import dry_run
 from tandem.training.start.folder import lock_folder, lock_other_folders, settle_storage
 from workspace import Workspace
 
@@ -120,12 +122,15 @@ def test_two_runs_in_one_folder(workspace: Workspace, tmp_path: Path) -> None:
             with pytest.raises(UserError, match="is in use by process") as caught:
                 run(workspace, "torch", save=f"{tmp_path}/b/", **values)
             refused.extend(caught.value.flags)
+            with pytest.raises(BusyError):
+                dry_run(workspace.settings("torch", save=f"{tmp_path}/b", **values), 1)
 
     run(workspace, "torch", save=str(tmp_path / "a"), **values)
     run(workspace, "torch", start_another, save=str(tmp_path / "b"), **values)
     assert refused == ["--save"]
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "b" / LOCK).exists()
+    dry_run(workspace.settings("torch", save=f"{tmp_path}/b", **values), 1)
 
 
 def test_a_start_that_is_refused_leaves_nothing(workspace: Workspace, tmp_path: Path) -> None:

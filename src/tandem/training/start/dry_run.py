@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from tandem.config.settings import Settings, TrainingSettings
+from tandem.files.lock import check_unlocked
 from tandem.launch.world import World
 from tandem.logs import log
 from tandem.models.config import ModelConfig
@@ -31,6 +32,8 @@ def dry_run(settings: Settings, processes: int) -> None:
     Raises:
         UserError: there is an error in the settings, weights or data, or too little disk space.
     """
+    if save := settings.checkpoint.save:
+        check_unlocked(save, f"--save {save}")
     start = check_model_and_processes(settings, World(size=processes))
     grid, config = start.grid, start.source.config
     held = [parameters_held(config, grid, rank) for rank in range(grid.size)]
