@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.hf.companions import companion_json, end_ids_of
 from tandem.checkpoints.hf.record import recorded
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
@@ -31,6 +33,7 @@ from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.chat_template import render_chat_template
 from tandem.data.tokens.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer
 from tandem.errors import UserError
+from tandem.models.end_tokens import GENERATION_CONFIG
 from tandem.models.tensors import EMBEDDING
 
 # Put before a chat template: the value of `enable_thinking` when the caller gives none.
@@ -72,7 +75,8 @@ def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions
     tokenizer = Tokenizer(folder)
     template = template_from_entry(entry, tokenizer)
     assert template is not None, "an entry names its template"
-    companions = ending_turns(companions, tokenizer.require_id(template.stop_word), template.stop_word)
+    end = tokenizer.require_id(template.stop_word)
+    companions = ending_turns(companions, end, template.stop_word, tokenizer.end_ids)
     chat_template = asking_as(template, tokenizer)
     if chat_template is None:
         return companions, [
@@ -101,19 +105,17 @@ def asking_as(template: Template, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def ending_turns(companions: Companions, end: int, stop_word: str) -> Companions:
+def ending_turns(companions: Companions, end: int, stop_word: str, former: Sequence[int] = ()) -> Companions:
     """Make the template's end token the model's, so that `generate()` stops after a turn.
 
-    The former end token stays as a second one.
+    The end tokens that the model had before, of which `former` are the tokenizer's, stay as further ones.
     """
     assert companions.hf_config is not None
-    generation = _json(companions, "generation_config.json")
-    former = generation.get("eos_token_id", companions.hf_config.get("eos_token_id"))
-    former_ends = former if isinstance(former, list) else [former]
-    ends = [end, *(token for token in former_ends if token not in (None, end))]
-    changed = {"generation_config.json": {**generation, "eos_token_id": ends if len(ends) > 1 else end}}
+    generation = companion_json(companions, GENERATION_CONFIG)
+    ends = list(dict.fromkeys((end, *end_ids_of(companions), *former)))
+    changed = {GENERATION_CONFIG: {**generation, "eos_token_id": ends if len(ends) > 1 else end}}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # older tokenizers follow the second
-        if content := _json(companions, name):
+        if content := companion_json(companions, name):
             changed[name] = {**content, "eos_token": stop_word}
     return dataclasses.replace(
         companions,
@@ -127,7 +129,7 @@ def _with_chat_template(companions: Companions, chat_template: str) -> Companion
     if any(path.name == CHAT_TEMPLATE_FILE for path in companions.files):
         changed = {CHAT_TEMPLATE_FILE: chat_template}
     else:
-        config = _json(companions, "tokenizer_config.json")
+        config = companion_json(companions, "tokenizer_config.json")
         if isinstance(config["chat_template"], list):
             named = [entry for entry in config["chat_template"] if entry["name"] != "default"]
             config["chat_template"] = [{"name": "default", "template": chat_template}, *named]
@@ -135,12 +137,6 @@ def _with_chat_template(companions: Companions, chat_template: str) -> Companion
             config["chat_template"] = chat_template
         changed = {"tokenizer_config.json": _text(config)}
     return dataclasses.replace(companions, texts={**companions.texts, **changed})
-
-
-def _json(companions: Companions, name: str) -> dict[str, Any]:
-    """The content of a companion file, with the changes made so far; empty when there is no such file."""
-    text = companions.text_of(name)
-    return {} if text is None else dict(json.loads(text))
 
 
 def _text(value: dict[str, Any]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+from tandem.checkpoints.hf.companions import companion_json, end_ids_of
 from tandem.checkpoints.interface import Companions
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -38,21 +37,12 @@ def what_lacks(companions: Companions, config: ModelConfig) -> list[str]:
 def _missing(companions: Companions) -> list[str]:
     """In words, what the companions do not have."""
     names = {path.name for path in companions.files} | set(companions.texts)
-    tokenizer = _json(companions, "tokenizer_config.json")
-    ends = [
-        (companions.hf_config or {}).get("eos_token_id"),
-        _json(companions, "generation_config.json").get("eos_token_id"),
-        tokenizer.get("eos_token"),
-    ]
+    tokenizer = companion_json(companions, "tokenizer_config.json")
+    ends = end_ids_of(companions) or tokenizer.get("eos_token")
     older = sorted(names & OLDER_TOKENIZERS)
     in_words = {
         f"tokenizer.json (only {', '.join(older)})" if older else "tokenizer": "tokenizer.json" in names,
-        "end token (eos_token_id)": any(end is not None and end != [] for end in ends),
+        "end token (eos_token_id)": bool(ends),
         "chat template": bool(names & {"chat_template.jinja", "chat_template.json"} or tokenizer.get("chat_template")),
     }
     return [words for words, is_there in in_words.items() if not is_there]
-
-
-def _json(companions: Companions, name: str) -> dict[str, object]:
-    text = companions.text_of(name)
-    return {} if text is None else dict(json.loads(text))

@@ -9,6 +9,7 @@ from typing import Any
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.hf.companions import end_ids_of
 from tandem.checkpoints.prompt import prompt_entry
 from tandem.data.templates.catalog import template_from_entry
 from tandem.data.templates.messages import Message, Template
@@ -28,11 +29,13 @@ class Model:
     Attributes:
         template: the chat template that the model was fine-tuned with. With None, the tokenizer's own chat template is
             used. Without either, the prompt is continued as plain text.
+        end_ids: end tokens that the model's own files name.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     template: Template | None
+    end_ids: tuple[int, ...] = ()
 
     def answer(
         self, questions: Sequence[str], sampling: Sampling, on_text: Callable[[str], None] | None = None
@@ -70,14 +73,14 @@ class Model:
         if self.tokenizer.chat_template is not None:
             message = {"role": "user", "content": question}
             return self.tokenizer.encode(self.tokenizer.apply_chat_template([message], add_generation_prompt=True))
-        return self.tokenizer.encode(question)
+        return self.tokenizer.encode_prompt(question)
 
     def stop_ids(self) -> set[int]:
-        """Token ids that end an answer."""
-        ids = {self.tokenizer.eos_id, self.tokenizer.pad_id}
+        """Token ids that end an answer: all that the files of model and tokenizer name, and the template's."""
+        ids = {*self.end_ids, *self.tokenizer.end_ids}
         if self.template is not None:
             ids.add(self.tokenizer.require_id(self.template.stop_word))
-        return {token for token in ids if token is not None}
+        return ids
 
 
 def open_model(options: LoadOptions) -> Model:
@@ -98,7 +101,8 @@ def open_model(options: LoadOptions) -> Model:
     engine.load_weights(source)
     if options.raw:
         tokenizer.chat_template = None
-    return Model(engine, tokenizer, None if options.raw else template_from_entry(prompt_entry(source), tokenizer))
+    template = None if options.raw else template_from_entry(prompt_entry(source), tokenizer)
+    return Model(engine, tokenizer, template, end_ids_of(source.companions))
 
 
 class _Streamer:

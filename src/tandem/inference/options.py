@@ -20,7 +20,7 @@ class LoadOptions(Options):
     tokenizer_name_or_path: PathText | None = None
     """Folder of the tokenizer; default: the one in the model's folder."""
     raw: bool = False
-    """Continue the prompt as plain text, without a chat template."""
+    """Continue the prompt as plain text, without a chat template. It begins as the tokenizer begins texts."""
     ckpt_step: int | None = None
     """Iteration to load; default: the newest."""
     device: str | None = None

@@ -223,6 +223,26 @@ def test_templates_that_treat_thoughts_in_other_ways(
     assert template.answer_header == "<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_an_answer_ends_with_the_end_token_that_the_template_writes(tmp_path: Path) -> None:
+    """The tokenizer of a model that was only pretrained names the end of documents."""
+    folder = byte_tokenizer(tmp_path / "tokenizer", chat_template=CHATML, eos_token="<|endoftext|>")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
+    template = get_template("chat_template", tokenizer=Tokenizer(folder))
+    assert template.stop_word == "<|im_end|>"
+    messages = [Message("user", "1"), Message("assistant", "A"), Message("user", "2"), Message("assistant", "B")]
+    assert trained(template, *messages) == ["A<|im_end|>", "B<|im_end|>"]
+
+
+def test_an_answer_without_an_end_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Otherwise the user's next message would be trained with it."""
+    source = CHATML + "{% if messages[-1].role == 'assistant' %}<|endoftext|>{% endif %}"
+    folder = byte_tokenizer(tmp_path / "tokenizer", chat_template=source, eos_token="<|endoftext|>")
+    template = get_template("chat_template", tokenizer=Tokenizer(folder))
+    messages = [Message("user", "1"), Message("assistant", "A"), Message("user", "2"), Message("assistant", "B")]
+    with pytest.raises(UserError, match=r"<\|endoftext\|>.*eos_token_id"):
+        template.turns(messages)
+
+
 def test_a_template_that_begins_no_answer_is_refused(tmp_path: Path) -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 
+from data_toys import byte_tokenizer
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 
@@ -53,6 +54,19 @@ def test_special_tokens_and_length(qwen3: Tokenizer, reference: Any) -> None:
     assert len(qwen3) == len(reference) == 151_669
     assert (qwen3.eos_id, qwen3.pad_id, qwen3.bos_id) == (151_645, 151_643, None)
     assert qwen3.token_to_id("<think>") == reference.convert_tokens_to_ids("<think>")
+
+
+def test_every_file_that_names_end_tokens_is_heard(qwen3: Tokenizer, tmp_path: Path) -> None:
+    """The tokenizer's own comes first: it ends documents."""
+    assert qwen3.end_ids == (151_645, 151_643)
+    folder = byte_tokenizer(tmp_path, eos_token=None)
+    assert (Tokenizer(folder).end_ids, Tokenizer(folder).eos_id) == ((), None)
+    (folder / "config.json").write_text('{"eos_token_id": 256}')
+    assert (Tokenizer(folder).end_ids, Tokenizer(folder).eos_id) == ((256,), 256)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
+    assert (Tokenizer(folder).end_ids, Tokenizer(folder).eos_id) == ((258, 256), 258)
+    byte_tokenizer(tmp_path, eos_token="<|endoftext|>")
+    assert (Tokenizer(folder).end_ids, Tokenizer(folder).eos_id) == ((256, 258), 256)
 
 
 @pytest.mark.parametrize("chat", CHATS)

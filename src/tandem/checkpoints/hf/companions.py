@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tandem.checkpoints.folders import COMPANIONS, TRACKER
 from tandem.checkpoints.hf.record import RECORD
@@ -14,6 +15,7 @@ from tandem.checkpoints.recognise import unusable
 from tandem.errors import UserError
 from tandem.files.real import check_real
 from tandem.models.config import ModelConfig
+from tandem.models.end_tokens import GENERATION_CONFIG, end_ids
 from tandem.models.hf_config import hf_dtype, load_hf_config, to_hf
 
 CONFIG = "config.json"
@@ -22,7 +24,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
-MODEL_FILES = ("generation_config.json", RECORD)
+MODEL_FILES = (GENERATION_CONFIG, RECORD)
 SUSPECTED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")  # files of these names may be meant to belong to a model
 SMALL = 1_000_000  # bytes of JSON that are parsed at once
 
@@ -72,6 +74,23 @@ def companions_in(iteration: Path) -> Companions:
 def original_dtype(companions: Companions, written: str) -> str:
     """The dtype of the model that the companions come from; `written` when its config does not say."""
     return hf_dtype(companions.hf_config or {}) or written
+
+
+def end_ids_of(companions: Companions) -> tuple[int, ...]:
+    """The end tokens that the companions name, without the tokenizer's own, each once.
+
+    Raises:
+        UserError: a file is malformed.
+    """
+    generation = companion_json(companions, GENERATION_CONFIG)
+    ids = (*end_ids(generation, GENERATION_CONFIG), *end_ids(companions.hf_config or {}, "config.json"))
+    return tuple(dict.fromkeys(ids))
+
+
+def companion_json(companions: Companions, name: str) -> dict[str, Any]:
+    """The content of a companion file, with the changes made so far; empty when there is no such file."""
+    text = companions.text_of(name)
+    return {} if text is None else dict(json.loads(text))
 
 
 def write_companions(folder: Path, companions: Companions, config: ModelConfig, dtype: str) -> None:

@@ -50,8 +50,8 @@ def _text_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: 
     assert isinstance(handler, GeneralPretrainHandler)
     require(
         not options.append_eod or options.eod_token is not None or tokenizer.eos_id is not None,
-        f"--append-eod: {tokenizer.folder} names no end-of-sequence token; set eos_token in tokenizer_config.json, or "
-        f"give --eod-token",
+        f"--append-eod: {tokenizer.folder} names no end token: neither eos_token in tokenizer_config.json, nor "
+        f"eos_token_id in generation_config.json or config.json; give --eod-token",
     )
     job = PretrainTokenizer(
         TokenizersEngine(tokenizer, PretrainTokenizer.adds_special_tokens),

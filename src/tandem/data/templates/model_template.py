@@ -42,7 +42,7 @@ class ModelTemplate:
     template inserts is not trained.
 
     Attributes:
-        stop_word: the tokenizer's end-of-sequence token, which ends an answer.
+        stop_word: the end token that the template writes after an answer, of those that the model's files name.
     """
 
     name = CHAT_TEMPLATE
@@ -56,11 +56,12 @@ class ModelTemplate:
         if tokenizer.chat_template is None or tokenizer.eos_id is None:
             raise UserError(
                 f"{tokenizer.folder}: prompt_type {self.name} needs the model's chat template (chat_template.jinja or "
-                f"in tokenizer_config.json) and its eos_token; choose a named prompt_type"
+                f"in tokenizer_config.json) and its end token (eos_token in tokenizer_config.json, or eos_token_id in "
+                f"generation_config.json or config.json); choose a named prompt_type"
             )
         self.enable_thinking = enable_thinking
         self.sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-        self.stop_word = tokenizer.decode([tokenizer.eos_id])
+        self.stop_word = _stop_word(tokenizer)
         self._has_tags = _GENERATION_TAG.search(tokenizer.chat_template) is not None
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
@@ -141,10 +142,16 @@ class ModelTemplate:
         if self._has_tags:
             return [(place, _author(marked[: place[1]], entries)) for place in tagged]
         answers: list[tuple[tuple[int, int], Message]] = []
-        for entry in entries:
+        for number, entry in enumerate(entries):
             if entry.message.role == "assistant":
                 done = answers[-1][0][1] if answers else 0
-                answers.append((self._answer(marked, done, thinks=bool(entry.reasoning)), entry.message))
+                start, end = self._answer(marked, done, thinks=bool(entry.reasoning))
+                if any(int(mark) // 2 > number for mark in _MARK.findall(marked[start:end])):
+                    raise UserError(
+                        f"an answer ends with {self.stop_word!r} only after the next message, so its end is not clear; "
+                        f"choose a named prompt_type, or name the token that ends a message as an eos_token_id"
+                    )
+                answers.append(((start, end), entry.message))
         return answers
 
     def _answer(self, marked: str, begin: int, thinks: bool) -> tuple[int, int]:
@@ -214,6 +221,19 @@ class ModelTemplate:
             tools=[json.loads(tool) for tool in tools] or None,
             **{**self._variables, **(variables or {})},
         )
+
+
+def _stop_word(tokenizer: Tokenizer) -> str:
+    """The first end token that the template writes after an answer; the tokenizer's where none is seen."""
+    words = [tokenizer.decode([token]) for token in tokenizer.end_ids]
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "\ue0000\ue001"}, {"role": "assistant", "content": "\ue0001\ue001"}]
+        )
+    except UserError:  # the template needs more than a question and an answer
+        return words[0]
+    after = text.partition("\ue0001\ue001")[2]
+    return min((word for word in words if word and word in after), key=after.index, default=words[0])
 
 
 def _holds_thought(message: Message) -> bool:

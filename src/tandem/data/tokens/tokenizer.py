@@ -15,6 +15,7 @@ from tandem.data.tokens.chat_template import render_chat_template
 from tandem.errors import UserError
 from tandem.files.real import check_real
 from tandem.files.text import read_json, read_text
+from tandem.models.end_tokens import end_ids_in
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -25,7 +26,9 @@ class Tokenizer:
     The ids are the same as those of `transformers.AutoTokenizer` with this folder.
 
     Attributes:
-        eos_id, pad_id, bos_id: ids of the special tokens; None when the folder does not name them.
+        end_ids: ids of all tokens that end a text, by the rule of `tandem.models.end_tokens`.
+        eos_id: the first of them, which ends documents; None without one.
+        pad_id, bos_id: ids of other special tokens; None when the folder does not name them.
         sha256: hash of `tokenizer.json`; data and checkpoints record it.
         chat_template: Jinja source, or None.
 
@@ -52,7 +55,9 @@ class Tokenizer:
         self._tokenizer.no_padding()
         config = _read_config(self.folder)
         self._add_missing_tokens(config.get("added_tokens_decoder") or {})
-        self.eos_id = self._special_id(config, "eos_token")
+        own_end = self._special_id(config, "eos_token")
+        self.end_ids = tuple(dict.fromkeys((*(() if own_end is None else (own_end,)), *end_ids_in(self.folder))))
+        self.eos_id = next(iter(self.end_ids), None)
         self.pad_id = self._special_id(config, "pad_token")
         self.bos_id = self._special_id(config, "bos_token")
         self.chat_template = _read_chat_template(self.folder, config)
@@ -101,6 +106,17 @@ class Tokenizer:
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = True
         return copy
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model continues: with the special tokens that the tokenizer puts before a text.
+
+        That is how texts begin in pretraining. An end token that it puts after a text would end the prompt, and is
+        left out.
+        """
+        ids, plain = self.encode(text, add_special_tokens=True), self.encode(text)
+        added = range(len(ids) - len(plain) + 1)  # how many may stand before the text
+        before = next((number for number in added if plain and ids[number : number + len(plain)] == plain), None)
+        return ids if before is None else ids[: before + len(plain)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
