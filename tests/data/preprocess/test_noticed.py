@@ -71,11 +71,23 @@ def test_what_is_not_read_is_named(tmp_path: Path, tokenizer: Path, capsys: pyte
     assert "not read: system, label, images\n" in out
     assert """--map-keys '{"system": "system"}' reads system""" in out
     assert "label: rows with a false label are trained" in out
-    assert "1 conversations stand in the data more than once" in out
+    assert "conversations that occur again, and are trained again: 1\n" in out
     counts = json.loads((tmp_path / "x.json").read_text())["counts"]
     assert counts["unread"] == {"system": 2, "label": 2, "images": 2}
-    assert main(["preprocess", *words, "--map-keys", '{"system": "system"}']) == 0
+    assert main(["preprocess", *words, "--map-keys", '{"system": "system"}']) == 0  # as the summary says
     assert "not read: label, images\n" in capsys.readouterr().out
+
+
+def test_columns_of_dataset_info_are_advised_where_they_stand(tmp_path: Path, tokenizer: Path) -> None:
+    record = {"instruction": "I", "output": "O", "system": "S", "history": [["a", "b"]]}
+    source = write_jsonl(tmp_path / "x.jsonl", record)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "x.jsonl"}}))
+    listed = {"handler_name": "LlamaFactoryInstructionHandler", "dataset_dir": str(tmp_path)}
+    summary = preprocess(options(Path("mine"), tmp_path / "x", tokenizer, **listed))
+    assert summary.handlers == ("AlpacaStyleInstructionHandler",)
+    assert summary.readers["system"] == '"columns": {"system": "system"} in dataset_info.json'
+    named = preprocess(options(source, tmp_path / "x", tokenizer, map_keys={"history": "history"}))
+    assert named.readers == {"system": """--map-keys '{"history": "history", "system": "system"}'"""}
 
 
 def test_a_column_that_is_mapped_may_be_absent_but_not_everywhere(tmp_path: Path, tokenizer: Path) -> None:

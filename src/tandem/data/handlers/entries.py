@@ -12,6 +12,7 @@ from tandem.errors import UserError
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of a thought that has a field of its own
 WEIGHTS = ("weight", "loss", "loss_weight", "train", "trainable", "training")  # say whether an answer is trained
+_THOUGHTS, _WEIGHTS = frozenset(THOUGHTS), frozenset(WEIGHTS)
 _PARTS_OF_TEXT = ("text", "input_text", "output_text")
 _KEYS_OF_CALL = {"name", "arguments", "id", "type", "index"}
 
@@ -72,6 +73,8 @@ def thought_of(entry: Mapping[str, Any], place: str) -> str | None:
     Raises:
         UserError: it is no text, or two fields hold different thoughts.
     """
+    if _THOUGHTS.isdisjoint(entry):  # the usual case, made fast
+        return None
     found: dict[str, str] = {}
     for name in THOUGHTS:
         value = entry.get(name)
@@ -94,6 +97,8 @@ def is_trained(entry: Mapping[str, Any], place: str) -> bool | None:
     Raises:
         UserError: a field is neither 0 or false nor 1 or true, or two fields differ.
     """
+    if _WEIGHTS.isdisjoint(entry):  # the usual case, made fast
+        return None
     said: dict[str, bool] = {}
     for name in WEIGHTS:
         value = entry.get(name)

@@ -114,7 +114,8 @@ class InstructionTokenizer(MessagesTokenizer):
 
     def _tokenize(self, documents: list[Conversation], chunk: TokenizedChunk) -> None:
         texts = [self.texts(document) for document in documents]
-        chunk.noticed.update(sum((document.noticed for document in documents), Counter()))
+        for document in documents:
+            chunk.noticed.update(document.noticed)
         chunk.hashes = np.array([_hash(pieces) for pieces in texts], np.uint64)
         encoded = self._encode([text for pieces in texts for text in pieces], chunk)
         conversations = Conversations([document.turns for document in documents], *encoded)

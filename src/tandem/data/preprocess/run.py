@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tandem.data.handlers.conversations import InstructionHandler
+from tandem.data.handlers.registry import LLAMA_FACTORY
 from tandem.data.indexed import IndexedDataset, IndexedWriter, part_of
 from tandem.data.kinds import REJECTS_SUFFIX, Kind
 from tandem.data.packing import Sequences, packed_rows
@@ -32,7 +34,7 @@ from tandem.data.record import (
     write_record,
 )
 from tandem.data.sources.readers import iter_blocks
-from tandem.data.sources.sources import Source, iter_source_blocks, open_sources
+from tandem.data.sources.sources import DATASET_INFO, Source, iter_source_blocks, open_sources
 from tandem.data.statistics import DataView
 from tandem.data.templates.messages import Template
 from tandem.data.tokens.encoder import Engine, choose_engine
@@ -62,7 +64,7 @@ class PreprocessSummary:
         dropped: documents left out, by reason.
         unread: rows by the name of a column that holds something and is not read. Of plain text a part of the rows
             counts.
-        readers: by such a column, the key of `map_keys` that would read it.
+        readers: by such a column, the option that would read it.
         noticed: other things that change what is learned, by the names of `noticed.py`.
         sequences: sequences written for the first key; with `pack`, rows.
         tokens: tokens of all keys, without the padding of packed rows.
@@ -150,11 +152,16 @@ def kind_of_input(options: PreprocessOptions) -> Kind:
     return _open(options)[0].handler.kind
 
 
-def readers_of(unread: Iterable[str], sources: Sequence[Source]) -> dict[str, str]:
-    """By column that is not read, the key of `map_keys` that would read it."""
-    handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
-    keys = {column: handler.reader_of(column) for handler in handlers for column in unread}
-    return {column: key for column, key in keys.items() if key is not None}
+def readers_of(unread: Iterable[str], sources: Sequence[Source], options: PreprocessOptions) -> dict[str, str]:
+    """By column that is not read, the option that would read it."""
+    readers = {}
+    for source in sources:
+        for column in unread if isinstance(source.handler, InstructionHandler) else ():
+            if key := source.handler.reader_of(column):
+                names = json.dumps({**(options.map_keys or {}), key: column}, ensure_ascii=False)
+                is_listed = options.handler_name == LLAMA_FACTORY
+                readers[column] = f'"columns": {names} in {DATASET_INFO}' if is_listed else f"--map-keys '{names}'"
+    return readers
 
 
 def _open(options: PreprocessOptions) -> list[Source]:
@@ -217,7 +224,7 @@ def _preprocess(
         trimmed_prompts=counts["trimmed_prompts"],
         dropped=dict(spool.dropped),
         unread=dict(spool.counters["unread"]),
-        readers=readers_of(spool.counters["unread"], sources),
+        readers=readers_of(spool.counters["unread"], sources, options),
         noticed={name: count for name, count in noticed.items() if count},
         sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
         tokens=counts["tokens"],

@@ -18,7 +18,7 @@ from tandem.data.sources.files import expand_input
 from tandem.data.sources.readers import Block, iter_blocks, parse_row
 from tandem.errors import UserError, nearest
 
-_DATASET_INFO = "dataset_info.json"
+DATASET_INFO = "dataset_info.json"
 # formatting of an entry -> its handler, and the names that its `columns` may have
 _FORMATS = {
     "alpaca": ("AlpacaStyleInstructionHandler", ("prompt", "query", "response", "history", "system")),
@@ -111,7 +111,7 @@ def _detect(
 def _llama_factory_sources(dataset_dir: str, names: Sequence[str]) -> list[Source]:
     """The datasets of LLaMA-Factory's `dataset_info.json`, by name (a path before the name is ignored, as upstream
     does)."""
-    path = Path(dataset_dir) / _DATASET_INFO
+    path = Path(dataset_dir) / DATASET_INFO
     try:
         datasets = orjson.loads(path.read_bytes())
     except OSError as error:

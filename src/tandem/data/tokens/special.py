@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,12 +28,15 @@ class SpecialTokens:
         }
         self.are_special = np.zeros(max([len(tokenizer), *(i + 1 for i in self._ids.values())]), bool)
         self.are_special[list(self._ids.values())] = True
+        self._first_characters = tuple({text[0] for text in self._ids})
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._to_encode = re.compile(f"(?<!{_MARK})({self._pattern.pattern})")
 
     def count(self, text: str) -> int:
         """How many special tokens a text spells."""
+        if not any(character in text for character in self._first_characters):  # the usual case, made fast
+            return 0
         return len(self._pattern.findall(text))
 
     def marked(self, text: str) -> str:
@@ -84,8 +86,3 @@ class SpellingEngine:
     def _spelled(self, text: str, add_special_tokens: bool) -> np.ndarray:
         (ids,) = self._tokenizer.encode_spelled([text], add_special_tokens)
         return np.array(ids, np.int32)
-
-
-def spelled_in(messages: Sequence[str], special: SpecialTokens) -> int:
-    """How many of these texts spell a special token."""
-    return sum(special.count(text) > 0 for text in messages)
