@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.cli.arguments import parse
-from tandem.data.record import read_record
+from tandem.data.preprocess.noticed import told_by_record
+from tandem.data.record import read_record, record_of
 from tandem.data.statistics import DataView, Statistics
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -47,6 +48,8 @@ def run(argv: Sequence[str]) -> None:
     console = make_console()
     view = DataView(options.prefix)
     console.print(overview(options.prefix, view.statistics()))
+    for line in told_by_record(record) if (record := record_of(options.prefix)) else ():
+        print(f"> {line}")
     tokenizer = _tokenizer(options) if options.show else None
     if tokenizer:
         show_samples(console, view, tokenizer, options.show)

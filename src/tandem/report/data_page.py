@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tandem.data.preprocess.noticed import told_by_record
 from tandem.data.record import record_of
 from tandem.data.statistics import DataView, Span, Statistics
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -81,6 +82,7 @@ def _record(record: Mapping[str, Any]) -> str:
         *((name, f"{counts[name]:,}") for name in ("kept", "rejected", "trimmed")),
         *([("trimmed in a prompt", f"{cut:,}")] if (cut := counts.get("trimmed_prompts")) else []),
         *((f"dropped: {reason}", f"{count:,}") for reason, count in counts["dropped"].items() if count),
+        *(("note", line) for line in told_by_record(record)),
         *(("source", f"{source['file']}, {source['bytes']:,} bytes") for source in record["sources"]),
     ]
     return _table(rows)

@@ -190,3 +190,36 @@ def test_the_counts_do_not_depend_on_blocks_and_workers(
     assert (parts.noticed, parts.unread, parts.dropped) == (whole.noticed, whole.unread, whole.dropped)
     labels = IndexedDataset(whole.prefixes["labels"])
     assert sum(int(np.count_nonzero(sequence != IGNORE)) for sequence in labels) == whole.trained_tokens
+
+
+def test_what_was_noticed_stays_with_the_data(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path, tokenizer, {**chat("1", ""), "id": 1}, chat("1", "A", weight=0), chat("2", "B"))
+    page = tmp_path / "page.html"
+    assert main(["inspect", "data", str(tmp_path / "x"), "--show", "0", "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    for line in ("not read: id", "empty answers, which teach to say nothing: 1", "their weight says so: 1"):
+        assert line in out
+        assert line in page.read_text()
+
+
+def test_parts_are_merged_with_what_was_noticed(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("a", "b"):
+        source = write_jsonl(tmp_path / f"{part}.jsonl", {**chat("1", ""), part: 1}, {**chat("1", "A"), "id": 1})
+        preprocess(options(source, tmp_path / part, tokenizer))
+    keys = [f"packed_{key}_document" for key in ("input_ids", "attention_mask", "labels")]
+    words = ["--input", str(tmp_path), "--output-prefix", str(tmp_path / "all"), "--merge-group-keys", *keys]
+    assert main(["preprocess", *words]) == 0
+    counts = json.loads((tmp_path / "all.json").read_text())["counts"]
+    assert counts["noticed"] == {"empty": 2}
+    assert counts["unread"] == {"a": 1, "b": 1, "id": 2}
+    (tmp_path / "merged").mkdir()
+    source = write_jsonl(tmp_path / "c.jsonl", chat("1", "A"))
+    preprocess(options(source, tmp_path / "merged/c", tokenizer, special_tokens_in_text="text"))
+    preprocess(options(source, tmp_path / "merged/d", tokenizer))
+    words = ["--input", str(tmp_path / "merged"), "--output-prefix", str(tmp_path / "no"), "--merge-group-keys", *keys]
+    assert main(["preprocess", *words]) == 2
+    assert "special_tokens_in_text is 'encode', but 'text'" in capsys.readouterr().err

@@ -86,7 +86,8 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
             raise UserError(f"{folder}: {error.strerror}; give another folder with --data-cache-path") from None
         try:
             summary = preprocess(options)
-            for line in told(summary.unread, summary.readers, summary.noticed):
+            ends = [f"each document ends with {summary.eod}"] if summary.eod else []
+            for line in [*ends, *told(summary.unread, summary.readers, summary.noticed)]:
                 log.info("> %s: %s", raw, line)
         except BusyError:  # another job preprocesses the same data
             wait(record)

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tandem.data.indexed import merging
+from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.record import read_record, record_path, require_no_other_record, write_record
 from tandem.errors import UserError
 
 # options that must be the same in all parts
-_EQUAL_OPTIONS = ("append_eod", "pad_to_multiple_of", "pack", "neat_pack", "seq_length", "train_turns")
+_EQUAL_OPTIONS = (
+    *("append_eod", "eod_token", "special_tokens_in_text", "pad_to_multiple_of", "pack", "neat_pack", "seq_length"),
+    "train_turns",
+)
 
 
 def merge_groups(folder: str | os.PathLike[str], keys: Sequence[str], output_prefix: str) -> list[str]:
@@ -147,7 +151,8 @@ def _require_equal_options(parts: Sequence[Path]) -> None:
         if path_and_record is None:
             continue
         path, record = path_and_record
-        options = {name: record["options"][name] for name in _EQUAL_OPTIONS}
+        # An older record may lack an option, and was made with its default.
+        options = {name: record["options"].get(name, getattr(PreprocessOptions, name)) for name in _EQUAL_OPTIONS}
         options |= {"tokenizer": record["tokenizer"], "template": record["template"]}
         first_path, first_options = first = first or (path, options)
         for name, value in options.items():

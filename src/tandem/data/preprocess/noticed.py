@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tandem.data.templates.messages import Message, Turn, split_thought
 from tandem.data.tokens.special import SpecialTokens
@@ -73,3 +74,8 @@ def told(unread: Mapping[str, int], readers: Mapping[str, str], noticed: Mapping
     lines += [f"{option} reads {column}" for column, option in readers.items()]
     lines += [f"{column}: {words}" for column, words in _COLUMNS.items() if column in unread]
     return lines + [f"{words}: {noticed[name]:,}" for name, words in _IN_WORDS.items() if noticed.get(name)]
+
+
+def told_by_record(record: Mapping[str, Any]) -> list[str]:
+    """The lines of `told` about data that have this record. An older one may not have these counts."""
+    return told(record["counts"].get("unread", {}), {}, record["counts"].get("noticed", {}))

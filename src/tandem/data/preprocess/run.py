@@ -155,9 +155,10 @@ def kind_of_input(options: PreprocessOptions) -> Kind:
 def readers_of(unread: Iterable[str], sources: Sequence[Source], options: PreprocessOptions) -> dict[str, str]:
     """By column that is not read, the option that would read it."""
     readers = {}
-    for source in sources:
-        for column in unread if isinstance(source.handler, InstructionHandler) else ():
-            if key := source.handler.reader_of(column):
+    handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
+    for handler in handlers:
+        for column in unread:
+            if key := handler.reader_of(column):
                 names = json.dumps({**(options.map_keys or {}), key: column}, ensure_ascii=False)
                 is_listed = options.handler_name == LLAMA_FACTORY
                 readers[column] = f'"columns": {names} in {DATASET_INFO}' if is_listed else f"--map-keys '{names}'"

@@ -96,7 +96,9 @@ def _notices_of_record(prefix: str, kind: Kind, record: dict[str, Any], data: Da
     notices = []
     resets = [name for name in _RESETS if getattr(data, name)]
     if resets and made.get("eod_token"):
-        notices.append(f"{prefix}: each document ends with {made['eod_token']}, as --eod-token said")
+        notices.append(
+            f"{prefix}: each document ends with {made['eod_token']}, as --eod-token said when they were made"
+        )
     if resets and not kind.has_labels and not made["append_eod"]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in resets)
         notices.append(
