@@ -203,6 +203,17 @@ def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_pa
         source.read(name)  # compares sha256
 
 
+@pytest.mark.slow("jobs")
+def test_machines_with_other_settings_are_named(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
+    command += ["--nnodes", "2", "--master-port", str(free_port())]
+    nodes = [start([*command, "--node-rank", str(n), "--lr", f"{n + 1}e-3"], tmp_path) for n in range(2)]
+    for job in nodes:
+        code, out, err = finish(job, "nobody", timeout=120)
+        assert (code, out) == (2, "")
+        assert "--lr differs between the processes: 0.001 on rank 0, 0.002 on rank 1" in err.splitlines()[-1]
+
+
 def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:
     code, out, err = finish(supervised("plain", "user error", tmp_path), str(tmp_path))
     assert code == 2

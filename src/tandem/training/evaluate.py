@@ -17,6 +17,7 @@ from tandem.frameworks import check_framework
 from tandem.launch.world import World
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate, evaluate_choices
 from tandem.training.out_of_memory import naming_less_memory
+from tandem.training.start.agreement import agree_on_start, agree_on_weights
 from tandem.training.start.data import open_tokenizer
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import named_sets
@@ -61,9 +62,11 @@ def _evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]
     sets = {name: _open(place, data, training, tokenizer) for name, place in places.items()}
 
     communicator = connect(framework, world, training.device, parallel.distributed_timeout_minutes)
+    agree_on_start(communicator, settings, framework, source.config, tokenizer)
     for_training = engine_settings(training, settings.optimizer, parallel, source.config, grid, world.rank)
     engine = create_engine(framework, source.config, dataclasses.replace(for_training, training=False))
     engine.load_weights(source)
+    agree_on_weights(communicator, engine, source)
     share = Share(training.micro_batch_size, grid.data_size, grid.place(world.rank).data)
     results = {name: _evaluate(engine, name, samples, share, training) for name, (samples, _) in sets.items()}
     communicator.close()

@@ -29,6 +29,7 @@ from tandem.training.progress import Progress
 from tandem.training.run_record import append_start, describe_start
 from tandem.training.saving.writer import CheckpointWriter, RunDescription, kinds_by_rows
 from tandem.training.signals import StopSignals
+from tandem.training.start.agreement import agree_on_start, agree_on_weights
 from tandem.training.start.banner import print_banner
 from tandem.training.start.folder import lock_folder, lock_other_folders, settle_storage
 from tandem.training.start.prepare import PreparedRun, prepare
@@ -52,10 +53,12 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
             lock_folder(settings.checkpoint, World.from_environment(), held)
             run = prepare(settings, World.from_environment())
         communicator = connect_processes(run)
+        agree_on_start(communicator, run.settings, run.framework, run.source.config, run.tokenizer)
         run = run.with_storage(settle_storage(run.settings.checkpoint, communicator))
         lock_other_folders(run.settings.checkpoint, communicator, held)
         engine = create_engine(run.framework, run.source.config, run.engine)
         source, progress = restore_newest(engine, run.source, run.loading, communicator)
+        agree_on_weights(communicator, engine, source)
         run = run.resumed_from(source)
 
         first = run.world.rank == 0
