@@ -78,6 +78,21 @@ def test_a_run_in_fp16_goes_on_on_the_other_backend(
     assert [one.loss for one in parts] == pytest.approx([one.loss for one in whole], rel=1e-3)
 
 
+def test_a_run_whose_steps_all_overflow_says_so(
+    workspace: Workspace, framework: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning that never began looks like one on the console, but for these words."""
+    values = {**FP16, "train_iters": 2, "initial_loss_scale": 2.0**40, "lr_warmup_iters": 0}
+    steps = list[StepRecord]()
+    run(workspace, framework, steps.append, **values)
+    assert [step.skipped for step in steps] == [True, True]
+    said = capsys.readouterr().err
+    assert said.count("all 2 steps were skipped") == 1
+    assert "--initial-loss-scale" in said
+    run(workspace, framework, **FP16)
+    assert "skipped" not in capsys.readouterr().err
+
+
 def test_fp16_and_bf16_exclude_each_other(workspace: Workspace) -> None:
     with pytest.raises(UserError, match="--fp16 and --bf16 exclude each other"):
         run(workspace, "torch", fp16=True, bf16=True)

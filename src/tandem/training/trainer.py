@@ -102,10 +102,12 @@ class Trainer:
         Raises:
             UserError: a step failed and the run must stop. The newest checkpoint stays as it is.
         """
-        saved_at = self.progress.iteration
+        started_at = saved_at = self.progress.iteration
+        applied = False  # whether any step was
         self._note_signals(self.communicator.all_gather(self.signals.received))  # those of the start
         while self.progress.iteration < self.train_iters and not self.stopped:
             record = self.step()
+            applied |= not record.skipped
             iteration = self.progress.iteration
             is_last = iteration == self.train_iters
             leaving = self._due(self.intervals.exit) or self._out_of_time or self.stopped is not None
@@ -126,6 +128,19 @@ class Trainer:
                 break
         if self.saver and saved_at != self.progress.iteration:
             self.saver.save(self.progress)
+        if not applied and self.progress.iteration > started_at:
+            self._warn_untrained(self.progress.iteration - started_at)
+
+    def _warn_untrained(self, steps: int) -> None:
+        """Say that all steps were skipped."""
+        reason = "give --on-bad-step stop to see the first bad one"
+        if self.loss_scale.window is not None:
+            reason = (
+                f"if they overflowed in fp16, the loss scale, which is now {self.loss_scale.value:g}, is still too "
+                f"large: take more steps, or a smaller --initial-loss-scale, or --bf16"
+            )
+        if self.is_first_rank:
+            log.warning("nothing was trained: all %d steps were skipped; %s", steps, reason)
 
     def step(self) -> StepRecord:
         """One optimizer step on the next global batch."""
