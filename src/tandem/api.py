@@ -289,14 +289,17 @@ def inspect(path: str | Path, *, ckpt_step: int | None = None, quick: bool = Fal
         quick: check only headers and shapes; do not read tensors.
 
     Raises:
-        UserError: the path is none of these, or the files are damaged.
+        UserError: the path is none of these, or both data and a folder with a model, or the files are damaged.
     """
     from tandem.checkpoints.describe import describe, with_integrity
+    from tandem.checkpoints.recognise import is_model_folder
     from tandem.data.kinds import kind_of
     from tandem.data.statistics import DataView
 
     path = expand(str(path))
     if kind_of(path) is not None:
+        if is_model_folder(Path(path)):
+            raise UserError(f"{path} is preprocessed data, and also a folder with a model: rename one of the two")
         return DataView(path).statistics()
     description = describe(path, ckpt_step)
     return description if quick else with_integrity(description, _logged("reading"))

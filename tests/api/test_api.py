@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,12 @@ def test_importing_is_quick_because_it_imports_nothing() -> None:
     script = script.replace("import sys, tandem", "import sys; from tandem.__main__ import main; main(['--help'])")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ast.literal_eval(done.stdout.splitlines()[-1]) == []
+
+
+def test_a_path_of_data_and_of_a_model_is_not_guessed(workspace: Workspace, tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{workspace.text}_text_document.{suffix}", tmp_path / f"both.{suffix}")
+    assert isinstance(tandem.inspect(tmp_path / "both"), Statistics)
+    shutil.copytree(workspace.hf, tmp_path / "both")
+    with pytest.raises(UserError, match="both is preprocessed data, and also a folder with a model"):
+        tandem.inspect(tmp_path / "both")

@@ -39,12 +39,13 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        words = [os.path.basename(sys.argv[0]), *sys.argv[1:2]]
-        command = " ".join(word for word in words if not word.startswith("-"))  # enough to know it by
+        program = os.path.basename(sys.argv[0]).replace("__main__.py", "tandem")
+        command = " ".join(word for word in (program, *sys.argv[1:2]) if not word.startswith("-"))  # not all its flags
         return cls(platform.node(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), command)
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since} ({self.command})"
+        command = f" ({self.command})" if self.command else ""
+        return f"process {self.pid} on {self.host}{command}, since {self.since}"
 
 
 class Lock:
