@@ -109,6 +109,17 @@ NO_EFFECT = (
     *("--no-gradient-accumulation-fusion", "--coc-fused-kernel", "--use-ascend-mc2", "--reuse-fp32-param"),
     *("--tokenizer-not-use-fast", "--enable-hf2mg-convert", "--model-type-hf qwen3"),
 )
+# The same, of other scripts of upstream's and of Megatron-LM's.
+OTHERS = (
+    *("--exit-signal-handler", "--override-opt_param-scheduler", "--log-params-norm", "--log-num-zeros-in-grad"),
+    *("--profile-ranks 0 1 -1", "--no-save-rng", "--manual-gc", "--manual-gc-interval 50", "--swap-optimizer"),
+    *("--swap-attention", "--use-cp-send-recv-overlap", "--use-fused-ring-attention-update"),
+    *("--kv-head-repeat-before-uly-alltoall", "--gemm-gradient-accumulation-fusion", "--disable-gloo-group"),
+    *("--recompute-activation-function", "--recompute-activation-function-num-layers 2", "--recompute-norm"),
+    *("--recompute-norm-num-layers 2", "--enable-recompute-layers-per-pp-rank", "--moe-permutation-async-comm"),
+    *("--moe-permute-fusion", "--moe-alltoall-overlap-comm", "--moe-fb-overlap", "--moe-zero-memory level1"),
+    "--max-new-tokens 256",
+)
 
 REFUSED = (
     "--spec my.module my_spec",
@@ -119,6 +130,7 @@ REFUSED = (
     "--expert-model-parallel-size 2",
     "--model-type-hf llama2",
     "--use-ascend-coc --use-ascend-mc2",
+    *("--o2-optimizer", "--o2-gradient", "--dataloader-type cyclic"),
     *("--lora-r 16", "--lora-alpha 32", "--lora-fusion", "--lora-target-modules linear_qkv linear_proj"),
 )
 
@@ -135,7 +147,7 @@ def test_the_flag_sets_what_it_says(line: str) -> None:
     assert value_of(line.split(), name) == value
 
 
-@pytest.mark.parametrize("line", NO_EFFECT)
+@pytest.mark.parametrize("line", [*NO_EFFECT, *OTHERS])
 def test_the_flag_is_accepted_and_said_to_have_no_effect(line: str) -> None:
     settings, notices = parse_settings("pretrain", "", line.split())
     assert settings == parse_settings("pretrain", "", [])[0]
@@ -166,6 +178,10 @@ def test_wrong_numbers_of_msrun_processes_are_errors(line: str, message: str) ->
 def test_the_flag_is_refused_with_its_name(line: str) -> None:
     with pytest.raises(UserError, match=line.split()[0]):
         parse_settings("pretrain", "", line.split())
+
+
+def test_a_checkpoints_schedule_is_asked_for_in_megatrons_spelling() -> None:
+    assert value_of(["--use-checkpoint-opt_param-scheduler"], "optimizer.use_checkpoint_opt_param_scheduler") is True
 
 
 def test_all_of_them_at_once_are_one_command_line() -> None:

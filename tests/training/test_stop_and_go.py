@@ -152,3 +152,14 @@ def test_machines_with_different_newest_iterations_take_the_newest_common_one(
         assert agreed.iteration == taken
     with pytest.raises(UserError, match="ranks 1 have no checkpoint of the run"):
         agree_on_iteration(newest, Ranks(None))  # type: ignore[arg-type]
+
+
+def test_a_checkpoints_schedule_is_kept_when_that_is_asked_for(workspace: Workspace, tmp_path: Path) -> None:
+    """Megatron's --use-checkpoint-opt_param-scheduler: the run decays as it began to, over the length of then."""
+    folder, rates = str(tmp_path), list[float]()
+    run(workspace, "torch", lambda step: rates.append(step.lr), save=folder, train_iters=6, exit_interval=3)
+    changed = {"save": folder, "lr": 1.0, "weight_decay": 0.5, "train_iters": 8}
+    run(workspace, "torch", lambda step: rates.append(step.lr), use_checkpoint_opt_param_scheduler=True, **changed)
+    expected: list[float] = []
+    run(workspace, "torch", lambda step: expected.append(step.lr), train_iters=8, lr_decay_iters=6)
+    assert rates == expected

@@ -215,6 +215,8 @@ class OptimizerSettings(AdamSettings):
     """Weight decay of the first step, when it changes during the run."""
     end_weight_decay: float | None = None
     """Weight decay of the last step, when it changes during the run."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """On resuming, keep the learning-rate schedule and weight decay that the checkpoint was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)

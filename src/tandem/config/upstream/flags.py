@@ -28,6 +28,7 @@ class Ignored:
 
 ALWAYS_ON = Ignored()
 ALL_WEIGHTS = Ignored(refusal="LoRA is not supported; training changes all weights")
+BF16_STATE = Ignored(refusal="gradients and the optimizer's state are fp32; in bf16 training would compute otherwise")
 # These ask for what happens anyway, or have no effect on results.
 IGNORED: dict[str, Ignored] = {
     "--use-mcore-models": ALWAYS_ON,
@@ -50,7 +51,7 @@ IGNORED: dict[str, Ignored] = {
     "--no-masked-softmax-fusion": ALWAYS_ON,
     "--attention-softmax-in-fp32": ALWAYS_ON,
     "--no-gradient-accumulation-fusion": ALWAYS_ON,
-    "--profile-ranks": Ignored(1, ("0",)),
+    "--profile-ranks": Ignored(None),  # the first rank is profiled
     "--profile-with-cpu": ALWAYS_ON,
     "--log-validation-ppl-to-tensorboard": ALWAYS_ON,
     "--log-memory-to-tensorboard": ALWAYS_ON,
@@ -72,6 +73,33 @@ IGNORED: dict[str, Ignored] = {
     "--lora-target-modules": ALL_WEIGHTS,
     "--lora-load": ALL_WEIGHTS,
     "--lora-fusion": ALL_WEIGHTS,
+    "--exit-signal-handler": ALWAYS_ON,
+    "--override-opt-param-scheduler": ALWAYS_ON,  # a schedule is always that of the command's settings
+    "--log-params-norm": ALWAYS_ON,
+    "--log-num-zeros-in-grad": ALWAYS_ON,
+    "--no-save-rng": ALWAYS_ON,  # the random state is a function of the seed and the position
+    "--manual-gc": ALWAYS_ON,
+    "--manual-gc-interval": Ignored(1),
+    "--swap-optimizer": ALWAYS_ON,
+    "--swap-attention": ALWAYS_ON,
+    "--use-cp-send-recv-overlap": ALWAYS_ON,
+    "--use-fused-ring-attention-update": ALWAYS_ON,
+    "--kv-head-repeat-before-uly-alltoall": ALWAYS_ON,
+    "--gemm-gradient-accumulation-fusion": ALWAYS_ON,
+    "--disable-gloo-group": ALWAYS_ON,
+    "--recompute-activation-function": ALWAYS_ON,
+    "--recompute-activation-function-num-layers": Ignored(1),
+    "--recompute-norm": ALWAYS_ON,
+    "--recompute-norm-num-layers": Ignored(1),
+    "--enable-recompute-layers-per-pp-rank": ALWAYS_ON,
+    "--moe-permutation-async-comm": ALWAYS_ON,
+    "--moe-permute-fusion": ALWAYS_ON,
+    "--moe-alltoall-overlap-comm": ALWAYS_ON,
+    "--moe-fb-overlap": ALWAYS_ON,
+    "--moe-zero-memory": Ignored(1),
+    "--max-new-tokens": Ignored(1),  # upstream's tests pass it to pretraining
+    "--o2-optimizer": BF16_STATE,
+    "--o2-gradient": BF16_STATE,
     "--num-workers": Ignored(1),
     "--dataloader-type": Ignored(1, ("single",)),
     "--no-mmap-bin-files": ALWAYS_ON,

@@ -24,6 +24,7 @@ from tandem.training.start.raw_data import check_ready, with_preprocessed
 from tandem.training.start.resume import check_new_run, check_same_data, continued
 from tandem.training.start.room import check_disk
 from tandem.training.start.saved import check_place
+from tandem.training.start.saved_schedule import with_saved_schedule
 from tandem.training.start.state import TrainerState, state_to_continue
 from tandem.training.start.weights import check_model_flags, open_weights
 
@@ -115,6 +116,8 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     check_disk(settings, source.config)
     state = state_to_continue(source, loading)
     check_new_run(state, checkpoint.save)
+    if state is not None and settings.optimizer.use_checkpoint_opt_param_scheduler:
+        settings = with_saved_schedule(settings, source)
     return ModelAndProcesses(
         settings=settings,
         framework=framework.name,
