@@ -95,6 +95,19 @@ def test_the_record_of_a_merge_has_the_options_that_all_parts_share(tokenizer_fo
         assert record["options"]["on_bad"] is None  # not the same in all
 
 
+def test_a_merge_names_its_parts_wherever_one_stands(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("p1", "p2"):
+        preprocess(options(write_jsonl(tmp_path / f"{name}.jsonl", {"text": name}), Path(name), tokenizer_folder))
+    merge_groups(".", ["text_document"], "all")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"all_text_document: an earlier merge made this of .*p1\.json"):
+        merge_groups("..", ["text_document"], "more")
+
+
 def test_a_part_is_not_merged_with_an_earlier_merge_of_it(tokenizer_folder: Path, tmp_path: Path) -> None:
     for name in ("p1", "p2"):
         source = write_jsonl(tmp_path / f"{name}.jsonl", {"text": name})

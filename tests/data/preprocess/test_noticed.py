@@ -78,6 +78,13 @@ def test_what_is_not_read_is_named(tmp_path: Path, tokenizer: Path, capsys: pyte
     assert "not read: label, images\n" in capsys.readouterr().out
 
 
+def test_a_weight_of_a_whole_row_is_named(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", {**chat("1", "A"), "weight": 0})
+    words = ["--input", str(source), "--output-prefix", str(tmp_path / "x"), "--tokenizer-name-or-path", str(tokenizer)]
+    assert main(["preprocess", *words]) == 0
+    assert "weight: a whole row has no weight" in capsys.readouterr().out
+
+
 def test_columns_of_dataset_info_are_advised_where_they_stand(tmp_path: Path, tokenizer: Path) -> None:
     record = {"instruction": "I", "output": "O", "system": "S", "history": [["a", "b"]]}
     source = write_jsonl(tmp_path / "x.jsonl", record)

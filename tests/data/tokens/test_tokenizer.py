@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,11 @@ def test_errors_name_file_and_fix(tmp_path: Path, shared_data: Path) -> None:
     shutil.copy(shared_data / "qwen3-0.6b/tokenizer.json", tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: no such file"):
         Tokenizer(tmp_path)
+
+
+def test_a_copy_spells_special_tokens_out_too(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(byte_tokenizer(tmp_path / "tokenizer"))
+    spelled = tokenizer.encode_spelled(["a<|im_end|>"])
+    assert len(spelled[0]) == 11
+    assert pickle.loads(pickle.dumps(tokenizer)).encode_spelled(["a<|im_end|>"]) == spelled
+    assert tokenizer.encode("a<|im_end|>") == [*tokenizer.encode("a"), 258]

@@ -112,7 +112,7 @@ def _merged_record(groups: Mapping[str, Sequence[Path]], output_prefix: str) -> 
         "options": {**_shared([record["options"] for record in records.values()]), "output_prefix": output_prefix},
         "sources": [source for record in records.values() for source in record["sources"]],
         "counts": _sums([record["counts"] for record in records.values()]),
-        "merged": list(map(str, records)),
+        "merged": list(map(os.path.abspath, records)),
     }
     return _Record(files, content)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tandem.data.handlers.entries import WEIGHTS
 from tandem.data.templates.messages import Message, Turn, split_thought
 from tandem.data.tokens.special import SpecialTokens
 
@@ -28,6 +29,7 @@ _FALSE_LABELS = "rows with a false label are trained like the others; leave them
 _COLUMNS = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _ONLY_TEXTS),
     **dict.fromkeys(("label", "kto_tag"), _FALSE_LABELS),
+    **dict.fromkeys(WEIGHTS, "a whole row has no weight; give it to messages, or leave rows out"),
 }
 
 

@@ -118,6 +118,10 @@ class Tokenizer:
         before = next((number for number in added if plain and ids[number : number + len(plain)] == plain), None)
         return ids if before is None else ids[: before + len(plain)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a `tokenizers.Tokenizer` forgets that it spells special tokens out, so it is made again.
+        return {name: value for name, value in vars(self).items() if name != "_spelling"}
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
