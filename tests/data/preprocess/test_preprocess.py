@@ -334,7 +334,7 @@ def test_handlers_are_detected_and_options_checked_against_them(tokenizer_folder
     with pytest.raises(UserError, match=r"alpaca\.jsonl:1: fields .* fit no handler"):
         preprocess(options(alpaca, tmp_path / "x", tokenizer_folder, map_keys={"prompt": "q"}))
     bare = byte_tokenizer(tmp_path / "bare", eos_token=None, pad_token=None)
-    with pytest.raises(UserError, match="names no end-of-sequence token"):
+    with pytest.raises(UserError, match=r"names no end token.*--eod-token"):
         preprocess(options(text, tmp_path / "x", bare, append_eod=True))
     with pytest.raises(UserError, match="names no padding token"):
         preprocess(options(alpaca, tmp_path / "x", bare, prompt_type="qwen3", pack=True, seq_length=99))
