@@ -41,6 +41,18 @@ def test_missing_frameworks_and_packages_are_named_with_their_commands(
     assert "wandb" not in err  # it is optional
 
 
+def test_a_command_is_on_one_line_however_narrow_the_terminal_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without(monkeypatch, "mindspore", "wandb")
+    monkeypatch.setattr(doctor, "probe", lambda name: {"version": "2.13", "devices": "8 x H100", "dtypes": "bf16"})
+    monkeypatch.setattr("tandem.cli.doctor.WIDTH", 40)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  ! mindspore: pip install 'tandem-llm[mindspore]'" in lines
+    assert "  ! wandb (--wandb-project): pip install 'tandem-llm[wandb]'" in lines
+
+
 def test_one_framework_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     without(monkeypatch, "mindspore", "wandb")
     monkeypatch.setattr(doctor, "probe", lambda name: {"version": "2.13", "devices": "8 x H100", "dtypes": "bf16"})

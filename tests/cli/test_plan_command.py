@@ -38,6 +38,24 @@ def test_fully_sharded(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--pipeline-model-parallel-size 6 --global-batch-size 64", ("gathered", "stage 5", "activations")),
+        ("--devices 16 --global-batch-size 64", ("FSDP2", "recompute", "tokens/s", "MFU")),
+    ],
+)
+def test_nothing_is_cut_at_80_columns(
+    words: str, shown: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tandem.cli.plan.PLAIN_WIDTH", 80)
+    assert main(["plan", "qwen3-8b", "--bf16", *words.split()]) == 0
+    output = capsys.readouterr().out
+    assert "…" not in output
+    assert all(len(line) <= 80 for line in output.splitlines() if not line.startswith("The first one"))
+    assert all(part in output for part in shown)
+
+
+@pytest.mark.parametrize(
     ("size", "hardware", "precision", "fully_sharded"), [("4B", "a3", "fp16", False), ("32B", "h100", "bf16", True)]
 )
 def test_suggestions_end_in_a_command_that_works(

@@ -28,7 +28,7 @@ CHROMIUM = shutil.which("chromium")
 class Balanced(html.parser.HTMLParser):
     """Fails on tags that do not close in order; collects what a page would fetch."""
 
-    VOID = ("meta", "path", "circle", "rect", "br")
+    VOID = ("meta", "path", "circle", "rect", "br", "input")
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_a_page_of_two_runs_holds_everything_and_fetches_nothing(folders: list[s
     assert parser.fetched == []
     assert "http" not in page
     assert parser.seen.count("figure") >= 6
-    for part in ("Loss", "Validation loss", "Gradient norm", "Tokens per second", "<b>lr</b>", "0.0001", "on disk"):
+    for part in ("Loss", "of validation", "Gradient norm", "Tokens per second", "<b>lr</b>", "0.0001", "on disk"):
         assert part in page, part
     assert "finished" in page
     assert page.count("started") == 3
@@ -144,6 +144,53 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
+def points_of(figure: str) -> list[list[float]]:
+    (data,) = re.findall(r'data-series="([^"]*)"', figure)
+    points: list[list[float]] = json.loads(html.unescape(data))[0]["points"]
+    return points
+
+
+def test_a_spike_does_not_flatten_the_rest_and_is_counted() -> None:
+    values = [(step, 4.0 - step / 100) for step in range(1, 201)]
+    values[120] = (121, 5000.0)
+    figure = line_chart("Loss", [Series("a", 0, values)])
+    heights = [point[3] for point in points_of(figure) if point[1] < 5]
+    assert max(heights) - min(heights) > 150  # of 250
+    assert "points outside the chart: 1" in figure
+    assert "outside" not in line_chart("Loss", [Series("a", 0, values[:100])])
+
+
+def test_a_logarithmic_scale_leaves_out_what_has_no_logarithm() -> None:
+    figure = line_chart("x", [Series("a", 0, [(1, 100.0), (2, 0.0), (3, 10.0), (4, 1.0)])], kind="log")
+    assert [point[1] for point in points_of(figure)] == [100.0, 10.0, 1.0]
+    high, middle, low = (point[3] for point in points_of(figure))
+    assert middle == pytest.approx((high + low) / 2, abs=0.2)
+    assert line_chart("x", [Series("a", 0, [(1, 0.0)])], kind="log") == ""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_loss_and_speed_are_seen_on_a_phone(width: int, folders: list[str], tmp_path: Path) -> None:
+    """On a narrow screen no cell of the summary lies outside it."""
+    probe = (
+        "<script>document.title = JSON.stringify([innerWidth, ...[...document.querySelectorAll('.cards td')]"
+        ".map(cell => cell.getBoundingClientRect().right)].map(Math.round))</script>"
+    )
+    (tmp_path / "page.html").write_text(render(read_runs(folders)).replace("</body>", f"{probe}</body>"))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe style="border:0;width:{width}px;height:900px" src="page.html"></iframe>'
+        "<script>onload = () => document.title = document.querySelector('iframe').contentDocument.title</script>"
+    )
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --allow-file-access-from-files --disable-sync"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    window, *cells = json.loads(re.search(r"<title>(.*?)</title>", shown)[1])  # type: ignore[index]
+    assert window == width
+    assert len(cells) > 10
+    assert max(cells) <= window
+
+
 def test_long_lines_are_thinned_to_means() -> None:
     thin = thinned(Series("x", 0, [(n, float(n)) for n in range(1, 6001)]))
     assert len(thin.points) == 600
@@ -166,7 +213,7 @@ def test_a_chart_without_points_is_none_and_with_one_is_a_dot() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_the_values_under_the_pointer(folders: list[str], tmp_path: Path) -> None:
-    """The page's script runs: a pointer over the first chart makes it name the step and both losses."""
+    """The page's script runs: a pointer over the first chart makes it name the step, and the losses of both runs."""
     move = (
         "<script>const svg = document.querySelector('svg'), box = svg.getBoundingClientRect();"
         "svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 20, clientY: box.top + 20}))</script>"
@@ -179,4 +226,4 @@ def test_a_browser_shows_the_values_under_the_pointer(folders: list[str], tmp_pa
     output = re.search(r"<output>(.*?)</output>", shown)
     assert output
     assert "step 4" in output.group(1)
-    assert len(re.findall(r'class="run[01]"', output.group(1))) == 2
+    assert len(re.findall(r'class="run[01]"', output.group(1))) == 4  # of training and of validation

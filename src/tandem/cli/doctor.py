@@ -29,8 +29,12 @@ def run(argv: Sequence[str]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2))
     for finding in diagnosis.findings:
         mark = Text("!", style="yellow") if finding.remedy else Text("✓", style="green")
-        table.add_row(mark, Text(finding.subject), Text(finding.state), Text(finding.remedy))
-    Console(width=None if Console().is_terminal else WIDTH).print(table)
+        table.add_row(mark, Text(finding.subject), Text(finding.state))
+    console = Console(width=None if Console().is_terminal else WIDTH)
+    console.print(table)
+    for finding in diagnosis.findings:
+        if finding.remedy:  # on one line, so that a command can be copied from a narrow terminal
+            console.print(Text(f"  ! {finding.subject}: {finding.remedy}"), soft_wrap=True)
     if diagnosis.blockers:
         raise UserError("no run could start here:\n  " + "\n  ".join(diagnosis.blockers))
     print("a run can start here")

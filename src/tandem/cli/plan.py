@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -26,9 +27,14 @@ DESCRIPTION = (
 )
 PLAIN_WIDTH = 140  # columns when the output is not a terminal
 PLAN_COLUMNS = (
-    *("TP", "PP", "layers/chunk", "DP", "FSDP2", "micro-batch", "recompute"),
-    *("peak GiB", "step s", "tokens/s", "MFU"),
+    *("TP", "PP", "chunk", "DP", "FSDP2", "micro", "recompute"),
+    *("GiB", "step s", "tokens/s", "MFU"),
 )
+PLAN_CAPTION = (
+    "chunk: layers of an interleaved stage; micro: samples of a micro-batch; recompute: layers of a rank; GiB: peak of "
+    "the fullest rank"
+)
+STAGES_IN_A_ROW = 5  # of the table of memory, which then fits 80 columns
 SHOWN = 10  # most plans, and most sizes in one row of rejections
 
 
@@ -70,7 +76,8 @@ def headline(options: PlanOptions, job: Job, devices: int) -> str:
 def show_layout(console: Console, options: PlanOptions, planned: LayoutPlan) -> None:
     job, hardware, speed = planned.job, planned.hardware, planned.speed
     console.print(headline(options, job, job.devices))
-    console.print(memory_table(planned.memories))
+    for part in (*memory_tables(planned.memories), *notes_on_memory(planned.memories)):
+        console.print(part)
     verdict = "fits" if planned.fits else "does not fit"
     console.print(
         f"{verdict}: {gib(planned.peak)} GiB of the {gib(hardware.capacity)} GiB that may be used "
@@ -84,28 +91,36 @@ def show_layout(console: Console, options: PlanOptions, planned: LayoutPlan) -> 
     )
 
 
-def memory_table(memories: Sequence[StageMemory]) -> Table:
-    columns = (
-        "layers",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "logits",
-        "workspace",
-        "gathered_at_peak",
-        "peak",
-    )
-    titles = (name.replace("_at_peak", "") for name in columns)
-    table = Table("stage", *map(_right, titles), title="Memory of a rank, GiB (parameters in millions)")
-    for stage, memory in enumerate(memories):
-        sizes = (getattr(memory, name) for name in columns[2:])
-        table.add_row(str(stage), str(memory.layers), f"{memory.parameters / 1e6:,.1f}", *map(gib, sizes))
-    table.caption = "logits and workspace are not needed at the same time; only the larger one counts"
+def memory_tables(memories: Sequence[StageMemory]) -> list[Table]:
+    """A column for each stage, and a row for each part. Many stages take several tables."""
+    parts = {
+        "weights": "weights",
+        "gradients": "gradients",
+        "optimizer": "optimizer",
+        "activations": "activations",
+        "logits": "logits",
+        "workspace": "workspace",
+        "gathered": "gathered_at_peak",
+        "peak": "peak",
+    }
+    tables = []
+    for first in range(0, len(memories), STAGES_IN_A_ROW):
+        shown = memories[first : first + STAGES_IN_A_ROW]
+        titles = (f"stage {first + number}" for number in range(len(shown)))
+        table = Table("GiB of a rank", *map(_right, titles), title="Memory of a rank")
+        table.add_row("layers", *(str(memory.layers) for memory in shown))
+        table.add_row("million parameters", *(f"{memory.parameters / 1e6:,.1f}" for memory in shown), end_section=True)
+        for title, name in parts.items():
+            table.add_row(title, *(gib(getattr(memory, name)) for memory in shown), end_section=title == "gathered")
+        tables.append(table)
+    return tables
+
+
+def notes_on_memory(memories: Sequence[StageMemory]) -> list[str]:
+    notes = ["logits and workspace are not needed at the same time; only the larger one counts"]
     if any(memory.gathered_at_peak for memory in memories):
-        table.caption += "\ngathered: what whole weights and gradients add to the peak, besides the rank's own rows"
-    return table
+        notes.append("gathered: what whole weights and gradients add to the peak, besides the rank's own rows")
+    return notes
 
 
 def traffic_table(stages: Sequence[Traffic]) -> Table:
@@ -138,7 +153,10 @@ def show_suggestions(console: Console, options: PlanOptions, suggestions: Sugges
 
 
 def plans_table(plans: Sequence[Plan]) -> Table:
-    table = Table(*map(_right, PLAN_COLUMNS), title="Layouts that fit, fastest first")
+    columns = [Column(title, justify="right", no_wrap=True) for title in PLAN_COLUMNS]
+    table = Table(
+        *columns, title="Layouts that fit, fastest first", caption=PLAN_CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for suggestion in plans:
         table.add_row(*plan_cells(suggestion))
     return table

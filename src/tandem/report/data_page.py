@@ -19,8 +19,10 @@ _STYLE = """
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);border:1px solid var(--rule);border-radius:8px;
 padding:14px;font-size:13px}
 mark{color:inherit;background:color-mix(in srgb,var(--c2) 22%,transparent);border-bottom:1px solid var(--c2)}
+h1{overflow-wrap:anywhere}
 td.share{width:80%} td.share div{height:12px;margin-top:4px;background:var(--c0);border-radius:2px;min-width:1px}
 summary{cursor:pointer} summary small{margin-left:14px}
+@media (max-width:600px){td.share{width:auto} pre{padding:8px}}
 """
 _SHOWN_ELSEWHERE = ("input", "output_prefix", "tokenizer_name_or_path", "prompt_type", "enable_thinking")
 
@@ -43,6 +45,7 @@ def write_page(path: str, view: DataView, tokenizer: Tokenizer | None, count: in
     title = escape(view.data_path)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width">'
         f"<style>{STYLE}{_STYLE}</style></head><body><header><h1>{title}</h1></header><main>{body}</main></body></html>\n"
     )
     write_text_atomically(Path(path), page)

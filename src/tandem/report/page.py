@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 from tandem.config.settings import Settings
-from tandem.report.chart import Series, line_chart, number, smoothed
+from tandem.report.chart import Series, both_scales, line_chart, number, smoothed
 from tandem.report.run_folder import Run
 from tandem.report.style import SCRIPT, STYLE
 from tandem.version import __version__
@@ -49,7 +50,7 @@ def render(runs: Sequence[Run]) -> str:
 
 def summary(runs: Sequence[Run]) -> str:
     """A table with a row per run: its model, backend, state, losses and speed."""
-    return table(SUMMARY, [_summary_row(number, run) for number, run in enumerate(runs)])
+    return table(SUMMARY, [_summary_row(number, run) for number, run in enumerate(runs)], kind="cards")
 
 
 def _summary_row(place: int, run: Run) -> Row:
@@ -78,10 +79,14 @@ def _summary_row(place: int, run: Run) -> Row:
 
 
 def curves(runs: Sequence[Run]) -> str:
+    has_validation = any(run.validation_sets() for run in runs)
     charts = [
-        line_chart("Loss", [line for place, run in enumerate(runs) for line in _loss(place, run)], "lm loss by step"),
-        line_chart("Validation loss", [line for place, run in enumerate(runs) for line in _validation(place, run)]),
-        _chart(runs, "Gradient norm", "grad_norm", "before clipping"),
+        both_scales(
+            "Loss",
+            [line for place, run in enumerate(runs) for line in (*_loss(place, run), *_validation(place, run))],
+            "of training; dots on dashed lines are of validation" if has_validation else "by step",
+        ),
+        _chart(runs, "Gradient norm", "grad_norm", "before clipping", draw=both_scales),
         _chart(runs, "Learning rate", "lr"),
         _chart(runs, "Tokens per second", "tokens_per_second", "over all devices, without padding"),
         _chart(runs, "Seconds per step", "seconds", "without evaluation and saving"),
@@ -89,7 +94,8 @@ def curves(runs: Sequence[Run]) -> str:
         _chart(runs, "Peak memory", "memory", "GB of the first rank so far", lambda value: value / 1e9),
         _chart(runs, "Batch size", "global_batch_size") if _changes(runs, "global_batch_size") else "",
     ]
-    return f'<div class="charts">{"".join(charts)}</div>'
+    switch = '<input type="checkbox" id="log"><label for="log">logarithmic scale of loss and gradient norm</label>'
+    return f'{switch}<div class="charts">{"".join(charts)}</div>'
 
 
 def _loss(place: int, run: Run) -> list[Series]:
@@ -103,20 +109,24 @@ def _loss(place: int, run: Run) -> list[Series]:
 
 
 def _validation(place: int, run: Run) -> list[Series]:
-    several = len(run.validation_sets()) > 1
     return [
-        Series(f"{run.name}: {name}" if several else run.name, _colour(place), run.validation_points(name), dots=True)
+        Series(f"{run.name}: {name}", _colour(place), run.validation_points(name), dots=True)
         for name in run.validation_sets()
     ]
 
 
 def _chart(
-    runs: Sequence[Run], title: str, key: str, note: str = "", scale: Callable[[float], float] = lambda value: value
+    runs: Sequence[Run],
+    title: str,
+    key: str,
+    note: str = "",
+    scale: Callable[[float], float] = lambda value: value,
+    draw: Callable[[str, Sequence[Series], str], str] = line_chart,
 ) -> str:
     series = [
         Series(run.name, _colour(place), [(x, scale(y)) for x, y in run.points(key)]) for place, run in enumerate(runs)
     ]
-    return line_chart(title, series, note)
+    return draw(title, series, note)
 
 
 def _changes(runs: Sequence[Run], key: str) -> bool:
@@ -242,9 +252,16 @@ def table(head: Row, rows: Sequence[Row], kind: str = "") -> str:
         return ""
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
     titles = "".join(f"<th>{head[column]}</th>" for column in kept)
-    lines = "".join("<tr>" + "".join(f"<td>{row[column]}</td>" for column in kept) + "</tr>" for row in rows)
+    names = {column: escape(_words(head[column])) for column in kept}  # shown next to the cells on a narrow screen
+    cells = ("".join(f'<td data-name="{names[column]}">{row[column]}</td>' for column in kept) for row in rows)
+    lines = "".join(f"<tr>{row}</tr>" for row in cells)
     head_row = f"<thead><tr>{titles}</tr></thead>"
     return f'<div class="scroll"><table class="{kind}">{head_row}<tbody>{lines}</tbody></table></div>'
+
+
+def _words(cell: str) -> str:
+    """The text of an HTML cell."""
+    return unescape(re.sub(r"<[^>]*>", "", cell))
 
 
 def swatch(place: int, run: Run) -> str:

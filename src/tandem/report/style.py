@@ -28,6 +28,11 @@ svg{display:block;width:100%;height:auto}
 .tick{fill:var(--soft);font-size:11.5px;font-variant-numeric:tabular-nums}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
 .line.faint{stroke-width:1;opacity:.3}
+.line.dashed{stroke-dasharray:6 4}
+figure.log,#log:checked~.charts figure.linear{display:none}
+#log:checked~.charts figure.log{display:block}
+label[for=log]{font-size:13px;color:var(--soft);margin-left:6px}
+.charts{margin-top:10px}
 .cursor{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3}
 output{position:absolute;top:12px;right:14px;font-size:12px;line-height:1.45;text-align:right;
 font-variant-numeric:tabular-nums;pointer-events:none;background:var(--card);padding-left:8px}
@@ -41,6 +46,16 @@ table:not(.settings) td{white-space:nowrap}
 .swatch{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}
 .bar{display:inline-block;height:9px;border-radius:2px}
 section:last-child{padding-bottom:56px}
+@media (max-width:600px){
+header,main{padding:0 14px}
+table:not(.settings) td{white-space:normal}
+.cards thead{display:none}
+.cards tr{display:block;padding:8px 0;border-bottom:1px solid var(--rule)}
+.cards td{display:flex;justify-content:space-between;gap:16px;padding:2px 0;border:0;text-align:right}
+.cards td::before{content:attr(data-name);color:var(--soft);text-align:left}
+.settings td{display:block;border:0;padding:1px 0}
+.settings td:first-child{width:auto;padding:8px 0 0}
+}
 """ + "".join(
     f".line.run{n}{{stroke:var(--c{n})}}.dot.run{n}{{fill:var(--c{n})}}"
     f".swatch.run{n},.bar.run{n}{{background:var(--c{n})}}output .run{n}{{color:var(--c{n})}}"

@@ -248,3 +248,23 @@ def test_the_live_view_outlives_a_bad_step(bad: float) -> None:
     view.on_step(step_record(2, loss=0.5))
     view.on_step(step_record(3, loss=bad))
     view.close()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_live_view_shows_every_row(width: int) -> None:
+    """The bar has a line of its own, and no value is cut."""
+    view = LiveView(Console(width=width, file=io.StringIO()))
+    try:
+        for iteration in range(1, 30):
+            view.on_step(step_record(iteration, loss=3.25, validation={"validation": 2.0}))
+        out = io.StringIO()
+        Console(width=width, file=out).print(view.render())
+    finally:
+        view.close()
+    lines = out.getvalue().splitlines()
+    assert "step 29 of 100" in lines[0]
+    assert "━" in lines[1]
+    assert "loss" not in lines[1]
+    assert "loss 3.2500" in lines[2]
+    for value in ("grad norm 1.500", "tokens/s", "MFU 50.0%", "GB", "loss 2.0000", "perplexity 7.389"):
+        assert value in out.getvalue()

@@ -53,10 +53,11 @@ class LiveView:
         seconds = sum(record.seconds for record in self._recent)
         left = timedelta(seconds=round(seconds / len(self._recent) * (last.train_iters - last.iteration)))
         passed = timedelta(seconds=round(time.monotonic() - self._start))
-        table = Table.grid(padding=(0, 3), expand=True)
+        table = Table.grid(padding=(0, 1), expand=True)
         for cells in self._cells(last, seconds):
             table.add_row(*cells)
-        bar = ProgressBar(total=last.train_iters, completed=last.iteration)
+        bar = Table.grid(expand=True)  # the bar alone would not end its line
+        bar.add_row(ProgressBar(total=last.train_iters, completed=last.iteration))
         curve = Text(sparkline(self._losses, self._live.console.width - 6), style="cyan")
         title = f"step {last.iteration:,} of {last.train_iters:,}"
         return Panel(Group(bar, table, curve), title=title, subtitle=f"{passed} passed, {left} left", style="default")
