@@ -27,9 +27,10 @@ DESCRIPTION = (
 )
 PLAIN_WIDTH = 140  # columns when the output is not a terminal
 PLAN_COLUMNS = (
-    *("TP", "PP", "chunk", "DP", "FSDP2", "micro", "recompute"),
-    *("GiB", "step s", "tokens/s", "MFU"),
+    *("TP", "PP", "layers/chunk", "DP", "FSDP2", "micro-batch", "recompute"),
+    *("peak GiB", "step s", "tokens/s", "MFU"),
 )
+SHORT = {"layers/chunk": "chunk", "micro-batch": "micro", "peak GiB": "GiB"}  # so that 80 columns hold them
 PLAN_CAPTION = (
     "chunk: layers of an interleaved stage; micro: samples of a micro-batch; recompute: layers of a rank; GiB: peak of "
     "the fullest rank"
@@ -153,7 +154,7 @@ def show_suggestions(console: Console, options: PlanOptions, suggestions: Sugges
 
 
 def plans_table(plans: Sequence[Plan]) -> Table:
-    columns = [Column(title, justify="right", no_wrap=True) for title in PLAN_COLUMNS]
+    columns = [Column(SHORT.get(title, title), justify="right", no_wrap=True) for title in PLAN_COLUMNS]
     table = Table(
         *columns, title="Layouts that fit, fastest first", caption=PLAN_CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
