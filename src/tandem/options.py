@@ -217,7 +217,7 @@ def coerce(value: Any, hint: Any) -> Any:
         try:
             return _coerce_one(value, kind)
         except (TypeError, ValueError) as error:
-            if kind in _EXPLAINED:
+            if kind in _EXPLAINED or isinstance(error, _UnknownUserError):
                 raise ValueError(str(error)) from None
     raise ValueError(f"expected {' or '.join(_in_words(kind) for kind in kinds if kind is not type(None))}")
 
@@ -265,10 +265,24 @@ def _coerce_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_coerce_one(item, arguments[0]) for item in items)
 
 
+class _UnknownUserError(UserError):
+    """A path begins with ~NAME, and there is no such user."""
+
+
 def expand(text: str) -> str:
-    """Replace `~` at the start of a path, or of the path in NAME=PATH, with the home folder."""
+    """Replace `~` at the start of a path, or of the path in NAME=PATH, with the home folder.
+
+    Raises:
+        UserError: the path begins with `~NAME`, and there is no such user.
+    """
     name, equals, path = text.partition("=")
-    return f"{name}={os.path.expanduser(path)}" if equals and path.startswith("~") else os.path.expanduser(text)
+    if not (equals and path.startswith("~")):
+        name, equals, path = "", "", text
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise _UnknownUserError(f"there is no user {user[1:]}; for a folder of that name, give ./{expanded}")
+    return f"{name}{equals}{expanded}"
 
 
 def parse_json_object(flag: str, text: str | None) -> Mapping[str, Any] | None:

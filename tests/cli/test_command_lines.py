@@ -143,6 +143,13 @@ def test_prompts_are_asked_for_on_a_terminal(
     assert capsys.readouterr().out.count("> ") == 4  # two answers, an empty line, the end of input
 
 
+@pytest.mark.parametrize("words", [["--save", "~nobody-here/x"], ["--valid-data-path", "a=~nobody-here/x"]])
+def test_the_home_of_an_unknown_user_is_no_folder_named_so(words: list[str]) -> None:
+    with pytest.raises(UserError, match=r"no user nobody-here.* give \./~nobody-here/x") as error:
+        settings(*words)
+    assert words[0] in error.value.flags
+
+
 # --- ends that are not errors of the code
 
 

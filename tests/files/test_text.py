@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -64,3 +65,18 @@ def test_configs_in_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "run.yaml").write_text("save: 学而时习之\n", encoding="gbk")
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "iconv -f GBK" in capsys.readouterr().err
+
+
+def test_small_files_of_a_model_and_questions(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(("tokenizer_config.json", "generation_config.json", "tokenizer.json")):
+        folder = tmp_path / str(number)
+        shutil.copytree(workspace.hf, folder)
+        (folder / name).write_text(CHINESE, encoding="gbk")
+        assert main(["export", str(folder), str(tmp_path / "out"), "--no-verify"]) == 2 or name == "tokenizer.json"
+        assert main(["generate", str(folder), "hi"]) == 2
+        assert f"iconv -f GBK -t UTF-8 {folder / name}" in capsys.readouterr().err
+    (tmp_path / "q.jsonl").write_text(CHINESE, encoding="gbk")
+    assert main(["evaluate", str(workspace.hf), str(tmp_path / "q.jsonl"), "--seq-length", "32"]) == 2
+    assert "q.jsonl:1: not UTF-8" in capsys.readouterr().err

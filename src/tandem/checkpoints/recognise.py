@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from tandem.checkpoints.folders import COMPANIONS, RELEASE, TRACKER, iteration_o
 from tandem.checkpoints.hf.weights import holds_weights
 from tandem.errors import UserError, nearest
 from tandem.files.real import check_real
+from tandem.files.text import read_json
 
 MOST_NAMES = 4  # of a list in a message
 CONFIG = "config.json"
@@ -230,8 +230,5 @@ def _numbers(numbers: list[int]) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     check_real(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    content = read_json(path)
     return content if isinstance(content, dict) else {}

@@ -14,6 +14,7 @@ from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.recognise import unusable
 from tandem.errors import UserError
 from tandem.files.real import check_real
+from tandem.files.text import read_json
 from tandem.models.config import ModelConfig
 from tandem.models.end_tokens import GENERATION_CONFIG, end_ids
 from tandem.models.hf_config import hf_dtype, load_hf_config, to_hf
@@ -118,10 +119,7 @@ def _check_json(path: Path) -> None:
             if ends != (b"{", b"}"):
                 raise UserError(f"{path}: cut short, or not a JSON object; copy or download it again")
             return
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object")
 

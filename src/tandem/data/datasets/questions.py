@@ -15,6 +15,7 @@ from tandem.data.batch import IGNORE, Sample
 from tandem.data.handlers.fields import described, field, string
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.files.text import not_utf8
 
 SUFFIX = ".jsonl"
 _FIELDS = "a question is {context: text, choices: [text, ...], answer: number of the right choice, from 0}"
@@ -62,7 +63,9 @@ def read_questions(path: str | Path, tokenizer: Tokenizer, seq_length: int) -> l
 
 def _question(line: bytes, tokenizer: Tokenizer, seq_length: int) -> Question:
     try:
-        record = orjson.loads(line)
+        record = orjson.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(not_utf8(line, error)) from None
     except orjson.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error}; {_FIELDS}") from None
     if not isinstance(record, dict):

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tandem.data.handlers.fields import described
 from tandem.data.handlers.registry import LLAMA_FACTORY, Handler, detect_handler, make_handler
 from tandem.data.sources.files import expand_input
 from tandem.data.sources.readers import Block, iter_blocks, parse_row
 from tandem.errors import UserError, nearest
+from tandem.files.text import read_json
 
 DATASET_INFO = "dataset_info.json"
 # formatting of an entry -> its handler, and the names that its `columns` may have
@@ -112,12 +111,9 @@ def _llama_factory_sources(dataset_dir: str, names: Sequence[str]) -> list[Sourc
     """The datasets of LLaMA-Factory's `dataset_info.json`, by name (a path before the name is ignored, as upstream
     does)."""
     path = Path(dataset_dir) / DATASET_INFO
-    try:
-        datasets = orjson.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; dataset_dir is the folder with that file and the data") from None
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: No such file; dataset_dir is the folder with that file and the data")
+    datasets = read_json(path)
     if not isinstance(datasets, dict) or not all(isinstance(entry, dict) for entry in datasets.values()):
         raise UserError(f"{path}: expected an object that holds one object per dataset")
     sources = [_llama_factory_source(path, datasets, os.path.basename(name.strip())) for name in names if name.strip()]

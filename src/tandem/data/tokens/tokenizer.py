@@ -50,6 +50,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
+            read_text(path)  # names another encoding
             raise UserError(f"{path}: not a tokenizer that the tokenizers library can read: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
