@@ -96,6 +96,16 @@ def test_the_command_writes_into_the_run_folder(folders: list[str], capsys: pyte
     parse(path.read_text())
 
 
+def test_answers_of_each_run_are_shown(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "new" / "page.html"
+    assert main(["report", *folders, "--output", str(page), "--ask", "Sort <31>.", "--max-new-tokens", "3"]) == 0
+    text = page.read_text()
+    parse(text)
+    assert "Sort &lt;31&gt;." in text
+    assert text.count("<q>") == 2
+    assert "<h2>Answers" not in render(read_runs(folders))
+
+
 def test_names_and_settings_cannot_break_the_page(folders: list[str], tmp_path: Path) -> None:
     copy = tmp_path / "<script>x"
     shutil.copytree(folders[0], copy)

@@ -25,12 +25,17 @@ SUMMARY = (
 Row = Sequence[str]
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The HTML of the page. It fetches nothing: style, script and data are in it."""
+def render(runs: Sequence[Run], answers: Sequence[tuple[str, Sequence[str]]] = ()) -> str:
+    """The HTML of the page. It fetches nothing: style, script and data are in it.
+
+    Args:
+        answers: prompts, each with the answer of every run.
+    """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     sections = [
         ("Summary", summary(runs)),
         ("Curves", curves(runs)),
+        ("Answers", asked(runs, answers)),
         ("Settings", settings(runs)),
         ("Data", data(runs)),
         ("Time by module", profiles(runs)),
@@ -76,6 +81,12 @@ def _summary_row(place: int, run: Run) -> Row:
         _amount(mfu, "{:.1%}"),
         duration(sum(step["seconds"] for step in steps)),
     )
+
+
+def asked(runs: Sequence[Run], answers: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table of prompts and the answers of each run."""
+    rows = [(escape(prompt), *(f"<q>{escape(text)}</q>" for text in texts)) for prompt, texts in answers]
+    return table(("", *(swatch(place, run) for place, run in enumerate(runs))), rows, kind="settings")
 
 
 def curves(runs: Sequence[Run]) -> str:

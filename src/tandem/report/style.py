@@ -43,6 +43,7 @@ td{padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);vertical-align:top
 table:not(.settings) td{white-space:nowrap}
 .settings td:first-child{color:var(--soft);white-space:nowrap;width:1%;padding-right:32px}
 .settings td:first-child b{color:var(--ink)}
+q{quotes:none;white-space:pre-wrap}
 .swatch{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}
 .bar{display:inline-block;height:9px;border-radius:2px}
 section:last-child{padding-bottom:56px}
