@@ -20,6 +20,7 @@ import pytest
 from frameworks import require_framework
 from launchers import launcher
 from scripts import free_port
+from tandem.__main__ import STOPPED
 from tandem.backends import launcher_of
 from tandem.checkpoints.detect import open_source
 from tandem.errors import UserError
@@ -337,6 +338,24 @@ def test_a_machine_that_waits_for_another_obeys_ctrl_c(workspace: Workspace, fra
     assert "waits for the others" in job.stderr.readline()
     job.send_signal(signal.SIGINT)
     assert finish(job, str(tmp_path), timeout=20)[0] == 128 + signal.SIGINT
+
+
+@pytest.mark.slow("signals")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
+def test_a_signal_to_a_job_whose_console_broke_saves(
+    workspace: Workspace, framework: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    words = [*flags(workspace, framework, tmp_path), "--train-iters", "100000", "--save", str(save)]
+    job = start(["-m", "tandem", "pretrain", *words, "--nproc-per-node", "2"], tmp_path)
+    assert job.stdout is not None
+    next(line for line in job.stdout if "lm loss" in line)
+    job.stdout.close()
+    time.sleep(0.5)
+    job.send_signal(number)
+    assert job.wait(timeout=60) == STOPPED
+    assert not running(str(tmp_path))
+    assert open_source(save).iteration
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
