@@ -1,0 +1,64 @@
+"""Upstream's own scripts: each of its command lines is taken, with the name of the program and the paths changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.cli.settings import parse_settings
+from tandem.config.checks import check_batch_sizes, check_settings
+from tandem.config.settings import Settings
+from tandem.errors import UserError
+from tandem.frameworks import SPELLINGS
+from tandem.models.published import qwen3_config
+from tandem.parallel.grid import Grid
+
+LINES = Path(__file__).with_name("upstream_scripts.txt").read_text(encoding="utf-8").splitlines()
+SCRIPTS = {line.split()[0]: line.split()[1:] for line in LINES if not line.startswith("#")}
+PROGRAMS = {"pretrain_gpt.py": "pretrain", "posttrain_gpt.py": "finetune"}
+# These ask for what is not there. The message names the flag.
+REFUSED = {
+    "mcore/tune_qwen3_32b_256K_full_pack_A3_ptd.sh": "--context-parallel-size 8",
+    "mcore/tune_qwen3_32b_32K_full_pack_A3_ptd.sh": "--context-parallel-size 2",
+    "mindspore/pretrain_qwen3_32b_4K_ms.sh": "--num-layers-per-virtual-pipeline-stage needs torch",
+    "mindspore/pretrain_qwen3_32b_4K_ms_A3.sh": "--num-layers-per-virtual-pipeline-stage needs torch",
+}
+ACCEPTED = [name for name in SCRIPTS if name not in REFUSED]
+
+
+def settings_of(name: str) -> tuple[Settings, list[str]]:
+    """The settings of a script, checked as far as that needs no files, and the notices."""
+    words = SCRIPTS[name]
+    program = next(word for word in words if word in PROGRAMS)
+    settings, notices = parse_settings(PROGRAMS[program], "", [word for word in words if word != program])
+    check_settings(settings)
+    SPELLINGS["mindspore" if name.startswith("mindspore/") else "torch"].check(
+        shards_weights=settings.parallel.use_torch_fsdp2,
+        interleaves_stages=settings.parallel.num_layers_per_virtual_pipeline_stage is not None,
+    )
+    launch, layout = settings.launch, settings.parallel.layout
+    check_batch_sizes(settings.training, Grid(layout, (launch.nproc_per_node or 1) * launch.nnodes))
+    size = name.split("qwen3_")[1].split("_")[0].replace("point", ".").upper()
+    layout.check(qwen3_config(size))
+    return settings, notices
+
+
+def test_how_many_there_are() -> None:
+    assert (len(SCRIPTS), len(ACCEPTED)) == (31, 27)
+    of_two_machines = [settings.launch.nnodes == 2 for settings, _ in map(settings_of, ACCEPTED)]
+    assert sum(of_two_machines) == 3
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_the_script_is_taken(name: str) -> None:
+    settings, notices = settings_of(name)
+    assert settings.model.num_layers is not None
+    assert len(notices) == 1  # of flags without effect
+    assert "accepted, without effect here" in notices[0]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_there_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UserError, match=REFUSED[name]):
+        settings_of(name)
