@@ -107,7 +107,8 @@ def test_a_view_answers_as_its_source_does(
     assert prompt_entry(seen) == prompt_entry(source)
     assert (seen.trainer_state(), seen.unread_optimizer()) == (source.trainer_state(), source.unread_optimizer())
     # transformers casts as it reads; otherwise the tensors are no longer those of the folder
-    assert seen.hf_folder == (source.hf_folder if isinstance(seen, Cast) else None)
+    only_cast = isinstance(seen, Cast) and seen.config == source.config
+    assert seen.hf_folder == (source.hf_folder if only_cast else None)
     assert seen.notices == source.notices
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.checkpoints.folders import COMPANIONS, RELEASE, TRACKER, iteration_of, saved_iterations
-from tandem.checkpoints.hf.weights import holds_weights
+from tandem.checkpoints.hf.weights import form_in
 from tandem.errors import UserError, nearest
 from tandem.files.real import check_real
 from tandem.files.text import read_json
@@ -152,7 +152,7 @@ def _meta(path: Path) -> str | None:
 
 
 def _without_weights(path: Path) -> str | None:
-    if not (path / CONFIG).exists() or holds_weights(path):
+    if not (path / CONFIG).exists() or form_in(path):
         return None
     others = sorted(file.name for pattern in OTHER_WEIGHTS for file in path.glob(pattern))
     found = f"; there are {_some(others)}" if others else ""
@@ -160,7 +160,7 @@ def _without_weights(path: Path) -> str | None:
 
 
 def _without_config(path: Path) -> str | None:
-    if not holds_weights(path):
+    if form_in(path) is None:
         return None
     return f"holds weights, but no {CONFIG}, which describes the model: copy it from the original model's folder"
 
@@ -196,7 +196,7 @@ FOLDERS: tuple[Describe, ...] = (
 
 def is_model_folder(path: Path) -> bool:
     """Whether a folder looks like a model in Hugging Face's form, or like a checkpoint folder."""
-    return (path / TRACKER).exists() or ((path / CONFIG).exists() and holds_weights(path))
+    return (path / TRACKER).exists() or ((path / CONFIG).exists() and form_in(path) is not None)
 
 
 def _iteration_above(path: Path) -> Path | None:
