@@ -204,3 +204,12 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     parts = [write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[1]]], "int64")]
     with pytest.raises(UserError, match="only equal dtypes can be merged"), merging({str(tmp_path / "c"): parts}):
         pass
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_a_pointer_of_git_lfs_is_no_data(suffix: str, tmp_path: Path) -> None:
+    for name in (".idx", ".bin"):
+        (tmp_path / f"a{name}").write_bytes(b"")
+    (tmp_path / f"a{suffix}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"a{suffix}: a Git-LFS pointer"):
+        IndexedDataset(tmp_path / "a")

@@ -27,6 +27,7 @@ import numpy as np
 from tandem.data.kinds import datasets_in_folder_of
 from tandem.errors import UserError
 from tandem.files.publish import check_writable
+from tandem.files.real import check_real
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -50,6 +51,8 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
+        for suffix in (".idx", ".bin"):
+            check_real(f"{self.prefix}{suffix}")
         self.dtype, self.lengths, self._pointers, self.document_indices = _read_index(Path(f"{self.prefix}.idx"))
         self._tokens = _map_tokens(Path(f"{self.prefix}.bin"), self.dtype, self.lengths, self._pointers)
 

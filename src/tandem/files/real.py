@@ -1,4 +1,4 @@
-"""Files that are there by name only: dangling links, and pointers that Git-LFS leaves in place of large files."""
+"""Files of models and data that are there by name only: dangling links, and pointers of Git-LFS."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def test_what_is_no_file_in_a_folder(tmp_path: Path) -> None:
     assert [file.name for file in expand_input([str(tmp_path)])] == ["a.jsonl"]
     for name in ("e.json", "e.csv"):
         (tmp_path / name).symlink_to(tmp_path / "gone")
-        with pytest.raises(UserError, match=rf"{name}: a link to .*gone, which does not exist"):
+        with pytest.raises(UserError, match=rf"{name}: a link to .*gone, which is not there"):
             expand_input([str(tmp_path)])
         (tmp_path / name).unlink()
 
@@ -285,3 +285,12 @@ def test_a_string_longer_than_many_reads(tmp_path: Path) -> None:
         elements = list(iter_elements(tmp_path / "x.json", stream))
     assert [json.loads(element)["text"] for element in elements] == [text, "b"]
     assert len([size for size in reads if size != 1]) < 8  # of a megabyte each it would be more than 10
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_no_data(name: str, tmp_path: Path) -> None:
+    """Its lines would be trained as text."""
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    for place in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name}: a Git-LFS pointer, .*git lfs pull"):
+            expand_input([str(place)])

@@ -16,6 +16,7 @@ from tandem.data.record import is_record
 from tandem.data.sources.compressed import has_suffix
 from tandem.data.sources.readers import SUFFIXES, SUFFIXES_IN_WORDS
 from tandem.errors import UserError
+from tandem.files.real import check_real
 
 _MOST_LOOKED_AT = 10_000  # files below a folder, when an error tells where its data lie
 _MOST_BYTES = 1 << 24  # of a file that describes data
@@ -48,8 +49,7 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
             )
         files += matches
     for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: a link to {os.readlink(file)}, which does not exist")
+        check_real(file)
         if not has_suffix(file, SUFFIXES):
             raise UserError(f"{file}: unknown kind of file; expected one of {SUFFIXES_IN_WORDS}")
     return files
