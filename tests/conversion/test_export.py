@@ -215,7 +215,9 @@ def test_numbers_that_are_wider_than_the_model_was_are_said(workspace: Workspace
     """As after a run in bf16 on a device that has none."""
     shutil.copytree(workspace.hf, tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps({**config, **dict.fromkeys(("dtype", "torch_dtype"), "bfloat16")})
+    )
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "mcore"), "--no-verify"]) == 0
     for dtype, is_said in ((None, True), ("bf16", False), ("fp32", False)):
         out = tmp_path / f"out-{dtype}"
