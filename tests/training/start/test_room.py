@@ -96,6 +96,7 @@ def test_a_container_may_have_less_memory_than_its_machine(tmp_path: Path, monke
         MemoryError(),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("Allocate memory failed\n\n----\n- C++ Call Stack"),  # MindSpore on CPU
         RuntimeError("Device(id:0) memory isn't enough and alloc failed, kernel name: MatMul, alloc size: 4B."),
     ],
 )
