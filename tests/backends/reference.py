@@ -20,7 +20,7 @@ from tandem.parallel.slices import Part, cut
 from tandem.training.objectives import MeanLoss, RankBatch
 
 
-class MemorySource:
+class MemorySource(TensorSource):
     """Global tensors held in memory, by kind and name."""
 
     location = "memory"
@@ -55,6 +55,8 @@ def toy_weights(config: ModelConfig, seed: int = 0) -> MemorySource:
         weights[name] = source.read(name)
         if len(spec.shape) == 1:
             weights[name] = weights[name] + generator.normal(0, 0.2, spec.shape).astype(np.float32)
+        if "magnitude" in name:
+            weights[name] = np.abs(weights[name]) + np.float32(0.5)
     return MemorySource(config, {"model": weights})
 
 

@@ -20,6 +20,7 @@ from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.data.batch import MicroBatch, collate
 from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout
@@ -35,6 +36,15 @@ FP16_ROUNDING = 2.0**-11
 SPOILED_RANK, SPOILED_STEP = 1, 3
 
 
+ADAPTERS = {
+    "lora": Lora(r=3, lora_alpha=6, rank_pattern=(("q_proj", 5),)),
+    "shared A": Lora(r=3, lora_alpha=6, target_modules=("linear_qkv", "linear_fc1", "linear_proj", "linear_fc2")),
+    "some": Lora(r=3, target_modules=("v_proj", "o_proj", "up_proj"), layers_to_transform=(1,), use_rslora=True),
+    "dora": Lora(r=3, lora_alpha=6, use_dora=True),
+    "dropout": Lora(r=3, lora_alpha=6, lora_dropout=0.3),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A toy, its data, and how it is spread.
@@ -44,6 +54,7 @@ class Case:
         spoiled: what is NaN on rank SPOILED_RANK in step SPOILED_STEP.
         fp16: with a loss scale, which is too large in step SPOILED_STEP.
         weighted: each token has a weight of its own; otherwise the loss is the mean.
+        adapters: a key of ADAPTERS; only these are trained.
     """
 
     tp: int = 1
@@ -65,6 +76,7 @@ class Case:
     spoiled: Where | None = None
     fp16: bool = False
     weighted: bool = False
+    adapters: str = ""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
@@ -101,7 +113,7 @@ class Case:
     @property
     def work(self) -> Case:
         """What must not depend on the layout: the same in one process."""
-        names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled", "fp16", "weighted")
+        names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled", "fp16", "weighted", "adapters")
         return Case(**{name: getattr(self, name) for name in names})
 
 
@@ -114,6 +126,7 @@ def toy_source(case: Case) -> MemorySource:
             num_attention_heads=8,
             num_query_groups=4,
             untie_embeddings_and_output_weights=not case.tied,
+            lora=ADAPTERS.get(case.adapters),
         )
     )
 

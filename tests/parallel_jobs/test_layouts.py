@@ -81,6 +81,50 @@ def test_more_layouts_equal_one_process_on_mindspore(processes: int, tmp_path: P
     check(require_framework("mindspore"), processes, MORE_OF_MINDSPORE[processes], tmp_path)
 
 
+# Only adapters are trained.
+ADAPTED = {
+    ("torch", 2): [
+        Case(tp=2, sequence_parallel=True, packed=True, adapters="dora"),
+        Case(tp=2, tied=False, family="qwen2", adapters="shared A", recompute_layers=2),
+        Case(pp=2, packed=True, adapters="some"),
+        Case(dp=2, use_torch_fsdp2=True, packed=True, idle=True, adapters="dora", recompute_layers=2),
+        Case(dp=2, use_distributed_optimizer=True, adapters="dropout"),
+    ],
+    ("mindspore", 2): [
+        Case(tp=2, sequence_parallel=True, packed=True, adapters="dora"),
+        Case(dp=2, use_distributed_optimizer=True, packed=True, adapters="shared A"),
+    ],
+}
+MORE_ADAPTED = {
+    ("torch", 2): [
+        Case(tp=2, adapters="dropout", sequence_parallel=True),
+        Case(dp=2, use_distributed_optimizer=True, packed=True, fp16=True, adapters="lora"),
+        Case(pp=2, vpp=1, adapters="lora"),
+    ],
+    ("torch", 4): [
+        Case(tp=2, pp=2, packed=True, adapters="dora", sequence_parallel=True),
+        Case(tp=2, dp=2, adapters="lora", use_torch_fsdp2=True),
+    ],
+    ("mindspore", 2): [
+        Case(tp=2, adapters="shared A", tied=False),
+        Case(tp=2, adapters="dropout", sequence_parallel=True),
+        Case(pp=2, packed=True, adapters="some", recompute_layers=1),
+    ],
+    ("mindspore", 4): [Case(tp=2, pp=2, packed=True, adapters="dora", sequence_parallel=True)],
+}
+
+
+@pytest.mark.parametrize(("framework", "processes"), ADAPTED)
+def test_adapters_in_some_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
+    check(require_framework(framework), processes, ADAPTED[framework, processes], tmp_path)
+
+
+@pytest.mark.slow("layouts")
+@pytest.mark.parametrize(("framework", "processes"), MORE_ADAPTED)
+def test_adapters_in_more_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
+    check(require_framework(framework), processes, MORE_ADAPTED[framework, processes], tmp_path)
+
+
 FP16 = {
     2: [
         Case(tp=2, sequence_parallel=True, packed=True, fp16=True),

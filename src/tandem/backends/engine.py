@@ -15,6 +15,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
+from tandem.backends.adapters import local_adapters
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch
@@ -23,7 +24,7 @@ from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.frameworks import Framework
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import EMBEDDING, tensor_table
+from tandem.models.tensors import EMBEDDING, is_trained, tensor_table
 from tandem.parallel.grid import counted_shards, held_shards, saved_shards
 from tandem.parallel.layout import Shard, even_rows, part_of
 from tandem.parallel.slices import Part
@@ -90,6 +91,8 @@ class BaseEngine(ABC, Generic[T]):
         self._settings, self._grid = settings, settings.grid
         self._place = self._grid.place(settings.rank)
         self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
+        self._trained = [name for name, shard in self._shards.items() if is_trained(config, shard.spec)]
+        self._adapters = local_adapters(self._shards, self._local_config())
 
     # --- what is kept, loaded and saved
 
@@ -121,14 +124,18 @@ class BaseEngine(ABC, Generic[T]):
         load_each(load, [(kind, name) for kind, tensors in moments.items() for name in tensors], self.readers)
         self.optimizer_step = optimizer_step
 
-    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
+    def tensors(
+        self, first_rank: int = 0, wanted: Callable[[TensorKind, Shard], bool] | None = None
+    ) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
         for kind in self._saved_kinds():
             tensors = self._kept(kind)
             by_rows = self.by_rows.weights if kind == "model" else self.by_rows.optimizer_state
             for shard in saved_shards(
                 self.config, self._grid, self._settings.rank, by_rows=by_rows, first_rank=first_rank
             ):
-                yield kind, shard, self._to_numpy(kind, tensors[shard.spec.name])
+                is_kept = kind == "model" or is_trained(self.config, shard.spec)
+                if is_kept and (wanted is None or wanted(kind, shard)):
+                    yield kind, shard, self._to_numpy(kind, tensors[shard.spec.name])
 
     def _saved_kinds(self) -> list[TensorKind]:
         if not self._settings.training:
@@ -173,7 +180,7 @@ class BaseEngine(ABC, Generic[T]):
     def _forward_backward(self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]) -> float:
         """Compute the global batch's gradients, for `_update`. Returns this rank's part of the loss."""
         self._require_training()
-        batches = [WeightedBatch.of(*pair) for pair in zip(micro_batches, weights, strict=True)]
+        batches = [WeightedBatch.of(*pair, self.optimizer_step) for pair in zip(micro_batches, weights, strict=True)]
         loss = self._reported(self._accumulate(self._to_run(batches)))
         self._sum_gradients()
         return loss
@@ -183,21 +190,27 @@ class BaseEngine(ABC, Generic[T]):
 
         It is not finite when any number on this rank is not.
         """
-        counted = [shard.spec.name for shard in counted_shards(self.config, self._grid, self._place)]
+        counted = [
+            shard.spec.name
+            for shard in counted_shards(self.config, self._grid, self._place)
+            if is_trained(self.config, shard.spec)
+        ]
         if self._place.data > 0 and not self.by_rows.gradients:  # the first data rank has the same gradients
             counted = []
-        rest = [name for name in self._shards if name not in counted]
+        rest = [name for name in self._trained if name not in counted]
         return self._sum_of_squares(counted) + 0.0 * self._sum_of_squares(rest)
 
     def _partial_names(self, *, sequence_parallel: bool) -> list[str]:
         """Replicated weights of which a tensor rank has only a part of the gradient.
 
-        These weights see only the rank's heads; where tokens are split, also those that see only the rank's tokens.
+        These weights see only the rank's heads, or are factors beside one that is cut; where tokens are split, also
+        those that see only the rank's tokens.
         """
+        whole = {name: self._shards[name].spec for name in self._trained if self._shards[name].spec.split.dim is None}
         return [
             name
-            for name, shard in self._shards.items()
-            if shard.spec.split.dim is None and (sequence_parallel or "self_attention" in name)
+            for name, spec in whole.items()
+            if sequence_parallel or spec.adapter is not None or "self_attention" in name
         ]
 
     # --- computing without a step

@@ -8,7 +8,7 @@ function names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,7 +80,9 @@ class Engine(Protocol):
         """Load this rank's share of Adam's moments."""
         ...
 
-    def tensors(self, first_rank: int = 0) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
+    def tensors(
+        self, first_rank: int = 0, wanted: Callable[[TensorKind, Shard], bool] | None = None
+    ) -> Iterator[tuple[TensorKind, Shard, np.ndarray]]:
         """Everything that a checkpoint takes from this rank, as (kind, part of a tensor, host array), "model" first.
 
         The parts are those of `saved_shards`, by rows where the settings shard that kind. An array is valid until the
@@ -88,6 +90,7 @@ class Engine(Protocol):
 
         Args:
             first_rank: the first rank that writes to this rank's disk.
+            wanted: whether to yield a part; default: all.
         """
         ...
 

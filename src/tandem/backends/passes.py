@@ -16,18 +16,24 @@ T = TypeVar("T")  # what a forward pass keeps for its backward pass
 
 @dataclass(frozen=True)
 class WeightedBatch(MicroBatch):
-    """A micro-batch with the weight of each of its tokens in the loss, float64 [t]."""
+    """A micro-batch to train on.
+
+    Attributes:
+        weights: of each of its tokens in the loss, float64 [t].
+        step: the updates before this one.
+    """
 
     weights: np.ndarray
+    step: int = 0
 
     @classmethod
-    def of(cls, batch: MicroBatch, weights: np.ndarray) -> WeightedBatch:
+    def of(cls, batch: MicroBatch, weights: np.ndarray, step: int) -> WeightedBatch:
         """Add weights to a batch. Raises ValueError unless there is one weight for each token."""
         if weights.shape != batch.labels.shape:
             raise ValueError(
                 f"weights have shape {list(weights.shape)}; expected {list(batch.labels.shape)}, as labels"
             )
-        return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights)
+        return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights, step)
 
 
 def follow(

@@ -13,6 +13,7 @@ from typing import Any
 
 from tandem.errors import UserError
 from tandem.models.families import FAMILIES, Family
+from tandem.models.lora import Lora
 
 WHOLE_NUMBERS = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
@@ -36,7 +37,7 @@ class RotaryScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that fixes a decoder's tensors and its forward pass."""
+    """Everything that fixes a decoder's tensors and its forward pass. With `lora`, only its adapters are trained."""
 
     model_type: str
     num_layers: int
@@ -52,6 +53,7 @@ class ModelConfig:
     rotary_scaling: RotaryScaling | None = None
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = 0.02
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         if self.model_type not in list(FAMILIES):  # a damaged file may hold what cannot be hashed
@@ -89,11 +91,20 @@ class ModelConfig:
         """The output head is the embedding."""
         return not self.untie_embeddings_and_output_weights
 
+    @property
+    def without_adapters(self) -> ModelConfig:
+        return dataclasses.replace(self, lora=None)
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values if self.lora else {name: value for name, value in values.items() if name != "lora"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`. Raises TypeError when fields are missing or unknown."""
-        scaling = values.get("rotary_scaling")
-        return cls(**{**values, "rotary_scaling": RotaryScaling(**scaling) if scaling else None})
+        scaling, lora = values.get("rotary_scaling"), values.get("lora")
+        parts = {
+            "rotary_scaling": RotaryScaling(**scaling) if scaling else None,
+            "lora": Lora.from_dict(lora) if lora else None,
+        }
+        return cls(**{**values, **parts})

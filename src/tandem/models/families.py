@@ -36,6 +36,14 @@ QWEN2_LAYER: tuple[Row, ...] = (
     ),
 )
 
+# The weights that are multiplied with a layer's activations.
+LINEARS = (
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+
 
 @dataclass(frozen=True)
 class Family:

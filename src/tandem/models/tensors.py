@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tandem.models.adapters import Adapter, adapters
 from tandem.models.config import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,12 +49,18 @@ GATE_UP = Split(dim=0, blocks=2)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One global tensor. `layer` is its decoder layer, or None outside the decoder's stack."""
+    """One global tensor.
+
+    Attributes:
+        layer: its decoder layer; None outside the decoder's stack.
+        adapter: the adapter that it belongs to; None for a tensor of the model.
+    """
 
     name: str
     shape: tuple[int, ...]
     split: Split
     layer: int | None = None
+    adapter: Adapter | None = None
 
     @property
     def numel(self) -> int:
@@ -91,17 +98,48 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
     specs = [TensorSpec(EMBEDDING, (vocab, hidden), COLUMN)]
     for layer in range(config.num_layers):
         specs += [TensorSpec(layer_prefix(layer) + name, shape, split, layer) for name, shape, split in layer_tensors]
+        by_name = {name: (shape, split) for name, shape, split in layer_tensors}
+        for adapter in adapters(config, layer):
+            specs += adapter_tensors(config, adapter, *by_name[f"{adapter.linear}.weight"])
     specs.append(TensorSpec(FINAL_NORM, (hidden,), REPLICATED))
     if not config.tied:
         specs.append(TensorSpec(OUTPUT, (vocab, hidden), COLUMN))
     return {spec.name: spec for spec in specs}
 
 
+def adapter_tensors(config: ModelConfig, adapter: Adapter, shape: tuple[int, ...], split: Split) -> list[TensorSpec]:
+    """The tensors of an adapter to a weight of `shape` and `split`.
+
+    A factor is cut where it shares a dimension with the weight that is cut. Ranks hold the other one whole, and each
+    computes a part of its gradient.
+    """
+    outputs = sum(stop - start for start, stop in adapter.ranges(shape[0], config))
+    rows = split if adapter.part is None or split.dim != 0 else COLUMN  # of gate and up, each alone is one block
+    by_rows, by_columns = (rows, REPLICATED) if split.dim == 0 else (REPLICATED, split)
+    tensors: list[tuple[str, tuple[int, ...], Split]] = [
+        (adapter.a, (adapter.rank, shape[1]), by_columns),
+        (adapter.b, (outputs, adapter.rank), by_rows),
+    ]
+    if config.lora is not None and config.lora.use_dora:
+        tensors.append((adapter.magnitude, (outputs,), by_rows))
+    return [TensorSpec(name, shape, split, adapter.layer, adapter) for name, shape, split in tensors]
+
+
+def is_trained(config: ModelConfig, spec: TensorSpec) -> bool:
+    """Whether training changes a tensor: all of them, or, in a model with adapters, only these."""
+    return config.lora is None or spec.adapter is not None
+
+
 def parameter_count(config: ModelConfig) -> int:
-    """Trainable numbers in the whole model. A tied head counts once.
+    """Numbers in the whole model, adapters included. A tied head counts once.
 
     >>> from tandem.models.published import qwen3_config
     >>> parameter_count(qwen3_config("0.6B"))
     596049920
     """
     return sum(spec.numel for spec in tensor_table(config).values())
+
+
+def trained_count(config: ModelConfig) -> int:
+    """The numbers that training changes: those of the adapters, if there are any."""
+    return sum(spec.numel for spec in tensor_table(config).values() if is_trained(config, spec))

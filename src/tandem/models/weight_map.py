@@ -26,7 +26,7 @@ HF_EMBEDDING = "model.embed_tokens.weight"
 
 
 class WeightMap:
-    """The whole model's map, in the tensor table's order.
+    """The whole model's map, in the tensor table's order. Adapters are not part of it.
 
     Attributes:
         rows: mcore name -> Hugging Face name -> the ranges of the mcore tensor's rows that make up that tensor.
@@ -35,7 +35,7 @@ class WeightMap:
     def __init__(self, config: ModelConfig) -> None:
         layer_rows = {row.mcore: row for row in config.family.layer}
         outside = {row.mcore: row for row in OUTSIDE_LAYERS}
-        self._table = tensor_table(config)
+        self._table = tensor_table(config.without_adapters)
         self.rows: dict[str, dict[str, Ranges]] = {}
         for name, spec in self._table.items():
             if spec.layer is None:

@@ -9,8 +9,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from tandem.backends.adapters import LocalAdapter
 from tandem.backends.engine import BaseEngine, ByRows
 from tandem.backends.interface import EngineSettings
+from tandem.backends.mindspore.adapters import Factors, Linear
 from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.compute.sets import kernels_for
 from tandem.backends.mindspore.data_parallel import DataParallel
@@ -27,7 +29,8 @@ from tandem.checkpoints.interface import TensorKind
 from tandem.data.batch import MicroBatch
 from tandem.frameworks import MINDSPORE
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import EMBEDDING, FINAL_NORM
+from tandem.models.families import LINEARS
+from tandem.models.tensors import EMBEDDING, FINAL_NORM, ROW
 
 
 def create(config: ModelConfig, settings: EngineSettings) -> MindSporeEngine:
@@ -60,12 +63,18 @@ class MindSporeEngine(BaseEngine[Tensor]):
         self.by_rows = ByRows(weights=False, gradients=False, optimizer_state=by_rows)
         self._data = DataParallel(self._groups.data, by_rows, self._kernels)
         self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows(0))
-        self._weights = {name: self._new_weight(shard.shape) for name, shard in self._shards.items()}
+        self._weights = {
+            name: self._new_weight(shard.shape, trained=name in self._trained) for name, shard in self._shards.items()
+        }
+        self._trained_weights = {name: self._weights[name] for name in self._trained}
         self._passes = self._make_passes()
-        self._adamw = AdamW(self._weights, self._data, settings, self._kernels) if settings.training else None
+        self._adamw = AdamW(self._trained_weights, self._data, settings, self._kernels) if settings.training else None
 
-    def _new_weight(self, shape: tuple[int, ...]) -> Weight:
+    def _new_weight(self, shape: tuple[int, ...], *, trained: bool) -> Weight:
         value = self._kernels.zeros(shape)
+        if not trained:
+            value = value.astype(self._dtype)
+            return Weight(value, value, trained=False)
         if self._dtype is ms.float32:
             return Weight(value, self._data.own_rows_of(value))
         first, last = self._data.own_rows(shape[0])
@@ -80,17 +89,45 @@ class MindSporeEngine(BaseEngine[Tensor]):
             first=pipeline.is_first,
             last=pipeline.is_last,
             weights=self._weights,
+            linears=self._make_linears(),
             kernels=self._kernels,
             tensor=self._tensor,
             recompute_layers=self._settings.recompute_layers,
         )
         return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype)
 
+    def _make_linears(self) -> dict[str, Linear]:
+        """The layers' linear layers. Ranks share the columns of those whose weight is cut along them."""
+
+        def factors(adapter: LocalAdapter) -> Factors:
+            names = (adapter.a, adapter.b, adapter.magnitude)
+            a, b, magnitude = (self._weights.get(name) for name in names)
+            assert a is not None
+            assert b is not None
+            return Factors(adapter, a, b, magnitude)
+
+        return {
+            name: Linear(
+                name,
+                weight,
+                self._weights.get(name.removesuffix("weight") + "bias"),
+                [factors(adapter) for adapter in self._adapters.get(name, [])],
+                self._groups.tensor if self._shards[name].spec.split == ROW else None,
+                self._kernels,
+            )
+            for name, weight in self._weights.items()
+            if name.endswith(LINEARS)
+        }
+
     def _kept(self, kind: TensorKind) -> Mapping[str, Tensor]:
         if kind == "model":
             return {name: weight.value for name, weight in self._weights.items()}
         if kind == "master":
-            return {name: weight.master for name, weight in self._weights.items() if weight.master is not weight.value}
+            return {
+                name: weight.master
+                for name, weight in self._trained_weights.items()
+                if weight.master is not weight.value
+            }
         return {} if self._adamw is None else getattr(self._adamw, kind)
 
     @staticmethod
@@ -109,7 +146,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return self._groups.everyone.sum_values(*values)
 
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
-        for weight in self._weights.values():
+        for weight in self._trained_weights.values():
             weight.has_gradient = False
         with _non_finite_allowed():
             return self._passes.accumulate(batches)
@@ -121,7 +158,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _sum_gradients(self) -> None:
         if self._grid.size == 1:
             return
-        gradients = {name: self._gradient(weight) for name, weight in self._weights.items()}
+        gradients = {name: self._gradient(weight) for name, weight in self._trained_weights.items()}
         if self._groups.tensor.group is not None:
             # All ranks compute the final norm alike, of all tokens.
             partial = [
@@ -129,7 +166,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
             ]
             self._kernels.sum_over(self._groups.tensor, [gradients[name] for name in partial])
         self._data.reduce(list(gradients.values()))
-        if self._groups.tied.group is not None:
+        if self._groups.tied.group is not None and EMBEDDING in gradients:
             self._kernels.sum_over(self._groups.tied, [gradients[EMBEDDING]])
 
     def _gradient(self, weight: Weight) -> Tensor:
@@ -145,11 +182,11 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
         assert self._adamw is not None
         self._adamw.update(self.optimizer_step, lr, weight_decay, coefficient)
-        self._data.share(list(self._weights.values()))
+        self._data.share(list(self._trained_weights.values()))
 
     def _gradients(self) -> dict[str, np.ndarray]:
-        gradients = {name: self._gradient(weight).asnumpy() for name, weight in self._weights.items()}
-        for weight in self._weights.values():
+        gradients = {name: self._gradient(weight).asnumpy() for name, weight in self._trained_weights.items()}
+        for weight in self._trained_weights.values():
             weight.gradient = None  # it is the caller's now
         return gradients
 

@@ -23,6 +23,7 @@ class Kernels:
         rows: some rows of a tensor. On CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
+        side_by_side, block, row_squares, stretch, scale_columns, dot_columns: of adapters.
         bf16: whether matrix products in bfloat16 exist.
         fp32_notice: a message for the user when computing in fp32.
     """
@@ -43,5 +44,11 @@ class Kernels:
     sum_of_squares: Callable[[Tensor], float]
     sum_over: Callable[[Ranks, Sequence[Tensor]], None]
     gather_rows: Callable[[Ranks, Sequence[Weight]], None]
+    side_by_side: Callable[..., Tensor]
+    block: Callable[..., Tensor]
+    row_squares: Callable[[Tensor, Tensor], Tensor]
+    stretch: Callable[..., Tensor]
+    scale_columns: Callable[[Tensor, Tensor], Tensor]
+    dot_columns: Callable[[Tensor, Tensor], Tensor]
     bf16: bool
     fp32_notice: str = ""

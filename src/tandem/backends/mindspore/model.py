@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from tandem.backends.adapters import Dropout
+from tandem.backends.mindspore.adapters import Linear
 from tandem.backends.mindspore.documents import Documents
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
@@ -21,33 +22,24 @@ from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 Layer = Callable[[Tensor], "tuple[Tensor, Pullback]"]
 
 
-def linear(kernels: Kernels, x: Tensor, weight: Weight) -> tuple[Tensor, Pullback]:
-    """x [t, i] times weight [o, i] transposed: [t, o]."""
-
-    def backward(gradient: Tensor) -> Tensor:
-        weight.add_gradient(kernels.weight_gradient(gradient, x))
-        return kernels.product(gradient, weight.value)
-
-    return kernels.product(x, weight.value, transpose_b=True), backward
+def linear(layer: Linear, dropout: Dropout | None, x: Tensor) -> tuple[Tensor, Pullback]:
+    """The linear layer of x [t, i]: [t, o]."""
+    product, kept = layer.forward(x, dropout)
+    return product, lambda gradient: layer.backward(gradient, x, kept, dropout)
 
 
-def linear_after(
-    kernels: Kernels, function: Layer, x: Tensor, weight: Weight, bias: Weight | None = None
-) -> tuple[Tensor, Pullback]:
-    """`linear` of function(x), plus bias [o] where there is one.
+def linear_after(layer: Linear, dropout: Dropout | None, function: Layer, x: Tensor) -> tuple[Tensor, Pullback]:
+    """`linear` of function(x).
 
     Only x is kept: the function is cheap, and is computed again in the backward pass.
     """
+    product, kept = layer.forward(function(x)[0], dropout)
 
     def backward(gradient: Tensor) -> Tensor:
         value, pull = function(x)
-        weight.add_gradient(kernels.weight_gradient(gradient, value))
-        if bias is not None:
-            bias.add_gradient(gradient.astype(ms.float32).sum(axis=0))
-        return pull(kernels.product(gradient, weight.value))
+        return pull(layer.backward(gradient, value, kept, dropout))
 
-    product = kernels.product(function(x)[0], weight.value, transpose_b=True)
-    return product if bias is None else product + bias.value, backward
+    return product, backward
 
 
 def recomputed(layer: Layer) -> Layer:
@@ -88,6 +80,7 @@ class Decoder:
         layers: the stage's layers, as numbered in the whole model. `recompute_layers` counts from the first.
         first, last: whether the stage begins with the embedding, and whether it ends with the final norm.
         weights: by global name.
+        linears: the layers' linear layers, by the global names of their weights.
         watchers: called with the global name of each module that has run, and its output.
     """
 
@@ -96,6 +89,7 @@ class Decoder:
     first: bool
     last: bool
     weights: dict[str, Weight]
+    linears: dict[str, Linear]
     kernels: Kernels
     tensor: TensorParallel
     recompute_layers: int
@@ -117,7 +111,8 @@ class Decoder:
         gradient of x (undefined on the first stage). It may be called once, and only when `differentiable`.
         """
         documents = Documents.of(self.config, micro_batch)
-        steps = [self._layer(place, layer, documents) for place, layer in enumerate(self.layers)]
+        dropout = Dropout.of(self.config.lora, micro_batch)
+        steps = [self._layer(place, layer, documents, dropout) for place, layer in enumerate(self.layers)]
         if self.first:
             embedding = self._watched(EMBEDDING, lambda _: self._embedding(micro_batch.tokens))
             steps = [embedding, self.tensor.leave, *steps]
@@ -143,38 +138,31 @@ class Decoder:
     def _embedding(self, tokens: np.ndarray) -> tuple[Tensor, Pullback]:
         return self.tensor.embedding(tokens, self.weights[EMBEDDING])
 
-    def _layer(self, place: int, layer: int, documents: Documents) -> Layer:
+    def _layer(self, place: int, layer: int, documents: Documents, dropout: Dropout | None) -> Layer:
         function = self._watched(
-            layer_prefix(layer), functools.partial(self._decoder_layer, layer=layer, documents=documents)
+            layer_prefix(layer),
+            functools.partial(self._decoder_layer, layer=layer, documents=documents, dropout=dropout),
         )
         return recomputed(function) if place < self.recompute_layers else function
 
-    def _decoder_layer(self, x: Tensor, layer: int, documents: Documents) -> tuple[Tensor, Pullback]:
+    def _decoder_layer(
+        self, x: Tensor, layer: int, documents: Documents, dropout: Dropout | None
+    ) -> tuple[Tensor, Pullback]:
         prefix = layer_prefix(layer)
         attention = prefix + "self_attention."
-        weights, kernels, tensor = self.weights, self.kernels, self.tensor
+        weights, kernels, tensor, linears = self.weights, self.kernels, self.tensor, self.linears
 
         qkv, pull_qkv = linear_after(
-            kernels,
-            self._entering(prefix + "input_layernorm.weight"),
-            x,
-            weights[attention + "linear_qkv.weight"],
-            weights.get(attention + "linear_qkv.bias"),
+            linears[attention + "linear_qkv.weight"], dropout, self._entering(prefix + "input_layernorm.weight"), x
         )
         q_norm, k_norm = weights.get(attention + "q_layernorm.weight"), weights.get(attention + "k_layernorm.weight")
         mixed, pull_mixed = kernels.attention(qkv, q_norm, k_norm, documents, self.config)
-        project = functools.partial(linear, kernels, weight=weights[attention + "linear_proj.weight"])
+        project = functools.partial(linear, linears[attention + "linear_proj.weight"], dropout)
         projected, pull_projected = chained([project, tensor.leave], mixed)
         middle = x + projected
-        gate_up, pull_gate_up = linear_after(
-            kernels,
-            self._entering(prefix + "pre_mlp_layernorm.weight"),
-            middle,
-            weights[prefix + "mlp.linear_fc1.weight"],
-        )
-        down = functools.partial(
-            linear_after, kernels, kernels.swiglu, weight=weights[prefix + "mlp.linear_fc2.weight"]
-        )
+        entering = self._entering(prefix + "pre_mlp_layernorm.weight")
+        gate_up, pull_gate_up = linear_after(linears[prefix + "mlp.linear_fc1.weight"], dropout, entering, middle)
+        down = functools.partial(linear_after, linears[prefix + "mlp.linear_fc2.weight"], dropout, kernels.swiglu)
         mlp, pull_mlp = chained([down, tensor.leave], gate_up)
 
         def backward(gradient: Tensor) -> Tensor:

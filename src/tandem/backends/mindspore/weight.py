@@ -26,15 +26,19 @@ class Weight:
         gradient: fp32, same shape, or None before the first backward pass. It is kept from step to step, so that no
             activation takes its place in the memory pool.
         has_gradient: whether `gradient` holds something of this step.
+        trained: whether it has a gradient at all.
     """
 
     value: Tensor
     master: Tensor
     gradient: Tensor | None = None
     has_gradient: bool = False
+    trained: bool = True
 
     def add_gradient(self, value: Tensor) -> None:
         """Accumulate. The first value of a step becomes the buffer, which saves a pass over memory."""
+        if not self.trained:
+            return
         value = value.astype(ms.float32)
         self.gradient = self.gradient + value if self.has_gradient else value
         self.has_gradient = True

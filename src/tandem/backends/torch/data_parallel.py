@@ -30,7 +30,10 @@ class Sharing(Protocol):
     by_rows: bool
 
     def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
-        """Allocate the kept parts of weights and of their gradients. Values of weights are undefined."""
+        """Allocate the kept parts of weights, and of the gradients of those that require one.
+
+        Values of weights are undefined.
+        """
         ...
 
     def begin(self, *, gradients: bool) -> None:
@@ -105,10 +108,10 @@ class Replicated:
         self._buffers: dict[nn.Parameter, GradientBuffer] = {}
 
     def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
-        self._weights = list(weights)
         if not training:
             return
-        for weight in weights:
+        self._weights = [weight for weight in weights if weight.requires_grad]
+        for weight in self._weights:
             assert isinstance(weight, Weight)
             room = self._room(weight)
             if room > len(weight):

@@ -79,16 +79,17 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             kept_dtype, shard = self._dtype, None
         self.by_rows = ByRows(self._sharing.weights_by_rows, self._sharing.by_rows, self._sharing.by_rows)
         pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.pipelines)
-        slots = [tuple(slot.local for slot in chunk) for chunk in stage]
         chunks = [
-            Chunk(chunk_slots, pipeline.source(number) is None, pipeline.target(number) is None)
-            for number, chunk_slots in enumerate(slots)
+            Chunk(slots, pipeline.source(number) is None, pipeline.target(number) is None)
+            for number, slots in enumerate(stage)
         ]
-        build = Build(self._local_config(), kept_dtype, self._device, self._tensor, shard)
-        counts = recompute_counts(slots, settings.recompute_layers)
+        build = Build(self._local_config(), kept_dtype, self._device, self._tensor, self._adapters, shard)
+        counts = recompute_counts(stage, settings.recompute_layers)
         models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
         self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device)
         self._weights = self._name_weights(models)
+        for name, weight in self._weights.items():
+            weight.requires_grad_(name in self._trained)
         self._sharing.prepare(list(self._weights.values()), training=settings.training)
         self._adamw = self._make_adamw() if settings.training else None
 
@@ -104,7 +105,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         return named
 
     def _make_adamw(self) -> AdamW:
-        updated = {name: self._sharing.updated(weight) for name, weight in self._weights.items()}
+        updated = {name: self._sharing.updated(self._weights[name]) for name in self._trained}
         return AdamW(
             {name: rows for name, rows in updated.items() if len(rows)},
             lambda name: self._sharing.gradient(self._weights[name]),
@@ -167,7 +168,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         if self._tensor is not None:
             partial = self._partial_names(sequence_parallel=self._tensor.sequence)
             self._tensor.sum_all(self._sharing.gradient(self._weights[name]) for name in partial)
-        if self.config.tied and self._grid.pipeline_size > 1 and EMBEDDING in self._weights:
+        if self.config.tied and self._grid.pipeline_size > 1 and EMBEDDING in self._trained:
             self._passes.pipeline.sum_over_ends(self._sharing.gradient(self._weights[EMBEDDING]))
 
     def _sum_of_squares(self, names: Iterable[str]) -> float:
@@ -180,7 +181,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         self._sharing.share()
 
     def _gradients(self) -> dict[str, np.ndarray]:
-        gradients = {name: self._sharing.whole_gradient(weight) for name, weight in self._weights.items()}
+        gradients = {name: self._sharing.whole_gradient(self._weights[name]) for name in self._trained}
         return {name: gradient.cpu().numpy().copy() for name, gradient in gradients.items()}
 
     @contextmanager
@@ -208,7 +209,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         return int(getattr(torch, self._device.type).max_memory_allocated(self._device))
 
 
-def recompute_counts(chunks: Sequence[Sequence[int]], layers: int) -> list[int]:
+def recompute_counts(chunks: Sequence[Sequence[object]], layers: int) -> list[int]:
     """How many layers of each chunk belong to the first `layers` of this rank."""
     starts = accumulate((len(chunk) for chunk in chunks), initial=0)
     return [min(max(layers - start, 0), len(chunk)) for start, chunk in zip(starts, chunks)]

@@ -58,14 +58,17 @@ class FullySharded:
         self._units.append(unit)
 
     def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
-        self._weights = list(weights)
         if not training:
             return
+        self._weights = [weight for weight in weights if weight.requires_grad]
         for unit in self._units:
             unit.unshard()
             for parameter in cast(nn.Module, unit).parameters():
-                if not isinstance(parameter, DTensor):
-                    whole = cast(Weight, parameter)  # the same object whenever its unit is whole
+                if isinstance(parameter, DTensor):
+                    continue
+                whole = cast(Weight, parameter)  # the same object whenever its unit is whole
+                whole.main_grad = None
+                if whole.requires_grad:
                     whole.grad_dtype = torch.float32
                     whole.main_grad = _Grad(whole)
             unit.reshard()

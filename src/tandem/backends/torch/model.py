@@ -6,15 +6,18 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tandem.backends.adapters import Dropout, LocalAdapter
+from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
 from tandem.backends.torch.attention import Run, attention, runs
 from tandem.backends.torch.functional import (
     Weight,
@@ -30,6 +33,8 @@ from tandem.backends.torch.tensor_parallel import TensorParallel
 from tandem.data.batch import MicroBatch, padded
 from tandem.models.config import ModelConfig
 from tandem.models.rotary import cos_sin
+from tandem.models.tensors import layer_prefix
+from tandem.parallel.layout import Slot
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Inputs:
         cos, sin: of each token's rotary angles, [t, 1, kv_channels / 2].
         packed: the documents, equal lengths joined.
         real: how many tokens are of the batch; the rest is padding.
+        dropout: of adapters' inputs.
     """
 
     tokens: torch.Tensor
@@ -48,13 +54,14 @@ class Inputs:
     sin: torch.Tensor
     packed: list[Run]
     real: int
+    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive layers on one pipeline stage: their numbers, and whether they begin or end the model."""
+    """Consecutive layers on one pipeline stage, and whether they begin or end the model."""
 
-    slots: tuple[int, ...]
+    slots: tuple[Slot, ...]
     first: bool
     last: bool
 
@@ -63,17 +70,30 @@ class Chunk:
 class Build:
     """What every module is built from: the config of this rank's slice, dtype and device of weights, the tensor ranks.
 
-    `shard` is called with each layer, and then with the model, as soon as it is built.
+    Attributes:
+        adapters: this rank's, by the global name of the weight that they add to.
+        shard: called with each layer, and then with the model, as soon as it is built.
     """
 
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
     tensor: TensorParallel | None
+    adapters: Mapping[str, Sequence[LocalAdapter]] = field(default_factory=dict)
     shard: Callable[[nn.Module], None] | None = None
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
         return Linear(inputs, outputs, self.dtype, self.device, bias)
+
+    def adapted(self, name: str, inputs: int, outputs: int, *, bias: bool = False, columns: bool = False) -> Linear:
+        """The linear layer with this global name, and its adapters. `columns`: ranks hold columns of its weight."""
+        weight = f"{name}.weight"
+        if not self.adapters.get(weight):
+            return self.linear(inputs, outputs, bias=bias)
+        ranks = self.tensor if columns else None
+        dora = self.config.lora is not None and self.config.lora.use_dora
+        layer = Linear(inputs, outputs, self.dtype, self.device, bias)
+        return AdaptedLinear(layer, weight, self.adapters[weight], ranks, dora=dora)
 
     def norm(self, size: int) -> RMSNorm:
         return RMSNorm(size, self.config.norm_epsilon, self.dtype, self.device)
@@ -82,7 +102,7 @@ class Build:
 def prepare(
     config: ModelConfig, batch: MicroBatch, dtype: torch.dtype, device: torch.device, tensor: TensorParallel | None
 ) -> Inputs:
-    real = len(batch.tokens)
+    real, dropout = len(batch.tokens), Dropout.of(config.lora, batch)
     if tensor is not None and tensor.sequence:
         batch = padded(batch, tensor.size)
     half = config.kv_channels // 2
@@ -91,7 +111,7 @@ def prepare(
         for angles in cos_sin(config, batch.position_ids)
     )
     # A copy, because tokens may lie in a file that is mapped read-only: from_numpy would warn.
-    return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, runs(batch.lengths.tolist()), real)
+    return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, runs(batch.lengths.tolist()), real, dropout)
 
 
 class Linear(nn.Module):
@@ -100,8 +120,58 @@ class Linear(nn.Module):
         self.weight = new_weight(outputs, inputs, dtype=dtype, device=device)
         self.bias = new_weight(outputs, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class AdaptedLinear(Linear):
+    """A linear layer with adapters. Their weights have the names that the layout gives them.
+
+    Args:
+        layer: takes its weights over.
+        name: the weight's global name.
+        columns: the ranks that hold the other columns of the weight; None where this rank holds all.
+    """
+
+    def __init__(
+        self,
+        layer: Linear,
+        name: str,
+        adapters: Sequence[LocalAdapter],
+        columns: TensorParallel | None,
+        *,
+        dora: bool,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.name, self.adapters, self.columns = name, adapters, columns
+        dtype, device = layer.weight.dtype, layer.weight.device
+
+        def factors(shape: Callable[[LocalAdapter], tuple[int, ...]]) -> nn.ModuleDict:
+            return nn.ModuleDict({a.module: Factor(*shape(a), dtype=dtype, device=device) for a in adapters})
+
+        self.lora_A = factors(lambda adapter: (adapter.rank, layer.weight.shape[1]))
+        self.lora_B = factors(lambda adapter: (sum(adapter.sizes), adapter.rank))
+        self.lora_magnitude_vector = factors(lambda adapter: (sum(adapter.sizes),)) if dora else None
+
+    def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        adapted = Adapted(self.name, self.weight, self.bias, self._factors(), self.columns, inputs.dropout)
+        return adapted_linear(x, adapted)
+
+    def _factors(self) -> list[Factors]:
+        def weight(factors: nn.ModuleDict, module: str) -> Weight:
+            return cast(Factor, factors[module]).weight
+
+        lengths = self.lora_magnitude_vector
+        return [
+            Factors(
+                adapter,
+                weight(self.lora_A, adapter.module),
+                weight(self.lora_B, adapter.module),
+                None if lengths is None else weight(lengths, adapter.module),
+            )
+            for adapter in self.adapters
+        ]
 
 
 class RMSNorm(nn.Module):
@@ -129,18 +199,19 @@ class WordEmbeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, prefix: str) -> None:
         super().__init__()
         config = build.config
         head, heads, groups = config.kv_channels, config.num_attention_heads, config.num_query_groups
         self.group_shape = (-1, heads // groups + 2, head)
         self.eps = config.norm_epsilon
-        self.linear_qkv = build.linear(config.hidden_size, (heads + 2 * groups) * head, bias=config.add_qkv_bias)
-        self.linear_proj = build.linear(heads * head, config.hidden_size)
+        qkv, hidden = (heads + 2 * groups) * head, config.hidden_size
+        self.linear_qkv = build.adapted(f"{prefix}linear_qkv", hidden, qkv, bias=config.add_qkv_bias)
+        self.linear_proj = build.adapted(f"{prefix}linear_proj", heads * head, hidden, columns=True)
         self.q_layernorm, self.k_layernorm = (build.norm(head) if config.qk_layernorm else None for _ in range(2))
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        qkv = self.linear_qkv(x).unflatten(1, self.group_shape)  # [t, groups, queries per group + 2, d]
+        qkv = self.linear_qkv(x, inputs).unflatten(1, self.group_shape)  # [t, groups, queries per group + 2, d]
         q_weight, k_weight = (
             norm.weight if norm is not None else None for norm in (self.q_layernorm, self.k_layernorm)
         )
@@ -151,34 +222,36 @@ class SelfAttention(nn.Module):
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), inputs.packed)
 
-        return self.linear_proj(recomputed(heads, attend, qkv))
+        return self.linear_proj(recomputed(heads, attend, qkv), inputs)
 
 
 class MLP(nn.Module):
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, prefix: str) -> None:
         super().__init__()
         hidden, ffn = build.config.hidden_size, build.config.ffn_hidden_size
-        self.linear_fc1 = build.linear(hidden, 2 * ffn)
-        self.linear_fc2 = build.linear(ffn, hidden)
+        self.linear_fc1 = build.adapted(f"{prefix}linear_fc1", hidden, 2 * ffn)
+        self.linear_fc2 = build.adapted(f"{prefix}linear_fc2", ffn, hidden, columns=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return recomputed(swiglu, self.linear_fc2, self.linear_fc1(x))
+    def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        return recomputed(swiglu, partial(self.linear_fc2, inputs=inputs), self.linear_fc1(x, inputs))
 
 
 class TransformerLayer(nn.Module):
     """Attention and MLP, each with a norm before it and a residual around it.
 
     Args:
+        layer: its number in the whole model.
         recompute: the forward pass keeps only its input, and is computed again in the backward pass.
     """
 
-    def __init__(self, build: Build, *, recompute: bool) -> None:
+    def __init__(self, build: Build, layer: int, *, recompute: bool) -> None:
         super().__init__()
+        prefix = layer_prefix(layer)
         self.recompute = recompute
         self.input_layernorm = build.norm(build.config.hidden_size)
-        self.self_attention = SelfAttention(build)
+        self.self_attention = SelfAttention(build, f"{prefix}self_attention.")
         self.pre_mlp_layernorm = build.norm(build.config.hidden_size)
-        self.mlp = MLP(build)
+        self.mlp = MLP(build, f"{prefix}mlp.")
         self.tensor = build.tensor
         if build.shard is not None:
             build.shard(self)
@@ -190,7 +263,7 @@ class TransformerLayer(nn.Module):
 
     def _forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         x = self._block(self.input_layernorm, partial(self.self_attention, inputs=inputs), x)
-        return self._block(self.pre_mlp_layernorm, self.mlp, x)
+        return self._block(self.pre_mlp_layernorm, partial(self.mlp, inputs=inputs), x)
 
     def _block(self, norm: RMSNorm, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """x + block(norm(x)). Tensor ranks gather the norm's tokens, and sum the parts that their blocks compute."""
@@ -206,7 +279,7 @@ class Decoder(nn.Module):
         # Slots without a layer keep their number: it is part of the names.
         self.layers = nn.ModuleDict(
             {
-                str(slot): TransformerLayer(build, recompute=number < recompute_layers)
+                str(slot.local): TransformerLayer(build, slot.layer, recompute=number < recompute_layers)
                 for number, slot in enumerate(chunk.slots)
             }
         )
@@ -257,6 +330,8 @@ class GPTModel(nn.Module):
         """
         if self.embedding is not None:
             x = self.embedding.word_embeddings(inputs.tokens)
+            if torch.is_grad_enabled():
+                x.requires_grad_()  # also when the embedding is not trained, but layers are
         assert x is not None
         x = self.decoder(x, inputs)
         norm = self.decoder.final_layernorm

@@ -57,6 +57,8 @@ def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
     index = Tensor(tokens, ms.int32)
 
     def backward(gradient: Tensor) -> Tensor:
+        if not weight.trained:
+            return gradient
         rows = mint.index_add(zeros(weight.value.shape), 0, index, gradient.astype(ms.float32))
         weight.add_gradient(rows)
         return gradient
@@ -142,7 +144,8 @@ def cross_entropy_and_gradient(
         d_logits = d_logits.astype(hidden.dtype)
         share = Tensor(shares[part, None].astype(np.float32)).astype(hidden.dtype)
         gradients.append(product(d_logits, head.value) * share * scale)
-        head.add_gradient(weight_gradient(d_logits, rows * share).astype(ms.float32) * scale)
+        if head.trained:
+            head.add_gradient(weight_gradient(d_logits, rows * share).astype(ms.float32) * scale)
     return total, mint.cat(gradients, 0)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.backends.mindspore.compute import npu
-from tandem.backends.mindspore.compute.cpu import attention, buckets, functional, loss
+from tandem.backends.mindspore.compute import npu, npu_adapters
+from tandem.backends.mindspore.compute.cpu import adapters, attention, buckets, functional, loss
 from tandem.backends.mindspore.device import prepare
 from tandem.backends.mindspore.kernels import Kernels
 
@@ -24,6 +24,12 @@ CPU = Kernels(
     sum_of_squares=functional.sum_of_squares,
     sum_over=buckets.sum_over,
     gather_rows=buckets.gather_rows,
+    side_by_side=adapters.side_by_side,
+    block=adapters.block,
+    row_squares=adapters.row_squares,
+    stretch=adapters.stretch,
+    scale_columns=adapters.scale_columns,
+    dot_columns=adapters.dot_columns,
     bf16=False,
 )
 
@@ -45,6 +51,12 @@ NPU = Kernels(
     sum_of_squares=npu.sum_of_squares,
     sum_over=npu.sum_over,
     gather_rows=npu.gather_rows,
+    side_by_side=npu_adapters.side_by_side,
+    block=npu_adapters.block,
+    row_squares=npu_adapters.row_squares,
+    stretch=npu_adapters.stretch,
+    scale_columns=npu_adapters.scale_columns,
+    dot_columns=npu_adapters.dot_columns,
     bf16=True,
     fp32_notice="fp32: flash attention on Ascend computes in bf16; the rest computes in fp32",
 )

@@ -51,6 +51,8 @@ def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
     rows[...] = weight.value.asnumpy()[tokens]
 
     def backward(gradient: Tensor) -> Tensor:
+        if not weight.trained:
+            return gradient
         buffer = weight.gradient_rows()
         if not weight.has_gradient:
             fill_zero(buffer)

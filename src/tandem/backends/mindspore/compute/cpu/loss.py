@@ -97,7 +97,7 @@ class _Chunk:
     def backward(self, weights: np.ndarray, d_rows: np.ndarray) -> None:
         """Write the gradient of the rows, and accumulate the head's. The pieces are overwritten."""
         factors = np.exp(self.largest - self.log_sum_exp[:, None]) * weights[:, None]
-        d_head = self.head.gradient_rows()
+        d_head = self.head.gradient_rows() if self.head.trained else None
         for index, piece in enumerate(self.pieces):
             d_logits = piece.asnumpy()
             here = self._labelled(index)
@@ -105,8 +105,10 @@ class _Chunk:
             d_logits[here, self.labels[here] - self.ranges[index].start] -= weights[here]
             d_piece = _product(piece, self._weights(index)).asnumpy()
             d_rows[...] = d_piece if index == 0 else d_rows + d_piece
-            _accumulate(d_head[self.ranges[index]], _product_ta(piece, self.hidden).asnumpy(), self.head.has_gradient)
-        self.head.has_gradient = True
+            if d_head is not None:
+                d_piece = _product_ta(piece, self.hidden).asnumpy()
+                _accumulate(d_head[self.ranges[index]], d_piece, self.head.has_gradient)
+        self.head.has_gradient = self.head.trained
 
     def _weights(self, index: int) -> Tensor:
         return Tensor.from_numpy(single(self.head.value.asnumpy()[self.ranges[index]]))

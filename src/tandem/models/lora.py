@@ -1,0 +1,101 @@
+"""Low-rank adapters (arXiv 2106.09685): which modules get one, and of which rank. Fields mean what PEFT's mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.errors import UserError
+
+ALL_LINEAR = "all-linear"
+Pattern = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Settings of adapters, under PEFT's names.
+
+    A module's weight W gets two factors: B A, times a scale, is added to it. Only A and B are trained.
+
+    Attributes:
+        r: the rank: rows of A, and columns of B.
+        lora_alpha: the scale is `lora_alpha / r`.
+        target_modules: ends of module paths, such as `q_proj`; or one regular expression for whole paths; or
+            "all-linear". Megatron's names (`linear_qkv`) give the modules that are fused in it one A in common.
+        use_rslora: the scale is `lora_alpha / sqrt(r)` (arXiv 2312.03732).
+        use_dora: rows of W + scale B A are also given a trained length (arXiv 2402.09353).
+        lora_dropout: the share of an adapter's input numbers that a training step drops.
+        rank_pattern, alpha_pattern: exceptions, by regular expression for the end of a module path.
+        layers_to_transform: numbers of the layers that get adapters; None for all.
+        exclude_modules: modules that get none, in the form of `target_modules`; None for no exceptions.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    target_modules: tuple[str, ...] | str = ALL_LINEAR
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        for rank in (self.r, *(rank for _, rank in self.rank_pattern)):
+            if type(rank) is not int or rank < 1:
+                raise UserError(f"lora_r {rank!r}: expected a whole number, at least 1")
+        for alpha in (self.lora_alpha, *(alpha for _, alpha in self.alpha_pattern)):
+            if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+                raise UserError(f"lora_alpha {alpha!r}: expected a number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout {self.lora_dropout}: expected at least 0 and below 1")
+        if self.lora_dropout and self.use_dora:
+            raise UserError(f"lora_dropout {self.lora_dropout} with DoRA (use_dora) is not supported: leave one out")
+        if not self.target_modules:
+            raise UserError("lora_target_modules is empty: expected names such as q_proj, or all-linear")
+
+    def includes(self, path: str, layer: int) -> bool:
+        """Whether the module at `path`, in decoder layer `layer`, gets an adapter."""
+        if self.layers_to_transform is not None and layer not in self.layers_to_transform:
+            return False
+        if self.exclude_modules is not None and _matches(self.exclude_modules, path):
+            return False
+        return self.target_modules == ALL_LINEAR or _matches(self.target_modules, path)
+
+    def rank_of(self, path: str) -> int:
+        return int(_exception(self.rank_pattern, path, self.r))
+
+    def alpha_of(self, path: str) -> float:
+        return _exception(self.alpha_pattern, path, self.lora_alpha)
+
+    def scale_of(self, path: str) -> float:
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Lora:
+        """The inverse of `to_dict`, also when JSON has turned tuples into lists."""
+        return cls(**{name: _as_tuples(value) for name, value in values.items()})
+
+
+def _matches(names: tuple[str, ...] | str, path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _exception(pattern: Iterable[tuple[str, float]], path: str, default: float) -> float:
+    """The value of the first key that matches the end of `path`, as in PEFT."""
+    return next((value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
