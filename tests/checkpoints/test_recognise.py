@@ -133,7 +133,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a model in the hub's cache": (hub_model, r"of the hub's cache.* give \S*snapshots/c1899de$"),
     "its snapshots": (lambda root: hub_model(root) / "snapshots", r"of the hub's cache.* give \S*snapshots/c1899de$"),
     "the hub's cache": (lambda root: hub_model(root).parent, "the hub's cache, with models--Qwen--Qwen3-0.6B"),
-    "an adapter": (adapter, r"PEFT adapter of the model Qwen/Qwen3-0\.6B.*merge_and_unload"),
+    "an adapter": (adapter, r"PEFT adapter of the model Qwen/Qwen3-0\.6B.*--lora-load \S*lora$"),
     "DeepSpeed's files": (deepspeed, r"DeepSpeed.*python \S*ds/zero_to_fp32\.py \S*ds FOLDER"),
     "sharded files of PyTorch": (fully_sharded, r"accelerate merge-weights \S*pytorch_model_fsdp_0"),
     "Meta's files": (meta, r"params\.json, consolidated.*in Hugging Face's form"),

@@ -7,10 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.formats.arrays import is_finite
-from tandem.checkpoints.interface import TensorKind, TensorSource, dtype_name
+from tandem.checkpoints.interface import DTYPES, TensorKind, TensorSource, dtype_name
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
@@ -92,10 +93,12 @@ def with_integrity(description: Description, progress: Progress | None = None) -
     Raises:
         UserError: a tensor is damaged, or holds NaN or infinity.
     """
-    source, done = description.source, 0
+    source, done = stored_part(description.source), 0
     total = sum(content.bytes for content in description.contents) + sum(description.files.values())
     for kind in source.kinds():
         for name in tensor_table(source.config):
+            if kind not in source.kinds_of(name):
+                continue
             tensor = source.read(name, kind)
             if not is_finite(tensor):
                 raise UserError(f"{source.location}: tensor {name} ({kind}) holds NaN or infinity")
@@ -113,14 +116,22 @@ def with_integrity(description: Description, progress: Progress | None = None) -
     return replace(description, integrity=f"{proved} every number is finite", digests=digests)
 
 
+def stored_part(source: TensorSource) -> TensorSource:
+    """What the folder itself holds: of adapters beside their weights, the adapters."""
+    return source.adapters if isinstance(source, Adapted) else source
+
+
 def _contents(source: TensorSource) -> tuple[Content, ...]:
+    source = stored_part(source)
     sizes_of: dict[tuple[TensorKind, str], list[int]] = defaultdict(list)
     table = tensor_table(source.config)
     for kind in source.kinds():
         for name, spec in table.items():
+            if kind not in source.kinds_of(name):
+                continue
             sizes_of[kind, dtype_name(source.dtype(name, kind))].append(spec.numel)
     return tuple(
-        Content(kind, dtype, len(sizes), sum(sizes), sum(sizes) * source.dtype(next(iter(table)), kind).itemsize)
+        Content(kind, dtype, len(sizes), sum(sizes), sum(sizes) * DTYPES[dtype].itemsize)
         for (kind, dtype), sizes in sizes_of.items()
     )
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tandem.checkpoints.adapters.base import BaseRecord
+from tandem.checkpoints.adapters.peft import PeftSource, is_peft, read_config
+from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations, saved_iterations
 from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.hf.weights import holds_weights
@@ -45,6 +48,8 @@ def open_source(
     """
     folder = Path(folder)
     recover(folder)
+    if is_peft(folder) and not (folder / "config.json").exists():
+        return open_adapters(folder, open_named_base(folder))
     if not (is_model_folder(folder) or (iteration is not None and saved_iterations(folder))):
         raise unusable(folder)
     if iteration is None:
@@ -93,7 +98,59 @@ def open_iteration(
     source = NativeSource(folder, iteration)
     check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
     check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)
-    return source
+    return source if source.base is None else beside_base(source, source.base)
+
+
+def open_named_base(folder: Path) -> TensorSource:
+    """The model that a PEFT folder names, where that is a folder here."""
+    name = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        raise unusable(folder)
+    return open_source(name)
+
+
+def beside_base(adapters: TensorSource, record: BaseRecord) -> Adapted:
+    """A checkpoint of adapters with the weights that it names.
+
+    Raises:
+        UserError: these weights are not there. Whether they are the same is checked when the first one is read.
+    """
+    try:
+        base = open_source(record.folder, record.iteration)
+    except UserError as error:
+        raise UserError(
+            f"{adapters.location} holds adapters only; the weights that they belong to cannot be opened: {error}. "
+            f"If these are elsewhere now, give --load FOLDER --lora-load {adapters.location}"
+        ) from error
+    return Adapted(adapters, base, adapters, record)
+
+
+def open_with_adapters(
+    folder: str | Path, iteration: int | None, lora_load: str | None, config: ModelConfig | None = None
+) -> TensorSource:
+    """The weights in a folder, with the adapters of `--lora-load` where it is given."""
+    source = open_source(folder, iteration, config=config)
+    return source if lora_load is None else open_adapters(lora_load, source)
+
+
+def open_adapters(folder: str | Path, base: TensorSource, iteration: int | None = None) -> Adapted:
+    """Adapters from a PEFT folder or from a checkpoint with adapters, beside the weights `base`.
+
+    Raises:
+        UserError: the folder holds no adapters, or those of another model, or of other weights.
+    """
+    folder = Path(folder)
+    if is_peft(folder):
+        return Adapted(PeftSource(folder, base.config.without_adapters), base, base)
+    if not folder.exists():
+        raise UserError(f"--lora-load {folder} does not exist: expected a PEFT folder, or a run that trained adapters")
+    iteration_folder = find_iteration(folder, iteration)
+    if _form_of(iteration_folder) != NATIVE_SIGN:
+        raise UserError(f"--lora-load {folder}: expected a PEFT folder, or a run that trained adapters")
+    adapters = NativeSource(folder, iteration)
+    if adapters.config.lora is None:
+        raise UserError(f"--lora-load {folder} holds no adapters: give whole weights with --load")
+    return Adapted(adapters, base, adapters, adapters.base)
 
 
 def _form_of(iteration: Path) -> str:

@@ -109,6 +109,7 @@ TORCH_DIST = Format(
     has_iterations=True,
     checksums="every weight has the CRC that its file records",
 )
+PEFT = Format(name="PEFT adapter", load_model_type="hf", holder="a PEFT adapter")
 RANDOM = Format(name="random weights", load_model_type="random", holder="nothing: its weights are random")
 
 
@@ -151,8 +152,12 @@ class TensorSource(Protocol):
         return None
 
     def kinds(self) -> tuple[TensorKind, ...]:
-        """The kinds that are held for every tensor; "model" is always one."""
+        """The kinds that are held for every trained tensor; "model" is always one."""
         ...
+
+    def kinds_of(self, name: str) -> tuple[TensorKind, ...]:
+        """The kinds that are held for one tensor."""
+        return self.kinds()
 
     def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype: ...
 
@@ -228,7 +233,7 @@ def kinds_to_load(source: TensorSource, name: str, param_dtype: str) -> tuple[Te
     Masters are more exact than weights in a smaller dtype. But a weight that is stored in `param_dtype` equals its
     rounded master, so it is taken as it is: without shared storage, a machine may hold only some rows of the masters.
     """
-    if "master" not in source.kinds():
+    if "master" not in source.kinds_of(name):
         return "model", "model"
     exact = dtype_name(source.dtype(name, "model")) == param_dtype
     return ("model" if exact else "master"), "master"

@@ -115,8 +115,8 @@ def _adapter(path: Path) -> str | None:
         return None
     base = _json(config).get("base_model_name_or_path")
     return (
-        f"is a PEFT adapter of the model {base or '(not named)'}, without that model's weights. Merge them with PEFT "
-        f"first: PeftModel.from_pretrained(base, {str(path)!r}).merge_and_unload().save_pretrained(FOLDER)"
+        f"is a PEFT adapter of the model {base or '(not named)'}, which is no folder here: give the folder of that "
+        f"model, and the adapter with --lora-load {path}"
     )
 
 

@@ -31,6 +31,9 @@ class View(TensorSource):
     def kinds(self) -> tuple[TensorKind, ...]:
         return self._source.kinds()
 
+    def kinds_of(self, name: str) -> tuple[TensorKind, ...]:
+        return self._source.kinds_of(name)
+
     def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._source.dtype(name, kind)
 
@@ -73,6 +76,9 @@ class Cast(View):
         return Cast(source, self._dtype.name)
 
     def kinds(self) -> tuple[TensorKind, ...]:
+        return ("model",)
+
+    def kinds_of(self, name: str) -> tuple[TensorKind, ...]:
         return ("model",)
 
     def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.folders import COMPANIONS
 from tandem.checkpoints.formats.arrays import row_blocks
 from tandem.checkpoints.formats.safetensors import SafetensorsWriter
@@ -18,7 +19,7 @@ from tandem.checkpoints.interface import DTYPES, Companions, TensorKind, dtype_n
 from tandem.errors import UserError
 from tandem.files.digests import Digest, Hashing
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import parameter_count, tensor_table
+from tandem.models.tensors import is_trained, tensor_table
 from tandem.parallel.layout import Layout, Shard
 
 FORMAT = "tandem"
@@ -33,6 +34,15 @@ def key_of(name: str, kind: TensorKind) -> str:
     'exp_avg.embedding.word_embeddings.weight'
     """
     return name if kind == "model" else f"{kind}.{name}"
+
+
+def stored_names(config: ModelConfig, kind: TensorKind, *, adapters_only: bool) -> list[str]:
+    """The tensors of a kind that a checkpoint holds.
+
+    The optimizer's are those of what is trained. With `adapters_only`, the weights are in the adapters' base.
+    """
+    rest = kind == "model" and not adapters_only
+    return [name for name, spec in tensor_table(config).items() if rest or is_trained(config, spec)]
 
 
 def slice_bytes(tensor: np.ndarray) -> memoryview:
@@ -108,7 +118,11 @@ class SliceFiles:
 
 @dataclass(frozen=True)
 class IterationWriter:
-    """Writes what a native checkpoint holds besides its slices: index, config, companions and documents."""
+    """Writes what a native checkpoint holds besides its slices: index, config, companions and documents.
+
+    Attributes:
+        base: the weights of adapters, when the checkpoint holds only these.
+    """
 
     config: ModelConfig
     layout: Layout
@@ -116,17 +130,24 @@ class IterationWriter:
     number: int
     companions: Companions
     documents: Mapping[str, str]
+    base: BaseRecord | None = None
+
+    def names(self, kind: TensorKind) -> list[str]:
+        """The tensors of a kind that the checkpoint holds."""
+        return stored_names(self.config, kind, adapters_only=self.base is not None)
 
     @property
     def nbytes(self) -> int:
-        return parameter_count(self.config) * sum(DTYPES[dtype].itemsize for dtype in self.dtypes.values())
+        table = tensor_table(self.config)
+        return sum(
+            table[name].numel * DTYPES[dtype].itemsize
+            for kind, dtype in self.dtypes.items()
+            for name in self.names(kind)
+        )
 
     def check_complete(self, where: Path, keys: Collection[str]) -> None:
         missing = [
-            key_of(name, kind)
-            for kind in self.dtypes
-            for name in tensor_table(self.config)
-            if key_of(name, kind) not in keys
+            key_of(name, kind) for kind in self.dtypes for name in self.names(kind) if key_of(name, kind) not in keys
         ]
         if missing:
             raise UserError(f"{where}: {missing[0]} was never written ({len(missing)} tensors missing)")
@@ -145,6 +166,7 @@ class IterationWriter:
             "layout": asdict(self.layout),
             "kinds": dict(self.dtypes),
             **({"elsewhere": True} if elsewhere else {}),
+            **({"base": asdict(self.base)} if self.base else {}),
             "tensors": index,
         }
         (work / INDEX).write_text(json.dumps(content) + "\n", encoding="utf-8")

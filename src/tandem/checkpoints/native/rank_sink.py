@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.folders import TRACKER, iteration_folder, rank_folder
 from tandem.checkpoints.interface import DTYPES, Companions, TensorKind
 from tandem.checkpoints.native.format import IterationWriter, PlannedSlice, SliceFiles, in_words
@@ -27,6 +28,7 @@ class NativeRankSink:
 
     Args:
         by_rows: the kinds that are sharded by rows over data ranks.
+        base: the weights of adapters. Then the checkpoint holds only the adapters.
         shared_storage: False when every machine has its own disk. Then each machine gets a folder with the files of its
             ranks and the whole index.
 
@@ -46,11 +48,14 @@ class NativeRankSink:
         communicator: Communicator,
         *,
         by_rows: Collection[TensorKind],
+        base: BaseRecord | None = None,
         shared_storage: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self._dtypes, self._communicator = dict(dtypes), communicator
-        self._iteration = IterationWriter(config, grid.layout, self._dtypes, iteration, companions, dict(documents))
+        self._iteration = IterationWriter(
+            config, grid.layout, self._dtypes, iteration, companions, dict(documents), base
+        )
         self._elsewhere = not shared_storage
         world, place = communicator.world, grid.place(communicator.world.rank)
         self._rank_folder = rank_folder(grid.layout, place.tensor, place.pipeline)
@@ -64,12 +69,18 @@ class NativeRankSink:
                 self._publication.abort()
             raise
         first = world.first_on_disk(shared_storage=shared_storage)
+        self._names = {kind: set(self._iteration.names(kind)) for kind in self._dtypes}
         plan = [
             self._planned(kind, shard)
             for kind in self._dtypes
             for shard in saved_shards(config, grid, world.rank, by_rows=kind in by_rows, first_rank=first)
+            if shard.spec.name in self._names[kind]
         ]
         self._files = SliceFiles(Publication.working_folder(self._final), plan, self._dtypes)
+
+    def takes(self, kind: TensorKind, shard: Shard) -> bool:
+        """Whether the checkpoint holds this part of a tensor."""
+        return kind in self._names and shard.spec.name in self._names[kind]
 
     def write_part(self, kind: TensorKind, shard: Shard, values: np.ndarray) -> None:
         assert values.shape == shard.shape, f"{shard.spec.name}: the shape is {values.shape}, expected {shard.shape}"

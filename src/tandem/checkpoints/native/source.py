@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.folders import COMPANIONS, find_iteration, saved_iterations
 from tandem.checkpoints.formats.arrays import row_blocks
 from tandem.checkpoints.formats.safetensors import SafetensorsFile
@@ -34,7 +35,7 @@ from tandem.checkpoints.interface import (
     check_shape,
 )
 from tandem.checkpoints.name_lists import check_names
-from tandem.checkpoints.native.format import FORMAT, INDEX, VERSION, in_words, key_of, slice_bytes
+from tandem.checkpoints.native.format import FORMAT, INDEX, VERSION, in_words, key_of, slice_bytes, stored_names
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
@@ -60,6 +61,7 @@ class NativeSource(TensorSource):
     """
 
     format = NATIVE
+    base: BaseRecord | None  # the weights of adapters, when it holds only these
     folder: Path
     iteration: int
     layout: Layout
@@ -73,6 +75,7 @@ class NativeSource(TensorSource):
             self.config = ModelConfig.from_dict(index["model"])
             self.layout = Layout.from_dict(index["layout"])
             self._dtypes: dict[TensorKind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
+            self.base = BaseRecord(**index["base"]) if "base" in index else None
             slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / INDEX}: damaged: {in_words(error)}") from error
@@ -83,6 +86,9 @@ class NativeSource(TensorSource):
 
     def kinds(self) -> tuple[TensorKind, ...]:
         return tuple(self._dtypes)
+
+    def kinds_of(self, name: str) -> tuple[TensorKind, ...]:
+        return tuple(kind for kind in self._dtypes if key_of(name, kind) in self._slices)
 
     def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._dtypes[kind]
@@ -146,7 +152,11 @@ class NativeSource(TensorSource):
     def _check_slices(self) -> None:
         """Raise UserError unless the index has every tensor, and the slices of each cover it."""
         self._table = tensor_table(self.config)
-        expected = {key_of(name, kind): spec for kind in self.kinds() for name, spec in self._table.items()}
+        expected = {
+            key_of(name, kind): self._table[name]
+            for kind in self.kinds()
+            for name in stored_names(self.config, kind, adapters_only=self.base is not None)
+        }
         check_names(self.location, set(self._slices), set(expected))
         for key, spec in expected.items():
             if not tiles((entry.part for entry in self._slices[key]), spec.shape):

@@ -1,0 +1,68 @@
+"""Which weights adapters belong to: their folder, and a hash that tells whether they are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.checkpoints.interface import TensorSource
+from tandem.errors import UserError
+
+BLOCK = 1 << 22
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*/*.safetensors", "*/*.pt")
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The weights that adapters were trained on.
+
+    Attributes:
+        folder: absolute. For an iteration, the folder that holds its iterations.
+        iteration: None for a folder without iterations.
+        sha256: of its weights' files (`digest_of`).
+    """
+
+    folder: str
+    iteration: int | None
+    sha256: str
+
+    @classmethod
+    def of(cls, base: TensorSource) -> BaseRecord | None:
+        """Hash the files of `base`; None for weights that are in no files."""
+        if base.folder is None:
+            return None
+        folder = base.folder if base.iteration is None else base.folder.parent
+        return cls(str(folder.resolve()), base.iteration, digest_of(base))
+
+    def check(self, base: TensorSource, adapters: str) -> None:
+        """Raise UserError unless `base` has the weights of this record. `adapters`: where these are."""
+        if base.folder is None or digest_of(base) != self.sha256:
+            raise UserError(
+                f"{adapters}: its adapters were trained on the weights that were in {self.folder}; the weights in "
+                f"{base.location} are others (their sha256 differs). Give those with --load FOLDER --lora-load "
+                f"{adapters}"
+            )
+
+
+def digest_of(source: TensorSource) -> str:
+    """The sha256 of the sizes and contents of a source's weight files, whatever the folder is called."""
+    assert source.folder is not None
+    files = sorted({path for pattern in WEIGHT_FILES for path in source.folder.glob(pattern) if _is_weights(path)})
+    with ThreadPoolExecutor(2) as threads:
+        digests = list(threads.map(_sha256, files))
+    names = [path.relative_to(source.folder).as_posix() for path in files]
+    return hashlib.sha256(repr(list(zip(names, digests))).encode()).hexdigest()
+
+
+def _is_weights(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(("optimizer", "training_args", "adapter_"))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
