@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from tandem.models.config import ModelConfig
+from tandem.models.tensors import is_trained, tensor_table
 from tandem.parallel.layout import Layout, even_rows, shards
 from tandem.parallel.pipeline import one_forward_one_backward
 from tandem.planning.hardware import Hardware
@@ -45,8 +46,8 @@ class StageMemory:
     Attributes:
         layers: decoder layers.
         parameters: numbers, not bytes, of all weights that compute here.
-        weights, gradients: of the rank's rows only when they are fully sharded.
-        optimizer: Adam's moments, and fp32 masters of bf16 or fp16 weights.
+        weights, gradients: of the rank's rows only when they are fully sharded. What is not trained has no gradient.
+        optimizer: Adam's moments, and fp32 masters of bf16 or fp16 weights, of what is trained.
         activations: kept for the backward pass when most micro-batches are in flight.
         logits: what the loss adds while it has a chunk of logits.
         workspace: what the backward pass of a layer adds. It is never there together with the logits.
@@ -105,16 +106,20 @@ class StageWeights:
         return self.inside + self.outside
 
 
-def stage_weights(job: Job, stage: int, ranks: int = 1) -> StageWeights:
-    """The weights of the first tensor rank: the rows of the first of `ranks` data ranks. No rank has more."""
-    return _stage_weights(job.config, job.layout, ranks)[stage]
+def stage_weights(job: Job, stage: int, ranks: int = 1, *, trained: bool = False) -> StageWeights:
+    """The weights of the first tensor rank: the rows of the first of `ranks` data ranks. No rank has more.
+
+    Args:
+        trained: only those that training changes.
+    """
+    return _stage_weights(job.config, job.layout, ranks, trained)[stage]
 
 
 @lru_cache(maxsize=256)
-def _stage_weights(config: ModelConfig, layout: Layout, ranks: int) -> list[StageWeights]:
+def _stage_weights(config: ModelConfig, layout: Layout, ranks: int, trained: bool) -> list[StageWeights]:
     weights = [StageWeights(0, 0, 0)] * layout.pipeline_model_parallel_size
     for shard in shards(config, layout, tied_head_copy=True):
-        if shard.tensor_rank == 0:
+        if shard.tensor_rank == 0 and (is_trained(config, shard.spec) or not trained):
             rows, *rest = shard.shape
             numbers = even_rows(rows, ranks, 0)[1] * math.prod(rest)
             inside, outside = (0, numbers) if shard.spec.layer is None else (numbers, 0)
@@ -127,9 +132,12 @@ def _stage_weights(config: ModelConfig, layout: Layout, ranks: int) -> list[Stag
 
 def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
     layers = job.layers_of_stages[stage]
-    weights, optimized = stage_weights(job, stage), stage_weights(job, stage, job.optimizer_split).total
+    weights, trained = stage_weights(job, stage), stage_weights(job, stage, trained=True)
+    optimized = stage_weights(job, stage, job.optimizer_split, trained=True).total
     # The rows of `fully_shard` are fp32: they need no masters.
-    kept, kept_bytes = (optimized, 4) if job.fully_sharded else (weights.total, job.element_bytes)
+    kept, kept_bytes = weights.total, job.element_bytes
+    if job.fully_sharded:
+        kept, kept_bytes = stage_weights(job, stage, job.optimizer_split).total, 4
     is_last = stage == job.pipeline_size - 1
     # The normalised hidden states and their gradient stay until the step's end, whole on each tensor rank.
     head = 2 * job.tokens * job.config.hidden_size * job.element_bytes if is_last else 0
@@ -137,12 +145,12 @@ def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
         layers=layers,
         parameters=weights.total,
         weights=kept_bytes * kept,
-        gradients=4 * kept,
+        gradients=4 * (optimized if job.fully_sharded else trained.total),
         optimizer=optimized * (12 if kept_bytes < 4 else 8),
         activations=_in_flight(job, stage) * _kept(job, layers) + head,
         logits=_logits(job) if is_last else 0,
-        workspace=_workspace(job, layers) + _gradient_temporaries(job, weights),
-        gathered=_gathered(job, layers, weights) if job.fully_sharded else Gathered(),
+        workspace=_workspace(job, layers) + _gradient_temporaries(job, trained),
+        gathered=_gathered(job, layers, weights, trained) if job.fully_sharded else Gathered(),
         retained=hardware.retained,
     )
 
@@ -182,7 +190,22 @@ def layer_activations(job: Job) -> float:
     heads, groups = config.num_attention_heads, config.num_query_groups
     inner = (2 * heads + 2 * groups) * config.kv_channels + 2 * config.ffn_hidden_size
     scales = 4 * job.tokens * (heads / split + 2 / job.sequence_split)
-    return 2 * _residual(job) + job.tokens * inner * job.element_bytes / split + scales
+    kept = 2 * _residual(job) + job.tokens * inner * job.element_bytes / split + scales
+    return kept + _adapter_activations(config) * job.tokens * job.element_bytes
+
+
+@lru_cache(maxsize=256)
+def _adapter_activations(config: ModelConfig) -> int:
+    """Numbers that the adapters of a layer keep of each token: the products with A; with DoRA, also those with W."""
+    table = tensor_table(config)
+    products = [spec.adapter for name, spec in table.items() if spec.adapter is not None and name == spec.adapter.a]
+    if config.lora is None or not products:
+        return 0
+    layers = len({adapter.layer for adapter in products})
+    kept = sum(adapter.rank for adapter in products)
+    if config.lora.use_dora:
+        kept += sum(table[weight].shape[0] for weight in {adapter.weight for adapter in products})
+    return kept // layers
 
 
 def _logits(job: Job) -> float:
@@ -215,7 +238,7 @@ def _workspace(job: Job, layers: int) -> float:
     return half + gradients + recomputed
 
 
-def _gathered(job: Job, layers: int, weights: StageWeights) -> Gathered:
+def _gathered(job: Job, layers: int, weights: StageWeights, trained: StageWeights) -> Gathered:
     """Whole weights and fp32 gradients that `fully_shard` has gathered. A unit is a layer, or all outside layers.
 
     "PyTorch FSDP" (arXiv 2304.11277), section 3, counts the rows of all units and one whole unit. The code of PyTorch
@@ -227,20 +250,20 @@ def _gathered(job: Job, layers: int, weights: StageWeights) -> Gathered:
       activations are freed by then.
     - Gradients outside layers are copied to be scattered. Their weights are freed by then.
     """
-    layer = weights.inside / layers
-    outside = (job.element_bytes + 4) * weights.outside
+    layer, trained_of_layer = weights.inside / layers, trained.inside / layers
+    outside = job.element_bytes * weights.outside + 4 * trained.outside
     # A recomputed layer takes the memory of the activations of the layer after it.
     freed = layer_activations(job) if job.recompute_layers < layers - 1 else 0
-    scattered = max(0.0, 4 * layer - freed) if layers > 1 else 0
+    scattered = max(0.0, 4 * trained_of_layer - freed) if layers > 1 else 0
     return Gathered(
         loss=outside,
-        backward=outside + (min(layers, 2) * job.element_bytes + 4) * layer + scattered,
-        scatter=2 * 4 * weights.outside,
+        backward=outside + min(layers, 2) * job.element_bytes * layer + 4 * trained_of_layer + scattered,
+        scatter=2 * 4 * trained.outside,
     )
 
 
-def _gradient_temporaries(job: Job, weights: StageWeights) -> float:
+def _gradient_temporaries(job: Job, trained: StageWeights) -> float:
     """Bytes of a weight's new gradient, and of the sum with the old one, where the framework does not add in place."""
     if job.framework.adds_gradients_in_place:
         return 0
-    return 4 * weights.largest * (2 if job.micro_batches > 1 else 1)
+    return 4 * trained.largest * (2 if job.micro_batches > 1 else 1)

@@ -11,6 +11,7 @@ from tandem.errors import UserError
 from tandem.frameworks import SPELLINGS, default_framework
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, load_hf_config
+from tandem.models.lora import ALL_LINEAR, Lora
 from tandem.models.published import QWEN3_SIZES, qwen3_config
 from tandem.options import Options, PathText, flag_of, options_of, positional
 from tandem.parallel.layout import Layout, parse_layers
@@ -72,6 +73,12 @@ class PlanOptions(Options):
     """Compute in bfloat16 with fp32 masters."""
     fp16: bool = False
     """Compute in float16 with fp32 masters and a loss scale: as large and as fast as bfloat16."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Train adapters on these modules, instead of the weights."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_use_dora: bool = False
+    """Also train the length of each row of the weights."""
     ai_framework: str = field(default_factory=default_framework)
     """Framework: mindspore, or torch; default: the one that is installed, torch where both are."""
     efficiency: float | None = None
@@ -117,7 +124,7 @@ class PlanOptions(Options):
             num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
             num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
         )
-        config = model_config(self.model)
+        config = with_adapters(model_config(self.model), self.lora_target_modules, self.lora_r, self.lora_use_dora)
         return Job(
             config=config,
             layout=layout.balanced(config.num_layers),
@@ -132,6 +139,14 @@ class PlanOptions(Options):
             half=self.bf16 or self.fp16,
             ai_framework=self.ai_framework,
         )
+
+
+def with_adapters(config: ModelConfig, modules: tuple[str, ...], r: int, use_dora: bool) -> ModelConfig:
+    """`config` with adapters on these modules; `config` itself without modules."""
+    if not modules:
+        return config
+    targets = ALL_LINEAR if modules == (ALL_LINEAR,) else modules
+    return replace(config, lora=Lora(r=r, target_modules=targets, use_dora=use_dora))
 
 
 def model_config(model: str) -> ModelConfig:

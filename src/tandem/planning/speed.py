@@ -95,6 +95,8 @@ def _compute(job: Job, hardware: Hardware, stage: int) -> float:
     layer, head = _flops(job.config, job.seq_length)
     flops = job.global_batch_size / job.data_parallel_size / job.tensor_size
     flops *= (layers + repeated) * layer + (head if stage == job.pipeline_size - 1 else 0)
+    if job.config.lora is not None:
+        flops *= 2 / 3  # of three products with a weight, that for its gradient is left out
     moved = job.micro_batches * ACTIVATION_PASSES * (layers + repeated) * layer_activations(job)
     return flops / (hardware.flops(job.half) * hardware.efficiency) + moved / hardware.memory_bandwidth
 

@@ -71,8 +71,8 @@ def _data(job: Job, stage: int) -> float:
     """
     ranks = job.data_parallel_size
     if job.fully_sharded:
-        rows = stage_weights(job, stage, ranks)
-        layers = job.micro_batches * (2 * job.element_bytes + 4) * rows.inside
-        return (ranks - 1) * (layers + (job.element_bytes + 4) * rows.outside)
+        rows, trained = stage_weights(job, stage, ranks), stage_weights(job, stage, ranks, trained=True)
+        layers = job.micro_batches * (2 * job.element_bytes * rows.inside + 4 * trained.inside)
+        return (ranks - 1) * (layers + job.element_bytes * rows.outside + 4 * trained.outside)
     passes = (4 + job.element_bytes) if job.use_distributed_optimizer else 2 * 4
-    return stage_weights(job, stage).total * passes * _ring(ranks)
+    return stage_weights(job, stage, trained=True).total * passes * _ring(ranks)
