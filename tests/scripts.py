@@ -25,7 +25,11 @@ SIZES = {"0point6b": "0.6B", "1point7b": "1.7B", "4b": "4B", "8b": "8B", "14b": 
 
 def training_script(command: str, size: str, framework: str) -> str:
     """The script of a size, under the name that it has in a framework's folder."""
-    name = {"pretrain": f"pretrain_qwen3_{size}_4K", "finetune": f"tune_qwen3_{size}_4K_full"}[command]
+    name = {
+        "pretrain": f"pretrain_qwen3_{size}_4K",
+        "finetune": f"tune_qwen3_{size}_4K_full",
+        "lora": f"tune_qwen3_{size}_4K_lora",
+    }[command]
     return f"{framework}/qwen3/{name}_{FRAMEWORKS[framework]}.sh"
 
 

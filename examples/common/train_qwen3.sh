@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# What the training scripts of all sizes share. A script sets its size's values, then sources this file with its
-# command, pretrain or finetune. The environment goes before every default; examples/README.md explains the variables.
+# What the training scripts of all sizes share. A script sets its size's values, then sources this file with what it
+# trains: pretrain, finetune, or lora. The environment goes before every default; examples/README.md explains the
+# variables.
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=logged.sh
@@ -25,7 +26,11 @@ if [[ "$COMMAND" == pretrain ]]; then
     LOG="logs/train_qwen3_${SIZE}_$SUFFIX.log"
 else
     MASTER_PORT="${MASTER_PORT:-6015}"
-    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-${SIZE}_tune}"
+    if [[ "$COMMAND" == lora ]]; then
+        CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-${SIZE}_lora}"
+    else
+        CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-${SIZE}_tune}"
+    fi
     DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}"
     COMMAND_ARGS=(
         finetune
@@ -35,6 +40,16 @@ else
         --prompt-type qwen3
     )
     LOG="logs/tune_qwen3_${SIZE}_full_$SUFFIX.log"
+fi
+LR=1.25e-6
+if [[ "$COMMAND" == lora ]]; then
+    LR=1.25e-5
+    LOG="logs/tune_qwen3_${SIZE}_lora_$SUFFIX.log"
+    COMMAND_ARGS+=(
+        --lora-r "${LORA_R:-16}"
+        --lora-alpha "${LORA_ALPHA:-32}"
+        --lora-target-modules ${LORA_TARGET_MODULES:-linear_qkv linear_proj linear_fc1 linear_fc2}
+    )
 fi
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 NNODES="${NNODES:-1}"
@@ -74,7 +89,7 @@ TRAIN_ARGS=(
     --micro-batch-size "$MBS"
     --global-batch-size "$GBS"
     --train-iters "$TRAIN_ITERS"
-    --lr 1.25e-6
+    --lr "$LR"
     --min-lr 1.25e-7
     --lr-decay-style "$LR_DECAY_STYLE"
     --weight-decay 1e-1

@@ -60,7 +60,6 @@ def test_flags_without_effect_for_the_target_are_said(hf: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora-load", "x"], "--lora-load: LoRA adapters are not converted"),
         (["--schedules-method", "dualpipev"], "--schedules-method: dualpipev is not supported"),
         (["--moe-grouped-gemm"], "--moe-grouped-gemm: mixtures of experts"),
         (["--target-expert-parallel-size", "2"], "--target-expert-parallel-size 2: only 1 is supported"),

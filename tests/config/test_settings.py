@@ -107,6 +107,7 @@ def test_every_range_is_of_a_setting() -> None:
 
 # A default that changes must change here too, on purpose. What is not named is off: None, False, 0 or empty.
 DEFAULTS = {
+    "lora_ckpt_filter": True,
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,

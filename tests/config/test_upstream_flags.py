@@ -131,7 +131,6 @@ REFUSED = (
     "--model-type-hf llama2",
     "--use-ascend-coc --use-ascend-mc2",
     *("--o2-optimizer", "--o2-gradient", "--dataloader-type cyclic"),
-    *("--lora-r 16", "--lora-alpha 32", "--lora-fusion", "--lora-target-modules linear_qkv linear_proj"),
 )
 
 

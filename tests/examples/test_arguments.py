@@ -24,7 +24,7 @@ SHARED_SCRIPTS = (
 )
 TRAINING_SCRIPTS = [
     training_script(command, size, framework)
-    for command in ("pretrain", "finetune")
+    for command in ("pretrain", "finetune", "lora")
     for size in SIZES
     for framework in FRAMEWORKS
 ]
@@ -53,6 +53,11 @@ UPSTREAM = {
     "M finetune": """--global-batch-size 16 --attention-dropout 0 --hidden-dropout 0 --lr-warmup-fraction 0.01
         --save-interval 2000 --finetune --stage sft --is-instruction-dataset --prompt-type qwen3
         --variable-seq-lengths --transformer-impl local --ckpt-format torch --ai-framework mindspore""",
+    "M lora": """--global-batch-size 16 --attention-dropout 0 --hidden-dropout 0 --lr-warmup-fraction 0.01
+        --save-interval 2000 --finetune --stage sft --is-instruction-dataset --prompt-type qwen3
+        --variable-seq-lengths --transformer-impl local --ckpt-format torch --ai-framework mindspore
+        --lora-r 16 --lora-alpha 32 --lora-fusion
+        --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2""",
     "P pretrain": """--global-batch-size 32 --attention-dropout 0.0 --hidden-dropout 0.0 --initial-loss-scale 4096
         --seed 42 --bf16 --seed 42 --no-shared-storage --use-fused-rotary-pos-emb --use-fused-swiglu
         --use-fused-rmsnorm --use-distributed-optimizer --transformer-impl local --ckpt-format torch
@@ -100,7 +105,7 @@ def test_conversion_and_data_are_the_same_for_both_frameworks(name: str) -> None
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "lora"])
 def test_both_frameworks_are_told_the_same(site: Site, launchers: Path, command: str, size: str) -> None:
     told = {
         framework: site.run(training_script(command, size, framework), launchers=launchers).settings.to_dict()
@@ -179,7 +184,7 @@ def test_flags_of_the_larger_sizes_are_understood() -> None:
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_upstreams_flags_are_understood(name: str) -> None:
     """With the program's name and the paths replaced, MindSpeed-LLM's own 0.6B scripts train Qwen3-0.6B here."""
-    command = name.split()[1]
+    command = name.split()[1].replace("lora", "finetune")
     settings, notices = parse_settings(command, "", (MODEL + RUN + UPSTREAM[name]).split())
     check_settings(settings)
     assert len(notices) == 1
@@ -188,6 +193,7 @@ def test_upstreams_flags_are_understood(name: str) -> None:
     assert settings.training.bf16
     assert settings.data.is_instruction_dataset == (command == "finetune")
     assert settings.checkpoint.load == "LOAD"
+    assert bool(settings.lora.lora_target_modules) == ("lora" in name)
 
 
 def test_upstreams_conversion_flags_are_understood() -> None:

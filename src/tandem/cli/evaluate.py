@@ -20,10 +20,11 @@ DESCRIPTION = (
     "is then the accuracy. Several processes: --nproc-per-node, or torchrun or msrun."
 )
 FIRST = (
-    *("seq_length", "eval_iters", "tokenizer_name_or_path", "prompt_type", "ckpt_step", "micro_batch_size"),
-    *("ai_framework", "device", "bf16", "tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
+    *("seq_length", "eval_iters", "tokenizer_name_or_path", "prompt_type", "ckpt_step", "lora_load"),
+    *("micro_batch_size", "ai_framework", "device", "bf16"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
 )
-GROUPS = ("model", "parallel", "data", "training", "checkpoint", "launch")
+GROUPS = ("model", "parallel", "data", "training", "lora", "checkpoint", "launch")
 WIDTH = 100  # columns of a table when the output is not a terminal
 
 

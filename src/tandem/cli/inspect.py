@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from tandem.checkpoints.adapters.describe import AdapterSummary, summaries_of, summaries_of_folder
+from tandem.checkpoints.adapters.peft import is_peft
 from tandem.checkpoints.describe import Description, describe, with_integrity
 from tandem.checkpoints.hf.record import resizes_of
 from tandem.cli import inspect_data
 from tandem.cli.arguments import parse
 from tandem.cli.progress import byte_progress
 from tandem.errors import UserError, nearest
+from tandem.models.lora import Lora
 from tandem.models.tensors import parameter_count
 from tandem.options import Options, PathText, positional
 
@@ -48,14 +52,31 @@ def run(argv: Sequence[str]) -> None:
         return
     words = argv[1:] if subject in SUBJECTS else argv
     options = parse(InspectOptions, "inspect checkpoint", DESCRIPTION, words)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    if is_peft(Path(options.path)):
+        lora, summaries = summaries_of_folder(Path(options.path))
+        console.print(adapters_table(lora, summaries))
+        return
     description = describe(options.path, options.ckpt_step)
     if not options.quick:
         with byte_progress("reading") as progress:
             description = with_integrity(description, progress)
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(overview(description))
+    if description.config.lora is not None:
+        console.print(adapters_table(description.config.lora, summaries_of(description.source)))
     console.print(contents(description))
     console.print(files(description))
+
+
+def adapters_table(lora: Lora, summaries: list[AdapterSummary]) -> Table:
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    table = Table("module", "layers", "rank", "alpha", "B is zero in", title=f"{kind} adapters", title_justify="left")
+    for row in summaries:
+        ranks, alphas = (", ".join(f"{value:g}" for value in values) for values in (row.ranks, row.alphas))
+        table.add_row(
+            row.module, str(row.layers), ranks, alphas, f"{row.unchanged} layers" if row.unchanged else "none"
+        )
+    return table
 
 
 def overview(description: Description) -> Table:

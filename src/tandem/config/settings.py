@@ -340,6 +340,29 @@ class LoggingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Adapters (LoRA): trained instead of the weights when --lora-target-modules or --lora-load is given."""
+
+    lora_target_modules: tuple[str, ...] = ()
+    """Modules that get adapters: all-linear, or names such as q_proj v_proj. Megatron's names (linear_qkv linear_proj
+    linear_fc1 linear_fc2) also work; modules that are fused there then share one A."""
+    lora_r: int | None = None
+    """Rank of the adapters; default: that of --lora-load, or 16."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by this divided by the rank; default: that of --lora-load, or 32."""
+    lora_dropout: float | None = None
+    """Share of an adapter's input numbers that a training step drops; default: that of --lora-load, or 0."""
+    lora_use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    lora_use_dora: bool = False
+    """Also train the length of each row of the weights (DoRA)."""
+    lora_load: PathText | None = None
+    """Folder of adapters to go on with: PEFT's, or a run's. --load names the weights."""
+    lora_ckpt_filter: bool = True
+    """Save only the adapters, with the path and the hash of the weights. Otherwise checkpoints hold both."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """Checkpoints."""
 
@@ -405,6 +428,7 @@ GROUPS: dict[str, type] = {
     "data": DataSettings,
     "optimizer": OptimizerSettings,
     "training": TrainingSettings,
+    "lora": LoraSettings,
     "checkpoint": CheckpointSettings,
     "launch": LaunchSettings,
     "logging": LoggingSettings,
@@ -428,6 +452,7 @@ class Settings:
     data: DataSettings
     optimizer: OptimizerSettings
     training: TrainingSettings
+    lora: LoraSettings
     checkpoint: CheckpointSettings
     launch: LaunchSettings
     logging: LoggingSettings

@@ -9,13 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tandem.checkpoints.adapters.views import merged
 from tandem.checkpoints.copy import Progress
-from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.detect import open_with_adapters
 from tandem.checkpoints.hf.companions import companion_json, end_ids_of
 from tandem.checkpoints.hf.record import recorded
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
 from tandem.checkpoints.prompt import prompt_entry
+from tandem.conversion.adapters import describe_merge, export_adapters
 from tandem.conversion.convert import (
     Check,
     Converted,
@@ -50,10 +52,12 @@ def export(options: ExportOptions, progress: Progress | None = None, check: Chec
         UserError: the checkpoint is damaged, the target exists, or the tokenizer lacks the template's end token.
     """
     config = config_of(options.hf_cfg_dir) if options.hf_cfg_dir else None
-    stored = open_source(options.load, options.ckpt_step, config=config)
-    source, companions, notices = with_origin(stored, options.hf_cfg_dir)
+    stored = open_with_adapters(options.load, options.ckpt_step, options.lora_load, config=config)
+    if options.save_lora_to_hf:
+        return export_adapters(stored, Path(options.save_dir))
+    source, companions, notices = with_origin(merged(stored), options.hf_cfg_dir)
     companions, more = as_trained(source, recorded(companions))
-    notices = [*stored.notices, *notices, *more, *what_lacks(companions, source.config)]
+    notices = [*stored.notices, *notices, *more, *describe_merge(stored), *what_lacks(companions, source.config)]
     source = with_one_dtype(source, options.params_dtype)
     notices += notices_of_dtype(source, companions, options.params_dtype)
     folder, dtype = Path(options.save_dir), dtype_name(source.dtype(EMBEDDING))

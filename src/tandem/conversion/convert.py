@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tandem.checkpoints.adapters.views import merged
 from tandem.checkpoints.copy import Progress, copy
-from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.detect import open_adapters, open_source
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.hf.record import RECORD, recorded
 from tandem.checkpoints.hf.sink import HFSink
@@ -18,13 +18,15 @@ from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.views import Cast, Described, FirstLayers, LargerVocabulary
+from tandem.conversion.adapters import describe_merge, export_adapters
 from tandem.conversion.lacking import what_lacks
 from tandem.conversion.options import ConvertOptions
+from tandem.conversion.result import Converted
 from tandem.errors import UserError
 from tandem.files.lock import publishing
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, hf_dtype
-from tandem.models.tensors import EMBEDDING, parameter_count, tensor_table
+from tandem.models.tensors import EMBEDDING, tensor_table
 
 # Fields of a config that change no tensor, and no logit of a text that is short enough. A trainer sets the first to the
 # length that it trains on.
@@ -35,30 +37,6 @@ MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as ups
 Check = Callable[[TensorSource, TensorSource], None]
 # source and its companions -> the companions to write, and notices for the user
 Adapt = Callable[[TensorSource, Companions], tuple[Companions, list[str]]]
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What a conversion did.
-
-    Attributes:
-        folder: where the result is.
-        iteration: the checkpoint's; None for a Hugging Face folder.
-        tensors, parameters: how many were written.
-        notices: messages for the user.
-        verification: in words, whether logits were compared, and how much they differ.
-    """
-
-    folder: Path
-    iteration: int | None
-    tensors: int
-    parameters: int
-    notices: tuple[str, ...] = ()
-    verification: str = ""
-
-    @classmethod
-    def of(cls, folder: Path, iteration: int | None, config: ModelConfig, notices: Sequence[str] = ()) -> Converted:
-        return cls(folder, iteration, len(tensor_table(config)), parameter_count(config), tuple(notices))
 
 
 def convert(
@@ -75,8 +53,10 @@ def convert(
     """
     folder, origin = _target(options)
     source = _open(options, origin)
-    notices = [*source.notices, *left_out(source)]
-    source, companions, more = with_origin(source, origin)
+    if options.save_lora_to_hf:
+        return export_adapters(source, folder)
+    notices = [*source.notices, *left_out(source), *describe_merge(source)]
+    source, companions, more = with_origin(merged(source), origin)
     notices += more
     if options.save_model_type == "hf":
         companions = recorded(companions)
@@ -219,6 +199,9 @@ def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
     )
     if options.load_model_type != source.format.load_model_type:
         raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {source.format.holder}")
+    if options.lora_load is not None:
+        source = open_adapters(options.lora_load, source)
+    options.check_adapters(source.config.lora, options.lora_load or options.load_dir)
     return source
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.options import Options, PathText, flag_of, positional
 from tandem.parallel.layout import Layout, parse_layers
 
@@ -100,6 +101,16 @@ class ConvertOptions(Options):
     """Family that the source must have, such as qwen3."""
     hf_cfg_dir: PathText | None = None
     """Take config and tokenizer files from this folder."""
+    lora_load: PathText | None = None
+    """Folder of adapters to merge into the weights: PEFT's, or a run's."""
+    lora_r: int | None = None
+    """Rank of the adapters; another one than theirs is an error."""
+    lora_alpha: float | None = None
+    """Their alpha; another one than theirs is an error."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Their modules; others than theirs are an error."""
+    save_lora_to_hf: bool = False
+    """Write the adapters alone, as a PEFT folder, instead of merging them."""
     seed: int = 1234
     """Seed of random weights."""
     ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
@@ -130,6 +141,8 @@ class ConvertOptions(Options):
             yield "--padded-vocab-size and --make-vocab-size-divisible-by exclude each other"
         if self.verify and self.no_verify:
             yield "--verify and --no-verify exclude each other"
+        if self.save_lora_to_hf and self.save_model_type != "hf":
+            yield "--save-lora-to-hf writes a PEFT folder: add --save-model-type hf"
 
     def target_layout(self) -> Layout:
         """The layout to write."""
@@ -150,6 +163,28 @@ class ConvertOptions(Options):
         if self.save_model_type == "hf":
             noop, uneven = noop or self.noop_layers, uneven or self.num_layer_list
         return parse_layers("--source-noop-layers", noop), parse_layers("--source-num-layer-list", uneven)
+
+    def check_adapters(self, actual: Lora | None, where: str) -> None:
+        """Raise UserError, with both values, when a flag contradicts the adapters that are converted."""
+        given = {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_target_modules")}
+        flags = [flag_of(name) for name, value in given.items() if value not in (None, ())]
+        if actual is None:
+            if flags or self.save_lora_to_hf:
+                raise UserError(
+                    f"{' '.join([*flags, *['--save-lora-to-hf'] * self.save_lora_to_hf])}: {where} has no adapters: "
+                    f"give theirs with --lora-load"
+                )
+            return
+        modules = actual.target_modules
+        recorded = {
+            "lora_r": actual.r,
+            "lora_alpha": actual.lora_alpha,
+            "lora_target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules)),
+        }
+        for name, value in given.items():
+            value = tuple(sorted(value)) if isinstance(value, tuple) else value
+            if value not in (None, ()) and value != recorded[name]:
+                raise UserError(f"{flag_of(name)} {_words(value)} contradicts {where}: {_words(recorded[name])} there")
 
     def without_effect(self) -> list[str]:
         """Flags that were given and have no effect on this target."""
@@ -176,6 +211,11 @@ class ExportOptions(Options):
     """Dtype to write; default: the checkpoint's."""
     ckpt_step: int | None = None
     """Iteration to export; default: the newest."""
+    lora_load: PathText | None = None
+    """Folder of adapters to merge into the weights: PEFT's, or a run's. A run that trained adapters names its weights
+    itself."""
+    save_lora_to_hf: bool = False
+    """Write the adapters alone, as a PEFT folder, instead of merging them."""
     hf_cfg_dir: PathText | None = None
     """Take config and tokenizer files from this folder instead of the checkpoint."""
     ai_framework: Literal["torch", "pytorch", "mindspore"] | None = None
@@ -189,3 +229,9 @@ class ExportOptions(Options):
     def problems(self) -> Iterator[str]:
         if self.verify and self.no_verify:
             yield "--verify and --no-verify exclude each other"
+        if self.save_lora_to_hf and self.verify:
+            yield "--save-lora-to-hf and --verify exclude each other: adapters alone compute nothing"
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

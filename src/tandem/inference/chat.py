@@ -8,7 +8,7 @@ from typing import Any
 
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
-from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.detect import open_with_adapters
 from tandem.checkpoints.hf.companions import end_ids_of
 from tandem.checkpoints.prompt import prompt_entry
 from tandem.data.templates.catalog import template_from_entry
@@ -89,7 +89,7 @@ def open_model(options: LoadOptions) -> Model:
     Raises:
         UserError: there is no model in the folder, or no tokenizer in the folder and none is given.
     """
-    source = open_source(options.load, options.ckpt_step)
+    source = open_with_adapters(options.load, options.ckpt_step, options.lora_load)
     for notice in source.notices:
         log.warning("> %s", notice)  # to standard error: the answers go to standard output
     folder = options.tokenizer_name_or_path or source.companions.tokenizer_folder

@@ -19,6 +19,8 @@ class LoadOptions(Options):
     """Framework: torch (or pytorch), or mindspore; default: the installed one, or torch if both are installed."""
     tokenizer_name_or_path: PathText | None = None
     """Folder of the tokenizer; default: the one in the model's folder."""
+    lora_load: PathText | None = None
+    """Folder of adapters for the model: PEFT's, or a run's."""
     raw: bool = False
     """Continue the prompt as plain text, without a chat template. It begins as the tokenizer begins texts."""
     ckpt_step: int | None = None

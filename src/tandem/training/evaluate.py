@@ -55,7 +55,7 @@ def _evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]
     if not places:
         raise UserError("no data: give PREFIX, or NAME=PREFIX for each of several sets")
     check_implemented(model, parallel, data)
-    source = open_weights(settings.checkpoint, model, data.tokenizer_name_or_path, training.seed)
+    source = open_weights(settings.checkpoint, settings.lora, model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(model, data.seq_length, source.config)
     grid = make_grid(parallel, source.config, world.size)
     tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)

@@ -31,6 +31,7 @@ from tandem.training.saving.writer import CheckpointWriter, RunDescription, kind
 from tandem.training.signals import StopSignals
 from tandem.training.start.agreement import agree_on_start, agree_on_weights
 from tandem.training.start.banner import print_banner
+from tandem.training.start.base import base_record, check_base
 from tandem.training.start.folder import lock_folder, lock_other_folders, settle_storage
 from tandem.training.start.prepare import PreparedRun, prepare
 from tandem.training.start.resume import origin_of, origin_of_saved, restore_newest
@@ -57,6 +58,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         run = run.with_storage(settle_storage(run.settings.checkpoint, communicator))
         lock_other_folders(run.settings.checkpoint, communicator, held)
         engine = create_engine(run.framework, run.source.config, run.engine)
+        check_base(run.source, communicator)
         source, progress = restore_newest(engine, run.source, run.loading, communicator)
         agree_on_weights(communicator, engine, source)
         run = run.resumed_from(source)
@@ -109,6 +111,7 @@ def open_writer(
         origin=origin_of_saved(source) if resumes_here else origin_of(checkpoint),
         template=run.data.template,
         companions=with_tokenizer(source.companions, run.settings.data.tokenizer_name_or_path),
+        base=base_record(source, run.settings.lora, communicator),
     )
     if run.world.leads(shared_storage=not checkpoint.no_shared_storage):
         write_text_atomically(folder / SETTINGS_FILE, description.settings)

@@ -21,7 +21,7 @@ from tandem.errors import UserError
 from tandem.files.jsonl import DAMAGED
 from tandem.files.publish import write_text_atomically
 from tandem.logs import log
-from tandem.models.tensors import parameter_count
+from tandem.models.tensors import parameter_count, trained_count
 from tandem.training.start.data_paths import all_prefixes
 from tandem.version import __version__
 
@@ -45,7 +45,11 @@ def describe_start(
         "processes": processes,
         "settings": settings.to_dict(),
         "weights": {"location": source.location, "ckpt_step": source.iteration},
-        "model": {**source.config.to_dict(), "parameters": parameter_count(source.config)},
+        "model": {
+            **source.config.to_dict(),
+            "parameters": parameter_count(source.config),
+            "trained": trained_count(source.config),
+        },
         "data": {prefix: record_of(prefix) for prefix in all_prefixes(settings.data)},
         "versions": versions(),
         "code": code_version(),

@@ -27,7 +27,6 @@ class Ignored:
 
 
 ALWAYS_ON = Ignored()
-ALL_WEIGHTS = Ignored(refusal="LoRA is not supported; training changes all weights")
 BF16_STATE = Ignored(refusal="gradients and the optimizer's state are fp32; in bf16 training would compute otherwise")
 # These ask for what happens anyway, or have no effect on results.
 IGNORED: dict[str, Ignored] = {
@@ -68,11 +67,6 @@ IGNORED: dict[str, Ignored] = {
     "--coc-fused-kernel": ALWAYS_ON,
     "--use-ascend-mc2": ALWAYS_ON,
     "--reuse-fp32-param": ALWAYS_ON,
-    "--lora-r": ALL_WEIGHTS,
-    "--lora-alpha": ALL_WEIGHTS,
-    "--lora-target-modules": ALL_WEIGHTS,
-    "--lora-load": ALL_WEIGHTS,
-    "--lora-fusion": ALL_WEIGHTS,
     "--exit-signal-handler": ALWAYS_ON,
     "--override-opt-param-scheduler": ALWAYS_ON,  # a schedule is always that of the command's settings
     "--log-params-norm": ALWAYS_ON,
@@ -100,6 +94,10 @@ IGNORED: dict[str, Ignored] = {
     "--max-new-tokens": Ignored(1),  # upstream's tests pass it to pretraining
     "--o2-optimizer": BF16_STATE,
     "--o2-gradient": BF16_STATE,
+    "--lora-fusion": ALWAYS_ON,
+    "--lora-modules-to-save": Ignored(None),  # MindSpeed-LLM itself does not use this flag
+    "--lora-register-forward-hook": Ignored(None),
+    "--load-checkpoint-loosely": ALWAYS_ON,
     "--num-workers": Ignored(1),
     "--dataloader-type": Ignored(1, ("single",)),
     "--no-mmap-bin-files": ALWAYS_ON,
@@ -140,7 +138,6 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--obf-seed-content": NO_OBFUSCATION,
 }
 
-NO_LORA = Ignored(refusal="LoRA adapters are not converted or merged")
 NO_LEGACY = Ignored(refusal="only Megatron-core's names are read and written")
 # The other flags of converters ask for what a dense model does not have, or what happens anyway.
 CONVERT_IGNORED: dict[str, Ignored] = {
@@ -172,11 +169,6 @@ CONVERT_IGNORED: dict[str, Ignored] = {
     "--post-norm": Ignored(refusal="norms after attention and MLP are not supported"),
     "--load-from-legacy": NO_LEGACY,
     "--save-to-legacy": NO_LEGACY,
-    "--lora-load": NO_LORA,
-    "--lora-r": NO_LORA,
-    "--lora-alpha": NO_LORA,
-    "--lora-target-modules": NO_LORA,
-    "--save-lora-to-hf": NO_LORA,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tandem.backends.interface import Engine
+from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.folders import iteration_folder
 from tandem.checkpoints.interface import TENSOR_KINDS, Companions, TensorKind
 from tandem.checkpoints.native.rank_sink import NativeRankSink
@@ -42,6 +43,7 @@ class RunDescription:
         data: what determines the order of the samples. A resumed run compares it.
         origin: what the run first started from. A resumed run compares it.
         template: the chat template, as in the data's record; None for plain text. Generation and export use it.
+        base: the weights of adapters, when only these are saved.
     """
 
     settings: str
@@ -50,6 +52,7 @@ class RunDescription:
     origin: dict[str, Any]
     template: dict[str, Any] | None
     companions: Companions
+    base: BaseRecord | None = None
 
 
 def kinds_by_rows(parallel: ParallelSettings) -> tuple[TensorKind, ...]:
@@ -126,11 +129,11 @@ class CheckpointWriter:
         failure: Future[Exception | None] = Future()
         try:
             if self._settings.async_save:
-                failure = self._thread.submit(_write, sink, self._copied())
+                failure = self._thread.submit(_write, sink, self._copied(sink))
             elif self._communicator.world.size > 1:  # meanwhile this thread tells the other ranks that it is alive
-                failure = self._thread.submit(_write, sink, self._parts())
+                failure = self._thread.submit(_write, sink, self._parts(sink))
             else:
-                failure.set_result(_write(sink, self._parts()))
+                failure.set_result(_write(sink, self._parts(sink)))
         except BaseException:
             sink.abort()
             raise
@@ -226,6 +229,7 @@ class CheckpointWriter:
             documents,
             self._communicator,
             by_rows=self._by_rows,
+            base=self._description.base,
             shared_storage=self._shared_storage,
         )
 
@@ -237,15 +241,14 @@ class CheckpointWriter:
             kinds |= dict.fromkeys(OPTIMIZER_KINDS, "float32")
         return kinds
 
-    def _parts(self) -> Iterator[Part]:
-        kinds = self._kinds()
-        tensors = self._engine.tensors(self._communicator.world.first_on_disk(shared_storage=self._shared_storage))
-        return (part for part in tensors if part[0] in kinds)
+    def _parts(self, sink: NativeRankSink) -> Iterator[Part]:
+        first = self._communicator.world.first_on_disk(shared_storage=self._shared_storage)
+        return self._engine.tensors(first, sink.takes)
 
-    def _copied(self) -> list[Part]:
+    def _copied(self, sink: NativeRankSink) -> list[Part]:
         """Copies of this rank's tensors. Their memory is used again for the next save: new pages take as long again."""
         parts: list[Part] = []
-        for number, (kind, shard, values) in enumerate(self._parts()):
+        for number, (kind, shard, values) in enumerate(self._parts(sink)):
             if number == len(self._copies):
                 self._copies.append(np.empty(values.shape, values.dtype))
             np.copyto(self._copies[number], values)

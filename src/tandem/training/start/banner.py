@@ -6,7 +6,8 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.config.parsing import departures
 from tandem.config.settings import CheckpointSettings, TrainingSettings
 from tandem.logs import log
-from tandem.models.tensors import parameter_count
+from tandem.models.config import ModelConfig
+from tandem.models.tensors import parameter_count, trained_count
 from tandem.training.start.changes import changes, other_kind, other_rate
 from tandem.training.start.prepare import PreparedRun
 from tandem.training.start.room import notices_of_disk
@@ -46,6 +47,7 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
     lines = [
         f"{run.framework}: {config.model_type}, {parameter_count(config):,} parameters, "
         f"{engine.param_dtype}, weights from {run.source.location}",
+        *describe_adapters(config),
         f"data {' '.join(settings.data.data_path)}: "
         + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()),
         f"batch {batch} x {settings.data.seq_length} tokens, "
@@ -68,6 +70,20 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         lines += other_rate(run.source, state, run.schedule)
         lines += changes(run.source, settings.to_dict())
     log.info("\n".join(f"> {line}" for line in lines))
+
+
+def describe_adapters(config: ModelConfig) -> list[str]:
+    """A line about what is trained of a model with adapters, as PEFT prints it; none for other models."""
+    if config.lora is None:
+        return []
+    trained, total = trained_count(config), parameter_count(config)
+    kind = "DoRA" if config.lora.use_dora else "rsLoRA" if config.lora.use_rslora else "LoRA"
+    modules = config.lora.target_modules
+    return [
+        f"{kind}: r {config.lora.r}, alpha {config.lora.lora_alpha:g}, on "
+        f"{modules if isinstance(modules, str) else ' '.join(modules)}",
+        f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}",
+    ]
 
 
 def _longer(training: TrainingSettings) -> str:

@@ -13,7 +13,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
 from tandem.training.schedule import schedule_from
-from tandem.training.start.banner import saving_notice
+from tandem.training.start.banner import describe_adapters, saving_notice
 from tandem.training.start.data import common_template, open_data
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import all_prefixes
@@ -40,6 +40,7 @@ def dry_run(settings: Settings, processes: int) -> None:
     batch, micro_batch = settings.training.final_batch_size, settings.training.micro_batch_size
     lines = [
         f"{start.framework}: {config.model_type}, {parameter_count(config):,} parameters from {start.source.location}",
+        *describe_adapters(config),
         f"{grid.size} processes: tensor {grid.tensor_size} x pipeline {grid.pipeline_size} x data {grid.data_size}; "
         f"a rank holds {min(held):,} to {max(held):,} parameters",
         f"global batch {batch} = {grid.data_size} data ranks x "

@@ -17,6 +17,7 @@ from tandem.launch.world import World
 from tandem.parallel.grid import Grid
 from tandem.training.logs.log import log_notice
 from tandem.training.schedule import Schedule, schedule_from
+from tandem.training.start.base import check_save_beside_base
 from tandem.training.start.data import Data, open_data, open_tokenizer
 from tandem.training.start.engine import engine_settings, make_grid
 from tandem.training.start.epochs import check_epochs, with_epochs
@@ -111,8 +112,9 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         check_writable(checkpoint.save)
         check_place(checkpoint.save)
     loading = continued(checkpoint)
-    source = open_weights(loading, settings.model, data.tokenizer_name_or_path, training.seed)
+    source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(settings.model, data.seq_length, source.config)
+    check_save_beside_base(source, checkpoint)
     check_disk(settings, source.config)
     state = state_to_continue(source, loading)
     check_new_run(state, checkpoint.save)

@@ -13,7 +13,7 @@ from tandem.files.publish import check_free_space, nearest_folder
 from tandem.frameworks import named_framework
 from tandem.machine import has_accelerator, memory_bytes
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import parameter_count
+from tandem.models.tensors import parameter_count, trained_count
 from tandem.parallel.grid import Grid
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
@@ -27,7 +27,9 @@ def checkpoint_bytes(settings: Settings, config: ModelConfig) -> int:
     half = training.bf16 or training.fp16
     weight = 2 if half else 4
     optimizer = 8 + (4 if half else 0)  # two moments, and fp32 master weights of 16-bit weights
-    size = parameter_count(config) * (weight + (0 if checkpoint.no_save_optim else optimizer))
+    trained = trained_count(config)
+    saved = trained if settings.lora.lora_ckpt_filter else parameter_count(config)
+    size = saved * weight + (0 if checkpoint.no_save_optim else trained * optimizer)
     return size // settings.launch.nnodes if checkpoint.no_shared_storage else size
 
 

@@ -7,11 +7,12 @@ import dataclasses
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.random_init import RandomSource
-from tandem.config.settings import CheckpointSettings, ModelSettings
+from tandem.config.settings import CheckpointSettings, LoraSettings, ModelSettings
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf
 from tandem.training.logs.log import log_notice
+from tandem.training.start.lora import with_adapters
 from tandem.training.start.saved import open_initial
 
 # Flags that must agree with the config.json of the weights.
@@ -28,19 +29,24 @@ COMPARED = (
 
 
 def open_weights(
-    checkpoint: CheckpointSettings, model: ModelSettings, tokenizer_folder: str | None, seed: int
+    checkpoint: CheckpointSettings, lora: LoraSettings, model: ModelSettings, tokenizer_folder: str | None, seed: int
 ) -> TensorSource:
-    """The weights of `--load`, or random weights from `seed`.
+    """The weights of `--load`, or random weights from `seed`; with adapters, if there are or shall be any.
 
     Random weights need a config.json, from `--hf-cfg-dir` or from the tokenizer's folder. A checkpoint of Megatron
     takes that of `--hf-cfg-dir`.
     """
     if checkpoint.load is not None:
         config = _config_of(companions_of(model.hf_cfg_dir), model.hf_cfg_dir) if model.hf_cfg_dir else None
-        source = open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune, config=config)
-        for notice in source.notices:
+        base = open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune, config=config)
+        for notice in base.notices:
             log_notice(notice)
-        return source
+    else:
+        base = _random_weights(model, tokenizer_folder, seed)
+    return with_adapters(base, lora, seed)
+
+
+def _random_weights(model: ModelSettings, tokenizer_folder: str | None, seed: int) -> TensorSource:
     folder = model.hf_cfg_dir or tokenizer_folder
     if folder is None:
         raise UserError("--init random needs the model's config.json: give its folder with --hf-cfg-dir")

@@ -1,0 +1,1 @@
+../../mindspore/qwen3/tune_qwen3_14b_4K_lora_ms.sh

@@ -1,0 +1,40 @@
+"""Adapters on their way out: alone, as a PEFT folder, or merged into the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tandem.checkpoints.adapters.peft import write_peft
+from tandem.checkpoints.adapters.views import Adapted
+from tandem.checkpoints.interface import TensorSource
+from tandem.conversion.result import Converted
+from tandem.errors import UserError
+from tandem.models.lora import Lora
+from tandem.models.tensors import tensor_table, trained_count
+
+
+def export_adapters(source: TensorSource, folder: Path) -> Converted:
+    """Write the adapters of a source as a PEFT folder.
+
+    Raises:
+        UserError: the source has none, or the folder exists.
+    """
+    config = source.config
+    if config.lora is None:
+        raise UserError(f"--save-lora-to-hf: {source.location} has no adapters: give theirs with --lora-load")
+    base = source.base.folder if isinstance(source, Adapted) else source.folder
+    write_peft(folder, source, str(base.resolve()) if base else source.location)
+    count = sum(spec.adapter is not None for spec in tensor_table(config).values())
+    return Converted(folder, None, count, trained_count(config), (describe(config.lora),))
+
+
+def describe_merge(source: TensorSource) -> list[str]:
+    """A notice about the adapters that are merged into a source's weights; none without adapters."""
+    return [] if source.config.lora is None else [f"merged into the weights: {describe(source.config.lora)}"]
+
+
+def describe(lora: Lora) -> str:
+    """Adapters in words."""
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    return f"{kind} adapters of rank {lora.r}, alpha {lora.lora_alpha:g}, on {modules}"

@@ -1,0 +1,58 @@
+"""The weights that adapters belong to: the same on all ranks, and recorded in every checkpoint of the adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tandem.checkpoints.adapters.base import BaseRecord
+from tandem.checkpoints.adapters.views import Adapted
+from tandem.checkpoints.interface import TensorSource
+from tandem.config.settings import CheckpointSettings, LoraSettings
+from tandem.errors import UserError
+from tandem.launch.world import Communicator
+from tandem.training.logs.log import log_notice
+
+
+def check_base(source: TensorSource, communicator: Communicator) -> None:
+    """Compare the weights of adapters with what a checkpoint recorded. The first rank hashes them for all.
+
+    Raises:
+        UserError: on every rank, when they are others.
+    """
+    if not isinstance(source, Adapted):
+        return
+    problem: UserError | None = None
+    if communicator.world.rank == 0:
+        try:
+            source.check_base()
+        except UserError as error:
+            problem = error
+    text = communicator.all_gather(str(problem) if problem else None)[0]
+    if text is not None:
+        raise problem or UserError(text)
+    source.trust_base()
+
+
+def base_record(source: TensorSource, lora: LoraSettings, communicator: Communicator) -> BaseRecord | None:
+    """The weights that checkpoints of adapters refer to; None when checkpoints hold the weights, too."""
+    if not isinstance(source, Adapted) or not lora.lora_ckpt_filter:
+        return None
+    if source.base.folder is None:
+        log_notice(f"checkpoints hold the weights, too: {source.base.location} are in no folder")
+        return None
+    record = None
+    if communicator.world.rank == 0:
+        record = source.record or BaseRecord.of(source.base)
+    fields = communicator.all_gather(vars(record) if record else None)[0]
+    return BaseRecord(**fields)
+
+
+def check_save_beside_base(source: TensorSource, checkpoint: CheckpointSettings) -> None:
+    """Raise UserError when adapters would be saved among the iterations of the weights that they need."""
+    if checkpoint.save is None or not isinstance(source, Adapted) or source.base.folder is None:
+        return
+    folder = source.base.folder if source.base.iteration is None else source.base.folder.parent
+    if folder.resolve() == Path(checkpoint.save).resolve():
+        raise UserError(
+            f"--save {checkpoint.save} holds the weights that the adapters need: choose another folder for the adapters"
+        )

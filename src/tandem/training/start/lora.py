@@ -1,0 +1,96 @@
+"""Puts adapters beside the initial weights of a run: those of `--lora-load`, or new ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tandem.checkpoints.adapters.fresh import FreshAdapters
+from tandem.checkpoints.adapters.views import Adapted
+from tandem.checkpoints.detect import open_adapters
+from tandem.checkpoints.interface import TensorSource
+from tandem.config.settings import LoraSettings
+from tandem.errors import UserError
+from tandem.models.adapters import module_names
+from tandem.models.config import ModelConfig
+from tandem.models.families import LINEARS
+from tandem.models.lora import ALL_LINEAR, Lora
+from tandem.options import flag_of
+
+# Settings that say nothing without adapters.
+OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_use_rslora", "lora_use_dora")
+
+
+def with_adapters(base: TensorSource, lora: LoraSettings, seed: int) -> TensorSource:
+    """`base` with the adapters that the settings ask for; `base` itself when they ask for none.
+
+    Weights that have adapters keep them: a run that trained adapters goes on with them.
+
+    Raises:
+        UserError: `--lora-load` holds no adapters for this model, or a setting contradicts the adapters that are there.
+    """
+    if base.config.lora is None and lora.lora_load is not None:
+        base = open_adapters(lora.lora_load, base)
+    if base.config.lora is not None:
+        check_lora_flags(lora, base.config.lora, lora.lora_load or base.location)
+        return base
+    if not lora.lora_target_modules:
+        if given := [flag_of(name) for name in OF_ADAPTERS if getattr(lora, name) not in (None, False)]:
+            raise UserError(f"{' '.join(given)}: nothing gets adapters: add --lora-target-modules all-linear, or names")
+        return base
+    config = dataclasses.replace(base.config, lora=new_lora(lora))
+    check_targets(lora.lora_target_modules, config)
+    return Adapted(FreshAdapters(base, config, seed), base, base)
+
+
+def new_lora(lora: LoraSettings) -> Lora:
+    """The adapters that the settings describe."""
+    targets = lora.lora_target_modules
+    return Lora(
+        r=16 if lora.lora_r is None else lora.lora_r,
+        lora_alpha=32 if lora.lora_alpha is None else lora.lora_alpha,
+        lora_dropout=lora.lora_dropout or 0.0,
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+        use_rslora=lora.lora_use_rslora,
+        use_dora=lora.lora_use_dora,
+    )
+
+
+def check_targets(targets: tuple[str, ...], config: ModelConfig) -> None:
+    """Raise UserError when a name of `--lora-target-modules` is no module that can have an adapter."""
+    if targets == (ALL_LINEAR,):
+        return
+    known = [name for row in LINEARS for name in module_names(config, row)]
+    if unknown := [target for target in targets if target.rpartition(".")[2] not in known]:
+        raise UserError(
+            f"--lora-target-modules {' '.join(unknown)}: expected all-linear, or some of {', '.join(known)}"
+        )
+
+
+def check_lora_flags(lora: LoraSettings, actual: Lora, where: str) -> None:
+    """Raise UserError, with both values, when a setting contradicts adapters that are there already."""
+    recorded = {
+        name: getattr(actual, name.removeprefix("lora_")) for name in ("lora_r", "lora_use_rslora", "lora_use_dora")
+    }
+    recorded |= {"lora_alpha": actual.lora_alpha, "lora_dropout": actual.lora_dropout}
+    wrong = [
+        f"{flag_of(name)} {value} contradicts {where}, whose adapters have {recorded[name]}"
+        for name in recorded
+        if (value := getattr(lora, name)) not in (None, False) and value != recorded[name]
+    ]
+    if lora.lora_target_modules:
+        given = new_lora(lora).target_modules
+        if _as_set(given) != _as_set(actual.target_modules):
+            wrong.append(
+                f"--lora-target-modules {' '.join(lora.lora_target_modules)} contradicts {where}, "
+                f"whose adapters are on {_in_words(actual.target_modules)}"
+            )
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def _as_set(modules: tuple[str, ...] | str) -> set[str]:
+    return {modules} if isinstance(modules, str) else set(modules)
+
+
+def _in_words(modules: tuple[str, ...] | str) -> str:
+    return modules if isinstance(modules, str) else " ".join(modules)
