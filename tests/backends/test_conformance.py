@@ -22,6 +22,8 @@ ALONE = {
     "mindspore/documents.py",  # what attention is given of a batch
     "mindspore/kernels.py",  # what CPU and NPU compute with
     "mindspore/npu.py",  # fused operators
+    "mindspore/npu_adapters.py",  # what adapters compute on NPUs
+    "mindspore/products.py",  # products of matrices on CPU
     "mindspore/sets.py",  # the kernels of each device
     "mindspore/threads.py",  # NumPy work over all cores
     "mindspore/weight.py",  # parameters with gradient buffers, and pullbacks

@@ -14,9 +14,10 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from tandem.backends.mindspore.compute.cpu.functional import normalise, normalise_backward
+from tandem.backends.mindspore.compute.cpu.products import matmul
 from tandem.backends.mindspore.compute.cpu.threads import split_work
 from tandem.backends.mindspore.documents import Documents
 from tandem.backends.mindspore.weight import Pullback, Weight, empty, single, written_in_single
@@ -26,10 +27,6 @@ from tandem.models.config import ModelConfig
 BLOCK = 128
 
 _LATER = np.triu(np.full((BLOCK, BLOCK), -np.inf, np.float32), 1)
-
-_product = ops.BatchMatMul()
-_product_ta = ops.BatchMatMul(transpose_a=True)
-_product_tb = ops.BatchMatMul(transpose_b=True)
 
 
 def attention(
@@ -199,7 +196,7 @@ def _forward(heads: _Heads, out: np.ndarray) -> np.ndarray:
 
 def _forward_block(block: _Block, out: np.ndarray) -> np.ndarray:
     """The same for one block: `out` [G, A/G, rows, d], log-sum-exp [G, A/G, rows, 1]."""
-    scores_tensor = _product_tb(block.query, block.keys)
+    scores_tensor = matmul(block.query, block.keys, transpose_b=True)
     scores = block.unstack(scores_tensor)
     totals = np.empty((*scores.shape[:3], 1), np.float32)
     log_sum_exp = np.empty_like(totals)
@@ -214,7 +211,7 @@ def _forward_block(block: _Block, out: np.ndarray) -> np.ndarray:
         log_sum_exp[part] = largest + np.log(totals[part])
 
     split_work(exponentiate, block.groups, scores.size)
-    np.divide(block.unstack(_product(scores_tensor, block.values)), totals, out=out)
+    np.divide(block.unstack(matmul(scores_tensor, block.values)), totals, out=out)
     return log_sum_exp
 
 
@@ -243,8 +240,8 @@ def _backward_block(
 ) -> None:
     """Add one block's share. With P the softmax and D = sum(d_out * out): d_scores = P * (d_out V^T - D)."""
     d_out_block = block.stack(d_out)
-    weights_tensor = _product_tb(block.query, block.keys)
-    d_scores_tensor = _product_tb(d_out_block, block.values)
+    weights_tensor = matmul(block.query, block.keys, transpose_b=True)
+    d_scores_tensor = matmul(d_out_block, block.values, transpose_b=True)
     weights, d_scores = block.unstack(weights_tensor), block.unstack(d_scores_tensor)
 
     def differentiate(part: slice) -> None:
@@ -256,9 +253,9 @@ def _backward_block(
 
     split_work(differentiate, block.groups, weights.size)
     seen = slice(0, block.rows.stop)
-    gradients.values[:, seen] += _product_ta(weights_tensor, d_out_block).asnumpy()
-    gradients.keys[:, seen] += _product_ta(d_scores_tensor, block.query).asnumpy()
-    gradients.queries[:, :, block.rows] = block.unstack(_product(d_scores_tensor, block.keys))
+    gradients.values[:, seen] += matmul(weights_tensor, d_out_block, transpose_a=True).asnumpy()
+    gradients.keys[:, seen] += matmul(d_scores_tensor, block.query, transpose_a=True).asnumpy()
+    gradients.queries[:, :, block.rows] = block.unstack(matmul(d_scores_tensor, block.keys))
 
 
 def _mask(scores: np.ndarray, rows: slice) -> None:

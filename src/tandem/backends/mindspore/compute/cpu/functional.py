@@ -10,25 +10,19 @@ from collections.abc import Callable
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
+from tandem.backends.mindspore.compute.cpu.products import matmul
 from tandem.backends.mindspore.compute.cpu.threads import split_work
 from tandem.backends.mindspore.weight import Pullback, Weight, empty, single, written_in_single
 
 # Rows worked on at a time, so that intermediate results stay in a core's cache.
 BLOCK = 64
 
-_PRODUCTS = {transposed: ops.MatMul(transpose_b=transposed) for transposed in (False, True)}
-_product_ta = ops.MatMul(transpose_a=True)
-
 
 def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
-    """The product of two matrices of one dtype, in that dtype.
-
-    MindSpore's product of fp16 has the same bits: it casts to fp32 and back. But each of its casts takes a third of a
-    millisecond, even for small matrices.
-    """
-    wide = _PRODUCTS[transpose_b](_in_single(a), _in_single(b))
+    """The product of two matrices of one dtype, in that dtype. Of fp16 it is computed in fp32."""
+    wide = matmul(_in_single(a), _in_single(b), transpose_b=transpose_b)
     if a.dtype == ms.float32:
         return wide
     result, values = empty(*wide.shape, dtype=a.dtype)
@@ -38,7 +32,7 @@ def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient [t, o] transposed times x [t, i]: [o, i], fp32, and not rounded to fp16 in between."""
-    return _product_ta(_in_single(gradient), _in_single(x))
+    return matmul(_in_single(gradient), _in_single(x), transpose_a=True)
 
 
 def _in_single(x: Tensor) -> Tensor:

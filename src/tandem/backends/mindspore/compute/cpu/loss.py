@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from tandem.backends.loss import chunks
+from tandem.backends.mindspore.compute.cpu.products import matmul
 from tandem.backends.mindspore.compute.cpu.threads import split_work
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight, empty, single, written_in_single
@@ -20,10 +21,6 @@ from tandem.frameworks import MINDSPORE
 LOGITS_CHUNK_BYTES = MINDSPORE.logits_chunk_bytes
 # Vocabulary entries multiplied at a time: a piece of the logits, and of the head's gradient, stays in cache.
 PIECE = 4096
-
-_product = ops.MatMul()
-_product_ta = ops.MatMul(transpose_a=True)
-_product_tb = ops.MatMul(transpose_b=True)
 
 
 def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
@@ -79,7 +76,7 @@ class _Chunk:
         self.losses = self.log_sum_exp - label_logits  # fp32 [rows]
 
     def _exponentials(self, index: int, label_logits: np.ndarray) -> Tensor:
-        piece = _product_tb(self.hidden, self._weights(index))
+        piece = matmul(self.hidden, self._weights(index), transpose_b=True)
         logits = piece.asnumpy()
         here = self._labelled(index)
         label_logits[here] = logits[here, self.labels[here] - self.ranges[index].start]
@@ -103,10 +100,10 @@ class _Chunk:
             here = self._labelled(index)
             split_work(functools.partial(_scale_rows, d_logits, factors[:, index, None]), len(d_logits), d_logits.size)
             d_logits[here, self.labels[here] - self.ranges[index].start] -= weights[here]
-            d_piece = _product(piece, self._weights(index)).asnumpy()
+            d_piece = matmul(piece, self._weights(index)).asnumpy()
             d_rows[...] = d_piece if index == 0 else d_rows + d_piece
             if d_head is not None:
-                d_piece = _product_ta(piece, self.hidden).asnumpy()
+                d_piece = matmul(piece, self.hidden, transpose_a=True).asnumpy()
                 _accumulate(d_head[self.ranges[index]], d_piece, self.head.has_gradient)
         self.head.has_gradient = self.head.trained
 

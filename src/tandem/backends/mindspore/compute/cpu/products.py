@@ -1,0 +1,24 @@
+"""Products of matrices on CPU, by NumPy's BLAS, into memory of MindSpore's pool.
+
+MindSpore 2.10's own (`ops.MatMul`, `ops.BatchMatMul`, `mint.matmul`) lose about 1.4 kB with each call, so that a run
+grows without end. They are also slower here: `benchmarks/mindspore_products.py` compares.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor
+
+from tandem.backends.mindspore.weight import empty
+
+
+def matmul(a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+    """The product of two fp32 matrices, or of each pair in two stacks of matrices."""
+    left, right = a.asnumpy(), b.asnumpy()
+    if transpose_a:
+        left = left.swapaxes(-1, -2)
+    if transpose_b:
+        right = right.swapaxes(-1, -2)
+    result, values = empty(*left.shape[:-1], right.shape[-1])
+    np.matmul(left, right, out=values)
+    return result
