@@ -92,7 +92,14 @@ def open_iteration(
         raise _missing(Path(folder), iteration)
     form = _form_of(place)
     if form == TORCH_SIGN:
-        return MegatronSource(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
+        megatron = MegatronSource(
+            folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list
+        )
+        if megatron.holds_adapters_only:
+            raise UserError(
+                f"{folder} holds adapters only: give their weights, and the adapters with --lora-load {folder}"
+            )
+        return megatron
     if form == TORCH_DIST_SIGN:
         return TorchDistSource(folder, iteration, config=config, noop_layers=noop_layers)
     source = NativeSource(folder, iteration)
@@ -133,8 +140,13 @@ def open_with_adapters(
     return source if lora_load is None else open_adapters(lora_load, source)
 
 
-def open_adapters(folder: str | Path, base: TensorSource, iteration: int | None = None) -> Adapted:
-    """Adapters from a PEFT folder or from a checkpoint with adapters, beside the weights `base`.
+def open_adapters(
+    folder: str | Path, base: TensorSource, iteration: int | None = None, lora_alpha: float | None = None
+) -> Adapted:
+    """Adapters from a PEFT folder or from a checkpoint with adapters, next to the weights `base`.
+
+    Args:
+        lora_alpha: of adapters in Megatron's files, when these do not record it.
 
     Raises:
         UserError: the folder holds no adapters, or those of another model, or of other weights.
@@ -144,13 +156,23 @@ def open_adapters(folder: str | Path, base: TensorSource, iteration: int | None 
         return Adapted(PeftSource(folder, base.config.without_adapters), base, base)
     if not folder.exists():
         raise UserError(f"--lora-load {folder} does not exist: expected a PEFT folder, or a run that trained adapters")
-    iteration_folder = find_iteration(folder, iteration)
-    if _form_of(iteration_folder) != NATIVE_SIGN:
-        raise UserError(f"--lora-load {folder}: expected a PEFT folder, or a run that trained adapters")
-    adapters = NativeSource(folder, iteration)
-    if adapters.config.lora is None:
+    form = _form_of(find_iteration(folder, iteration))
+    if form == TORCH_SIGN:
+        config = base.config.without_adapters
+        megatron = MegatronSource(folder, iteration, config=config, lora_alpha=lora_alpha)
+        check_adapters(megatron, folder)
+        return Adapted(megatron, base, base)
+    if form != NATIVE_SIGN:
+        raise UserError(f"--lora-load {folder}: expected a PEFT folder, a run that trained adapters, or {TORCH_SIGN}")
+    native = NativeSource(folder, iteration)
+    check_adapters(native, folder)
+    return Adapted(native, base, native, native.base)
+
+
+def check_adapters(source: TensorSource, folder: Path) -> None:
+    """Raise UserError unless the source of `--lora-load` has adapters."""
+    if source.config.lora is None:
         raise UserError(f"--lora-load {folder} holds no adapters: give whole weights with --load")
-    return Adapted(adapters, base, adapters, adapters.base)
 
 
 def _form_of(iteration: Path) -> str:

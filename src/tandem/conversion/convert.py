@@ -200,7 +200,7 @@ def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
     if options.load_model_type != source.format.load_model_type:
         raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {source.format.holder}")
     if options.lora_load is not None:
-        source = open_adapters(options.lora_load, source)
+        source = open_adapters(options.lora_load, source, lora_alpha=options.lora_alpha)
     options.check_adapters(source.config.lora, options.lora_load or options.load_dir)
     return source
 

@@ -102,11 +102,11 @@ class ConvertOptions(Options):
     hf_cfg_dir: PathText | None = None
     """Take config and tokenizer files from this folder."""
     lora_load: PathText | None = None
-    """Folder of adapters to merge into the weights: PEFT's, or a run's."""
+    """Folder of adapters to merge into the weights: PEFT's, a run's, or Megatron torch files of MindSpeed-LLM."""
     lora_r: int | None = None
     """Rank of the adapters; another one than theirs is an error."""
     lora_alpha: float | None = None
-    """Their alpha; another one than theirs is an error."""
+    """Their alpha, for Megatron torch files that do not record it; another one than theirs is an error."""
     lora_target_modules: tuple[str, ...] = ()
     """Their modules; others than theirs are an error."""
     save_lora_to_hf: bool = False

@@ -22,6 +22,11 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
+# MindSpeed-LLM's names in a layer with adapters.
+BASE_LAYER = ".base_layer.weight"
+ADAPTER = ".lora_"
+LORA_A = ".lora_A.default.weight"
+
 EXTRA_STATE = "._extra_state"  # Transformer Engine's fp8 scales; empty otherwise
 VOCABULARY = (EMBEDDING, OUTPUT)  # the tensors that have a row for every token
 Chunk = dict[str, LazyTensor]

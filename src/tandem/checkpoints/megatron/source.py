@@ -34,12 +34,15 @@ from tandem.checkpoints.interface import (
 )
 from tandem.checkpoints.megatron.args import described_model, numbers
 from tandem.checkpoints.megatron.names import (
+    ADAPTER,
+    BASE_LAYER,
     CHECKPOINT_VERSION,
     DISTRIBUTED_OPTIMIZER,
     EXTRA_STATE,
     FILE,
     FUSED_NORMS,
     LAYER,
+    LORA_A,
     RANK_FOLDER,
     VOCABULARY,
     Chunk,
@@ -50,6 +53,7 @@ from tandem.checkpoints.megatron.names import (
 from tandem.checkpoints.name_lists import check_names
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.models.tensors import EMBEDDING
 from tandem.parallel.layout import Layout, Shard
 from tandem.parallel.slices import Part, overlaps, transfer
@@ -65,6 +69,7 @@ class MegatronSource(TensorSource):
         config: the model, when the checkpoint does not describe it, or not completely: a trainer does not record the
             vocabulary before padding. Needed when there are neither `args` nor `hf/config.json`.
         noop_layers, num_layer_list: as in `Layout`, when `args` do not record them.
+        lora_alpha: of adapters, when `args` do not record it.
 
     Raises:
         UserError: no such checkpoint, a rank folder is missing, a file is damaged, a tensor is missing, left over or of
@@ -83,6 +88,7 @@ class MegatronSource(TensorSource):
         config: ModelConfig | None = None,
         noop_layers: tuple[int, ...] | None = None,
         num_layer_list: tuple[int, ...] | None = None,
+        lora_alpha: float | None = None,
     ) -> None:
         self.folder = find_iteration(folder, iteration)
         self.iteration = iteration_of(self.folder)
@@ -94,9 +100,14 @@ class MegatronSource(TensorSource):
             check_recorded("noop_layers", noop_layers, recorded, self.location)
         noop = noop_layers or recorded
         self.companions = companions_in(self.folder)
-        self.config = described_model(first.args, str(first.path), config, self.companions, noop)
+        model = described_model(first.args, str(first.path), config, self.companions, noop)
+        self.config = replace(model, lora=self._lora(lora_alpha))
         self.layout = self._layout(noop, num_layer_list or numbers(first.args.get("num_layer_list")))
         self._shards = shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
+        names = {name for rank in self._ranks.values() for chunk in rank.chunks for name in chunk}
+        self.holds_adapters_only = all(ADAPTER in name for name in names)
+        if self.holds_adapters_only:
+            self._shards = {name: shards for name, shards in self._shards.items() if shards[0].spec.adapter is not None}
         self._check()
 
     def kinds(self) -> tuple[TensorKind, ...]:
@@ -157,6 +168,23 @@ class MegatronSource(TensorSource):
 
     def _file(self, shard: Shard) -> Path:
         return self._ranks[shard.tensor_rank, shard.pipeline_rank].path
+
+    def _lora(self, alpha: float | None) -> Lora | None:
+        """The adapters that MindSpeed-LLM trains: one for a whole weight. Their rank is that of the tensors."""
+        first = self._ranks[0, 0]
+        factors = {name: t for chunk in first.chunks for name, t in chunk.items() if name.endswith(LORA_A)}
+        if not factors:
+            return None
+        recorded = first.args.get("lora_alpha")
+        if alpha is not None and recorded is not None and alpha != recorded:
+            raise UserError(f"lora_alpha {alpha:g} contradicts {first.path}, which records {recorded}")
+        if (alpha := recorded if alpha is None else alpha) is None:
+            raise UserError(f"{first.path} holds adapters, and does not record their lora_alpha: give --lora-alpha")
+        ranks = {tensor.shape[0] for tensor in factors.values()}
+        if len(ranks) > 1:
+            raise UserError(f"{first.path}: adapters of ranks {', '.join(map(str, sorted(ranks)))}; expected one rank")
+        modules = sorted({name.removesuffix(LORA_A).rpartition(".")[2] for name in factors})
+        return Lora(r=ranks.pop(), lora_alpha=float(alpha), target_modules=tuple(modules))
 
     def _layout(self, noop_layers: tuple[int, ...], num_layer_list: tuple[int, ...]) -> Layout:
         stages = 1 + max(pipeline_rank for _, pipeline_rank in self._ranks)
@@ -295,5 +323,5 @@ def _chunk(path: Path, tensors: dict[str, Any]) -> Chunk:
             continue
         if not isinstance(tensor, LazyTensor):
             raise UserError(f"{path}: {name} is a {type(tensor).__name__}; expected a tensor")
-        chunk[renamed(name, FUSED_NORMS)] = tensor
+        chunk[renamed(name, FUSED_NORMS).replace(BASE_LAYER, ".weight")] = tensor
     return chunk

@@ -1,0 +1,132 @@
+"""MindSpeed-LLM's checkpoints of adapters: made here by hand, as its code names and cuts them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandem.checkpoints.adapters.peft import write_peft
+from tandem.checkpoints.adapters.views import merged
+from tandem.checkpoints.copy import copy
+from tandem.checkpoints.detect import open_adapters, open_source
+from tandem.checkpoints.hf.sink import HFSink
+from tandem.checkpoints.interface import Companions
+from tandem.checkpoints.megatron.sink import MegatronSink
+from tandem.checkpoints.random_init import RandomSource
+from tandem.errors import UserError
+from tandem.parallel.layout import Layout
+from toys import TOYS
+
+torch = pytest.importorskip("torch")
+
+CONFIG = TOYS["qwen3-tied"]
+RANK, ALPHA, TP = 4, 8.0, 2
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def whole_adapters() -> dict[str, np.ndarray]:
+    """A and B of each layer's four weights, in one process."""
+    random = np.random.default_rng(0)
+    heads, groups, head = CONFIG.num_attention_heads, CONFIG.num_query_groups, CONFIG.kv_channels
+    shapes = {
+        "self_attention.linear_qkv": ((heads + 2 * groups) * head, CONFIG.hidden_size),
+        "self_attention.linear_proj": (CONFIG.hidden_size, heads * head),
+        "mlp.linear_fc1": (2 * CONFIG.ffn_hidden_size, CONFIG.hidden_size),
+        "mlp.linear_fc2": (CONFIG.hidden_size, CONFIG.ffn_hidden_size),
+    }
+    tensors = {}
+    for layer in range(CONFIG.num_layers):
+        for name, (outputs, inputs) in shapes.items():
+            prefix = f"decoder.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.default.weight"] = random.standard_normal((RANK, inputs), np.float32)
+            tensors[f"{prefix}.lora_B.default.weight"] = random.standard_normal((outputs, RANK), np.float32)
+    return tensors
+
+
+def of_rank(name: str, tensor: np.ndarray, rank: int) -> np.ndarray:
+    """What a tensor rank of two holds: B of split outputs, A of split inputs, and the other factor whole."""
+    if "linear_fc1.lora_B" in name:
+        gate, up = np.split(tensor, 2)
+        return np.concatenate([np.split(gate, TP)[rank], np.split(up, TP)[rank]])
+    if "linear_qkv.lora_B" in name:
+        return np.split(tensor, TP)[rank]
+    if ("linear_proj.lora_A" in name) or ("linear_fc2.lora_A" in name):
+        return np.split(tensor, TP, axis=1)[rank]
+    return tensor
+
+
+def write_run(folder: Path, *, filtered: bool, alpha: float | None = ALPHA) -> Path:
+    """A run of two tensor ranks."""
+    layout = Layout(tensor_model_parallel_size=TP)
+    copy(RandomSource(CONFIG, 5), MegatronSink(folder, CONFIG, layout, "float32", 3, Companions(), 212))
+    for rank in range(TP):
+        path = folder / f"iter_0000003/mp_rank_{rank:02d}/model_optim_rng.pt"
+        content = torch.load(path, weights_only=False)
+        model = {} if filtered else dict(content["model"])
+        for name in LINEARS:
+            for layer in range(CONFIG.num_layers * (not filtered)):
+                key = f"decoder.layers.{layer}.{name}"
+                model[f"{key}.base_layer.weight"] = model.pop(f"{key}.weight")
+        for name, tensor in whole_adapters().items():
+            model[name] = torch.from_numpy(of_rank(name, tensor, rank).copy())
+        args = argparse.Namespace(**vars(content["args"]), lora_r=RANK, lora_target_modules=list(LINEARS))
+        if alpha is not None:
+            args.lora_alpha = alpha
+        torch.save({**content, "model": model, "args": args}, path)
+    return folder
+
+
+def hugging_face(root: Path) -> Path:
+    copy(RandomSource(CONFIG, 5), HFSink(root / "hf", CONFIG, "float32", Companions()))
+    return root / "hf"
+
+
+def check_merged(source: object) -> None:
+    """Each weight is W + alpha / r B A."""
+    base, adapters = RandomSource(CONFIG, 5), whole_adapters()
+    for layer in range(CONFIG.num_layers):
+        for name in LINEARS:
+            key = f"decoder.layers.{layer}.{name}"
+            change = adapters[f"{key}.lora_B.default.weight"] @ adapters[f"{key}.lora_A.default.weight"]
+            expected = base.read(f"{key}.weight") + ALPHA / RANK * change
+            np.testing.assert_allclose(merged(source).read(f"{key}.weight"), expected, atol=1e-5)
+
+
+def test_a_run_that_holds_everything_is_merged(tmp_path: Path) -> None:
+    check_merged(open_source(write_run(tmp_path / "run", filtered=False)))
+
+
+def test_adapters_alone_are_put_next_to_their_weights(tmp_path: Path) -> None:
+    run, base = write_run(tmp_path / "run", filtered=True), open_source(hugging_face(tmp_path))
+    check_merged(open_adapters(run, base))
+    with pytest.raises(UserError, match="--lora-load"):
+        open_source(run)
+
+
+def test_alpha_must_be_known(tmp_path: Path) -> None:
+    run, base = write_run(tmp_path / "run", filtered=True, alpha=None), open_source(hugging_face(tmp_path))
+    with pytest.raises(UserError, match="--lora-alpha"):
+        open_adapters(run, base)
+    check_merged(open_adapters(run, base, lora_alpha=ALPHA))
+    recorded = write_run(tmp_path / "other", filtered=True)
+    with pytest.raises(UserError, match="contradicts"):
+        open_adapters(recorded, base, lora_alpha=ALPHA + 1)
+
+
+def test_peft_computes_the_same_from_the_folder_that_is_written(tmp_path: Path) -> None:
+    """q, k and v get copies of A, and their rows of B."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    folder = hugging_face(tmp_path)
+    source = open_adapters(write_run(tmp_path / "run", filtered=True), open_source(folder))
+    write_peft(tmp_path / "peft", source, str(folder))
+    copy(merged(source), HFSink(tmp_path / "merged", CONFIG, "float32", Companions()))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        expected = load(tmp_path / "merged", dtype=torch.float32)(tokens).logits
+        model = peft.PeftModel.from_pretrained(load(folder, dtype=torch.float32), tmp_path / "peft")
+        torch.testing.assert_close(model(tokens).logits, expected, atol=1e-3, rtol=1e-4)
