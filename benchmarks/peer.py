@@ -20,7 +20,7 @@ class HuggingFaceTrainer:
     def __init__(
         self, source: TensorSource, lr: float, weight_decay: float, clip_grad: float, betas: tuple[float, float]
     ) -> None:
-        self._model = _model(source)
+        self._model = model_of(source)
         self._clip_grad = clip_grad
         parameters = list(self._model.parameters())
         groups = [
@@ -43,7 +43,7 @@ class HuggingFaceTrainer:
         return total
 
 
-def _model(source: TensorSource) -> torch.nn.Module:
+def model_of(source: TensorSource) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(**to_hf(source.config, dtype="float32"))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     parameters = dict(model.named_parameters())

@@ -21,6 +21,7 @@ from tandem.backends.torch.fully_sharded import FullySharded
 from tandem.backends.torch.functional import Gradient
 from tandem.backends.torch.loss import cross_entropy_and_gradient
 from tandem.backends.torch.model import Build, Chunk, GPTModel, prepare
+from tandem.parallel.layout import Slot
 from toys import toy_config
 
 CPU = torch.device("cpu")
@@ -41,7 +42,8 @@ def build(
     """A toy of five layers and its weights, which have no values yet."""
     kept = dtype if sharded is None else torch.float32
     shard = None if sharded is None else sharded.add
-    model = GPTModel(Build(CONFIG, kept, CPU, None, shard), Chunk(tuple(range(5)), True, True), recompute_layers)
+    slots = tuple(Slot(number, number) for number in range(5))
+    model = GPTModel(Build(CONFIG, kept, CPU, None, shard=shard), Chunk(slots, True, True), recompute_layers)
     return model, dict(model.named_parameters())
 
 

@@ -181,13 +181,13 @@ def models(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Site:
 
 @pytest.fixture
 def dry_run(models: Site, launchers: Path, monkeypatch: pytest.MonkeyPatch) -> DryRun:
-    """Run the command of a script in this process, where the disk has room for every size."""
+    """Run the command of a script in this process, for devices elsewhere; the disk has room for every size."""
     monkeypatch.chdir(models.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**13, 0, 10**13))
 
     def run(command: str, size: str, framework: str, **variables: object) -> int:
         data = {"pretrain": "text_text_document", "finetune": "chat"}[command]
-        fixed = {"DATA_PATH": data, "EXTRA_ARGS": "--dry-run", "TOKENIZER_PATH": SIZES[size], "CKPT_LOAD_DIR": ""}
+        fixed = {"DATA_PATH": data, "EXTRA_ARGS": "--dry-run --device npu", "TOKENIZER_PATH": SIZES[size], "CKPT_LOAD_DIR": ""}
         script = training_script(command, size, framework)
         return main(models.run(script, launchers=launchers, **{**fixed, **variables}).command)
 

@@ -1,0 +1,120 @@
+"""One step of adapters (LoRA) of the shape of Qwen3-0.6B, against PEFT on transformers. CPU, fp32, no padding.
+
+Both train adapters of the same rank on all linear layers, with the same tokens and the same random weights, so their
+first losses must agree. A third side is the frozen model: one adapter of rank 1 in the first layer, so that everything
+is computed forward and backward, and almost nothing for adapters.
+
+    python benchmarks/adapters_step.py --layers 8
+
+Targets: at least 1.3x PEFT's tokens/s, at most 0.6x its memory above the weights, and adapters of rank 16 cost at most
+15 % of the frozen model's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+
+import numpy as np
+import turns
+from weights import mean_weights
+
+from tandem.checkpoints.adapters.fresh import FreshAdapters
+from tandem.checkpoints.adapters.views import Adapted
+from tandem.checkpoints.random_init import RandomSource
+from tandem.data.batch import MicroBatch, Sample, collate
+from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
+from tandem.models.published import qwen3_config
+from tandem.models.tensors import parameter_count
+
+LEARNING_RATE, WEIGHT_DECAY, BETAS = 1e-4, 0.0, (0.9, 0.95)
+
+
+def model_config(arguments: argparse.Namespace) -> ModelConfig:
+    config = qwen3_config("0.6B")
+    return dataclasses.replace(config, num_layers=arguments.layers or config.num_layers)
+
+
+def batch(step: int, arguments: argparse.Namespace) -> MicroBatch:
+    """One micro-batch of sequences of one length, every token trained."""
+    random = np.random.default_rng(step)
+    length, samples = arguments.seq_length, []
+    for _ in range(arguments.samples):
+        tokens = random.integers(0, 150_000, length + 1, dtype=np.int32)
+        samples.append(Sample(tokens[:-1], tokens[1:], np.arange(length, dtype=np.int32), (length,)))
+    return collate(samples)
+
+
+def tandem(arguments: argparse.Namespace) -> turns.Step:
+    return _tandem(arguments, Lora(r=arguments.rank, lora_alpha=2 * arguments.rank))
+
+
+def frozen(arguments: argparse.Namespace) -> turns.Step:
+    return _tandem(arguments, Lora(r=1, target_modules=("q_proj",), layers_to_transform=(0,)))
+
+
+def _tandem(arguments: argparse.Namespace, lora: Lora) -> turns.Step:
+    from tandem.backends import create_engine
+    from tandem.backends.interface import EngineSettings
+
+    config = dataclasses.replace(model_config(arguments), lora=lora)
+    base = RandomSource(config.without_adapters, 0)
+    engine = create_engine(arguments.framework, config, EngineSettings(adam_beta2=BETAS[1], device="cpu"))
+    engine.load_weights(Adapted(FreshAdapters(base, config, 0), base, base))
+
+    def step(number: int) -> dict[str, float]:
+        batches = [batch(number, arguments)]
+        result = engine.train_step(batches, mean_weights(batches), LEARNING_RATE, WEIGHT_DECAY)
+        return {"tokens": result.trained_tokens, "loss": result.loss}
+
+    return step
+
+
+def peft(arguments: argparse.Namespace) -> turns.Step:
+    import torch
+    from peer import model_of
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear")
+    model = get_peft_model(model_of(RandomSource(model_config(arguments), 0)), adapters)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=True)
+
+    def step(number: int) -> dict[str, float]:
+        tokens = batch(number, arguments)
+        shape = (arguments.samples, arguments.seq_length)
+        inputs, labels = (torch.from_numpy(x.astype(np.int64)).reshape(shape) for x in (tokens.tokens, tokens.labels))
+        loss = model(input_ids=inputs, shift_labels=labels, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"tokens": math.prod(shape), "loss": loss.item()}
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="fewer layers than the model's, on all sides")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--framework", default="torch", choices=("torch", "mindspore"), help="of Tandem's sides")
+    turns.add_arguments(parser)
+    arguments = parser.parse_args()
+    summaries = turns.run({"tandem": tandem, "frozen": frozen, "peft": peft}, arguments)
+    if summaries is None:
+        return
+    weights = 4 * parameter_count(model_config(arguments))
+    ours, still, theirs = (summaries[name] for name in ("tandem", "frozen", "peft"))
+    above, peers = (summary["peak"] - weights for summary in (ours, theirs))
+    print(f"tokens/s: {ours['rate']:.1f}, peft {theirs['rate']:.1f}: {ours['rate'] / theirs['rate']:.2f}x")
+    print(f"memory above the weights: {above / 2**30:.2f} GiB, peft {peers / 2**30:.2f} GiB: {above / peers:.2f}x")
+    print(f"adapters take {100 * (still['rate'] / ours['rate'] - 1):.1f} % of the frozen model's time")
+
+
+if __name__ == "__main__":
+    main()
