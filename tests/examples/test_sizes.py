@@ -187,7 +187,12 @@ def dry_run(models: Site, launchers: Path, monkeypatch: pytest.MonkeyPatch) -> D
 
     def run(command: str, size: str, framework: str, **variables: object) -> int:
         data = {"pretrain": "text_text_document", "finetune": "chat"}[command]
-        fixed = {"DATA_PATH": data, "EXTRA_ARGS": "--dry-run --device npu", "TOKENIZER_PATH": SIZES[size], "CKPT_LOAD_DIR": ""}
+        fixed = {
+            "DATA_PATH": data,
+            "EXTRA_ARGS": "--dry-run --device npu",
+            "TOKENIZER_PATH": SIZES[size],
+            "CKPT_LOAD_DIR": "",
+        }
         script = training_script(command, size, framework)
         return main(models.run(script, launchers=launchers, **{**fixed, **variables}).command)
 

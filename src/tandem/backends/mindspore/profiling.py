@@ -9,13 +9,15 @@ from pathlib import Path
 import mindspore as ms
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-# Operator -> module. On the CPU, the rest of the work runs in NumPy, which the profiler does not see. It is one entry,
-# `OUTSIDE`.
+from tandem.backends.mindspore.compute.cpu import products
+
+# Operator -> module. On the CPU, products and the rest of the work run in NumPy, which the profiler does not see.
+# Products are counted; the rest is one entry, `OUTSIDE`.
 OPERATORS = {
-    "MatMul": "linear layers, head",
-    "BatchMatMul": "attention",
-    "FlashAttentionScore": "attention",
-    "FlashAttentionScoreGrad": "attention",
+    "MatMul": products.LINEAR,
+    "BatchMatMul": products.ATTENTION,
+    "FlashAttentionScore": products.ATTENTION,
+    "FlashAttentionScoreGrad": products.ATTENTION,
     "Adam": "optimizer",
     "AllReduce": "communication",
     "AllGather": "communication",
@@ -44,18 +46,23 @@ class MindSporeProfiler:
             activities=activities,
             on_trace_ready=tensorboard_trace_handler(str(folder)),
         )
+        self._products = dict(products.seconds)
         self._profile.start()
 
     def stop(self) -> tuple[dict[str, float], str]:
         spent = time.perf_counter() - self._begin
         self._profile.stop()
         (made,) = set(self._folder.iterdir()) - self._before
-        return by_operator(made / "ASCEND_PROFILER_OUTPUT" / "trace_view.json", spent), str(made)
+        counted = {name: total - self._products[name] for name, total in products.seconds.items()}
+        return by_operator(made / "ASCEND_PROFILER_OUTPUT" / "trace_view.json", spent, counted), str(made)
 
 
-def by_operator(trace: Path, spent: float) -> dict[str, float]:
-    """Seconds per module of the operators in a trace. The rest of `spent` seconds is the time outside them."""
-    seconds: dict[str, float] = {}
+def by_operator(trace: Path, spent: float, counted: dict[str, float]) -> dict[str, float]:
+    """Seconds per module: of the operators in a trace, and those `counted` elsewhere.
+
+    The rest of `spent` seconds is the time outside both.
+    """
+    seconds = {name: value for name, value in counted.items() if value > 0}
     for event in json.loads(trace.read_text()):
         if event["ph"] == "X" and event.get("args", {}).get("type") == "HostCpuOps":
             operator = event["name"].rpartition("/")[2].partition("-op")[0]  # "Default/Adam-op5"

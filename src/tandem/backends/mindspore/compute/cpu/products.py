@@ -6,14 +6,21 @@ grows without end. They are also slower here: `benchmarks/mindspore_products.py`
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.mindspore.weight import empty
 
+LINEAR, ATTENTION = "linear layers, head", "attention"
+# Seconds that products took so far, by module. MindSpore's profiler does not see them.
+seconds = {LINEAR: 0.0, ATTENTION: 0.0}
+
 
 def matmul(a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
     """The product of two fp32 matrices, or of each pair in two stacks of matrices."""
+    start = time.perf_counter()
     left, right = a.asnumpy(), b.asnumpy()
     if transpose_a:
         left = left.swapaxes(-1, -2)
@@ -21,4 +28,5 @@ def matmul(a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool
         right = right.swapaxes(-1, -2)
     result, values = empty(*left.shape[:-1], right.shape[-1])
     np.matmul(left, right, out=values)
+    seconds[LINEAR if values.ndim == 2 else ATTENTION] += time.perf_counter() - start
     return result
