@@ -286,7 +286,8 @@ def test_a_launcher_that_fails_is_said_and_its_output_is_kept(tmp_path: Path, mo
 
 def test_ranks_get_the_signal_and_time_to_save(tmp_path: Path) -> None:
     job = supervised("plain", "none", tmp_path)
-    wait_for(tmp_path / "rank_1")
+    for rank in range(2):
+        wait_for(tmp_path / f"rank_{rank}")
     job.send_signal(signal.SIGTERM)
     code, _, _ = finish(job, str(tmp_path))
     assert code == 128 + signal.SIGTERM
@@ -360,7 +361,8 @@ def test_a_signal_to_a_job_whose_console_broke_saves(
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     job = supervised("plain", "deaf", tmp_path)
-    wait_for(tmp_path / "rank_1")
+    for rank in range(2):  # before both are there, the first signal ends the job at once
+        wait_for(tmp_path / f"rank_{rank}")
     job.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     job.send_signal(signal.SIGTERM)  # a script may pass on what its whole group has got

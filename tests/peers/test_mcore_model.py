@@ -56,7 +56,7 @@ def test_megatron_computes_what_a_converted_model_computes(mcore: ModuleType, mo
     copy(toy_weights(config), HFSink(tmp_path / "hf", config, "float32", Companions()))
     batch = toy_batch(config, (LENGTH,))
     logits = megatron_logits(mcore, to_megatron(tmp_path / "hf", tmp_path / "mg", "hf"), batch, config.vocab_size)
-    np.testing.assert_allclose(logits, transformers_logits(tmp_path / "hf", batch), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits, transformers_logits(tmp_path / "hf", "float32", batch), atol=TOLERANCE, rtol=0)
 
 
 def test_megatron_computes_what_a_trained_model_computes(
@@ -88,4 +88,4 @@ def test_what_megatron_saves_is_read(mcore: ModuleType, framework: str, model: s
     assert source.config == config
     np.testing.assert_allclose(our_logits(source, batch, framework), expected, atol=TOLERANCE, rtol=0)
     convert(tmp_path / "mg", tmp_path / "hf", "--load-model-type", "mg", "--save-model-type", "hf")
-    np.testing.assert_allclose(transformers_logits(tmp_path / "hf", batch), expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(transformers_logits(tmp_path / "hf", "float32", batch), expected, atol=TOLERANCE, rtol=0)

@@ -44,7 +44,8 @@ def test_ranks_send_what_is_planned(case: tuple[Any, ...], plan_parallel: Module
         assert traffic.tensor + traffic.pipeline + traffic.data == pytest.approx(rank["sent"], rel=0.01)
 
 
-@pytest.mark.parametrize("recompute_layers", [0, pytest.param(4, marks=pytest.mark.slow("sizes"))])
+@pytest.mark.slow("sizes")
+@pytest.mark.parametrize("recompute_layers", [0, 4])
 def test_fully_sharded_ranks_hold_what_is_planned(recompute_layers: int, plan_parallel: ModuleType) -> None:
     planned, held = sizes(plan_parallel, "torch", (1, 1, 2, False, "all", 4, recompute_layers), MIDDLE, live=True)
     assert planned.peak - planned.retained == pytest.approx(held, rel=0.15)

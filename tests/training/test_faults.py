@@ -105,7 +105,7 @@ def kill_while_saving(job: Job, kills: int, seed: int) -> None:
     assert_same_weights(job.folder / "a", job.folder / "b")
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=pytest.mark.slow("kills"))])
 def test_kills_while_saving(workspace: Workspace, async_save: bool, tmp_path: Path) -> None:
     require_framework("torch")
     flags = ("--train-iters", "12", "--save-interval", "1", "--keep-last", "2")
@@ -293,11 +293,9 @@ def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(
 @pytest.mark.parametrize(
     ("backend", "flags"),
     [
-        ("torch", ()),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow("kills"))
-            for case in [("torch", ("--async-save",)), ("mindspore", ()), ("mindspore", ("--async-save",))]
-        ),
+        pytest.param(framework, flags, marks=pytest.mark.slow("kills"))
+        for framework in ("torch", "mindspore")
+        for flags in ((), ("--async-save",))
     ],
 )
 def test_a_rank_that_saves_slowly_times_no_other_out(

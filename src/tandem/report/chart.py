@@ -99,8 +99,8 @@ def line_chart(title: str, series: Sequence[Series], note: str = "", kind: Liter
 def without_spikes(values: Sequence[float]) -> list[float]:
     """The median of each five neighbours: what one or two values alone reach is gone. Ends have fewer neighbours.
 
-    >>> without_spikes([3.0, 2.9, 900.0, 2.8, 2.7])
-    [3.0, 2.95, 2.9, 2.8, 2.75]
+    >>> without_spikes([3.0, 2.0, 900.0, 2.0, 1.0])
+    [3.0, 2.5, 2.0, 2.0, 2.0]
     """
     windows = (values[max(0, place - min(place, 2)) : place + 3] for place in range(len(values)))
     return [statistics.median(window) for window in windows]
