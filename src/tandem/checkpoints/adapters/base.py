@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.interface import Format, TensorSource
 from tandem.errors import UserError
 
 BLOCK = 1 << 22
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*/*.safetensors", "*/*.pt")
+# Of a Hugging Face folder, the first of these that it has; of an iteration, all of them.
+OF_FOLDER = ("model*.safetensors", "pytorch_model*.bin")
+OF_ITERATION = ("mp_rank_*/model*.safetensors", "mp_rank_*/model_optim_rng.pt", "*.distcp")
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,18 @@ class BaseRecord:
 def digest_of(source: TensorSource) -> str:
     """The sha256 of the sizes and contents of a source's weight files, whatever the folder is called."""
     assert source.folder is not None
-    files = sorted({path for pattern in WEIGHT_FILES for path in source.folder.glob(pattern) if _is_weights(path)})
+    files = weight_files(source.folder, source.format)
     with ThreadPoolExecutor(2) as threads:
         digests = list(threads.map(_sha256, files))
     names = [path.relative_to(source.folder).as_posix() for path in files]
     return hashlib.sha256(repr(list(zip(names, digests))).encode()).hexdigest()
 
 
-def _is_weights(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(("optimizer", "training_args", "adapter_"))
+def weight_files(folder: Path, form: Format) -> list[Path]:
+    """The files that hold the weights in a folder of a format."""
+    if form.has_iterations:
+        return sorted(path for pattern in OF_ITERATION for path in folder.glob(pattern))
+    return next((paths for pattern in OF_FOLDER if (paths := sorted(folder.glob(pattern)))), [])
 
 
 def _sha256(path: Path) -> str:

@@ -219,12 +219,13 @@ def _config(config: ModelConfig, base_model: str) -> dict[str, Any]:
     """The content of `adapter_config.json`, with every module named."""
     lora = config.lora
     assert lora is not None
+    table = tensor_table(config)
     modules: set[str] = set()
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for layer in range(config.num_layers):
         for adapter in adapters(config, layer):
-            for path, _ in _modules(adapter, tensor_table(config)[adapter.b].shape[0], config):
+            for path, _ in _modules(adapter, table[adapter.b].shape[0], config):
                 modules.add(path)
                 ranks |= {path: adapter.rank} if adapter.rank != lora.r else {}
                 alphas |= {path: adapter.alpha} if adapter.alpha != lora.lora_alpha else {}

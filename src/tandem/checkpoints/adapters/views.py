@@ -11,6 +11,7 @@ from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.checkpoints.views import View
 from tandem.errors import UserError
+from tandem.models.adapters import Adapter, adapters
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part, cut
 
@@ -115,17 +116,10 @@ class Merged(View):
         super().__init__(source)
         self.config = source.config.without_adapters
         self._lora = source.config.lora
-        self._added = {
-            spec.adapter.weight: [
-                other.adapter
-                for other in tensor_table(source.config).values()
-                if other.adapter is not None
-                and other.name == other.adapter.a
-                and other.adapter.weight == spec.adapter.weight
-            ]
-            for spec in tensor_table(source.config).values()
-            if spec.adapter is not None
-        }
+        self._added: dict[str, list[Adapter]] = {}
+        for layer in range(source.config.num_layers):
+            for adapter in adapters(source.config, layer):
+                self._added.setdefault(adapter.weight, []).append(adapter)
 
     def of(self, source: TensorSource) -> Merged:
         return Merged(source)
