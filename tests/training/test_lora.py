@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from runs import assert_same_weights, run
 from tandem.checkpoints.adapters.peft import write_peft
-from tandem.checkpoints.adapters.views import Adapted
+from tandem.checkpoints.adapters.views import Adapted, merged
 from tandem.checkpoints.detect import open_adapters, open_source
 from tandem.conversion.as_trained import export
 from tandem.conversion.options import ExportOptions
@@ -161,6 +161,29 @@ def test_wrong_adapters_are_refused(workspace: Workspace, changes: dict[str, obj
     with pytest.raises(UserError) as caught:
         run(workspace, "torch", **{**SHORT, **changes})
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_dropout_of_zero_is_heard(workspace: Workspace, tmp_path: Path) -> None:
+    settings = {**SHORT, "train_iters": 1, "save": str(tmp_path / "run"), "lora_dropout": 0.2}
+    run(workspace, "torch", **settings)
+    with pytest.raises(UserError, match=r"--lora-dropout 0\.0 .* 0\.2"):
+        run(workspace, "torch", **{**settings, "lora_dropout": 0.0, "train_iters": 2})
+
+
+def test_second_adapters_are_refused(workspace: Workspace, trained: Path) -> None:
+    with pytest.raises(UserError, match="has adapters already"):
+        run(workspace, "torch", **{**COMMON, "load": str(trained), "lora_load": str(trained), "finetune": True})
+    with pytest.raises(UserError, match="has adapters already"):
+        open_adapters(trained, open_source(trained))
+
+
+def test_a_merge_has_no_masters_of_its_own(workspace: Workspace, tmp_path: Path) -> None:
+    """The weights may come from a run with fp32 masters, which know nothing of the adapters."""
+    run(workspace, "torch", save=str(tmp_path / "half"), fp16=True, **{**COMMON, "train_iters": 1})
+    settings = {**SHORT, "load": str(tmp_path / "half"), "finetune": True, "save": str(tmp_path / "lora")}
+    run(workspace, "torch", **{**settings, "train_iters": 2})
+    source = merged(open_source(tmp_path / "lora"))
+    assert {source.kinds_of(name) for name in tensor_table(source.config)} == {("model",)}
 
 
 def test_settings_of_adapters_without_adapters_are_refused(workspace: Workspace) -> None:

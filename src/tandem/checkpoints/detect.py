@@ -152,6 +152,11 @@ def open_adapters(
         UserError: the folder holds no adapters, or those of another model, or of other weights.
     """
     folder = Path(folder)
+    if base.config.lora is not None:
+        raise UserError(
+            f"--lora-load {folder}: {base.location} has adapters already: give the weights without adapters, or merge "
+            f"those first with tandem export"
+        )
     if is_peft(folder):
         return Adapted(PeftSource(folder, base.config.without_adapters), base, base)
     if not folder.exists():

@@ -69,8 +69,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def adapters_table(lora: Lora, summaries: list[AdapterSummary]) -> Table:
-    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
-    table = Table("module", "layers", "rank", "alpha", "B is zero in", title=f"{kind} adapters", title_justify="left")
+    table = Table(
+        "module", "layers", "rank", "alpha", "B is zero in", title=f"{lora.kind} adapters", title_justify="left"
+    )
     for row in summaries:
         ranks, alphas = (", ".join(f"{value:g}" for value in values) for values in (row.ranks, row.alphas))
         table.add_row(

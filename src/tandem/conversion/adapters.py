@@ -35,6 +35,4 @@ def describe_merge(source: TensorSource) -> list[str]:
 
 def describe(lora: Lora) -> str:
     """Adapters in words."""
-    modules = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
-    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
-    return f"{kind} adapters of rank {lora.r}, alpha {lora.lora_alpha:g}, on {modules}"
+    return f"{lora.kind} adapters of rank {lora.r}, alpha {lora.lora_alpha:g}, on {lora.modules}"

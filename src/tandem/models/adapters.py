@@ -8,6 +8,7 @@ from functools import cached_property
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.families import LINEARS
+from tandem.models.lora import ALL_LINEAR
 from tandem.models.rows import Ranges, Row
 
 # The adapter of a whole Megatron weight, named as by MindSpeed-LLM. Others are named as their Hugging Face module.
@@ -88,7 +89,7 @@ def adapters(config: ModelConfig, layer: int) -> list[Adapter]:
         linear = row.mcore.removesuffix(".weight")
         paths = {f"model.layers.{layer}.{name.removesuffix('.weight')}": part for part, name in enumerate(row.hf)}
         whole = f"decoder.layers.{layer}.{linear}"
-        is_whole = lora.target_modules != "all-linear" and lora.includes(whole, layer)
+        is_whole = lora.target_modules != ALL_LINEAR and lora.includes(whole, layer)
         chosen: dict[str, int | None] = {path: part for path, part in paths.items() if lora.includes(path, layer)}
         if is_whole and chosen:
             raise UserError(

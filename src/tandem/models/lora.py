@@ -59,6 +59,16 @@ class Lora:
         if not self.target_modules:
             raise UserError("lora_target_modules is empty: expected names such as q_proj, or all-linear")
 
+    @property
+    def kind(self) -> str:
+        """Its name in words."""
+        return "DoRA" if self.use_dora else "rsLoRA" if self.use_rslora else "LoRA"
+
+    @property
+    def modules(self) -> str:
+        """`target_modules` as one text, as flags take them."""
+        return self.target_modules if isinstance(self.target_modules, str) else " ".join(self.target_modules)
+
     def includes(self, path: str, layer: int) -> bool:
         """Whether the module at `path`, in decoder layer `layer`, gets an adapter."""
         if self.layers_to_transform is not None and layer not in self.layers_to_transform:
@@ -84,6 +94,11 @@ class Lora:
     def from_dict(cls, values: dict[str, Any]) -> Lora:
         """The inverse of `to_dict`, also when JSON has turned tuples into lists."""
         return cls(**{name: _as_tuples(value) for name, value in values.items()})
+
+
+def as_targets(words: tuple[str, ...]) -> tuple[str, ...] | str:
+    """`target_modules` from the words of `--lora-target-modules`."""
+    return ALL_LINEAR if words == (ALL_LINEAR,) else words
 
 
 def _matches(names: tuple[str, ...] | str, path: str) -> bool:

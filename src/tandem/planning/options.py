@@ -11,7 +11,7 @@ from tandem.errors import UserError
 from tandem.frameworks import SPELLINGS, default_framework
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, load_hf_config
-from tandem.models.lora import ALL_LINEAR, Lora
+from tandem.models.lora import Lora, as_targets
 from tandem.models.published import QWEN3_SIZES, qwen3_config
 from tandem.options import Options, PathText, flag_of, options_of, positional
 from tandem.parallel.layout import Layout, parse_layers
@@ -145,8 +145,7 @@ def with_adapters(config: ModelConfig, modules: tuple[str, ...], r: int, use_dor
     """`config` with adapters on these modules; `config` itself without modules."""
     if not modules:
         return config
-    targets = ALL_LINEAR if modules == (ALL_LINEAR,) else modules
-    return replace(config, lora=Lora(r=r, target_modules=targets, use_dora=use_dora))
+    return replace(config, lora=Lora(r=r, target_modules=as_targets(modules), use_dora=use_dora))
 
 
 def model_config(model: str) -> ModelConfig:

@@ -127,6 +127,9 @@ class Merged(View):
     def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
+    def kinds_of(self, name: str) -> tuple[TensorKind, ...]:
+        return ("model",)
+
     def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
         weight = self._source.read(name)
         if name not in self._added:

@@ -77,11 +77,8 @@ def describe_adapters(config: ModelConfig) -> list[str]:
     if config.lora is None:
         return []
     trained, total = trained_count(config), parameter_count(config)
-    kind = "DoRA" if config.lora.use_dora else "rsLoRA" if config.lora.use_rslora else "LoRA"
-    modules = config.lora.target_modules
     return [
-        f"{kind}: r {config.lora.r}, alpha {config.lora.lora_alpha:g}, on "
-        f"{modules if isinstance(modules, str) else ' '.join(modules)}",
+        f"{config.lora.kind}: r {config.lora.r}, alpha {config.lora.lora_alpha:g}, on {config.lora.modules}",
         f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}",
     ]
 

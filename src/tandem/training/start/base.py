@@ -35,7 +35,10 @@ def check_base(source: TensorSource, communicator: Communicator) -> None:
 
 def base_record(source: TensorSource, lora: LoraSettings, communicator: Communicator) -> BaseRecord | None:
     """The weights that checkpoints of adapters refer to; None when checkpoints hold the weights, too."""
-    if not isinstance(source, Adapted) or not lora.lora_ckpt_filter:
+    if source.config.lora is None or not lora.lora_ckpt_filter:
+        return None
+    if not isinstance(source, Adapted):
+        log_notice(f"checkpoints hold the weights, too, as {source.location} does")
         return None
     if source.base.folder is None:
         log_notice(f"checkpoints hold the weights, too: {source.base.location} are in no folder")

@@ -13,28 +13,31 @@ from tandem.errors import UserError
 from tandem.models.adapters import module_names
 from tandem.models.config import ModelConfig
 from tandem.models.families import LINEARS
-from tandem.models.lora import ALL_LINEAR, Lora
+from tandem.models.lora import ALL_LINEAR, Lora, as_targets
 from tandem.options import flag_of
 
 # Settings that say nothing without adapters.
 OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_use_rslora", "lora_use_dora")
 
 
-def with_adapters(base: TensorSource, lora: LoraSettings, seed: int) -> TensorSource:
+def with_adapters(base: TensorSource, lora: LoraSettings, seed: int, *, resumes: bool) -> TensorSource:
     """`base` with the adapters that the settings ask for; `base` itself when they ask for none.
 
     Weights that have adapters keep them: a run that trained adapters goes on with them.
 
+    Args:
+        resumes: `base` is the run's own checkpoint, which began with `--lora-load` if that is given.
+
     Raises:
         UserError: `--lora-load` holds no adapters for this model, or a setting contradicts the adapters that are there.
     """
-    if base.config.lora is None and lora.lora_load is not None:
+    if lora.lora_load is not None and not (resumes and base.config.lora is not None):
         base = open_adapters(lora.lora_load, base)
     if base.config.lora is not None:
         check_lora_flags(lora, base.config.lora, lora.lora_load or base.location)
         return base
     if not lora.lora_target_modules:
-        if given := [flag_of(name) for name in OF_ADAPTERS if getattr(lora, name) not in (None, False)]:
+        if given := [flag_of(name) for name in OF_ADAPTERS if _is_given(getattr(lora, name))]:
             raise UserError(f"{' '.join(given)}: nothing gets adapters: add --lora-target-modules all-linear, or names")
         return base
     config = dataclasses.replace(base.config, lora=new_lora(lora))
@@ -44,12 +47,11 @@ def with_adapters(base: TensorSource, lora: LoraSettings, seed: int) -> TensorSo
 
 def new_lora(lora: LoraSettings) -> Lora:
     """The adapters that the settings describe."""
-    targets = lora.lora_target_modules
     return Lora(
         r=16 if lora.lora_r is None else lora.lora_r,
         lora_alpha=32 if lora.lora_alpha is None else lora.lora_alpha,
         lora_dropout=lora.lora_dropout or 0.0,
-        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+        target_modules=as_targets(lora.lora_target_modules),
         use_rslora=lora.lora_use_rslora,
         use_dora=lora.lora_use_dora,
     )
@@ -75,14 +77,14 @@ def check_lora_flags(lora: LoraSettings, actual: Lora, where: str) -> None:
     wrong = [
         f"{flag_of(name)} {value} contradicts {where}, whose adapters have {recorded[name]}"
         for name in recorded
-        if (value := getattr(lora, name)) not in (None, False) and value != recorded[name]
+        if _is_given(value := getattr(lora, name)) and value != recorded[name]
     ]
     if lora.lora_target_modules:
         given = new_lora(lora).target_modules
         if _as_set(given) != _as_set(actual.target_modules):
             wrong.append(
                 f"--lora-target-modules {' '.join(lora.lora_target_modules)} contradicts {where}, "
-                f"whose adapters are on {_in_words(actual.target_modules)}"
+                f"whose adapters are on {actual.modules}"
             )
     if wrong:
         raise UserError("; ".join(wrong))
@@ -92,5 +94,6 @@ def _as_set(modules: tuple[str, ...] | str) -> set[str]:
     return {modules} if isinstance(modules, str) else set(modules)
 
 
-def _in_words(modules: tuple[str, ...] | str) -> str:
-    return modules if isinstance(modules, str) else " ".join(modules)
+def _is_given(value: object) -> bool:
+    """Whether a setting was given: not None, nor a switch that is off. A number of 0 was."""
+    return value is not None and value is not False

@@ -43,7 +43,8 @@ def open_weights(
             log_notice(notice)
     else:
         base = _random_weights(model, tokenizer_folder, seed)
-    return with_adapters(base, lora, seed)
+    resumes = checkpoint.load is not None and checkpoint.load == checkpoint.save
+    return with_adapters(base, lora, seed, resumes=resumes)
 
 
 def _random_weights(model: ModelSettings, tokenizer_folder: str | None, seed: int) -> TensorSource:
