@@ -27,6 +27,7 @@ _BEGIN_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 _TAKEN = frozenset({"messages", "tools", "add_generation_prompt", MARK_GENERATION})  # variables that come from the data
 _CALL_TEXT = '{"tandem": "x"}'
+MOST_VARIANTS = 64  # templates with other variables that are kept; data have a few, a server may get any number
 _MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use, which no template writes
 
 
@@ -75,6 +76,8 @@ class ModelTemplate:
             raise UserError(f"the record gives the template {taken}, which come from the data; leave them out")
         key = json.dumps(variables, sort_keys=True, default=str)
         if key not in self._with_variables:
+            if len(self._with_variables) >= MOST_VARIANTS:
+                self._with_variables.clear()
             mode = variables.get("enable_thinking", self.enable_thinking)
             self._with_variables[key] = ModelTemplate(self._tokenizer, mode, {**self._variables, **variables})
         return self._with_variables[key]

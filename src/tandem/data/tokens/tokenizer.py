@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +127,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for. They may be a part of a character."""
+        text = self.decode([token_id])
+        if "\ufffd" not in text:
+            return text.encode()
+        spelled = self._tokenizer.id_to_token(token_id) or ""
+        if re.fullmatch("<0x[0-9A-F]{2}>", spelled):  # as SentencePiece writes a byte
+            return bytes([int(spelled[3:5], 16)])
+        if all(character in _BYTE_OF for character in spelled):
+            return bytes(_BYTE_OF[character] for character in spelled)
+        return text.encode()
+
     @property
     def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """By id, the tokens that are recognised anywhere in a text, special tokens included."""
@@ -205,6 +218,17 @@ class Tokenizer:
                 f"{self.folder / 'tokenizer_config.json'}: {name} {_token_text(value)!r} is not in tokenizer.json"
             )
         return int(token_id)
+
+
+def _bytes_by_letter() -> dict[str, int]:
+    """The letters with which byte-level tokenizers write bytes: most as Latin-1, the others in order from U+0100."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    as_latin = {letter: ord(letter) for letter in letters if ord(letter) < 256}
+    others = (byte for byte in range(256) if byte not in as_latin.values())
+    return {**as_latin, **dict(zip((letter for letter in letters if ord(letter) > 255), others))}
+
+
+_BYTE_OF = _bytes_by_letter()
 
 
 def _token_text(value: str | Mapping[str, Any]) -> str:
