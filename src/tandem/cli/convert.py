@@ -41,7 +41,9 @@ def print_result(result: Converted) -> None:
         print(f"> {notice}")
     print(f"{result.tensors} tensors, {result.parameters:,} parameters")
     if result.iteration is None:
-        print(f"saved Hugging Face model to {result.folder}")
+        print(f"saved {result.what} to {result.folder}")
     else:
         print(f"  successfully saved checkpoint from iteration {result.iteration:7d} to {result.folder}")
     print("Done!")
+    for command in result.serving:
+        print(f"serve it: {command}")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tandem.checkpoints.adapters.views import merged
@@ -28,6 +29,7 @@ from tandem.conversion.convert import (
     with_origin,
     write_checked,
 )
+from tandem.conversion.gguf import check_gguf, file_name, write_gguf
 from tandem.conversion.lacking import what_lacks
 from tandem.conversion.options import ExportOptions
 from tandem.data.templates.catalog import template_from_entry
@@ -35,9 +37,12 @@ from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.chat_template import render_chat_template
 from tandem.data.tokens.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer
 from tandem.errors import UserError
+from tandem.files.lock import publishing
 from tandem.models.end_tokens import GENERATION_CONFIG
 from tandem.models.tensors import EMBEDDING
 
+SERVING = ("vllm serve {}", "python -m sglang.launch_server --model-path {}")
+SERVING_GGUF = "llama-server -m {}"
 # Put before a chat template: the value of `enable_thinking` when the caller gives none.
 THINKING_DEFAULT = "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {} %}}{{%- endif %}}"
 
@@ -58,11 +63,33 @@ def export(options: ExportOptions, progress: Progress | None = None, check: Chec
     source, companions, notices = with_origin(merged(stored), options.hf_cfg_dir)
     companions, more = as_trained(source, recorded(companions))
     notices = [*stored.notices, *notices, *more, *describe_merge(stored), *what_lacks(companions, source.config)]
+    if options.gguf:
+        return _export_gguf(options, source, companions, notices, progress)
     source = with_one_dtype(source, options.params_dtype)
     notices += notices_of_dtype(source, companions, options.params_dtype)
     folder, dtype = Path(options.save_dir), dtype_name(source.dtype(EMBEDDING))
     write_checked(folder, source, lambda work: HFSink(work, source.config, dtype, companions), progress, check)
-    return Converted.of(folder, None, source.config, [*left_out(source), *notices])
+    result = Converted.of(folder, None, source.config, [*left_out(source), *notices])
+    return dataclasses.replace(result, serving=tuple(command.format(quote(str(folder))) for command in SERVING))
+
+
+def _export_gguf(
+    options: ExportOptions,
+    source: TensorSource,
+    companions: Companions,
+    notices: list[str],
+    progress: Progress | None,
+) -> Converted:
+    assert options.gguf is not None
+    folder, verification = Path(options.save_dir), ""
+    with publishing(folder) as work:
+        notices += write_gguf(work, source, companions, options.gguf, progress)
+        if not options.no_verify:
+            verification = check_gguf(work, source, options.gguf)
+    path = folder / file_name(folder, options.gguf)
+    result = Converted.of(path, None, source.config, [*left_out(source), *notices])
+    serving = (SERVING_GGUF.format(quote(str(path))),)
+    return dataclasses.replace(result, verification=verification, what="GGUF model", serving=serving)
 
 
 def as_trained(source: TensorSource, companions: Companions) -> tuple[Companions, list[str]]:

@@ -209,6 +209,8 @@ class ExportOptions(Options):
     _: KW_ONLY
     params_dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Dtype to write; default: the checkpoint's."""
+    gguf: Literal["f16", "bf16", "q8_0"] | None = None
+    """Write one GGUF file of this encoding into the folder, for llama.cpp and Ollama, and no Hugging Face model."""
     ckpt_step: int | None = None
     """Iteration to export; default: the newest."""
     lora_load: PathText | None = None
@@ -231,6 +233,10 @@ class ExportOptions(Options):
             yield "--verify and --no-verify exclude each other"
         if self.save_lora_to_hf and self.verify:
             yield "--save-lora-to-hf and --verify exclude each other: adapters alone compute nothing"
+        if self.gguf and self.save_lora_to_hf:
+            yield "--gguf and --save-lora-to-hf exclude each other: a GGUF file holds the whole model"
+        if self.gguf and self.params_dtype:
+            yield f"--gguf {self.gguf} and --params-dtype exclude each other: --gguf chooses how numbers are stored"
 
 
 def _words(value: object) -> str:

@@ -20,6 +20,8 @@ class Converted:
         tensors, parameters: how many were written.
         notices: messages for the user.
         verification: in words, whether logits were compared, and how much they differ.
+        what: in words, what `folder` is.
+        serving: commands that serve the result to others.
     """
 
     folder: Path
@@ -28,6 +30,8 @@ class Converted:
     parameters: int
     notices: tuple[str, ...] = ()
     verification: str = ""
+    what: str = "Hugging Face model"
+    serving: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, folder: Path, iteration: int | None, config: ModelConfig, notices: Sequence[str] = ()) -> Converted:

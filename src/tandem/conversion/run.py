@@ -33,7 +33,7 @@ def run_export(options: ExportOptions, progress: Progress | None = None) -> Conv
 
     verification: list[str] = []
     result = export(options, progress, _check(options, verification))
-    return dataclasses.replace(result, verification="\n".join(verification))
+    return dataclasses.replace(result, verification="\n".join([*verification, *filter(None, [result.verification])]))
 
 
 def _check(options: ConvertOptions | ExportOptions, verification: list[str]) -> Check | None:
