@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
+from tandem.checkpoints.adapters.fresh import FreshAdapters
 from tandem.checkpoints.adapters.peft import PeftSource, write_peft
 from tandem.checkpoints.adapters.views import Adapted, Merged
 from tandem.checkpoints.copy import copy
@@ -25,6 +26,7 @@ from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.models.tensors import tensor_table
 from tandem.training.objectives import MeanLoss, RankBatch
 from toys import TOYS
@@ -181,9 +183,6 @@ def _hf_parts(config: ModelConfig, name: str, tensor: np.ndarray) -> dict[str, n
 
 def test_an_adapter_of_a_fused_weight_shares_one_a(framework: str, tmp_path: Path) -> None:
     """Names of Megatron's weights train one A for q, k and v, as three adapters that are kept equal would."""
-    from tandem.checkpoints.adapters.fresh import FreshAdapters
-    from tandem.models.lora import Lora
-
     config = dataclasses.replace(
         TOYS["qwen3-tied"], lora=Lora(r=4, lora_alpha=8, target_modules=("linear_qkv", "linear_fc1", "linear_proj"))
     )
@@ -207,3 +206,21 @@ def test_an_adapter_of_a_fused_weight_shares_one_a(framework: str, tmp_path: Pat
     )
     loss = sum(peft_model.sum_of_losses(model, b) for b in steps[0]).item()
     assert engine.evaluate(steps[0])[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_without_adapters_the_weights_alone_compute(framework: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(TOYS["qwen3-tied"], lora=Lora(r=3, lora_alpha=6, use_dora=True))
+    base = open_source(write_model(tmp_path / "hf", config.without_adapters))
+    engine = engine_of(framework, Adapted(FreshAdapters(base, config, 3), base, base))
+    steps = batches(config, 3)
+    before = engine.log_probabilities(steps[0])
+    train(engine, steps, lr=3e-3)
+    with engine.without_adapters():
+        off = engine.log_probabilities(steps[0])
+    plain = create_engine(framework, base.config, EngineSettings(training=False))
+    plain.load_weights(base)
+    for values, expected, start in zip(off, plain.log_probabilities(steps[0]), before, strict=True):
+        np.testing.assert_array_equal(values, expected)
+        np.testing.assert_allclose(values, start, atol=1e-5, rtol=0)
+    moved = np.abs(np.concatenate(engine.log_probabilities(steps[0])) - np.concatenate(off)).max()
+    assert moved > 1e-2

@@ -134,6 +134,22 @@ def test_evaluate_equals_the_training_loss(framework: str) -> None:
     assert total / count == pytest.approx(mean_gradients(build(framework, source), [batch])[0], rel=1e-6)
 
 
+def test_log_probabilities_equal_hugging_face(framework: str) -> None:
+    source = toy_weights(TOYS["qwen3-untied"])
+    batches = [
+        toy_batch(source.config, RAGGED, trained=0.5),
+        collate([untrained(sample) for sample in toy_samples(source.config, (5, 3))]),
+        toy_batch(source.config, (9, 4), seed=2),
+    ]
+    found = build(framework, source, training=False).log_probabilities(batches)
+    for values, batch in zip(found, batches, strict=True):
+        expected = torch.log_softmax(Reference(source).logits(batch).detach(), -1).numpy()
+        trained = batch.labels != IGNORE
+        of_labels = expected[np.arange(len(trained)), np.where(trained, batch.labels, 0)]
+        assert values.dtype == np.float64
+        np.testing.assert_allclose(values, np.where(trained, of_labels, 0.0), atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("field", ["tokens", "labels"])
 @pytest.mark.parametrize("wrong", [-1, 211])
 def test_ids_beyond_the_vocabulary_are_named(framework: str, field: str, wrong: int) -> None:

@@ -166,6 +166,7 @@ class Outcome:
     """What training ended with: numbers per step, and every tensor of a checkpoint, whole."""
 
     evaluated: list[float]
+    scored: list[float]
     first_loss: float
     losses: list[float]
     norms: list[float]
@@ -190,6 +191,9 @@ def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = s
     steps = micro_batches(case, source.config)
     # Data ranks may bring different numbers of micro-batches.
     evaluated = engine.evaluate(steps[0][:-1][data])
+    scored = scores(engine, steps[0])
+    with engine.without_adapters():
+        scored += scores(engine, steps[0])
     weigh = any_weights if case.weighted else mean_weights
     first_loss, _ = engine.loss_and_gradients(steps[0][data], weigh(steps[0])[data])
     results = []
@@ -200,12 +204,18 @@ def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = s
             results.append(engine.train_step(batches[data], weights, case.lr, 0.1, loss_scale=case.loss_scale(number)))
     return {
         "evaluated": list(evaluated),
+        "scored": scored,
         "first_loss": first_loss,
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "trained": [result.trained_tokens for result in results],
         "applied": [result.applied for result in results],
     }
+
+
+def scores(engine: Engine, batches: list[MicroBatch]) -> list[float]:
+    """A number for each micro-batch that shows when a log-probability has changed or moved."""
+    return [float(values @ np.sqrt(np.arange(1, 1 + len(values)))) for values in engine.log_probabilities(batches)]
 
 
 def run_job(
@@ -257,6 +267,7 @@ def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> N
         (FP16_ROUNDING, FP16_ROUNDING, 2 * FP16_ROUNDING) if case.fp16 else (1e-5, TOLERANCE, TOLERANCE)
     )
     np.testing.assert_allclose(found.evaluated, expected.evaluated, rtol=first, err_msg=case.name)
+    np.testing.assert_allclose(found.scored, expected.scored, rtol=first, err_msg=case.name)
     np.testing.assert_allclose(found.first_loss, expected.first_loss, rtol=first, err_msg=case.name)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=later, err_msg=case.name)
     np.testing.assert_allclose(found.norms, expected.norms, rtol=norm, err_msg=case.name)

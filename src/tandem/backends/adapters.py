@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,22 @@ def local_adapters(shards: Mapping[str, Shard], config: ModelConfig) -> dict[str
             local = LocalAdapter(adapter.module, adapter.rank, adapter.scale, ranges, *names)
             found.setdefault(adapter.weight, []).append(local)
     return found
+
+
+@dataclass
+class Switch:
+    """Whether adapters take part in passes. All adapters of a rank share it."""
+
+    on: bool = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside this context they take no part."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from tandem.backends.adapters import local_adapters
+from tandem.backends.adapters import Switch, local_adapters
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.loading import load_each, stream_fp32
-from tandem.backends.passes import WeightedBatch
+from tandem.backends.passes import WeightedBatch, trained_rows
 from tandem.checkpoints.interface import TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
@@ -93,6 +93,7 @@ class BaseEngine(ABC, Generic[T]):
         self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
         self._trained = [name for name, shard in self._shards.items() if is_trained(config, shard.spec)]
         self._adapters = local_adapters(self._shards, self._local_config())
+        self._adapters_switch = Switch()
 
     # --- what is kept, loaded and saved
 
@@ -216,9 +217,28 @@ class BaseEngine(ABC, Generic[T]):
     # --- computing without a step
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        loss = self._reported(self._evaluate(self._to_run(micro_batches)))
+        losses = self._losses(self._to_run(micro_batches))
+        loss = self._reported(sum(float(np.sum(of_batch, dtype=np.float64)) for of_batch in losses))
         total, trained = self._sum_over_ranks(loss, self._counted_tokens(micro_batches))
         return total, int(trained)
+
+    def log_probabilities(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        batches = self._to_run(micro_batches)
+        counts = [batch.trained_tokens for batch in batches]
+        losses = self._losses(batches) or [np.zeros(count, np.float32) for count in counts]
+        shared = self._from_last_stage(np.concatenate([np.empty(0, np.float32), *losses]))
+        by_batch = dict(zip(map(id, batches), np.split(shared, np.cumsum(counts)[:-1])))
+
+        def of_tokens(batch: MicroBatch) -> np.ndarray:
+            values = np.zeros(len(batch.labels))
+            if batch.trained_tokens:
+                values[trained_rows(batch)] = -by_batch[id(batch)].astype(np.float64)
+            return values
+
+        return [of_tokens(batch) for batch in micro_batches]
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        return self._adapters_switch.off()
 
     def first_bad_output(self, micro_batches: Sequence[MicroBatch]) -> str | None:
         bad: list[str] = []
@@ -317,8 +337,15 @@ class BaseEngine(ABC, Generic[T]):
         """
 
     @abstractmethod
-    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        """Run forward passes. Returns the sum of the losses; 0 on ranks without the model's end."""
+    def _losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Run forward passes. Returns the losses of each batch's trained labels; nothing on ranks without the end.
+
+        Each is fp32 [trained tokens].
+        """
+
+    @abstractmethod
+    def _from_last_stage(self, values: np.ndarray) -> np.ndarray:
+        """The last pipeline stage's values, fp32 [n], on every stage. The other stages give as many of any value."""
 
     @abstractmethod
     def _sum_gradients(self) -> None:

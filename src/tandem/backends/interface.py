@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -138,6 +139,21 @@ class Engine(Protocol):
         """The sum of the losses of all ranks' trained tokens, and the number of these tokens.
 
         Data ranks may have different numbers of micro-batches.
+        """
+        ...
+
+    def log_probabilities(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """log p(label) of each token of each micro-batch, float64 [t]; 0 where the label is IGNORE. Without dropout.
+
+        They are computed in chunks, in fp32, and every rank gets those of its own micro-batches. Data ranks may have
+        different numbers of micro-batches.
+        """
+        ...
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Inside this context, passes are those of the weights alone. Without adapters it changes nothing.
+
+        For `log_probabilities` and `evaluate`; not for training. Not collective, but all ranks must do the same.
         """
         ...
 

@@ -37,11 +37,14 @@ class Kind:
 
     Text has a `.bin/.idx` pair for each JSON key that the user names. Each pair is a dataset, and all of it is trained.
     The other kinds have several pairs, which are one dataset by the output prefix, and labels say what is trained.
+    Preferences have two answers to a prompt, a chosen and a rejected one. Unpaired preferences have one answer to each
+    prompt, which is desirable or not.
 
     Attributes:
         name: as messages say it.
         command: the command that trains on it; None where none does.
         columns: the sequences of a sample; none for text.
+        numbers: keys of pairs with one number for each sample, as a sequence of length 1.
         extendable: a dataset that is built longer begins with the same samples.
         unused_by_preprocess: options of preprocessing that have no effect on this kind.
         unused_by_training: settings of training that have no effect on this kind.
@@ -50,6 +53,7 @@ class Kind:
     name: str
     command: str | None
     columns: tuple[Columns, ...] = ()
+    numbers: tuple[str, ...] = ()
     extendable: bool = True
     unused_by_preprocess: tuple[str, ...] = ()
     unused_by_training: tuple[str, ...] = ()
@@ -61,7 +65,7 @@ class Kind:
         >>> CONVERSATIONS.keys
         ('input_ids', 'attention_mask', 'labels')
         """
-        return tuple(key for columns in self.columns for key in columns.keys)
+        return (*(key for columns in self.columns for key in columns.keys), *self.numbers)
 
     @property
     def has_labels(self) -> bool:
@@ -124,7 +128,14 @@ PREFERENCES = Kind(
     columns=tuple(Columns(f"{name}_input_ids", f"{name}_labels", name=name) for name in ("chosen", "rejected")),
     unused_by_preprocess=("json_keys", "pad_to_multiple_of", "pack", "neat_pack", "append_eod", "eod_token"),
 )
-KINDS = (CONVERSATIONS, PREFERENCES, TEXT)  # where a data path fits several kinds, the first one counts
+UNPAIRED = Kind(  # 1 for a desirable answer, and 0 for another
+    name="unpaired preferences",
+    command=None,
+    columns=(Columns("completion_input_ids", "completion_labels", name="completion"),),
+    numbers=("completion_desirable",),
+    unused_by_preprocess=PREFERENCES.unused_by_preprocess,
+)
+KINDS = (CONVERSATIONS, PREFERENCES, UNPAIRED, TEXT)  # where a data path fits several kinds, the first one counts
 
 
 def kind_of(data_path: str) -> Kind | None:

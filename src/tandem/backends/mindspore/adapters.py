@@ -14,7 +14,7 @@ from functools import cached_property
 import mindspore as ms
 from mindspore import Tensor, mint
 
-from tandem.backends.adapters import Dropout, LocalAdapter
+from tandem.backends.adapters import Dropout, LocalAdapter, Switch
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.weight import Weight
@@ -49,6 +49,7 @@ class Linear:
     Attributes:
         name: the weight's global name.
         columns: the ranks that hold the other columns of the weight; None where this rank holds all.
+        switch: turns the adapters on and off.
     """
 
     name: str
@@ -57,12 +58,13 @@ class Linear:
     factors: Sequence[Factors]
     columns: Ranks | None
     kernels: Kernels
+    switch: Switch
 
     def forward(self, x: Tensor, dropout: Dropout | None) -> tuple[Tensor, Stretched | None]:
         """x [t, k] -> [t, n], and what `backward` needs besides x."""
         product = self.kernels.product(x, self.weight.value, transpose_b=True)
         kept = None
-        if self.factors:
+        if self.factors and self.switch.on:
             a, b = self._stacked()
             low = self.kernels.product(self._dropped(x, dropout), a, transpose_b=True)
             product = product + self.kernels.product(low, b, transpose_b=True)

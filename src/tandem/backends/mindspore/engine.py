@@ -114,6 +114,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
                 [factors(adapter) for adapter in self._adapters.get(name, [])],
                 self._groups.tensor if self._shards[name].spec.split == ROW else None,
                 self._kernels,
+                self._adapters_switch,
             )
             for name, weight in self._weights.items()
             if name.endswith(LINEARS)
@@ -151,9 +152,14 @@ class MindSporeEngine(BaseEngine[Tensor]):
         with _non_finite_allowed():
             return self._passes.accumulate(batches)
 
-    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
+    def _losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         with _non_finite_allowed():
-            return self._passes.evaluate(batches)
+            return self._passes.losses(batches)
+
+    def _from_last_stage(self, values: np.ndarray) -> np.ndarray:
+        if self._grid.pipeline_size == 1 or not len(values):
+            return values
+        return self._passes.pipeline.copied_from_end(Tensor(values)).asnumpy()
 
     def _sum_gradients(self) -> None:
         if self._grid.size == 1:

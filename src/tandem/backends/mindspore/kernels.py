@@ -37,7 +37,7 @@ class Kernels:
     rms_norm: Differentiable
     swiglu: Differentiable
     attention: Differentiable
-    cross_entropy: Callable[..., float]
+    token_losses: Callable[..., np.ndarray]
     cross_entropy_and_gradient: Callable[..., tuple[float, Tensor]]
     zeros: Callable[[tuple[int, ...]], Tensor]
     scale: Callable[[Tensor, float], None]

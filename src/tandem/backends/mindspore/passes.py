@@ -57,19 +57,19 @@ class Passes:
         self.pipeline.finish()
         return total
 
-    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        """The sum of the losses; 0 on all stages except the last."""
-        total = 0.0
+    def losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """The losses of each batch's trained labels, fp32 [labels]; nothing on all stages except the last."""
+        losses = []
         for batch in batches:
             rows = trained_rows(batch)
             output, _ = self._output(batch, rows, differentiable=False)
             if self.pipeline.is_last:
                 labels = batch.labels[rows]
-                total += self.kernels.cross_entropy(output, self.decoder.head, labels, self.tensor)
+                losses.append(self.kernels.token_losses(output, self.decoder.head, labels, self.tensor))
             else:
                 self.pipeline.send(True, output)
         self.pipeline.finish()
-        return total
+        return losses
 
     def hidden(self, batch: MicroBatch, rows: np.ndarray) -> Tensor:
         """The input of the head, on a rank with the whole model."""

@@ -83,7 +83,15 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             Chunk(slots, pipeline.source(number) is None, pipeline.target(number) is None)
             for number, slots in enumerate(stage)
         ]
-        build = Build(self._local_config(), kept_dtype, self._device, self._tensor, self._adapters, shard)
+        build = Build(
+            self._local_config(),
+            kept_dtype,
+            self._device,
+            self._tensor,
+            self._adapters,
+            self._adapters_switch,
+            shard,
+        )
         counts = recompute_counts(stage, settings.recompute_layers)
         models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
         self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device)
@@ -157,11 +165,18 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         self._sharing.end()
         return loss
 
-    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
+    def _losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         self._sharing.begin(gradients=False)
-        loss = self._passes.evaluate(batches)
+        losses = self._passes.losses(batches)
         self._sharing.end()
-        return loss
+        return losses
+
+    def _from_last_stage(self, values: np.ndarray) -> np.ndarray:
+        if self._grid.pipeline_size == 1 or not len(values):
+            return values
+        shared = torch.from_numpy(values).to(self._device)
+        self._passes.pipeline.copy_from_end(shared)
+        return shared.cpu().numpy()
 
     def _sum_gradients(self) -> None:
         self._sharing.reduce()

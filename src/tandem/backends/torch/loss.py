@@ -15,17 +15,17 @@ LOGITS_CHUNK_BYTES = TORCH.logits_chunk_bytes
 
 
 @torch.no_grad()
-def cross_entropy(
+def token_losses(
     hidden: torch.Tensor, head: Weight, labels: torch.Tensor, tensor: TensorParallel | None = None
-) -> float:
-    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [t, h], head [vocabulary, h], labels [t].
+) -> np.ndarray:
+    """-log softmax(hidden head^T)[label] of each row, fp32 [t]: hidden [t, h], head [vocabulary, h], labels [t].
 
-    With `tensor`, `head` is this rank's slice of the vocabulary, and all tensor ranks get the sum.
+    With `tensor`, `head` is this rank's slice of the vocabulary, and all tensor ranks get the losses.
     """
-    return sum(
-        _losses_and_gradient(hidden[rows], head, labels[rows], tensor)[0].sum(dtype=torch.float64).item()
-        for rows in _chunks(hidden, head, tensor)
-    )
+    losses = [
+        _losses_and_gradient(hidden[rows], head, labels[rows], tensor)[0] for rows in _chunks(hidden, head, tensor)
+    ]
+    return torch.cat(losses)[:, 0].cpu().numpy()
 
 
 @torch.no_grad()

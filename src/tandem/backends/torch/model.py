@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tandem.backends.adapters import Dropout, LocalAdapter
+from tandem.backends.adapters import Dropout, LocalAdapter, Switch
 from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
 from tandem.backends.torch.attention import Run, attention, runs
 from tandem.backends.torch.functional import (
@@ -72,6 +72,7 @@ class Build:
 
     Attributes:
         adapters: this rank's, by the global name of the weight that they add to.
+        switch: turns them on and off.
         shard: called with each layer, and then with the model, as soon as it is built.
     """
 
@@ -80,6 +81,7 @@ class Build:
     device: torch.device
     tensor: TensorParallel | None
     adapters: Mapping[str, Sequence[LocalAdapter]] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
     shard: Callable[[nn.Module], None] | None = None
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
@@ -93,7 +95,7 @@ class Build:
         ranks = self.tensor if columns else None
         dora = self.config.lora is not None and self.config.lora.use_dora
         layer = Linear(inputs, outputs, self.dtype, self.device, bias)
-        return AdaptedLinear(layer, weight, self.adapters[weight], ranks, dora=dora)
+        return AdaptedLinear(layer, weight, self.adapters[weight], ranks, self.switch, dora=dora)
 
     def norm(self, size: int) -> RMSNorm:
         return RMSNorm(size, self.config.norm_epsilon, self.dtype, self.device)
@@ -139,12 +141,13 @@ class AdaptedLinear(Linear):
         name: str,
         adapters: Sequence[LocalAdapter],
         columns: TensorParallel | None,
+        switch: Switch,
         *,
         dora: bool,
     ) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = layer.weight, layer.bias
-        self.name, self.adapters, self.columns = name, adapters, columns
+        self.name, self.adapters, self.columns, self.switch = name, adapters, columns, switch
         dtype, device = layer.weight.dtype, layer.weight.device
 
         def factors(shape: Callable[[LocalAdapter], tuple[int, ...]]) -> nn.ModuleDict:
@@ -155,6 +158,8 @@ class AdaptedLinear(Linear):
         self.lora_magnitude_vector = factors(lambda adapter: (sum(adapter.sizes),)) if dora else None
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        if not self.switch.on:
+            return super().forward(x, inputs)
         adapted = Adapted(self.name, self.weight, self.bias, self._factors(), self.columns, inputs.dropout)
         return adapted_linear(x, adapted)
 

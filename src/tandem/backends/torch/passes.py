@@ -11,7 +11,7 @@ from torch import nn
 
 from tandem.backends.passes import WeightedBatch, follow, trained_rows
 from tandem.backends.torch.data_parallel import Sharing
-from tandem.backends.torch.loss import cross_entropy, cross_entropy_and_gradient
+from tandem.backends.torch.loss import cross_entropy_and_gradient, token_losses
 from tandem.backends.torch.model import GPTModel, Inputs, prepare
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.data.batch import MicroBatch
@@ -59,19 +59,19 @@ class Passes:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        """The sum of the losses; 0 on ranks without the last chunk."""
-        total = 0.0
+    def losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """The losses of each batch's trained labels, fp32 [labels]; nothing on ranks without the last chunk."""
+        losses = []
         for batch in batches:
             for number, chunk in enumerate(self.chunks):
                 rows, labels = self._trained(batch)
                 output = self._output(number, batch, rows)
                 if (target := self.pipeline.target(number)) is None:
-                    total += cross_entropy(output, chunk.head, labels, chunk.tensor)
+                    losses.append(token_losses(output, chunk.head, labels, chunk.tensor))
                 else:
                     self.pipeline.send(target, True, output)
         self.pipeline.finish()
-        return total
+        return losses
 
     @torch.no_grad()
     def hidden(self, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:

@@ -58,6 +58,10 @@ class Pipeline:
             work.wait()
         self._sent.clear()
 
+    def copy_from_end(self, x: torch.Tensor) -> None:
+        """Fill x on every stage with the last stage's. There are several stages, and all call it."""
+        dist.broadcast(x, self._rank(self.grid.pipeline_size - 1), group=self.groups[True, False])
+
     def sum_over_ends(self, x: torch.Tensor) -> None:
         """Sum a tensor over the model's first and last stage, in place. Only these two, different, stages call it."""
         first = self.grid.is_first_stage(self.place)

@@ -124,11 +124,11 @@ def attention(
     return _differentiable(function, qkv, [norm for norm in (q_norm, k_norm) if norm is not None])
 
 
-def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
-    return sum(
-        float(np.sum(_losses(hidden[part], head, labels[part], tensor)[0], dtype=np.float64))
-        for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes)
-    )
+def token_losses(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> np.ndarray:
+    losses = np.empty(len(labels), np.float32)
+    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes):
+        losses[part] = _losses(hidden[part], head, labels[part], tensor)[0]
+    return losses
 
 
 def cross_entropy_and_gradient(

@@ -23,16 +23,16 @@ LOGITS_CHUNK_BYTES = MINDSPORE.logits_chunk_bytes
 PIECE = 4096
 
 
-def cross_entropy(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> float:
-    """Sum of -log softmax(hidden head^T)[label] over rows: hidden [n, h], head [v, h], labels [n].
+def token_losses(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> np.ndarray:
+    """-log softmax(hidden head^T)[label] of each row, fp32 [n]: hidden [n, h], head [v, h], labels [n].
 
-    Where ranks share the vocabulary, `head` is this rank's part of it, and all ranks get the sum.
+    Where ranks share the vocabulary, `head` is this rank's part of it, and all ranks get the losses.
     """
     rows = hidden.asnumpy()
-    return sum(
-        float(np.sum(_Chunk(single(rows[part]), head, labels[part], tensor).losses, dtype=np.float64))
-        for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES)
-    )
+    losses = np.empty(len(rows), np.float32)
+    for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES):
+        losses[part] = _Chunk(single(rows[part]), head, labels[part], tensor).losses
+    return losses
 
 
 def cross_entropy_and_gradient(
