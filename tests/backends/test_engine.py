@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from parts import import_part
+from parts import set_logits_chunk_bytes
 from reference import (
     MemorySource,
     Reference,
@@ -180,7 +180,7 @@ def test_chunked_loss_equals_unchunked(framework: str, toy: str, monkeypatch: py
     batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
     engine, weights = build(framework, source), any_weights(batches)
     whole_loss, whole = engine.loss_and_gradients(batches, weights)
-    monkeypatch.setattr(import_part(framework, "loss"), "LOGITS_CHUNK_BYTES", 5 * source.config.vocab_size * 4)
+    set_logits_chunk_bytes(monkeypatch, framework, 5 * source.config.vocab_size * 4)
     loss, gradients = engine.loss_and_gradients(batches, weights)
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     assert_close_gradients(gradients, whole, rtol=1e-5)

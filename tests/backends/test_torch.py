@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parts import set_logits_chunk_bytes
 from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.interface import EngineSettings
 from tandem.backends.torch import engine as engine_module
-from tandem.backends.torch import functional, loss
+from tandem.backends.torch import functional
 from tandem.backends.torch.attention import Run, runs
+from tandem.backends.torch.compute import cpu
 from tandem.backends.torch.device import choose_device
 from tandem.backends.torch.engine import TorchEngine, create
 from tandem.checkpoints.interface import TensorSource
@@ -48,7 +50,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_product_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(toy_config(vocab_size=1009))
     chunk = 8 * source.config.vocab_size
-    monkeypatch.setattr(loss, "LOGITS_CHUNK_BYTES", 4 * chunk)
+    set_logits_chunk_bytes(monkeypatch, "torch", 4 * chunk)
     engine = build(source)
     batch = toy_batch(source.config, (400, 100))
     with LargestTensor() as largest:
@@ -76,7 +78,7 @@ def test_products_without_onednn_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED)]
     expected_loss, expected = mean_gradients(build(source), batches)
-    monkeypatch.setattr(functional, "_HAS_ONEDNN", False)
+    monkeypatch.setattr(cpu, "_HAS_ONEDNN", False)
     actual_loss, gradients = mean_gradients(build(source), batches)
     assert actual_loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close_gradients(gradients, expected, rtol=1e-5)
@@ -86,7 +88,7 @@ def test_gradients_of_a_large_weight_are_added_in_pieces(monkeypatch: pytest.Mon
     source = toy_weights(TOYS["qwen3-untied"])
     batches = [toy_batch(source.config, RAGGED, seed=seed) for seed in range(2)]
     _, expected = mean_gradients(build(source), batches)
-    monkeypatch.setattr(functional, "PIECE", 100)
+    monkeypatch.setattr(cpu, "PIECE", 100)
     _, gradients = mean_gradients(build(source), batches)
     assert_close_gradients(gradients, expected, rtol=1e-5)
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.autograd import Function
 
 from tandem.backends.adapters import Dropout, LocalAdapter
-from tandem.backends.torch.functional import PIECE, Weight, matmul, new_weight
+from tandem.backends.torch.compute.cpu import PIECE
+from tandem.backends.torch.functional import Weight, matmul, new_weight
 from tandem.backends.torch.tensor_parallel import TensorParallel
 
 

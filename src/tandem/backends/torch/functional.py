@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import silu
 
-# A product for a weight gradient is formed in pieces of at most this many numbers, which are added while in cache.
-# glibc reuses blocks of this size; blocks above 32 MiB are new pages from the kernel each time.
-PIECE = 2**20
+from tandem.backends.torch.compute.cpu import add_to, split_heads
+from tandem.backends.torch.compute.sets import kernels_of
 
 
 class Gradient(ABC):
@@ -41,26 +39,15 @@ class Gradient(ABC):
             value.zero_()
 
     def add(self, gradient: torch.Tensor) -> None:
-        _add_to(*self._open(), gradient, 1.0)
+        add_to(*self._open(), gradient, 1.0)
 
     def add_product(self, gradient: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> None:
         """Add scale * gradient^T x: gradient [t, n] of a linear layer's output, x [t, k] its input."""
-        value, first = self._open()
-        step = max(1, PIECE // x.shape[1])
-        for start in range(0, gradient.shape[1], step):
-            piece = matmul(gradient[:, start : start + step].t(), x.t())
-            _add_to(value[start : start + step], first, piece, scale)
+        kernels_of(x.device).add_product(*self._open(), gradient, x, scale)
 
     def add_rows(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add gradients [t, k] to the rows [t] of this one; rows may repeat."""
         self.value.index_add_(0, rows, gradients.float())
-
-
-def _add_to(target: torch.Tensor, first: bool, gradient: torch.Tensor, scale: float) -> None:
-    if first:
-        torch.mul(gradient.float(), scale, out=target)  # in fp32, as below
-    else:
-        target.add_(gradient, alpha=scale)
 
 
 class GradientBuffer(Gradient):
@@ -103,17 +90,8 @@ def new_weight(*shape: int, dtype: torch.dtype, device: torch.device) -> Weight:
 
 
 def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x [t, k] times w [n, k] transposed: [t, n], in new memory.
-
-    In fp32 on CPU this uses oneDNN, which takes the widest vectors of every x86 processor. The MKL behind
-    `torch.nn.functional.linear` takes half their width on AMD's. oneDNN does not accept empty matrices.
-    """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return torch.nn.functional.linear(x, w)
-
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """x [t, k] times w [n, k] transposed: [t, n], in new memory."""
+    return kernels_of(x.device).product(x, w)
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: Weight | None = None) -> torch.Tensor:
@@ -164,10 +142,10 @@ def recomputed(cheap: Callable[..., Any], then: Callable[..., torch.Tensor], *in
     if not torch.is_grad_enabled():
         return then(*outputs)
     recomputation = _Recomputation(cheap, [x.detach() for x in inputs])
-    numbers = {output.untyped_storage().data_ptr(): number for number, output in enumerate(outputs)}
+    numbers = {output.untyped_storage()._cdata: number for number, output in enumerate(outputs)}
 
     def pack(saved: torch.Tensor) -> Any:
-        number = numbers.get(saved.untyped_storage().data_ptr())
+        number = numbers.get(saved.untyped_storage()._cdata)
         return saved if number is None else (number, saved.size(), saved.stride(), saved.storage_offset())
 
     def unpack(packed: Any) -> torch.Tensor:
@@ -241,52 +219,29 @@ class _Embedding(Function):
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
-        scale = _inverse_rms(x, eps)
+        y, scale = kernels_of(x.device).rms_norm(x, weight, eps)
         ctx.save_for_backward(x, scale)
         ctx.weight = weight
-        return (x * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, scale = ctx.saved_tensors
-        return _rms_norm_backward(gradient, x, scale, ctx.weight), None, None
-
-
-def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """fp32 [..., 1]."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _rms_norm_backward(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The gradient of x. The weight's gradient is added to its buffer. With y = x * scale (scale is `_inverse_rms`):
-
-    dweight = sum(gradient * y) over tokens, dx = scale * (gradient * weight - y * mean(gradient * weight * y)).
-    """
-    y = x * scale
-    product = gradient * y
-    if weight.main_grad is not None:
-        weight.main_grad.add(product.reshape(-1, x.shape[-1]).sum(0))
-    mean = product.mul_(weight).mean(-1, keepdim=True)
-    return (gradient * weight).sub_(y.mul_(mean)).mul_(scale).to(x.dtype)
+        dx, dweight = kernels_of(x.device).rms_norm_backward(gradient, x, scale, ctx.weight, _is_trained(ctx.weight))
+        _add_gradient(ctx.weight, dweight)
+        return dx, None, None
 
 
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        return kernels_of(x.device).swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        dx = torch.empty_like(x)
-        dgate, dup = dx.chunk(2, dim=-1)
-        torch.mul(gradient, silu(gate), out=dup)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=dgate)
-        return dx
+        return kernels_of(x.device).swiglu_backward(gradient, x)
 
 
 class _RotaryHeads(Function):
@@ -302,39 +257,25 @@ class _RotaryHeads(Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(qkv, cos, sin)
         ctx.weights, ctx.eps = (q_weight, k_weight), eps
-        queries, keys, values = _heads(qkv)
-        rotated = []
-        for x, weight in ((queries, q_weight), (keys, k_weight)):
-            y = x if weight is None else (x * _inverse_rms(x, eps)).mul_(weight)
-            rotated.append(_rotate(y, cos, sin, torch.empty(x.shape, dtype=x.dtype, device=x.device)))
-        return rotated[0], rotated[1], values
+        queries, keys = kernels_of(qkv.device).rotary_heads(qkv, q_weight, k_weight, eps, cos, sin)
+        return queries, keys, split_heads(qkv)[2]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         qkv, cos, sin = ctx.saved_tensors
-        dqkv = torch.empty_like(qkv)
-        *heads, _ = _heads(qkv)
-        *targets, dvalues = _heads(dqkv)
-        dvalues.copy_(gradients[2])
-        for x, weight, gradient, target in zip(heads, ctx.weights, gradients, targets):
-            if weight is None:
-                _rotate(gradient, cos, -sin, target)
-            else:
-                rotated = _rotate(gradient, cos, -sin, torch.empty_like(gradient))
-                target.copy_(_rms_norm_backward(rotated, x, _inverse_rms(x, ctx.eps), weight))
+        dqkv, *dweights = kernels_of(qkv.device).rotary_heads_backward(
+            gradients, qkv, *ctx.weights, ctx.eps, cos, sin, _is_trained(ctx.weights[0])
+        )
+        for weight, dweight in zip(ctx.weights, dweights):
+            _add_gradient(weight, dweight)
         return dqkv, None, None, None, None, None
 
 
-def _heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of [t, groups, queries per group + 2, d]: queries, key, value of each group."""
-    return qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1:]
+def _is_trained(weight: Weight | None) -> bool:
+    return weight is not None and weight.main_grad is not None
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair of channels of x [t, g, a, d] by its angle, into `out`."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
+def _add_gradient(weight: Weight | None, gradient: torch.Tensor | None) -> None:
+    if weight is not None and weight.main_grad is not None:
+        assert gradient is not None
+        weight.main_grad.add(gradient)

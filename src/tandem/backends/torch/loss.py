@@ -7,11 +7,9 @@ import torch
 from torch.profiler import record_function
 
 from tandem.backends.loss import chunks, split_scale
+from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.functional import Weight, matmul
 from tandem.backends.torch.tensor_parallel import TensorParallel
-from tandem.frameworks import TORCH
-
-LOGITS_CHUNK_BYTES = TORCH.logits_chunk_bytes
 
 
 @torch.no_grad()
@@ -60,23 +58,17 @@ def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -
     So the head has a gradient wherever another data rank has one.
     """
     vocabulary = head.shape[0] if tensor is None else tensor.vocabulary_rows
-    return chunks(len(hidden), vocabulary, LOGITS_CHUNK_BYTES) or [slice(0, 0)]
+    return chunks(len(hidden), vocabulary, kernels_of(hidden.device).logits_chunk_bytes) or [slice(0, 0)]
 
 
 def _losses_and_gradient(
     hidden: torch.Tensor, head: Weight, labels: torch.Tensor, tensor: TensorParallel | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's loss, [t, 1], and the gradient of their sum with respect to the logits (softmax - onehot); fp32."""
-    logits = matmul(hidden, head).float()
+    logits = matmul(hidden, head)
     if tensor is not None:
-        return _over_ranks(logits, labels, tensor)
-    label_logits = logits.gather(1, labels[:, None])
-    peak, where = logits.max(dim=1, keepdim=True)
-    probabilities = torch.softmax(logits, dim=1, out=logits)
-    # log sum exp(logits) = peak - log softmax(peak), which is exact to rounding: the peak's share is never tiny.
-    losses = peak - probabilities.gather(1, where).log_() - label_logits
-    probabilities.scatter_add_(1, labels[:, None], probabilities.new_full((1, 1), -1.0).expand(len(labels), 1))
-    return losses, probabilities
+        return _over_ranks(logits.float(), labels, tensor)
+    return kernels_of(logits.device).losses_and_gradient(logits, labels)
 
 
 def _over_ranks(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.adapters import Dropout, LocalAdapter, Switch
 from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
-from tandem.backends.torch.attention import Run, attention, runs
+from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.functional import (
     Weight,
     embedding,
@@ -44,7 +44,7 @@ class Inputs:
     Attributes:
         tokens: [t].
         cos, sin: of each token's rotary angles, [t, 1, kv_channels / 2].
-        packed: the documents, equal lengths joined.
+        packed: the documents, in the form that the device's attention takes.
         real: how many tokens are of the batch; the rest is padding.
         dropout: of adapters' inputs.
     """
@@ -52,7 +52,7 @@ class Inputs:
     tokens: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
-    packed: list[Run]
+    packed: Any
     real: int
     dropout: Dropout | None = None
 
@@ -112,8 +112,9 @@ def prepare(
         torch.from_numpy(np.ascontiguousarray(angles[:, None, :half])).to(device, dtype)
         for angles in cos_sin(config, batch.position_ids)
     )
+    packed = kernels_of(device).documents(batch.lengths.tolist(), device)
     # A copy, because tokens may lie in a file that is mapped read-only: from_numpy would warn.
-    return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, runs(batch.lengths.tolist()), real, dropout)
+    return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, packed, real, dropout)
 
 
 class Linear(nn.Module):
@@ -225,6 +226,7 @@ class SelfAttention(nn.Module):
             return rotary_heads(qkv, q_weight, k_weight, self.eps, inputs.cos, inputs.sin)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            attention = kernels_of(q.device).attention
             return attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), inputs.packed)
 
         return self.linear_proj(recomputed(heads, attend, qkv), inputs)

@@ -8,13 +8,14 @@ import torch
 from torch.profiler import record_function
 
 from tandem.backends.interface import EngineSettings
+from tandem.backends.torch.compute.sets import kernels_of
 
 
 @record_function("gradient norm")
 def norm_of(gradients: Iterable[torch.Tensor]) -> float:
-    """L2 norm over all gradients. Rows are summed first: one fp32 sum over 10^8 squares would lose digits."""
-    rows = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
-    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item() if rows else 0.0
+    """L2 norm over all gradients."""
+    tensors = list(gradients)
+    return kernels_of(tensors[0].device).norm(tensors).item() if tensors else 0.0
 
 
 class AdamW:
@@ -56,21 +57,16 @@ class AdamW:
                 weight.copy_(self.master[name])
 
     def _update(self, names: list[str], step: int, lr: float, weight_decay: float, coefficient: float) -> None:
-        device = self.master[names[0]].device
-        torch._fused_adamw_(
+        kernels_of(self.master[names[0]].device).adamw(
             [self.master[name] for name in names],
             [self._gradients(name) for name in names],
             [self.exp_avg[name] for name in names],
             [self.exp_avg_sq[name] for name in names],
-            [],
-            [torch.tensor(float(step), device=device)] * len(names),
+            step,
+            coefficient,
             lr=lr,
             beta1=self.settings.adam_beta1,
             beta2=self.settings.adam_beta2,
             weight_decay=weight_decay,
             eps=self.settings.adam_eps,
-            amsgrad=False,
-            maximize=False,
-            # The kernel divides gradients by this while it reads them.
-            grad_scale=None if coefficient == 1.0 else torch.tensor(1.0 / coefficient, device=device),
         )

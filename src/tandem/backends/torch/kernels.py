@@ -1,0 +1,45 @@
+"""The functions that a kind of device computes with. Devices differ only here and in `device`.
+
+`compute/sets.py` says which device has which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The functions that are different on each kind of device. Signatures and shapes are documented in the CPU's.
+
+    Attributes:
+        product: of x and a transposed weight.
+        add_product: adds a product to the gradient of a weight.
+        rms_norm, swiglu, rotary_heads: with their backward passes.
+        documents: what `attention` needs to know of the documents that a batch is made of.
+        losses_and_gradient: of the logits of a chunk of rows.
+        logits_chunk_bytes: largest size of the fp32 logits of a chunk.
+        norm: over several tensors, a tensor of no dimensions.
+        adamw: updates several weights.
+        sums: the dtype that long sums of fp32 numbers are kept in.
+    """
+
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    add_product: Callable[[torch.Tensor, bool, torch.Tensor, torch.Tensor, float], None]
+    rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rms_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    swiglu: Callable[[torch.Tensor], torch.Tensor]
+    swiglu_backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    rotary_heads: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rotary_heads_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+    documents: Callable[[Sequence[int], torch.device], Any]
+    attention: Callable[..., torch.Tensor]
+    losses_and_gradient: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    logits_chunk_bytes: int
+    norm: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    adamw: Callable[..., None]
+    sums: torch.dtype
