@@ -30,6 +30,7 @@ from tandem.config.settings import (
     OptimizerSettings,
     ParallelSettings,
     Settings,
+    TaskSettings,
     TrainingSettings,
 )
 from tandem.conversion.options import ConvertOptions, ExportOptions
@@ -124,6 +125,7 @@ class AllSettings(
     LoggingSettings,
     CheckpointSettings,
     LaunchSettings,
+    TaskSettings,
 ):
     """Every setting of a run, as keywords."""
 

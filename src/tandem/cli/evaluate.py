@@ -1,7 +1,8 @@
-"""`tandem evaluate`: the loss and perplexity of weights on data."""
+"""`tandem evaluate`: the loss and perplexity of weights on data, and benchmarks."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,22 +10,27 @@ from rich.table import Table
 
 from tandem.cli.processes import run_as_processes
 from tandem.cli.settings import parse_settings
+from tandem.config.settings import Settings
 from tandem.launch.world import World
+from tandem.logs import SECONDS_BETWEEN_LINES, log
 from tandem.training.evaluate import Result, evaluate_weights
+from tandem.training.evaluate_tasks import evaluate_tasks
 from tandem.training.evaluation import Evaluation
 
 DESCRIPTION = (
     "Measure the loss and perplexity of a checkpoint or a Hugging Face folder. DATA is the PREFIX of data that "
     "`tandem preprocess` made, or NAME=PREFIX for each of several sets. Whole sets are used, or less with "
     "--eval-iters. DATA can also be a FILE.jsonl with a question {context, choices, answer} on each line; the result "
-    "is then the accuracy. Several processes: --nproc-per-node, or torchrun or msrun."
+    "is then the accuracy. With --tasks, benchmarks of lm-evaluation-harness are asked instead. Several processes: "
+    "--nproc-per-node, or torchrun or msrun."
 )
 FIRST = (
+    *("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template", "output", "log_samples"),
     *("seq_length", "eval_iters", "tokenizer_name_or_path", "prompt_type", "ckpt_step", "lora_load"),
     *("micro_batch_size", "ai_framework", "device", "bf16"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
 )
-GROUPS = ("model", "parallel", "data", "training", "lora", "checkpoint", "launch")
+GROUPS = ("model", "parallel", "data", "training", "lora", "checkpoint", "launch", "evaluation")
 WIDTH = 100  # columns of a table when the output is not a terminal
 
 
@@ -38,12 +44,47 @@ def run(argv: Sequence[str]) -> int:
     )
     if (code := run_as_processes("evaluate", argv, settings)) is not None:
         return code
+    if settings.evaluation.tasks:
+        return run_tasks(settings, notices)
     results, more_notices = evaluate_weights(settings)
     if World.from_environment().rank == 0:
         for notice in [*notices, *more_notices]:
             print(f"> {notice}")
         print_tables(results)
     return 0
+
+
+def run_tasks(settings: Settings, notices: Sequence[str]) -> int:
+    """Ask benchmarks, and print their results."""
+    from tandem.harness.results import in_words, table_of  # which needs lm-evaluation-harness
+
+    found = evaluate_tasks(settings, Progress())
+    if found is None:
+        return 0
+    for notice in [*notices, *found.notices]:
+        print(f"> {notice}")
+    _print(table_of(found.results))
+    print(f"> {in_words(found.results, found.chat)}")
+    if settings.evaluation.output is not None:
+        print(f"> {settings.evaluation.output}")
+    return 0
+
+
+class Progress:
+    """Prints how many requests are answered, every few seconds."""
+
+    def __init__(self) -> None:
+        self._kind, self._started, self._printed, self._before = "", 0.0, 0.0, 0
+
+    def __call__(self, kind: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if kind != self._kind:
+            self._kind, self._started, self._printed, self._before = kind, now, now, done
+        if now - self._printed < SECONDS_BETWEEN_LINES and done < total:
+            return
+        self._printed = now
+        left = (now - self._started) / max(1, done - self._before) * (total - done)
+        log.info("> %s: %s of %s%s", kind, f"{done:,}", f"{total:,}", f", {left:,.0f} s left" if done < total else "")
 
 
 def print_tables(results: dict[str, Result]) -> None:
@@ -68,4 +109,8 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
+    _print(table)
+
+
+def _print(table: Table) -> None:
     Console(width=None if Console().is_terminal else WIDTH).print(table)

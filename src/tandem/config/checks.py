@@ -17,6 +17,7 @@ from tandem.config.settings import (
     OptimizerSettings,
     ParallelSettings,
     Settings,
+    TaskSettings,
     TrainingSettings,
 )
 from tandem.errors import raise_all
@@ -31,7 +32,7 @@ ONE_OR_MORE = {
     "micro_batch_size", "global_batch_size", "train_iters", "train_samples",
     "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
     "loss_scale_window", "hysteresis", "max_consecutive_skips", "log_interval", "tensorboard_log_interval",
-    "save_interval", "save_total_limit", "save_retain_interval", "export_hf_every",
+    "tokens_per_batch", "save_interval", "save_total_limit", "save_retain_interval", "export_hf_every",
 }
 # fmt: on
 ABOVE_ZERO = {"epochs", "loss_scale", "initial_loss_scale", "min_loss_scale"}
@@ -98,9 +99,17 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
     yield from _wrong_precision(settings.training)
     yield from _wrong_recompute(settings.training)
     yield from _wrong_profile(settings.logging, settings.checkpoint)
+    yield from _wrong_tasks(settings.evaluation)
     yield from not_implemented(settings.model, settings.parallel, settings.data)
     if settings.training.spiky_loss_factor <= 1:
         yield f"--spiky-loss-factor {settings.training.spiky_loss_factor}: expected more than 1"
+
+
+def _wrong_tasks(evaluation: TaskSettings) -> Iterator[str]:
+    """Settings of `tandem evaluate`, which mean nothing in training."""
+    given = [f"--{name.replace('_', '-')}" for name in ("tasks", "log_samples", "output") if getattr(evaluation, name)]
+    if given:
+        yield f"{' '.join(given)}: belongs to `tandem evaluate`"
 
 
 def not_implemented(model: ModelSettings, parallel: ParallelSettings, data: DataSettings) -> Iterator[str]:

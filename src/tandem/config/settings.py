@@ -422,6 +422,30 @@ class LaunchSettings:
     """Check settings, weights, data and disk space, print what would run, and exit."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Benchmarks of lm-evaluation-harness."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks or groups of lm-evaluation-harness, or YAML files of tasks, to evaluate."""
+    include_path: PathText | None = None
+    """Folder with task files of your own."""
+    num_fewshot: int | None = None
+    """Number of solved examples before each question; default: what each task says, or 0."""
+    limit: float | None = None
+    """Ask only this many questions of each task, or below 1 this share of them."""
+    apply_chat_template: bool = False
+    """Put each question into the model's chat template. See --enable-thinking."""
+    log_samples: bool = False
+    """With --output: also write every question and answer, to FILE_samples_TASK.jsonl."""
+    output: PathText | None = None
+    """File for the results, as JSON. Answers are kept next to it meanwhile: the same command goes on after a stop."""
+    allow_code: bool = False
+    """Run the code that the model writes, in tasks that need it. It can do what you can."""
+    tokens_per_batch: int = 4096
+    """How many tokens of questions a process computes at once."""
+
+
 GROUPS: dict[str, type] = {
     "model": ModelSettings,
     "parallel": ParallelSettings,
@@ -432,6 +456,7 @@ GROUPS: dict[str, type] = {
     "checkpoint": CheckpointSettings,
     "launch": LaunchSettings,
     "logging": LoggingSettings,
+    "evaluation": TaskSettings,
 }
 
 
@@ -456,6 +481,7 @@ class Settings:
     checkpoint: CheckpointSettings
     launch: LaunchSettings
     logging: LoggingSettings
+    evaluation: TaskSettings
 
     def __init__(self, **values: Any) -> None:
         """

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from tandem.backends import connect, create_engine
 from tandem.backends.interface import Engine
-from tandem.config.checks import check_implemented
 from tandem.config.settings import DataSettings, Settings, TrainingSettings
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.questions import Question, holds_questions, read_questions
 from tandem.data.kinds import TEXT, kind_of
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.frameworks import check_framework
-from tandem.launch.world import World
 from tandem.training.evaluation import Choices, Evaluation, Share, evaluate, evaluate_choices
 from tandem.training.out_of_memory import naming_less_memory
-from tandem.training.start.agreement import agree_on_start, agree_on_weights
-from tandem.training.start.data import open_tokenizer
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import named_sets
 from tandem.training.start.datasets import Datasets
-from tandem.training.start.engine import engine_settings, make_grid
-from tandem.training.start.weights import check_model_flags, open_weights
+from tandem.training.start.for_evaluation import Weights
 
 Result = Evaluation | Choices
 
@@ -46,28 +37,17 @@ def evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
 
 
 def _evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]:
-    world = World.from_environment()
-    model, data, training, parallel = settings.model, settings.data, settings.training, settings.parallel
-    framework = check_framework(training.ai_framework).name
+    data, training = settings.data, settings.training
     if settings.checkpoint.load is None:
         raise UserError("no weights: give a checkpoint or a Hugging Face folder")
     places = named_sets(data.valid_data_path)
     if not places:
-        raise UserError("no data: give PREFIX, or NAME=PREFIX for each of several sets")
-    check_implemented(model, parallel, data)
-    source = open_weights(settings.checkpoint, settings.lora, model, data.tokenizer_name_or_path, training.seed)
-    check_model_flags(model, data.seq_length, source.config)
-    grid = make_grid(parallel, source.config, world.size)
-    tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)
-    sets = {name: _open(place, data, training, tokenizer) for name, place in places.items()}
-
-    communicator = connect(framework, world, training.device, parallel.distributed_timeout_minutes)
-    agree_on_start(communicator, settings, framework, source.config, tokenizer)
-    for_training = engine_settings(training, settings.optimizer, parallel, source.config, grid, world.rank)
-    engine = create_engine(framework, source.config, dataclasses.replace(for_training, training=False))
-    engine.load_weights(source)
-    agree_on_weights(communicator, engine, source)
-    share = Share(training.micro_batch_size, grid.data_size, grid.place(world.rank).data)
+        raise UserError("no data: give PREFIX, or NAME=PREFIX for each of several sets; or --tasks NAMES")
+    weights = Weights.of(settings, data.seq_length)
+    sets = {name: _open(place, data, training, weights.tokenizer) for name, place in places.items()}
+    communicator, engine = weights.load()
+    grid = weights.grid
+    share = Share(training.micro_batch_size, grid.data_size, grid.place(weights.world.rank).data)
     results = {name: _evaluate(engine, name, samples, share, training) for name, (samples, _) in sets.items()}
     communicator.close()
     return results, [*engine.notices, *(notice for _, notices in sets.values() for notice in notices)]

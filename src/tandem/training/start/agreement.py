@@ -16,6 +16,7 @@ from typing import Any
 
 import tandem
 from tandem.backends.interface import Engine
+from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.native.format import INDEX
 from tandem.config.settings import GROUPS, Settings
@@ -71,7 +72,7 @@ def agree_on_weights(communicator: Communicator, engine: Engine, source: TensorS
         UserError: as in `agree_on_start`.
     """
     if communicator.world.size > 1:
-        facts = {DATA: {"--load": _weights(source)}, DEVICES: {"the dtype to compute in": engine.param_dtype}}
+        facts = {DATA: {"--load": weights_identity(source)}, DEVICES: {"the dtype to compute in": engine.param_dtype}}
         _compare(communicator, facts)
 
 
@@ -145,8 +146,13 @@ def _files(prefix: str) -> dict[str, str]:
     return {file.removeprefix(prefix): sampled_digest(file)[:DIGITS] for file in files}
 
 
-def _weights(source: TensorSource) -> Any:
-    """What an index says of the weights, or hashes of the files that hold them."""
+def weights_identity(source: TensorSource) -> Any:
+    """What an index says of the weights, or hashes of the files that hold them; None for random weights.
+
+    JSON can hold it. Of weights with adapters beside them, both.
+    """
+    if isinstance(source, Adapted):
+        return {"weights": weights_identity(source.base), "adapters": weights_identity(source.adapters)}
     if source.folder is None:
         return None  # random weights follow from the settings
     if (index := source.document(INDEX)) is not None:

@@ -1,0 +1,1 @@
+"""Benchmarks of EleutherAI's lm-evaluation-harness, asked over an engine of any layout."""

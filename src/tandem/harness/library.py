@@ -1,0 +1,107 @@
+"""lm-evaluation-harness itself: imported when it is needed, and its tasks by name."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import UserError, nearest
+from tandem.logs import log
+
+YAML = (".yaml", ".yml")
+
+
+def require_library() -> None:
+    """Import it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars would be torn by what a run prints
+    try:
+        importlib.import_module("lm_eval.evaluator")
+    except ImportError as error:
+        raise UserError(f"benchmarks need lm-evaluation-harness: {error}; pip install 'tandem-llm[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what its warnings say is in the results
+
+
+def load_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Any]:
+    """Tasks and groups by name, with their data, as `lm_eval.tasks.TaskManager.load` returns them.
+
+    A name can have wildcards, or be the path of a task's YAML file. Tasks in `include_path` come before those of
+    lm-evaluation-harness, whose list is read only when a name is not found there: that takes half a minute.
+
+    Raises:
+        UserError: there is no such task, or its data cannot be read.
+    """
+    require_library()
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"--include-path {include_path}: no such folder")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if any(not _matches(manager, name) for name in names):
+        log.info("> reading the list of lm-evaluation-harness's tasks")
+        manager = TaskManager(include_path=include_path)
+    found = [match for name in names for match in _found(manager, name)]
+    return load_specs(manager, found)
+
+
+def load_specs(manager: Any, specs: Sequence[Any]) -> dict[str, Any]:
+    """Build tasks.
+
+    Raises:
+        UserError: one of them cannot be built.
+    """
+    try:
+        loaded: dict[str, Any] = manager.load(list(specs))
+    except Exception as error:  # a task file can hold anything, and its data lie anywhere
+        what = " ".join(str(spec) if isinstance(spec, str) else str(spec.get("task")) for spec in specs[:5])
+        raise UserError(f"--tasks {what}: {_in_words(error)}") from error
+    if not loaded["tasks"]:
+        raise UserError(f"--tasks {' '.join(map(str, specs))}: no task is in it")
+    return loaded
+
+
+def _matches(manager: Any, name: str) -> list[str]:
+    if name.endswith(YAML):
+        return [name] if Path(name).is_file() else []
+    if glob.has_magic(name):
+        return list(manager.match_tasks([name]))
+    return [name] if name in manager.task_index else []
+
+
+def _found(manager: Any, name: str) -> list[str]:
+    if matches := _matches(manager, name):
+        return matches
+    if name.endswith(YAML):
+        raise UserError(f"--tasks {name}: no such file")
+    raise UserError(f"--tasks {name}: no such task{nearest(name, manager.all_tasks)}; --include-path adds a folder")
+
+
+def _in_words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FileNotFoundError | UserError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def seeds(seed: int, numpy_seed: int) -> Iterator[None]:
+    """Inside, Python's and NumPy's global random numbers are those of the seeds; after it, what they were before."""
+    import random
+
+    import numpy as np
+
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(numpy_seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
