@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Limits of a container's memory: cgroup version 2 and 1.
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_USES = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
 ACCELERATOR_TOOLS = ("nvidia-smi", "npu-smi")
 
 
@@ -18,6 +19,16 @@ def memory_bytes() -> int:
         if path.exists() and (text := path.read_text(encoding="ascii").strip()).isdigit():
             sizes.append(int(text))
     return min(sizes)
+
+
+def available_bytes() -> int:
+    """How much memory a new allocation can get, as Linux estimates it, or what a container may still use of it."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for limit, use in zip(_LIMITS, _USES):
+        if limit.exists() and use.exists() and (most := limit.read_text(encoding="ascii").strip()).isdigit():
+            free = min(free, max(0, int(most) - int(use.read_text(encoding="ascii"))))
+    return free
 
 
 def has_accelerator() -> bool:

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from tandem.errors import UserError
-from tandem.inference.sampling import Sampling, draw
+from tandem.inference.sampling import Chooser, Sampling
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
 
 def frequencies(**options: float) -> np.ndarray:
-    random = np.random.default_rng(0)
-    sampling = Sampling(**options)  # type: ignore[arg-type]
-    draws = [draw(LOGITS, sampling, random) for _ in range(4000)]
+    choose = Chooser(Sampling(**options), [])  # type: ignore[arg-type]
+    draws = [choose(LOGITS) for _ in range(4000)]
     return np.bincount(draws, minlength=4) / 4000
 
 
@@ -32,7 +31,9 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     assert frequencies(temperature=1.0, top_p=0.4)[0] == 1
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": -1}, {"min_p": 2}]
+)
 def test_impossible_options_are_refused(options: dict) -> None:
     with pytest.raises(UserError):
         Sampling(**options)

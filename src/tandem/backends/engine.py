@@ -11,18 +11,20 @@ import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from tandem.backends.adapters import Switch, local_adapters
-from tandem.backends.interface import EngineSettings, StepResult
+from tandem.backends.interface import EngineSettings, Session, StepResult
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch, trained_rows
-from tandem.checkpoints.interface import TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
+from tandem.backends.session import Computes, EngineSession, check_layout, check_memory
+from tandem.checkpoints.interface import DTYPES, TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.frameworks import Framework
+from tandem.machine import available_bytes
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, is_trained, tensor_table
 from tandem.parallel.grid import counted_shards, held_shards, saved_shards
@@ -256,6 +258,19 @@ class BaseEngine(ABC, Generic[T]):
         micro_batch.check_vocabulary(self.config.vocab_size)
         return self._logits(micro_batch, np.arange(len(micro_batch.tokens)) if rows is None else np.asarray(rows))
 
+    def session(self, room: int) -> Session:
+        check_layout(self._grid, self._settings.sequence_parallel)
+        check_memory(room, self.bytes_per_cached_token(), self.free_memory())
+        return EngineSession(self._computes(), self.config.vocab_size, room)
+
+    def bytes_per_cached_token(self) -> int:
+        layers = sum(len(chunk) for chunk in self._grid.layout.stages(self.config.num_layers)[self._place.pipeline])
+        numbers = layers * 2 * self._local_config().num_query_groups * self.config.kv_channels
+        return numbers * DTYPES[self.param_dtype].itemsize
+
+    def free_memory(self) -> int:
+        return available_bytes() if self.device_name == "cpu" else self._free_memory_of_device()
+
     def peak_memory(self) -> int:
         if self.device_name == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -373,6 +388,14 @@ class BaseEngine(ABC, Generic[T]):
     @abstractmethod
     def _logits(self, micro_batch: MicroBatch, rows: np.ndarray) -> np.ndarray:
         """fp32 [len(rows), vocabulary]"""
+
+    @abstractmethod
+    def _computes(self) -> Computes[Any]:
+        """What a new session computes with."""
+
+    @abstractmethod
+    def _free_memory_of_device(self) -> int:
+        """Bytes that a device other than a CPU has left."""
 
     @abstractmethod
     def _peak_of_device(self) -> int:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +59,78 @@ class StepResult:
     grad_norm: float
     trained_tokens: int
     applied: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New tokens of one sequence: its prompt, a part of it, or the token that was chosen last.
+
+    Attributes:
+        rows: after which of the tokens logits are wanted, counted within the piece, ascending.
+    """
+
+    sequence: int
+    tokens: Sequence[int]
+    rows: Sequence[int]
+
+
+class Session(Protocol):
+    """Sequences that an engine continues. The keys and values of their tokens are kept, in the model's dtype.
+
+    With several ranks the first one leads: it alone calls `begin`, `copy`, `end` and `step`, while the others are in
+    `follow`. Leaving the session as a context closes it.
+
+    Attributes:
+        room: how many tokens all sequences together may have.
+        free: how many of them no sequence has reserved.
+    """
+
+    room: int
+
+    @property
+    def free(self) -> int: ...
+
+    def begin(self, room: int) -> int:
+        """Reserve memory for a new sequence of up to `room` tokens. Returns the number of the sequence.
+
+        Raises:
+            UserError: less is free.
+        """
+        ...
+
+    def copy(self, sequence: int) -> int:
+        """A new sequence with the tokens and the room of another. Returns its number. Raises as `begin`."""
+        ...
+
+    def end(self, sequence: int) -> None:
+        """Free a sequence's memory."""
+        ...
+
+    def step(self, pieces: Sequence[Piece]) -> Iterator[np.ndarray]:
+        """Compute new tokens, of each sequence at most one piece, and keep their keys and values.
+
+        Yields:
+            The wanted rows of logits, fp32 [vocabulary], in order. All must be taken before the next call. A row is
+            valid until the next one is asked for.
+
+        Raises:
+            UserError: a token is not in the model's vocabulary.
+        """
+        ...
+
+    def follow(self) -> None:
+        """On other ranks than the first: do as the first does, until it closes the session."""
+        ...
+
+    def close(self) -> None:
+        """Free all memory. On the first rank this ends the `follow` of the others."""
+        ...
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
 
 
 class Engine(Protocol):
@@ -163,6 +236,22 @@ class Engine(Protocol):
 
     def logits(self, micro_batch: MicroBatch, rows: np.ndarray | None = None) -> np.ndarray:
         """Logits, fp32 [len(rows), vocabulary], at positions `rows` (None: all) of the batch. One process only."""
+        ...
+
+    def session(self, room: int) -> Session:
+        """Begin to continue sequences that have up to `room` tokens together. Weights must not change meanwhile.
+
+        Raises:
+            UserError: the layout has other ranks than tensor ranks, or the memory of the keys and values is not there.
+        """
+        ...
+
+    def bytes_per_cached_token(self) -> int:
+        """Memory on this rank for the keys and values of one token."""
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes that a new allocation on this rank's device can get. Not collective."""
         ...
 
 

@@ -1,15 +1,12 @@
-"""Continue several token sequences at once."""
+"""Continue several token sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-
 from tandem.backends.interface import Engine
-from tandem.data.batch import IGNORE, Sample, collate
-from tandem.errors import UserError
-from tandem.inference.sampling import Sampling, draw
+from tandem.inference.sampling import Sampling
+from tandem.inference.scheduler import Request, Scheduler
 
 
 def generate(
@@ -21,53 +18,33 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt until a stop id (not included) or `max_new_tokens`.
 
-    All prompts run in one batch without padding. Each step computes the whole sequences again.
-
     Args:
         on_token: called with (prompt number, token id) for each new token.
 
     Raises:
-        UserError: a prompt is empty, could become longer than the model's positions, or has a token that the model does
-            not know.
+        UserError: a prompt is empty, too long for the model's positions, or has a token that the model does not know.
     """
-    longest = engine.config.max_position_embeddings - sampling.max_new_tokens
-    for number, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= longest:
-            raise UserError(
-                f"prompt {number} has {len(prompt)} tokens; expected 1 to {longest}. With {sampling.max_new_tokens} "
-                f"new tokens it must fit max_position_embeddings {engine.config.max_position_embeddings}"
-            )
-        if max(prompt) >= engine.config.vocab_size:
-            raise UserError(
-                f"prompt {number} has the token id {max(prompt)}, and the model has {engine.config.vocab_size} rows in "
-                f"its embedding: the tokenizer is another model's, or `tandem convert --resize-vocab` must add rows"
-            )
-    random = np.random.default_rng(sampling.seed)
-    sequences = [list(prompt) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))
-    for _ in range(sampling.max_new_tokens):
-        if not running:
-            break
-        batch = collate([_sample(sequences[number]) for number in running])
-        rows = engine.logits(batch, rows=batch.cu_seqlens[1:] - 1)
-        for number, logits in zip(list(running), rows):
-            token = draw(logits, sampling, random)
-            if token in stop_ids:
-                running.remove(number)
-                continue
-            sequences[number].append(token)
-            answers[number].append(token)
-            if on_token:
+
+    def tell(number: int) -> Callable[[Request], None] | None:
+        if on_token is None:
+            return None
+        told = 0
+
+        def call(request: Request) -> None:
+            nonlocal told
+            for token in request.tokens[told:]:
                 on_token(number, token)
-    return answers
+            told = len(request.tokens)
 
+        return call
 
-def _sample(tokens: list[int]) -> Sample:
-    length = len(tokens)
-    return Sample(
-        tokens=np.asarray(tokens, np.int32),
-        labels=np.full(length, IGNORE, np.int32),
-        position_ids=np.arange(length, dtype=np.int32),
-        lengths=(length,),
-    )
+    if not prompts:
+        return []
+    longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+    count = min(len(prompts), 16)
+    with Scheduler(engine, count, room=count * min(longest, engine.config.max_position_embeddings)) as scheduler:
+        requests = [
+            scheduler.submit(prompt, sampling, stop_ids, on_token=tell(number)) for number, prompt in enumerate(prompts)
+        ]
+        scheduler.run()
+    return [request.tokens for request in requests]

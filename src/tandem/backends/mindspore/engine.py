@@ -21,6 +21,7 @@ from tandem.backends.mindspore.model import Decoder
 from tandem.backends.mindspore.optimizer import AdamW
 from tandem.backends.mindspore.passes import Passes
 from tandem.backends.mindspore.pipeline import Pipeline
+from tandem.backends.mindspore.session import MindSporeSession
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
 from tandem.backends.passes import WeightedBatch
@@ -213,6 +214,13 @@ class MindSporeEngine(BaseEngine[Tensor]):
             hidden, head = self._passes.hidden(micro_batch, rows), self._passes.decoder.head
             logits = self._kernels.product(hidden, head.value, transpose_b=True)
         return logits.astype(ms.float32).asnumpy()
+
+    def _computes(self) -> MindSporeSession:
+        return MindSporeSession(self._passes, self._groups.everyone, self._local_config(), self.config.vocab_size)
+
+    def _free_memory_of_device(self) -> int:
+        free, _ = ms.runtime.mem_get_info()
+        return int(free)
 
     def _peak_of_device(self) -> int:
         return int(ms.runtime.max_memory_allocated())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
@@ -20,6 +22,7 @@ class Kernels:
 
     Attributes:
         product, weight_gradient: of matrices of one dtype. On an NPU the gradient has that dtype, too.
+        new_cache, attention_over_kept: of sessions. What a cache is, only the two know.
         rows: some rows of a tensor. On CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
@@ -37,6 +40,8 @@ class Kernels:
     rms_norm: Differentiable
     swiglu: Differentiable
     attention: Differentiable
+    new_cache: Callable[[tuple[int, ...], ms.Type], Any]
+    attention_over_kept: Callable[..., Tensor]
     token_losses: Callable[..., np.ndarray]
     cross_entropy_and_gradient: Callable[..., tuple[float, Tensor]]
     zeros: Callable[[tuple[int, ...]], Tensor]

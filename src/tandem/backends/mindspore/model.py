@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor
@@ -20,6 +21,8 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 
 Layer = Callable[[Tensor], "tuple[Tensor, Pullback]"]
+# What `Kernels.attention` is, after the number of the layer.
+Attention = Callable[..., "tuple[Tensor, Pullback]"]
 
 
 def linear(layer: Linear, dropout: Dropout | None, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -101,7 +104,12 @@ class Decoder:
         return self.weights[EMBEDDING if self.config.tied else OUTPUT]
 
     def forward(
-        self, micro_batch: MicroBatch, rows: np.ndarray, x: Tensor | None, differentiable: bool
+        self,
+        micro_batch: MicroBatch,
+        rows: np.ndarray,
+        x: Tensor | None,
+        differentiable: bool,
+        attention: Attention | None = None,
     ) -> tuple[Tensor, Pullback]:
         """The stage's output from x [t, h], the output of the stage before (None for the first stage).
 
@@ -109,10 +117,15 @@ class Decoder:
 
         The second result takes the output's gradient, accumulates the gradients of all weights, and returns the
         gradient of x (undefined on the first stage). It may be called once, and only when `differentiable`.
+
+        Args:
+            attention: default: within documents.
         """
-        documents = Documents.of(self.config, micro_batch)
+        attend = functools.partial(
+            attention or self._within_documents, documents=Documents.of(self.config, micro_batch), config=self.config
+        )
         dropout = Dropout.of(self.config.lora, micro_batch)
-        steps = [self._layer(place, layer, documents, dropout) for place, layer in enumerate(self.layers)]
+        steps = [self._layer(place, layer, attend, dropout) for place, layer in enumerate(self.layers)]
         if self.first:
             embedding = self._watched(EMBEDDING, lambda _: self._embedding(micro_batch.tokens))
             steps = [embedding, self.tensor.leave, *steps]
@@ -138,15 +151,17 @@ class Decoder:
     def _embedding(self, tokens: np.ndarray) -> tuple[Tensor, Pullback]:
         return self.tensor.embedding(tokens, self.weights[EMBEDDING])
 
-    def _layer(self, place: int, layer: int, documents: Documents, dropout: Dropout | None) -> Layer:
+    def _within_documents(self, layer: int, *inputs: Any, **others: Any) -> tuple[Tensor, Pullback]:
+        return self.kernels.attention(*inputs, **others)
+
+    def _layer(self, place: int, layer: int, attend: Attention, dropout: Dropout | None) -> Layer:
         function = self._watched(
-            layer_prefix(layer),
-            functools.partial(self._decoder_layer, layer=layer, documents=documents, dropout=dropout),
+            layer_prefix(layer), functools.partial(self._decoder_layer, layer=layer, attend=attend, dropout=dropout)
         )
         return recomputed(function) if place < self.recompute_layers else function
 
     def _decoder_layer(
-        self, x: Tensor, layer: int, documents: Documents, dropout: Dropout | None
+        self, x: Tensor, layer: int, attend: Attention, dropout: Dropout | None
     ) -> tuple[Tensor, Pullback]:
         prefix = layer_prefix(layer)
         attention = prefix + "self_attention."
@@ -156,7 +171,7 @@ class Decoder:
             linears[attention + "linear_qkv.weight"], dropout, self._entering(prefix + "input_layernorm.weight"), x
         )
         q_norm, k_norm = weights.get(attention + "q_layernorm.weight"), weights.get(attention + "k_layernorm.weight")
-        mixed, pull_mixed = kernels.attention(qkv, q_norm, k_norm, documents, self.config)
+        mixed, pull_mixed = attend(layer, qkv, q_norm, k_norm)
         project = functools.partial(linear, linears[attention + "linear_proj.weight"], dropout)
         projected, pull_projected = chained([project, tensor.leave], mixed)
         middle = x + projected

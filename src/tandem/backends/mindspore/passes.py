@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, mint
 
 from tandem.backends.mindspore.kernels import Kernels
-from tandem.backends.mindspore.model import Decoder
+from tandem.backends.mindspore.model import Attention, Decoder
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback
@@ -71,9 +71,9 @@ class Passes:
         self.pipeline.finish()
         return losses
 
-    def hidden(self, batch: MicroBatch, rows: np.ndarray) -> Tensor:
-        """The input of the head, on a rank with the whole model."""
-        return self._output(batch, rows, differentiable=False)[0]
+    def hidden(self, batch: MicroBatch, rows: np.ndarray, attention: Attention | None = None) -> Tensor:
+        """The input of the head, on a rank with all layers. `attention` default: within documents."""
+        return self.decoder.forward(batch, rows, None, False, attention)[0]
 
     def _forward(self, batch: WeightedBatch) -> tuple[float, _InFlight]:
         rows = trained_rows(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,6 +17,14 @@ class Run:
 
     documents: int
     length: int
+
+
+class Attention(Protocol):
+    """How the tokens of a batch attend."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention's output [t, heads * d] in a layer, from q [t, heads, d], k and v [t, groups, d]."""
+        ...
 
 
 def runs(lengths: Sequence[int]) -> list[Run]:

@@ -142,6 +142,14 @@ def maximum_over(ranks: Ranks, value: int) -> int:
     return int(tensor)
 
 
+def from_first(ranks: Ranks, value: Any) -> Any:
+    """The first rank's value, on all ranks."""
+    values = [value]
+    if ranks.group is not None:
+        dist.broadcast_object_list(values, src=0, group=ranks.group)
+    return values[0]
+
+
 def all_gather(whole: torch.Tensor, rows: torch.Tensor, group: Group | None) -> dist.Work:
     """Start to fill `whole` with the `rows` of every rank of a group, equally many each."""
     return _started(_all_gather(whole, rows, group=group, async_op=True))

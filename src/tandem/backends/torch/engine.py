@@ -22,6 +22,7 @@ from tandem.backends.torch.model import Build, Chunk, GPTModel
 from tandem.backends.torch.optimizer import AdamW, norm_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
+from tandem.backends.torch.session import TorchSession
 from tandem.backends.torch.tensor_parallel import TensorParallel
 from tandem.checkpoints.interface import TensorKind
 from tandem.data.batch import IGNORE, MicroBatch
@@ -219,6 +220,12 @@ class TorchEngine(BaseEngine[torch.Tensor]):
     def _logits(self, micro_batch: MicroBatch, rows: np.ndarray) -> np.ndarray:
         hidden = self._passes.hidden(micro_batch, torch.from_numpy(rows.astype(np.int64)).to(self._device))
         return matmul(hidden, self._passes.chunks[0].head).detach().float().cpu().numpy()
+
+    def _computes(self) -> TorchSession:
+        return TorchSession(self._passes, self._tensor, self._groups.everyone, self._local_config())
+
+    def _free_memory_of_device(self) -> int:
+        return int(getattr(torch, self._device.type).mem_get_info(self._device)[0])
 
     def _peak_of_device(self) -> int:
         return int(getattr(torch, self._device.type).max_memory_allocated(self._device))

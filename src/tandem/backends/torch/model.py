@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.adapters import Dropout, LocalAdapter, Switch
 from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
+from tandem.backends.torch.attention import Attention
 from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.functional import (
     Weight,
@@ -44,7 +45,7 @@ class Inputs:
     Attributes:
         tokens: [t].
         cos, sin: of each token's rotary angles, [t, 1, kv_channels / 2].
-        packed: the documents, in the form that the device's attention takes.
+        attention: how they attend.
         real: how many tokens are of the batch; the rest is padding.
         dropout: of adapters' inputs.
     """
@@ -52,7 +53,7 @@ class Inputs:
     tokens: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
-    packed: Any
+    attention: Attention
     real: int
     dropout: Dropout | None = None
 
@@ -102,8 +103,14 @@ class Build:
 
 
 def prepare(
-    config: ModelConfig, batch: MicroBatch, dtype: torch.dtype, device: torch.device, tensor: TensorParallel | None
+    config: ModelConfig,
+    batch: MicroBatch,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor: TensorParallel | None,
+    attention: Attention | None = None,
 ) -> Inputs:
+    """A micro-batch for the model. `attention` default: within documents."""
     real, dropout = len(batch.tokens), Dropout.of(config.lora, batch)
     if tensor is not None and tensor.sequence:
         batch = padded(batch, tensor.size)
@@ -112,9 +119,16 @@ def prepare(
         torch.from_numpy(np.ascontiguousarray(angles[:, None, :half])).to(device, dtype)
         for angles in cos_sin(config, batch.position_ids)
     )
-    packed = kernels_of(device).documents(batch.lengths.tolist(), device)
     # A copy, because tokens may lie in a file that is mapped read-only: from_numpy would warn.
-    return Inputs(torch.tensor(batch.tokens, device=device), cos, sin, packed, real, dropout)
+    tokens = torch.tensor(batch.tokens, device=device)
+    return Inputs(tokens, cos, sin, attention or within_documents(batch, device), real, dropout)
+
+
+def within_documents(batch: MicroBatch, device: torch.device) -> Attention:
+    """Attention of each token to its document in the batch, up to itself."""
+    kernels = kernels_of(device)
+    packed = kernels.documents(batch.lengths.tolist(), device)
+    return lambda layer, q, k, v: kernels.attention(q, k, v, packed)
 
 
 class Linear(nn.Module):
@@ -205,8 +219,9 @@ class WordEmbeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, build: Build, prefix: str) -> None:
+    def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
+        self.layer, prefix = layer, f"{layer_prefix(layer)}self_attention."
         config = build.config
         head, heads, groups = config.kv_channels, config.num_attention_heads, config.num_query_groups
         self.group_shape = (-1, heads // groups + 2, head)
@@ -226,8 +241,7 @@ class SelfAttention(nn.Module):
             return rotary_heads(qkv, q_weight, k_weight, self.eps, inputs.cos, inputs.sin)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            attention = kernels_of(q.device).attention
-            return attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), inputs.packed)
+            return inputs.attention(self.layer, q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
 
         return self.linear_proj(recomputed(heads, attend, qkv), inputs)
 
@@ -253,12 +267,11 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, build: Build, layer: int, *, recompute: bool) -> None:
         super().__init__()
-        prefix = layer_prefix(layer)
         self.recompute = recompute
         self.input_layernorm = build.norm(build.config.hidden_size)
-        self.self_attention = SelfAttention(build, f"{prefix}self_attention.")
+        self.self_attention = SelfAttention(build, layer)
         self.pre_mlp_layernorm = build.norm(build.config.hidden_size)
-        self.mlp = MLP(build, f"{prefix}mlp.")
+        self.mlp = MLP(build, f"{layer_prefix(layer)}mlp.")
         self.tensor = build.tensor
         if build.shard is not None:
             build.shard(self)

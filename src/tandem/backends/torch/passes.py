@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tandem.backends.passes import WeightedBatch, follow, trained_rows
+from tandem.backends.torch.attention import Attention
 from tandem.backends.torch.data_parallel import Sharing
 from tandem.backends.torch.loss import cross_entropy_and_gradient, token_losses
 from tandem.backends.torch.model import GPTModel, Inputs, prepare
@@ -74,9 +75,10 @@ class Passes:
         return losses
 
     @torch.no_grad()
-    def hidden(self, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:
-        """The input of the head, on a rank with the whole model."""
-        return self._output(0, batch, rows)
+    def hidden(self, batch: MicroBatch, rows: torch.Tensor | None, attention: Attention | None = None) -> torch.Tensor:
+        """The input of the head, on a rank with all layers. `attention` default: within documents."""
+        output: torch.Tensor = self.chunks[0](self._prepare(batch, attention), None, rows)
+        return output
 
     def named_modules(self, shards: Iterable[Shard]) -> Iterator[tuple[str, nn.Module]]:
         """By global name, every module that holds weights of these shards, itself or in its modules."""
@@ -130,8 +132,8 @@ class Passes:
         x = torch.empty(tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
         return self.pipeline.receive(source, True, x).requires_grad_(torch.is_grad_enabled())
 
-    def _prepare(self, batch: MicroBatch) -> Inputs:
-        return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor)
+    def _prepare(self, batch: MicroBatch, attention: Attention | None = None) -> Inputs:
+        return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor, attention)
 
     def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The positions whose labels count (None for all), and their labels."""

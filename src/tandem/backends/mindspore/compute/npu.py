@@ -99,9 +99,7 @@ def attention(
     mask = Tensor(np.triu(np.ones((_MASK_SIZE, _MASK_SIZE), np.uint8), 1))
 
     def prepared(x: Tensor, gamma: Sequence[Tensor]) -> Tensor:
-        normed = ops.rms_norm(x, gamma[0], config.norm_epsilon)[0] if gamma else x
-        first, second = mint.split(normed, head // 2, -1)
-        return (normed * cos + mint.cat((-second, first), -1) * sin).astype(half)
+        return rotated(x, gamma, cos, sin, config).astype(half)
 
     def function(qkv: Tensor, *gammas: Tensor) -> Tensor:
         by_group = qkv.reshape(tokens, groups, heads // groups + 2, head)
@@ -122,6 +120,13 @@ def attention(
         return out.reshape(tokens, heads * head).astype(qkv.dtype)
 
     return _differentiable(function, qkv, [norm for norm in (q_norm, k_norm) if norm is not None])
+
+
+def rotated(x: Tensor, gamma: Sequence[Tensor], cos: Tensor, sin: Tensor, config: ModelConfig) -> Tensor:
+    """Heads x [..., d], normalised where there is a gamma [d], and rotated by angles of the same number of axes."""
+    normed = ops.rms_norm(x, gamma[0], config.norm_epsilon)[0] if gamma else x
+    first, second = mint.split(normed, config.kv_channels // 2, -1)
+    return normed * cos + mint.cat((-second, first), -1) * sin
 
 
 def token_losses(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> np.ndarray:

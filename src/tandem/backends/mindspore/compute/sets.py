@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tandem.backends.mindspore.compute import npu, npu_adapters
-from tandem.backends.mindspore.compute.cpu import adapters, attention, buckets, functional, loss
+from tandem.backends.mindspore.compute import npu, npu_adapters, npu_session
+from tandem.backends.mindspore.compute.cpu import adapters, attention, buckets, functional, loss, session
 from tandem.backends.mindspore.device import prepare
 from tandem.backends.mindspore.kernels import Kernels
 
@@ -17,6 +17,8 @@ CPU = Kernels(
     rms_norm=functional.rms_norm,
     swiglu=functional.swiglu,
     attention=attention.attention,
+    new_cache=session.new_cache,
+    attention_over_kept=session.attention_over_kept,
     token_losses=loss.token_losses,
     cross_entropy_and_gradient=loss.cross_entropy_and_gradient,
     zeros=functional.zeros,
@@ -44,6 +46,8 @@ NPU = Kernels(
     rms_norm=npu.rms_norm,
     swiglu=npu.swiglu,
     attention=npu.attention,
+    new_cache=npu_session.new_cache,
+    attention_over_kept=npu_session.attention_over_kept,
     token_losses=npu.token_losses,
     cross_entropy_and_gradient=npu.cross_entropy_and_gradient,
     zeros=npu.zeros,

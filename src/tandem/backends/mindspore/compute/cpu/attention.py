@@ -41,20 +41,20 @@ def attention(
     per_group = config.num_attention_heads // groups
     rows = qkv.asnumpy().reshape(tokens, groups, per_group + 2, head)
     result, out = empty(tokens, groups * per_group * head, dtype=qkv.dtype)
-    out = _by_group(out, groups, head)
+    out = grouped(out, groups, head)
     cos, sin = documents.cos.asnumpy(), documents.sin.asnumpy()
     bounds = documents.cu_seqlens.tolist()
     parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
 
-    def heads_of(part: slice) -> _Heads:
-        return _Heads(single(rows[part]), q_norm, k_norm, cos[part], sin[part], config.norm_epsilon)
+    def heads_of(part: slice) -> Heads:
+        return Heads(single(rows[part]), q_norm, k_norm, cos[part], sin[part], config.norm_epsilon)
 
-    log_sum_exp = [_forward(heads_of(part), out[:, :, part]) for part in parts]
+    log_sum_exp = [forward(heads_of(part), out[:, :, part]) for part in parts]
 
     def backward(gradient: Tensor) -> Tensor:
         d_qkv, d_rows = empty(*qkv.shape, dtype=qkv.dtype)
         d_rows = d_rows.reshape(rows.shape)
-        d_out = _by_group(gradient.asnumpy(), groups, head)
+        d_out = grouped(gradient.asnumpy(), groups, head)
         for part, document_log_sum_exp in zip(parts, log_sum_exp):
             heads = heads_of(part)
             document_out, document_d_out = single(out[:, :, part]), single(d_out[:, :, part])
@@ -66,12 +66,12 @@ def attention(
     return result, backward
 
 
-def _by_group(rows: np.ndarray, groups: int, head: int) -> np.ndarray:
+def grouped(rows: np.ndarray, groups: int, head: int) -> np.ndarray:
     """[t, A * d] seen as [G, A/G, t, d]."""
     return rows.reshape(len(rows), groups, -1, head).transpose(1, 2, 0, 3)
 
 
-class _Heads:
+class Heads:
     """Queries, keys and values of one document of s tokens, per head, ready for the products.
 
     queries [G, A/G, s, d] (normalised, rotated and divided by sqrt(d)), keys [G, s, d], values [G, s, d].
@@ -120,6 +120,15 @@ class _Heads:
                 rotated.norm.add_gradient(Tensor.from_numpy(sum(parts[1:], parts[0])))
 
 
+@dataclass(frozen=True)
+class SomeHeads:
+    """Those of some tokens of `Heads`, in the same shapes."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+
+
 class _Rotated:
     """Norm and rotary embedding of heads [G, n, s, d]. Each call computes a slice of the groups."""
 
@@ -158,7 +167,7 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) ->
     out[..., half:] += x[..., :half] * sin[:, half:]
 
 
-def _row_blocks(heads: _Heads) -> list[slice]:
+def _row_blocks(heads: Heads | SomeHeads) -> list[slice]:
     tokens = heads.keys.shape[1]
     return [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
 
@@ -169,7 +178,7 @@ class _Block:
     query [G, A/G * rows, d]; keys and values [G, rows.stop, d].
     """
 
-    def __init__(self, heads: _Heads, rows: slice) -> None:
+    def __init__(self, heads: Heads | SomeHeads, rows: slice) -> None:
         self.rows = rows
         self.groups, self.per_group, _, self.head = heads.queries.shape
         self.query = self.stack(heads.queries)
@@ -186,7 +195,7 @@ class _Block:
         return tensor.asnumpy().reshape(self.groups, self.per_group, self.rows.stop - self.rows.start, -1)
 
 
-def _forward(heads: _Heads, out: np.ndarray) -> np.ndarray:
+def forward(heads: Heads | SomeHeads, out: np.ndarray) -> np.ndarray:
     """Write one document's output [G, A/G, s, d]; returns the log-sum-exp of its scores, [G, A/G, s, 1]."""
     log_sum_exp = np.empty((*heads.queries.shape[:3], 1), np.float32)
     for rows in _row_blocks(heads):
@@ -217,14 +226,14 @@ def _forward_block(block: _Block, out: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Gradients:
-    """Gradients of `_Heads`, in the same shapes."""
+    """Gradients of `Heads`, in the same shapes."""
 
     queries: np.ndarray
     keys: np.ndarray
     values: np.ndarray
 
 
-def _backward(heads: _Heads, out: np.ndarray, log_sum_exp: np.ndarray, d_out: np.ndarray) -> _Gradients:
+def _backward(heads: Heads, out: np.ndarray, log_sum_exp: np.ndarray, d_out: np.ndarray) -> _Gradients:
     """Gradients of one document's heads; `out` and `d_out` are [G, A/G, s, d]."""
     dots = np.einsum("grsd,grsd->grs", d_out, out)[..., None]
     gradients = _Gradients(
