@@ -14,6 +14,7 @@ from tandem.data.kinds import (
     KINDS,
     PREFERENCES,
     TEXT,
+    UNPAIRED,
     Kind,
     dataset_of_pair,
     datasets_in_folder_of,
@@ -31,8 +32,9 @@ RECORDS = {
     TEXT: {"text": "some text"},
     CONVERSATIONS: {"instruction": "Q", "output": "A"},
     PREFERENCES: {"instruction": "Q", "chosen": "good", "rejected": "bad"},
+    UNPAIRED: {"instruction": "Q", "output": "A", "label": True},
 }
-NEEDED = {TEXT: {}, CONVERSATIONS: {"prompt_type": "qwen3"}, PREFERENCES: {"prompt_type": "qwen3"}}
+NEEDED = {kind: {} if kind is TEXT else {"prompt_type": "qwen3"} for kind in KINDS}
 # Of each option that some kind does not use, a value that is not the default; with what that value needs.
 GIVEN = {
     "enable_thinking": {"enable_thinking": "true"},
@@ -127,5 +129,7 @@ def test_every_option_that_some_kind_does_not_use_is_tried_here() -> None:
 def test_every_handler_says_its_kind() -> None:
     kinds = {name: make_handler(name).kind for name in HANDLER_NAMES if name != LLAMA_FACTORY}
     assert {name for name, kind in kinds.items() if kind is TEXT} == {n for n in kinds if n.endswith("PretrainHandler")}
-    assert {name for name, kind in kinds.items() if kind is PREFERENCES} == {n for n in kinds if "Pairwise" in n}
+    pairs = {name for name, kind in kinds.items() if kind is PREFERENCES}
+    assert pairs == {name for name in kinds if "Pairwise" in name} | {"PreferenceHandler"}
+    assert {name for name, kind in kinds.items() if kind is UNPAIRED} == {n for n in kinds if "Unpaired" in n}
     assert set(kinds.values()) == set(KINDS)

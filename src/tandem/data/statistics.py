@@ -68,13 +68,15 @@ class DataView:
         self.kind = kind_of(self.data_path) or TEXT
         may_be_packed = _is_packed(self.data_path) if packed is None else packed
         self._columns = _stored_columns(self.data_path, self.kind, may_be_packed)
+        self._numbers = {key: IndexedDataset(self.kind.pair(self.data_path, key)) for key in self.kind.numbers}
 
     def __len__(self) -> int:
         return sum(len(column.ids) for column in self._columns)
 
     def title(self, index: int) -> str:
         number, column = divmod(index, len(self._columns))
-        return f"sample {number} {self._columns[column].name}".rstrip()
+        numbers = "".join(f", {key} {int(values[number][0])}" for key, values in self._numbers.items())
+        return f"sample {number} {self._columns[column].name}".rstrip() + numbers
 
     def spans(self, index: int, tokenizer: Tokenizer) -> list[Span]:
         """The text of sample `index`, without the padding at its end."""

@@ -14,7 +14,6 @@ from tandem.data.handlers.conversations import (
     PromptCompletionHandler,
     SharegptStyleInstructionHandler,
 )
-from tandem.data.handlers.preferences import AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler
 from tandem.data.handlers.registry import detect_handler, make_handler
 from tandem.data.handlers.text import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
 from tandem.data.templates.messages import Message, ToolCall
@@ -278,45 +277,6 @@ def test_sharegpt_tags() -> None:
             SharegptStyleInstructionHandler().messages({"conversations": [bad]})
 
 
-PREFERENCE = {"instruction": "I", "input": "x", "chosen": "good", "rejected": "bad"}
-
-
-def test_pairwise_alpaca() -> None:
-    handler = AlpacaStylePairwiseHandler()
-    user = Message("user", "I\nx")
-    expected = ([user, Message("assistant", "good")], [user, Message("assistant", "bad")])
-    assert handler.pair(PREFERENCE) == expected
-    lists = {**PREFERENCE, "chosen": ["good", "bad"], "rejected": ["good", "bad"]}
-    assert handler.pair(lists) == expected  # upstream takes the first of one and the second of the other
-    renamed = AlpacaStylePairwiseHandler({"prompt": "q", "query": "", "system": "s", "chosen": "c", "rejected": "r"})
-    chosen, rejected = renamed.pair({"q": "Q", "s": "S", "c": "1", "r": "2"})
-    assert [m.content for m in chosen + rejected] == ["S", "Q", "1", "S", "Q", "2"]
-    for bad, reason in (("rejected", "field 'rejected'.*is missing"), ("chosen", "field 'chosen'.*is missing")):
-        with pytest.raises(UserError, match=reason):
-            handler.pair({name: value for name, value in PREFERENCE.items() if name != bad})
-    with pytest.raises(UserError, match=r"a string at 1, found list \['bad'\]"):
-        handler.pair({**PREFERENCE, "rejected": ["bad"]})
-
-
-def test_pairwise_sharegpt() -> None:
-    turn = {"from": "human", "value": "U"}
-    record = {
-        "conversations": [turn],
-        "chosen": {"from": "gpt", "value": "good"},
-        "rejected": {"from": "gpt", "value": "bad"},
-    }
-    handler = SharegptStylePairwiseHandler()
-    user = Message("user", "U")
-    expected = ([user, Message("assistant", "good")], [user, Message("assistant", "bad")])
-    assert handler.pair(record) == expected
-    with pytest.raises(UserError, match="field 'rejected': expected a turn of the assistant, found a turn of 'user'"):
-        handler.pair({**record, "rejected": turn})
-    with pytest.raises(UserError, match="field 'chosen': expected an object with from and value, found str"):
-        handler.pair({**record, "chosen": "good"})
-    assert detect_handler(record, ("text",), None) == ("SharegptStylePairwiseHandler", None)
-    assert detect_handler({**PREFERENCE, "output": "O"}, ("text",), None) == ("AlpacaStylePairwiseHandler", None)
-
-
 def test_pretrain_wrappers() -> None:
     (text,) = AlpacaPretrainHandler().texts({"instruction": "I", "input": "x", "output": "O"})
     assert text.endswith("request.\n\n### Instruction:\nI\n\n### Input:\nx\n\n### Response: ASSISTANT: O")
@@ -346,7 +306,7 @@ def test_detection() -> None:
     openai = {"conversations": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]}
     name, map_keys = detect_handler(openai, ("text",), {"system": "s"})
     assert (name, map_keys) == ("OpenAIInstructionHandler", {"system": "s", "messages": "conversations"})
-    with pytest.raises(UserError, match=r"fields \['body'\] fit no handler"):
+    with pytest.raises(UserError, match=r"fields \['body'\] fit no handler.*chosen and rejected"):
         detect_handler({"body": "x"}, ("text",), None)
 
 

@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "bot"},
         },
         "hub": {"hf_hub_url": "x/y"},
-        "pairs": {"file_name": "one.jsonl", "ranking": True},
+        "pairs": {"file_name": "one.jsonl", "ranking": True, "columns": {"prompt": "instruction", "chosen": "output"}},
         "pictures": {"file_name": "one.jsonl", "columns": {"images": "x"}},
         "few": {"file_name": "one.jsonl", "num_samples": 2},
         "sha1": {
@@ -107,6 +107,51 @@ def test_what_an_entry_says_is_heard(folder: Path) -> None:
     assert len(questions(folder, run(folder, "sha1"))) == 3
 
 
+def test_preferences_of_dataset_info(folder: Path) -> None:
+    """The entries of LLaMA-Factory's documentation: `ranking`, and `kto_tag` among the columns."""
+    turns = [{"from": "human", "value": "b0"}, *({"from": "gpt", "value": text} for text in ("good", "bad"))]
+    openai = [{"role": "user", "content": "c0"}, {"role": "assistant", "content": "good"}]
+    rows: dict[str, dict[str, Any]] = {
+        "alpaca": {"instruction": "a0", "input": "", "good": "good", "rejected": "bad", "past": [["1", "2"]]},
+        "sharegpt": {"conversations": turns[:1], "chosen": turns[1], "rejected": turns[2]},
+        "kto": {"instruction": "d0", "output": "good", "tag": False},
+        "chat": {"messages": openai, "label": True},
+    }
+    for name, row in rows.items():
+        write_jsonl(folder / f"{name}.jsonl", row)
+    roles = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    alpaca = {"prompt": "instruction", "query": "input", "chosen": "good", "rejected": "rejected", "history": "past"}
+    columns: dict[str, dict[str, Any]] = {
+        "alpaca": {"ranking": True, "columns": alpaca},
+        "sharegpt": {
+            "formatting": "sharegpt",
+            "ranking": True,
+            "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+        },
+        "kto": {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "tag"}},
+        "chat": {
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages", "kto_tag": "label"},
+            "tags": roles,
+        },
+    }
+    info = {name: {"file_name": f"{name}.jsonl", **entry} for name, entry in columns.items()}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    pairs, tokenizer = run(folder, "alpaca,sharegpt", mix_strategy="interleave_under"), Tokenizer(folder / "tokenizer")
+    assert pairs.handlers == ("AlpacaStylePairwiseHandler", "SharegptStylePairwiseHandler")
+    for side, answer in (("chosen", "good"), ("rejected", "bad")):
+        ids, labels = (IndexedDataset(pairs.prefixes[f"{side}_{what}"]) for what in ("input_ids", "labels"))
+        texts = [tokenizer.decode(sequence) for sequence in ids]
+        assert ["a0" in texts[0], "1<|im_end|>" in texts[0], "b0" in texts[1]] == [True] * 3
+        trained = [tokenizer.decode(sequence[sequence != IGNORE]) for sequence in labels]
+        assert trained == [f"{answer}<|im_end|>\n"] * 2
+    (folder / "out.json").unlink()
+    unpaired = run(folder, "kto,chat")
+    assert unpaired.handlers == ("AlpacaStyleUnpairedHandler", "SharegptStyleUnpairedHandler")
+    assert [number.tolist() for number in IndexedDataset(unpaired.prefixes["completion_desirable"])] == [[0], [1]]
+    assert unpaired.noticed == {"desirable": 1, "undesirable": 1}
+
+
 def test_interleaved(folder: Path) -> None:
     under = run(folder, mix_strategy="interleave_under")
     assert questions(folder, under) == ["a0", "b0", "a1", "b1", "a2", "b2"]
@@ -141,7 +186,12 @@ def test_interleaving_does_not_depend_on_being_interrupted(folder: Path, monkeyp
         ("three", {}, r"no dataset 'three'; the file has \['both', 'few', 'hub', "),
         (",", {}, "--input names no dataset"),
         ("hub", {}, "dataset 'hub': file_name is missing, and only local files are read"),
-        ("pairs", {}, "dataset 'pairs': ranking data are preferences"),
+        ("pairs", {}, r"one\.jsonl:1: field 'rejected' \(map_keys 'rejected'\) is missing"),
+        (
+            "one,pairs",
+            {},
+            "AlpacaStylePairwiseHandler reads preferences, and Alp.* conversations; preprocess them apart",
+        ),
         ("pictures", {}, r"dataset 'pictures': columns \['images'\] are not read"),
         ("other", {}, r"dataset 'other': file_sha1 is '0', but that of .*one\.jsonl"),
         ("typo", {}, "dataset 'typo': 'colums' is not known here.*did you mean 'columns'"),

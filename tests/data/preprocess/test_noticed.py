@@ -65,9 +65,10 @@ def test_what_is_not_read_is_named(tmp_path: Path, tokenizer: Path, capsys: pyte
     record = {"instruction": "I", "output": "O", "system": "S", "label": False, "images": ["a.png"], "note": ""}
     source = write_jsonl(tmp_path / "x.jsonl", record, record)
     words = ["--input", str(source), "--output-prefix", str(tmp_path / "x"), "--tokenizer-name-or-path", str(tokenizer)]
+    words += ["--handler-name", "AlpacaStyleInstructionHandler"]  # else a row with a label is an unpaired preference
     assert main(["preprocess", *words]) == 0
     out = capsys.readouterr().out
-    assert "read with AlpacaStyleInstructionHandler, recognised by the first record" in out
+    assert "read with AlpacaStyleInstructionHandler, with prompt type chat_template\n" in out
     assert "not read: system, label, images\n" in out
     assert """--map-keys '{"system": "system"}' reads system""" in out
     assert "label: rows with a false label are trained" in out

@@ -50,6 +50,12 @@ RECORDS: dict[str, Any] = {
         "chosen": {"from": "gpt", "value": "good"},
         "rejected": {"from": "gpt", "value": "bad"},
     },
+    "PreferenceHandler": {
+        "prompt": [CHAT[0]],
+        "chosen": [CALL, {"role": "tool", "content": "3"}, CHAT[1]],
+        "rejected": "x",
+    },
+    "OpenAIUnpairedHandler": {"messages": CHAT, "label": False},
 }
 
 MARKS = ["\ue0000\ue001", "\ue000999\ue001"]  # as the prompt type chat_template puts them into a text

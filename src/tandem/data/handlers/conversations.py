@@ -41,6 +41,11 @@ class InstructionHandler:
             if name in self.defaults and not isinstance(column, str):
                 raise UserError(f"map_keys {name!r}: expected the name of a field, found {described(column)}")
 
+    @classmethod
+    def fits(cls, record: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+        """Whether a record may be of this form. `columns` are `defaults` with what `map_keys` renames."""
+        return all(columns[name] in record for name in cls.needed)
+
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         """The messages of a record, as it has them: neighbours of one role are not joined.
 
@@ -133,7 +138,7 @@ class InstructionHandler:
 
 
 class AlpacaStyleInstructionHandler(InstructionHandler):
-    """`instruction`, `input`, `output`; `system` and `history` (pairs of texts) where `map_keys` names them."""
+    """`instruction`, `input`, `output`; where `map_keys` names them `system`, `tools` and `history`, pairs of texts."""
 
     defaults: ClassVar[dict[str, str]] = {
         "prompt": "instruction",
@@ -141,6 +146,7 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
         "response": "output",
         "system": "",
         "history": "",
+        "tools": "",
         "chat_template_kwargs": "chat_template_kwargs",
     }
     needed: ClassVar[tuple[str, ...]] = ("prompt", "response")
@@ -169,9 +175,14 @@ class AlpacaStyleInstructionHandler(InstructionHandler):
 
 
 class EntriesHandler(InstructionHandler):
-    """Base of the handlers whose records hold a list with an entry for each message."""
+    """Base of the handlers whose records hold a list with an entry for each message.
+
+    Attributes:
+        lists: the keys of `defaults` whose fields hold messages; by default all that are needed.
+    """
 
     needed: ClassVar[tuple[str, ...]] = ("messages",)
+    lists: ClassVar[tuple[str, ...]] = ()
     _entry: ClassVar[str] = "message"  # what an error calls an entry
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
@@ -180,10 +191,10 @@ class EntriesHandler(InstructionHandler):
     def unread(self, record: Mapping[str, Any]) -> Iterator[str]:
         """Also what the entries of messages hold, as `messages[].name`."""
         yield from super().unread(record)
-        for name in self.needed:
+        for name in self.lists or self.needed:
             column = self._columns[name]
             values = record.get(column)
-            for entry in values if isinstance(values, list) else ():
+            for entry in values if isinstance(values, list) else [values]:
                 if isinstance(entry, dict) and not entry.keys() <= self._keys_of_entry:
                     others = (key for key in entry if key not in self._keys_of_entry and not is_empty(entry[key]))
                     yield from (f"{column}[].{key}" for key in others)
@@ -194,9 +205,9 @@ class EntriesHandler(InstructionHandler):
         names = ("role", "content", "tool_calls", "function_call", "tool_call_id")
         return frozenset({*names, *entries.THOUGHTS, *entries.WEIGHTS})
 
-    def _messages(self, record: Mapping[str, Any], name: str) -> list[Message]:
+    def _messages(self, record: Mapping[str, Any], name: str, of: str = "messages") -> list[Message]:
         column = self._columns[name]
-        numbered = enumerate(self._list(record, name, "messages"), start=1)
+        numbered = enumerate(self._list(record, name, of), start=1)
         return [self._message(f"field {column!r}, {self._entry} {number}", entry) for number, entry in numbered]
 
     def _message(self, place: str, entry: Any) -> Message:
@@ -320,6 +331,13 @@ class OpenAIInstructionHandler(EntriesHandler):
             content = ""  # as OpenAI writes it
         return entries.message_of(role, content, f"{place}: content", entry, place, calls)
 
+    def _side(self, record: Mapping[str, Any], name: str, role: str) -> list[Message]:
+        """A field with a text, which is a message of `role`, with a message, or with a list of messages."""
+        value = record.get(self._columns[name])
+        if isinstance(value, dict):
+            return [self._message(f"field {self._columns[name]!r}", value)]
+        return [Message(role, value)] if isinstance(value, str) else self._messages(record, name, "messages, or a text")
+
 
 class PromptCompletionHandler(OpenAIInstructionHandler):
     """`prompt` and `completion`: two texts, or two lists of messages as OpenAI's; `tools`. The completion is trained.
@@ -342,7 +360,3 @@ class PromptCompletionHandler(OpenAIInstructionHandler):
             for message in self._side(record, "prompt", "user")
         ]
         return self._with_system(record, [*before, *self._side(record, "completion", "assistant")])
-
-    def _side(self, record: Mapping[str, Any], name: str, role: str) -> list[Message]:
-        value = record.get(self._columns[name])
-        return [Message(role, value)] if isinstance(value, str) else self._messages(record, name)

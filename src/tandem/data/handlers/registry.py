@@ -13,7 +13,16 @@ from tandem.data.handlers.conversations import (
     SharegptStyleInstructionHandler,
 )
 from tandem.data.handlers.entries import parse_json
-from tandem.data.handlers.preferences import AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler
+from tandem.data.handlers.preferences import (
+    AlpacaStylePairwiseHandler,
+    AlpacaStyleUnpairedHandler,
+    OpenAIPairwiseHandler,
+    OpenAIUnpairedHandler,
+    PreferenceHandler,
+    SharegptStylePairwiseHandler,
+    SharegptStyleUnpairedHandler,
+    UnpairedPreferenceHandler,
+)
 from tandem.data.handlers.text import AlpacaPretrainHandler, GeneralPretrainHandler, SharegptPretrainHandler
 from tandem.errors import UserError, nearest
 
@@ -31,12 +40,28 @@ _INSTRUCTIONS: dict[str, type[InstructionHandler]] = {
         PromptCompletionHandler,
     )
 }
-_PAIRS: dict[str, type[InstructionHandler]] = {
-    handler.__name__: handler for handler in (AlpacaStylePairwiseHandler, SharegptStylePairwiseHandler)
+_PREFERENCES: dict[str, type[InstructionHandler]] = {
+    handler.__name__: handler
+    for handler in (
+        AlpacaStylePairwiseHandler,
+        SharegptStylePairwiseHandler,
+        OpenAIPairwiseHandler,
+        PreferenceHandler,
+        AlpacaStyleUnpairedHandler,
+        SharegptStyleUnpairedHandler,
+        OpenAIUnpairedHandler,
+        UnpairedPreferenceHandler,
+    )
 }
-_CONVERSATIONS = {**_PAIRS, **_INSTRUCTIONS}  # where a record fits several, the first one counts
+_CONVERSATIONS = {**_PREFERENCES, **_INSTRUCTIONS}  # where a record fits several, the first one counts
+# Handlers of the same fields, by what the entries of messages are called: `from` and `value`, or `role` and `content`.
+_BY_TAGS: dict[type[InstructionHandler], type[InstructionHandler]] = {
+    SharegptStylePairwiseHandler: OpenAIPairwiseHandler,
+    SharegptStyleUnpairedHandler: OpenAIUnpairedHandler,
+    SharegptStyleInstructionHandler: OpenAIInstructionHandler,
+}
 LLAMA_FACTORY = "LlamaFactoryInstructionHandler"  # whose datasets each have a handler of their own
-HANDLER_NAMES = [*_TEXTS, *_INSTRUCTIONS, *_PAIRS, LLAMA_FACTORY]
+HANDLER_NAMES = [*_TEXTS, *_INSTRUCTIONS, *_PREFERENCES, LLAMA_FACTORY]
 
 
 def make_handler(name: str, json_keys: Sequence[str] = ("text",), map_keys: Mapping[str, Any] | None = None) -> Handler:
@@ -70,19 +95,26 @@ def detect_handler(
     """
     for name, handler in _CONVERSATIONS.items():
         columns = {**handler.defaults, **(map_keys or {})}
-        if all(columns[key] in record for key in handler.needed):
-            return _by_tags(record, columns, map_keys) if handler.needed == ("messages",) else (name, map_keys)
+        if handler.fits(record, columns):
+            for tagged, plain in _BY_TAGS.items():
+                if handler in (tagged, plain):
+                    return _by_tags(record, columns, map_keys, tagged, plain)
+            return name, map_keys
     if all(key in record for key in json_keys):
         return GeneralPretrainHandler.__name__, map_keys
     raise UserError(
         f"fields {sorted(record)} fit no handler. Expected {list(json_keys)} (plain text), instruction and output "
-        f"(alpaca), conversations (ShareGPT), messages (OpenAI), prompt and completion. Name fields with json_keys or "
-        f"map_keys, or choose a handler_name of {HANDLER_NAMES}"
+        f"(alpaca), conversations (ShareGPT), messages (OpenAI), prompt and completion, chosen and rejected "
+        f"(preferences). Name fields with json_keys or map_keys, or choose a handler_name of {HANDLER_NAMES}"
     )
 
 
 def _by_tags(
-    record: Mapping[str, Any], columns: Mapping[str, Any], map_keys: Mapping[str, Any] | None
+    record: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    map_keys: Mapping[str, Any] | None,
+    sharegpt: type[InstructionHandler],
+    openai: type[InstructionHandler],
 ) -> tuple[str, Mapping[str, Any] | None]:
     """ShareGPT, if `map_keys` has tags or the first message has `from`; else OpenAI."""
     column = columns["messages"]
@@ -91,6 +123,6 @@ def _by_tags(
         messages = parse_json(messages, f"field {column!r}")
     first = messages[0] if isinstance(messages, list) and messages else None
     tagged = isinstance(first, dict) and "role" not in first and "from" in first
-    handler = SharegptStyleInstructionHandler if tagged or "tags" in (map_keys or {}) else OpenAIInstructionHandler
+    handler = sharegpt if tagged or "tags" in (map_keys or {}) else openai
     renamed = {} if column == handler.defaults["messages"] else {"messages": column}
     return handler.__name__, {**(map_keys or {}), **renamed} or None

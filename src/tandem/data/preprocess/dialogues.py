@@ -1,4 +1,4 @@
-"""Tokenising a block of conversations or preferences: the work of each worker of preprocessing."""
+"""Tokenising a block of conversations: the work of each worker of preprocessing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.handlers.conversations import InstructionHandler
-from tandem.data.handlers.preferences import PairwiseHandler
-from tandem.data.kinds import CONVERSATIONS, PREFERENCES
+from tandem.data.kinds import CONVERSATIONS
 from tandem.data.preprocess.chunks import TOO_LONG, ChunkTokenizer, OverLongError, TokenizedChunk, mapped_key
 from tandem.data.preprocess.noticed import of_conversation
 from tandem.data.templates.conversations import Conversations, with_ends
@@ -116,7 +115,7 @@ class InstructionTokenizer(MessagesTokenizer):
         texts = [self.texts(document) for document in documents]
         for document in documents:
             chunk.noticed.update(document.noticed)
-        chunk.hashes = np.array([_hash(pieces) for pieces in texts], np.uint64)
+        chunk.hashes = np.array([hash_of(pieces) for pieces in texts], np.uint64)
         encoded = self._encode([text for pieces in texts for text in pieces], chunk)
         conversations = Conversations([document.turns for document in documents], *encoded)
         if self._over_long == "stop":
@@ -143,60 +142,6 @@ class InstructionTokenizer(MessagesTokenizer):
         chunk.counts["trained_tokens"] = int(np.count_nonzero(labels != IGNORE))
 
 
-class PairTokenizer(MessagesTokenizer):
-    """Preferences: two sequences each, the masked prompt with the chosen answer, and with the rejected one.
-
-    If either is too long for `seq_length`, both are left out, as upstream does, unless `over_long` is "stop".
-    """
-
-    output_keys = PREFERENCES.keys
-
-    def __init__(
-        self,
-        engine: Engine,
-        special: SpecialTokens,
-        spells: bool,
-        handler: PairwiseHandler,
-        template: Template,
-        seq_length: int | None,
-        over_long: str = "drop",
-    ) -> None:
-        super().__init__(engine, special, spells)
-        self._over_long = over_long
-        self._handler = handler
-        self._template = template
-        self._room = room_for(seq_length)
-
-    def read(self, record: dict[str, Any], source: int) -> tuple[list[Turn], list[Turn]]:
-        template, tools = self._template_for(self._handler, record), self._handler.tools(record)
-        pair = [self._spelled(messages, tools) for messages in self._handler.pair(record)]
-        chosen, rejected = (template.last_answer(join_neighbours(messages), tools) for messages, tools in pair)
-        return chosen, rejected
-
-    def _handler_of(self, source: int) -> InstructionHandler:
-        return self._handler
-
-    def texts(self, document: tuple[list[Turn], list[Turn]]) -> list[str]:
-        return [text for turns in document for text in texts_of(turns)]
-
-    def _tokenize(self, documents: list[tuple[list[Turn], list[Turn]]], chunk: TokenizedChunk) -> None:
-        texts = [text for document in documents for text in self.texts(document)]
-        both = Conversations([turns for document in documents for turns in document], *self._encode(texts, chunk))
-        longer = both.lengths.reshape(-1, 2).max(axis=1)
-        if self._over_long == "stop":
-            require_room(longer, self._room)
-        short = longer <= self._room
-        both.keep_only(np.repeat(short, 2))
-        chunk.dropped[TOO_LONG] = int(np.count_nonzero(~short))
-        for position, columns in enumerate(PREFERENCES.columns):
-            ids, labels, lengths = both.every_other(position)
-            chunk.columns[columns.ids] = ids, lengths
-            chunk.columns[columns.labels] = labels, lengths
-        chunk.counts["kept"] = int(np.count_nonzero(short))
-        chunk.counts["tokens"] = both.ids.size
-        chunk.counts["trained_tokens"] = int(np.count_nonzero(both.labels != IGNORE))
-
-
 def room_for(seq_length: int | None) -> int:
     """The most tokens that a conversation may have: upstream reserves one position of `seq_length`."""
     return int(np.iinfo(np.int64).max) if seq_length is None else seq_length - 1
@@ -208,7 +153,7 @@ def require_room(lengths: np.ndarray, room: int) -> None:
         raise OverLongError(document, int(lengths[document]), room)
 
 
-def _hash(texts: Sequence[str]) -> int:
+def hash_of(texts: Sequence[str]) -> int:
     """A hash of 64 bits of a conversation, which is the same in every process."""
     content = "\0".join(texts).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

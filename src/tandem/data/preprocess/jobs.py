@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from tandem.data.handlers.conversations import InstructionHandler
-from tandem.data.handlers.preferences import PairwiseHandler
+from tandem.data.handlers.preferences import AnswersHandler
 from tandem.data.handlers.text import GeneralPretrainHandler
-from tandem.data.kinds import CONVERSATIONS, KINDS, PREFERENCES, TEXT, Kind
+from tandem.data.kinds import CONVERSATIONS, KINDS, PREFERENCES, TEXT, UNPAIRED, Kind
+from tandem.data.preprocess.answers import AnswersTokenizer
 from tandem.data.preprocess.chunks import ChunkTokenizer, PretrainTokenizer
-from tandem.data.preprocess.dialogues import InstructionTokenizer, PairTokenizer
+from tandem.data.preprocess.dialogues import InstructionTokenizer
 from tandem.data.preprocess.options import PreprocessOptions, require
 from tandem.data.sources.sources import Source
 from tandem.data.templates.catalog import get_template
@@ -30,6 +31,12 @@ def job_of(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tok
         UserError: an option is not for this kind of data, or the tokenizer does not have a token that is needed.
     """
     kind = sources[0].handler.kind
+    for source in sources:
+        require(
+            source.handler.kind is kind,
+            f"{source.files[0]}: {source.handler_name} reads {source.handler.kind.name}, and {sources[0].handler_name} "
+            f"reads {kind.name}; preprocess them apart",
+        )
     _require_used(options, kind, sources[0].handler_name)
     return _JOBS[kind](options, sources, tokenizer)
 
@@ -87,15 +94,13 @@ def _conversation_job(options: PreprocessOptions, sources: Sequence[Source], tok
     return job, template
 
 
-def _pair_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> Job:
-    handler = sources[0].handler
-    assert isinstance(handler, PairwiseHandler)
+def _answers_job(options: PreprocessOptions, sources: Sequence[Source], tokenizer: Tokenizer) -> Job:
     template, _ = _template(options, sources, tokenizer)
-    job = PairTokenizer(
+    job = AnswersTokenizer(
         TokenizersEngine(tokenizer, add_special_tokens=False),
         SpecialTokens(tokenizer),
         options.spells,
-        handler,
+        [source.handler for source in sources if isinstance(source.handler, AnswersHandler)],
         template,
         options.seq_length,
         options.over_long,
@@ -144,5 +149,6 @@ def template_of(options: PreprocessOptions, tokenizer: Tokenizer, handler_name: 
 _JOBS: dict[Kind, Callable[[PreprocessOptions, Sequence[Source], Tokenizer], Job]] = {
     TEXT: _text_job,
     CONVERSATIONS: _conversation_job,
-    PREFERENCES: _pair_job,
+    PREFERENCES: _answers_job,
+    UNPAIRED: _answers_job,
 }

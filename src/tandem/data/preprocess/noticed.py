@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.data.handlers.entries import WEIGHTS
-from tandem.data.templates.messages import Message, Turn, split_thought
+from tandem.data.handlers.preferences import Answers
+from tandem.data.templates.messages import EMPTY, Message, Turn, join_neighbours, split_thought
 from tandem.data.tokens.special import SpecialTokens
 
 _AS_SUCH = "which are encoded as such (--special-tokens-in-text text encodes their letters)"
@@ -22,6 +23,11 @@ _IN_WORDS = {
     "special": f"messages that spell special tokens, {_AS_SUCH}",
     "special tokens": f"special tokens that the texts spell, {_AS_SUCH}",
     "repeated": "conversations that occur again, and are trained again",
+    "equal answers": "pairs whose chosen and rejected answers are equal, which teach nothing",
+    "one thought": "pairs of an answer with a thought and one without, which teach to think or not to think",
+    "texts": f"rows of texts, written as messages of user and assistant (--prompt-type {EMPTY} adds nothing to them)",
+    "desirable": "desirable answers",
+    "undesirable": "undesirable answers",
 }
 _ONLY_TEXTS = "only texts are trained on, so answers about it are trained without it"
 _FALSE_LABELS = "rows with a false label are trained like the others; leave them out of the data"
@@ -61,6 +67,39 @@ def of_conversation(
             found["lost thoughts"] += thought.strip() not in text
             found["lost calls"] += sum(call.name not in text for call in message.tool_calls)
     return found
+
+
+def of_answers(
+    given: Answers, answers: Sequence[Sequence[Turn]], prompt_type: str, special: SpecialTokens | None
+) -> Counter[str]:
+    """What is noticed about a prompt and its answers. The prompt counts once.
+
+    Args:
+        answers: what the template made of each conversation.
+        special: as in `of_conversation`.
+    """
+    found: Counter[str] = Counter()
+    for number, (messages, turns) in enumerate(zip(given.answers, answers)):
+        conversation = [*given.prompt, *messages] if number == 0 else messages
+        found += of_conversation(conversation, join_neighbours(conversation), turns, special)
+    trained = [[piece for turn in turns for piece in turn.target] for turns in answers]
+    if len(trained) > 1:
+        found["equal answers"] += trained[0] == trained[1]
+        found["one thought"] += _thinks(trained[0]) != _thinks(trained[1])
+    found["texts"] += given.form == "texts" and prompt_type != EMPTY
+    if given.desirable is not None:
+        found["desirable" if given.desirable else "undesirable"] += 1
+    return found
+
+
+def _thinks(pieces: Sequence[str]) -> bool:
+    """Whether a trained answer has a thought that is not empty.
+
+    >>> _thinks(["<think>\\n\\n</think>\\n\\n", "4"])
+    False
+    """
+    thought, end, _ = "".join(pieces).partition("</think>")
+    return bool(end) and bool(thought.replace("<think>", "").strip())
 
 
 def told(unread: Mapping[str, int], readers: Mapping[str, str], noticed: Mapping[str, int]) -> list[str]:

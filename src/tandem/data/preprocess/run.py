@@ -105,6 +105,7 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     - plain text: `{output_prefix}_{key}_document` for each json key
     - conversations: `{output_prefix}_packed_{input_ids,attention_mask,labels}_document`
     - preferences: `{output_prefix}_packed_{chosen,rejected}_{input_ids,labels}_document`
+    - unpaired preferences: `{output_prefix}_packed_completion_{input_ids,labels,desirable}_document`
 
     Files get their final names only when everything is tokenised; the record comes last.
 
@@ -345,7 +346,7 @@ def _rewrite(
             columns["input_ids"], columns["labels"], options.seq_length, tokenizer.pad_id, options.neat_pack
         )
     else:
-        count = len(columns["input_ids"].lengths)
+        count = len(next(iter(columns.values())).lengths)
         rows = ({key: columns[key][index] for key in columns} for index in range(count))
     with ExitStack() as stack:
         writers = {key: stack.enter_context(IndexedWriter(prefix, np.int32)) for key, prefix in prefixes.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data.handlers.fields import described
+from tandem.data.handlers.preferences import KTO_TAG
 from tandem.data.handlers.registry import LLAMA_FACTORY, Handler, detect_handler, make_handler
 from tandem.data.sources.files import expand_input
 from tandem.data.sources.readers import Block, iter_blocks, parse_row
@@ -18,13 +19,15 @@ from tandem.errors import UserError, nearest
 from tandem.files.text import read_json
 
 DATASET_INFO = "dataset_info.json"
-# formatting of an entry -> its handler, and the names that its `columns` may have
+# formatting of an entry -> how the names of its handlers begin, and the names that its `columns` may have
 _FORMATS = {
-    "alpaca": ("AlpacaStyleInstructionHandler", ("prompt", "query", "response", "history", "system")),
-    "sharegpt": ("SharegptStyleInstructionHandler", ("messages", "system", "tools")),
-    "openai": ("OpenAIInstructionHandler", ("messages", "system", "tools")),
+    "alpaca": ("AlpacaStyle", ("prompt", "query", "history", "system", "tools")),
+    "sharegpt": ("SharegptStyle", ("messages", "system", "tools")),
+    "openai": ("OpenAI", ("messages", "system", "tools")),
 }
-_REQUIRED_COLUMNS = ("prompt", "response", "messages")
+_PAIR: tuple[str, ...] = ("chosen", "rejected")  # more names of those with `ranking`
+_ANSWER: dict[str, tuple[str, ...]] = {"alpaca": ("response",)}  # and of the others
+_REQUIRED_COLUMNS = ("prompt", "response", "messages", "chosen", "rejected")
 _KEYS = ("file_name", "formatting", "columns", "tags", "ranking", "num_samples", "file_sha1")  # of an entry
 _ELSEWHERE = (
     "hf_hub_url",
@@ -132,8 +135,18 @@ def _llama_factory_source(path: Path, datasets: Mapping[str, dict[str, Any]], na
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in _FORMATS:
         raise UserError(f"{place}: formatting is {formatting!r}, expected one of {sorted(_FORMATS)}")
-    handler_name, column_names = _FORMATS[formatting]
-    map_keys = _map_keys(place, entry, column_names)
+    beginning, column_names = _FORMATS[formatting]
+    answer = _ANSWER.get(formatting, ())
+    if entry.get("ranking"):
+        form, names = "Pairwise", (*column_names, *_PAIR)
+    elif isinstance(entry.get("columns"), dict) and KTO_TAG in entry["columns"]:
+        form, names = "Unpaired", (*column_names, *answer, KTO_TAG)
+    else:
+        form, names = "Instruction", (*column_names, *answer)
+    handler_name = f"{beginning}{form}Handler"
+    map_keys = _map_keys(place, entry, names)
+    if KTO_TAG in map_keys:
+        map_keys["label"] = map_keys.pop(KTO_TAG)
     file = path.parent / entry["file_name"]
     try:
         source = Source(tuple(expand_input([file])), handler_name, make_handler(handler_name, map_keys=map_keys))
@@ -147,11 +160,6 @@ def _require_known_keys(entry: Mapping[str, Any], place: str) -> None:
     """Raise UserError for what an entry says and nobody would hear."""
     if not isinstance(entry.get("file_name"), str):
         raise UserError(f"{place}: file_name is missing, and only local files are read; the entry has {sorted(entry)}")
-    if entry.get("ranking"):
-        raise UserError(
-            f"{place}: ranking data are preferences; use --handler-name AlpacaStylePairwiseHandler or "
-            f"SharegptStylePairwiseHandler, with --input the file"
-        )
     for key in entry:
         if key in _ELSEWHERE:
             raise UserError(f"{place}: {key} names data that are not on this disk; leave it out to read file_name")

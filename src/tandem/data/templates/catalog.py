@@ -7,6 +7,8 @@ chat template, in every thinking mode. On longer ones, the two differ in the ear
 - `qwen3` trains every answer. So it keeps all thoughts, and gives each answer without a thought an empty one.
 
 `generation_prompt` removes earlier thoughts, as the model's template does.
+
+`chat_template` is the model's own template, and `empty` none at all.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tandem.data.templates.messages import CHAT_TEMPLATE, Template
+from tandem.data.templates.messages import CHAT_TEMPLATE, EMPTY, Template
 from tandem.data.templates.named import NAMED_TEMPLATES
 from tandem.errors import UserError, nearest
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 # value of --enable-thinking -> `enable_thinking` of a template
 THINKING_MODES = {"true": True, "false": False, "none": None}
-PROMPT_TYPES = sorted([*NAMED_TEMPLATES, CHAT_TEMPLATE])
+PROMPT_TYPES = sorted([*NAMED_TEMPLATES, CHAT_TEMPLATE, EMPTY])
 
 
 def check_prompt_type(prompt_type: str) -> None:
@@ -43,16 +45,21 @@ def get_template(prompt_type: str, enable_thinking: bool | None = None, tokenize
     ('<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n', '<think>\\n\\n</think>\\n\\n')
 
     Raises:
-        UserError: the name is unknown, or there is no tokenizer to take `chat_template` from.
+        UserError: the name is unknown, there is no tokenizer to take it from, or it has no thinking modes.
     """
     from tandem.data.templates.model_template import ModelTemplate  # which builds on this module
+    from tandem.data.templates.plain import PlainTemplate
 
     check_prompt_type(prompt_type)
-    if prompt_type != CHAT_TEMPLATE:
+    if prompt_type in NAMED_TEMPLATES:
         return dataclasses.replace(NAMED_TEMPLATES[prompt_type], enable_thinking=enable_thinking)
     if tokenizer is None:
-        raise UserError(f"prompt type {CHAT_TEMPLATE} needs a tokenizer, which holds it; give tokenizer_name_or_path")
-    return ModelTemplate(tokenizer, enable_thinking)
+        raise UserError(f"prompt type {prompt_type} needs a tokenizer, which holds it; give tokenizer_name_or_path")
+    if prompt_type == CHAT_TEMPLATE:
+        return ModelTemplate(tokenizer, enable_thinking)
+    if enable_thinking is not None:
+        raise UserError(f"prompt type {EMPTY} has no thinking modes; leave --enable-thinking out")
+    return PlainTemplate(tokenizer)
 
 
 def template_from_entry(entry: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> Template | None:

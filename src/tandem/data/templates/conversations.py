@@ -59,7 +59,7 @@ class Conversations:
 
     def drop_untrained(self) -> int:
         """Leave out conversations without a trained token. Returns how many there were."""
-        trained = sums(self.labels != IGNORE, self.lengths) > 0
+        trained = self.trained() > 0
         self.keep_only(trained)
         return int(np.count_nonzero(~trained))
 
@@ -68,9 +68,13 @@ class Conversations:
         if not chosen.all():
             self.ids, self.labels, self.lengths = self._part(chosen)
 
-    def every_other(self, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The ids, labels and lengths of the conversations `first`, `first + 2`, .."""
-        return self._part(np.arange(len(self.lengths)) % 2 == first)
+    def every(self, step: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids, labels and lengths of the conversations `first`, `first + step`, .."""
+        return self._part(np.arange(len(self.lengths)) % step == first)
+
+    def trained(self) -> np.ndarray:
+        """How many tokens of each conversation are trained, int64 [conversations]."""
+        return sums(self.labels != IGNORE, self.lengths)
 
     def _part(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keep = np.repeat(chosen, self.lengths)

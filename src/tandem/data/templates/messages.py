@@ -92,6 +92,7 @@ class Template(Protocol):
 
 
 CHAT_TEMPLATE = "chat_template"  # the prompt type of the model's own template
+EMPTY = "empty"  # the prompt type without a template
 
 
 def grouped(dialogue: Sequence[Message], last: str) -> list[tuple[str, list[Message]]]:
