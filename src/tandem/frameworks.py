@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from tandem.errors import UserError, nearest
 
 FIRST_TRANSFORMERS = (4, 51)  # the first version that has Qwen3
+# Largest size of the fp32 logits of one chunk of rows in PyTorch's loss on an accelerator: 2,208 rows of Qwen3's.
+# There few large products matter; on a CPU, memory that is used again.
+DEVICE_LOGITS_CHUNK_BYTES = 5 * 2**28
 ANY_VERSION = "TANDEM_ANY_VERSION"  # environment variable: accept versions that Tandem was not tested with
 
 

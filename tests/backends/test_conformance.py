@@ -20,13 +20,15 @@ BACKENDS = Path(tandem.backends.__file__).parent
 ALONE = {
     "mindspore/buckets.py",  # collectives over many tensors
     "mindspore/documents.py",  # what attention is given of a batch
-    "mindspore/npu.py",  # fused operators
     "mindspore/npu_adapters.py",  # what adapters compute on NPUs
     "mindspore/npu_session.py",  # attention over kept keys on NPUs
     "mindspore/products.py",  # products of matrices on CPU
     "mindspore/threads.py",  # NumPy work over all cores
     "mindspore/weight.py",  # parameters with gradient buffers, and pullbacks
     "torch/cpu.py",  # what a CPU computes with
+    "torch/cuda.py",  # what NVIDIA's devices compute with
+    "torch/fused.py",  # functions that are compiled
+    "torch/pure.py",  # what is compiled
     "torch/fully_sharded.py",  # --use-torch-fsdp2
     "torch/transformers_model.py",  # the reference of --verify
 }

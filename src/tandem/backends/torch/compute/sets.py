@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from tandem.backends.torch.attention import attention
-from tandem.backends.torch.compute import cpu
+from tandem.backends.torch.compute import cpu, cuda, npu
 from tandem.backends.torch.kernels import Kernels
-from tandem.frameworks import TORCH
+from tandem.frameworks import DEVICE_LOGITS_CHUNK_BYTES, TORCH
 
 CPU = Kernels(
     product=cpu.product,
@@ -27,7 +27,43 @@ CPU = Kernels(
     sums=torch.float64,
 )
 
-KERNELS = {"cpu": CPU}  # by type of device
+CUDA = Kernels(
+    product=cuda.product,
+    add_product=cuda.add_product,
+    rms_norm=cuda.rms_norm,
+    rms_norm_backward=cuda.rms_norm_backward,
+    swiglu=cuda.swiglu,
+    swiglu_backward=cuda.swiglu_backward,
+    rotary_heads=cuda.rotary_heads,
+    rotary_heads_backward=cuda.rotary_heads_backward,
+    documents=cuda.documents,
+    attention=cuda.attention,
+    losses_and_gradient=cuda.losses_and_gradient,
+    logits_chunk_bytes=DEVICE_LOGITS_CHUNK_BYTES,
+    norm=cuda.norm,
+    adamw=cpu.adamw,
+    sums=torch.float64,
+)
+
+NPU = Kernels(
+    product=npu.product,
+    add_product=npu.add_product,
+    rms_norm=npu.rms_norm,
+    rms_norm_backward=npu.rms_norm_backward,
+    swiglu=npu.swiglu,
+    swiglu_backward=npu.swiglu_backward,
+    rotary_heads=npu.rotary_heads,
+    rotary_heads_backward=npu.rotary_heads_backward,
+    documents=npu.documents,
+    attention=npu.attention,
+    losses_and_gradient=cpu.losses_and_gradient,
+    logits_chunk_bytes=DEVICE_LOGITS_CHUNK_BYTES,
+    norm=npu.norm,
+    adamw=npu.adamw,
+    sums=torch.float32,
+)
+
+KERNELS = {"cpu": CPU, "cuda": CUDA, "npu": NPU}  # by type of device
 
 
 def kernels_of(device: torch.device) -> Kernels:

@@ -1,0 +1,176 @@
+"""What NVIDIA's devices compute with: few kernels, and nothing that waits for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import Function
+
+from tandem.backends.torch.attention import Run, runs
+from tandem.backends.torch.attention import attention as attention_by_runs
+from tandem.backends.torch.compute import pure
+from tandem.backends.torch.compute.fused import Fused
+
+RMS_NORM = Fused(pure.rms_norm, kernels=1)
+RMS_NORM_BACKWARD = Fused(pure.rms_norm_backward, kernels=3)
+SWIGLU = Fused(pure.swiglu, kernels=1)
+SWIGLU_BACKWARD = Fused(pure.swiglu_backward, kernels=1)
+ROTARY_HEADS = Fused(pure.rotary_heads, kernels=2)
+ROTARY_HEADS_BACKWARD = Fused(pure.rotary_heads_backward, kernels=1)
+NORMALISED_ROTARY_HEADS = Fused(pure.normalised_rotary_heads, kernels=2)
+NORMALISED_ROTARY_HEADS_BACKWARD = Fused(pure.normalised_rotary_heads_backward, kernels=7)
+LOSSES_AND_GRADIENT = Fused(pure.losses_and_gradient, kernels=2)
+
+FUSED = (
+    RMS_NORM,
+    RMS_NORM_BACKWARD,
+    SWIGLU,
+    SWIGLU_BACKWARD,
+    ROTARY_HEADS,
+    ROTARY_HEADS_BACKWARD,
+    NORMALISED_ROTARY_HEADS,
+    NORMALISED_ROTARY_HEADS_BACKWARD,
+    LOSSES_AND_GRADIENT,
+)
+
+
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, w)
+
+
+def add_product(target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    """One product, which adds to the fp32 target itself where cuBLAS can."""
+    kept = 0.0 if first else 1.0
+    if x.dtype == torch.float32:
+        torch.addmm(target, gradient.t(), x, beta=kept, alpha=scale, out=target)
+    elif _adds_in_fp32(x.device, x.dtype):
+        torch.addmm(target, gradient.t(), x, out_dtype=torch.float32, beta=kept, alpha=scale, out=target)
+    elif first:
+        torch.mul(torch.mm(gradient.t(), x), scale, out=target)
+    else:
+        target.add_(torch.mm(gradient.t(), x), alpha=scale)
+
+
+@cache
+def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has products of 16-bit matrices that add to an fp32 one. It is tried once."""
+    target, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(target, x.t(), x, out_dtype=torch.float32, beta=1.0, alpha=1.0, out=target)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return RMS_NORM(x, weight, eps)
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, trained: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return RMS_NORM_BACKWARD(gradient, x, scale, weight)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    return SWIGLU(x)
+
+
+def swiglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return SWIGLU_BACKWARD(gradient, x)
+
+
+def rotary_heads(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q_weight is None or k_weight is None:
+        return ROTARY_HEADS(qkv, cos, sin)
+    return NORMALISED_ROTARY_HEADS(qkv, q_weight, k_weight, eps, cos, sin)
+
+
+def rotary_heads_backward(
+    gradients: Sequence[torch.Tensor],
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    trained: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    if q_weight is None or k_weight is None:
+        return ROTARY_HEADS_BACKWARD(*gradients, cos, sin), None, None
+    return NORMALISED_ROTARY_HEADS_BACKWARD(*gradients, qkv, q_weight, k_weight, eps, cos, sin)
+
+
+def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return LOSSES_AND_GRADIENT(logits, labels)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch.
+
+    Attributes:
+        starts: where each begins, and the end of the last, int32 [documents + 1], on the device.
+        longest: of their lengths.
+        runs: the same documents, for dtypes that flash attention does not take.
+    """
+
+    starts: torch.Tensor
+    longest: int
+    runs: list[Run]
+
+
+def documents(lengths: Sequence[int], device: torch.device) -> Documents:
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return Documents(torch.from_numpy(starts).to(device, non_blocking=True), max(lengths), runs(lengths))
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Documents) -> torch.Tensor:
+    """Flash attention over documents of any lengths, in one call.
+
+    It takes 16-bit numbers only. In fp32 each length has its own call, with keys and values repeated for each query
+    head: the kernel whose memory is linear in t does not share them.
+    """
+    if q.dtype != torch.float32:
+        return _Flash.apply(q, k, v, packed.starts, packed.longest).flatten(1)
+    repeats = q.shape[1] // k.shape[1]
+    return attention_by_runs(q, k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1), packed.runs)
+
+
+class _Flash(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        output, sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts, longest, longest, 0.0, True, False
+        )
+        ctx.save_for_backward(q, k, v, output, sums, starts, state, unused)
+        ctx.longest = longest
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, output, sums, starts, state, unused = ctx.saved_tensors
+        longest = ctx.longest
+        gradients = torch.ops.aten._flash_attention_backward(
+            gradient.contiguous(), q, k, v, output, sums, starts, starts, longest, longest, 0.0, True, state, unused
+        )
+        return (*gradients, None, None)
+
+
+def norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    norms = torch._foreach_norm(list(tensors))
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)

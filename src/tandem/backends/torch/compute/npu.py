@@ -1,0 +1,167 @@
+"""What Ascend's devices compute with, through torch_npu: fused operators and their backward operators.
+
+torch_npu has no float64 on the device. Its fused AdamW ignores `grad_scale` and `found_inf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from tandem.backends.torch.compute import cpu
+from tandem.backends.torch.compute.cpu import split_heads
+
+MOST_DOCUMENTS = 1024  # that one call of the attention operator takes
+MASK_SIZE = 2048  # of the compressed causal mask that it wants, whatever the lengths
+ANY_NUMBER = 2**31 - 1
+
+
+def _operators() -> Any:
+    import torch_npu  # type: ignore[import-not-found]
+
+    return torch_npu
+
+
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, w)
+
+
+def add_product(target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    cpu.add_to(target, first, torch.mm(gradient.t(), x), scale)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return _operators().npu_rms_norm(x, weight, eps)
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, trained: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return _operators().npu_rms_norm_backward(gradient, x, weight, scale)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    return _operators().npu_swiglu(x, dim=-1)
+
+
+def swiglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return _operators().npu_swiglu_backward(gradient, x, dim=-1)
+
+
+def rotary_heads(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, keys = (
+        _rotated(x if weight is None else rms_norm(x, weight, eps)[0], cos, sin)
+        for x, weight in zip(_contiguous_heads(qkv), (q_weight, k_weight))
+    )
+    return queries, keys
+
+
+def rotary_heads_backward(
+    gradients: Sequence[torch.Tensor],
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    trained: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    parts: list[torch.Tensor] = []
+    dweights: list[torch.Tensor | None] = []
+    for gradient, x, weight in zip(gradients, _contiguous_heads(qkv), (q_weight, k_weight)):
+        turned, dweight = _rotated(gradient.contiguous(), cos, -sin), None
+        if weight is not None:
+            turned, dweight = rms_norm_backward(turned, x, rms_norm(x, weight, eps)[1], weight, trained)
+        parts.append(turned)
+        dweights.append(dweight)
+    return torch.cat([*parts, gradients[2]], dim=2), dweights[0], dweights[1]
+
+
+def _contiguous_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, keys, _ = split_heads(qkv)
+    return queries.contiguous(), keys.contiguous()
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [t, g, a, d] rotated by [t, 1, d / 2]: the operator takes [1, t, heads, d] and whole rows of angles."""
+    whole = [torch.cat([angles, angles], dim=-1)[None] for angles in (cos, sin)]
+    return _operators().npu_rotary_mul(x.flatten(1, 2)[None], *whole)[0].view_as(x)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a batch, in groups of at most `MOST_DOCUMENTS`: where each ends, counted within its group."""
+
+    ends: list[list[int]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each group."""
+        return [ends[-1] for ends in self.ends]
+
+
+def documents(lengths: Sequence[int], device: torch.device) -> Documents:
+    groups = [lengths[start : start + MOST_DOCUMENTS] for start in range(0, len(lengths), MOST_DOCUMENTS)]
+    return Documents([np.cumsum(group).tolist() for group in groups])
+
+
+@cache
+def _causal_mask(device: torch.device) -> torch.Tensor:
+    """True above the diagonal. One for each device: it is the same for every layer and batch."""
+    return torch.triu(torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device), diagonal=1)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Documents) -> torch.Tensor:
+    parts = zip(packed.ends, q.split(packed.sizes), k.split(packed.sizes), v.split(packed.sizes))
+    outputs = [_within(ends, *part) for ends, *part in parts]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
+
+
+def _within(ends: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return _operators().npu_fusion_attention(
+        q,
+        k,
+        v,
+        q.shape[1],
+        "TND",
+        atten_mask=_causal_mask(q.device),
+        scale=q.shape[2] ** -0.5,
+        pre_tockens=ANY_NUMBER,
+        next_tockens=0,
+        sparse_mode=3,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+    )[0]
+
+
+def norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows are summed first: one fp32 sum over 10^8 squares would lose digits."""
+    rows = [torch.linalg.vector_norm(tensor, dim=-1).flatten() for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(of_tensor) for of_tensor in rows]))
+
+
+def adamw(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avg: list[torch.Tensor],
+    exp_avg_sq: list[torch.Tensor],
+    step: int,
+    coefficient: float,
+    **settings: float,
+) -> None:
+    """Gradients are scaled here: torch_npu's operator takes `grad_scale`, and does not use it."""
+    if coefficient != 1.0:
+        torch._foreach_mul_(gradients, coefficient)
+    cpu.adamw(weights, gradients, exp_avg, exp_avg_sq, step, 1.0, **settings)

@@ -1,0 +1,109 @@
+"""Functions that an accelerator computes in few kernels, once they are compiled.
+
+They change nothing in place, and compute in fp32 between reading and writing. On a CPU they give what `cpu.py` gives,
+to rounding. Shapes are documented there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype), scale
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, gradient = x.float() * scale, gradient.float()
+    product = gradient * y
+    weighted = gradient * weight.float()
+    dx = (weighted - y * (product * weight.float()).mean(-1, keepdim=True)) * scale
+    return dx.to(x.dtype), product.reshape(-1, x.shape[-1]).sum(0)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def swiglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    gradient, share = gradient.float(), torch.sigmoid(gate)
+    dgate = gradient * up * share * (1 + gate * (1 - share))
+    return torch.cat([dgate, gradient * gate * share], dim=-1).to(x.dtype)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """fp32 x [t, g, a, d], each pair of channels rotated by its angle; cos and sin are [t, 1, d / 2]."""
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rotary_heads(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, keys = qkv[:, :, :-2].float(), qkv[:, :, -2:-1].float()
+    return rotated(queries, cos, sin).to(qkv.dtype), rotated(keys, cos, sin).to(qkv.dtype)
+
+
+def normalised_rotary_heads(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotary_heads` of a model that normalises its heads."""
+    queries, keys = (
+        rotated(_normalised(x.float(), eps)[0] * weight.float(), cos, sin).to(qkv.dtype)
+        for x, weight in ((qkv[:, :, :-2], q_weight), (qkv[:, :, -2:-1], k_weight))
+    )
+    return queries, keys
+
+
+def rotary_heads_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of qkv from those of its heads."""
+    back = [rotated(gradient.float(), cos, -sin).to(dv.dtype) for gradient in (dq, dk)]
+    return torch.cat([*back, dv], dim=2)
+
+
+def normalised_rotary_heads_backward(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of qkv and of both weights."""
+    parts, dweights = [], []
+    for gradient, x, weight in ((dq, qkv[:, :, :-2], q_weight), (dk, qkv[:, :, -2:-1], k_weight)):
+        turned = rotated(gradient.float(), cos, -sin)
+        y, scale = _normalised(x.float(), eps)
+        product, weighted = turned * y, turned * weight.float()
+        dx = (weighted - y * (product * weight.float()).mean(-1, keepdim=True)) * scale
+        parts.append(dx.to(qkv.dtype))
+        dweights.append(product.reshape(-1, x.shape[-1]).sum(0))
+    return torch.cat([*parts, dv], dim=2), dweights[0], dweights[1]
+
+
+def _normalised(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * scale, scale
+
+
+def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = logits.float()
+    total = torch.logsumexp(wide, dim=1, keepdim=True)
+    losses = total - wide.gather(1, labels[:, None])
+    is_label = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
+    return losses, ((wide - total).exp() - is_label.float()).to(logits.dtype)

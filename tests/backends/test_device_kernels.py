@@ -1,0 +1,167 @@
+"""Kernels of accelerators, tried on a CPU: what they compute, and how often they are called."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from device_toys import FakeNpu, compute_with, ignore_scales, run_step_by_step
+from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
+
+from tandem.backends.interface import EngineSettings
+from tandem.backends.torch.compute import cpu, cuda, pure, sets
+from tandem.backends.torch.engine import TorchEngine, create
+from tandem.checkpoints.interface import TensorSource
+from toys import TOYS
+
+RAGGED = (7, 1, 19, 12, 12, 5)
+
+
+def build(source: TensorSource, **settings: Any) -> TorchEngine:
+    engine = create(source.config, EngineSettings(device="cpu", **settings))
+    engine.load_weights(source)
+    return engine
+
+
+@pytest.fixture
+def npu(monkeypatch: pytest.MonkeyPatch) -> FakeNpu:
+    """The CPU computes with the kernels of an Ascend device, over stand-ins for its operators."""
+    fake = FakeNpu()
+    monkeypatch.setitem(sys.modules, "torch_npu", fake.module())
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: False), raising=False)
+    compute_with(monkeypatch, sets.NPU)
+    ignore_scales(monkeypatch)
+    return fake
+
+
+@pytest.mark.parametrize("toy", list(TOYS))
+def test_cuda_kernels_give_the_cpus_gradients(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = toy_weights(TOYS[toy])
+    batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
+    expected_loss, expected = mean_gradients(build(source), batches)
+    run_step_by_step(monkeypatch)
+    compute_with(monkeypatch, sets.CUDA)
+    loss, gradients = mean_gradients(build(source), batches)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close_gradients(gradients, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("toy", list(TOYS))
+def test_npu_kernels_give_the_cpus_gradients(
+    toy: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    source = toy_weights(TOYS[toy])
+    batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
+    expected_loss, expected = mean_gradients(build(source), batches)
+    fake = request.getfixturevalue("npu")
+    loss, gradients = mean_gradients(build(source), batches)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close_gradients(gradients, expected, rtol=1e-5)
+    assert fake.calls["npu_fusion_attention"] == len(batches) * source.config.num_layers
+
+
+def test_an_optimizer_that_ignores_scales_still_clips(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    batches = [toy_batch(source.config, RAGGED)]
+    clipped = build(source, clip_grad=0.01)
+    result = mean_step(clipped, batches, 1e-3, 0.0)
+    assert result.grad_norm > 0.1  # so that clipping changes the moments
+    request.getfixturevalue("npu")
+    actual = build(source, clip_grad=0.01)
+    mean_step(actual, batches, 1e-3, 0.0)
+    for (kind, shard, value), (_, _, expected) in zip(actual.tensors(), clipped.tensors(), strict=True):
+        if kind == "model":  # AdamW's first step has the size lr for every gradient: it would show no scale
+            continue
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-9, err_msg=f"{kind} {shard.spec.name}")
+
+
+def test_more_documents_than_one_call_takes(npu: FakeNpu) -> None:
+    source = toy_weights(TOYS["qwen3-tied"])
+    lengths = (2,) * 1500
+    loss, _ = mean_gradients(build(source), [toy_batch(source.config, lengths)])
+    assert np.isfinite(loss)
+    assert npu.calls["npu_fusion_attention"] == 2 * source.config.num_layers
+
+
+T, G, D, N = 13, 2, 8, 24
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def arguments() -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
+    """By name: the pure function, its arguments, and what the CPU's kernels give for them."""
+    x, w, g, wide = numbers(T, N), numbers(N, seed=1), numbers(T, N, seed=2), numbers(T, 2 * N, seed=3)
+    qkv, qw, kw = numbers(T, G, 4, D), numbers(D, seed=4), numbers(D, seed=5)
+    heads = [numbers(T, G, size, D, seed=6) for size in (2, 1, 1)]
+    cos, sin = numbers(T, 1, D // 2, seed=7), numbers(T, 1, D // 2, seed=8)
+    labels = torch.arange(T) % N
+    scale = cpu.rms_norm(x, w, 1e-6)[1]
+    return {
+        "rms_norm": (pure.rms_norm, (x, w, 1e-6), cpu.rms_norm(x, w, 1e-6)),
+        "rms_norm_backward": (
+            pure.rms_norm_backward,
+            (g, x, scale, w),
+            cpu.rms_norm_backward(g, x, scale, w, trained=True),
+        ),
+        "swiglu": (pure.swiglu, (wide,), cpu.swiglu(wide)),
+        "swiglu_backward": (pure.swiglu_backward, (g, wide), cpu.swiglu_backward(g, wide)),
+        "rotary_heads": (pure.rotary_heads, (qkv, cos, sin), cpu.rotary_heads(qkv, None, None, 0.0, cos, sin)),
+        "rotary_heads_backward": (
+            pure.rotary_heads_backward,
+            (*heads, cos, sin),
+            cpu.rotary_heads_backward(heads, qkv, None, None, 0.0, cos, sin, trained=True)[0],
+        ),
+        "normalised_rotary_heads": (
+            pure.normalised_rotary_heads,
+            (qkv, qw, kw, 1e-6, cos, sin),
+            cpu.rotary_heads(qkv, qw, kw, 1e-6, cos, sin),
+        ),
+        "normalised_rotary_heads_backward": (
+            pure.normalised_rotary_heads_backward,
+            (*heads, qkv, qw, kw, 1e-6, cos, sin),
+            cpu.rotary_heads_backward(heads, qkv, qw, kw, 1e-6, cos, sin, trained=True),
+        ),
+        "losses_and_gradient": (
+            pure.losses_and_gradient,
+            (x * 20, labels),  # so large that exp(x) alone would overflow nothing but lose all digits
+            cpu.losses_and_gradient(x * 20, labels),
+        ),
+    }
+
+
+def test_every_fused_function_is_tried() -> None:
+    assert {fused.function for fused in cuda.FUSED} == {function for function, _, _ in arguments().values()}
+
+
+@pytest.mark.parametrize("name", list(arguments()))
+def test_pure_functions_give_what_the_cpu_gives(name: str) -> None:
+    function, given, expected = arguments()[name]
+    torch.testing.assert_close(function(*given), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow("jobs")
+@pytest.mark.parametrize("name", list(arguments()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_functions_give_what_they_give_step_by_step(name: str, dtype: torch.dtype) -> None:
+    function, given, _ = arguments()[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    is_exact = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 1e-2)}[dtype]
+    for tokens in (T, 1, 5):
+        cut = [_cut(value, tokens, dtype) for value in given]
+        torch.testing.assert_close(compiled(*cut), function(*cut), rtol=is_exact[0], atol=is_exact[1])
+
+
+def _cut(value: Any, tokens: int, dtype: torch.dtype) -> Any:
+    """The first tokens of an argument. Tensors of T rows are of tokens; numbers stay."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.to(dtype) if value.dtype == torch.float32 and value.shape[-1] != 1 else value
+    return value[:tokens] if len(value) == T else value
