@@ -175,16 +175,7 @@ class ConvertOptions(Options):
                     f"give theirs with --lora-load"
                 )
             return
-        modules = actual.target_modules
-        recorded = {
-            "lora_r": actual.r,
-            "lora_alpha": actual.lora_alpha,
-            "lora_target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules)),
-        }
-        for name, value in given.items():
-            value = tuple(sorted(value)) if isinstance(value, tuple) else value
-            if value not in (None, ()) and value != recorded[name]:
-                raise UserError(f"{flag_of(name)} {_words(value)} contradicts {where}: {_words(recorded[name])} there")
+        actual.check_flags(given, where)
 
     def without_effect(self) -> list[str]:
         """Flags that were given and have no effect on this target."""
@@ -237,7 +228,3 @@ class ExportOptions(Options):
             yield "--gguf and --save-lora-to-hf exclude each other: a GGUF file holds the whole model"
         if self.gguf and self.params_dtype:
             yield f"--gguf {self.gguf} and --params-dtype exclude each other: --gguf chooses how numbers are stored"
-
-
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.errors import UserError
+from tandem.options import flag_of
 
 ALL_LINEAR = "all-linear"
 Pattern = tuple[tuple[str, float], ...]
@@ -67,7 +68,7 @@ class Lora:
     @property
     def modules(self) -> str:
         """`target_modules` as one text, as flags take them."""
-        return self.target_modules if isinstance(self.target_modules, str) else " ".join(self.target_modules)
+        return _words(self.target_modules)
 
     def includes(self, path: str, layer: int) -> bool:
         """Whether the module at `path`, in decoder layer `layer`, gets an adapter."""
@@ -87,6 +88,25 @@ class Lora:
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def check_flags(self, given: Mapping[str, object], where: str) -> None:
+        """Raise UserError, with both values, for flags that contradict these adapters, which are at `where`.
+
+        Args:
+            given: values by the name of their setting, such as `lora_r`. None, False and () say nothing; 0 does.
+        """
+        wrong = []
+        for name, value in given.items():
+            if value is None or value is False or value == ():
+                continue
+            recorded = getattr(self, name if hasattr(self, name) else name.removeprefix("lora_"))
+            expected = as_targets(value) if isinstance(value, tuple) else value
+            if _unordered(expected) != _unordered(recorded):
+                wrong.append(
+                    f"{flag_of(name)} {_words(value)} contradicts {where}, whose adapters have {_words(recorded)}"
+                )
+        if wrong:
+            raise UserError("; ".join(wrong))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -99,6 +119,15 @@ class Lora:
 def as_targets(words: tuple[str, ...]) -> tuple[str, ...] | str:
     """`target_modules` from the words of `--lora-target-modules`."""
     return ALL_LINEAR if words == (ALL_LINEAR,) else words
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _unordered(value: object) -> object:
+    """Names of modules in any order are the same."""
+    return set(value) if isinstance(value, tuple) else value
 
 
 def _matches(names: tuple[str, ...] | str, path: str) -> bool:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from tandem import machine
+from tandem.checkpoints.detect import open_source
 from tandem.errors import UserError
 from tandem.training.out_of_memory import is_out_of_memory, naming_less_memory
 from tandem.training.run import train
 from tandem.training.start import room
 from tandem.training.start.dry_run import dry_run
+from tandem.training.start.weights import open_weights
 from workspace import Workspace
 
 Usage = namedtuple("Usage", "total used free")
@@ -61,6 +63,28 @@ def test_a_disk_that_will_be_full_is_said(
     out = capsys.readouterr().out
     assert (f"the run keeps {kept} checkpoints of 0.01 GB" in out) is (kept is not None)
     assert ("--save-total-limit keeps only the newest" in out) is (kept is not None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"lora_ckpt_filter": False},
+        {"init": "random"},  # of weights in no folder
+    ],
+)
+def test_a_checkpoint_of_adapters_takes_what_is_said(
+    workspace: Workspace, tmp_path: Path, values: dict[str, object]
+) -> None:
+    adapters = {"lora_target_modules": "all-linear", "lora_r": 4}
+    folder = {"save": str(tmp_path / "run"), "tokenizer_name_or_path": str(workspace.hf)}
+    settings = workspace.settings("torch", train_iters=1, lr_warmup_iters=0, **adapters, **folder, **values)
+    source = open_weights(settings.checkpoint, settings.lora, settings.model, str(workspace.hf), 1)
+    said = room.checkpoint_bytes(settings, source)
+    train(settings)
+    written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
+    assert said == pytest.approx(written, rel=0.05)
+    assert room.checkpoint_bytes(settings, open_source(tmp_path / "run")) == said  # and the run that goes on
 
 
 def test_the_run_itself_says_it_too(

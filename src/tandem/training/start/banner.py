@@ -57,7 +57,7 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         *engine.notices,
         *run.data.notices,
         *saving_notice(settings.checkpoint),
-        *notices_of_disk(settings, config, trainer.progress.iteration),
+        *notices_of_disk(settings, run.source, trainer.progress.iteration),
     ]
     if trainer.progress.iteration >= trainer.train_iters:
         lines.append(

@@ -33,16 +33,21 @@ def check_base(source: TensorSource, communicator: Communicator) -> None:
     source.trust_base()
 
 
+def saves_weights(source: TensorSource, lora: LoraSettings) -> bool:
+    """Whether checkpoints hold the weights, and not adapters alone, which need weights that are in a folder."""
+    return not (lora.lora_ckpt_filter and isinstance(source, Adapted) and source.base.folder is not None)
+
+
 def base_record(source: TensorSource, lora: LoraSettings, communicator: Communicator) -> BaseRecord | None:
     """The weights that checkpoints of adapters refer to; None when checkpoints hold the weights, too."""
-    if source.config.lora is None or not lora.lora_ckpt_filter:
+    if saves_weights(source, lora):
+        if source.config.lora is not None and lora.lora_ckpt_filter:
+            why = f", as {source.location} does"
+            if isinstance(source, Adapted):
+                why = f": {source.base.location} are in no folder"
+            log_notice(f"checkpoints hold the weights, too{why}")
         return None
-    if not isinstance(source, Adapted):
-        log_notice(f"checkpoints hold the weights, too, as {source.location} does")
-        return None
-    if source.base.folder is None:
-        log_notice(f"checkpoints hold the weights, too: {source.base.location} are in no folder")
-        return None
+    assert isinstance(source, Adapted)
     record = None
     if communicator.world.rank == 0:
         record = source.record or BaseRecord.of(source.base)

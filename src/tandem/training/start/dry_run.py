@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings, TrainingSettings
 from tandem.files.lock import check_unlocked
 from tandem.launch.world import World
@@ -48,7 +49,7 @@ def dry_run(settings: Settings, processes: int) -> None:
         f"of at most {settings.data.seq_length} tokens",
         *check_memory(settings, config, grid),
         *describe_data(start),
-        *describe_checkpoints(settings, config),
+        *describe_checkpoints(settings, start.source),
         "dry run: all of this can start; nothing was trained",
     ]
     log.info("\n".join(f"> {line}" for line in lines))
@@ -73,7 +74,7 @@ def describe_data(start: ModelAndProcesses) -> list[str]:
     return [
         f"{length.iterations:,} steps over {length.samples:,} samples ({epochs:,.2f} epochs); data: {count_texts}",
         *opened.notices,
-        *notices_of_disk(settings, start.source.config, start.state.iteration if start.state else 0),
+        *notices_of_disk(settings, start.source, start.state.iteration if start.state else 0),
     ]
 
 
@@ -92,8 +93,8 @@ def parameters_held(config: ModelConfig, grid: Grid, rank: int) -> int:
     return sum(math.prod(shard.shape) for shard in held_shards(config, grid, grid.place(rank)))
 
 
-def describe_checkpoints(settings: Settings, config: ModelConfig) -> list[str]:
+def describe_checkpoints(settings: Settings, source: TensorSource) -> list[str]:
     """A line about the size of a checkpoint."""
     if settings.checkpoint.save is None:
         return saving_notice(settings.checkpoint)
-    return [f"a checkpoint takes {checkpoint_bytes(settings, config) / 1e9:,.2f} GB in {settings.checkpoint.save}"]
+    return [f"a checkpoint takes {checkpoint_bytes(settings, source) / 1e9:,.2f} GB in {settings.checkpoint.save}"]

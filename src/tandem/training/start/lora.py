@@ -34,7 +34,8 @@ def with_adapters(base: TensorSource, lora: LoraSettings, seed: int, *, resumes:
     if lora.lora_load is not None and not (resumes and base.config.lora is not None):
         base = open_adapters(lora.lora_load, base)
     if base.config.lora is not None:
-        check_lora_flags(lora, base.config.lora, lora.lora_load or base.location)
+        values = {name: getattr(lora, name) for name in (*OF_ADAPTERS, "lora_target_modules")}
+        base.config.lora.check_flags(values, lora.lora_load or base.location)
         return base
     if not lora.lora_target_modules:
         if given := [flag_of(name) for name in OF_ADAPTERS if _is_given(getattr(lora, name))]:
@@ -66,32 +67,6 @@ def check_targets(targets: tuple[str, ...], config: ModelConfig) -> None:
         raise UserError(
             f"--lora-target-modules {' '.join(unknown)}: expected all-linear, or some of {', '.join(known)}"
         )
-
-
-def check_lora_flags(lora: LoraSettings, actual: Lora, where: str) -> None:
-    """Raise UserError, with both values, when a setting contradicts adapters that are there already."""
-    recorded = {
-        name: getattr(actual, name.removeprefix("lora_")) for name in ("lora_r", "lora_use_rslora", "lora_use_dora")
-    }
-    recorded |= {"lora_alpha": actual.lora_alpha, "lora_dropout": actual.lora_dropout}
-    wrong = [
-        f"{flag_of(name)} {value} contradicts {where}, whose adapters have {recorded[name]}"
-        for name in recorded
-        if _is_given(value := getattr(lora, name)) and value != recorded[name]
-    ]
-    if lora.lora_target_modules:
-        given = new_lora(lora).target_modules
-        if _as_set(given) != _as_set(actual.target_modules):
-            wrong.append(
-                f"--lora-target-modules {' '.join(lora.lora_target_modules)} contradicts {where}, "
-                f"whose adapters are on {actual.modules}"
-            )
-    if wrong:
-        raise UserError("; ".join(wrong))
-
-
-def _as_set(modules: tuple[str, ...] | str) -> set[str]:
-    return {modules} if isinstance(modules, str) else set(modules)
 
 
 def _is_given(value: object) -> bool:

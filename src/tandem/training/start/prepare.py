@@ -115,7 +115,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(settings.model, data.seq_length, source.config)
     check_save_beside_base(source, checkpoint)
-    check_disk(settings, source.config)
+    check_disk(settings, source)
     state = state_to_continue(source, loading)
     check_new_run(state, checkpoint.save)
     if state is not None and settings.optimizer.use_checkpoint_opt_param_scheduler:

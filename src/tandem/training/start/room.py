@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import LaunchSettings, Settings, TrainingSettings
 from tandem.errors import UserError
 from tandem.files.publish import check_free_space, nearest_folder
@@ -18,38 +19,44 @@ from tandem.parallel.grid import Grid
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
 from tandem.planning.memory import stage_memories
+from tandem.training.start.base import saves_weights
 from tandem.training.start.engine import recomputed_layers
 
 
-def checkpoint_bytes(settings: Settings, config: ModelConfig) -> int:
-    """Bytes that one checkpoint adds to the disk of a machine."""
-    training, checkpoint = settings.training, settings.checkpoint
+def checkpoint_bytes(settings: Settings, source: TensorSource) -> int:
+    """Bytes that one checkpoint adds to the disk of a machine.
+
+    Args:
+        source: the weights that the run starts from.
+    """
+    training, checkpoint, config = settings.training, settings.checkpoint, source.config
     half = training.bf16 or training.fp16
     weight = 2 if half else 4
     optimizer = 8 + (4 if half else 0)  # two moments, and fp32 master weights of 16-bit weights
     trained = trained_count(config)
-    saved = trained if settings.lora.lora_ckpt_filter else parameter_count(config)
+    saved = parameter_count(config) if saves_weights(source, settings.lora) else trained
     size = saved * weight + (0 if checkpoint.no_save_optim else trained * optimizer)
     return size // settings.launch.nnodes if checkpoint.no_shared_storage else size
 
 
-def check_disk(settings: Settings, config: ModelConfig) -> None:
+def check_disk(settings: Settings, source: TensorSource) -> None:
     """Raise UserError when the disk has no room for a checkpoint."""
     if settings.checkpoint.save is not None:
-        check_free_space(Path(settings.checkpoint.save), checkpoint_bytes(settings, config))
+        check_free_space(Path(settings.checkpoint.save), checkpoint_bytes(settings, source))
 
 
-def notices_of_disk(settings: Settings, config: ModelConfig, iteration: int) -> list[str]:
+def notices_of_disk(settings: Settings, source: TensorSource, iteration: int) -> list[str]:
     """A notice when the disk will be full before the run ends.
 
     Args:
         settings: with the number of steps, also where `--epochs` gives it.
+        source: the weights that the run starts from.
         iteration: where the run begins.
     """
     checkpoint = settings.checkpoint
     if checkpoint.save is None:
         return []
-    size, free = checkpoint_bytes(settings, config), shutil.disk_usage(nearest_folder(checkpoint.save)).free
+    size, free = checkpoint_bytes(settings, source), shutil.disk_usage(nearest_folder(checkpoint.save)).free
     count = len(set(_kept(settings, iteration)))
     if count * size <= free:
         return []
