@@ -8,6 +8,10 @@ from pathlib import Path
 SUPERVISED = Path(__file__).with_name("parallel_jobs") / "supervised.py"
 
 
-def launcher(framework: str, processes: int) -> list[str]:
-    """What goes before a script, or before `-m` and a module, to run it as so many processes."""
-    return [sys.executable, str(SUPERVISED), framework, str(processes)]
+def launcher(framework: str, processes: int, *, forked: bool = False) -> list[str]:
+    """What goes before a script, or before `-m` and a module, to run it as so many processes.
+
+    Args:
+        forked: by a launcher of the tests' own, `forking_launcher`, which takes much less time.
+    """
+    return [sys.executable, str(SUPERVISED), "forked-" * forked + framework, str(processes)]

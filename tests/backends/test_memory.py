@@ -10,7 +10,7 @@ from pathlib import Path
 SOAK = """
 import sys
 import numpy as np
-from reference import mean_weights, toy_batch, toy_weights
+from toy_work import mean_weights, toy_batch, toy_weights
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from toys import toy_config

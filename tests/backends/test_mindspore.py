@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reference import assert_close_gradients, mean_gradients, toy_batch, toy_weights
+from toy_work import assert_close_gradients, mean_gradients, toy_batch, toy_weights
 
 from frameworks import require_framework
 from tandem.backends import create_engine

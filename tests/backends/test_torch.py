@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from parts import set_logits_chunk_bytes
-from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_work import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
 from tandem.backends.interface import EngineSettings
 from tandem.backends.torch import engine as engine_module

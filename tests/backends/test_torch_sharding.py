@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from reference import toy_batch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from toy_work import toy_batch
 
 from tandem.backends.torch.communication import Ranks
 from tandem.backends.torch.data_parallel import Replicated, Sharing

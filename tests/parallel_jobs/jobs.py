@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference import MemorySource, any_weights, mean_weights, toy_samples, toy_weights, untrained
+from toy_work import MemorySource, any_weights, mean_weights, toy_samples, toy_weights, untrained
 
 from launchers import launcher
 from spoiled import Where, spoiled
@@ -28,8 +28,6 @@ from tandem.parallel.slices import Part, transfer
 from toys import toy_config
 
 JOB = Path(__file__).with_name("layout_job.py")
-STEPS = 10
-MICRO_BATCHES = 8  # of a step, over all data ranks
 TOLERANCE = 1e-4
 LOSS_SCALE, OVERFLOWING = 2.0**10, 2.0**40  # with fp16
 FP16_ROUNDING = 2.0**-11
@@ -55,6 +53,7 @@ class Case:
         fp16: with a loss scale, which is too large in step SPOILED_STEP.
         weighted: each token has a weight of its own; otherwise the loss is the mean.
         adapters: a key of ADAPTERS; only these are trained.
+        steps, micro_batches: how many steps, of so many micro-batches over all data ranks.
     """
 
     tp: int = 1
@@ -77,6 +76,8 @@ class Case:
     fp16: bool = False
     weighted: bool = False
     adapters: str = ""
+    steps: int = 10
+    micro_batches: int = 8
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
@@ -114,6 +115,7 @@ class Case:
     def work(self) -> Case:
         """What must not depend on the layout: the same in one process."""
         names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled", "fp16", "weighted", "adapters")
+        names += ("steps", "micro_batches")
         return Case(**{name: getattr(self, name) for name in names})
 
 
@@ -148,9 +150,9 @@ def micro_batches(case: Case, config: ModelConfig) -> list[list[MicroBatch]]:
     """For each step, the micro-batches of all data ranks: windows of one length, or packed answers of many."""
     generator = np.random.default_rng(5)
     steps = []
-    for step in range(STEPS):
+    for step in range(case.steps):
         batches = []
-        for number in range(MICRO_BATCHES):
+        for number in range(case.micro_batches):
             lengths = generator.integers(1, 9, 4) if case.packed else (16,)
             trained = 0.4 if case.packed else 1.0
             samples = toy_samples(config, [int(n) for n in lengths], seed=100 * step + number, trained=trained)
@@ -223,7 +225,13 @@ def run_job(
 ) -> dict[str, Outcome]:
     """Train every case in one job of so many processes."""
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
-    command = [*launcher(framework, processes), str(JOB), framework, str(folder / "cases.json"), str(folder)]
+    command = [
+        *launcher(framework, processes, forked=True),
+        str(JOB),
+        framework,
+        str(folder / "cases.json"),
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -262,7 +270,7 @@ def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> N
     expected = one_process(framework, case.work)
     assert found.trained == expected.trained, case.name
     assert found.applied == expected.applied, case.name
-    assert found.applied == [case.is_applied(step) for step in range(STEPS)], case.name
+    assert found.applied == [case.is_applied(step) for step in range(case.steps)], case.name
     first, later, norm = (
         (FP16_ROUNDING, FP16_ROUNDING, 2 * FP16_ROUNDING) if case.fp16 else (1e-5, TOLERANCE, TOLERANCE)
     )

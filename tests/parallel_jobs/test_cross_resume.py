@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ import pytest
 
 from frameworks import require_framework
 from launchers import launcher
+from tandem.__main__ import main
 from workspace import Workspace
 
 LAYOUTS = {
@@ -100,11 +100,13 @@ def train(
     words = [
         word for name, value in values.items() for word in ([f"--{name}"] + ([] if value is None else [str(value)]))
     ]
-    command = ["-m", "tandem", "finetune" if instructions else "pretrain", *map(str, words)]
+    command = ["finetune" if instructions else "pretrain", *map(str, words)]
     save.mkdir(exist_ok=True)
-    start = [sys.executable] if processes == 1 else launcher(framework, processes)
+    if processes == 1:
+        assert main(command) == 0
+        return
     done = subprocess.run(
-        [*start, *command],
+        [*launcher(framework, processes, forked=True), "-m", "tandem", *command],
         capture_output=True,
         text=True,
         timeout=200,

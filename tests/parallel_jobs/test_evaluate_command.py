@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 from frameworks import require_framework
 from launchers import launcher
+from tandem.__main__ import main
 from workspace import Workspace
 
 LAYOUTS = {
@@ -20,23 +22,27 @@ LAYOUTS = {
 }
 
 
-def test_the_loss_is_the_same_at_every_layout(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_loss_is_the_same_at_every_layout(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both sets, whole, although two data ranks get different numbers of micro-batches."""
     require_framework("torch")
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"context": "123 is", "choices": [" 321", " 12 or more"], "answer": 0}')
     sets = [f"text={workspace.text}_text_document", f"chat={workspace.instructions}", f"ask={questions}"]
     words = ["evaluate", str(workspace.hf), *sets, "--seq-length", "32", "--micro-batch-size", "3"]
-    alone = table([sys.executable, "-m", "tandem", *words])
+    assert main(words) == 0
+    alone = table(capsys.readouterr().out)
     assert [name for name, *_ in alone] == ["text", "chat", "ask"]
     for layout, processes in LAYOUTS.items():
-        assert table([*launcher("torch", processes), "-m", "tandem", *words, *layout.split()]) == alone, layout
+        command = [*launcher("torch", processes, forked=True), "-m", "tandem", *words, *layout.split()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert table(done.stdout) == alone, layout
 
 
-def table(command: list[str]) -> list[tuple[str, ...]]:
+def table(output: str) -> list[tuple[str, ...]]:
     """Rows of the printed tables: set, loss to 4 digits, perplexity, tokens; questions, their shares and number."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses = re.findall(r"│ (\w+) +│ +([\d.]+)\d\d │ +([\d.]+)\d\d │ +([\d,]+) │", done.stdout)
-    return losses + re.findall(r"│ (\w+) +│ +([\d.]+) │ +([\d.]+) │ +(-[\d.]+)\d\d │ +(\d+) │", done.stdout)
+    losses = re.findall(r"│ (\w+) +│ +([\d.]+)\d\d │ +([\d.]+)\d\d │ +([\d,]+) │", output)
+    return losses + re.findall(r"│ (\w+) +│ +([\d.]+) │ +([\d.]+) │ +(-[\d.]+)\d\d │ +(\d+) │", output)

@@ -143,7 +143,15 @@ def tandem_script(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(script)
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize(
+    ("framework", "axis"),
+    [
+        ("torch", "pipeline"),
+        ("mindspore", "tensor"),
+        pytest.param("torch", "tensor", marks=pytest.mark.slow("jobs")),
+        pytest.param("mindspore", "pipeline", marks=pytest.mark.slow("jobs")),
+    ],
+)
 def test_a_command_as_two_processes_trains_as_one(
     workspace: Workspace, framework: str, axis: str, untidy_folder: Path, tandem_script: str, tmp_path: Path
 ) -> None:
@@ -151,6 +159,7 @@ def test_a_command_as_two_processes_trains_as_one(
 
     Whatever lies in the working folder, and whatever other jobs have left in the environment.
     """
+    require_framework(framework)
     command = [tandem_script, "pretrain", *flags(workspace, framework, tmp_path)]
     logs = tmp_path / "logs"
     job = start(

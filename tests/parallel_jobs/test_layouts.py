@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,25 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow("eight"))])
-def test_some_layouts_equal_one_process_on_pytorch(processes: int, tmp_path: Path) -> None:
-    check(require_framework("torch"), processes, SHORT[processes], tmp_path)
+def brief(cases: list[Case]) -> list[Case]:
+    """The quick suite's: half the steps, of half the micro-batches."""
+    return [replace(case, steps=5, micro_batches=4) for case in cases]
 
 
-@pytest.mark.slow("layouts")
-def test_more_layouts_equal_one_process_on_pytorch(tmp_path: Path) -> None:
-    check(require_framework("torch"), 4, MORE, tmp_path)
+def test_some_layouts_equal_one_process_on_pytorch(tmp_path: Path) -> None:
+    check(require_framework("torch"), 2, brief(SHORT[2]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [
+        pytest.param(2, SHORT[2], marks=pytest.mark.slow("layouts"), id="2"),
+        pytest.param(4, MORE, marks=pytest.mark.slow("layouts"), id="4"),
+        pytest.param(4, SHORT[4], marks=pytest.mark.slow("eight"), id="4-short"),
+    ],
+)
+def test_more_layouts_equal_one_process_on_pytorch(processes: int, cases: list[Case], tmp_path: Path) -> None:
+    check(require_framework("torch"), processes, cases, tmp_path)
 
 
 # MindSpore's collectives on CPU take milliseconds, so its short set is shorter: every mechanism once.
@@ -63,7 +75,7 @@ SHORTER = [
     Case(dp=2, use_distributed_optimizer=True, packed=True),
 ]
 MORE_OF_MINDSPORE = {
-    2: [Case(tp=2, packed=True, weighted=True, lr=2e-4)],
+    2: [Case(tp=2, packed=True, weighted=True, lr=2e-4), *SHORTER],
     4: [
         Case(tp=2, pp=2, packed=True, noop_layers=(0, 5)),
         Case(tp=2, dp=2, family="qwen2", use_distributed_optimizer=True, lr=2e-4),
@@ -72,7 +84,7 @@ MORE_OF_MINDSPORE = {
 
 
 def test_some_layouts_equal_one_process_on_mindspore(tmp_path: Path) -> None:
-    check(require_framework("mindspore"), 2, SHORTER, tmp_path)
+    check(require_framework("mindspore"), 2, brief(SHORTER), tmp_path)
 
 
 @pytest.mark.slow("layouts")
@@ -114,7 +126,7 @@ MORE_ADAPTED = {
 
 @pytest.mark.parametrize(("framework", "processes"), ADAPTED)
 def test_adapters_in_some_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
-    check(require_framework(framework), processes, ADAPTED[framework, processes], tmp_path)
+    check(require_framework(framework), processes, brief(ADAPTED[framework, processes]), tmp_path)
 
 
 @pytest.mark.slow("layouts")
@@ -160,7 +172,7 @@ SPOILED = {
 )
 def test_a_nan_on_one_rank_makes_all_skip_the_step(framework: str, processes: int, tmp_path: Path) -> None:
     """All report the same, and go on as one process does that skips the same step."""
-    check(require_framework(framework), processes, SPOILED[processes], tmp_path)
+    check(require_framework(framework), processes, brief(SPOILED[processes]), tmp_path)
 
 
 @pytest.mark.slow("layouts")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ours import our_logits
-from reference import toy_batch, toy_weights
+from toy_work import toy_batch, toy_weights
 
 from launchers import launcher
 from tandem.checkpoints.copy import copy
@@ -77,7 +77,7 @@ def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, r
         copy(toy_weights(config), MegatronSink(tmp_path / name, config, layout, "float32", padded_vocab_size=rows))
     words = [str(JOB), str(tmp_path / "tokens.npy"), *(str(tmp_path / name) for name in CASES[ranks])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher("torch", ranks), *words], check=True, timeout=600, env=environment)
+    subprocess.run([*launcher("torch", ranks, forked=True), *words], check=True, timeout=600, env=environment)
     for name, (config, layout) in CASES[ranks].items():
         shares = [np.load(tmp_path / name / f"logits_{rank}.npy") for rank in range(layout.tensor_model_parallel_size)]
         logits = np.concatenate(shares, axis=1)[:, : config.vocab_size]

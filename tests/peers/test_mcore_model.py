@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ours import our_logits
-from reference import toy_batch, toy_weights
+from toy_work import toy_batch, toy_weights
 
 from runs import run
 from tandem.__main__ import main

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from mcore_data import EOD, FLAGS, SEED, SEQUENCE, SPLIT, corpus, megatron_datasets
-from reference import assert_close_gradients, mean_gradients, toy_weights
+from toy_work import assert_close_gradients, mean_gradients, toy_weights
 
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ours import our_logits
-from reference import toy_batch, toy_weights
+from toy_work import toy_batch, toy_weights
 
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forking_launcher import launcher_for
 from frameworks import require_framework
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.memory import StageMemory, stage_memories
@@ -35,7 +36,10 @@ def plan_parallel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ],
     ids=["tensor, sequence, recomputed", "pipeline, data, distributed optimizer", "pipeline, data, fully sharded"],
 )
-def test_ranks_send_what_is_planned(case: tuple[Any, ...], plan_parallel: ModuleType) -> None:
+def test_ranks_send_what_is_planned(
+    case: tuple[Any, ...], plan_parallel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_parallel, "launcher_of", launcher_for)
     job = plan_parallel.job_of("torch", case, *SMALL)
     ranks = plan_parallel.in_children("torch", case, SMALL, live=False)
     assert len(ranks) == job.devices

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from frameworks import require_framework
+from launchers import launcher
 from runs import assert_same_weights
 from scripts import free_port
 from tandem.__main__ import STOPPED
@@ -27,12 +28,16 @@ from tandem.models.tensors import tensor_table
 from workspace import Workspace
 
 PROGRAM = Path(__file__).with_name("faulty_run.py")
-SUPERVISED = Path(__file__).parents[1] / "parallel_jobs" / "supervised.py"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A toy run as a command, of one process or of several; `launcher` goes before it, by default a supervisor's."""
+    """A toy run as a command, of one process or of several.
+
+    Attributes:
+        forked: its ranks are started by the tests' own launcher, which takes less time.
+        launcher: what goes before it, by default a supervisor's.
+    """
 
     workspace: Workspace
     folder: Path
@@ -40,12 +45,13 @@ class Job:
     processes: int = 1
     flags: tuple[str, ...] = ()
     launcher: tuple[str, ...] = ()
+    forked: bool = False
 
     def start(self, save: str, **fault: object) -> subprocess.Popen[str]:
         """Save in a folder of that name; `fault` as `faulty_run.py` takes it."""
         values = {"rank": -1, "framework": self.framework, **fault}
         (self.folder / "fault.json").write_text(json.dumps(values), encoding="utf-8")
-        supervisor = (sys.executable, str(SUPERVISED), self.framework, str(self.processes))
+        supervisor = launcher(self.framework, self.processes, forked=self.forked)
         launch = self.launcher or (supervisor if self.processes > 1 else (sys.executable,))
         text = f"{self.workspace.text}_text_document"
         words = [*("--ai-framework", self.framework), *("--load", str(self.workspace.hf)), *("--data-path", text)]
@@ -168,7 +174,8 @@ def unbroken_job_of_two(workspace: Workspace, framework: str, layout: str, folde
 def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> None:
     """Saving in the background at sharded optimizer state."""
     require_framework("torch")
-    job = Job(workspace, tmp_path, processes=2, flags=(*TWO, "--async-save", "--use-distributed-optimizer"))
+    flags = (*TWO, "--async-save", "--use-distributed-optimizer")
+    job = Job(workspace, tmp_path, processes=2, flags=flags, forked=True)
     job.succeed("a")
     stop_and_go_on(job, rank=1, when="evaluation", at=1)
 
@@ -250,13 +257,13 @@ def test_ranks_save_and_leave_when_their_launcher_ends(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        launcher = job.start("b")
+        process = job.start("b")
     wait_until(lambda: '"iteration":2,' in read_if_there(tmp_path / "b" / "metrics.jsonl"))
-    launcher.send_signal(number)
+    process.send_signal(number)
     wait_until(lambda: all(read_if_there(path) for path in job.code_files()))
     assert job.codes() == [STOPPED, STOPPED]
     assert NativeSource(tmp_path / "b").iteration >= 1
-    launcher.communicate(timeout=60)
+    process.communicate(timeout=60)
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 180) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,14 +43,30 @@ def test_a_constant_scale_stays() -> None:
     assert LossScale.of(TrainingSettings(), {"value": 4.0}).value == 1.0
 
 
+Whole = Callable[[str], tuple[list[StepRecord], Path]]
+
+
+@pytest.fixture(scope="module")
+def unbroken(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """All steps of a framework, trained once, and where they are saved."""
+
+    @functools.cache
+    def train_whole(framework: str) -> tuple[list[StepRecord], Path]:
+        folder, records = tmp_path_factory.mktemp("unbroken"), list[StepRecord]()
+        run(workspace, framework, records.append, save=str(folder), **FP16)
+        return records, folder
+
+    return train_whole
+
+
 def test_a_run_in_fp16_finds_its_scale_and_is_resumed_exactly(
-    workspace: Workspace, framework: str, tmp_path: Path
+    workspace: Workspace, framework: str, unbroken: Whole, tmp_path: Path
 ) -> None:
-    whole, parts, full = list[StepRecord](), list[StepRecord](), list[StepRecord]()
-    run(workspace, framework, whole.append, save=str(tmp_path / "a"), **FP16)
+    whole, folder = unbroken(framework)
+    parts, full = list[StepRecord](), list[StepRecord]()
     run(workspace, framework, parts.append, save=str(tmp_path / "b"), exit_interval=7, **FP16)
     run(workspace, framework, parts.append, save=str(tmp_path / "b"), **FP16)
-    run(workspace, framework, full.append, train_iters=12)
+    run(workspace, framework, full.append, train_iters=12, exit_interval=1)
     assert whole[0].skipped
     assert math.isfinite(whole[0].loss)
     assert whole[1].loss_scale == 2.0**19
@@ -61,16 +79,16 @@ def test_a_run_in_fp16_finds_its_scale_and_is_resumed_exactly(
             other.loss_scale,
             other.skipped,
         )
-    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert_same_weights(folder, tmp_path / "b")
 
 
 @pytest.mark.parametrize("road", [("torch", "mindspore"), ("mindspore", "torch")], ids="-".join)
 def test_a_run_in_fp16_goes_on_on_the_other_backend(
-    workspace: Workspace, road: tuple[str, str], tmp_path: Path
+    workspace: Workspace, road: tuple[str, str], unbroken: Whole, tmp_path: Path
 ) -> None:
     """Scales and skipped steps are those of the unbroken run, losses those to fp16's rounding."""
-    whole, parts = list[StepRecord](), list[StepRecord]()
-    run(workspace, require_framework("torch"), whole.append, **FP16)
+    whole, _ = unbroken(require_framework("torch"))
+    parts = list[StepRecord]()
     run(workspace, require_framework(road[0]), parts.append, save=str(tmp_path), exit_interval=7, **FP16)
     run(workspace, require_framework(road[1]), parts.append, save=str(tmp_path), **FP16)
     assert [(one.loss_scale, one.skipped) for one in parts] == [(one.loss_scale, one.skipped) for one in whole]

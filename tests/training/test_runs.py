@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +53,36 @@ def state(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
+Whole = Callable[[str, bool], tuple[list[StepRecord], Path]]
+STEPS_OF_8 = {"global_batch_size": 8, "micro_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """20 steps of a framework on text or instructions, trained once, and where they are saved."""
+
+    @functools.cache
+    def train_whole(framework: str, instructions: bool) -> tuple[list[StepRecord], Path]:
+        folder = tmp_path_factory.mktemp("whole")
+        return run(workspace, framework, save=str(folder), instructions=instructions, **STEPS_OF_8), folder
+
+    return train_whole
+
+
 @pytest.mark.parametrize(("instructions", "stop"), [(False, 5), (False, 13), (True, 18)])
 def test_resuming_is_bitwise(
-    workspace: Workspace, framework: str, instructions: bool, stop: int, tmp_path: Path
+    workspace: Workspace, framework: str, instructions: bool, stop: int, whole: Whole, tmp_path: Path
 ) -> None:
     """20 steps == some steps, stop, resume to 20, stopping inside the first epoch and inside a later one."""
-    common = {"instructions": instructions, "global_batch_size": 8}
-    unbroken = run(workspace, framework, save=str(tmp_path / "a"), **common)
+    common = {"instructions": instructions, **STEPS_OF_8}
+    unbroken, folder = whole(framework, instructions)
     first = run(workspace, framework, save=str(tmp_path / "b"), exit_interval=stop, **common)
     assert len(first) == stop
     second = run(workspace, framework, save=str(tmp_path / "b"), load=str(tmp_path / "b"), **common)
     assert [record.iteration for record in second] == list(range(stop + 1, 21))
     assert losses(first + second) == losses(unbroken)
     assert [r.lr for r in first + second] == [r.lr for r in unbroken]
-    expected, actual = state(tmp_path / "a"), state(tmp_path / "b")
+    expected, actual = state(folder), state(tmp_path / "b")
     assert expected.keys() == actual.keys()
     assert all(np.array_equal(expected[name], actual[name]) for name in expected)
 
