@@ -27,7 +27,7 @@ from reference import (
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings, StepResult
 from tandem.checkpoints.interface import TensorSource
-from tandem.data.batch import IGNORE, MicroBatch, collate
+from tandem.data.batch import IGNORE, AskedBatch, MicroBatch, collate
 from tandem.errors import UserError
 from tandem.models.config import RotaryScaling
 from tandem.models.tensors import tensor_table
@@ -148,6 +148,20 @@ def test_log_probabilities_equal_hugging_face(framework: str) -> None:
         of_labels = expected[np.arange(len(trained)), np.where(trained, batch.labels, 0)]
         assert values.dtype == np.float64
         np.testing.assert_allclose(values, np.where(trained, of_labels, 0.0), atol=2e-5, rtol=0)
+
+
+def test_label_scores_equal_hugging_face(framework: str) -> None:
+    """Several labels of one position, positions in any order, and the most likely token of each."""
+    source = toy_weights(TOYS["qwen3-untied"])
+    plain = toy_batch(source.config, RAGGED)
+    expected = torch.log_softmax(Reference(source).logits(plain).detach(), -1).numpy()
+    rows = np.array([6, 0, 55, 6, 6, 31])
+    labels = np.array([210, 3, 0, int(expected[6].argmax()), 17, 99], np.int32)
+    batch = AskedBatch.of(plain, rows, labels)
+    engine = build(framework, source, training=False)
+    for values, tokens in engine.label_scores([batch, batch]):
+        np.testing.assert_allclose(values, expected[rows, labels], atol=2e-5, rtol=0)
+        assert tokens.tolist() == expected[rows].argmax(1).tolist()
 
 
 @pytest.mark.parametrize("field", ["tokens", "labels"])

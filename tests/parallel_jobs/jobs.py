@@ -18,7 +18,7 @@ from launchers import launcher
 from spoiled import Where, spoiled
 from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
-from tandem.data.batch import MicroBatch, collate
+from tandem.data.batch import AskedBatch, MicroBatch, collate
 from tandem.models.config import ModelConfig
 from tandem.models.lora import Lora
 from tandem.models.tensors import tensor_table
@@ -216,8 +216,13 @@ def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = s
 
 
 def scores(engine: Engine, batches: list[MicroBatch]) -> list[float]:
-    """A number for each micro-batch that shows when a log-probability has changed or moved."""
-    return [float(values @ np.sqrt(np.arange(1, 1 + len(values)))) for values in engine.log_probabilities(batches)]
+    """A number for each micro-batch that shows when a log-probability has changed or moved.
+
+    With the same of `label_scores`, and the most likely tokens.
+    """
+    found = engine.label_scores([AskedBatch.of(batch, *batch.judged) for batch in batches if batch.trained_tokens])
+    numbers = [*engine.log_probabilities(batches), *(part.astype(np.float64) for pair in found for part in pair)]
+    return [float(values @ np.sqrt(np.arange(1, 1 + len(values)))) for values in numbers]
 
 
 def run_job(

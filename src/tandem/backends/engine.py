@@ -21,7 +21,7 @@ from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch, trained_rows
 from tandem.backends.session import Computes, EngineSession, check_layout, check_memory
 from tandem.checkpoints.interface import DTYPES, TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
-from tandem.data.batch import MicroBatch
+from tandem.data.batch import AskedBatch, MicroBatch
 from tandem.errors import UserError
 from tandem.frameworks import Framework
 from tandem.machine import available_bytes
@@ -239,6 +239,20 @@ class BaseEngine(ABC, Generic[T]):
 
         return [of_tokens(batch) for batch in micro_batches]
 
+    def label_scores(self, batches: Sequence[AskedBatch]) -> list[tuple[np.ndarray, np.ndarray]]:
+        assert all(len(batch.rows) for batch in batches), "a batch that asks nothing would have no scores"
+        to_run = self._to_run(list[MicroBatch](batches))  # those, and perhaps others that keep ranks together
+        sizes = [batch.trained_tokens for batch in to_run]
+        most_likely = [np.zeros(size, np.int64) for size in sizes]
+        losses = self._losses(to_run, most_likely) or [np.zeros(size, np.float32) for size in sizes]
+        # ids of tokens are exact in fp32: no vocabulary has 2**24 of them
+        both = [np.stack([of_batch, tokens]).astype(np.float32) for of_batch, tokens in zip(losses, most_likely)]
+        shared = self._from_last_stage(np.concatenate([np.empty((2, 0), np.float32), *both], axis=1).ravel())
+        values, tokens = np.split(shared, 2)
+        ends = np.cumsum(sizes[: len(batches)])
+        parts = list(zip(np.split(values, ends), np.split(tokens, ends)))[: len(batches)]
+        return [(-of_labels.astype(np.float64), of_tokens.astype(np.int64)) for of_labels, of_tokens in parts]
+
     def without_adapters(self) -> AbstractContextManager[None]:
         return self._adapters_switch.off()
 
@@ -352,10 +366,12 @@ class BaseEngine(ABC, Generic[T]):
         """
 
     @abstractmethod
-    def _losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """Run forward passes. Returns the losses of each batch's trained labels; nothing on ranks without the end.
+    def _losses(
+        self, batches: Sequence[MicroBatch], most_likely: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """Run forward passes. Returns the losses of each batch's judged labels; nothing on ranks without the end.
 
-        Each is fp32 [trained tokens].
+        Each is fp32 [judged labels]. `most_likely`, int64 of these shapes, gets the most likely tokens.
         """
 
     @abstractmethod

@@ -18,7 +18,7 @@ import numpy as np
 
 from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.config.settings import AdamSettings, ComputeSettings, ShardingSettings
-from tandem.data.batch import MicroBatch
+from tandem.data.batch import AskedBatch, MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Shard
@@ -220,6 +220,13 @@ class Engine(Protocol):
 
         They are computed in chunks, in fp32, and every rank gets those of its own micro-batches. Data ranks may have
         different numbers of micro-batches.
+        """
+        ...
+
+    def label_scores(self, batches: Sequence[AskedBatch]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each row of each batch: log p(label), float64 [n], and the most likely token, int64 [n].
+
+        Of equally likely tokens it is the first. Otherwise as `log_probabilities`. Each batch has a row.
         """
         ...
 

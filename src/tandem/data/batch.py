@@ -49,18 +49,51 @@ class MicroBatch:
         return int(np.count_nonzero(self.labels != IGNORE))
 
     @property
+    def judged(self) -> tuple[np.ndarray, np.ndarray]:
+        """The positions whose labels count, and these labels."""
+        rows = np.flatnonzero(self.labels != IGNORE)
+        return rows, self.labels[rows]
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int32 [documents]."""
         return np.diff(self.cu_seqlens)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError when a token or a trained label is not in 0 .. `vocab_size` - 1."""
-        for name, ids in (("tokens", self.tokens), ("labels", self.labels[self.labels != IGNORE])):
+        for name, ids in (("tokens", self.tokens), ("labels", self.judged[1])):
             if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
                 raise UserError(
                     f"{name} of a micro-batch span {ids.min()}..{ids.max()}, but the model's vocabulary is "
                     f"0..{vocab_size - 1}; if the data was made with another tokenizer, preprocess it again"
                 )
+
+
+@dataclass(frozen=True)
+class AskedBatch(MicroBatch):
+    """A micro-batch with labels of its own, of which a position can have several. `labels` are all IGNORE.
+
+    Attributes:
+        rows: int64 [n], positions in the batch.
+        row_labels: int32 [n], what each of them shall predict.
+    """
+
+    rows: np.ndarray
+    row_labels: np.ndarray
+
+    @classmethod
+    def of(cls, batch: MicroBatch, rows: np.ndarray, row_labels: np.ndarray) -> AskedBatch:
+        """The tokens of a batch, with other labels."""
+        unlabelled = np.full_like(batch.labels, IGNORE)
+        return cls(batch.tokens, unlabelled, batch.position_ids, batch.cu_seqlens, rows, row_labels)
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.rows)
+
+    @property
+    def judged(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows, self.row_labels
 
 
 def join(samples: Sequence[Sample]) -> Sample:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from tandem.backends.interface import Engine
-from tandem.harness.texts import Asked, Score, in_batches, micro_batch
+from tandem.harness.texts import Asked, Score, Text, asked_batch, in_batches
 from tandem.launch.world import Communicator
 from tandem.parallel.grid import Grid
 
-Text = tuple[Sequence[int], Sequence[int], Sequence[int]]  # tokens, rows, and a label for each of the rows
 Found = tuple[list[float], list[int]]  # of each row: log p(label), and the most likely token
 
 
@@ -79,17 +78,15 @@ class Team:
         """Compute this rank's share. Returns what all data ranks found."""
         self.before_batch()
         place = self.grid.place(self.communicator.world.rank)
-        found = self._compute(shares[place.data]) if place.data < len(shares) else []
+        found = self._compute(shares[place.data] if place.data < len(shares) else [])
         everyone: list[Any] = self.communicator.all_gather(found)
         return [everyone[rank] for rank in self.grid.group("data", self.grid.place(0))]
 
     def _compute(self, texts: list[Text]) -> list[Found]:
-        batch = micro_batch([tokens for tokens, *_ in texts])
-        rows = np.concatenate([start + np.asarray(rows) for start, (_, rows, _) in zip(batch.cu_seqlens, texts)])
-        labels = np.concatenate([np.asarray(labels) for *_, labels in texts])
-        logits = self.engine.logits(batch, rows).astype(np.float64)
-        peak = logits.max(axis=1, keepdims=True)
-        totals = np.log(np.exp(logits - peak).sum(axis=1)) + peak[:, 0]
-        values, tokens = logits[np.arange(len(rows)), labels] - totals, logits.argmax(axis=1)
+        """Collective: also without texts."""
+        scores = self.engine.label_scores([asked_batch(texts)] if texts else [])
+        if not texts:
+            return []
+        ((values, tokens),) = scores
         ends = np.cumsum([len(rows) for _, rows, _ in texts])[:-1]
         return [(a.tolist(), b.tolist()) for a, b in zip(np.split(values, ends), np.split(tokens, ends))]

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tandem.data.batch import IGNORE, MicroBatch
+from tandem.data.batch import IGNORE, AskedBatch
+
+Text = tuple[Sequence[int], Sequence[int], Sequence[int]]  # tokens, rows, and a label for each of the rows
 
 
 class Score(NamedTuple):
@@ -86,12 +88,15 @@ def in_batches(lengths: Sequence[int], most: int) -> Iterator[range]:
         yield range(first, len(lengths))
 
 
-def micro_batch(texts: Sequence[Sequence[int]]) -> MicroBatch:
-    """Texts as documents laid end to end, without labels."""
-    lengths = [len(tokens) for tokens in texts]
-    return MicroBatch(
-        tokens=np.concatenate([np.asarray(tokens, np.int32) for tokens in texts]),
+def asked_batch(texts: Sequence[Text]) -> AskedBatch:
+    """Texts as documents laid end to end."""
+    lengths = [len(tokens) for tokens, *_ in texts]
+    starts = np.cumsum([0, *lengths], dtype=np.int32)
+    return AskedBatch(
+        tokens=np.concatenate([np.asarray(tokens, np.int32) for tokens, *_ in texts]),
         labels=np.full(sum(lengths), IGNORE, np.int32),
         position_ids=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        cu_seqlens=starts,
+        rows=np.concatenate([start + np.asarray(rows, np.int64) for start, (_, rows, _) in zip(starts, texts)]),
+        row_labels=np.concatenate([np.asarray(labels, np.int32) for *_, labels in texts]),
     )

@@ -70,8 +70,6 @@ def _evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None
     given = settings.evaluation
     raise_all(_wrong(settings))
     weights = Weights.of(settings, longest=1)
-    if weights.world.size > 1:
-        raise UserError("--tasks: several processes are not supported yet; leave out --nproc-per-node")
     if weights.tokenizer is None:
         raise UserError("--tasks needs a tokenizer: give its folder with --tokenizer-name-or-path")
     chat = chat_of(given, settings.data, weights.source, weights.tokenizer)

@@ -153,9 +153,11 @@ class MindSporeEngine(BaseEngine[Tensor]):
         with _non_finite_allowed():
             return self._passes.accumulate(batches)
 
-    def _losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    def _losses(
+        self, batches: Sequence[MicroBatch], most_likely: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         with _non_finite_allowed():
-            return self._passes.losses(batches)
+            return self._passes.losses(batches, most_likely)
 
     def _from_last_stage(self, values: np.ndarray) -> np.ndarray:
         if self._grid.pipeline_size == 1 or not len(values):

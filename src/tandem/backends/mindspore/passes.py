@@ -57,15 +57,20 @@ class Passes:
         self.pipeline.finish()
         return total
 
-    def losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """The losses of each batch's trained labels, fp32 [labels]; nothing on all stages except the last."""
+    def losses(
+        self, batches: Sequence[MicroBatch], most_likely: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """The losses of each batch's judged labels, fp32 [labels]; nothing on all stages except the last.
+
+        `most_likely`, int64 of these shapes, gets the most likely tokens.
+        """
         losses = []
-        for batch in batches:
-            rows = trained_rows(batch)
+        for place, batch in enumerate(batches):
+            rows, labels = batch.judged
             output, _ = self._output(batch, rows, differentiable=False)
             if self.pipeline.is_last:
-                labels = batch.labels[rows]
-                losses.append(self.kernels.token_losses(output, self.decoder.head, labels, self.tensor))
+                tokens = None if most_likely is None else most_likely[place]
+                losses.append(self.kernels.token_losses(output, self.decoder.head, labels, self.tensor, tokens))
             else:
                 self.pipeline.send(True, output)
         self.pipeline.finish()

@@ -93,6 +93,20 @@ class TensorParallel:
         parts = [part.asnumpy() for part in self.ranks.gather(Tensor.from_numpy(padded))]
         return np.concatenate(parts, axis=1)[:, :size]
 
+    def first_largest(self, largest: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The token with the largest logit in the whole vocabulary, int64 [n]; the first of equal ones.
+
+        Args:
+            largest: each row's largest logit on this rank, fp32 [n].
+            places: its number on this rank, int64 [n].
+        """
+        ids = places + self.ranks.rank * self.vocabulary_rows
+        if self.ranks.group is None:
+            return ids
+        has_largest = largest == self.ranks.maximum(Tensor(largest)).asnumpy()
+        negated = np.where(has_largest, -ids, -np.inf).astype(np.float32)  # which holds the ids exactly
+        return (-self.ranks.maximum(Tensor(negated)).asnumpy()).astype(np.int64)
+
     def _sum(self, x: Tensor) -> Tensor:
         return x if self.ranks.group is None else self.ranks.sum(x)
 

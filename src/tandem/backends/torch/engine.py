@@ -166,9 +166,11 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         self._sharing.end()
         return loss
 
-    def _losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    def _losses(
+        self, batches: Sequence[MicroBatch], most_likely: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         self._sharing.begin(gradients=False)
-        losses = self._passes.losses(batches)
+        losses = self._passes.losses(batches, most_likely)
         self._sharing.end()
         return losses
 

@@ -14,15 +14,23 @@ from tandem.backends.torch.tensor_parallel import TensorParallel
 
 @torch.no_grad()
 def token_losses(
-    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, tensor: TensorParallel | None = None
+    hidden: torch.Tensor,
+    head: Weight,
+    labels: torch.Tensor,
+    tensor: TensorParallel | None = None,
+    most_likely: np.ndarray | None = None,
 ) -> np.ndarray:
     """-log softmax(hidden head^T)[label] of each row, fp32 [t]: hidden [t, h], head [vocabulary, h], labels [t].
 
-    With `tensor`, `head` is this rank's slice of the vocabulary, and all tensor ranks get the losses.
+    With `tensor`, `head` is this rank's slice of the vocabulary, and all tensor ranks get the losses. `most_likely`,
+    int64 [t], gets the most likely token of each row; of equally likely ones the first.
     """
-    losses = [
-        _losses_and_gradient(hidden[rows], head, labels[rows], tensor)[0] for rows in _chunks(hidden, head, tensor)
-    ]
+    losses = []
+    for rows in _chunks(hidden, head, tensor):
+        logits = matmul(hidden[rows], head)
+        if most_likely is not None:
+            most_likely[rows] = _largest(logits, tensor).cpu().numpy()
+        losses.append(_losses_and_gradient(logits, labels[rows], tensor)[0])
     return torch.cat(losses)[:, 0].cpu().numpy()
 
 
@@ -41,7 +49,7 @@ def cross_entropy_and_gradient(
     column, share = (torch.from_numpy(values[:, None]).to(hidden.device) for values in (weights, shares))
 
     def run(rows: slice) -> float:
-        losses, dlogits = _losses_and_gradient(hidden[rows], head, labels[rows], tensor)
+        losses, dlogits = _losses_and_gradient(matmul(hidden[rows], head), labels[rows], tensor)
         dlogits = dlogits.to(hidden.dtype)
         # Weights are applied to the head's input and output, whose rows are shorter than logits.
         if head.main_grad is not None:
@@ -62,10 +70,12 @@ def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -
 
 
 def _losses_and_gradient(
-    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, tensor: TensorParallel | None
+    logits: torch.Tensor, labels: torch.Tensor, tensor: TensorParallel | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's loss, [t, 1], and the gradient of their sum with respect to the logits (softmax - onehot); fp32."""
-    logits = matmul(hidden, head)
+    """Each row's loss, [t, 1], and the gradient of their sum with respect to the logits (softmax - onehot); fp32.
+
+    The logits may be overwritten.
+    """
     if tensor is not None:
         return _over_ranks(logits.float(), labels, tensor)
     return kernels_of(logits.device).losses_and_gradient(logits, labels)
@@ -85,3 +95,15 @@ def _over_ranks(
     probabilities = exponentials.div_(totals)
     probabilities.scatter_add_(1, labels[:, None], absent[:, None].to(probabilities.dtype).sub_(1.0))
     return losses, probabilities
+
+
+def _largest(logits: torch.Tensor, tensor: TensorParallel | None) -> torch.Tensor:
+    """The token with each row's largest logit, int64 [t]; the first of equal ones."""
+    places = logits.argmax(dim=1)
+    if tensor is None:
+        return places
+    peaks = logits.gather(1, places[:, None])[:, 0].float()
+    has_largest = peaks == tensor.maximum(peaks.clone())
+    # fp32 holds the ids exactly, and every backend has a maximum of it
+    ids = (-places - tensor.first_row).float().masked_fill_(~has_largest, -float("inf"))
+    return (-tensor.maximum(ids)).long()

@@ -77,15 +77,21 @@ class Passes:
         return total
 
     @torch.no_grad()
-    def losses(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """The losses of each batch's trained labels, fp32 [labels]; nothing on ranks without the last chunk."""
+    def losses(
+        self, batches: Sequence[MicroBatch], most_likely: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """The losses of each batch's judged labels, fp32 [labels]; nothing on ranks without the last chunk.
+
+        `most_likely`, int64 of these shapes, gets the most likely tokens.
+        """
         losses = []
-        for batch in batches:
+        for place, batch in enumerate(batches):
             for number, chunk in enumerate(self.chunks):
                 rows, labels = self._trained(batch)
                 output = self._output(number, batch, rows)
                 if (target := self.pipeline.target(number)) is None:
-                    losses.append(token_losses(output, chunk.head, labels, chunk.tensor))
+                    tokens = None if most_likely is None else most_likely[place]
+                    losses.append(token_losses(output, chunk.head, labels, chunk.tensor, tokens))
                 else:
                     self.pipeline.send(target, True, output)
         self.pipeline.finish()
@@ -153,7 +159,8 @@ class Passes:
         return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor, attention)
 
     def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The positions whose labels count (None for all), and their labels."""
-        rows = trained_rows(batch)
-        labels = torch.from_numpy(batch.labels[rows].astype(np.int64)).to(self.device)
-        return (None if len(rows) == len(batch.labels) else torch.from_numpy(rows).to(self.device)), labels
+        """The positions whose labels count (None for all, in order), and their labels."""
+        rows, labels = batch.judged
+        in_order = np.array_equal(rows, np.arange(len(batch.labels)))
+        on_device = torch.from_numpy(labels.astype(np.int64)).to(self.device)
+        return (None if in_order else torch.from_numpy(rows).to(self.device)), on_device

@@ -129,10 +129,16 @@ def rotated(x: Tensor, gamma: Sequence[Tensor], cos: Tensor, sin: Tensor, config
     return normed * cos + mint.cat((-second, first), -1) * sin
 
 
-def token_losses(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> np.ndarray:
+def token_losses(
+    hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel, most_likely: np.ndarray | None = None
+) -> np.ndarray:
     losses = np.empty(len(labels), np.float32)
     for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes):
-        losses[part] = _losses(hidden[part], head, labels[part], tensor)[0]
+        logits = product(hidden[part], head.value, transpose_b=True).astype(ms.float32)
+        losses[part] = _losses(logits, labels[part], tensor)[0]
+        if most_likely is not None:
+            largest, places = mint.max(logits, -1)
+            most_likely[part] = tensor.first_largest(largest.asnumpy(), places.asnumpy())
     return losses
 
 
@@ -143,7 +149,8 @@ def cross_entropy_and_gradient(
     total, gradients = 0.0, []
     for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes):
         rows = hidden[part]
-        losses, d_logits = _losses(rows, head, labels[part], tensor)
+        logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
+        losses, d_logits = _losses(logits, labels[part], tensor)
         total += float(np.sum(losses * weights[part]))
         # Scaled only now, so that the loss scale does not reduce the range of fp16.
         d_logits = d_logits.astype(hidden.dtype)
@@ -154,10 +161,9 @@ def cross_entropy_and_gradient(
     return total, mint.cat(gradients, 0)
 
 
-def _losses(rows: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> tuple[np.ndarray, Tensor]:
+def _losses(logits: Tensor, labels: np.ndarray, tensor: TensorParallel) -> tuple[np.ndarray, Tensor]:
     """Each row's loss, fp32, and the gradient of their sum with respect to their logits, fp32."""
-    logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
-    local, size = tensor.local(labels), head.value.shape[0]
+    local, size = tensor.local(labels), logits.shape[-1]
     here = (local >= 0) & (local < size)
     one_hot = mint.nn.functional.one_hot(Tensor(np.where(here, local, 0), ms.int64), size).astype(ms.float32)
     one_hot = one_hot * Tensor(here[:, None].astype(np.float32))

@@ -23,15 +23,21 @@ LOGITS_CHUNK_BYTES = MINDSPORE.logits_chunk_bytes
 PIECE = 4096
 
 
-def token_losses(hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> np.ndarray:
+def token_losses(
+    hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel, most_likely: np.ndarray | None = None
+) -> np.ndarray:
     """-log softmax(hidden head^T)[label] of each row, fp32 [n]: hidden [n, h], head [v, h], labels [n].
 
-    Where ranks share the vocabulary, `head` is this rank's part of it, and all ranks get the losses.
+    Where ranks share the vocabulary, `head` is this rank's part of it, and all ranks get the losses. `most_likely`,
+    int64 [n], gets the most likely token of each row; of equally likely ones the first.
     """
     rows = hidden.asnumpy()
     losses = np.empty(len(rows), np.float32)
     for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES):
-        losses[part] = _Chunk(single(rows[part]), head, labels[part], tensor).losses
+        chunk = _Chunk(single(rows[part]), head, labels[part], tensor, finds=most_likely is not None)
+        losses[part] = chunk.losses
+        if most_likely is not None:
+            most_likely[part] = tensor.first_largest(*chunk.largest_logits())
     return losses
 
 
@@ -56,9 +62,15 @@ def cross_entropy_and_gradient(
 
 
 class _Chunk:
-    """The logits of some rows, exponentiated: in each piece exp(logits - the row's largest in that piece)."""
+    """The logits of some rows, exponentiated: in each piece exp(logits - the row's largest in that piece).
 
-    def __init__(self, rows: np.ndarray, head: Weight, labels: np.ndarray, tensor: TensorParallel) -> None:
+    Args:
+        finds: `largest_logits` will be asked for.
+    """
+
+    def __init__(
+        self, rows: np.ndarray, head: Weight, labels: np.ndarray, tensor: TensorParallel, *, finds: bool = False
+    ) -> None:
         self.hidden = Tensor.from_numpy(rows)
         self.head = head
         self.labels = tensor.local(labels)
@@ -67,6 +79,7 @@ class _Chunk:
         shape = (len(rows), len(self.ranges))
         self.largest = np.empty(shape, np.float32)
         self.totals = np.empty(shape, np.float32)
+        self.places = np.empty(shape, np.int64) if finds else None  # of the largest, in the piece
         label_logits = np.zeros(len(rows), np.float32)
         self.pieces = [self._exponentials(index, label_logits) for index in range(len(self.ranges))]
         top = self.largest.max(1)
@@ -84,12 +97,20 @@ class _Chunk:
         def exponentiate(part: slice) -> None:
             values = logits[part]
             values.max(1, out=self.largest[part, index])
+            if self.places is not None:
+                self.places[part, index] = values.argmax(1)
             values -= self.largest[part, index, None]
             np.exp(values, out=values)
             values.sum(1, out=self.totals[part, index])
 
         split_work(exponentiate, len(logits), logits.size)
         return piece
+
+    def largest_logits(self) -> tuple[np.ndarray, np.ndarray]:
+        """The largest logit of each row, and its number on this rank; the first of equal ones."""
+        assert self.places is not None
+        best, rows = self.largest.argmax(1), np.arange(len(self.largest))
+        return self.largest[rows, best], PIECE * best + self.places[rows, best]
 
     def backward(self, weights: np.ndarray, d_rows: np.ndarray) -> None:
         """Write the gradient of the rows, and accumulate the head's. The pieces are overwritten."""
