@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Reference:
         state = {
             hf_name: torch.from_numpy(np.array(part))
             for name in tensor_table(source.config)
-            for hf_name, part in self.weight_map.to_hf(name, source.read(name)).items()
+            for hf_name, part in self._to_hf(name, source.read(name)).items()
         }
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         assert not unexpected
@@ -92,8 +92,21 @@ class Reference:
     def weights(self) -> dict[str, np.ndarray]:
         return self._to_mcore({name: p.detach().numpy() for name, p in self.model.named_parameters()})
 
+    def _to_hf(self, name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters that a tensor is made of. In memory, transformers 5 stacks experts, too, in 3 dimensions."""
+        if stack := self._stack(name):
+            return {stack: tensor.reshape(self.config.experts.num_experts, -1, tensor.shape[1])}
+        return self.weight_map.to_hf(name, tensor)
+
+    def _stack(self, name: str) -> str | None:
+        prefix, _, linear = name.partition(".mlp.experts.")
+        parameter = {"linear_fc1.weight": "gate_up_proj", "linear_fc2.weight": "down_proj"}.get(linear)
+        return f"{prefix.replace('decoder', 'model')}.mlp.experts.{parameter}" if parameter else None
+
     def _to_mcore(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {
-            name: self.weight_map.to_mcore(name, [tensors[part] for part in parts])
-            for name, parts in self.weight_map.rows.items()
-        }
+        def of(name: str, parts: Iterable[str]) -> np.ndarray:
+            if stack := self._stack(name):
+                return tensors[stack].reshape(-1, tensors[stack].shape[2])
+            return self.weight_map.to_mcore(name, [tensors[part] for part in parts])
+
+        return {name: of(name, parts) for name, parts in self.weight_map.rows.items()}

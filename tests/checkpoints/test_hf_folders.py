@@ -22,6 +22,7 @@ from tandem.checkpoints.random_init import RandomSource
 from tandem.conversion.verify import fixed_batch, verify
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.models.hf_config import to_hf
 from tandem.models.tensors import tensor_table
 from toys import TOYS, toy_config
 
@@ -42,6 +43,26 @@ def same(left: TensorSource, right: TensorSource) -> None:
 def rename(folder: Path, new_name: Callable[[str], str], **more: np.ndarray) -> None:
     tensors = load_file(folder / SINGLE)
     save_file({new_name(name): tensor for name, tensor in tensors.items()} | more, folder / SINGLE)
+
+
+def test_experts_that_transformers_saved_are_read(tmp_path: Path) -> None:
+    """In memory it stacks them in three dimensions. In files each has a tensor of its own."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = TOYS["qwen3-moe"]
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**to_hf(config, dtype="float32"))).float()
+    model.save_pretrained(tmp_path / "hf")
+    source = open_source(tmp_path / "hf")
+    assert source.config == config
+    mlp = model.model.layers[1].mlp
+    for name, parameter in (
+        ("router.weight", mlp.gate.weight),
+        ("experts.linear_fc1.weight", mlp.experts.gate_up_proj.flatten(0, 1)),
+        ("experts.linear_fc2.weight", mlp.experts.down_proj.flatten(0, 1)),
+    ):
+        assert np.array_equal(source.read(f"decoder.layers.1.mlp.{name}"), parameter.detach().numpy()), name
 
 
 # --- two sets of weights

@@ -100,7 +100,6 @@ NO_EFFECT = (
         "--position-embedding-type rope",
         "--use-rotary-position-embeddings",
         "--disable-bias-linear",
-        "--norm-topk-prob",
     ),
     *("--context-parallel-algo megatron_cp_algo", "--context-parallel-algo ulysses_cp_algo"),
     *("--attention-mask-type causal", "--attention-mask-type general", "--overlap-grad-reduce"),

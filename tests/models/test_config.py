@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import UserError
+from tandem.models import published as qwen3
 from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.hf_config import from_hf, to_hf
 from tandem.models.published import QWEN3_SIZES
+from tandem.models.tensors import parameter_count
 from toys import TOYS, qwen3_config, toy_config
 
 OLD = {
@@ -164,3 +166,47 @@ def test_qwen2_has_biases_and_no_head_dim_of_its_own() -> None:
     config = from_hf(published)
     assert (config.kv_channels, config.add_qkv_bias, config.qk_layernorm) == (128, True, False)
     assert from_hf(to_hf(config, base=published)) == from_hf(to_hf(config)) == config
+
+
+MIXTURE = OLD | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3],
+    "router_aux_loss_coef": 0.01,
+}
+
+
+def test_experts_of_both_transformers_generations() -> None:
+    """transformers 5 saves num_local_experts; num_experts, which 4 reads, is written beside it."""
+    renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in MIXTURE.items()}
+    config = from_hf(renamed)
+    assert config == from_hf(MIXTURE)
+    assert [config.experts_in(layer) is not None for layer in range(4)] == [False, True, False, False]
+    assert {key: to_hf(config, base=MIXTURE)[key] for key in MIXTURE} == MIXTURE
+    assert to_hf(config, base=renamed)["num_experts"] == to_hf(config, base=renamed)["num_local_experts"] == 8
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"norm_topk_prob": None}, "'norm_topk_prob' is missing"),
+        ({"num_experts": None}, "'num_experts' is missing"),
+        ({"num_local_experts": 16}, "num_experts is 8 and num_local_experts is 16"),
+        ({"num_experts_per_tok": 9}, r"\(num_experts_per_tok\) 9: expected at most the 8 experts"),
+        ({"moe_intermediate_size": 0}, "moe_ffn_hidden_size 0"),
+    ],
+)
+def test_wrong_experts_are_named(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        from_hf(MIXTURE | change)
+
+
+def test_published_mixtures_have_their_number_of_parameters() -> None:
+    sizes = {size: parameter_count(qwen3.qwen3_config(size)) for size in qwen3.QWEN3_MOE_SIZES}
+    assert sizes == {"30B-A3B": 30532122624, "235B-A22B": 235093634560, "Coder-480B-A35B": 480154875392}

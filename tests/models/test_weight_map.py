@@ -8,7 +8,7 @@ import pytest
 from tandem.checkpoints.random_init import RandomSource
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
-from toys import TOYS, toy_config
+from toys import DENSE_TOYS, TOYS, moe_config, toy_config
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -23,7 +23,7 @@ def test_to_hf_and_back_is_exact(name: str) -> None:
         assert np.array_equal(weights.to_mcore(tensor_name, list(parts.values())), tensor)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", DENSE_TOYS)
 def test_names_are_those_of_transformers(name: str) -> None:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -46,3 +46,16 @@ def test_grouped_qkv_order() -> None:
     q, k, v = np.arange(8.0)[:, None], 100 + np.arange(4.0)[:, None], 200 + np.arange(4.0)[:, None]
     fused = WeightMap(config).to_mcore("decoder.layers.0.self_attention.linear_qkv.weight", [q, k, v])
     assert fused[:, 0].tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
+
+
+def test_experts_are_in_one_tensor_one_below_the_other() -> None:
+    """In files every expert has tensors of its own, under the names that transformers saves."""
+    config = moe_config(mlp_only_layers=(1, 2))
+    weights = WeightMap(config)
+    gates, ups = (np.full((8, 24, 48), offset) + np.arange(8)[:, None, None] for offset in (0, 100))
+    parts = [part[expert] for expert in range(8) for part in (gates, ups)]
+    fused = weights.to_mcore("decoder.layers.0.mlp.experts.linear_fc1.weight", parts)
+    assert fused.shape == (8 * 2 * 24, 48)
+    assert fused[::24, 0].tolist() == [0, 100, 1, 101, 2, 102, 3, 103, 4, 104, 5, 105, 6, 106, 7, 107]
+    names = list(weights.rows["decoder.layers.0.mlp.experts.linear_fc1.weight"])
+    assert names[:3] == [f"model.layers.0.mlp.experts.{name}_proj.weight" for name in ("0.gate", "0.up", "1.gate")]

@@ -20,6 +20,7 @@ from tandem.backends import create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.data.batch import AskedBatch, MicroBatch, collate
 from tandem.models.config import ModelConfig
+from tandem.models.experts import Experts
 from tandem.models.lora import Lora
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid
@@ -32,7 +33,7 @@ TOLERANCE = 1e-4
 LOSS_SCALE, OVERFLOWING = 2.0**10, 2.0**40  # with fp16
 FP16_ROUNDING = 2.0**-11
 SPOILED_RANK, SPOILED_STEP = 1, 3
-
+EXPERTS = Experts(num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=24, norm_topk_prob=True, mlp_only_layers=(2,))
 
 ADAPTERS = {
     "lora": Lora(r=3, lora_alpha=6, rank_pattern=(("q_proj", 5),)),
@@ -54,6 +55,7 @@ class Case:
         weighted: each token has a weight of its own; otherwise the loss is the mean.
         adapters: a key of ADAPTERS; only these are trained.
         steps, micro_batches: how many steps, of so many micro-batches over all data ranks.
+        balance: the coefficient of the load-balancing loss, and of the z-loss.
     """
 
     tp: int = 1
@@ -78,6 +80,10 @@ class Case:
     adapters: str = ""
     steps: int = 10
     micro_batches: int = 8
+    ep: int = 1
+    etp: int | None = None
+    extend: bool = False
+    balance: float = 0.0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
@@ -101,6 +107,9 @@ class Case:
             num_layers_per_virtual_pipeline_stage=self.vpp,
             noop_layers=self.noop_layers,
             num_layer_list=self.num_layer_list,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+            moe_tp_extend_ep=self.extend,
         )
 
     def loss_scale(self, step: int) -> float:
@@ -115,7 +124,7 @@ class Case:
     def work(self) -> Case:
         """What must not depend on the layout: the same in one process."""
         names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled", "fp16", "weighted", "adapters")
-        names += ("steps", "micro_batches")
+        names += ("steps", "micro_batches", "balance")
         return Case(**{name: getattr(self, name) for name in names})
 
 
@@ -129,6 +138,7 @@ def toy_source(case: Case) -> MemorySource:
             num_query_groups=4,
             untie_embeddings_and_output_weights=not case.tied,
             lora=ADAPTERS.get(case.adapters),
+            experts=EXPERTS if case.family == "qwen3_moe" else None,
         )
     )
 
@@ -143,6 +153,8 @@ def engine_settings(case: Case, grid: Grid, rank: int) -> EngineSettings:
         use_torch_fsdp2=case.use_torch_fsdp2,
         recompute_layers=case.recompute_layers,
         fp16=case.fp16,
+        moe_aux_loss_coeff=case.balance,
+        moe_z_loss_coeff=case.balance,
     )
 
 

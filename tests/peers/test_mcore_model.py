@@ -23,14 +23,14 @@ from tandem.checkpoints.megatron.args import to_args
 from tandem.data.batch import MicroBatch
 from tandem.models.config import RotaryScaling
 from tandem.parallel.layout import Layout
-from toys import TOYS
+from toys import DENSE_TOYS
 from workspace import Workspace
 
 SCALED = {
-    "llama-linear": dataclasses.replace(TOYS["llama"], rotary_scaling=RotaryScaling("linear", 4.0)),
-    "llama-llama3": dataclasses.replace(TOYS["llama"], rotary_scaling=RotaryScaling("llama3", 8.0)),
+    "llama-linear": dataclasses.replace(DENSE_TOYS["llama"], rotary_scaling=RotaryScaling("linear", 4.0)),
+    "llama-llama3": dataclasses.replace(DENSE_TOYS["llama"], rotary_scaling=RotaryScaling("llama3", 8.0)),
 }
-MODELS = TOYS | SCALED
+MODELS = DENSE_TOYS | SCALED
 LENGTH = 200  # far enough for scaled rotary embeddings to differ from plain ones
 TOLERANCE = 1e-4
 

@@ -17,19 +17,19 @@ from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.data.batch import collate
 from tandem.data.datasets.text import GPTDataset
 from tandem.parallel.layout import Layout
-from toys import TOYS
+from toys import DENSE_TOYS
 
 SAMPLES = 4
 
 
 @pytest.mark.parametrize("flags", [False, True], ids=["plain", "reset"])
-@pytest.mark.parametrize("model", TOYS)
+@pytest.mark.parametrize("model", DENSE_TOYS)
 def test_loss_and_every_gradient_are_megatrons(
     mcore: ModuleType, framework: str, model: str, flags: bool, tmp_path: Path
 ) -> None:
     """With `--reset-attention-mask`, Megatron masks what is packed here, and turns by other angles: only distances
     count."""
-    source = toy_weights(TOYS[model])
+    source = toy_weights(DENSE_TOYS[model])
     prefix = corpus(tmp_path / "x", 50, source.config.vocab_size)
 
     copy(source, MegatronSink(tmp_path / "mg", source.config, Layout(), "float32"))

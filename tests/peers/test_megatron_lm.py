@@ -20,7 +20,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
-from toys import TOYS
+from toys import DENSE_TOYS
 
 JOB = Path(__file__).with_name("megatron_lm_job.py")
 
@@ -33,10 +33,10 @@ def megatron_lm() -> str:
 
 
 @pytest.mark.slow("jobs")
-@pytest.mark.parametrize("model", TOYS)
+@pytest.mark.parametrize("model", DENSE_TOYS)
 def test_megatron_lm_loads_computes_and_saves(megatron_lm: str, model: str, tmp_path: Path) -> None:
     """Besides the file, it gets only the flags that `--use-checkpoint-args` leaves out."""
-    config = TOYS[model]
+    config = DENSE_TOYS[model]
     source, batch = toy_weights(config), toy_batch(config, (40,))
     copy(source, MegatronSink(tmp_path, config, Layout(), "float32"))
     np.save(tmp_path / "tokens.npy", batch.tokens.astype(np.int64))

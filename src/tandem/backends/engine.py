@@ -26,6 +26,8 @@ from tandem.errors import UserError
 from tandem.frameworks import Framework
 from tandem.machine import available_bytes
 from tandem.models.config import ModelConfig
+from tandem.models.experts import Experts
+from tandem.models.families import ROUTER
 from tandem.models.tensors import EMBEDDING, is_trained, tensor_table
 from tandem.parallel.grid import counted_shards, held_shards, saved_shards
 from tandem.parallel.layout import Shard, even_rows, part_of
@@ -53,6 +55,23 @@ def clip_coefficient(norm: float, clip_grad: float) -> float:
     (0.25, 1.0)
     """
     return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
+
+
+def _check_experts(config: ModelConfig, settings: EngineSettings) -> None:
+    """Raise UserError for what no engine can do with experts."""
+    if config.experts is None:
+        return
+    layout, kind = settings.grid.layout, settings.moe_router_load_balancing_type
+    if layout.expert_size > 1 or layout.expert_tensor_size != layout.tensor_model_parallel_size:
+        raise UserError(
+            "--expert-model-parallel-size, --expert-tensor-parallel-size and --moe-tp-extend-ep are not supported in "
+            "training: every rank holds all experts, cut over the tensor ranks; leave them out"
+        )
+    if kind == "pooled_aux_loss" and settings.moe_aux_loss_coeff and layout.pipeline_model_parallel_size > 1:
+        raise UserError(
+            "--moe-router-load-balancing-type pooled_aux_loss needs all layers on one pipeline stage: give aux_loss, "
+            "or --pipeline-model-parallel-size 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +106,7 @@ class BaseEngine(ABC, Generic[T]):
             interleaves_stages=layout.num_layers_per_virtual_pipeline_stage is not None,
         )
         layout.check(config)
+        _check_experts(config, settings)
         self.config = config
         self.notices: list[str] = []
         self.optimizer_step = 0
@@ -147,8 +167,11 @@ class BaseEngine(ABC, Generic[T]):
 
     def _updated_rows(self, name: str) -> tuple[int, int]:
         """The rows of a weight's slice that this rank updates."""
-        rows = self._shards[name].shape[0]
-        return even_rows(rows, self._grid.data_size, self._place.data) if self.by_rows.optimizer_state else (0, rows)
+        shard = self._shards[name]
+        rows = shard.shape[0]
+        if not self.by_rows.optimizer_state:
+            return 0, rows
+        return even_rows(rows, *self._grid.copies(shard.spec, self._place))
 
     def _updated_part(self, name: str) -> Part:
         return self._shards[name].part.rows(*self._updated_rows(name))
@@ -164,7 +187,7 @@ class BaseEngine(ABC, Generic[T]):
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
     ) -> StepResult:
-        loss = self._forward_backward(micro_batches, [of_batch * loss_scale for of_batch in weights])
+        loss = self._forward_backward(micro_batches, [of_batch * loss_scale for of_batch in weights], loss_scale)
         totals = (loss, self._squares(), self._counted_tokens(micro_batches))
         loss, squares, trained = self._sum_over_ranks(*totals)
         loss, norm = loss / loss_scale, math.sqrt(squares) / loss_scale
@@ -180,10 +203,15 @@ class BaseEngine(ABC, Generic[T]):
         (loss,) = self._sum_over_ranks(self._forward_backward(micro_batches, weights))
         return loss, self._gradients()
 
-    def _forward_backward(self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]) -> float:
+    def _forward_backward(
+        self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray], loss_scale: float = 1.0
+    ) -> float:
         """Compute the global batch's gradients, for `_update`. Returns this rank's part of the loss."""
         self._require_training()
-        batches = [WeightedBatch.of(*pair, self.optimizer_step) for pair in zip(micro_batches, weights, strict=True)]
+        # Losses that balance experts are means over micro-batches. All data ranks have equally many.
+        balance = loss_scale / max(1, len(micro_batches) * self._grid.data_size)
+        pairs = zip(micro_batches, weights, strict=True)
+        batches = [WeightedBatch.of(*pair, self.optimizer_step, balance) for pair in pairs]
         loss = self._reported(self._accumulate(self._to_run(batches)))
         self._sum_gradients()
         return loss
@@ -197,23 +225,23 @@ class BaseEngine(ABC, Generic[T]):
             shard.spec.name
             for shard in counted_shards(self.config, self._grid, self._place)
             if is_trained(self.config, shard.spec)
+            # Otherwise the first of the copies has the same gradients.
+            and (self.by_rows.gradients or self._grid.copies(shard.spec, self._place)[1] == 0)
         ]
-        if self._place.data > 0 and not self.by_rows.gradients:  # the first data rank has the same gradients
-            counted = []
         rest = [name for name in self._trained if name not in counted]
         return self._sum_of_squares(counted) + 0.0 * self._sum_of_squares(rest)
 
     def _partial_names(self, *, sequence_parallel: bool) -> list[str]:
         """Replicated weights of which a tensor rank has only a part of the gradient.
 
-        These weights see only the rank's heads, or are factors beside one that is cut; where tokens are split, also
-        those that see only the rank's tokens.
+        These weights see only the rank's heads, or the rank's slices of experts, or are factors beside one that is cut;
+        where tokens are split, also those that see only the rank's tokens.
         """
         whole = {name: self._shards[name].spec for name in self._trained if self._shards[name].spec.split.dim is None}
         return [
             name
             for name, spec in whole.items()
-            if sequence_parallel or spec.adapter is not None or "self_attention" in name
+            if sequence_parallel or spec.adapter is not None or "self_attention" in name or name.endswith(ROUTER)
         ]
 
     # --- computing without a step
@@ -316,7 +344,15 @@ class BaseEngine(ABC, Generic[T]):
             num_query_groups=config.num_query_groups // size,
             ffn_hidden_size=config.ffn_hidden_size // size,
             vocab_size=self._vocabulary_rows(self._place.tensor),
+            experts=self._local_experts(),
         )
+
+    def _local_experts(self) -> Experts | None:
+        """Experts with the width of this rank's slices."""
+        experts, size = self.config.experts, self._grid.layout.expert_tensor_size
+        if experts is None:
+            return None
+        return dataclasses.replace(experts, moe_ffn_hidden_size=experts.moe_ffn_hidden_size // size)
 
     def _vocabulary_rows(self, tensor_rank: int) -> int:
         """Rows of embedding and head on a tensor rank."""

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from tandem.checkpoints.interface import TensorKind, TensorSource
-from tandem.config.settings import AdamSettings, ComputeSettings, ShardingSettings
+from tandem.config.settings import AdamSettings, ComputeSettings, RouterSettings, ShardingSettings
 from tandem.data.batch import AskedBatch, MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
@@ -25,7 +25,7 @@ from tandem.parallel.layout import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings(AdamSettings, ComputeSettings, ShardingSettings):
+class EngineSettings(AdamSettings, ComputeSettings, ShardingSettings, RouterSettings):
     """What a backend must know to build a model and its optimizer: some settings of a run, and these.
 
     `bf16` computes in bfloat16 only where the device does. Elsewhere the engine computes in fp32 and says so in its

@@ -21,19 +21,21 @@ class WeightedBatch(MicroBatch):
     Attributes:
         weights: of each of its tokens in the loss, float64 [t].
         step: the updates before this one.
+        balance: the weight of its losses that balance experts.
     """
 
     weights: np.ndarray
     step: int = 0
+    balance: float = 0.0
 
     @classmethod
-    def of(cls, batch: MicroBatch, weights: np.ndarray, step: int) -> WeightedBatch:
+    def of(cls, batch: MicroBatch, weights: np.ndarray, step: int, balance: float = 0.0) -> WeightedBatch:
         """Add weights to a batch. Raises ValueError unless there is one weight for each token."""
         if weights.shape != batch.labels.shape:
             raise ValueError(
                 f"weights have shape {list(weights.shape)}; expected {list(batch.labels.shape)}, as labels"
             )
-        return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights, step)
+        return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights, step, balance)
 
 
 def follow(

@@ -28,9 +28,15 @@ def iteration_of(folder: Path) -> int | None:
     return int(number) if prefix == "iter" and number.isdigit() else None
 
 
-def rank_folder(layout: Layout, tensor_rank: int, pipeline_rank: int) -> str:
-    name = f"mp_rank_{tensor_rank:02d}"
-    return name if layout.pipeline_model_parallel_size == 1 else f"{name}_{pipeline_rank:03d}"
+def rank_folder(layout: Layout, tensor_rank: int, pipeline_rank: int, expert_rank: int = 0) -> str:
+    """Megatron's name: a number is left out where all ranks have the same.
+
+    >>> rank_folder(Layout(expert_model_parallel_size=4), 0, 0, 3)
+    'mp_rank_00_003'
+    """
+    pipeline = f"_{pipeline_rank:03d}" if layout.pipeline_model_parallel_size > 1 else ""
+    expert = f"_{expert_rank:03d}" if layout.expert_model_parallel_size > 1 else ""
+    return f"mp_rank_{tensor_rank:02d}{pipeline}{expert}"
 
 
 def find_iteration(folder: str | Path, iteration: int | None = None) -> Path:

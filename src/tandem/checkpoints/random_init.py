@@ -50,8 +50,14 @@ class RandomSource(TensorSource):
         std = self.config.init_method_std
         if "linear_proj" in name or "linear_fc2" in name:
             std /= math.sqrt(2 * self.config.num_layers)
+        if not spec.split.experts:
+            return self._normal(name, spec.shape, std)
+        shape = (spec.shape[0] // spec.split.experts, *spec.shape[1:])
+        return np.concatenate([self._normal(f"{name} {expert}", shape, std) for expert in range(spec.split.experts)])
+
+    def _normal(self, name: str, shape: tuple[int, ...], std: float) -> np.ndarray:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, zlib.crc32(name.encode())]))
-        values = generator.standard_normal(spec.shape, dtype=np.float32)
+        values = generator.standard_normal(shape, dtype=np.float32)
         values *= np.float32(std)
         return values.astype(self._dtype, copy=False)
 

@@ -97,6 +97,38 @@ class ParallelSettings(ShardingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """The router of a mixture of experts, as engines take it."""
+
+    moe_router_load_balancing_type: Literal["aux_loss", "pooled_aux_loss", "none"] = "aux_loss"
+    """How experts are kept equally busy: aux_loss is Megatron's loss, for each layer and micro-batch; pooled_aux_loss
+    is Hugging Face's, over all layers at once, in which the same coefficient weighs differently; none is neither."""
+    moe_aux_loss_coeff: float = 0.0
+    """Coefficient of the load-balancing loss in the gradient. The reported loss leaves it out. 0 turns it off."""
+    moe_z_loss_coeff: float | None = None
+    """Coefficient of the loss that keeps the router's logits small (z-loss); default: none."""
+    moe_router_dtype: Literal["fp32"] | None = None
+    """Compute the router's logits and factors in fp32; default: in the dtype of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSettings(RouterSettings):
+    """Mixtures of experts. What config.json says of experts is read from there; a flag that contradicts it is an
+    error."""
+
+    num_experts: int | None = None
+    """Number of experts in a layer."""
+    moe_router_topk: int | None = None
+    """Number of experts that each token goes through."""
+    moe_ffn_hidden_size: int | None = field(default=None, metadata=aliases("--moe-intermediate-size"))
+    """Inner width of one expert."""
+    norm_topk_prob: bool = False
+    """The factors of a token's experts are divided by their sum."""
+    moe_router_pre_softmax: bool = False
+    """The factors are probabilities over all experts. Without --norm-topk-prob they are not divided by their sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Data."""
 
@@ -449,6 +481,7 @@ class TaskSettings:
 GROUPS: dict[str, type] = {
     "model": ModelSettings,
     "parallel": ParallelSettings,
+    "experts": ExpertSettings,
     "data": DataSettings,
     "optimizer": OptimizerSettings,
     "training": TrainingSettings,
@@ -474,6 +507,7 @@ class Settings:
 
     model: ModelSettings
     parallel: ParallelSettings
+    experts: ExpertSettings
     data: DataSettings
     optimizer: OptimizerSettings
     training: TrainingSettings

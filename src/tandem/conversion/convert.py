@@ -175,7 +175,7 @@ def _target(options: ConvertOptions) -> tuple[Path, str | None]:
 
 def _open(options: ConvertOptions, origin: str | None) -> TensorSource:
     source = _open_random(options) if options.load_model_type == "random" else _open_stored(options, origin)
-    if options.model_type_hf not in (None, source.config.model_type):
+    if (options.model_type_hf or source.config.model_type).replace("-", "_") != source.config.model_type:
         raise UserError(f"--model-type-hf {options.model_type_hf}: {options.load_dir} holds {source.config.model_type}")
     options.stated.check(source.config, options.load_dir)
     return source

@@ -85,7 +85,7 @@ def adapters(config: ModelConfig, layer: int) -> list[Adapter]:
     if lora is None:
         return []
     found = []
-    for row in (row for row in config.family.layer if row.mcore in LINEARS):
+    for row in (row for row in config.layer_rows(layer) if row.mcore in LINEARS):
         linear = row.mcore.removesuffix(".weight")
         paths = {f"model.layers.{layer}.{name.removesuffix('.weight')}": part for part, name in enumerate(row.hf)}
         whole = f"decoder.layers.{layer}.{linear}"

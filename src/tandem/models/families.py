@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
-from tandem.models.rows import GateUp, GroupedQKV, Rename, Row
+from tandem.models.rows import GateUp, GroupedQKV, PerExpert, Rename, Row
 
 LLAMA_LAYER: tuple[Row, ...] = (
     Rename("input_layernorm.weight", "input_layernorm.weight"),
@@ -36,6 +37,26 @@ QWEN2_LAYER: tuple[Row, ...] = (
     ),
 )
 
+DENSE_MLP = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
+ROUTER = "mlp.router.weight"
+EXPERTS_FC1, EXPERTS_FC2 = "mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc2.weight"
+
+
+@cache
+def sparse_layer(layer: tuple[Row, ...], experts: int) -> tuple[Row, ...]:
+    """The tensors of a layer that has a router and experts in place of the MLP of `layer`."""
+    return (
+        *(row for row in layer if row.mcore not in DENSE_MLP),
+        Rename(ROUTER, "mlp.gate.weight"),
+        PerExpert(
+            EXPERTS_FC1,
+            GateUp("", gate="mlp.experts.{}.gate_proj.weight", up="mlp.experts.{}.up_proj.weight"),
+            experts,
+        ),
+        PerExpert(EXPERTS_FC2, Rename("", "mlp.experts.{}.down_proj.weight"), experts),
+    )
+
+
 # The weights that are multiplied with a layer's activations.
 LINEARS = (
     "self_attention.linear_qkv.weight",
@@ -51,15 +72,17 @@ class Family:
 
     model_type: str  # Hugging Face's `model_type`
     architecture: str  # Hugging Face's class name
-    layer: tuple[Row, ...]  # the tensors of one decoder layer
+    layer: tuple[Row, ...]  # the tensors of one decoder layer with an MLP
     qk_layernorm: bool = False  # queries and keys are normalised, head by head
     add_qkv_bias: bool = False  # queries, keys and values have a bias
+    has_experts: bool = False  # some of its layers, or all, have experts in place of an MLP
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("qwen3", "Qwen3ForCausalLM", QWEN3_LAYER, qk_layernorm=True),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", QWEN3_LAYER, qk_layernorm=True, has_experts=True),
         Family("qwen2", "Qwen2ForCausalLM", QWEN2_LAYER, add_qkv_bias=True),
         Family("llama", "LlamaForCausalLM", LLAMA_LAYER),
     )

@@ -23,7 +23,10 @@ def training_flops(config: ModelConfig, document_lengths: Iterable[int]) -> floa
     pairs = sum(length * length for length in lengths) / 2
     hidden, head = config.hidden_size, config.kv_channels
     projections = 2 * hidden * head * (config.num_attention_heads + config.num_query_groups)
-    mlp = 3 * hidden * config.ffn_hidden_size
-    weights = config.num_layers * (projections + mlp) + hidden * config.vocab_size
+    mlps = config.dense_layers * 3 * hidden * config.ffn_hidden_size
+    if experts := config.experts:  # a token goes through the router and its own experts
+        mixture = 3 * hidden * experts.moe_ffn_hidden_size * experts.moe_router_topk + hidden * experts.num_experts
+        mlps += (config.num_layers - config.dense_layers) * mixture
+    weights = config.num_layers * projections + mlps + hidden * config.vocab_size
     attention = config.num_layers * 2 * head * config.num_attention_heads
     return 6.0 * (weights * tokens + attention * pairs)

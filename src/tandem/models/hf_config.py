@@ -9,6 +9,7 @@ from typing import Any
 from tandem.errors import UserError
 from tandem.files.text import read_json
 from tandem.models.config import ModelConfig, RotaryScaling
+from tandem.models.experts import Experts
 from tandem.models.families import FAMILIES
 
 # Megatron's field name -> Hugging Face's key, for everything that is a plain rename.
@@ -23,6 +24,18 @@ HF_KEYS = {
     "max_position_embeddings": "max_position_embeddings",
     "norm_epsilon": "rms_norm_eps",
     "init_method_std": "initializer_range",
+}
+
+# The same for mixtures of experts: the field, Hugging Face's keys (the first is written), and the default of
+# transformers where that is no choice of the model.
+EXPERTS_KEYS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "num_experts": (("num_experts", "num_local_experts"), None),
+    "moe_router_topk": (("num_experts_per_tok",), None),
+    "moe_ffn_hidden_size": (("moe_intermediate_size",), None),
+    "norm_topk_prob": (("norm_topk_prob",), None),
+    "decoder_sparse_step": (("decoder_sparse_step",), 1),
+    "mlp_only_layers": (("mlp_only_layers",), []),
+    "router_aux_loss_coef": (("router_aux_loss_coef",), 0.001),
 }
 
 DEFAULT_ROPE_THETA = 10000.0  # of transformers, where a config says nothing
@@ -78,6 +91,7 @@ def _from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
             rotary_base=theta,
             rotary_scaling=scaling,
             untie_embeddings_and_output_weights=untied,
+            experts=_experts_from_hf(hf, where) if FAMILIES[model_type].has_experts else None,
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -96,6 +110,13 @@ def to_hf(config: ModelConfig, base: dict[str, Any] | None = None, dtype: str = 
     hf["model_type"] = config.model_type
     for field, key in HF_KEYS.items():
         hf[key] = getattr(config, field)
+    if config.experts is not None:
+        for field, (keys, _) in EXPERTS_KEYS.items():
+            value = getattr(config.experts, field)
+            written = [key for key in keys if key == keys[0] or key in hf]
+            hf |= dict.fromkeys(written, list(value) if isinstance(value, tuple) else value)
+        if base is None:
+            hf["output_router_logits"] = False
     hf["tie_word_embeddings"] = config.tied
     hf["torch_dtype"] = hf["dtype"] = dtype
     if "layer_types" in hf:
@@ -130,12 +151,29 @@ def _value(hf: dict[str, Any], key: str, where: str) -> Any:
         return hf[key]
     if key == "num_key_value_heads":
         return _value(hf, "num_attention_heads", where)
-    if key == "head_dim" and hf["model_type"] in ("llama", "qwen2"):
+    if key == "head_dim" and hf["model_type"] in ("llama", "qwen2", "qwen3_moe"):
         return _value(hf, "hidden_size", where) // _value(hf, "num_attention_heads", where)
     defaults = {"head_dim": 128, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
     if key not in defaults:
         raise UserError(f"{where}: {key!r} is missing")
     return defaults[key]
+
+
+def _experts_from_hf(hf: dict[str, Any], where: str) -> Experts:
+    """The experts. transformers 5 saves `num_local_experts`, 4 saves `num_experts`.
+
+    `norm_topk_prob` must be there: transformers takes false without it, and all released models say true.
+    """
+    values: dict[str, Any] = {}
+    for field, (keys, default) in EXPERTS_KEYS.items():
+        stated = {key: hf[key] for key in keys if hf.get(key) is not None}
+        if len({str(value) for value in stated.values()}) > 1:
+            texts = " and ".join(f"{key} is {value}" for key, value in stated.items())
+            raise UserError(f"{where}: {texts}: transformers 4 and 5 would read different models; make them equal")
+        if not stated and default is None:
+            raise UserError(f"{where}: {keys[0]!r} is missing")
+        values[field] = next(iter(stated.values()), default)
+    return Experts.from_dict(values)
 
 
 def _rotary_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RotaryScaling | None]:

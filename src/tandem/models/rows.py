@@ -81,6 +81,34 @@ class GroupedQKV:
 
 
 @dataclass(frozen=True)
+class PerExpert:
+    """One mcore tensor that holds the tensors of all experts, one below the other.
+
+    Names of `of` have {} for the expert's number.
+
+    >>> row = PerExpert("linear_fc1", GateUp("", gate="{}.gate", up="{}.up"), experts=2)
+    >>> row.hf, row.ranges(8, None)
+    (('0.gate', '0.up', '1.gate', '1.up'), (((0, 2),), ((2, 4),), ((4, 6),), ((6, 8),)))
+    """
+
+    mcore: str
+    of: Row
+    experts: int
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return tuple(name.format(expert) for expert in range(self.experts) for name in self.of.hf)
+
+    def ranges(self, rows: int, heads: Heads) -> tuple[Ranges, ...]:
+        size = rows // self.experts
+        return tuple(
+            tuple((expert * size + start, expert * size + stop) for start, stop in ranges)
+            for expert in range(self.experts)
+            for ranges in self.of.ranges(size, heads)
+        )
+
+
+@dataclass(frozen=True)
 class GateUp:
     """gate [f, h], up [f, h] <-> [2f, h]: gate above up."""
 

@@ -6,10 +6,12 @@ derives from this table what a rank holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.models.adapters import Adapter, adapters
 from tandem.models.config import ModelConfig
+from tandem.models.experts import Experts
+from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2, ROUTER
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -22,10 +24,14 @@ class Split:
 
     With `dim` None, every rank holds the whole tensor. Otherwise dimension `dim` is made of `blocks` equal parts (2 for
     gate and up in `linear_fc1`). Each part is cut among the ranks, and a rank stacks its cuts.
+
+    With `experts`, the tensor holds those of so many experts, one below the other. Expert ranks share the experts, and
+    the ranks that share an expert cut its tensor so.
     """
 
     dim: int | None = None
     blocks: int = 1
+    experts: int = 0
 
     def ranges(self, size: int, world: int, rank: int) -> list[tuple[int, int]]:
         """Half-open ranges of `dim` that `rank` of `world` holds, in order. The last rank may hold fewer.
@@ -45,6 +51,10 @@ REPLICATED = Split()
 COLUMN = Split(dim=0)
 ROW = Split(dim=1)
 GATE_UP = Split(dim=0, blocks=2)
+
+
+# name inside the layer, shape, split
+LayerTensor = tuple[str, tuple[int, ...], Split]
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,14 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
     hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.vocab_size
     head = config.kv_channels
     heads, groups = config.num_attention_heads, config.num_query_groups
-    layer_tensors: list[tuple[str, tuple[int, ...], Split]] = [
+    layer_tensors: list[LayerTensor] = [
         ("input_layernorm.weight", (hidden,), REPLICATED),
         # per query group: its query heads, then its key, then its value
         ("self_attention.linear_qkv.weight", ((heads + 2 * groups) * head, hidden), COLUMN),
         ("self_attention.linear_proj.weight", (hidden, heads * head), ROW),
         ("pre_mlp_layernorm.weight", (hidden,), REPLICATED),
+    ]
+    mlp: list[LayerTensor] = [
         ("mlp.linear_fc1.weight", (2 * ffn, hidden), GATE_UP),
         ("mlp.linear_fc2.weight", (hidden, ffn), ROW),
     ]
@@ -97,14 +109,26 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
         ]
     specs = [TensorSpec(EMBEDDING, (vocab, hidden), COLUMN)]
     for layer in range(config.num_layers):
-        specs += [TensorSpec(layer_prefix(layer) + name, shape, split, layer) for name, shape, split in layer_tensors]
-        by_name = {name: (shape, split) for name, shape, split in layer_tensors}
+        experts = config.experts_in(layer)
+        tensors = [*layer_tensors, *(mlp if experts is None else _mixture(hidden, experts))]
+        specs += [TensorSpec(layer_prefix(layer) + name, shape, split, layer) for name, shape, split in tensors]
+        by_name = {name: (shape, split) for name, shape, split in tensors}
         for adapter in adapters(config, layer):
             specs += adapter_tensors(config, adapter, *by_name[f"{adapter.linear}.weight"])
     specs.append(TensorSpec(FINAL_NORM, (hidden,), REPLICATED))
     if not config.tied:
         specs.append(TensorSpec(OUTPUT, (vocab, hidden), COLUMN))
     return {spec.name: spec for spec in specs}
+
+
+def _mixture(hidden: int, experts: Experts) -> list[LayerTensor]:
+    count, ffn = experts.num_experts, experts.moe_ffn_hidden_size
+    return [
+        (ROUTER, (count, hidden), REPLICATED),
+        # expert after expert, the rows that each would have alone
+        (EXPERTS_FC1, (count * 2 * ffn, hidden), replace(GATE_UP, experts=count)),
+        (EXPERTS_FC2, (count * hidden, ffn), replace(ROW, experts=count)),
+    ]
 
 
 def adapter_tensors(config: ModelConfig, adapter: Adapter, shape: tuple[int, ...], split: Split) -> list[TensorSpec]:

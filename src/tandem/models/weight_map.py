@@ -33,7 +33,7 @@ class WeightMap:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        layer_rows = {row.mcore: row for row in config.family.layer}
+        layer_rows = [{row.mcore: row for row in config.layer_rows(layer)} for layer in range(config.num_layers)]
         outside = {row.mcore: row for row in OUTSIDE_LAYERS}
         self._table = tensor_table(config.without_adapters)
         self.rows: dict[str, dict[str, Ranges]] = {}
@@ -41,7 +41,10 @@ class WeightMap:
             if spec.layer is None:
                 row, prefix = outside[name], ""
             else:
-                row, prefix = layer_rows[name.removeprefix(layer_prefix(spec.layer))], f"model.layers.{spec.layer}."
+                row, prefix = (
+                    layer_rows[spec.layer][name.removeprefix(layer_prefix(spec.layer))],
+                    f"model.layers.{spec.layer}.",
+                )
             hf = (prefix + part for part in row.hf)
             self.rows[name] = dict(zip(hf, row.ranges(spec.shape[0], config), strict=True))
 

@@ -7,10 +7,11 @@ from typing import Literal
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import EMBEDDING
+from tandem.models.tensors import EMBEDDING, TensorSpec
 from tandem.parallel.layout import Layout, Shard, even_rows, shards
 
 Axis = Literal["tensor", "data", "pipeline"]
+ExpertAxis = Literal["tensor", "expert", "replica"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,15 @@ class Place:
     tensor: int = 0
     data: int = 0
     pipeline: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """A rank among those of its stage, for the tensors of experts: which slice, which experts, which copy of these."""
+
+    tensor: int
+    expert: int
+    replica: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,13 @@ class Grid:
                 f"{self.size} processes: expected a multiple of --tensor-model-parallel-size {self.tensor_size} x "
                 f"--pipeline-model-parallel-size {self.pipeline_size} = {model}"
             )
+        experts = self.layout.expert_tensor_size * self.layout.expert_size
+        if self.layout.expert_size > 1 and self._stage_size % experts:
+            raise UserError(
+                f"--expert-model-parallel-size {self.layout.expert_model_parallel_size}: the {self._stage_size} "
+                f"processes of a pipeline stage are not a multiple of {self.layout.expert_size} ranks that share the "
+                f"experts x {self.layout.expert_tensor_size} that cut each"
+            )
 
     @property
     def tensor_size(self) -> int:
@@ -60,6 +77,50 @@ class Grid:
     @property
     def data_size(self) -> int:
         return self.size // (self.tensor_size * self.pipeline_size)
+
+    @property
+    def _stage_size(self) -> int:
+        return self.tensor_size * self.data_size
+
+    def expert_place(self, place: Place) -> ExpertPlace:
+        """Where a rank stands for experts. In Megatron's order, ranks that cut an expert are neighbours.
+
+        >>> grid = Grid(Layout(tensor_model_parallel_size=2, expert_model_parallel_size=2), size=8)
+        >>> grid.expert_place(grid.place(6))
+        ExpertPlace(tensor=0, expert=1, replica=1)
+        """
+        rest, tensor = divmod(place.data * self.tensor_size + place.tensor, self.layout.expert_tensor_size)
+        replica, expert = divmod(rest, self.layout.expert_size)
+        return ExpertPlace(tensor, expert, replica)
+
+    def expert_group(self, axis: ExpertAxis, place: Place) -> list[int]:
+        """The ranks of the stage that differ from `place` along `axis` only, for experts, and its own rank."""
+        here = self.expert_place(place)
+        stage = [Place(t, d, place.pipeline) for d in range(self.data_size) for t in range(self.tensor_size)]
+        return [
+            self.rank(other)
+            for other in stage
+            if replace(self.expert_place(other), **{axis: 0}) == replace(here, **{axis: 0})
+        ]
+
+    def copies(self, spec: TensorSpec, place: Place) -> tuple[int, int]:
+        """How many ranks of the stage hold the same part of a tensor and share its updates, and which one this is.
+
+        Other copies of a replicated tensor are those of other tensor ranks.
+        """
+        if not spec.split.experts:
+            return self.data_size, place.data
+        size = self._stage_size // (self.layout.expert_tensor_size * self.layout.expert_size)
+        return size, self.expert_place(place).replica
+
+    def holds(self, place: Place, shard: Shard) -> bool:
+        """Whether the rank at `place` holds a shard."""
+        if shard.pipeline_rank != place.pipeline:
+            return False
+        if not shard.spec.split.experts:
+            return shard.tensor_rank == place.tensor
+        here = self.expert_place(place)
+        return (shard.tensor_rank, shard.expert_rank) == (here.tensor, here.expert)
 
     def place(self, rank: int) -> Place:
         rest, tensor = divmod(rank, self.tensor_size)
@@ -88,11 +149,7 @@ class Grid:
 
 def held_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
     """The weights that a rank computes with, including its copy of a tied embedding for the head."""
-    return [
-        shard
-        for shard in shards(config, grid.layout, tied_head_copy=True)
-        if (shard.tensor_rank, shard.pipeline_rank) == (place.tensor, place.pipeline)
-    ]
+    return [shard for shard in shards(config, grid.layout, tied_head_copy=True) if grid.holds(place, shard)]
 
 
 def counted_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
@@ -103,7 +160,7 @@ def counted_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]
     return [
         shard
         for shard in held_shards(config, grid, place)
-        if not shard.is_copy and (shard.spec.split.dim is not None or place.tensor == 0)
+        if not shard.is_copy and (shard.spec.split.dim is not None or place.tensor == 0)  # experts are never whole
     ]
 
 
@@ -119,14 +176,21 @@ def saved_shards(config: ModelConfig, grid: Grid, rank: int, *, by_rows: bool, f
     place = grid.place(rank)
     held = held_shards(config, grid, place)
     if by_rows:
-        held = [replace(s, part=s.part.rows(*even_rows(s.shape[0], grid.data_size, place.data))) for s in held]
-    data = (place.data,) if by_rows else range(grid.data_size)
+        held = [replace(s, part=s.part.rows(*even_rows(s.shape[0], *grid.copies(s.spec, place)))) for s in held]
     saved = []
     for shard in held:
-        tensor = range(grid.tensor_size) if shard.spec.split.dim is None else (place.tensor,)
-        is_tied = config.tied and shard.spec.name == EMBEDDING
-        stages = (0, grid.pipeline_size - 1) if is_tied else (place.pipeline,)
-        holders = [grid.rank(Place(t, d, p)) for t in tensor for d in data for p in stages]
+        holders = [rank] if by_rows and shard.spec.split.experts else _holders(config, grid, shard, place, by_rows)
         if rank == min(holder for holder in holders if holder >= first_rank) and 0 not in shard.shape:
             saved.append(shard)
     return saved
+
+
+def _holders(config: ModelConfig, grid: Grid, shard: Shard, place: Place, by_rows: bool) -> list[int]:
+    """The ranks that keep the same part of a tensor as the rank at `place`."""
+    if shard.spec.split.experts:
+        return grid.expert_group("replica", place)
+    tensor = range(grid.tensor_size) if shard.spec.split.dim is None else (place.tensor,)
+    data = (place.data,) if by_rows else range(grid.data_size)
+    is_tied = config.tied and shard.spec.name == EMBEDDING
+    stages = (0, grid.pipeline_size - 1) if is_tied else (place.pipeline,)
+    return [grid.rank(Place(t, d, p)) for t in tensor for d in data for p in stages]

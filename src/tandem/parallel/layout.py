@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.models.experts import Experts
 from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, TensorSpec, layer_prefix, tensor_table
 from tandem.parallel.slices import Part
 
@@ -37,6 +39,9 @@ class Layout:
     `num_layer_list` gives the layers of each stage when they are uneven. `noop_layers` are the numbers of slots that
     stay empty, counted in the stack that they lengthen. `layers_of_chunks` gives the layers of each chunk, in the
     model's order, where interleaved stages are uneven; such checkpoints of Megatron are read, and not written.
+
+    `expert_model_parallel_size` ranks share the experts of a layer, and `expert_tensor_parallel_size` ranks (None: the
+    tensor ranks) cut each of them. `moe_tp_extend_ep` lets tensor ranks share experts, too, in place of cutting them.
     """
 
     tensor_model_parallel_size: int = 1
@@ -45,6 +50,21 @@ class Layout:
     num_layer_list: tuple[int, ...] | None = None
     noop_layers: tuple[int, ...] = ()
     layers_of_chunks: tuple[int, ...] | None = None
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    moe_tp_extend_ep: bool = False
+
+    @property
+    def expert_size(self) -> int:
+        """How many ranks share the experts of a layer, each with some of them."""
+        return self.expert_model_parallel_size * (self.tensor_model_parallel_size if self.moe_tp_extend_ep else 1)
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """How many ranks share each expert, each with a slice of it."""
+        if self.moe_tp_extend_ep:
+            return 1
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
@@ -129,12 +149,40 @@ class Layout:
         tp = self.tensor_model_parallel_size
         if tp < 1 or self.pipeline_model_parallel_size < 1:
             raise UserError("tensor_model_parallel_size and pipeline_model_parallel_size must be at least 1")
-        for field in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
+        cut = ["num_query_groups", "num_attention_heads", *(["ffn_hidden_size"] if config.dense_layers else [])]
+        for field in cut:
             if getattr(config, field) % tp:
                 raise UserError(
                     f"{field} {getattr(config, field)} is not a multiple of tensor_model_parallel_size {tp}"
                 )
+        self._check_experts(config.experts)
         self.stages(config.num_layers)
+
+    def _check_experts(self, experts: Experts | None) -> None:
+        ep, tp = self.expert_model_parallel_size, self.tensor_model_parallel_size
+        if ep < 1:
+            raise UserError(f"expert_model_parallel_size {ep}: expected 1 or more")
+        if self.expert_tensor_parallel_size not in (None, 1, tp):
+            raise UserError(
+                f"expert_tensor_parallel_size {self.expert_tensor_parallel_size}: expected 1, or "
+                f"tensor_model_parallel_size {tp}"
+            )
+        if self.moe_tp_extend_ep and self.expert_tensor_parallel_size not in (None, 1):
+            raise UserError("moe_tp_extend_ep leaves experts whole: expected expert_tensor_parallel_size 1, or none")
+        if experts is None:
+            if ep > 1 or self.moe_tp_extend_ep:
+                raise UserError(f"expert_model_parallel_size {ep}: the model has no experts")
+            return
+        if experts.num_experts % self.expert_size:
+            ranks = f"{tp} tensor ranks x " if self.moe_tp_extend_ep else ""
+            raise UserError(
+                f"num_experts {experts.num_experts} is not a multiple of {ranks}expert_model_parallel_size {ep}"
+            )
+        if experts.moe_ffn_hidden_size % self.expert_tensor_size:
+            raise UserError(
+                f"moe_ffn_hidden_size {experts.moe_ffn_hidden_size} is not a multiple of the "
+                f"{self.expert_tensor_size} ranks that cut an expert"
+            )
 
 
 def _interleaved(counts: tuple[int, ...], stages: int) -> list[list[range]]:
@@ -152,7 +200,8 @@ def _interleaved(counts: tuple[int, ...], stages: int) -> list[list[range]]:
 class Shard:
     """The part of one global tensor that one rank holds.
 
-    `local_name` is its name on the rank: there, layer numbers count inside the chunk.
+    `local_name` is its name on the rank: there, layer numbers count inside the chunk. Of a tensor of experts,
+    `expert_rank` tells which experts it has, and `tensor_rank` which slice of each.
     """
 
     spec: TensorSpec
@@ -161,6 +210,7 @@ class Shard:
     pipeline_rank: int
     chunk: int
     part: Part
+    expert_rank: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,7 +284,33 @@ def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool) -> list
         if spec.name == EMBEDDING and config.tied and tied_head_copy and len(stages) > 1:
             homes.append((*last, OUTPUT))
         for stage, chunk, local_name in homes:
-            for rank in range(layout.tensor_model_parallel_size):
-                part = part_of(spec, layout.tensor_model_parallel_size, rank)
-                result.append(Shard(spec, local_name, rank, stage, chunk, part))
+            for rank, expert_rank, part in _parts(spec, layout):
+                result.append(Shard(spec, local_name, rank, stage, chunk, part, expert_rank))
     return result
+
+
+def _parts(spec: TensorSpec, layout: Layout) -> Iterator[tuple[int, int, Part]]:
+    """Tensor rank, expert rank and part, of all ranks of a stage that hold different ones."""
+    if not spec.split.experts:
+        for rank in range(layout.tensor_model_parallel_size):
+            yield rank, 0, part_of(spec, layout.tensor_model_parallel_size, rank)
+        return
+    for expert_rank in range(layout.expert_size):
+        for rank in range(layout.expert_tensor_size):
+            yield rank, expert_rank, _part_of_experts(spec, layout, rank, expert_rank)
+
+
+def _part_of_experts(spec: TensorSpec, layout: Layout, tensor_rank: int, expert_rank: int) -> Part:
+    """The rows of some consecutive experts, and of each the slice of a tensor rank."""
+    rows, split, world = spec.shape[0] // spec.split.experts, spec.split, layout.expert_tensor_size
+    count = split.experts // layout.expert_size
+    first, last = expert_rank * count * rows, (expert_rank + 1) * count * rows
+    if split.dim == 0 and world > 1:
+        cuts = split.ranges(rows, world, tensor_rank)
+        boxes = [(start + low, start + high) for start in range(first, last, rows) for low, high in cuts]
+        return Part(tuple((box, *((0, size) for size in spec.shape[1:])) for box in boxes))
+    columns = [(0, size) for size in spec.shape[1:]]
+    if split.dim == 1:
+        ((low, high),) = split.ranges(spec.shape[1], world, tensor_rank)
+        columns[0] = (low, high)
+    return Part((((first, last), *columns),), split.dim or 0)

@@ -188,10 +188,19 @@ def layer_activations(job: Job) -> float:
     """
     config, split = job.config, job.tensor_size
     heads, groups = config.num_attention_heads, config.num_query_groups
-    inner = (2 * heads + 2 * groups) * config.kv_channels + 2 * config.ffn_hidden_size
+    inner = (2 * heads + 2 * groups) * config.kv_channels + 2 * _mlp_width(config)
     scales = 4 * job.tokens * (heads / split + 2 / job.sequence_split)
     kept = 2 * _residual(job) + job.tokens * inner * job.element_bytes / split + scales
+    if config.experts is not None:  # of each token, its probability for each expert
+        kept += 4 * job.tokens * config.experts.num_experts
     return kept + _adapter_activations(config) * job.tokens * job.element_bytes
+
+
+def _mlp_width(config: ModelConfig) -> int:
+    """The inner numbers of a token in a layer's MLP, or in all of its experts; the larger where a model has both."""
+    dense = config.ffn_hidden_size if config.dense_layers or config.experts is None else 0
+    sparse = config.experts.moe_router_topk * config.experts.moe_ffn_hidden_size if config.experts else 0
+    return max(dense, sparse)
 
 
 @lru_cache(maxsize=256)
@@ -229,7 +238,9 @@ def _workspace(job: Job, layers: int) -> float:
     """
     config = job.config
     heads, groups = config.num_attention_heads, config.num_query_groups
-    mlp = 4 * config.ffn_hidden_size * job.element_bytes
+    mlp = 4 * _mlp_width(config) * job.element_bytes
+    if config.experts is not None:  # a row for each of a token's experts: its input, and the gradient of its output
+        mlp += (2 * config.experts.moe_router_topk * config.hidden_size * job.tensor_size) * job.element_bytes
     attention = ((3 * heads + 4 * groups) * job.element_bytes + 3 * heads * 4) * config.kv_channels
     gradients = 2 * job.tokens * config.hidden_size * job.element_bytes
     # A recomputed layer's activations come back. They add nothing if a later layer's have just been freed.

@@ -29,7 +29,7 @@ from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.parallel.grid import Grid, held_shards
 from tandem.parallel.layout import Layout
 from tandem.parallel.slices import cut
-from toys import TOYS, toy_config
+from toys import DENSE_TOYS, toy_config
 from workspace import Workspace
 
 torch = pytest.importorskip("torch")
@@ -59,10 +59,10 @@ def halves(state: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("model", TOYS)
+@pytest.mark.parametrize("model", DENSE_TOYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stacked_layers_are_read(model: str, dtype: str, tmp_path: Path) -> None:
-    source = weights(TOYS[model], dtype)
+    source = weights(DENSE_TOYS[model], dtype)
     write(tmp_path, stacked(source), source)
     read = open_source(tmp_path)
     assert isinstance(read, TorchDistSource)

@@ -11,12 +11,14 @@ from mindspore import Tensor
 
 from tandem.backends.adapters import LocalAdapter
 from tandem.backends.engine import BaseEngine, ByRows
+from tandem.backends.experts import Balancing
 from tandem.backends.interface import EngineSettings
 from tandem.backends.mindspore.adapters import Factors, Linear
 from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.compute.sets import kernels_for
 from tandem.backends.mindspore.data_parallel import DataParallel
 from tandem.backends.mindspore.device import device_name
+from tandem.backends.mindspore.experts import Mixture
 from tandem.backends.mindspore.model import Decoder
 from tandem.backends.mindspore.optimizer import AdamW
 from tandem.backends.mindspore.passes import Passes
@@ -30,8 +32,9 @@ from tandem.checkpoints.interface import TensorKind
 from tandem.data.batch import MicroBatch
 from tandem.frameworks import MINDSPORE
 from tandem.models.config import ModelConfig
-from tandem.models.families import LINEARS
-from tandem.models.tensors import EMBEDDING, FINAL_NORM, ROW
+from tandem.models.experts import Experts
+from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2, LINEARS, ROUTER
+from tandem.models.tensors import EMBEDDING, FINAL_NORM, ROW, layer_prefix
 
 
 def create(config: ModelConfig, settings: EngineSettings) -> MindSporeEngine:
@@ -91,11 +94,23 @@ class MindSporeEngine(BaseEngine[Tensor]):
             last=pipeline.is_last,
             weights=self._weights,
             linears=self._make_linears(),
+            mixtures=self._make_mixtures([slot.layer for slot in slots]),
             kernels=self._kernels,
             tensor=self._tensor,
             recompute_layers=self._settings.recompute_layers,
         )
-        return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype)
+        balancing = Balancing(self._settings, self.config, self._grid.tensor_size)
+        return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype, balancing)
+
+    def _make_mixtures(self, layers: Sequence[int]) -> dict[int, Mixture]:
+        experts = self._local_experts()
+
+        def mixture(layer: int, experts: Experts) -> Mixture:
+            names = (ROUTER, EXPERTS_FC1, EXPERTS_FC2)
+            router, fc1, fc2 = (self._weights[layer_prefix(layer) + name] for name in names)
+            return Mixture(layer, experts, router, fc1, fc2, self._kernels)
+
+        return {layer: mixture(layer, experts) for layer in layers if experts is not None and experts.are_in(layer)}
 
     def _make_linears(self) -> dict[str, Linear]:
         """The layers' linear layers. Ranks share the columns of those whose weight is cut along them."""

@@ -11,8 +11,10 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.adapters import Dropout
+from tandem.backends.experts import Routing
 from tandem.backends.mindspore.adapters import Linear
 from tandem.backends.mindspore.documents import Documents
+from tandem.backends.mindspore.experts import Mixture
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback, Weight
@@ -43,6 +45,17 @@ def linear_after(layer: Linear, dropout: Dropout | None, function: Layer, x: Ten
         return pull(layer.backward(gradient, value, kept, dropout))
 
     return product, backward
+
+
+def mixture_after(layer: Mixture, routing: Routing, function: Layer, x: Tensor) -> tuple[Tensor, Pullback]:
+    """The experts of function(x), which is computed again in the backward pass."""
+    output, kept = layer.forward(function(x)[0], routing)
+
+    def backward(gradient: Tensor) -> Tensor:
+        value, pull = function(x)
+        return pull(layer.backward(gradient, value, kept))
+
+    return output, backward
 
 
 def recomputed(layer: Layer) -> Layer:
@@ -84,6 +97,7 @@ class Decoder:
         first, last: whether the stage begins with the embedding, and whether it ends with the final norm.
         weights: by global name.
         linears: the layers' linear layers, by the global names of their weights.
+        mixtures: the experts of those layers that have them.
         watchers: called with the global name of each module that has run, and its output.
     """
 
@@ -93,6 +107,7 @@ class Decoder:
     last: bool
     weights: dict[str, Weight]
     linears: dict[str, Linear]
+    mixtures: dict[int, Mixture]
     kernels: Kernels
     tensor: TensorParallel
     recompute_layers: int
@@ -110,6 +125,7 @@ class Decoder:
         x: Tensor | None,
         differentiable: bool,
         attention: Attention | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Pullback]:
         """The stage's output from x [t, h], the output of the stage before (None for the first stage).
 
@@ -125,7 +141,7 @@ class Decoder:
             attention or self._within_documents, documents=Documents.of(self.config, micro_batch), config=self.config
         )
         dropout = Dropout.of(self.config.lora, micro_batch)
-        steps = [self._layer(place, layer, attend, dropout) for place, layer in enumerate(self.layers)]
+        steps = [self._layer(place, layer, attend, dropout, routing) for place, layer in enumerate(self.layers)]
         if self.first:
             embedding = self._watched(EMBEDDING, lambda _: self._embedding(micro_batch.tokens))
             steps = [embedding, self.tensor.leave, *steps]
@@ -154,14 +170,15 @@ class Decoder:
     def _within_documents(self, layer: int, *inputs: Any, **others: Any) -> tuple[Tensor, Pullback]:
         return self.kernels.attention(*inputs, **others)
 
-    def _layer(self, place: int, layer: int, attend: Attention, dropout: Dropout | None) -> Layer:
-        function = self._watched(
-            layer_prefix(layer), functools.partial(self._decoder_layer, layer=layer, attend=attend, dropout=dropout)
-        )
+    def _layer(
+        self, place: int, layer: int, attend: Attention, dropout: Dropout | None, routing: Routing | None
+    ) -> Layer:
+        step = functools.partial(self._decoder_layer, layer=layer, attend=attend, dropout=dropout, routing=routing)
+        function = self._watched(layer_prefix(layer), step)
         return recomputed(function) if place < self.recompute_layers else function
 
     def _decoder_layer(
-        self, x: Tensor, layer: int, attend: Attention, dropout: Dropout | None
+        self, x: Tensor, layer: int, attend: Attention, dropout: Dropout | None, routing: Routing | None
     ) -> tuple[Tensor, Pullback]:
         prefix = layer_prefix(layer)
         attention = prefix + "self_attention."
@@ -176,12 +193,17 @@ class Decoder:
         projected, pull_projected = chained([project, tensor.leave], mixed)
         middle = x + projected
         entering = self._entering(prefix + "pre_mlp_layernorm.weight")
-        gate_up, pull_gate_up = linear_after(linears[prefix + "mlp.linear_fc1.weight"], dropout, entering, middle)
-        down = functools.partial(linear_after, linears[prefix + "mlp.linear_fc2.weight"], dropout, kernels.swiglu)
-        mlp, pull_mlp = chained([down, tensor.leave], gate_up)
+        if layer in self.mixtures:
+            assert routing is not None
+            block = [functools.partial(mixture_after, self.mixtures[layer], routing, entering)]
+        else:
+            gate_up = functools.partial(linear_after, linears[prefix + "mlp.linear_fc1.weight"], dropout, entering)
+            down = functools.partial(linear_after, linears[prefix + "mlp.linear_fc2.weight"], dropout, kernels.swiglu)
+            block = [gate_up, down]
+        mlp, pull_mlp = chained([*block, tensor.leave], middle)
 
         def backward(gradient: Tensor) -> Tensor:
-            gradient = gradient + pull_gate_up(pull_mlp(gradient))
+            gradient = gradient + pull_mlp(gradient)
             return gradient + pull_qkv(pull_mixed(pull_projected(gradient)))
 
         return middle + mlp, backward

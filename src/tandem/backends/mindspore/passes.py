@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint
 
+from tandem.backends.experts import Balancing
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.model import Attention, Decoder
 from tandem.backends.mindspore.pipeline import Pipeline
@@ -39,6 +40,7 @@ class Passes:
     tensor: TensorParallel
     kernels: Kernels
     dtype: ms.Type
+    balancing: Balancing
 
     def accumulate(self, batches: Sequence[WeightedBatch]) -> float:
         """Add the gradients of the sum of the batches' weighted losses to the weights'.
@@ -78,7 +80,7 @@ class Passes:
 
     def hidden(self, batch: MicroBatch, rows: np.ndarray, attention: Attention | None = None) -> Tensor:
         """The input of the head, on a rank with all layers. `attention` default: within documents."""
-        return self.decoder.forward(batch, rows, None, False, attention)[0]
+        return self.decoder.forward(batch, rows, None, False, attention, self.balancing.of(batch))[0]
 
     def _forward(self, batch: WeightedBatch) -> tuple[float, _InFlight]:
         rows = trained_rows(batch)
@@ -99,10 +101,11 @@ class Passes:
             self.pipeline.send(False, gradient)
 
     def _output(self, batch: MicroBatch, rows: np.ndarray, differentiable: bool) -> tuple[Tensor, Pullback]:
+        routing = self.balancing.of(batch)
         if self.tensor.sequence:
             batch = padded(batch, self.tensor.ranks.size)
         x = None
         if not self.pipeline.is_first:
             tokens = len(batch.tokens) // (self.tensor.ranks.size if self.tensor.sequence else 1)
             x = self.pipeline.receive(True, mint.empty((tokens, self.decoder.config.hidden_size), dtype=self.dtype))
-        return self.decoder.forward(batch, rows, x, differentiable)
+        return self.decoder.forward(batch, rows, x, differentiable, routing=routing)

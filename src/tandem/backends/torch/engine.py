@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tandem.backends.engine import BaseEngine, Batch, ByRows
+from tandem.backends.experts import Balancing
 from tandem.backends.interface import EngineSettings
 from tandem.backends.passes import WeightedBatch
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
@@ -95,7 +96,8 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         )
         counts = recompute_counts(stage, settings.recompute_layers)
         models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
-        self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device)
+        balancing = Balancing(settings, config, self._grid.tensor_size)
+        self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device, balancing)
         self._weights = self._name_weights(models)
         for name, weight in self._weights.items():
             weight.requires_grad_(name in self._trained)

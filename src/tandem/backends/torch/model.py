@@ -17,9 +17,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.adapters import Dropout, LocalAdapter, Switch
+from tandem.backends.experts import Routing
 from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
 from tandem.backends.torch.attention import Attention
 from tandem.backends.torch.compute.sets import kernels_of
+from tandem.backends.torch.experts import MixtureOfExperts
 from tandem.backends.torch.functional import (
     Weight,
     embedding,
@@ -48,6 +50,7 @@ class Inputs:
         attention: how they attend.
         real: how many tokens are of the batch; the rest is padding.
         dropout: of adapters' inputs.
+        routing: of tokens to experts; None in a model without.
     """
 
     tokens: torch.Tensor
@@ -56,6 +59,7 @@ class Inputs:
     attention: Attention
     real: int
     dropout: Dropout | None = None
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def prepare(
     device: torch.device,
     tensor: TensorParallel | None,
     attention: Attention | None = None,
+    routing: Routing | None = None,
 ) -> Inputs:
     """A micro-batch for the model. `attention` default: within documents."""
     real, dropout = len(batch.tokens), Dropout.of(config.lora, batch)
@@ -121,7 +126,7 @@ def prepare(
     )
     # A copy, because tokens may lie in a file that is mapped read-only: from_numpy would warn.
     tokens = torch.tensor(batch.tokens, device=device)
-    return Inputs(tokens, cos, sin, attention or within_documents(batch, device), real, dropout)
+    return Inputs(tokens, cos, sin, attention or within_documents(batch, device), real, dropout, routing)
 
 
 def within_documents(batch: MicroBatch, device: torch.device) -> Attention:
@@ -258,7 +263,7 @@ class MLP(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual around it.
+    """Attention and MLP (or experts), each with a norm before it and a residual around it.
 
     Args:
         layer: its number in the whole model.
@@ -271,7 +276,11 @@ class TransformerLayer(nn.Module):
         self.input_layernorm = build.norm(build.config.hidden_size)
         self.self_attention = SelfAttention(build, layer)
         self.pre_mlp_layernorm = build.norm(build.config.hidden_size)
-        self.mlp = MLP(build, f"{layer_prefix(layer)}mlp.")
+        self.mlp: MLP | MixtureOfExperts = (
+            MLP(build, f"{layer_prefix(layer)}mlp.")
+            if build.config.experts_in(layer) is None
+            else MixtureOfExperts(build.config, layer, build.dtype, build.device)
+        )
         self.tensor = build.tensor
         if build.shard is not None:
             build.shard(self)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tandem.backends.experts import Balancing
 from tandem.backends.passes import WeightedBatch, follow, trained_rows
 from tandem.backends.torch.attention import Attention
 from tandem.backends.torch.data_parallel import Sharing
@@ -57,6 +58,7 @@ class Passes:
     sharing: Sharing
     dtype: torch.dtype
     device: torch.device
+    balancing: Balancing
 
     def accumulate(self, batches: Sequence[WeightedBatch]) -> float:
         """Add the gradients of the sum of the batches' weighted losses to the weights' buffers.
@@ -156,7 +158,8 @@ class Passes:
         return self.pipeline.receive(source, True, x).requires_grad_(torch.is_grad_enabled())
 
     def _prepare(self, batch: MicroBatch, attention: Attention | None = None) -> Inputs:
-        return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor, attention)
+        routing = self.balancing.of(batch)
+        return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor, attention, routing)
 
     def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The positions whose labels count (None for all, in order), and their labels."""

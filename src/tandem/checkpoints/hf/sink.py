@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, Tensor
 from tandem.errors import UserError
 from tandem.files.publish import Publication, check_free_space
 from tandem.models.config import ModelConfig
+from tandem.models.rows import Ranges
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
 
@@ -45,20 +47,39 @@ class HFSink:
         self._table = tensor_table(config)
         self._names, self._written = list(self._table), 0
         self._rows, self._blocks = RowsWritten(), list[np.ndarray]()
+        self._due: list[tuple[str, Ranges]] = []  # what is still to come of the tensor that is being written
+        self._first = 0  # the number of the first row in the blocks
+        self._file_of = {hf_name: file for file, names in self._shards.items() for hf_name in names}
 
     def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         assert kind == "model", f"a Hugging Face folder holds no {kind}"
         assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
-        shape = self._table[name].shape
-        written = self._rows.add(name, rows, shape)
-        self._blocks.append(rows)  # rows of several Hugging Face tensors take turns in it
-        if written.stop < shape[0]:
-            return
-        tensor = self._blocks[0] if len(self._blocks) == 1 else np.concatenate(self._blocks)
-        for hf_name, part in self._map.to_hf(name, tensor).items():
-            self._writer_for(hf_name).write(hf_name, part)
+        written = self._rows.add(name, rows, self._table[name].shape)
+        self._blocks.append(rows)  # rows of several Hugging Face tensors may take turns in it
+        for hf_name, ranges in self._unwritten(name):
+            if ranges[-1][1] > written.stop:
+                return
+            self._write(hf_name, ranges)
         self._blocks.clear()
-        self._written += 1
+        self._due, self._first, self._written = [], 0, self._written + 1
+
+    def _unwritten(self, name: str) -> Iterator[tuple[str, Ranges]]:
+        """The Hugging Face tensors of the tensor that is being written, in order, as they are taken."""
+        self._due = self._due or list(self._map.rows[name].items())
+        while self._due:
+            yield self._due[0]
+            self._due.pop(0)
+
+    def _write(self, hf_name: str, ranges: Ranges) -> None:
+        """Write a Hugging Face tensor whose rows have all come. Rows before it are let go where it is one of many."""
+        if len(self._blocks) > 1:
+            self._blocks = [np.concatenate(self._blocks)]
+        rows = self._blocks[0]
+        pieces = [rows[start - self._first : stop - self._first] for start, stop in ranges]
+        self._writer_for(hf_name).write(hf_name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
+        first = min((start for _, later in self._due[1:] for start, _ in later), default=self._first)
+        if first > self._first:
+            self._blocks, self._first = [rows[first - self._first :]], first
 
     def close(self) -> None:
         if self._written != len(self._names):
@@ -93,7 +114,7 @@ class HFSink:
         return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
     def _writer_for(self, hf_name: str) -> SafetensorsWriter:
-        file = next(file for file, names in self._shards.items() if hf_name in names)
+        file = self._file_of[hf_name]
         if self._open is None or self._open.path.name != file:
             if self._open is not None:
                 self._open.close()

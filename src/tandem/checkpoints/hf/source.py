@@ -80,6 +80,8 @@ class HFSource(TensorSource):
         shape = tuple(stop - start for start, stop in box)
         values = np.empty(shape, self.dtype(name))  # takes no memory until it is filled
         for hf, ranges in self._map.rows[name].items():
+            if ranges[0][0] >= box[0][1] or ranges[-1][1] <= box[0][0]:
+                continue  # of hundreds of experts, a block of rows is of one
             moves = _moves(ranges, *box[0])
             if not moves:
                 continue

@@ -127,6 +127,8 @@ def described_model(
         UserError: nothing describes the model, or `args` contradict the config. `where` is named.
     """
     _check_supported(args, where, ONLY_ORDER)
+    if args.get("num_experts") or args.get("num_moe_experts"):
+        raise UserError(f"{where}: experts in Megatron's files are not read yet: convert from Hugging Face's")
     if config is None and companions.hf_config is not None:
         config = from_hf(companions.hf_config, where=f"config.json next to {where}")
     if config is not None:
@@ -202,7 +204,7 @@ def _model_type(args: Args, where: str) -> str:
         return args["model_type_hf"]
     features = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias"))
     for name, family in FAMILIES.items():
-        if (family.qk_layernorm, family.add_qkv_bias) == features:
+        if not family.has_experts and (family.qk_layernorm, family.add_qkv_bias) == features:
             return name
     raise UserError(f"{where}: args say qk_layernorm and add_qkv_bias; no supported family has both")
 

@@ -58,6 +58,8 @@ class MegatronSink:
     ) -> None:
         self.folder = Path(folder)
         self.location = str(folder)
+        if config.experts is not None:
+            raise UserError("--ckpt-format torch: experts are not written in Megatron's files yet: write native ones")
         self.iteration = iteration
         self._config, self._layout, self._dtype = config, layout, dtype
         self._companions = companions or Companions()

@@ -75,5 +75,5 @@ class NativeSink:
         ]
 
     def _planned(self, kind: TensorKind, shard: Shard) -> PlannedSlice:
-        folder = rank_folder(self._iteration.layout, shard.tensor_rank, shard.pipeline_rank)
+        folder = rank_folder(self._iteration.layout, shard.tensor_rank, shard.pipeline_rank, shard.expert_rank)
         return PlannedSlice(f"{folder}/{'model' if kind == 'model' else 'optimizer'}.safetensors", kind, shard)

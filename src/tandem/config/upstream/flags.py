@@ -58,8 +58,7 @@ IGNORED: dict[str, Ignored] = {
     "--tensorboard-queue-size": Ignored(1),
     "--tokenizer-not-use-fast": ALWAYS_ON,
     "--enable-hf2mg-convert": ALWAYS_ON,
-    "--model-type-hf": Ignored(1, ("qwen3",)),
-    "--norm-topk-prob": ALWAYS_ON,
+    "--model-type-hf": Ignored(1, ("qwen3", "qwen3-moe")),
     "--expert-model-parallel-size": Ignored(1, ("1",)),
     "--context-parallel-algo": Ignored(1, ("megatron_cp_algo", "ulysses_cp_algo")),
     "--attention-mask-type": Ignored(1, ("causal", "general")),  # two layouts of the same mask

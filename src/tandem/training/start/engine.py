@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tandem.backends.interface import EngineSettings
-from tandem.config.settings import OptimizerSettings, ParallelSettings, TrainingSettings
+from tandem.config.settings import ExpertSettings, OptimizerSettings, ParallelSettings, TrainingSettings
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
@@ -36,13 +36,14 @@ def engine_settings(
     training: TrainingSettings,
     optimizer: OptimizerSettings,
     parallel: ParallelSettings,
+    experts: ExpertSettings,
     config: ModelConfig,
     grid: Grid,
     rank: int,
 ) -> EngineSettings:
     """The settings of the engine of `rank`, as backends take them."""
     names = {field.name for field in dataclasses.fields(EngineSettings)}
-    groups = (vars(optimizer), vars(training), vars(parallel))
+    groups = (vars(optimizer), vars(training), vars(parallel), vars(experts))
     shared = {name: value for group in groups for name, value in group.items() if name in names}
     recompute_layers = recomputed_layers(training, config.num_layers)
     return EngineSettings(**shared, recompute_layers=recompute_layers, grid=grid, rank=rank)

@@ -49,7 +49,7 @@ class Weights:
         check_implemented(model, settings.parallel, data)
         seed = settings.training.seed
         source = open_weights(checkpoint, settings.lora, model, data.tokenizer_name_or_path, seed)
-        check_model_flags(model, longest, source.config)
+        check_model_flags(model, settings.experts, longest, source.config)
         grid = make_grid(settings.parallel, source.config, world.size)
         tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)
         return cls(settings, world, framework, source, grid, tokenizer)
@@ -60,7 +60,9 @@ class Weights:
         training, parallel = settings.training, settings.parallel
         communicator = connect(self.framework, self.world, training.device, parallel.distributed_timeout_minutes)
         agree_on_start(communicator, settings, self.framework, config, self.tokenizer)
-        for_training = engine_settings(training, settings.optimizer, parallel, config, self.grid, self.world.rank)
+        for_training = engine_settings(
+            training, settings.optimizer, parallel, settings.experts, config, self.grid, self.world.rank
+        )
         engine = create_engine(self.framework, config, dataclasses.replace(for_training, training=False))
         engine.load_weights(self.source)
         agree_on_weights(communicator, engine, self.source)

@@ -113,7 +113,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         check_place(checkpoint.save)
     loading = continued(checkpoint)
     source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
-    check_model_flags(settings.model, data.seq_length, source.config)
+    check_model_flags(settings.model, settings.experts, data.seq_length, source.config)
     check_save_beside_base(source, checkpoint)
     check_disk(settings, source)
     state = state_to_continue(source, loading)
@@ -139,7 +139,7 @@ def with_data(start: ModelAndProcesses) -> PreparedRun:
     return PreparedRun(
         **{**vars(start), "settings": settings},
         engine=engine_settings(
-            training, settings.optimizer, settings.parallel, config, start.grid, rank=start.world.rank
+            training, settings.optimizer, settings.parallel, settings.experts, config, start.grid, rank=start.world.rank
         ),
         schedule=schedule_from(settings.optimizer, training),
         data=open_data(settings.data, training, start.tokenizer, start.state),

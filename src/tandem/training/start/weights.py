@@ -7,7 +7,7 @@ import dataclasses
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.random_init import RandomSource
-from tandem.config.settings import CheckpointSettings, LoraSettings, ModelSettings
+from tandem.config.settings import CheckpointSettings, ExpertSettings, LoraSettings, ModelSettings
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf
@@ -62,8 +62,9 @@ def _config_of(companions: Companions, folder: str) -> ModelConfig:
     return from_hf(companions.hf_config or {}, where=f"{folder}/config.json")
 
 
-def check_model_flags(model: ModelSettings, seq_length: int, config: ModelConfig) -> None:
+def check_model_flags(model: ModelSettings, experts: ExpertSettings, seq_length: int, config: ModelConfig) -> None:
     """Raise UserError when a model flag or `--seq-length` contradicts the config of the weights."""
+    check_expert_flags(experts, config)
     for name in COMPARED:
         given, actual = getattr(model, name), getattr(config, name)
         if given is not None and given != actual:
@@ -81,4 +82,28 @@ def check_model_flags(model: ModelSettings, seq_length: int, config: ModelConfig
     if seq_length > bound:
         raise UserError(
             f"--seq-length {seq_length} is above max_position_embeddings {bound}: give --seq-length {bound}, or less"
+        )
+
+
+def check_expert_flags(given: ExpertSettings, config: ModelConfig) -> None:
+    """Raise UserError when a flag of experts contradicts the config of the weights.
+
+    Megatron's router normalises the factors of a token unless it is told to take the softmax before it chooses.
+    """
+    for name in ("num_experts", "moe_router_topk", "moe_ffn_hidden_size"):
+        value, flag = getattr(given, name), f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
+        if config.experts is None:
+            raise UserError(f"{flag} {value}: the weights' config has no experts (model_type {config.model_type})")
+        if value != (actual := getattr(config.experts, name)):
+            raise UserError(f"{flag} {value} contradicts the weights' config, which has {actual}")
+    if config.experts is None or config.experts.norm_topk_prob == given.norm_topk_prob:
+        return
+    if given.norm_topk_prob:
+        raise UserError("--norm-topk-prob contradicts the weights' config, whose norm_topk_prob is false")
+    if given.moe_router_pre_softmax:
+        raise UserError(
+            "--moe-router-pre-softmax without --norm-topk-prob contradicts the weights' config, whose norm_topk_prob "
+            "is true: add --norm-topk-prob"
         )

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from tandem.backends.mindspore.compute import npu, npu_adapters, npu_session
-from tandem.backends.mindspore.compute.cpu import adapters, attention, buckets, functional, loss, session
+from tandem.backends.mindspore.compute import npu, npu_adapters, npu_experts, npu_session
+from tandem.backends.mindspore.compute.cpu import (
+    adapters,
+    attention,
+    buckets,
+    experts,
+    functional,
+    loss,
+    session,
+)
 from tandem.backends.mindspore.device import prepare
 from tandem.backends.mindspore.kernels import Kernels
 
@@ -26,6 +34,9 @@ CPU = Kernels(
     sum_of_squares=functional.sum_of_squares,
     sum_over=buckets.sum_over,
     gather_rows=buckets.gather_rows,
+    route=experts.route,
+    expert_mlp=experts.expert_mlp,
+    sum_rows=experts.sum_rows,
     side_by_side=adapters.side_by_side,
     block=adapters.block,
     row_squares=adapters.row_squares,
@@ -55,6 +66,9 @@ NPU = Kernels(
     sum_of_squares=npu.sum_of_squares,
     sum_over=npu.sum_over,
     gather_rows=npu.gather_rows,
+    route=npu_experts.route,
+    expert_mlp=npu_experts.expert_mlp,
+    sum_rows=npu_experts.sum_rows,
     side_by_side=npu_adapters.side_by_side,
     block=npu_adapters.block,
     row_squares=npu_adapters.row_squares,

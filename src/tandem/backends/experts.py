@@ -1,0 +1,137 @@
+"""What the mixtures of experts of both frameworks share: the losses that keep experts equally busy.
+
+They are part of the gradient, and of no reported loss. Each is a mean over the micro-batches of a step.
+
+Sources: load balancing: "Switch Transformers" (arXiv 2101.03961), section 2.2, as in Megatron-core's
+`transformer/moe/moe_utils.py`, or as in transformers' `load_balancing_loss_func`; z-loss: "ST-MoE" (arXiv 2202.08906).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tandem.backends.passes import WeightedBatch
+from tandem.config.settings import RouterSettings
+from tandem.data.batch import MicroBatch
+from tandem.models.config import ModelConfig
+from tandem.models.experts import Experts
+
+# The framework's array: of numbers per expert, or of one number.
+Array = Any
+
+
+@dataclass
+class Balancing:
+    """Makes the routing of each micro-batch, and keeps those of a step.
+
+    Attributes:
+        config: of the whole model.
+        parts: how many tensor ranks route the same tokens: each adds its part of these losses to the gradient.
+    """
+
+    settings: RouterSettings
+    config: ModelConfig
+    parts: int = 1
+    of_step: list[Routing] = field(default_factory=list)
+
+    def of(self, batch: MicroBatch) -> Routing | None:
+        """None for a model without experts."""
+        experts, weight = self.config.experts, 0.0
+        if experts is None:
+            return None
+        if isinstance(batch, WeightedBatch):
+            weight = batch.balance / self.parts
+        sparse = self.config.num_layers - self.config.dense_layers
+        routing = Routing(self.settings, experts, sparse, len(batch.tokens), weight)
+        if weight:
+            self.of_step.append(routing)
+        return routing
+
+
+@dataclass
+class Routing:
+    """How the tokens of one micro-batch are routed, and what its forward pass noted for its backward pass.
+
+    With T tokens, E experts, k of them for each token, p the router's probabilities, and n the numbers of tokens of
+    each expert, the loss of a layer is E / (k T^2) * sum over experts of n_e * sum over tokens of p_te. It is 1 when
+    all are equally busy. Pooled over L layers it is one loss, k times as large: E / (L T)^2 times the sums over all
+    layers.
+
+    Attributes:
+        weight: of this micro-batch's losses in the gradient; 0 in evaluation.
+        tokens: how many tokens are routed; those behind them are padding.
+        layers: how many layers of the model have experts.
+        counts: layer -> tokens of each expert, fp32 [E].
+        mass: layer -> the sums of the tokens' probabilities, fp32 [E].
+        squares: layer -> the sum of the squares of the tokens' log-sum-exp of the router's logits.
+    """
+
+    settings: RouterSettings
+    experts: Experts
+    layers: int
+    tokens: int
+    weight: float
+    counts: dict[int, Array] = field(default_factory=dict)
+    mass: dict[int, Array] = field(default_factory=dict)
+    squares: dict[int, Array] = field(default_factory=dict)
+
+    @property
+    def slope_of_z(self) -> float:
+        """What the squares of a layer's log-sum-exp count in the gradient."""
+        return self.weight * (self.settings.moe_z_loss_coeff or 0.0) / self.tokens
+
+    def slopes(self, layer: int) -> Array:
+        """The gradient of the balancing loss with respect to each token's probabilities, [E]; None without one."""
+        settings = self.settings
+        if not self.weight or not settings.moe_aux_loss_coeff or settings.moe_router_load_balancing_type == "none":
+            return None
+        if settings.moe_router_load_balancing_type == "pooled_aux_loss":
+            first, *others = self.counts.values()
+            counts = sum(others, first)
+        else:
+            counts = self.counts[layer]
+        return counts * (self.weight * settings.moe_aux_loss_coeff * self.factor)
+
+    @property
+    def factor(self) -> float:
+        """What the sum over experts of counts times probabilities is multiplied with."""
+        experts, tokens = self.experts, self.tokens
+        if self.settings.moe_router_load_balancing_type == "pooled_aux_loss":
+            return experts.num_experts / (self.layers * tokens) ** 2
+        return experts.num_experts / (experts.moe_router_topk * tokens**2)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """How rows of tokens travel between the ranks that share a layer's experts.
+
+    A rank sends its rows sorted by expert. What it receives comes rank after rank.
+
+    Attributes:
+        send, receive: rows to and from each rank.
+        order: of the received rows, sorted by this rank's experts: the number of each among those that came.
+        counts: received rows of each of this rank's experts.
+    """
+
+    send: list[int]
+    receive: list[int]
+    order: np.ndarray
+    counts: list[int]
+
+    @classmethod
+    def of(cls, rows: np.ndarray, rank: int) -> Dispatch:
+        """Of rank number `rank`, when rank r has rows[r, e] rows for expert e.
+
+        >>> Dispatch.of(np.array([[2, 1, 0, 3], [1, 1, 4, 0]]), rank=0)
+        Dispatch(send=[3, 3], receive=[3, 2], order=array([0, 1, 3, 2, 4]), counts=[3, 2])
+        """
+        ranks, experts = rows.shape
+        held = experts // ranks
+        here = rows[:, rank * held : (rank + 1) * held]
+        of_rows = np.concatenate([np.repeat(np.arange(held), of_rank) for of_rank in here])
+        order = np.argsort(of_rows, kind="stable")
+        send = rows[rank].reshape(ranks, held).sum(1)
+        return cls(send.tolist(), here.sum(1).tolist(), order, here.sum(0).tolist())

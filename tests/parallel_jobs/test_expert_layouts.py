@@ -1,0 +1,36 @@
+"""Mixtures of experts in any layout: the losses, norms and weights of one process, with the balancing losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Case, assert_equal_to_one_process, run_job
+
+from frameworks import require_framework
+
+
+def moe(**values: Any) -> Case:
+    """Routing is not continuous: a token whose two experts are nearly equal may go to another. A small rate keeps the
+    weights of both runs, and so their routes, together."""
+    return Case(family="qwen3_moe", lr=2e-4, balance=0.05, steps=5, micro_batches=4, **values)
+
+
+SHORT = [
+    moe(tp=2, packed=True, sequence_parallel=True),
+    moe(dp=2, packed=True, use_distributed_optimizer=True, idle=True),
+]
+
+
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_experts_in_some_layouts_equal_one_process(framework: str, tmp_path: Path) -> None:
+    check(require_framework(framework), 2, SHORT, tmp_path)
+
+
+def check(framework: str, processes: int, cases: list[Case], folder: Path) -> None:
+    for case in cases:
+        assert case.processes == processes, case.name
+    outcomes = run_job(framework, processes, cases, folder)
+    for case in cases:
+        assert_equal_to_one_process(case, outcomes[case.name], framework)
