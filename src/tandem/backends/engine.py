@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from tandem.backends.adapters import Switch, local_adapters
+from tandem.backends.experts import check_experts
 from tandem.backends.interface import EngineSettings, Session, StepResult
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch, trained_rows
@@ -57,23 +58,6 @@ def clip_coefficient(norm: float, clip_grad: float) -> float:
     return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
 
 
-def _check_experts(config: ModelConfig, settings: EngineSettings) -> None:
-    """Raise UserError for what no engine can do with experts."""
-    if config.experts is None:
-        return
-    layout, kind = settings.grid.layout, settings.moe_router_load_balancing_type
-    if layout.expert_size > 1 or layout.expert_tensor_size != layout.tensor_model_parallel_size:
-        raise UserError(
-            "--expert-model-parallel-size, --expert-tensor-parallel-size and --moe-tp-extend-ep are not supported in "
-            "training: every rank holds all experts, cut over the tensor ranks; leave them out"
-        )
-    if kind == "pooled_aux_loss" and settings.moe_aux_loss_coeff and layout.pipeline_model_parallel_size > 1:
-        raise UserError(
-            "--moe-router-load-balancing-type pooled_aux_loss needs all layers on one pipeline stage: give aux_loss, "
-            "or --pipeline-model-parallel-size 1"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class ByRows:
     """The state of which a data rank keeps only some rows (`even_rows`)."""
@@ -106,7 +90,7 @@ class BaseEngine(ABC, Generic[T]):
             interleaves_stages=layout.num_layers_per_virtual_pipeline_stage is not None,
         )
         layout.check(config)
-        _check_experts(config, settings)
+        check_experts(config, settings)
         self.config = config
         self.notices: list[str] = []
         self.optimizer_step = 0

@@ -13,14 +13,33 @@ from typing import Any
 
 import numpy as np
 
+from tandem.backends.interface import EngineSettings
 from tandem.backends.passes import WeightedBatch
 from tandem.config.settings import RouterSettings
 from tandem.data.batch import MicroBatch
+from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 
 # The framework's array: of numbers per expert, or of one number.
 Array = Any
+
+
+def check_experts(config: ModelConfig, settings: EngineSettings) -> None:
+    """Raise UserError for what no engine can do with experts."""
+    if config.experts is None:
+        return
+    layout, kind = settings.grid.layout, settings.moe_router_load_balancing_type
+    if layout.expert_size > 1 or layout.expert_tensor_size != layout.tensor_model_parallel_size:
+        raise UserError(
+            "--expert-model-parallel-size, --expert-tensor-parallel-size and --moe-tp-extend-ep are not supported in "
+            "training: every rank holds all experts, cut over the tensor ranks; leave them out"
+        )
+    if kind == "pooled_aux_loss" and settings.moe_aux_loss_coeff and layout.pipeline_model_parallel_size > 1:
+        raise UserError(
+            "--moe-router-load-balancing-type pooled_aux_loss needs all layers on one pipeline stage: give aux_loss, "
+            "or --pipeline-model-parallel-size 1"
+        )
 
 
 @dataclass
