@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         preprocess,
         pretrain,
         train,
+        verify,
     )
     from tandem.config.settings import Settings
     from tandem.errors import RunStopped, UserError
@@ -47,6 +48,7 @@ __all__ = [
     "preprocess",
     "pretrain",
     "train",
+    "verify",
 ]
 _ELSEWHERE = {"Settings": "tandem.config.settings", "RunStopped": "tandem.errors", "UserError": "tandem.errors"}
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "finetune": "Train on instruction data.",
     "doctor": "Show versions and devices, what is missing, and how to install it.",
     "export": "Write a trained checkpoint as a Hugging Face folder.",
+    "verify": "Compare an exported folder, or a server, with what training computes.",
     "generate": "Ask a model.",
     "evaluate": "Measure loss and perplexity of a model on data.",
     "inspect": "Show the contents of a checkpoint or of data, and check for damage.",

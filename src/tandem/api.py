@@ -33,6 +33,7 @@ from tandem.config.settings import (
     TaskSettings,
     TrainingSettings,
 )
+from tandem.conversion.certificate.options import VerifyOptions
 from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.data.preprocess.options import MergeOptions, PreprocessOptions
 from tandem.errors import UserError
@@ -43,6 +44,7 @@ from tandem.planning.options import PlanOptions
 
 if TYPE_CHECKING:
     from tandem.checkpoints.describe import Description
+    from tandem.conversion.certificate.result import Verified
     from tandem.conversion.convert import Converted
     from tandem.data.preprocess.run import PreprocessSummary
     from tandem.data.statistics import Statistics
@@ -188,6 +190,22 @@ def export(options: ExportOptions) -> Converted:
     from tandem.conversion.run import run_export
 
     return run_export(options, _logged("exporting"))
+
+
+@_takes(VerifyOptions)
+def verify(options: VerifyOptions) -> Verified:
+    """Compare an exported folder, or a server with `url`, with what training computes, as `tandem verify` does.
+
+    Examples:
+        >>> tandem.verify("run/exported").differences  # doctest: +SKIP
+        ()
+
+    Raises:
+        UserError: there is no certificate, the folder cannot be opened, or the server does not answer.
+    """
+    from tandem.conversion.certificate.run import run_verify
+
+    return run_verify(options)
 
 
 @_takes_settings(AllSettings)

@@ -62,7 +62,7 @@ def folder_of(workspace: Workspace, config: ModelConfig, folder: Path) -> Path:
 
 
 def only_file(folder: Path) -> Path:
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.gguf")
     return path
 
 

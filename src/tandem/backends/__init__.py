@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tandem.backends.folder_reading import FolderReading
 from tandem.backends.interface import Engine, EngineSettings, Profiler
 from tandem.data.batch import MicroBatch
 from tandem.frameworks import check_framework
@@ -32,6 +34,19 @@ def transformers_logits(folder: Path, dtype: str, batch: MicroBatch) -> np.ndarr
     module = importlib.import_module("tandem.backends.torch.transformers_model")
     logits: np.ndarray = module.logits(folder, dtype, batch)
     return logits
+
+
+def read_folder(
+    folder: Path, prompts: Sequence[str | Sequence[Mapping[str, str]]], sequences: Sequence[Sequence[int]]
+) -> FolderReading:
+    """What transformers makes of a Hugging Face folder: of plain texts, conversations, and sequences of tokens.
+
+    Raises:
+        UserError: transformers cannot open the folder.
+    """
+    module = importlib.import_module("tandem.backends.torch.transformers_model")
+    reading: FolderReading = module.read(folder, prompts, sequences)
+    return reading
 
 
 def connect(ai_framework: str, world: World, device: str | None, timeout_minutes: float) -> Communicator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
@@ -18,6 +18,7 @@ from tandem.checkpoints.hf.record import recorded
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource, dtype_name
 from tandem.checkpoints.prompt import prompt_entry
+from tandem.checkpoints.views import Cast
 from tandem.conversion.adapters import describe_merge, export_adapters
 from tandem.conversion.convert import (
     Check,
@@ -47,11 +48,21 @@ SERVING_GGUF = "llama-server -m {}"
 THINKING_DEFAULT = "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {} %}}{{%- endif %}}"
 
 
-def export(options: ExportOptions, progress: Progress | None = None, check: Check | None = None) -> Converted:
+# called with the unpublished folder, the model as it was trained, what is written, and its companions; returns notices
+Certify = Callable[[Path, TensorSource, TensorSource, Companions], list[str]]
+
+
+def export(
+    options: ExportOptions,
+    progress: Progress | None = None,
+    check: Check | None = None,
+    certify: Certify | None = None,
+) -> Converted:
     """Write the folder. It appears whole or not at all.
 
     Args:
         check: compares source and result. When it raises, the folder does not appear.
+        certify: adds a certificate.
 
     Raises:
         UserError: the checkpoint is damaged, the target exists, or the tokenizer lacks the template's end token.
@@ -60,25 +71,37 @@ def export(options: ExportOptions, progress: Progress | None = None, check: Chec
     stored = open_with_adapters(options.load, options.ckpt_step, options.lora_load, config=config)
     if options.save_lora_to_hf:
         return export_adapters(stored, Path(options.save_dir))
-    source, companions, notices = with_origin(merged(stored), options.hf_cfg_dir)
+    # merging in the dtype that is written rounds once
+    exact = options.gguf or options.params_dtype == "fp32"
+    unmerged = Cast(stored, "float32") if exact and stored.config.lora is not None else stored
+    source, companions, notices = with_origin(merged(unmerged), options.hf_cfg_dir)
     companions, more = as_trained(source, recorded(companions))
     notices = [*stored.notices, *notices, *more, *describe_merge(stored), *what_lacks(companions, source.config)]
     if options.gguf:
-        return _export_gguf(options, source, companions, notices, progress)
+        return _export_gguf(options, stored, source, companions, notices, progress, certify)
     source = with_one_dtype(source, options.params_dtype)
     notices += notices_of_dtype(source, companions, options.params_dtype)
     folder, dtype = Path(options.save_dir), dtype_name(source.dtype(EMBEDDING))
-    write_checked(folder, source, lambda work: HFSink(work, source.config, dtype, companions), progress, check)
+
+    def finish(source: TensorSource, result: TensorSource) -> None:
+        if check:
+            check(source, result)
+        if certify and result.folder is not None:
+            notices.extend(certify(result.folder, stored, source, companions))
+
+    write_checked(folder, source, lambda work: HFSink(work, source.config, dtype, companions), progress, finish)
     result = Converted.of(folder, None, source.config, [*left_out(source), *notices])
     return dataclasses.replace(result, serving=tuple(command.format(quote(str(folder))) for command in SERVING))
 
 
 def _export_gguf(
     options: ExportOptions,
+    stored: TensorSource,
     source: TensorSource,
     companions: Companions,
     notices: list[str],
     progress: Progress | None,
+    certify: Certify | None,
 ) -> Converted:
     assert options.gguf is not None
     folder, verification = Path(options.save_dir), ""
@@ -86,6 +109,8 @@ def _export_gguf(
         notices += write_gguf(work, source, companions, options.gguf, progress)
         if not options.no_verify:
             verification = check_gguf(work, source, options.gguf)
+        if certify:
+            notices += certify(work, stored, source, companions)
     path = folder / file_name(folder, options.gguf)
     result = Converted.of(path, None, source.config, [*left_out(source), *notices])
     serving = (SERVING_GGUF.format(quote(str(path))),)

@@ -217,7 +217,9 @@ class ExportOptions(Options):
     """Compare the logits of the checkpoint with those of the folder; without it, those of small models only. Where
     transformers is installed, it reads and computes the folder."""
     no_verify: bool = False
-    """Never compare the logits."""
+    """Never compare the logits, nor read a GGUF file back."""
+    no_certificate: bool = False
+    """Write no certificate.json, which says what training computes on fixed prompts (`tandem verify`)."""
 
     def problems(self) -> Iterator[str]:
         if self.verify and self.no_verify:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.interface import Companions, TensorSource
@@ -12,6 +14,9 @@ from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.errors import UserError
 from tandem.frameworks import installed_frameworks
 from tandem.models.tensors import parameter_count
+
+if TYPE_CHECKING:
+    from tandem.conversion.as_trained import Certify
 
 VERIFIED_PARAMETERS = 200_000_000  # models up to this size are verified unasked
 
@@ -32,8 +37,36 @@ def run_export(options: ExportOptions, progress: Progress | None = None) -> Conv
     from tandem.conversion.as_trained import export  # templates and tokenizers take a third of the time to start
 
     verification: list[str] = []
-    result = export(options, progress, _check(options, verification))
-    return dataclasses.replace(result, verification="\n".join([*verification, *filter(None, [result.verification])]))
+    certified: list[str] = []
+    result = export(options, progress, _check(options, verification), _certify(options, certified))
+    said = [*verification, *filter(None, [result.verification]), *certified]
+    return dataclasses.replace(result, verification="\n".join(said))
+
+
+def _certify(options: ExportOptions, said: list[str]) -> Certify | None:
+    """What writes the certificate; None with `--no-certificate`. It adds what it did to `said`.
+
+    Faults of small models are computed, too: each needs the model once more.
+    """
+    if options.no_certificate:
+        return None
+
+    def certify(work: Path, trained: TensorSource, written: TensorSource, companions: Companions) -> list[str]:
+        from tandem.conversion.certificate.exporting import add_certificate  # engines are imported where needed
+
+        done, notices = add_certificate(
+            work,
+            trained,
+            written,
+            companions,
+            options.ai_framework,
+            dtype=options.gguf,
+            with_faults=options.verify or parameter_count(written.config) <= VERIFIED_PARAMETERS,
+        )
+        said.extend([done] if done else [])
+        return notices
+
+    return certify
 
 
 def _check(options: ConvertOptions | ExportOptions, verification: list[str]) -> Check | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,8 +94,13 @@ def fixed_batch(config: ModelConfig) -> MicroBatch:
     """The same random tokens for every model of one vocabulary."""
     random = np.random.default_rng(0)
     lengths = [min(length, config.max_position_embeddings) for length in LENGTHS]
-    drawn = [random.integers(0, config.vocab_size, length, dtype=np.int32) for length in lengths]
-    return collate([Sample(tokens, tokens, np.arange(len(tokens), dtype=np.int32), (len(tokens),)) for tokens in drawn])
+    return collate([document(random.integers(0, config.vocab_size, length, dtype=np.int32)) for length in lengths])
+
+
+def document(tokens: Sequence[int] | np.ndarray) -> Sample:
+    """One document, of which only logits are asked."""
+    ids = np.asarray(tokens, np.int32)
+    return Sample(ids, ids, np.arange(len(ids), dtype=np.int32), (len(ids),))
 
 
 def first_difference(source: TensorSource, result: TensorSource) -> str:

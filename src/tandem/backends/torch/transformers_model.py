@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from tandem.backends.folder_reading import FolderReading
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 
@@ -35,6 +37,41 @@ def logits(folder: Path, dtype: str, batch: MicroBatch) -> np.ndarray:
     documents = zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
     tokens = torch.from_numpy(np.array(batch.tokens, dtype=np.int64))
     return torch.cat([model(tokens[None, start:stop]).logits[0] for start, stop in documents]).numpy()
+
+
+@torch.inference_mode()
+def read(
+    folder: Path, prompts: Sequence[str | Sequence[Mapping[str, str]]], sequences: Sequence[Sequence[int]]
+) -> FolderReading:
+    """What a user of transformers gets from a folder, in the dtype that its config names. Raises as `read_folder`."""
+    with _quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, **{DTYPE: "auto"}, attn_implementation="eager", output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # of foreign code
+            raise UserError(f"{folder}: transformers {transformers.__version__} cannot open it: {error}") from error
+        model = model.float().eval()
+        ends = model.generation_config.eos_token_id
+        return FolderReading(
+            reader=f"transformers {transformers.__version__}",
+            prompts=tuple(_rendered(tokenizer, prompt) for prompt in prompts),
+            end_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+            logits=tuple(model(torch.tensor([list(tokens)])).logits[0].numpy() for tokens in sequences),
+            missing=tuple(sorted(info["missing_keys"])),
+            unexpected=tuple(sorted(info["unexpected_keys"])),
+        )
+
+
+def _rendered(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> tuple[int, ...] | None:
+    if isinstance(prompt, str):
+        return tuple(tokenizer(prompt)["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    except Exception:  # noqa: BLE001 - there is no template, or it refuses: both are another template than training's
+        return None
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.checkpoints.folders import COMPANIONS, TRACKER
-from tandem.checkpoints.hf.record import RECORD
+from tandem.checkpoints.hf.record import CERTIFICATE, RECORD
 from tandem.checkpoints.hf.weights import INDEX, TORCH_INDEX
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.recognise import unusable
@@ -126,6 +126,6 @@ def _check_json(path: Path) -> None:
 
 def _others(folder: Path) -> tuple[str, ...]:
     """Names of files that might be taken for parts of a model, and are not copied."""
-    known = {*TOKENIZER_FILES, *MODEL_FILES, CONFIG, INDEX, TORCH_INDEX}
+    known = {*TOKENIZER_FILES, *MODEL_FILES, CONFIG, INDEX, TORCH_INDEX, CERTIFICATE}
     files = {path.name for pattern in SUSPECTED for path in folder.glob(pattern)}
     return tuple(sorted(files - known))

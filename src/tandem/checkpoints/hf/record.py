@@ -14,6 +14,7 @@ from tandem.checkpoints.interface import Companions
 from tandem.version import __version__
 
 RECORD = "tandem.json"
+CERTIFICATE = "certificate.json"  # of an export: a statement about this folder, which is not copied to others
 RESIZES = "resized_vocabulary"
 
 
