@@ -45,7 +45,7 @@ def settings_of(name: str) -> tuple[Settings, list[str]]:
 
 
 def test_how_many_there_are() -> None:
-    assert (len(SCRIPTS), len(ACCEPTED)) == (31, 27)
+    assert (len(SCRIPTS), len(ACCEPTED)) == (43, 39)
     of_two_machines = [settings.launch.nnodes == 2 for settings, _ in map(settings_of, ACCEPTED)]
     assert sum(of_two_machines) == 3
 
@@ -56,6 +56,14 @@ def test_the_script_is_taken(name: str) -> None:
     assert settings.model.num_layers is not None
     assert len(notices) == 1  # of flags without effect
     assert "accepted, without effect here" in notices[0]
+
+
+def test_scripts_of_adapters_train_adapters() -> None:
+    """All of them train these modules with these values, which Tandem hears."""
+    adapters = [settings_of(name)[0].lora for name in ACCEPTED if "_lora_" in name]
+    assert len(adapters) == 12
+    modules = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    assert {(lora.lora_r, lora.lora_alpha, lora.lora_target_modules) for lora in adapters} == {(16, 32, modules)}
 
 
 @pytest.mark.parametrize("name", REFUSED)

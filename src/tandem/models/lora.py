@@ -122,6 +122,8 @@ def as_targets(words: tuple[str, ...]) -> tuple[str, ...] | str:
 
 
 def _words(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
