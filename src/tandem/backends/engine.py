@@ -285,14 +285,18 @@ class BaseEngine(ABC, Generic[T]):
         return self._logits(micro_batch, np.arange(len(micro_batch.tokens)) if rows is None else np.asarray(rows))
 
     def session(self, room: int) -> Session:
-        check_layout(self._grid, self._settings.sequence_parallel)
+        check_layout(self._grid, self._settings)
         check_memory(room, self.bytes_per_cached_token(), self.free_memory())
         return EngineSession(self._computes(), self.config.vocab_size, room)
 
     def bytes_per_cached_token(self) -> int:
-        layers = sum(len(chunk) for chunk in self._grid.layout.stages(self.config.num_layers)[self._place.pipeline])
-        numbers = layers * 2 * self._local_config().num_query_groups * self.config.kv_channels
+        numbers = len(self._own_layers()) * 2 * self._local_config().num_query_groups * self.config.kv_channels
         return numbers * DTYPES[self.param_dtype].itemsize
+
+    def _own_layers(self) -> list[int]:
+        """The layers on this rank, by their numbers in the whole model."""
+        stage = self._grid.layout.stages(self.config.num_layers)[self._place.pipeline]
+        return [slot.layer for chunk in stage for slot in chunk]
 
     def free_memory(self) -> int:
         return available_bytes() if self.device_name == "cpu" else self._free_memory_of_device()

@@ -77,15 +77,20 @@ class Piece:
 class Session(Protocol):
     """Sequences that an engine continues. The keys and values of their tokens are kept, in the model's dtype.
 
-    With several ranks the first one leads: it alone calls `begin`, `copy`, `end` and `step`, while the others are in
-    `follow`. Leaving the session as a context closes it.
+    Of the ranks that hold a copy of the model together, the first one leads: it alone calls `begin`, `copy`, `end` and
+    `step`, while the others are in `follow`. Data ranks have sessions of their own, which know nothing of each other.
+    Leaving a session as a context closes it.
 
     Attributes:
+        leads: whether this rank leads.
         room: how many tokens all sequences together may have.
         free: how many of them no sequence has reserved.
     """
 
     room: int
+
+    @property
+    def leads(self) -> bool: ...
 
     @property
     def free(self) -> int: ...
@@ -119,7 +124,7 @@ class Session(Protocol):
         ...
 
     def follow(self) -> None:
-        """On other ranks than the first: do as the first does, until it closes the session."""
+        """On ranks that do not lead: do as the first does, until it closes the session."""
         ...
 
     def close(self) -> None:
@@ -249,7 +254,7 @@ class Engine(Protocol):
         """Begin to continue sequences that have up to `room` tokens together. Weights must not change meanwhile.
 
         Raises:
-            UserError: the layout has other ranks than tensor ranks, or the memory of the keys and values is not there.
+            UserError: the layout has no sessions, or the memory of the keys and values is not there.
         """
         ...
 

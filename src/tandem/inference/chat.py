@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from tandem.backends import create_engine
+from tandem.backends import connect, create_engine
 from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.detect import open_with_adapters
 from tandem.checkpoints.hf.companions import end_ids_of
 from tandem.checkpoints.prompt import prompt_entry
-from tandem.data.templates.catalog import template_from_entry
+from tandem.data.templates.catalog import get_template, template_from_entry
 from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.inference.generate import generate
+from tandem.inference.defaults import Defaults, SamplingOptions
 from tandem.inference.options import LoadOptions
+from tandem.inference.replies import Question, Reply, replies
 from tandem.inference.sampling import Sampling
+from tandem.launch.world import Communicator, SingleProcess, World
 from tandem.logs import log
 from tandem.options import build
+from tandem.parallel.grid import Grid, Place
+from tandem.parallel.layout import Layout
+
+WAIT_MINUTES = 7 * 24 * 60.0  # how long processes wait for the first one, which may wait for somebody to type
 
 
 @dataclass(frozen=True)
@@ -30,50 +36,95 @@ class Model:
         template: the chat template that the model was fine-tuned with. With None, the tokenizer's own chat template is
             used. Without either, the prompt is continued as plain text.
         end_ids: end tokens that the model's own files name.
+        defaults: how the model's own files say that tokens are chosen.
+        thinking: `enable_thinking` of the tokenizer's own template; None leaves it to the template.
+        communicator: with the other processes of the job.
+        grid: all processes of the job.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     template: Template | None
     end_ids: tuple[int, ...] = ()
+    defaults: Defaults = field(default_factory=lambda: Defaults({}))
+    thinking: bool | None = None
+    communicator: Communicator = field(default_factory=SingleProcess)
+    grid: Grid = field(default_factory=Grid)
+
+    @property
+    def place(self) -> Place:
+        """Of this process in the grid."""
+        return self.grid.place(self.communicator.world.rank)
+
+    @property
+    def leader(self) -> int:
+        """The first of the processes that hold this copy of the model. It alone gets answers."""
+        return self.grid.model(self.place)[0]
 
     def answer(
         self, questions: Sequence[str], sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> list[str]:
-        """One answer for each question. With a single question, `on_text` gets the answer piece by piece."""
-        prompts = [self.prompt_ids(question) for question in questions]
-        streamer = _Streamer(self.tokenizer, on_text) if on_text and len(questions) == 1 else None
-        answers = generate(self.engine, prompts, sampling, self.stop_ids(), streamer)
-        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        """One answer for each question. With a single question, `on_text` gets the answer piece by piece.
+
+        With several processes all call this, and all get the answers.
+        """
+
+        def tell(_: int, text: str) -> None:
+            if on_text is not None and len(questions) == 1:
+                on_text(text)
+
+        asked = [Question(self.prompt_ids(question), sampling) for question in questions]
+        answers = [reply.text for reply in self.replies(asked, on_text=tell)]
+        return list(self.communicator.all_gather(answers)[self.leader])
+
+    def replies(self, questions: Sequence[Question], **others: Any) -> Iterator[Reply]:
+        """See `tandem.inference.replies.replies`."""
+        return replies(self.engine, self.tokenizer, questions, self.stop_ids(), **others)
 
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
         """The answer to a prompt. For a list of prompts, a list of answers.
 
         Args:
-            sampling: the fields of `Sampling`, such as `max_new_tokens=64, temperature=0.7`.
+            sampling: the fields of `SamplingOptions`, such as `max_new_tokens=64, temperature=0.7`.
 
         Examples:
             >>> tandem.load("exported").generate("Reverse 123.", max_new_tokens=8)  # doctest: +SKIP
             '321'
 
         Raises:
-            UserError: an option is unknown or has the wrong type, or a prompt could become longer than the model's
-                positions.
+            UserError: an option is unknown or has the wrong type, or a prompt does not fit into the model's positions.
         """
-        options = build(Sampling, sampling)
+        options = self.defaults.sampling(build(SamplingOptions, sampling))
         if isinstance(prompt, str):
             return self.answer([prompt], options)[0]
         return self.answer(prompt, options)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of a question, in the chat template of training."""
+        """Token ids of a question, in the chat template of training; without a template, of a text to continue."""
+        if self.template is None and self.tokenizer.chat_template is None:
+            return self.tokenizer.encode_prompt(question)
+        return self.conversation_ids([{"role": "user", "content": question}])
+
+    def conversation_ids(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation and of what the template writes before the next answer.
+
+        Args:
+            messages: objects with `role` and `content`, as OpenAI writes them. The tokenizer's own template gets them
+                as they are; of others, which have no such parts, only these two fields are read.
+            variables: for the template, such as `enable_thinking` and `tools`.
+
+        Raises:
+            UserError: the template cannot write the messages, or there is none.
+        """
         if self.template is not None:
-            pieces = self.template.generation_prompt([Message("user", question)])
+            template = self.template.with_variables(variables) if variables else self.template
+            pieces = template.generation_prompt([_as_message(message) for message in messages])
             return [token for piece in pieces for token in self.tokenizer.encode(piece)]
-        if self.tokenizer.chat_template is not None:
-            message = {"role": "user", "content": question}
-            return self.tokenizer.encode(self.tokenizer.apply_chat_template([message], add_generation_prompt=True))
-        return self.tokenizer.encode_prompt(question)
+        mode = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **{**mode, **(variables or {})})
+        return self.tokenizer.encode(text)
 
     def stop_ids(self) -> set[int]:
         """Token ids that end an answer: all that the files of model and tokenizer name, and the template's."""
@@ -84,10 +135,11 @@ class Model:
 
 
 def open_model(options: LoadOptions) -> Model:
-    """Open a Hugging Face folder or a checkpoint of any layout for inference.
+    """Open a Hugging Face folder or a checkpoint of any layout for inference, on the processes of the job.
 
     Raises:
-        UserError: there is no model in the folder, or no tokenizer in the folder and none is given.
+        UserError: there is no model in the folder, no tokenizer in the folder and none is given, or the processes do
+            not divide into whole models.
     """
     source = open_with_adapters(options.load, options.ckpt_step, options.lora_load)
     for notice in source.notices:
@@ -96,26 +148,43 @@ def open_model(options: LoadOptions) -> Model:
     if folder is None:
         raise UserError(f"{source.location} contains no tokenizer: give its folder with --tokenizer-name-or-path")
     tokenizer = Tokenizer(folder)
-    settings = EngineSettings(training=False, device=options.device)
-    engine = create_engine(options.ai_framework, source.config, settings)
-    engine.load_weights(source)
     if options.raw:
         tokenizer.chat_template = None
-    template = None if options.raw else template_from_entry(prompt_entry(source), tokenizer)
-    return Model(engine, tokenizer, template, end_ids_of(source.companions))
+    template = _template(options, tokenizer, prompt_entry(source))
+    defaults = Defaults.of(source.companions)
+    layout = Layout(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+    )
+    world = World.from_environment()
+    grid = Grid(layout.balanced(source.config.num_layers), world.size)
+    communicator = connect(options.ai_framework, world, options.device, WAIT_MINUTES)
+    settings = EngineSettings(
+        training=False, device=options.device, bf16=options.bf16, fp16=options.fp16, grid=grid, rank=world.rank
+    )
+    engine = create_engine(options.ai_framework, source.config, settings)
+    for notice in engine.notices:
+        log.warning("> %s", notice)
+    engine.load_weights(source)
+    return Model(
+        engine, tokenizer, template, end_ids_of(source.companions), defaults, options.thinking, communicator, grid
+    )
 
 
-class _Streamer:
-    """Decodes one answer token by token. An incomplete character waits for the next token."""
+def _template(options: LoadOptions, tokenizer: Tokenizer, entry: Mapping[str, Any] | None) -> Template | None:
+    """The template that the options name, or the one of the checkpoint; None for the tokenizer's, or for plain text."""
+    if options.prompt_type is not None:
+        return get_template(options.prompt_type, options.thinking, tokenizer)
+    template = None if options.raw else template_from_entry(entry, tokenizer)
+    if template is not None and options.thinking is not None:
+        return template.with_variables({"enable_thinking": options.thinking})
+    return template
 
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
-        self._tokenizer, self._write = tokenizer, write
-        self._tokens: list[int] = []
-        self._written = 0  # characters
 
-    def __call__(self, number: int, token: int) -> None:
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if not text.endswith("�"):
-            self._write(text[self._written :])
-            self._written = len(text)
+def _as_message(message: Mapping[str, Any]) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(f"message {message}: expected an object with the texts role and content")
+    if extra := sorted(set(message) - {"role", "content"}):
+        raise UserError(f"message {message}: the template of this model takes no {', '.join(extra)}")
+    return Message(role, content)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 
+from tandem.data.templates.catalog import THINKING_MODES, check_prompt_type
+from tandem.errors import UserError
 from tandem.frameworks import default_framework
 from tandem.options import Options, PathText, positional
 
@@ -23,7 +26,37 @@ class LoadOptions(Options):
     """Folder of adapters for the model: PEFT's, or a run's."""
     raw: bool = False
     """Continue the prompt as plain text, without a chat template. It begins as the tokenizer begins texts."""
+    prompt_type: str | None = None
+    """Chat template; default: the one that the model was fine-tuned with, or else the tokenizer's."""
+    enable_thinking: str | None = None
+    """Whether the answer begins with a thought: true or false; default: as the template has it."""
     ckpt_step: int | None = None
     """Iteration to load; default: the newest."""
     device: str | None = None
     """Device: cpu, cuda or npu; default: the best one present."""
+    bf16: bool = False
+    """Compute in bfloat16, and keep keys and values in it."""
+    fp16: bool = False
+    """Compute in float16, and keep keys and values in it."""
+    tensor_model_parallel_size: int = 1
+    """Number of processes that split each tensor."""
+    pipeline_model_parallel_size: int = 1
+    """Number of pipeline stages that split the layers."""
+
+    def problems(self) -> Iterator[str]:
+        if self.bf16 and self.fp16:
+            yield "--bf16 and --fp16: give one of them"
+        if self.raw and self.prompt_type is not None:
+            yield f"--raw and --prompt-type {self.prompt_type}: give one of them"
+        if self.enable_thinking is not None and self.enable_thinking not in THINKING_MODES:
+            yield f"--enable-thinking {self.enable_thinking}: expected one of {', '.join(THINKING_MODES)}"
+        if self.prompt_type is not None:
+            try:
+                check_prompt_type(self.prompt_type)
+            except UserError as error:
+                yield f"--{error}"
+
+    @property
+    def thinking(self) -> bool | None:
+        """`enable_thinking` of a template."""
+        return THINKING_MODES[self.enable_thinking or "none"]

@@ -122,8 +122,8 @@ class _Running:
 class Scheduler:
     """Continues requests on one engine. Use it as a context, which ends the engine's session.
 
-    With several ranks the first one leads, and the others call `follow` and nothing else. It is not safe for several
-    threads: one thread calls all methods.
+    Of the ranks that hold a copy of the model together, the first leads; the others only call `follow`. It is not safe
+    for several threads: one thread calls all methods.
 
     Args:
         max_batch_size: how many requests run at the same time; default: 16. Others wait.
@@ -156,15 +156,19 @@ class Scheduler:
         self._running.clear()
         self._session.close()
 
+    @property
+    def leads(self) -> bool:
+        return self._session.leads
+
     def follow(self) -> None:
-        """On other ranks than the first: compute what the first one asks for, until it closes its scheduler."""
+        """On ranks that do not lead: compute what the first one asks for, until it closes its scheduler."""
         self._session.follow()
 
     @property
     def notice(self) -> str:
         """How much memory the keys and values may take."""
         room, size = self._session.room, self.engine.bytes_per_cached_token()
-        return f"keys and values: up to {room * size / 1e9:.2f} GB for {room:,} tokens, {self.max_batch_size} texts"
+        return f"keys and values: up to {room * size / 1e6:,.0f} MB for {room:,} tokens, {self.max_batch_size} texts"
 
     def submit(
         self,

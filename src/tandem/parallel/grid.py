@@ -140,6 +140,11 @@ class Grid:
         groups = {tuple(self.group(axis, self.place(rank))) for rank in range(self.size)}
         return [list(group) for group in sorted(groups)]
 
+    def model(self, place: Place) -> list[int]:
+        """The ranks that hold one copy of the model together with `place`; the first begins it."""
+        tensor, stages = range(self.tensor_size), range(self.pipeline_size)
+        return [self.rank(Place(slice_, place.data, stage)) for stage in stages for slice_ in tensor]
+
     def is_first_stage(self, place: Place) -> bool:
         return place.pipeline == 0
 

@@ -141,6 +141,7 @@ class Groups:
     """The groups of ranks that this rank talks with.
 
     Attributes:
+        model: those that hold one copy of the model together.
         tied: the first and the last stage's ranks that hold the same slice of a tied embedding.
         channels: (from rank, to rank) -> a group of neighbouring stages, which carries messages in that direction only.
     """
@@ -148,6 +149,7 @@ class Groups:
     everyone: Ranks
     tensor: Ranks
     data: Ranks
+    model: Ranks
     tied: Ranks
     channels: dict[tuple[int, int], str]
 
@@ -155,7 +157,7 @@ class Groups:
 def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
     """The groups of `rank`. Every rank calls this at the same time."""
     if grid.size == 1:
-        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), {})
+        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), {})
     place = grid.place(rank)
     ends = [grid.rank(Place(place.tensor, place.data, stage)) for stage in (0, grid.pipeline_size - 1)]
     has_tied = tied and grid.pipeline_size > 1 and rank in ends
@@ -163,6 +165,7 @@ def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
         Ranks(GlobalComm.WORLD_COMM_GROUP, rank, grid.size),
         _ranks(grid.group("tensor", place), rank),
         _ranks(grid.group("data", place), rank),
+        _ranks(grid.model(place), rank),
         _ranks(ends, rank) if has_tied else Ranks(),
         _channels(grid, place),
     )

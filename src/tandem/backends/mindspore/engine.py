@@ -229,11 +229,12 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _logits(self, micro_batch: MicroBatch, rows: np.ndarray) -> np.ndarray:
         with _non_finite_allowed():
             hidden, head = self._passes.hidden(micro_batch, rows), self._passes.decoder.head
+            assert hidden is not None
             logits = self._kernels.product(hidden, head.value, transpose_b=True)
         return logits.astype(ms.float32).asnumpy()
 
     def _computes(self) -> MindSporeSession:
-        return MindSporeSession(self._passes, self._groups.everyone, self._local_config(), self.config.vocab_size)
+        return MindSporeSession(self._passes, self._groups.model, self._local_config(), self.config.vocab_size)
 
     def _free_memory_of_device(self) -> int:
         free, _ = ms.runtime.mem_get_info()

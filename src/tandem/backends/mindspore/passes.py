@@ -78,9 +78,14 @@ class Passes:
         self.pipeline.finish()
         return losses
 
-    def hidden(self, batch: MicroBatch, rows: np.ndarray, attention: Attention | None = None) -> Tensor:
-        """The input of the head, on a rank with all layers. `attention` default: within documents."""
-        return self.decoder.forward(batch, rows, None, False, attention, self.balancing.of(batch))[0]
+    def hidden(self, batch: MicroBatch, rows: np.ndarray, attention: Attention | None = None) -> Tensor | None:
+        """The input of the head; None on all stages except the last. `attention` default: within documents."""
+        output, _ = self._output(batch, rows, differentiable=False, attention=attention)
+        if self.pipeline.is_last:
+            return output
+        self.pipeline.send(True, output)
+        self.pipeline.finish()
+        return None
 
     def _forward(self, batch: WeightedBatch) -> tuple[float, _InFlight]:
         rows = trained_rows(batch)
@@ -100,7 +105,9 @@ class Passes:
         if not self.pipeline.is_first:
             self.pipeline.send(False, gradient)
 
-    def _output(self, batch: MicroBatch, rows: np.ndarray, differentiable: bool) -> tuple[Tensor, Pullback]:
+    def _output(
+        self, batch: MicroBatch, rows: np.ndarray, differentiable: bool, attention: Attention | None = None
+    ) -> tuple[Tensor, Pullback]:
         routing = self.balancing.of(batch)
         if self.tensor.sequence:
             batch = padded(batch, self.tensor.ranks.size)
@@ -108,4 +115,4 @@ class Passes:
         if not self.pipeline.is_first:
             tokens = len(batch.tokens) // (self.tensor.ranks.size if self.tensor.sequence else 1)
             x = self.pipeline.receive(True, mint.empty((tokens, self.decoder.config.hidden_size), dtype=self.dtype))
-        return self.decoder.forward(batch, rows, x, differentiable, routing=routing)
+        return self.decoder.forward(batch, rows, x, differentiable, attention, routing)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
@@ -18,7 +19,8 @@ from tandem.data.batch import MicroBatch
 from tandem.frameworks import MINDSPORE
 from tandem.models.config import ModelConfig
 
-Cache = Any  # layer, keys or values, group, token, channel; an array or a tensor, as the kernels have it
+# By layer: keys or values, group, token, channel; an array or a tensor, as the kernels have it.
+Cache = dict[int, Any]
 
 
 @dataclass(frozen=True)
@@ -26,31 +28,34 @@ class MindSporeSession:
     """`tandem.backends.session.Computes` on MindSpore.
 
     Attributes:
-        config: with the sizes of this rank's slices.
+        model_ranks: those that hold the model together.
+        local: the config with the sizes of this rank's slices.
         vocab_size: of the whole vocabulary.
     """
 
     passes: Passes
-    everyone: Ranks
-    config: ModelConfig
+    model_ranks: Ranks
+    local: ModelConfig
     vocab_size: int
 
     @property
     def ranks(self) -> int:
-        return self.everyone.size
+        return self.model_ranks.size
 
     @property
     def leads(self) -> bool:
-        return self.everyone.rank == 0
+        return self.model_ranks.rank == 0
 
     def new_cache(self, room: int) -> Cache:
-        config = self.config
-        shape = (config.num_layers, 2, config.num_query_groups, room, config.kv_channels)
-        return self.passes.kernels.new_cache(shape, self.passes.dtype)
+        layers = self.passes.decoder.layers
+        shape = (len(layers), 2, self.local.num_query_groups, room, self.local.kv_channels)
+        memory = self.passes.kernels.new_cache(shape, self.passes.dtype)
+        return {layer: memory[number] for number, layer in enumerate(layers)}
 
     def copied(self, cache: Cache, room: int, tokens: int) -> Cache:
         new = self.new_cache(room)
-        new[:, :, :, :tokens] = cache[:, :, :, :tokens]
+        for layer, kept in cache.items():
+            new[layer][:, :, :tokens] = kept[:, :, :tokens]
         return new
 
     def compute(self, batch: MicroBatch, kept: Sequence[Kept[Cache]], rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -59,17 +64,27 @@ class MindSporeSession:
 
         with np.errstate(all="ignore"):
             hidden = self.passes.hidden(batch, rows, attend)
-        size = self.passes.tensor.vocabulary_rows
-        return (self._logits(hidden, part) for part in chunks(len(rows), size, MINDSPORE.logits_chunk_bytes))
+        return (self._logits(hidden, part) for part in chunks(len(rows), self.vocab_size, MINDSPORE.logits_chunk_bytes))
 
-    def _logits(self, hidden: Tensor, part: slice) -> np.ndarray:
-        kernels = self.passes.kernels
-        rows = kernels.rows(hidden, part.start, part.stop)
-        logits = kernels.product(rows, self.passes.decoder.head.value, transpose_b=True)
-        return self.passes.tensor.gather_vocabulary(logits, self.vocab_size)
+    def _logits(self, hidden: Tensor | None, part: slice) -> np.ndarray:
+        """Logits of the whole vocabulary, from the ranks that end the model (`hidden` is not None)."""
+        kernels, tensor = self.passes.kernels, self.passes.tensor
+        own = None
+        if hidden is not None:
+            rows = kernels.rows(hidden, part.start, part.stop)
+            product = kernels.product(rows, self.passes.decoder.head.value, transpose_b=True)
+            own = product.astype(ms.float32).asnumpy()
+        if self.model_ranks.group is None:
+            assert own is not None
+            return own
+        logits = np.zeros((part.stop - part.start, self.vocab_size), np.float32)
+        if own is not None:
+            first = tensor.ranks.rank * tensor.vocabulary_rows
+            logits[:, first : first + own.shape[1]] = own
+        return self.model_ranks.sum(Tensor.from_numpy(logits)).asnumpy()
 
     def from_first(self, value: Any) -> Any:
-        return self.everyone.gather_values(value)[0]
+        return self.model_ranks.gather_values(value)[0]
 
 
 def _never(gradient: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint
 
@@ -82,16 +81,6 @@ class TensorParallel:
         exponentials = np.exp(log_sum_exp - largest)
         totals, label_logits = self.ranks.sum(Tensor(np.stack([exponentials, label_logits]))).asnumpy()
         return largest + np.log(totals), label_logits
-
-    def gather_vocabulary(self, logits: Tensor, size: int) -> np.ndarray:
-        """Logits [n, size] of the whole vocabulary, from each rank's part [n, its rows]. fp32."""
-        rows = logits.astype(ms.float32).asnumpy()
-        if self.ranks.group is None:
-            return rows
-        padded = np.zeros((len(rows), self.vocabulary_rows), np.float32)
-        padded[:, : rows.shape[1]] = rows
-        parts = [part.asnumpy() for part in self.ranks.gather(Tensor.from_numpy(padded))]
-        return np.concatenate(parts, axis=1)[:, :size]
 
     def first_largest(self, largest: np.ndarray, places: np.ndarray) -> np.ndarray:
         """The token with the largest logit in the whole vocabulary, int64 [n]; the first of equal ones.

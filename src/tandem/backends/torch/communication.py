@@ -91,6 +91,7 @@ class Groups:
     """The groups of ranks that this rank talks with.
 
     Attributes:
+        model: those that hold one copy of the model together.
         pipelines: (messages are activations, messages go around) -> a group of all stages. Going around means from the
             last stage to the first, and for gradients back. So between two ranks a group carries messages in one
             direction only, and both sides reach them in the same order.
@@ -99,6 +100,7 @@ class Groups:
     everyone: Ranks
     tensor: Ranks
     data: Ranks
+    model: Ranks
     pipelines: dict[tuple[bool, bool], Group]
 
 
@@ -112,14 +114,17 @@ def make_groups(grid: Grid, rank: int, *, interleaved: bool) -> Groups:
     rank must create equally many.
     """
     if grid.size == 1:
-        return Groups(Ranks(), Ranks(), Ranks(), {})
+        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), {})
     place = grid.place(rank)
     kinds = [(forward, around) for forward in (True, False) for around in ((False, True) if interleaved else (False,))]
     stages = grid.group("pipeline", place)
+    everyone = Ranks(dist.group.WORLD, rank, grid.size)
+    tensor = _ranks(grid.group("tensor", place), rank)
     return Groups(
-        Ranks(dist.group.WORLD, rank, grid.size),
-        _ranks(grid.group("tensor", place), rank),
+        everyone,
+        tensor,
         _ranks(grid.group("data", place), rank),
+        everyone if grid.data_size == 1 else tensor if grid.pipeline_size == 1 else _ranks(grid.model(place), rank),
         {kind: _group(stages) for kind in kinds} if len(stages) > 1 else {},
     )
 
@@ -143,10 +148,10 @@ def maximum_over(ranks: Ranks, value: int) -> int:
 
 
 def from_first(ranks: Ranks, value: Any) -> Any:
-    """The first rank's value, on all ranks."""
+    """The value of the first of `ranks`, on all of them."""
     values = [value]
     if ranks.group is not None:
-        dist.broadcast_object_list(values, src=0, group=ranks.group)
+        dist.broadcast_object_list(values, group=ranks.group, group_src=0)
     return values[0]
 
 

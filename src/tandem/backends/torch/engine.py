@@ -223,10 +223,11 @@ class TorchEngine(BaseEngine[torch.Tensor]):
 
     def _logits(self, micro_batch: MicroBatch, rows: np.ndarray) -> np.ndarray:
         hidden = self._passes.hidden(micro_batch, torch.from_numpy(rows.astype(np.int64)).to(self._device))
+        assert hidden is not None
         return matmul(hidden, self._passes.chunks[0].head).detach().float().cpu().numpy()
 
     def _computes(self) -> TorchSession:
-        return TorchSession(self._passes, self._tensor, self._groups.everyone, self._local_config())
+        return TorchSession(self._passes, self._groups.model, self._local_config(), self._own_layers())
 
     def _free_memory_of_device(self) -> int:
         return int(getattr(torch, self._device.type).mem_get_info(self._device)[0])

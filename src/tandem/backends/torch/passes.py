@@ -100,10 +100,19 @@ class Passes:
         return losses
 
     @torch.no_grad()
-    def hidden(self, batch: MicroBatch, rows: torch.Tensor | None, attention: Attention | None = None) -> torch.Tensor:
-        """The input of the head, on a rank with all layers. `attention` default: within documents."""
-        output: torch.Tensor = self.chunks[0](self._prepare(batch, attention), None, rows)
-        return output
+    def hidden(
+        self, batch: MicroBatch, rows: torch.Tensor | None, attention: Attention | None = None
+    ) -> torch.Tensor | None:
+        """The input of the head; None on ranks without the last chunk. `attention` default: within documents."""
+        hidden = None
+        for number in range(len(self.chunks)):
+            output = self._output(number, batch, rows, attention)
+            if (target := self.pipeline.target(number)) is None:
+                hidden = output
+            else:
+                self.pipeline.send(target, True, output)
+        self.pipeline.finish()
+        return hidden
 
     def named_modules(self, shards: Iterable[Shard]) -> Iterator[tuple[str, nn.Module]]:
         """By global name, every module that holds weights of these shards, itself or in its modules."""
@@ -142,8 +151,10 @@ class Passes:
             assert done.x.grad is not None
             self.pipeline.send(source, False, done.x.grad)
 
-    def _output(self, number: int, batch: MicroBatch, rows: torch.Tensor | None) -> torch.Tensor:
-        inputs = self._prepare(batch)
+    def _output(
+        self, number: int, batch: MicroBatch, rows: torch.Tensor | None, attention: Attention | None = None
+    ) -> torch.Tensor:
+        inputs = self._prepare(batch, attention)
         output: torch.Tensor = self.chunks[number](inputs, self._receive(number, inputs), rows)
         return output
 

@@ -12,64 +12,75 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.backends.loss import chunks
 from tandem.backends.session import Kept
-from tandem.backends.torch.attention import Run, attention
-from tandem.backends.torch.communication import Ranks, from_first
+from tandem.backends.torch.communication import Ranks, all_reduce, from_first
 from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.functional import matmul
 from tandem.backends.torch.passes import Passes
-from tandem.backends.torch.tensor_parallel import TensorParallel
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 
-# layer, keys or values, group, token, channel
-Cache = torch.Tensor
+Cache = dict[int, torch.Tensor]  # by layer: keys or values, group, token, channel
 
 
 @dataclass(frozen=True)
 class TorchSession:
-    """`tandem.backends.session.Computes` on PyTorch. `config` has the sizes of this rank's slices."""
+    """`tandem.backends.session.Computes` on PyTorch.
+
+    Attributes:
+        model_ranks: those that hold the model together.
+        local: the config with the sizes of this rank's slices.
+        layers: those on this rank, by their number in the whole model.
+    """
 
     passes: Passes
-    tensor: TensorParallel | None
-    everyone: Ranks
-    config: ModelConfig
+    model_ranks: Ranks
+    local: ModelConfig
+    layers: Sequence[int]
 
     @property
     def ranks(self) -> int:
-        return self.everyone.size
+        return self.model_ranks.size
 
     @property
     def leads(self) -> bool:
-        return self.everyone.rank == 0
+        return self.model_ranks.rank == 0
 
     def new_cache(self, room: int) -> Cache:
-        config = self.config
-        shape = (config.num_layers, 2, config.num_query_groups, room, config.kv_channels)
-        return torch.empty(shape, dtype=self.passes.dtype, device=self.passes.device)
+        shape = (len(self.layers), 2, self.local.num_query_groups, room, self.local.kv_channels)
+        memory = torch.empty(shape, dtype=self.passes.dtype, device=self.passes.device)
+        return dict(zip(self.layers, memory))
 
     def copied(self, cache: Cache, room: int, tokens: int) -> Cache:
         new = self.new_cache(room)
-        new[:, :, :, :tokens] = cache[:, :, :, :tokens]
+        for layer, kept in cache.items():
+            new[layer][:, :, :tokens] = kept[:, :, :tokens]
         return new
 
     @torch.no_grad()
     def compute(self, batch: MicroBatch, kept: Sequence[Kept[Cache]], rows: np.ndarray) -> Iterator[np.ndarray]:
         wanted = torch.from_numpy(rows).to(self.passes.device)
         hidden = self.passes.hidden(batch, wanted, OverKept(kept, batch.lengths.tolist()))
-        head = self.passes.chunks[0].head
-        vocabulary = len(head) if self.tensor is None else self.tensor.vocabulary_rows
         most_bytes = kernels_of(self.passes.device).logits_chunk_bytes
-        return (self._logits(hidden[part], head) for part in chunks(len(rows), vocabulary, most_bytes))
+        parts = chunks(len(rows), self.passes.config.vocab_size, most_bytes)
+        return (self._logits(None if hidden is None else hidden[part], part.stop - part.start) for part in parts)
 
     @torch.no_grad()
-    def _logits(self, hidden: torch.Tensor, head: torch.Tensor) -> np.ndarray:
-        logits = matmul(hidden, head).float()
-        if self.tensor is not None:
-            logits = self.tensor.gather_vocabulary(logits, self.passes.config.vocab_size)
+    def _logits(self, hidden: torch.Tensor | None, rows: int) -> np.ndarray:
+        """Logits of the whole vocabulary, from the ranks that end the model (`hidden` is not None)."""
+        own = None if hidden is None else matmul(hidden, self.passes.chunks[-1].head).float()
+        if self.model_ranks.group is None:
+            assert own is not None
+            return own.cpu().numpy()
+        logits = torch.zeros(rows, self.passes.config.vocab_size, device=self.passes.device)
+        if own is not None:
+            tensor = self.passes.chunks[-1].tensor
+            first = 0 if tensor is None else tensor.first_row
+            logits[:, first : first + own.shape[1]] = own
+        all_reduce(logits, self.model_ranks.group).wait()
         return logits.cpu().numpy()
 
     def from_first(self, value: Any) -> Any:
-        return from_first(self.everyone, value)
+        return from_first(self.model_ranks, value)
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,8 @@ def _continued(cache: torch.Tensor, start: int, q: torch.Tensor, k: torch.Tensor
     cache[0, :, start:end] = k.transpose(0, 1)
     cache[1, :, start:end] = v.transpose(0, 1)
     if start == 0 and tokens > 1:
-        return attention(q, k, v, [Run(1, tokens)])
+        kernels = kernels_of(q.device)
+        return kernels.attention(q, k, v, kernels.documents([tokens], q.device))
     keys, values = cache[:, None, :, :end]
     # A group's heads stand among its queries, [1, groups, t * heads per group, d]: its keys are read once.
     queries = q.unflatten(1, (groups, -1)).permute(1, 0, 2, 3)

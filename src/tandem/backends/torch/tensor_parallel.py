@@ -75,13 +75,6 @@ class TensorParallel:
         all_gather(gathered, x.contiguous(), self.group).wait()
         return gathered
 
-    def gather_vocabulary(self, logits: torch.Tensor, size: int) -> torch.Tensor:
-        """Logits [n, size] of the whole vocabulary, from each rank's part [n, its rows]."""
-        padded = logits.new_zeros(len(logits), self.vocabulary_rows)
-        padded[:, : logits.shape[1]] = logits
-        parts = self.gather_tokens(padded).unflatten(0, (self.size, len(logits)))
-        return parts.transpose(0, 1).flatten(1)[:, :size]
-
     def scatter_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens of the sum over ranks."""
         scattered = x.new_empty(x.shape[0] // self.size, *x.shape[1:])

@@ -137,6 +137,28 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--obf-seed-content": NO_OBFUSCATION,
 }
 
+# Flags of inference.py that say what happens anyway. The model's own flags are compared with the weights.
+GENERATE_IGNORED: dict[str, Ignored] = {
+    **{flag: rule for flag, rule in IGNORED.items() if flag != "--max-new-tokens"},
+    "--add-eos-token": Ignored(None),
+    "--ckpt-format": Ignored(1),  # it is recognised
+    "--exit-on-missing-checkpoint": ALWAYS_ON,
+    "--legacy-tokenizer": ALWAYS_ON,
+    "--lora-alpha": Ignored(1),  # adapters say themselves what they are, as for the next two
+    "--lora-r": Ignored(1),
+    "--lora-target-modules": Ignored(None),
+    "--make-vocab-size-divisible-by": Ignored(1),
+    "--max-length": Ignored(1),  # --max-new-tokens limits the answer, and the model's positions all of it
+    "--max-tokens-to-oom": Ignored(1),
+    "--micro-batch-size": Ignored(1),
+    "--no-load-optim": ALWAYS_ON,
+    "--no-load-rng": ALWAYS_ON,
+    "--seq-length": Ignored(1),
+    "--sequence-parallel": ALWAYS_ON,
+    "--tokenizer-type": Ignored(1, ("PretrainedFromHF",)),
+    "--use-kv-cache": ALWAYS_ON,
+}
+
 NO_LEGACY = Ignored(refusal="only Megatron-core's names are read and written")
 # The other flags of converters ask for what a dense model does not have, or what happens anyway.
 CONVERT_IGNORED: dict[str, Ignored] = {
