@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from tandem.backends.torch.compute import sets
+from tandem.backends.torch.compute import cuda, sets
 from tandem.backends.torch.compute.fused import Fused
 
 
@@ -20,6 +20,7 @@ def run_step_by_step(monkeypatch: Any) -> None:
 
 def compute_with(monkeypatch: Any, kernels: sets.Kernels, **changed: Any) -> None:
     """Let the CPU compute with another device's kernels."""
+    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setitem(sets.KERNELS, "cpu", dataclasses.replace(kernels, **changed))
 
 

@@ -29,6 +29,7 @@ ALONE = {
     "torch/cpu.py",  # what a CPU computes with
     "torch/cuda.py",  # what NVIDIA's devices compute with
     "torch/fused.py",  # functions that are compiled
+    "torch/inputs.py",  # a micro-batch on the device
     "torch/pure.py",  # what is compiled
     "torch/fully_sharded.py",  # --use-torch-fsdp2
     "torch/transformers_model.py",  # the reference of --verify

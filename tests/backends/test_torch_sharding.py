@@ -19,8 +19,9 @@ from tandem.backends.torch.communication import Ranks
 from tandem.backends.torch.data_parallel import Replicated, Sharing
 from tandem.backends.torch.fully_sharded import FullySharded
 from tandem.backends.torch.functional import Gradient
-from tandem.backends.torch.loss import cross_entropy_and_gradient
-from tandem.backends.torch.model import Build, Chunk, GPTModel, prepare
+from tandem.backends.torch.inputs import prepare
+from tandem.backends.torch.loss import RowWeights, cross_entropy_and_gradient
+from tandem.backends.torch.model import Build, Chunk, GPTModel
 from tandem.parallel.layout import Slot
 from toys import toy_config
 
@@ -61,7 +62,9 @@ def step(model: GPTModel, sharing: Sharing, dtype: torch.dtype) -> None:
         batch = toy_batch(CONFIG, lengths)
         hidden = model(prepare(CONFIG, batch, dtype, CPU, None), None)
         labels = torch.from_numpy(batch.tokens.astype(np.int64))
-        _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, labels, np.full(len(labels), 1 / 24))
+        same = torch.ones(len(labels), 1, dtype=torch.float64)
+        weights = RowWeights(same / 24, 1 / 24, same)
+        _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, labels, weights)
         sharing.before_backward(model, last=bool(last))
         hidden.backward(gradient)
     sharing.end()

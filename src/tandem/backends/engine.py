@@ -173,13 +173,7 @@ class BaseEngine(ABC, Generic[T]):
     ) -> StepResult:
         loss = self._forward_backward(micro_batches, [of_batch * loss_scale for of_batch in weights], loss_scale)
         totals = (loss, self._squares(), self._counted_tokens(micro_batches))
-        loss, squares, trained = self._sum_over_ranks(*totals)
-        loss, norm = loss / loss_scale, math.sqrt(squares) / loss_scale
-        applied = is_trusted(loss, norm, loss_limit)
-        if applied:
-            self.optimizer_step += 1
-            self._update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad) / loss_scale)
-        return StepResult(loss, norm, int(trained), applied)
+        return self._finish(totals, lr, weight_decay, loss_limit, loss_scale)
 
     def loss_and_gradients(
         self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]
@@ -189,7 +183,7 @@ class BaseEngine(ABC, Generic[T]):
 
     def _forward_backward(
         self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray], loss_scale: float = 1.0
-    ) -> float:
+    ) -> Any:
         """Compute the global batch's gradients, for `_update`. Returns this rank's part of the loss."""
         self._require_training()
         # Losses that balance experts are means over micro-batches. All data ranks have equally many.
@@ -200,7 +194,7 @@ class BaseEngine(ABC, Generic[T]):
         self._sum_gradients()
         return loss
 
-    def _squares(self) -> float:
+    def _squares(self) -> Any:
         """This rank's part of the square of the gradient's L2 norm, in which each number of the model counts once.
 
         It is not finite when any number on this rank is not.
@@ -314,7 +308,7 @@ class BaseEngine(ABC, Generic[T]):
             batch.check_vocabulary(self.config.vocab_size)
         return [batch for batch in micro_batches if batch.trained_tokens]
 
-    def _reported(self, loss: float) -> float:
+    def _reported(self, loss: Any) -> Any:
         """The loss on the first tensor rank, and 0 on the others, which computed the same."""
         return loss if self._place.tensor == 0 else 0.0
 
@@ -379,14 +373,14 @@ class BaseEngine(ABC, Generic[T]):
         """A kept tensor as a checkpoint stores it."""
 
     @abstractmethod
-    def _sum_over_ranks(self, *values: float) -> list[float]:
-        """The sums over all ranks, in double precision."""
+    def _sum_over_ranks(self, *values: Any) -> list[float]:
+        """The sums over all ranks, in double precision. Values are numbers, or the framework's."""
 
     @abstractmethod
-    def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+    def _accumulate(self, batches: Sequence[WeightedBatch]) -> Any:
         """Run forward and backward passes. Then this rank has the gradients of the sum of the weighted losses.
 
-        Returns that sum; 0 on ranks without the model's end.
+        Returns that sum, as a number or the framework's; 0 on ranks without the model's end.
         """
 
     @abstractmethod
@@ -407,12 +401,18 @@ class BaseEngine(ABC, Generic[T]):
         """Sum the gradients that several ranks hold parts of, for the weights that this rank updates."""
 
     @abstractmethod
-    def _sum_of_squares(self, names: Iterable[str]) -> float:
-        """The sum over the gradients that this rank updates with."""
+    def _sum_of_squares(self, names: Iterable[str]) -> Any:
+        """The sum over the gradients that this rank updates with, as a number or the framework's."""
 
     @abstractmethod
-    def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
-        """Apply update number `optimizer_step` with the gradients times `coefficient`, and share the new weights."""
+    def _finish(
+        self, totals: tuple[Any, Any, float], lr: float, weight_decay: float, loss_limit: float, loss_scale: float
+    ) -> StepResult:
+        """Update the weights and count the step, if it can be trusted, and share the new weights.
+
+        Args:
+            totals: this rank's part of the loss, of the square of the gradient's norm, and of the trained tokens.
+        """
 
     @abstractmethod
     def _gradients(self) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,13 +39,13 @@ class WeightedBatch(MicroBatch):
 
 
 def follow(
-    schedule: Iterable[Action], forward: Callable[[Action], tuple[float, T]], backward: Callable[[Action, T], None]
-) -> float:
+    schedule: Iterable[Action], forward: Callable[[Action], tuple[Any, T]], backward: Callable[[Action, T], None]
+) -> Any:
     """Run the passes of a schedule. A backward pass gets what its forward pass kept.
 
-    Returns the sum of the losses that the forward passes return.
+    Returns the sum of the losses that the forward passes return, as numbers or the framework's.
     """
-    total = 0.0
+    total: Any = 0.0
     kept: dict[tuple[int, int], T] = {}
     for action in schedule:
         key = (action.chunk, action.micro_batch)

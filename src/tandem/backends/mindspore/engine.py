@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,9 +11,9 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.adapters import LocalAdapter
-from tandem.backends.engine import BaseEngine, ByRows
+from tandem.backends.engine import BaseEngine, ByRows, clip_coefficient, is_trusted
 from tandem.backends.experts import Balancing
-from tandem.backends.interface import EngineSettings
+from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.mindspore.adapters import Factors, Linear
 from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.compute.sets import kernels_for
@@ -202,6 +203,17 @@ class MindSporeEngine(BaseEngine[Tensor]):
 
     def _sum_of_squares(self, names: Iterable[str]) -> float:
         return sum(self._kernels.sum_of_squares(self._gradient(self._weights[name])) for name in names)
+
+    def _finish(
+        self, totals: tuple[float, float, float], lr: float, weight_decay: float, loss_limit: float, loss_scale: float
+    ) -> StepResult:
+        loss, squares, trained = self._sum_over_ranks(*totals)
+        loss, norm = loss / loss_scale, math.sqrt(squares) / loss_scale
+        applied = is_trusted(loss, norm, loss_limit)
+        if applied:
+            self.optimizer_step += 1
+            self._update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad) / loss_scale)
+        return StepResult(loss, norm, int(trained), applied)
 
     def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
         assert self._adamw is not None

@@ -129,13 +129,11 @@ def make_groups(grid: Grid, rank: int, *, interleaved: bool) -> Groups:
     )
 
 
-def sum_over(ranks: Ranks, values: list[float]) -> list[float]:
-    """The sums of a few numbers over `ranks`, in double precision on the CPU."""
-    if ranks.group is None:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, group=ranks.group)
-    return tensor.tolist()
+def sum_over(ranks: Ranks, values: torch.Tensor) -> torch.Tensor:
+    """The sums of a few numbers over `ranks`, in place, where they are."""
+    if ranks.group is not None:
+        dist.all_reduce(values, group=ranks.group)
+    return values
 
 
 def maximum_over(ranks: Ranks, value: int) -> int:

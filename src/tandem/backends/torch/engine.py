@@ -13,14 +13,15 @@ from torch import nn
 
 from tandem.backends.engine import BaseEngine, Batch, ByRows
 from tandem.backends.experts import Balancing
-from tandem.backends.interface import EngineSettings
+from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.passes import WeightedBatch
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
+from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.data_parallel import Replicated, Sharing
 from tandem.backends.torch.device import choose_device, device_name, has_native_bf16
 from tandem.backends.torch.functional import matmul
 from tandem.backends.torch.model import Build, Chunk, GPTModel
-from tandem.backends.torch.optimizer import AdamW, norm_of
+from tandem.backends.torch.optimizer import AdamW, Decision, sum_of_squares
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.session import TorchSession
@@ -147,8 +148,36 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return host.numpy()
 
-    def _sum_over_ranks(self, *values: float) -> list[float]:
-        return sum_over(self._groups.everyone, list(values))
+    def _sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
+        return self._totals(*values).tolist()
+
+    def _totals(self, *values: torch.Tensor | float) -> torch.Tensor:
+        """The sums over all ranks, on the device."""
+        kept_in = kernels_of(self._device).sums
+        wide = (
+            value.to(kept_in)
+            if isinstance(value, torch.Tensor)
+            else torch.full((), value, dtype=kept_in, device=self._device)
+            for value in values
+        )
+        return sum_over(self._groups.everyone, torch.stack(list(wide)))
+
+    def _finish(
+        self,
+        totals: tuple[torch.Tensor | float, torch.Tensor | float, float],
+        lr: float,
+        weight_decay: float,
+        loss_limit: float,
+        loss_scale: float,
+    ) -> StepResult:
+        # The decision stays on the device. It is read after all is launched.
+        assert self._adamw is not None
+        decision = Decision.of(self._totals(*totals), loss_limit, loss_scale, self._settings.clip_grad)
+        self._adamw.update(self.optimizer_step + 1, lr, weight_decay, decision)
+        self._sharing.share()
+        result = decision.read()
+        self.optimizer_step += result.applied
+        return result
 
     def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """The same as in the base class, with two exceptions.
@@ -162,7 +191,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             batches += [UNTRAINED] * (maximum_over(self._sharing.ranks, len(batches)) - len(batches))
         return batches
 
-    def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+    def _accumulate(self, batches: Sequence[WeightedBatch]) -> torch.Tensor | float:
         self._sharing.begin(gradients=True)
         loss = self._passes.accumulate(batches)
         self._sharing.end()
@@ -191,14 +220,9 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         if self.config.tied and self._grid.pipeline_size > 1 and EMBEDDING in self._trained:
             self._passes.pipeline.sum_over_ends(self._sharing.gradient(self._weights[EMBEDDING]))
 
-    def _sum_of_squares(self, names: Iterable[str]) -> float:
+    def _sum_of_squares(self, names: Iterable[str]) -> torch.Tensor | float:
         gradients = (self._sharing.gradient(self._weights[name]) for name in names)
-        return norm_of(gradient for gradient in gradients if len(gradient)) ** 2
-
-    def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
-        assert self._adamw is not None
-        self._adamw.update(self.optimizer_step, lr, weight_decay, coefficient)
-        self._sharing.share()
+        return sum_of_squares(gradient for gradient in gradients if len(gradient))
 
     def _gradients(self) -> dict[str, np.ndarray]:
         gradients = {name: self._sharing.whole_gradient(self._weights[name]) for name in self._trained}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -20,6 +21,8 @@ class Kernels:
         product: of x and a transposed weight.
         add_product: adds a product to the gradient of a weight.
         rms_norm, swiglu, rotary_heads: with their backward passes.
+        to_device: copies of arrays.
+        angles: cos and sin of each token's rotary angles.
         documents: what `attention` needs to know of the documents that a batch is made of.
         losses_and_gradient: of the logits of a chunk of rows.
         logits_chunk_bytes: largest size of the fp32 logits of a chunk.
@@ -36,7 +39,9 @@ class Kernels:
     swiglu_backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     rotary_heads: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rotary_heads_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
-    documents: Callable[[Sequence[int], torch.device], Any]
+    to_device: Callable[[Sequence[np.ndarray], torch.device], list[torch.Tensor]]
+    angles: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    documents: Callable[[Sequence[int], torch.Tensor], Any]
     attention: Callable[..., torch.Tensor]
     losses_and_gradient: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     logits_chunk_bytes: int

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch.profiler import record_function
 
-from tandem.backends.loss import chunks, split_scale
+from tandem.backends.loss import chunks
 from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.functional import Weight, matmul
 from tandem.backends.torch.tensor_parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """The weights of a batch's trained rows in the loss.
+
+    Attributes:
+        weights: [t, 1], in the dtype of long sums.
+        scale, shares: the same as one factor times shares between -1 and 1, [t, 1] (`split_scale`).
+    """
+
+    weights: torch.Tensor
+    scale: float
+    shares: torch.Tensor
 
 
 @torch.no_grad()
@@ -37,27 +53,30 @@ def token_losses(
 @torch.no_grad()
 @record_function("loss")
 def cross_entropy_and_gradient(
-    hidden: torch.Tensor, head: Weight, labels: torch.Tensor, weights: np.ndarray, tensor: TensorParallel | None = None
-) -> tuple[float, torch.Tensor]:
-    """The sum of the rows' losses times `weights`, float64 [t], and its gradient with respect to `hidden`, [t, h].
+    hidden: torch.Tensor,
+    head: Weight,
+    labels: torch.Tensor,
+    weights: RowWeights,
+    tensor: TensorParallel | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the rows' losses times `weights`, and its gradient with respect to `hidden`, [t, h].
 
     With `tensor`, the gradient is this rank's part of a sum over ranks. The head's gradient is added to
-    `head.main_grad`. Each chunk's logits are overwritten by their gradient.
+    `head.main_grad`. Nothing is read back from the device.
     """
     dhidden = torch.empty_like(hidden)
-    scale, shares = split_scale(weights)
-    column, share = (torch.from_numpy(values[:, None]).to(hidden.device) for values in (weights, shares))
+    column, shares = weights.weights, weights.shares.to(hidden.dtype)
 
-    def run(rows: slice) -> float:
+    def run(rows: slice) -> torch.Tensor:
         losses, dlogits = _losses_and_gradient(matmul(hidden[rows], head), labels[rows], tensor)
         dlogits = dlogits.to(hidden.dtype)
         # Weights are applied to the head's input and output, whose rows are shorter than logits.
         if head.main_grad is not None:
-            head.main_grad.add_product(dlogits, hidden[rows] * share[rows].to(hidden.dtype), scale)
+            head.main_grad.add_product(dlogits, hidden[rows] * shares[rows], weights.scale)
         torch.mul(matmul(dlogits, head.t()), column[rows].float(), out=dhidden[rows])
-        return torch.sum(losses.double() * column[rows]).item()
+        return torch.sum(losses.to(column.dtype) * column[rows])
 
-    return sum(run(rows) for rows in _chunks(hidden, head, tensor)), dhidden
+    return sum(map(run, _chunks(hidden, head, tensor)), column.new_zeros(())), dhidden
 
 
 def _chunks(hidden: torch.Tensor, head: Weight, tensor: TensorParallel | None) -> list[slice]:

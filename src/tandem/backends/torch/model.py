@@ -11,16 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tandem.backends.adapters import Dropout, LocalAdapter, Switch
-from tandem.backends.experts import Routing
+from tandem.backends.adapters import LocalAdapter, Switch
 from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
-from tandem.backends.torch.attention import Attention
-from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.experts import MixtureOfExperts
 from tandem.backends.torch.functional import (
     Weight,
@@ -32,34 +28,11 @@ from tandem.backends.torch.functional import (
     rotary_heads,
     swiglu,
 )
+from tandem.backends.torch.inputs import Inputs
 from tandem.backends.torch.tensor_parallel import TensorParallel
-from tandem.data.batch import MicroBatch, padded
 from tandem.models.config import ModelConfig
-from tandem.models.rotary import cos_sin
 from tandem.models.tensors import layer_prefix
 from tandem.parallel.layout import Slot
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A micro-batch on the device.
-
-    Attributes:
-        tokens: [t].
-        cos, sin: of each token's rotary angles, [t, 1, kv_channels / 2].
-        attention: how they attend.
-        real: how many tokens are of the batch; the rest is padding.
-        dropout: of adapters' inputs.
-        routing: of tokens to experts; None in a model without.
-    """
-
-    tokens: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    attention: Attention
-    real: int
-    dropout: Dropout | None = None
-    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -104,36 +77,6 @@ class Build:
 
     def norm(self, size: int) -> RMSNorm:
         return RMSNorm(size, self.config.norm_epsilon, self.dtype, self.device)
-
-
-def prepare(
-    config: ModelConfig,
-    batch: MicroBatch,
-    dtype: torch.dtype,
-    device: torch.device,
-    tensor: TensorParallel | None,
-    attention: Attention | None = None,
-    routing: Routing | None = None,
-) -> Inputs:
-    """A micro-batch for the model. `attention` default: within documents."""
-    real, dropout = len(batch.tokens), Dropout.of(config.lora, batch)
-    if tensor is not None and tensor.sequence:
-        batch = padded(batch, tensor.size)
-    half = config.kv_channels // 2
-    cos, sin = (
-        torch.from_numpy(np.ascontiguousarray(angles[:, None, :half])).to(device, dtype)
-        for angles in cos_sin(config, batch.position_ids)
-    )
-    # A copy, because tokens may lie in a file that is mapped read-only: from_numpy would warn.
-    tokens = torch.tensor(batch.tokens, device=device)
-    return Inputs(tokens, cos, sin, attention or within_documents(batch, device), real, dropout, routing)
-
-
-def within_documents(batch: MicroBatch, device: torch.device) -> Attention:
-    """Attention of each token to its document in the batch, up to itself."""
-    kernels = kernels_of(device)
-    packed = kernels.documents(batch.lengths.tolist(), device)
-    return lambda layer, q, k, v: kernels.attention(q, k, v, packed)
 
 
 class Linear(nn.Module):

@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import record_function
 
-from tandem.backends.interface import EngineSettings
+from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.torch.compute.sets import kernels_of
 
 
 @record_function("gradient norm")
-def norm_of(gradients: Iterable[torch.Tensor]) -> float:
-    """L2 norm over all gradients."""
+def sum_of_squares(gradients: Iterable[torch.Tensor]) -> torch.Tensor | float:
+    """The square of the L2 norm over all gradients, a tensor of no dimensions; 0 for none."""
     tensors = list(gradients)
-    return kernels_of(tensors[0].device).norm(tensors).item() if tensors else 0.0
+    return kernels_of(tensors[0].device).norm(tensors).square() if tensors else 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a step: tensors of no dimensions, which the host need not know yet.
+
+    Attributes:
+        loss, norm: of the step.
+        trained: its number of trained tokens.
+        skip: 1 where it is not applied, 0 where it is.
+        coefficient: what gradients are multiplied by.
+    """
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    trained: torch.Tensor
+    skip: torch.Tensor
+    coefficient: torch.Tensor
+
+    @classmethod
+    def of(cls, totals: torch.Tensor, loss_limit: float, loss_scale: float, clip_grad: float) -> Decision:
+        """From the sums over all ranks of loss, squares and trained tokens, [3].
+
+        The same as `is_trusted` and `clip_coefficient` of `tandem.backends.engine`, without reading anything.
+        """
+        loss, norm = totals[0] / loss_scale, totals[1].sqrt() / loss_scale
+        trusted = loss.isfinite() & (loss > 0) & (loss <= loss_limit) & norm.isfinite()
+        clipped = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad > 0 else torch.ones_like(norm)
+        return cls(loss, norm, totals[2], (~trusted).to(totals.dtype), clipped / loss_scale)
+
+    def read(self) -> StepResult:
+        """Wait for the step, and read all in one copy."""
+        loss, norm, trained, skip = torch.stack([self.loss, self.norm, self.trained, self.skip]).tolist()
+        return StepResult(loss, norm, int(trained), not skip)
 
 
 class AdamW:
@@ -44,26 +79,27 @@ class AdamW:
         self.exp_avg_sq = {name: torch.zeros_like(master) for name, master in self.master.items()}
 
     @record_function("optimizer")
-    def update(self, step: int, lr: float, weight_decay: float, coefficient: float) -> None:
-        """Apply update number `step`, counted from 1, with the gradients times `coefficient`. Gradients may change."""
+    def update(self, step: int, lr: float, weight_decay: float, decision: Decision) -> None:
+        """Apply update number `step`, counted from 1, as decided. Gradients may change."""
         for decay, names in (
             (weight_decay, [name for name, weight in self.weights.items() if weight.ndim > 1]),
             (0.0, [name for name, weight in self.weights.items() if weight.ndim == 1]),
         ):
             if names:
-                self._update(names, step, lr, decay, coefficient)
-        for name, weight in self.weights.items():
-            if weight.dtype != torch.float32:
-                weight.copy_(self.master[name])
+                self._update(names, step, lr, decay, decision)
+        narrow = [name for name, weight in self.weights.items() if weight.dtype != torch.float32]
+        if narrow:
+            torch._foreach_copy_([self.weights[name] for name in narrow], [self.master[name] for name in narrow])
 
-    def _update(self, names: list[str], step: int, lr: float, weight_decay: float, coefficient: float) -> None:
+    def _update(self, names: list[str], step: int, lr: float, weight_decay: float, decision: Decision) -> None:
         kernels_of(self.master[names[0]].device).adamw(
             [self.master[name] for name in names],
             [self._gradients(name) for name in names],
             [self.exp_avg[name] for name in names],
             [self.exp_avg_sq[name] for name in names],
             step,
-            coefficient,
+            decision.coefficient,
+            decision.skip,
             lr=lr,
             beta1=self.settings.adam_beta1,
             beta2=self.settings.adam_beta2,

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from tandem.backends.experts import Balancing
-from tandem.backends.passes import WeightedBatch, follow, trained_rows
+from tandem.backends.passes import WeightedBatch, follow
 from tandem.backends.torch.attention import Attention
 from tandem.backends.torch.data_parallel import Sharing
+from tandem.backends.torch.inputs import Inputs, prepare
 from tandem.backends.torch.loss import cross_entropy_and_gradient, token_losses
-from tandem.backends.torch.model import GPTModel, Inputs, prepare
+from tandem.backends.torch.model import GPTModel
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
@@ -60,14 +61,14 @@ class Passes:
     device: torch.device
     balancing: Balancing
 
-    def accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+    def accumulate(self, batches: Sequence[WeightedBatch]) -> torch.Tensor | float:
         """Add the gradients of the sum of the batches' weighted losses to the weights' buffers.
 
         Returns:
             That sum; 0 on ranks without the last chunk.
         """
 
-        def forward(action: Action) -> tuple[float, _InFlight]:
+        def forward(action: Action) -> tuple[torch.Tensor | float, _InFlight]:
             return self._forward(action, batches[action.micro_batch])
 
         def backward(action: Action, done: _InFlight) -> None:
@@ -89,11 +90,11 @@ class Passes:
         losses = []
         for place, batch in enumerate(batches):
             for number, chunk in enumerate(self.chunks):
-                rows, labels = self._trained(batch)
-                output = self._output(number, batch, rows)
+                inputs = self._prepare(batch)
+                output = self.chunks[number](inputs, self._receive(number, inputs), inputs.rows)
                 if (target := self.pipeline.target(number)) is None:
                     tokens = None if most_likely is None else most_likely[place]
-                    losses.append(token_losses(output, chunk.head, labels, chunk.tensor, tokens))
+                    losses.append(token_losses(output, chunk.head, inputs.labels, chunk.tensor, tokens))
                 else:
                     self.pipeline.send(target, True, output)
         self.pipeline.finish()
@@ -124,19 +125,20 @@ class Passes:
                 if module is not None:
                     yield ".".join(global_path[:depth]), module
 
-    def _forward(self, action: Action, batch: WeightedBatch) -> tuple[float, _InFlight]:
+    def _forward(self, action: Action, batch: WeightedBatch) -> tuple[torch.Tensor | float, _InFlight]:
         chunk, target = self.chunks[action.chunk], self.pipeline.target(action.chunk)
-        rows, labels = self._trained(batch)
         inputs = self._prepare(batch)
         x = self._receive(action.chunk, inputs)
-        output = chunk(inputs, x, rows)
-        loss, gradient = 0.0, None
+        output = chunk(inputs, x, inputs.rows)
+        loss, gradient = None, None
         if target is None:
-            weights = batch.weights[trained_rows(batch)]
-            loss, gradient = cross_entropy_and_gradient(output.detach(), chunk.head, labels, weights, chunk.tensor)
+            assert inputs.weights is not None
+            loss, gradient = cross_entropy_and_gradient(
+                output.detach(), chunk.head, inputs.labels, inputs.weights, chunk.tensor
+            )
         else:
             self.pipeline.send(target, True, output.detach())
-        return loss, _InFlight(x, output, gradient)
+        return 0.0 if loss is None else loss, _InFlight(x, output, gradient)
 
     def _backward(self, action: Action, done: _InFlight) -> None:
         gradient = done.gradient
@@ -171,10 +173,3 @@ class Passes:
     def _prepare(self, batch: MicroBatch, attention: Attention | None = None) -> Inputs:
         routing = self.balancing.of(batch)
         return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor, attention, routing)
-
-    def _trained(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The positions whose labels count (None for all, in order), and their labels."""
-        rows, labels = batch.judged
-        in_order = np.array_equal(rows, np.arange(len(batch.labels)))
-        on_device = torch.from_numpy(labels.astype(np.int64)).to(self.device)
-        return (None if in_order else torch.from_numpy(rows).to(self.device)), on_device

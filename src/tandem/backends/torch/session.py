@@ -108,7 +108,8 @@ def _continued(cache: torch.Tensor, start: int, q: torch.Tensor, k: torch.Tensor
     cache[1, :, start:end] = v.transpose(0, 1)
     if start == 0 and tokens > 1:
         kernels = kernels_of(q.device)
-        return kernels.attention(q, k, v, kernels.documents([tokens], q.device))
+        starts = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+        return kernels.attention(q, k, v, kernels.documents([tokens], starts))
     keys, values = cache[:, None, :, :end]
     # A group's heads stand among its queries, [1, groups, t * heads per group, d]: its keys are read once.
     queries = q.unflatten(1, (groups, -1)).permute(1, 0, 2, 3)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn.functional import silu
 
 from tandem.backends.torch.attention import Run, runs
+from tandem.models.config import ModelConfig
+from tandem.models.rotary import cos_sin
 
 # A product for a weight gradient is formed in pieces of at most this many numbers, which are added while in cache.
 # glibc reuses blocks of this size; blocks above 32 MiB are new pages from the kernel each time.
@@ -159,7 +162,25 @@ def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[tor
     return losses, probabilities
 
 
-def documents(lengths: Sequence[int], device: torch.device) -> list[Run]:
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Copies of arrays: tokens may lie in a file that is mapped read-only."""
+    return [torch.tensor(array, device=device) for array in arrays]
+
+
+def angles(
+    config: ModelConfig, positions: np.ndarray, on_device: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary angles of positions [t], which are on the device, too: [t, 1, kv_channels / 2]."""
+    half = config.kv_channels // 2
+    cos, sin = (
+        torch.from_numpy(np.ascontiguousarray(of_positions[:, None, :half])).to(on_device.device, dtype)
+        for of_positions in cos_sin(config, positions)
+    )
+    return cos, sin
+
+
+def documents(lengths: Sequence[int], starts: torch.Tensor) -> list[Run]:
+    """What `attention` takes, from the documents' lengths, and where each begins, on the device."""
     return runs(lengths)
 
 
@@ -175,7 +196,30 @@ def adamw(
     exp_avg: list[torch.Tensor],
     exp_avg_sq: list[torch.Tensor],
     step: int,
-    coefficient: float,
+    coefficient: torch.Tensor,
+    skip: torch.Tensor,
+    **settings: float,
+) -> None:
+    """Update number `step`, from 1, of fp32 weights with their gradients times `coefficient`; none where `skip` is 1.
+
+    Both are tensors of no dimensions.
+
+    Args:
+        settings: as `fused_adamw` takes them.
+    """
+    if not skip:
+        scale = None if coefficient == 1.0 else (1.0 / coefficient).float()
+        fused_adamw(weights, gradients, exp_avg, exp_avg_sq, step, scale, None, **settings)
+
+
+def fused_adamw(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avg: list[torch.Tensor],
+    exp_avg_sq: list[torch.Tensor],
+    step: int,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
     *,
     lr: float,
     beta1: float,
@@ -183,15 +227,14 @@ def adamw(
     weight_decay: float,
     eps: float,
 ) -> None:
-    """Update number `step`, from 1, of fp32 weights with their gradients times `coefficient`."""
-    device = weights[0].device
+    """PyTorch's kernel. It divides gradients by `grad_scale` while it reads them."""
     torch._fused_adamw_(
         weights,
         gradients,
         exp_avg,
         exp_avg_sq,
         [],
-        [torch.tensor(float(step), device=device)] * len(weights),
+        [torch.full((), float(step), device=weights[0].device)] * len(weights),
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -199,6 +242,6 @@ def adamw(
         eps=eps,
         amsgrad=False,
         maximize=False,
-        # The kernel divides gradients by this while it reads them.
-        grad_scale=None if coefficient == 1.0 else torch.tensor(1.0 / coefficient, device=device),
+        grad_scale=grad_scale,
+        found_inf=found_inf,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,12 @@ from torch.autograd import Function
 
 from tandem.backends.torch.attention import Run, runs
 from tandem.backends.torch.attention import attention as attention_by_runs
-from tandem.backends.torch.compute import pure
+from tandem.backends.torch.compute import cpu, pure
 from tandem.backends.torch.compute.fused import Fused
+from tandem.models.config import ModelConfig
+
+ALIGNMENT = 16  # bytes; what lies there can be read as any dtype
+DTYPES = {"int32": torch.int32, "int64": torch.int64, "float64": torch.float64}  # of arrays that are copied
 
 RMS_NORM = Fused(pure.rms_norm, kernels=1)
 RMS_NORM_BACKWARD = Fused(pure.rms_norm_backward, kernels=3)
@@ -132,9 +136,42 @@ class Documents:
     runs: list[Run]
 
 
-def documents(lengths: Sequence[int], device: torch.device) -> Documents:
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return Documents(torch.from_numpy(starts).to(device, non_blocking=True), max(lengths), runs(lengths))
+def documents(lengths: Sequence[int], starts: torch.Tensor) -> Documents:
+    return Documents(starts, max(lengths), runs(lengths))
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """All arrays in one transfer that the host does not wait for, from memory that does not move."""
+    places = np.cumsum([0, *(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)]).tolist()
+    host = pinned(places[-1])
+    for place, array in zip(places, arrays):
+        host.numpy()[place : place + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    there = host.to(device, non_blocking=True)
+    return [
+        there[place : place + array.nbytes].view(DTYPES[array.dtype.name]).view(array.shape)
+        for place, array in zip(places, arrays)
+    ]
+
+
+def pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def angles(
+    config: ModelConfig, positions: np.ndarray, on_device: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From a table on the device, which is as long as the model's positions, or a power of two beyond."""
+    length = max(config.max_position_embeddings, 2 ** int(positions.max(initial=0)).bit_length())
+    cos, sin = _angle_table(config, length, on_device.device, dtype)
+    return cos.index_select(0, on_device), sin.index_select(0, on_device)
+
+
+@lru_cache(maxsize=4)
+def _angle_table(
+    config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = np.arange(length)
+    return cpu.angles(config, positions, torch.empty(0, device=device), dtype)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Documents) -> torch.Tensor:
@@ -174,3 +211,18 @@ class _Flash(Function):
 def norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     norms = torch._foreach_norm(list(tensors))
     return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
+
+
+def adamw(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avg: list[torch.Tensor],
+    exp_avg_sq: list[torch.Tensor],
+    step: int,
+    coefficient: torch.Tensor,
+    skip: torch.Tensor,
+    **settings: float,
+) -> None:
+    """Without waiting for `skip` and `coefficient` to be known."""
+    scale = (1.0 / coefficient).float()
+    cpu.fused_adamw(weights, gradients, exp_avg, exp_avg_sq, step, scale, skip.float(), **settings)

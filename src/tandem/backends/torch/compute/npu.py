@@ -112,7 +112,7 @@ class Documents:
         return [ends[-1] for ends in self.ends]
 
 
-def documents(lengths: Sequence[int], device: torch.device) -> Documents:
+def documents(lengths: Sequence[int], starts: torch.Tensor) -> Documents:
     groups = [lengths[start : start + MOST_DOCUMENTS] for start in range(0, len(lengths), MOST_DOCUMENTS)]
     return Documents([np.cumsum(group).tolist() for group in groups])
 
@@ -158,10 +158,14 @@ def adamw(
     exp_avg: list[torch.Tensor],
     exp_avg_sq: list[torch.Tensor],
     step: int,
-    coefficient: float,
+    coefficient: torch.Tensor,
+    skip: torch.Tensor,
     **settings: float,
 ) -> None:
-    """Gradients are scaled here: torch_npu's operator takes `grad_scale`, and does not use it."""
-    if coefficient != 1.0:
+    """Done here, because torch_npu's operator takes `grad_scale` and `found_inf`, and uses neither.
+
+    So this waits for `skip`.
+    """
+    if not skip:
         torch._foreach_mul_(gradients, coefficient)
-    cpu.adamw(weights, gradients, exp_avg, exp_avg_sq, step, 1.0, **settings)
+        cpu.fused_adamw(weights, gradients, exp_avg, exp_avg_sq, step, None, None, **settings)

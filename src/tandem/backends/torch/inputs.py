@@ -1,0 +1,92 @@
+"""A micro-batch on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tandem.backends.adapters import Dropout
+from tandem.backends.experts import Routing
+from tandem.backends.loss import split_scale
+from tandem.backends.passes import WeightedBatch
+from tandem.backends.torch.attention import Attention
+from tandem.backends.torch.compute.sets import kernels_of
+from tandem.backends.torch.loss import RowWeights
+from tandem.backends.torch.tensor_parallel import TensorParallel
+from tandem.data.batch import MicroBatch, padded
+from tandem.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the passes of a micro-batch need of it.
+
+    Attributes:
+        tokens: [t].
+        cos, sin: of each token's rotary angles, [t, 1, kv_channels / 2].
+        attention: how they attend.
+        real: how many tokens are of the batch; the rest is padding.
+        rows: the positions whose labels count, None for all in order.
+        labels: their labels.
+        weights: of these rows in the loss; None where the batch has none.
+        dropout: of adapters' inputs.
+        routing: of tokens to experts; None in a model without.
+    """
+
+    tokens: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    attention: Attention
+    real: int
+    rows: torch.Tensor | None
+    labels: torch.Tensor
+    weights: RowWeights | None
+    dropout: Dropout | None = None
+    routing: Routing | None = None
+
+
+def prepare(
+    config: ModelConfig,
+    batch: MicroBatch,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor: TensorParallel | None,
+    attention: Attention | None = None,
+    routing: Routing | None = None,
+) -> Inputs:
+    """A micro-batch for the model, in one transfer. `attention` default: within documents."""
+    kernels = kernels_of(device)
+    rows, labels = batch.judged
+    weights = batch.weights[rows] if isinstance(batch, WeightedBatch) else np.empty(0)
+    scale, shares = split_scale(weights)
+    longer = padded(batch, tensor.size) if tensor is not None and tensor.sequence else batch
+    tokens, positions, starts, rows_there, labels_there, column, shares_column = kernels.to_device(
+        [
+            longer.tokens,
+            longer.position_ids,
+            longer.cu_seqlens.astype(np.int32),
+            rows,
+            labels.astype(np.int64),
+            weights[:, None],
+            shares[:, None],
+        ],
+        device,
+    )
+    if attention is None:
+        documents = kernels.documents(longer.lengths.tolist(), starts)
+        attention = lambda layer, q, k, v: kernels.attention(q, k, v, documents)  # noqa: E731
+    cos, sin = kernels.angles(config, longer.position_ids, positions, dtype)
+    return Inputs(
+        tokens,
+        cos,
+        sin,
+        attention,
+        len(batch.tokens),
+        None if np.array_equal(rows, np.arange(len(batch.labels))) else rows_there,
+        labels_there,
+        RowWeights(column.to(kernels.sums), scale, shares_column) if isinstance(batch, WeightedBatch) else None,
+        Dropout.of(config.lora, batch),
+        routing,
+    )
