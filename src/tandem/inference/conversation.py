@@ -1,0 +1,73 @@
+"""The prompt of a conversation, in the template that a model was fine-tuned with, or in its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tandem.data.templates.messages import Message, Template
+from tandem.data.templates.model_template import ModelTemplate
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
+from tandem.inference.answers import THINK, Parts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and how its answer is to be read.
+
+    Attributes:
+        ids: token ids.
+        in_thought: whether it ends inside a thought, which the answer goes on with.
+        tools: the JSON text of each tool that it offers.
+    """
+
+    ids: list[int]
+    in_thought: bool
+    tools: tuple[str, ...]
+
+    def parts(self) -> Parts:
+        """A new reader of the answer."""
+        return Parts(self.in_thought, self.tools)
+
+
+class Prompter:
+    """Writes the prompts of conversations for one model.
+
+    Args:
+        template: the one of fine-tuning; None for the tokenizer's chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template | None) -> None:
+        self._tokenizer, self._given = tokenizer, template
+
+    @cached_property
+    def template(self) -> Template:
+        """
+        Raises:
+            UserError: there is none.
+        """
+        if self._given is None and self._tokenizer.chat_template is None:
+            raise UserError(
+                "this model has no chat template, neither of its own nor from fine-tuning: it can only continue texts"
+            )
+        return self._given or ModelTemplate(self._tokenizer)
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[str] = (), variables: Mapping[str, Any] | None = None
+    ) -> Prompt:
+        """The text before the answer to the last message.
+
+        Args:
+            tools: the JSON text of each tool.
+            variables: for the template, such as `enable_thinking`.
+
+        Raises:
+            UserError: there is no template, or it cannot write this conversation.
+        """
+        template = self.template.with_variables(variables) if variables else self.template
+        pieces = template.generation_prompt(messages, tools)
+        ids = [token for piece in pieces for token in self._tokenizer.encode(piece)]
+        return Prompt(ids, "".join(pieces).rstrip().endswith(THINK), tuple(tools))
