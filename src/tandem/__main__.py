@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "Write a trained checkpoint as a Hugging Face folder.",
     "verify": "Compare an exported folder, or a server, with what training computes.",
     "generate": "Ask a model.",
+    "serve": "Serve a model: a chat page, and OpenAI's protocol.",
     "evaluate": "Measure loss and perplexity of a model on data.",
     "inspect": "Show the contents of a checkpoint or of data, and check for damage.",
     "plan": "Estimate memory, traffic and speed of a run; find layouts that fit your devices.",

@@ -24,6 +24,8 @@ OPTIONAL = {
     "gigatoken": ("fast tokenising", "fast"),
     "tensorboard": ("--tensorboard-dir", "tensorboard"),
     "wandb": ("--wandb-project", "wandb"),
+    "starlette": ("tandem serve", "serve"),
+    "uvicorn": ("tandem serve", "serve"),
 }
 PROBE_SECONDS = 120  # the first import of a framework may compile files and write caches
 

@@ -38,10 +38,11 @@ class Prompter:
 
     Args:
         template: the one of fine-tuning; None for the tokenizer's chat template.
+        thinking: `enable_thinking` of the tokenizer's chat template; None leaves it to the template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: Template | None) -> None:
-        self._tokenizer, self._given = tokenizer, template
+    def __init__(self, tokenizer: Tokenizer, template: Template | None, thinking: bool | None = None) -> None:
+        self._tokenizer, self._given, self._thinking = tokenizer, template, thinking
 
     @cached_property
     def template(self) -> Template:
@@ -53,7 +54,7 @@ class Prompter:
             raise UserError(
                 "this model has no chat template, neither of its own nor from fine-tuning: it can only continue texts"
             )
-        return self._given or ModelTemplate(self._tokenizer)
+        return self._given or ModelTemplate(self._tokenizer, self._thinking)
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[str] = (), variables: Mapping[str, Any] | None = None

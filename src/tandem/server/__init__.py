@@ -1,0 +1,1 @@
+"""Models behind OpenAI's protocol, and a page to chat with them."""

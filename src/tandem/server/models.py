@@ -1,0 +1,55 @@
+"""The models that a server answers with, under their names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tandem.inference.chat import Model
+from tandem.inference.conversation import Prompter
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model under its name."""
+
+    name: str
+    model: Model
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        return Prompter(self.model.tokenizer, self.model.template, self.model.thinking)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset(self.model.stop_ids())
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt and its answer together."""
+        return self.model.engine.config.max_position_embeddings
+
+    def to_dict(self) -> dict[str, Any]:
+        """As /v1/models tells it. `max_model_len` is vLLM's word."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "tandem",
+            "max_model_len": self.most_tokens,
+        }
+
+
+def name_of(folder: str, taken: Mapping[str, Any] | None = None) -> str:
+    """The name of a model by its folder; with `-base` where another one has it.
+
+    >>> name_of("run/tuned/"), name_of("other/tuned", {"tuned": ...})
+    ('tuned', 'tuned-base')
+    """
+    name = Path(folder).resolve().name or "model"
+    return f"{name}-base" if name in (taken or {}) else name
