@@ -24,7 +24,12 @@ import numpy as np
 import turns
 from weights import mean_weights
 
+from tandem.checkpoints.adapters.fresh import FreshAdapters
+from tandem.checkpoints.adapters.views import Adapted
+from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.random_init import RandomSource
 from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
 from tandem.parallel.grid import Grid
 from tandem.planning.hardware import HARDWARE
@@ -52,25 +57,29 @@ def model(layers: int, width: int) -> ModelConfig:
     )
 
 
-# layers, width, tokens of a sequence, sequences of a micro-batch, micro-batches, recomputed layers
+# layers, width, tokens of a sequence, sequences of a micro-batch, micro-batches, recomputed layers, rank of adapters
 CASES = [
-    (8, 512, 1024, 1, 1, 0),
-    (8, 512, 2048, 1, 1, 0),
-    (8, 512, 2048, 1, 1, 8),
-    (8, 512, 1024, 2, 2, 0),
-    (8, 512, 4096, 1, 1, 8),
-    (5, 1024, 512, 1, 1, 0),
-    (5, 1024, 1024, 1, 1, 0),
-    (5, 1024, 1024, 1, 1, 5),
-    (5, 1024, 2048, 1, 1, 3),
-    (2, 2048, 1024, 1, 1, 0),
+    (8, 512, 1024, 1, 1, 0, 0),
+    (8, 512, 2048, 1, 1, 0, 0),
+    (8, 512, 2048, 1, 1, 8, 0),
+    (8, 512, 1024, 2, 2, 0, 0),
+    (8, 512, 4096, 1, 1, 8, 0),
+    (5, 1024, 512, 1, 1, 0, 0),
+    (5, 1024, 1024, 1, 1, 0, 0),
+    (5, 1024, 1024, 1, 1, 5, 0),
+    (5, 1024, 2048, 1, 1, 3, 0),
+    (2, 2048, 1024, 1, 1, 0, 0),
+    (8, 512, 2048, 1, 1, 0, 16),
+    (8, 512, 1024, 2, 2, 0, 16),
+    (5, 1024, 1024, 1, 1, 0, 16),
+    (5, 1024, 1024, 1, 1, 5, 16),
 ]
 
 
 def job_of(case: tuple[int, ...], framework: str) -> Job:
-    layers, width, seq_length, samples, micro_batches, recompute_layers = case
+    layers, width, seq_length, samples, micro_batches, recompute_layers, rank = case
     return Job(
-        config=model(layers, width),
+        config=dataclasses.replace(model(layers, width), lora=Lora(r=rank) if rank else None),
         seq_length=seq_length,
         micro_batch_size=samples,
         global_batch_size=samples * micro_batches,
@@ -99,7 +108,6 @@ def train(
     """
     from tandem.backends import create_engine
     from tandem.backends.interface import EngineSettings
-    from tandem.checkpoints.random_init import RandomSource
     from tandem.data.batch import Sample, collate
 
     settings = EngineSettings(
@@ -112,7 +120,7 @@ def train(
         use_torch_fsdp2=job.use_torch_fsdp2,
     )
     engine = create_engine(job.ai_framework, job.config, settings)
-    engine.load_weights(RandomSource(job.config, 0))
+    engine.load_weights(source_of(job.config))
     tokens = np.arange(job.seq_length, dtype=np.int32)
     words = tokens % job.config.vocab_size
     samples = [Sample(words, words, tokens, (job.seq_length,))] * job.micro_batch_size
@@ -136,6 +144,12 @@ def allocator(live: bool) -> dict[str, str]:
     return {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if live else {}
 
 
+def source_of(config: ModelConfig) -> TensorSource:
+    """Random weights, and new adapters where the model has some."""
+    weights = RandomSource(config.without_adapters, 0)
+    return weights if config.lora is None else Adapted(FreshAdapters(weights, config, 0), weights, weights)
+
+
 def in_child(case: tuple[int, ...], framework: str, live: bool) -> float:
     command = [sys.executable, __file__, "--framework", framework, "--case", json.dumps(case)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | allocator(live))
@@ -145,18 +159,19 @@ def in_child(case: tuple[int, ...], framework: str, live: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", default="torch", choices=("torch", "mindspore"))
+    parser.add_argument("--first", type=int, default=0, help="begin with this case, from 0; adapters are from 10 on")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(measure(job_of(tuple(arguments.case), arguments.framework)))
         return
-    print("layers width  tokens  micro-batches  recomputed  plan MiB  measured  ratio      live  ratio")
-    for case in CASES:
-        layers, width, seq_length, samples, micro_batches, recompute_layers = case
+    print("layers width  tokens  micro-batches  recomputed  rank  plan MiB  measured  ratio      live  ratio")
+    for case in CASES[arguments.first :]:
+        layers, width, seq_length, samples, micro_batches, recompute_layers, rank = case
         hardware, job = HARDWARE["cpu"], job_of(case, arguments.framework)
         plan = peak_memory(job, hardware)
         batch = f"{samples} x {seq_length:4} {micro_batches:14}"
-        line = f"{layers:6} {width:5} {batch} {recompute_layers:11} {plan / MIB:9.0f}"
+        line = f"{layers:6} {width:5} {batch} {recompute_layers:11} {rank:5} {plan / MIB:9.0f}"
         for live in (False, True):
             measured = in_child(case, arguments.framework, live)
             planned = plan - (hardware.retained if live else 0)

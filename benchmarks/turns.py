@@ -42,7 +42,12 @@ def run(sides: dict[str, Side], arguments: argparse.Namespace) -> dict[str, dict
             turns[name].append(turn)
             seconds = ", ".join(f"{second:.2f}" for second in turn["seconds"])
             losses = ", ".join(f"{loss:.4f}" for loss in turn["losses"])
-            print(f"{name:>24}: {seconds} s; losses {losses}; peak {turn['peak'] / 2**30:.2f} GiB", flush=True)
+            processor = ", ".join(f"{second:.2f}" for second in turn["processor"])
+            print(
+                f"{name:>24}: {seconds} s ({processor} s of processors); losses {losses}; "
+                f"peak {turn['peak'] / 2**30:.2f} GiB",
+                flush=True,
+            )
     return {name: _summary(of_side) for name, of_side in turns.items()}
 
 
@@ -53,14 +58,16 @@ def _turn(side: Side, arguments: argparse.Namespace) -> dict[str, Any]:
     step = side(arguments)
     step(0)
     reset_peak()
-    seconds, results = [], []
+    seconds, processor, results = [], [], []
     for number in range(1, arguments.steps + 1):
-        start = time.perf_counter()
+        start, start_of_processor = time.perf_counter(), time.process_time()
         results.append(step(number))
         seconds.append(time.perf_counter() - start)
+        processor.append(time.process_time() - start_of_processor)
     rates = [result["tokens"] / second for result, second in zip(results, seconds)]
     losses = [result["loss"] for result in results]
-    return {"seconds": seconds, "rates": rates, "losses": losses, "peak": peak(), "last": results[-1]}
+    times = {"seconds": seconds, "processor": processor, "rates": rates}
+    return {**times, "losses": losses, "peak": peak(), "last": results[-1]}
 
 
 def _child(side: str) -> dict[str, Any]:
@@ -75,7 +82,13 @@ def _child(side: str) -> dict[str, Any]:
 
 def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     rates = [rate for turn in turns for rate in turn["rates"]]
-    return {"rate": statistics.median(rates), "peak": max(turn["peak"] for turn in turns), "last": turns[-1]["last"]}
+    processor = [second for turn in turns for second in turn["processor"]]
+    return {
+        "rate": statistics.median(rates),
+        "processor": statistics.median(processor),
+        "peak": max(turn["peak"] for turn in turns),
+        "last": turns[-1]["last"],
+    }
 
 
 def reset_peak() -> None:

@@ -12,8 +12,11 @@ import pytest
 from frameworks import require_framework
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
+from tandem.checkpoints.adapters.fresh import FreshAdapters
+from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import Sample, collate
+from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
 from tandem.models.tensors import parameter_count
 from tandem.parallel.layout import Layout
@@ -110,9 +113,17 @@ def test_constants_are_the_backends() -> None:
     assert PIECE == functional.PIECE
 
 
-@pytest.mark.parametrize("recompute_layers", [0, 4])
-@pytest.mark.parametrize("seq_length", [256, 512])
-def test_a_train_step_allocates_what_is_planned(seq_length: int, recompute_layers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seq_length", "recompute_layers", "lora"),
+    [
+        *((seq_length, recompute_layers, None) for seq_length in (256, 512) for recompute_layers in (0, 4)),
+        *((256, recompute_layers, Lora(r=16)) for recompute_layers in (0, 4)),
+        (256, 0, Lora(r=16, use_dora=True)),
+    ],
+)
+def test_a_train_step_allocates_what_is_planned(
+    seq_length: int, recompute_layers: int, lora: Lora | None, tmp_path: Path
+) -> None:
     """Beyond weights, gradients and moments, the most that is alive at once, as PyTorch's profiler counts it."""
     require_framework("torch")
     from torch.profiler import ProfilerActivity, profile
@@ -126,8 +137,12 @@ def test_a_train_step_allocates_what_is_planned(seq_length: int, recompute_layer
         kv_channels=32,
         vocab_size=1024,
     )
+    source = RandomSource(config, 0)
+    if lora is not None:
+        config = dataclasses.replace(config, lora=lora)
+        source = Adapted(FreshAdapters(source, config, 0), source, source)
     engine = create_engine("torch", config, EngineSettings(device="cpu", recompute_layers=recompute_layers))
-    engine.load_weights(RandomSource(config, 0))
+    engine.load_weights(source)
     tokens = np.arange(seq_length, dtype=np.int32)
     batch = [collate([Sample(tokens, tokens, tokens, (seq_length,))])]
     weights = [np.full(seq_length, 1 / seq_length)]
