@@ -78,8 +78,10 @@ def test_unpaired(name: str, record: dict[str, Any]) -> None:
 
 
 def test_a_label_that_is_not_true_or_false_is_another_column() -> None:
-    name, _ = detect_handler({"instruction": "Q", "output": "A", "label": "sports"}, ("text",), None)
-    assert name == "AlpacaStyleInstructionHandler"
+    record = {"instruction": "Q", "output": "A", "label": "sports", "good": "yes"}
+    assert detect_handler(record, ("text",), None)[0] == "AlpacaStyleInstructionHandler"
+    with pytest.raises(UserError, match="field 'good': expected true"):
+        read(record, {"label": "good"})
 
 
 def test_texts_say_that_they_are_texts() -> None:
@@ -156,6 +158,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (pair(chosen=[B, Q]), "field 'chosen': the answer ends with a message of 'user', expected one of the assistant"),
     (pair(prompt=[Q, A]), "field 'chosen': the prompt ends with 'assistant', expected a message of the user"),
     (pair(prompt=[{"role": "system", "content": "S"}]), "the prompt ends with 'system'"),
+    (pair(rejected=[Q]), "field 'rejected': the answer begins with a message of 'user', expected one of the assistant"),
     (pair(prompt=[], chosen=[A]), "fields 'chosen' and 'rejected': begin with different messages"),
     (pair(prompt="other", chosen=[Q, A], rejected=[Q, B]), "field 'prompt': is not what 'chosen' and 'rejected' begin"),
     (pair(prompt=[Q, Q], chosen=[Q, A], rejected=[Q, B]), "field 'prompt': is not what"),

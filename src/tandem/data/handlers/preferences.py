@@ -170,7 +170,7 @@ class PreferenceHandler(OpenAIInstructionHandler, PairwiseHandler):
             form = "split texts"
         elif texts:
             form = "texts" if isinstance(record[self._columns["prompt"]], str) else "messages"
-        elif not prompt or any(side[0].role != "assistant" for side in sides.values()):
+        elif not prompt or all(side[0].role != "assistant" for side in sides.values()):
             prompt, sides = self._common(prompt, sides)
         return self._pair(self._with_system(record, prompt), sides, form)
 
@@ -224,10 +224,11 @@ class UnpairedHandler(AnswersHandler):
 
     @classmethod
     def fits(cls, record: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
-        """A label is true or false. Other columns of that name mean something else."""
+        """A label is true or false. Other columns of that name mean something else, unless `map_keys` names them."""
         labels = (record.get(column) for column in (columns["label"], KTO_TAG))
+        is_named = columns["label"] != cls.defaults["label"] and columns["label"] in record
         needs = (columns[name] in record for name in cls.needed if name != "label")
-        return all(needs) and any(isinstance(label, bool) for label in labels)
+        return all(needs) and (is_named or any(isinstance(label, bool) for label in labels))
 
     @cached_property
     def _read_columns(self) -> frozenset[str]:
