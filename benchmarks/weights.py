@@ -12,4 +12,4 @@ from tandem.training.objectives import MeanLoss, RankBatch
 
 def mean_weights(batches: Sequence[MicroBatch]) -> list[np.ndarray]:
     """Of the tokens of all batches of a step."""
-    return MeanLoss()(None, RankBatch(batches, sum(batch.trained_tokens for batch in batches)))[1]
+    return MeanLoss()(None, RankBatch(batches, sum(batch.trained_tokens for batch in batches))).weights

@@ -29,6 +29,7 @@ def training_script(command: str, size: str, framework: str) -> str:
         "pretrain": f"pretrain_qwen3_{size}_4K",
         "finetune": f"tune_qwen3_{size}_4K_full",
         "lora": f"tune_qwen3_{size}_4K_lora",
+        "dpo": f"dpo_qwen3_{size}_4K_full",
     }[command]
     return f"{framework}/qwen3/{name}_{FRAMEWORKS[framework]}.sh"
 

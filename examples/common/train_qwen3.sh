@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the training scripts of all sizes share. A script sets its size's values, then sources this file with what it
-# trains: pretrain, finetune, or lora. The environment goes before every default; examples/README.md explains the
+# trains: pretrain, finetune, lora, or dpo. The environment goes before every default; examples/README.md explains the
 # variables.
 set -euo pipefail
 
@@ -26,22 +26,27 @@ if [[ "$COMMAND" == pretrain ]]; then
     LOG="logs/train_qwen3_${SIZE}_$SUFFIX.log"
 else
     MASTER_PORT="${MASTER_PORT:-6015}"
-    if [[ "$COMMAND" == lora ]]; then
-        CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-${SIZE}_lora}"
-    else
-        CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-${SIZE}_tune}"
-    fi
-    DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}"
+    CKPT_SAVE_DIR="${CKPT_SAVE_DIR:-./ckpt/qwen3-${SIZE}_${COMMAND/finetune/tune}}"
     COMMAND_ARGS=(
         finetune
         --finetune # weights only: start at iteration 0
-        --stage sft
         --is-instruction-dataset
         --prompt-type qwen3
     )
-    LOG="logs/tune_qwen3_${SIZE}_full_$SUFFIX.log"
+    if [[ "$COMMAND" == dpo ]]; then
+        DATA_PATH="${DATA_PATH:-./finetune_dataset/orca_rlhf}"
+        COMMAND_ARGS+=(--stage dpo --is-pairwise-dataset)
+        LOG="logs/dpo_qwen3_${SIZE}_full_$SUFFIX.log"
+    else
+        DATA_PATH="${DATA_PATH:-./finetune_dataset/alpaca}"
+        COMMAND_ARGS+=(--stage sft)
+        LOG="logs/tune_qwen3_${SIZE}_full_$SUFFIX.log"
+    fi
 fi
 LR=1.25e-6
+if [[ "$COMMAND" == dpo ]]; then
+    LR=5e-7
+fi
 if [[ "$COMMAND" == lora ]]; then
     LR=1.25e-5
     LOG="logs/tune_qwen3_${SIZE}_lora_$SUFFIX.log"

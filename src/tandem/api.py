@@ -29,6 +29,7 @@ from tandem.config.settings import (
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
+    PreferenceSettings,
     Settings,
     TaskSettings,
     TrainingSettings,
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
     from tandem.data.statistics import Statistics
     from tandem.inference.chat import Model
     from tandem.planning.run import LayoutPlan, Suggestions
-    from tandem.training.evaluation import Choices, Evaluation
+    from tandem.training.evaluation import Choices
+    from tandem.training.objectives import Evaluation
     from tandem.training.result import TrainingResult
 
 P = ParamSpec("P")
@@ -124,6 +126,7 @@ class AllSettings(
     OptimizerSettings,
     TrainingSettings,
     LoraSettings,
+    PreferenceSettings,
     LoggingSettings,
     CheckpointSettings,
     LaunchSettings,

@@ -53,6 +53,13 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         **dict.fromkeys(("tp", "tp_size", "tensor_parallel_size"), _TENSOR),
         **dict.fromkeys(("pp", "pp_size", "pipeline_parallel_size"), _PIPELINE),
         **dict.fromkeys(("framework", "backend"), _FRAMEWORK),
+        **dict.fromkeys(("beta", "pref_beta"), ("dpo_beta",)),
+        **dict.fromkeys(("loss_type", "pref_loss"), ("dpo_loss_type",)),
+        **dict.fromkeys(("label_smoothing",), ("dpo_label_smoothing",)),
+        **dict.fromkeys(("simpo_gamma",), ("gamma_beta_ratio",)),
+        **dict.fromkeys(("kto_chosen_weight",), ("desirable_weight",)),
+        **dict.fromkeys(("kto_rejected_weight",), ("undesirable_weight",)),
+        **dict.fromkeys(("ref_model_name_or_path", "reference_model"), ("ref_model",)),
         **dict.fromkeys(("dtype", "torch_dtype", "precision"), ("params_dtype", "bf16")),
     }
 )

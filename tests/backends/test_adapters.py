@@ -75,7 +75,7 @@ def train(engine: Any, steps: list[list[MicroBatch]], lr: float) -> list[tuple[f
     results = []
     for micro_batches in steps:
         tokens = sum(batch.trained_tokens for batch in micro_batches)
-        _, weights = MeanLoss()(None, RankBatch(micro_batches, tokens))
+        weights = MeanLoss()(None, RankBatch(micro_batches, tokens)).weights
         step = engine.train_step(micro_batches, weights, lr, peft_model.DECAY)
         results.append((step.loss, step.grad_norm))
     return results

@@ -87,7 +87,7 @@ def toy_batch(config: ModelConfig, lengths: Iterable[int], seed: int = 0, traine
 
 def mean_weights(batches: Sequence[MicroBatch]) -> list[np.ndarray]:
     """Of the tokens of all batches of a step, when the loss is the mean over those that are trained."""
-    return MeanLoss()(None, RankBatch(batches, sum(batch.trained_tokens for batch in batches)))[1]
+    return MeanLoss()(None, RankBatch(batches, sum(batch.trained_tokens for batch in batches))).weights
 
 
 def any_weights(batches: Sequence[MicroBatch], seed: int = 0) -> list[np.ndarray]:

@@ -108,6 +108,15 @@ def test_every_range_is_of_a_setting() -> None:
 # A default that changes must change here too, on purpose. What is not named is off: None, False, 0 or empty.
 DEFAULTS = {
     "lora_ckpt_filter": True,
+    "dpo_loss_type": "sigmoid",
+    "dpo_beta": 0.1,
+    "orpo_beta": 0.1,
+    "simpo_beta": 2.5,
+    "gamma_beta_ratio": 1.4,
+    "simpo_loss_type": "sigmoid",
+    "kto_beta": 0.1,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,

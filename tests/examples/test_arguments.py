@@ -20,11 +20,12 @@ SHARED_SCRIPTS = (
     "ckpt_convert_qwen3_hf2mcore.sh",
     "ckpt_convert_qwen3_mcore2hf.sh",
     "data_convert_qwen3_instruction.sh",
+    "data_convert_qwen3_pairwise.sh",
     "data_convert_qwen3_pretrain.sh",
 )
 TRAINING_SCRIPTS = [
     training_script(command, size, framework)
-    for command in ("pretrain", "finetune", "lora")
+    for command in ("pretrain", "finetune", "lora", "dpo")
     for size in SIZES
     for framework in FRAMEWORKS
 ]
@@ -58,6 +59,11 @@ UPSTREAM = {
         --variable-seq-lengths --transformer-impl local --ckpt-format torch --ai-framework mindspore
         --lora-r 16 --lora-alpha 32 --lora-fusion
         --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2""",
+    "M dpo": """--global-batch-size 64 --attention-dropout 0 --hidden-dropout 0 --save-interval 2000 --finetune
+        --stage dpo --is-instruction-dataset --is-pairwise-dataset --dpo-loss-type sigmoid --dpo-beta 0.1
+        --dpo-label-smoothing 0.0 --pref-ftx 0.0 --refer-model-iter 1 --prompt-type qwen3 --no-shuffle
+        --no-pad-to-seq-lengths --no-save-optim --no-save-rng --npu-deterministic --ckpt-format torch
+        --ai-framework mindspore""",
     "P pretrain": """--global-batch-size 32 --attention-dropout 0.0 --hidden-dropout 0.0 --initial-loss-scale 4096
         --seed 42 --bf16 --seed 42 --no-shared-storage --use-fused-rotary-pos-emb --use-fused-swiglu
         --use-fused-rmsnorm --use-distributed-optimizer --transformer-impl local --ckpt-format torch
@@ -104,8 +110,10 @@ def test_conversion_and_data_are_the_same_for_both_frameworks(name: str) -> None
     assert (EXAMPLES / "torch/qwen3" / name).samefile(EXAMPLES / "mindspore/qwen3" / name)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("command", ["pretrain", "finetune", "lora"])
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [*((command, size) for command in ("pretrain", "finetune", "lora") for size in SIZES), ("dpo", "0point6b")],
+)
 def test_both_frameworks_are_told_the_same(site: Site, launchers: Path, command: str, size: str) -> None:
     told = {
         framework: site.run(training_script(command, size, framework), launchers=launchers).settings.to_dict()
@@ -184,7 +192,7 @@ def test_flags_of_the_larger_sizes_are_understood() -> None:
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_upstreams_flags_are_understood(name: str) -> None:
     """With the program's name and the paths replaced, MindSpeed-LLM's own 0.6B scripts train Qwen3-0.6B here."""
-    command = name.split()[1].replace("lora", "finetune")
+    command = name.split()[1].replace("lora", "finetune").replace("dpo", "finetune")
     settings, notices = parse_settings(command, "", (MODEL + RUN + UPSTREAM[name]).split())
     check_settings(settings)
     assert len(notices) == 1

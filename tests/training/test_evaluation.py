@@ -18,8 +18,9 @@ from tandem.data.indexed import IndexedDataset
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.evaluate import evaluate_weights
-from tandem.training.evaluation import Choices, Evaluation, Share, evaluate
+from tandem.training.evaluation import Choices, Share, evaluate
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
+from tandem.training.objectives import Evaluation
 from tandem.training.run import train
 from tandem.training.start.data_paths import named_sets
 from workspace import Workspace

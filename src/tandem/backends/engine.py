@@ -40,13 +40,13 @@ Batch = TypeVar("Batch", MicroBatch, WeightedBatch)
 MOMENTS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
-def is_trusted(loss: float, grad_norm: float, loss_limit: float) -> bool:
-    """Whether a step is applied. A loss of 0 over trained tokens means that something is broken.
+def is_trusted(loss: float, grad_norm: float, loss_limit: float, *, may_be_zero: bool = False) -> bool:
+    """Whether a step is applied. A mean loss of 0 over tokens means that something is broken; others `may_be_zero`.
 
     >>> is_trusted(loss=2.5, grad_norm=1.0, loss_limit=10.0), is_trusted(loss=0.0, grad_norm=1.0, loss_limit=10.0)
     (True, False)
     """
-    return math.isfinite(loss) and 0 < loss <= loss_limit and math.isfinite(grad_norm)
+    return all(map(math.isfinite, (loss, grad_norm))) and loss <= loss_limit and (loss > 0 or may_be_zero)
 
 
 def clip_coefficient(norm: float, clip_grad: float) -> float:
@@ -170,10 +170,11 @@ class BaseEngine(ABC, Generic[T]):
         weight_decay: float,
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
+        loss: float | None = None,
     ) -> StepResult:
-        loss = self._forward_backward(micro_batches, [of_batch * loss_scale for of_batch in weights], loss_scale)
-        totals = (loss, self._squares(), self._counted_tokens(micro_batches))
-        return self._finish(totals, lr, weight_decay, loss_limit, loss_scale)
+        weighted = self._forward_backward(micro_batches, [of_batch * loss_scale for of_batch in weights], loss_scale)
+        totals = (weighted, self._squares(), self._counted_tokens(micro_batches))
+        return self._finish(totals, lr, weight_decay, loss_limit, loss_scale, loss)
 
     def loss_and_gradients(
         self, micro_batches: Sequence[MicroBatch], weights: Sequence[np.ndarray]
@@ -406,12 +407,19 @@ class BaseEngine(ABC, Generic[T]):
 
     @abstractmethod
     def _finish(
-        self, totals: tuple[Any, Any, float], lr: float, weight_decay: float, loss_limit: float, loss_scale: float
+        self,
+        totals: tuple[Any, Any, float],
+        lr: float,
+        weight_decay: float,
+        loss_limit: float,
+        loss_scale: float,
+        loss: float | None,
     ) -> StepResult:
         """Update the weights and count the step, if it can be trusted, and share the new weights.
 
         Args:
             totals: this rank's part of the loss, of the square of the gradient's norm, and of the trained tokens.
+            loss: as in `train_step`.
         """
 
     @abstractmethod

@@ -48,7 +48,7 @@ class StepResult:
     """The result of one optimizer step, the same on every rank.
 
     Attributes:
-        loss: the weighted sum over the trained tokens of the whole global batch.
+        loss: the weighted sum over the trained tokens of the whole global batch, or the loss that was given.
         grad_norm: global L2 norm of the gradients, before clipping.
         trained_tokens: how many labels of the whole global batch counted.
         applied: False when a number was not finite, or the loss was 0 or above its limit. Weights and optimizer state
@@ -181,10 +181,12 @@ class Engine(Protocol):
         weight_decay: float,
         loss_limit: float = math.inf,
         loss_scale: float = 1.0,
+        loss: float | None = None,
     ) -> StepResult:
         """Forward and backward over all micro-batches, then clipping and AdamW.
 
-        The update is applied only when loss and norm are finite, and the loss is above 0 and at most `loss_limit`.
+        The update is applied only when loss and norm are finite, and the loss is above 0 and at most `loss_limit`. A
+        loss that is given may be 0 or less.
 
         The loss is the sum of weight * -log p(label) over the tokens of all ranks' micro-batches. So the split into
         micro-batches and over data ranks does not matter. AdamW: "Decoupled Weight Decay Regularization" (arXiv
@@ -194,6 +196,7 @@ class Engine(Protocol):
             weights: of the tokens of each micro-batch, float64 [t] (`tandem.training.objectives`). The weight of a
                 token whose label is IGNORE does not count.
             loss_scale: the loss is multiplied by it for the backward pass, and the gradients are divided by it later.
+            loss: what the gradients are of, the same on every rank, where it is not the weighted sum.
 
         Raises:
             ValueError: the number of weights is not the number of tokens.

@@ -15,7 +15,7 @@ from tandem.launch.world import World
 from tandem.logs import SECONDS_BETWEEN_LINES, log
 from tandem.training.evaluate import Result, evaluate_weights
 from tandem.training.evaluate_tasks import evaluate_tasks
-from tandem.training.evaluation import Evaluation
+from tandem.training.objectives import Evaluation
 
 DESCRIPTION = (
     "Measure the loss and perplexity of a checkpoint or a Hugging Face folder. DATA is the PREFIX of data that "

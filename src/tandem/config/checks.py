@@ -21,6 +21,7 @@ from tandem.config.settings import (
     TrainingSettings,
 )
 from tandem.errors import raise_all
+from tandem.options import flag_of
 from tandem.parallel.grid import Grid
 
 # fmt: off
@@ -35,7 +36,10 @@ ONE_OR_MORE = {
     "tokens_per_batch", "save_interval", "save_total_limit", "save_retain_interval", "export_hf_every",
 }
 # fmt: on
-ABOVE_ZERO = {"epochs", "loss_scale", "initial_loss_scale", "min_loss_scale"}
+ABOVE_ZERO = {
+    *("epochs", "loss_scale", "initial_loss_scale", "min_loss_scale"),
+    *("dpo_beta", "orpo_beta", "simpo_beta", "kto_beta"),
+}
 BELOW_ONE = {"adam_beta1", "adam_beta2", "lr_warmup_fraction"}  # and not below 0
 LARGEST = {"seed": 2**32 - 1, "master_port": 65535}  # NumPy's and TCP's
 
@@ -99,6 +103,7 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
     yield from _wrong_precision(settings.training)
     yield from _wrong_recompute(settings.training)
     yield from _wrong_profile(settings.logging, settings.checkpoint)
+    yield from _wrong_preferences(settings)
     yield from _wrong_tasks(settings.evaluation)
     yield from not_implemented(settings.model, settings.parallel, settings.data)
     if settings.training.spiky_loss_factor <= 1:
@@ -227,6 +232,44 @@ def _wrong_profile(logging: LoggingSettings, checkpoint: CheckpointSettings) -> 
         )
     if logging.profile_save_path is None and checkpoint.save is None:
         yield "--profile needs a folder for its files: give --save or --profile-save-path"
+
+
+# What each stage of preferences takes; the others refuse it.
+OF_STAGES = {
+    "dpo": ("dpo_loss_type", "dpo_beta", "dpo_label_smoothing", "pref_ftx", "ref_model"),
+    "orpo": ("orpo_beta",),
+    "simpo": ("simpo_beta", "gamma_beta_ratio", "simpo_loss_type", "simpo_label_smoothing"),
+    "kto": ("kto_beta", "desirable_weight", "undesirable_weight", "ref_model"),
+}
+PAIRED = ("dpo", "orpo", "simpo")
+
+
+def _wrong_preferences(settings: Settings) -> Iterator[str]:
+    stage, given = settings.data.stage, settings.preferences
+    default = type(given)()
+    for name in dict.fromkeys(name for names in OF_STAGES.values() for name in names):
+        value = getattr(given, name)
+        if value != getattr(default, name) and name not in OF_STAGES.get(stage or "", ()):
+            stages = " or ".join(other for other, names in OF_STAGES.items() if name in names)
+            yield f"{flag_of(name)} {value}: is for --stage {stages}, and this is --stage {stage or 'sft'}"
+    if settings.data.is_pairwise_dataset and stage not in PAIRED:
+        yield (
+            f"--is-pairwise-dataset needs --stage {', '.join(PAIRED)}, which train on pairs; this is --stage "
+            f"{stage or 'sft'}"
+        )
+    for flag, loss_type, smoothing, users in (
+        ("--dpo", given.dpo_loss_type, given.dpo_label_smoothing, ("sigmoid", "robust")),
+        ("--simpo", given.simpo_loss_type, given.simpo_label_smoothing, ("sigmoid",)),
+    ):
+        if smoothing and loss_type not in users:
+            yield f"{flag}-label-smoothing {smoothing}: {flag}-loss-type {loss_type} does not use it: leave it out"
+        elif smoothing >= 0.5:
+            yield f"{flag}-label-smoothing {smoothing}: expected less than 0.5"
+    if stage in OF_STAGES and settings.lora.lora_dropout:
+        yield (
+            f"--lora-dropout {settings.lora.lora_dropout}: answers are compared without dropout with --stage {stage}, "
+            f"as in TRL: leave it out"
+        )
 
 
 def _expected(name: str, number: float) -> str | None:

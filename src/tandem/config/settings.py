@@ -193,8 +193,11 @@ class DataSettings:
     """Accepted, without effect: batches never contain padding."""
     is_instruction_dataset: bool = False
     """Train on instruction data. `tandem finetune` sets this."""
-    stage: Literal["sft"] | None = None
-    """Stage of post-training. Only sft is supported."""
+    is_pairwise_dataset: bool = False
+    """The data are pairs of answers. Every --stage that needs pairs implies it."""
+    stage: Literal["sft", "dpo", "orpo", "simpo", "kto"] | None = None
+    """Stage of post-training: sft (the default) trains on answers; dpo, orpo and simpo on pairs of a chosen and a
+    rejected answer; kto on answers that are desirable or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +398,40 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferenceSettings:
+    """Preferences: what --stage dpo, orpo, simpo and kto minimise. Batch sizes count pairs; with kto, answers."""
+
+    dpo_loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "sigmoid_norm"] = "sigmoid"
+    """Loss of --stage dpo, under TRL's names."""
+    dpo_beta: float = 0.1
+    """With --stage dpo: strength of the pull to the reference."""
+    dpo_label_smoothing: float = 0.0
+    """With --dpo-loss-type sigmoid or robust: share of the pairs that are taken to be the wrong way round."""
+    pref_ftx: float = 0.0
+    """With --stage dpo: how much of the chosen answer's mean loss per token is added."""
+    orpo_beta: float = 0.1
+    """With --stage orpo: weight of the odds ratio, beside the chosen answer's mean loss per token."""
+    simpo_beta: float = 2.5
+    """With --stage simpo: scale of the mean log-probability per token."""
+    gamma_beta_ratio: float = 1.4
+    """With --stage simpo: the margin to reach, divided by --simpo-beta."""
+    simpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """Loss of --stage simpo."""
+    simpo_label_smoothing: float = 0.0
+    """With --simpo-loss-type sigmoid: as --dpo-label-smoothing."""
+    kto_beta: float = 0.1
+    """With --stage kto: strength of the pull to the reference."""
+    desirable_weight: float = 1.0
+    """With --stage kto: weight of desirable answers."""
+    undesirable_weight: float = 1.0
+    """With --stage kto: weight of other answers."""
+    ref_model: PathText | None = None
+    """With --stage dpo or kto: folder of the reference model; default: the weights that the run begins with."""
+    refer_model_iter: int | None = None
+    """Iteration of --ref-model; default: the newest."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """Checkpoints."""
 
@@ -486,6 +523,7 @@ GROUPS: dict[str, type] = {
     "optimizer": OptimizerSettings,
     "training": TrainingSettings,
     "lora": LoraSettings,
+    "preferences": PreferenceSettings,
     "checkpoint": CheckpointSettings,
     "launch": LaunchSettings,
     "logging": LoggingSettings,
@@ -512,6 +550,7 @@ class Settings:
     optimizer: OptimizerSettings
     training: TrainingSettings
     lora: LoraSettings
+    preferences: PreferenceSettings
     checkpoint: CheckpointSettings
     launch: LaunchSettings
     logging: LoggingSettings

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from tandem.errors import UserError
 
 IGNORE = -100  # a label that is not trained
+
+# What a document of preference data is: an answer that is not wanted, one that is, or an answer to another prompt.
+REJECTED, CHOSEN, MISMATCHED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is known of documents that are answers to compare.
+
+    Attributes:
+        roles: REJECTED, CHOSEN or MISMATCHED, int8 [documents].
+        reference: sum of log p(label) under the weights that the model is compared with, float64 [documents]. NaN
+            where it is not known.
+    """
+
+    roles: np.ndarray
+    reference: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -22,12 +39,14 @@ class Sample:
         position_ids: int32 [t].
         lengths: number of tokens of each document in the sample, in order; the sum is t. A token attends to itself
             and to the earlier tokens of its document.
+        answers: what the documents of preference data are; None for other data.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     lengths: tuple[int, ...]
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -37,12 +56,14 @@ class MicroBatch:
     Attributes:
         tokens, labels, position_ids: int32 [t], as in `Sample`.
         cu_seqlens: int32 [documents + 1], from 0 to t: where each document begins, and the end of the last.
+        answers: as in `Sample`.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
+    answers: Answers | None = field(default=None, kw_only=True)
 
     @property
     def trained_tokens(self) -> int:
@@ -105,7 +126,17 @@ def join(samples: Sequence[Sample]) -> Sample:
         labels=np.concatenate([sample.labels for sample in samples]),
         position_ids=np.concatenate([sample.position_ids for sample in samples]),
         lengths=tuple(length for sample in samples for length in sample.lengths),
+        answers=_joined([sample.answers for sample in samples]),
     )
+
+
+def _joined(parts: Sequence[Answers | None]) -> Answers | None:
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    assert len(known) == len(parts), "samples of one batch are of one kind"
+    roles, reference = ([getattr(part, name) for part in known] for name in ("roles", "reference"))
+    return Answers(np.concatenate(roles), np.concatenate(reference))
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
@@ -121,7 +152,19 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         labels=joined.labels.astype(np.int32, copy=False),
         position_ids=joined.position_ids.astype(np.int32, copy=False),
         cu_seqlens=np.cumsum([0, *joined.lengths], dtype=np.int32),
+        answers=joined.answers,
     )
+
+
+def documents_of(batch: MicroBatch, kept: np.ndarray) -> tuple[MicroBatch, np.ndarray]:
+    """Some documents of a batch, without `answers`, and which tokens these are, bool [t].
+
+    Args:
+        kept: bool [documents].
+    """
+    tokens = np.repeat(kept, batch.lengths)
+    ends = np.cumsum([0, *batch.lengths[kept]], dtype=np.int32)
+    return MicroBatch(batch.tokens[tokens], batch.labels[tokens], batch.position_ids[tokens], ends), tokens
 
 
 def padded(batch: MicroBatch, multiple: int) -> MicroBatch:

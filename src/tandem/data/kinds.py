@@ -124,16 +124,18 @@ CONVERSATIONS = Kind(
 )
 PREFERENCES = Kind(
     name="preferences",
-    command=None,
+    command="finetune --stage dpo",
     columns=tuple(Columns(f"{name}_input_ids", f"{name}_labels", name=name) for name in ("chosen", "rejected")),
     unused_by_preprocess=("json_keys", "pad_to_multiple_of", "pack", "neat_pack", "append_eod", "eod_token"),
+    unused_by_training=("eod_mask_loss", "pack", "neat_pack", "reset_attention_mask", "reset_position_ids"),
 )
 UNPAIRED = Kind(  # 1 for a desirable answer, and 0 for another
     name="unpaired preferences",
-    command=None,
+    command="finetune --stage kto",
     columns=(Columns("completion_input_ids", "completion_labels", name="completion"),),
     numbers=("completion_desirable",),
     unused_by_preprocess=PREFERENCES.unused_by_preprocess,
+    unused_by_training=PREFERENCES.unused_by_training,
 )
 KINDS = (CONVERSATIONS, PREFERENCES, UNPAIRED, TEXT)  # where a data path fits several kinds, the first one counts
 

@@ -10,6 +10,9 @@ from tandem.frameworks import Framework, named_framework
 from tandem.models.config import ModelConfig
 from tandem.parallel.layout import Layout, Stages
 
+# Of each stage that compares answers: how many sequences of a sample are trained, and how many are scored before that.
+DOCUMENTS: dict[str | None, tuple[int, int]] = {"dpo": (2, 2), "orpo": (2, 2), "simpo": (2, 2), "kto": (1, 2)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -17,6 +20,7 @@ class Job:
 
     Attributes:
         recompute_layers: how many of a rank's layers, from the first, keep only their input for the backward pass.
+        stage: of post-training, where it is one that compares answers.
         half: compute in bfloat16 or float16 with fp32 masters; otherwise everything is fp32.
     """
 
@@ -30,6 +34,7 @@ class Job:
     global_batch_size: int = 1
     seq_length: int = 4096
     recompute_layers: int = 0
+    stage: str | None = None
     half: bool = False
     ai_framework: str = "torch"
 
@@ -74,9 +79,19 @@ class Job:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     @property
+    def documents(self) -> int:
+        """Sequences of a sample that are trained."""
+        return DOCUMENTS.get(self.stage, (1, 0))[0]
+
+    @property
+    def scored_documents(self) -> int:
+        """Sequences of a sample of which each step first computes the log-probabilities."""
+        return DOCUMENTS.get(self.stage, (1, 0))[1]
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
-        return self.micro_batch_size * self.seq_length
+        return self.micro_batch_size * self.seq_length * self.documents
 
     @property
     def sequence_split(self) -> int:

@@ -69,6 +69,8 @@ class PlanOptions(Options):
     """Samples of one step; default: one micro-batch on each data-parallel rank. Needed with --devices."""
     seq_length: int = 4096
     """Tokens of a sample."""
+    stage: Literal["sft", "dpo", "orpo", "simpo", "kto"] | None = None
+    """Stage of post-training. With dpo, orpo and simpo a sample is a pair of sequences of --seq-length tokens."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 masters."""
     fp16: bool = False
@@ -136,6 +138,7 @@ class PlanOptions(Options):
             global_batch_size=self.global_batch_size or self.micro_batch_size * self.data_parallel_size,
             seq_length=self.seq_length,
             recompute_layers=self.recompute_num_layers,
+            stage=self.stage,
             half=self.bf16 or self.fp16,
             ai_framework=self.ai_framework,
         )

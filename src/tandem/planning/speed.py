@@ -82,8 +82,8 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
         tokens_per_second=0.0,
         mfu=0.0,
     )
-    tokens = job.global_batch_size * job.seq_length
-    flops = job.global_batch_size * training_flops(job.config, [job.seq_length])
+    tokens = job.global_batch_size * job.documents * job.seq_length
+    flops = job.global_batch_size * job.documents * training_flops(job.config, [job.seq_length])
     rate = flops / speed.step / job.devices
     return dataclasses.replace(speed, tokens_per_second=tokens / speed.step, mfu=rate / hardware.flops(job.half))
 
@@ -93,10 +93,12 @@ def _compute(job: Job, hardware: Hardware, stage: int) -> float:
     layers = job.layers_of_stages[stage]
     repeated = min(job.recompute_layers, layers) / 3  # a forward pass is a third of a layer's work
     layer, head = _flops(job.config, job.seq_length)
-    flops = job.global_batch_size / job.data_parallel_size / job.tensor_size
-    flops *= (layers + repeated) * layer + (head if stage == job.pipeline_size - 1 else 0)
+    sequences = job.global_batch_size / job.data_parallel_size / job.tensor_size
+    last = head if stage == job.pipeline_size - 1 else 0
+    flops = job.documents * sequences * ((layers + repeated) * layer + last)
     if job.config.lora is not None:
         flops *= 2 / 3  # of three products with a weight, that for its gradient is left out
+    flops += job.scored_documents * sequences * (layers * layer + last) / 3
     moved = job.micro_batches * ACTIVATION_PASSES * (layers + repeated) * layer_activations(job)
     return flops / (hardware.flops(job.half) * hardware.efficiency) + moved / hardware.memory_bandwidth
 

@@ -22,6 +22,17 @@ SUMMARY = (
     *("tokens/s", "TFLOP/s", "MFU", "time"),
 )
 
+# Charts of preferences: title, key in metrics.jsonl, note.
+PREFERENCES = (
+    ("Accuracy of rewards", "rewards/accuracies", "share of pairs whose chosen answer has the larger reward"),
+    ("Margin of rewards", "rewards/margins", "of the chosen answer over the rejected one"),
+    ("Reward of chosen answers", "rewards/chosen", ""),
+    ("Reward of rejected answers", "rewards/rejected", ""),
+    ("Log-probability of chosen answers", "logps/chosen", "sum over the tokens of an answer"),
+    ("Log-probability of rejected answers", "logps/rejected", "sum over the tokens of an answer"),
+    ("KL divergence from the reference", "kl", "as KTO estimates it"),
+)
+
 Row = Sequence[str]
 
 
@@ -97,6 +108,7 @@ def curves(runs: Sequence[Run]) -> str:
             [line for place, run in enumerate(runs) for line in (*_loss(place, run), *_validation(place, run))],
             "of training; dots on dashed lines are of validation" if has_validation else "by step",
         ),
+        *(_chart(runs, title, key, note) for title, key, note in PREFERENCES),
         _chart(runs, "Gradient norm", "grad_norm", "before clipping", draw=both_scales),
         _chart(runs, "Learning rate", "lr"),
         _chart(runs, "Tokens per second", "tokens_per_second", "over all devices, without padding"),

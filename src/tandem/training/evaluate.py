@@ -9,11 +9,12 @@ from tandem.data.datasets.questions import Question, holds_questions, read_quest
 from tandem.data.kinds import TEXT, kind_of
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.training.evaluation import Choices, Evaluation, Share, evaluate, evaluate_choices
+from tandem.training.evaluation import Choices, Share, evaluate, evaluate_choices
+from tandem.training.objectives import Evaluation
 from tandem.training.out_of_memory import naming_less_memory
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import named_sets
-from tandem.training.start.datasets import Datasets
+from tandem.training.start.datasets import KIND_OF_STAGE, Datasets
 from tandem.training.start.for_evaluation import Weights
 
 Result = Evaluation | Choices
@@ -62,6 +63,11 @@ def _open(
             raise UserError(f"{place}: questions need a tokenizer: give its folder with --tokenizer-name-or-path")
         return read_questions(place, tokenizer, data.seq_length), []
     kind = kind_of(place) or TEXT
+    if kind in KIND_OF_STAGE.values():
+        raise UserError(
+            f"{place}: these data are {kind.in_words}. They are evaluated while a model is trained, when its reference "
+            f"is known: give them with --valid-data-path there"
+        )
     notices, _ = check_data(place, kind, data, tokenizer)
     return Datasets.of(kind, data, training, tokenizer).whole(place), notices
 

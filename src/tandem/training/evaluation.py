@@ -1,4 +1,4 @@
-"""The loss on validation data: a mean over tokens. It does not depend on the layout or the batch sizes."""
+"""The loss on validation data: a mean over tokens, or pairs. It does not depend on the layout or the batch sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tandem.data.batch import MicroBatch, collate
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.questions import Question
 from tandem.errors import UserError
-from tandem.training.logs.log import perplexity
+from tandem.training.objectives import MEAN_LOSS, Evaluation, Objective, Total, UntrainedError, on_one_rank
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,6 @@ class Validation:
     batches: int | None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of an evaluation: `loss` is the mean over the `tokens` that count."""
-
-    loss: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.loss)
-
-
 def evaluate(
     engine: Engine,
     dataset: Dataset,
@@ -68,6 +56,8 @@ def evaluate(
     batch_size: int,
     batches: int | None,
     before_batch: Callable[[], None] = lambda: None,
+    objective: Objective = MEAN_LOSS,
+    total: Total = on_one_rank,
 ) -> Evaluation:
     """Evaluate the first `batches` batches of a set, or the whole set if it is smaller. Collective.
 
@@ -75,20 +65,27 @@ def evaluate(
         name: of the set, for errors.
         batches: None for the whole set.
         before_batch: called before each batch, at the same time on all ranks. An error in it ends the evaluation.
+        total: the sums of numbers over all data ranks.
 
     Raises:
         UserError: no token counts.
     """
-    count = len(dataset) if batches is None else min(len(dataset), batches * batch_size)
-    total, tokens = 0.0, 0
-    for first in range(0, count, batch_size):
-        before_batch()
-        micro_batches = list(share.micro_batches(dataset, first, min(batch_size, count - first)))
-        loss, trained = engine.evaluate(micro_batches)
-        total, tokens = total + loss, tokens + trained
-    if not tokens:
-        raise UserError(f"{name}: no token of the first {count} samples is trained, so there is no loss")
-    return Evaluation(total / tokens, tokens)
+    count = samples_to_evaluate(dataset, batch_size, batches)
+
+    def each_batch() -> Iterator[list[MicroBatch]]:
+        for first in range(0, count, batch_size):
+            before_batch()
+            yield list(share.micro_batches(dataset, first, min(batch_size, count - first)))
+
+    try:
+        return objective.evaluate(engine, each_batch(), total)
+    except UntrainedError:
+        raise UserError(f"{name}: no token of the first {count} samples is trained, so there is no loss") from None
+
+
+def samples_to_evaluate(dataset: Dataset, batch_size: int, batches: int | None) -> int:
+    """How many samples of a set an evaluation takes."""
+    return len(dataset) if batches is None else min(len(dataset), batches * batch_size)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class Guard:
         """The largest loss that is not a spike."""
         if not self.settings.check_for_spiky_loss or len(self.recent_losses) < SHORTEST:
             return math.inf
-        return self.settings.spiky_loss_factor * sum(self.recent_losses) / len(self.recent_losses)
+        mean = sum(self.recent_losses) / len(self.recent_losses)
+        return self.settings.spiky_loss_factor * mean if mean > 0 else math.inf  # a loss may be below 0
 
     def judge(self, result: StepResult) -> str | None:
         """What is wrong with a step, as text; None when it was applied."""

@@ -6,13 +6,22 @@ numbers: an objective computes the derivatives of its loss by the log-probabilit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from tandem.backends.interface import Engine
 from tandem.data.batch import IGNORE, MicroBatch
+from tandem.training.logs.log import perplexity
+
+Total = Callable[[Sequence[float]], list[float]]  # the sum of each number over all data ranks; collective
+
+
+def on_one_rank(values: Sequence[float]) -> list[float]:
+    """`Total` where there is one data rank."""
+    return list(values)
 
 
 @dataclass(frozen=True)
@@ -22,10 +31,47 @@ class RankBatch:
     Attributes:
         micro_batches: those of this rank.
         trained_tokens: number of labels that count, over all data ranks.
+        total: for other sums over all data ranks.
     """
 
     micro_batches: Sequence[MicroBatch]
     trained_tokens: int
+    total: Total = on_one_rank
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What an objective says of a batch.
+
+    Attributes:
+        weights: of the tokens of each micro-batch, float64 [t]: minus the derivative of the loss by each
+            log-probability.
+        loss: of the global batch, the same on every rank; None when it is the weighted sum, which the engine computes.
+        metrics: of the global batch, by TRL's names.
+    """
+
+    weights: list[np.ndarray]
+    loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        loss: the mean over what counts: tokens, or pairs.
+        tokens: number of labels that count.
+        metrics: as in `Weighed`.
+    """
+
+    loss: float
+    tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
 
 
 class Objective(Protocol):
@@ -34,24 +80,32 @@ class Objective(Protocol):
     Attributes:
         needs_log_probabilities: whether the weights depend on the model's log-probabilities. Each step then needs one
             more forward pass.
+        needs_reference: whether the loss compares the model with a reference, whose log-probabilities are in the
+            batches' answers.
     """
 
-    needs_log_probabilities: bool
+    @property
+    def needs_log_probabilities(self) -> bool: ...
 
-    def __call__(
-        self, log_probabilities: Sequence[np.ndarray] | None, batch: RankBatch
-    ) -> tuple[float | None, list[np.ndarray]]:
-        """The loss, and the weight of each token.
+    @property
+    def needs_reference(self) -> bool: ...
+
+    def __call__(self, log_probabilities: Sequence[np.ndarray] | None, batch: RankBatch) -> Weighed:
+        """The loss, and the weight of each token. Collective over data ranks.
 
         Args:
             log_probabilities: of the labels of each micro-batch, [t]; None when the weights do not depend on them.
 
-        Returns:
-            This rank's part of the reported loss; None when that is the weighted sum, which the engine computes. And
-            the weights of each micro-batch, float64 [t]: minus the derivative of the loss by each log-probability.
-
         Raises:
             UntrainedError: no label of the global batch counts.
+        """
+        ...
+
+    def evaluate(self, engine: Engine, batches: Iterable[Sequence[MicroBatch]], total: Total) -> Evaluation:
+        """The loss over a set of batches, each this rank's micro-batches of it. Collective.
+
+        Raises:
+            UntrainedError: no label counts.
         """
         ...
 
@@ -66,12 +120,22 @@ class UntrainedError(ValueError):
 class MeanLoss:
     """`Objective` of pretraining and fine-tuning: all trained tokens of the global batch have the same weight."""
 
-    needs_log_probabilities = False
+    needs_log_probabilities = needs_reference = False
 
-    def __call__(
-        self, log_probabilities: Sequence[np.ndarray] | None, batch: RankBatch
-    ) -> tuple[float | None, list[np.ndarray]]:
+    def __call__(self, log_probabilities: Sequence[np.ndarray] | None, batch: RankBatch) -> Weighed:
         if not batch.trained_tokens:
             raise UntrainedError
         weight = 1 / batch.trained_tokens
-        return None, [np.where(micro_batch.labels == IGNORE, 0.0, weight) for micro_batch in batch.micro_batches]
+        return Weighed([np.where(micro_batch.labels == IGNORE, 0.0, weight) for micro_batch in batch.micro_batches])
+
+    def evaluate(self, engine: Engine, batches: Iterable[Sequence[MicroBatch]], total: Total) -> Evaluation:
+        loss, tokens = 0.0, 0
+        for micro_batches in batches:
+            of_batch, trained = engine.evaluate(micro_batches)
+            loss, tokens = loss + of_batch, tokens + trained
+        if not tokens:
+            raise UntrainedError
+        return Evaluation(loss / tokens, tokens)
+
+
+MEAN_LOSS = MeanLoss()

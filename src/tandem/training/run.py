@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 
 from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
@@ -17,14 +18,17 @@ from tandem.files.publish import write_text_atomically
 from tandem.launch.member import placing
 from tandem.launch.world import Communicator, World
 from tandem.logs import log
+from tandem.models.config import ModelConfig
 from tandem.training.evaluation import Share, Validation
 from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
-from tandem.training.logs.log import IterationLog, StepRecord
+from tandem.training.logs.log import IterationLog, StepRecord, log_notice
 from tandem.training.logs.loggers import LoggedRun, OnStep, step_loggers
 from tandem.training.logs.summary import RunSummary
 from tandem.training.loss_scale import LossScale
+from tandem.training.objectives import Objective
 from tandem.training.out_of_memory import naming_less_memory
+from tandem.training.preferences import objective_of
 from tandem.training.progress import Progress
 from tandem.training.run_record import append_start, describe_start
 from tandem.training.saving.writer import CheckpointWriter, RunDescription, kinds_by_rows
@@ -32,8 +36,10 @@ from tandem.training.signals import StopSignals
 from tandem.training.start.agreement import agree_on_start, agree_on_weights
 from tandem.training.start.banner import print_banner
 from tandem.training.start.base import base_record, check_base
+from tandem.training.start.datasets import KIND_OF_STAGE
 from tandem.training.start.folder import lock_folder, lock_other_folders, settle_storage
 from tandem.training.start.prepare import PreparedRun, prepare
+from tandem.training.start.reference import with_reference
 from tandem.training.start.resume import origin_of, origin_of_saved, restore_newest
 from tandem.training.start.state import SETTINGS_FILE
 from tandem.training.trainer import Intervals, Trainer
@@ -57,11 +63,14 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         agree_on_start(communicator, run.settings, run.framework, run.source.config, run.tokenizer)
         run = run.with_storage(settle_storage(run.settings.checkpoint, communicator))
         lock_other_folders(run.settings.checkpoint, communicator, held)
-        engine = create_engine(run.framework, run.source.config, run.engine)
+        engine = create_engine(run.framework, config_to_train(run), run.engine)
         check_base(run.source, communicator)
         source, progress = restore_newest(engine, run.source, run.loading, communicator)
         agree_on_weights(communicator, engine, source)
         run = run.resumed_from(source)
+        objective = objective_of(run.settings.data.stage, run.settings.preferences)
+        if objective.needs_reference:
+            run = with_reference(run, engine, communicator, progress)
 
         first = run.world.rank == 0
         if first and run.folder:
@@ -71,7 +80,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         summary = RunSummary(run.folder, answers=run.settings.data.is_instruction_dataset)
         listeners = [summary.step, *([on_step] if on_step else [])]
         with open_loggers(run, progress, listeners) if first else nullcontext() as log_step:
-            trainer = make_trainer(run, engine, communicator, progress, signals, writer, log_step)
+            trainer = make_trainer(run, objective, engine, communicator, progress, signals, writer, log_step)
             if first:
                 print_banner(run, trainer)
             with events.around(progress), placing(lambda: f"iteration {progress.iteration + 1}"):
@@ -86,6 +95,15 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         if first:
             log.info("[after training is done] datetime: %s", time.strftime("%Y-%m-%d %H:%M:%S"))
         return trainer
+
+
+def config_to_train(run: PreparedRun) -> ModelConfig:
+    """The model's config. Adapters of other kinds of training may have dropout, and answers are compared without."""
+    config, stage = run.source.config, run.settings.data.stage
+    if stage not in KIND_OF_STAGE or config.lora is None or not config.lora.lora_dropout:
+        return config
+    log_notice(f"--stage {stage}: the adapters' dropout of {config.lora.lora_dropout:g} is off, as in TRL")
+    return replace(config, lora=replace(config.lora, lora_dropout=0.0))
 
 
 def connect_processes(run: PreparedRun) -> Communicator:
@@ -136,6 +154,7 @@ def open_loggers(run: PreparedRun, progress: Progress, listeners: Sequence[OnSte
 
 def make_trainer(
     run: PreparedRun,
+    objective: Objective,
     engine: Engine,
     communicator: Communicator,
     progress: Progress,
@@ -165,6 +184,7 @@ def make_trainer(
         ),
         log=IterationLog(logging.log_interval, logging.log_throughput),
         signals=signals,
+        objective=objective,
         folder=run.folder,
         saver=writer,
         on_step=on_step,

@@ -26,7 +26,8 @@ from tandem.training.evaluation import Share, Validation, evaluate
 from tandem.training.guard import Guard
 from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line
 from tandem.training.loss_scale import LossScale
-from tandem.training.objectives import MeanLoss, Objective, RankBatch, UntrainedError
+from tandem.training.objectives import Evaluation, MeanLoss, Objective, RankBatch, UntrainedError, Weighed
+from tandem.training.preferences import without_unweighted
 from tandem.training.progress import Progress, Saver
 from tandem.training.schedule import Schedule
 from tandem.training.signals import StopSignals
@@ -91,7 +92,6 @@ class Trainer:
         self.is_first_rank = self.communicator.world.rank == 0
         self.train_iters = self.length.iterations_from(self.progress.iteration, self.progress.consumed_train_samples)
         self._all_written = True  # whether no rank is still writing a checkpoint
-        assert not self.objective.needs_log_probabilities, "a forward pass before the step is yet to be written"
         self._started, self._out_of_time = time.monotonic(), False
         self._samples_per_epoch = max(1, self.train_data.describe()["samples_per_epoch"])
         self._peak_flops = peak_flops(self.engine.device_name, self.engine.param_dtype)
@@ -114,7 +114,12 @@ class Trainer:
             if self.is_first_rank:
                 self.log.step(record, is_last=is_last or leaving)
             if (self._due(self.intervals.evaluation) or is_last) and not self.stopped:
-                record = replace(record, validation=self._evaluate())
+                results = self._evaluate()
+                record = replace(
+                    record,
+                    validation={name: result.loss for name, result in results.items()},
+                    validation_metrics={name: result.metrics for name, result in results.items()},
+                )
             if self.is_first_rank and self.on_step:
                 self.on_step(record)
             leaving = leaving or self.stopped is not None  # a signal may have come during the evaluation
@@ -150,10 +155,13 @@ class Trainer:
         lr = self.schedule.lr(progress.applied_train_samples)
         weight_decay = self.schedule.weight_decay(progress.applied_train_samples)
         micro_batches = list(self.share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
-        weights = self._weigh(micro_batches, batch)
+        weighed = self._weigh(micro_batches, batch)
+        run, weights = micro_batches, weighed.weights
+        if self.objective.needs_log_probabilities:
+            run, weights = without_unweighted(micro_batches, weights)
         scale = self.loss_scale.value
-        result = self.engine.train_step(micro_batches, weights, lr, weight_decay, self.guard.loss_limit, scale)
-        self._judge(result, micro_batches, weights, batch)
+        result = self.engine.train_step(run, weights, lr, weight_decay, self.guard.loss_limit, scale, weighed.loss)
+        self._judge(result, run, weights, batch)
         if not result.applied:
             progress.skipped_train_samples += batch
         progress.iteration += 1
@@ -178,20 +186,23 @@ class Trainer:
             memory=self.engine.peak_memory(),
             skipped=not result.applied,
             loss_scale=scale,
+            metrics=weighed.metrics,
         )
 
-    def _weigh(self, micro_batches: list[MicroBatch], batch: int) -> list[np.ndarray]:
+    def _weigh(self, micro_batches: list[MicroBatch], batch: int) -> Weighed:
         """The weights of this rank's tokens. Collective.
 
         Raises:
             UserError: no token of the global batch is trained.
         """
         trained = self.communicator.all_gather(sum(micro_batch.trained_tokens for micro_batch in micro_batches))
+        of_rank = RankBatch(micro_batches, self._sum_over_data_ranks(trained), self._total)
+        needed = self.objective.needs_log_probabilities
+        log_probabilities = self.engine.log_probabilities(micro_batches) if needed else None
         try:
-            _, weights = self.objective(None, RankBatch(micro_batches, self._sum_over_data_ranks(trained)))
+            return self.objective(log_probabilities, of_rank)
         except UntrainedError:
             raise UserError(self._untrained(batch)) from None
-        return weights
 
     def _untrained(self, batch: int) -> str:
         consumed = self.progress.consumed_train_samples
@@ -257,21 +268,34 @@ class Trainer:
         """The sum of the values of the data ranks. Tensor and pipeline ranks of a data rank have the same samples."""
         return sum(values[rank] for rank in self.grid.group("data", self.grid.place(0)))
 
+    def _total(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over the data ranks. Collective."""
+        everyone = self.communicator.all_gather(list(values))
+        return [self._sum_over_data_ranks(column) for column in zip(*everyone)]
+
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]
 
-    def _evaluate(self) -> dict[str, float]:
-        """The mean loss of each validation set, by name. A signal ends the evaluation early."""
-        size, batches = self.validation.batch_size, self.validation.batches
-        losses: dict[str, float] = {}
+    def _evaluate(self) -> dict[str, Evaluation]:
+        """The evaluation of each validation set, by name. A signal ends it early."""
+        results: dict[str, Evaluation] = {}
         for name, dataset in self.validation.sets.items():
             try:
-                result = evaluate(self.engine, dataset, name, self.share, size, batches, self._raise_if_signalled)
+                results[name] = evaluate(
+                    self.engine,
+                    dataset,
+                    name,
+                    self.share,
+                    self.validation.batch_size,
+                    self.validation.batches,
+                    self._raise_if_signalled,
+                    self.objective,
+                    self._total,
+                )
             except _Signalled:
                 break
-            losses[name] = result.loss
-            self._log_first(evaluation_line(self.progress.iteration, name, result.loss))
-        return losses
+            self._log_first(evaluation_line(self.progress.iteration, name, results[name].loss, results[name].metrics))
+        return results
 
     def _raise_if_signalled(self) -> None:
         """Raise `_Signalled` when a signal has arrived at a rank. Collective."""

@@ -268,11 +268,11 @@ def test_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
     raw = tmp_path / "pairs.jsonl"
     raw.write_text(json.dumps({"instruction": "q", "chosen": "a", "rejected": "b"}) + "\n")
     values = {"instructions": True, "prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
-    with pytest.raises(UserError, match="these are preferences; no training uses them"):
+    with pytest.raises(UserError, match="these are preferences, for `tandem finetune --stage dpo`"):
         prepare(settings_for(workspace, raw, tmp_path, **values), World())
     options = {"prompt_type": "qwen3", "handler_name": "AlpacaStylePairwiseHandler"}
     preprocess(PreprocessOptions((str(raw),), str(tmp_path / "pairs"), str(workspace.hf), **options))
-    with pytest.raises(UserError, match="these data are preferences; no training uses them"):
+    with pytest.raises(UserError, match="these data are preferences, for `tandem finetune --stage dpo`"):
         prepare(settings_for(workspace, tmp_path / "pairs", tmp_path, instructions=True), World())
 
 

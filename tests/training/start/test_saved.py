@@ -317,10 +317,10 @@ def test_fine_tuning_that_goes_on_with_a_pretraining_is_said(
     common = {"instructions": True, "load": str(saved), "save": str(tmp_path / "tuned"), "lr_warmup_iters": 0}
     assert run(workspace, "torch", train_iters=6, **common) == []
     out = capsys.readouterr().out
-    assert "the checkpoint is of pretraining, and this is fine-tuning" in out
+    assert "the checkpoint is of training on plain text, and this is on conversations" in out
     assert "--finetune begins at iteration 0" in out
     assert len(run(workspace, "torch", train_iters=1, finetune=True, **common)) == 1
-    assert "the checkpoint is of pretraining" not in capsys.readouterr().out
+    assert "the checkpoint is of training" not in capsys.readouterr().out
 
 
 def test_a_release_is_not_continued(workspace: Workspace, tmp_path: Path) -> None:

@@ -205,15 +205,22 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return sum(self._kernels.sum_of_squares(self._gradient(self._weights[name])) for name in names)
 
     def _finish(
-        self, totals: tuple[float, float, float], lr: float, weight_decay: float, loss_limit: float, loss_scale: float
+        self,
+        totals: tuple[float, float, float],
+        lr: float,
+        weight_decay: float,
+        loss_limit: float,
+        loss_scale: float,
+        loss: float | None,
     ) -> StepResult:
-        loss, squares, trained = self._sum_over_ranks(*totals)
-        loss, norm = loss / loss_scale, math.sqrt(squares) / loss_scale
-        applied = is_trusted(loss, norm, loss_limit)
+        weighted, squares, trained = self._sum_over_ranks(*totals)
+        norm = math.sqrt(squares) / loss_scale
+        reported = weighted / loss_scale if loss is None else loss
+        applied = is_trusted(reported, norm, loss_limit, may_be_zero=loss is not None)
         if applied:
             self.optimizer_step += 1
             self._update(lr, weight_decay, clip_coefficient(norm, self._settings.clip_grad) / loss_scale)
-        return StepResult(loss, norm, int(trained), applied)
+        return StepResult(reported, norm, int(trained), applied)
 
     def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
         assert self._adamw is not None

@@ -169,10 +169,11 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         weight_decay: float,
         loss_limit: float,
         loss_scale: float,
+        loss: float | None,
     ) -> StepResult:
         # The decision stays on the device. It is read after all is launched.
         assert self._adamw is not None
-        decision = Decision.of(self._totals(*totals), loss_limit, loss_scale, self._settings.clip_grad)
+        decision = Decision.of(self._totals(*totals), loss_limit, loss_scale, self._settings.clip_grad, loss)
         self._adamw.update(self.optimizer_step + 1, lr, weight_decay, decision)
         self._sharing.share()
         result = decision.read()

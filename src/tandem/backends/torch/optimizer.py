@@ -37,13 +37,27 @@ class Decision:
     coefficient: torch.Tensor
 
     @classmethod
-    def of(cls, totals: torch.Tensor, loss_limit: float, loss_scale: float, clip_grad: float) -> Decision:
+    def of(
+        cls,
+        totals: torch.Tensor,
+        loss_limit: float,
+        loss_scale: float,
+        clip_grad: float,
+        given: float | None = None,
+    ) -> Decision:
         """From the sums over all ranks of loss, squares and trained tokens, [3].
 
         The same as `is_trusted` and `clip_coefficient` of `tandem.backends.engine`, without reading anything.
+
+        Args:
+            given: the loss, where it is not the weighted sum.
         """
         loss, norm = totals[0] / loss_scale, totals[1].sqrt() / loss_scale
-        trusted = loss.isfinite() & (loss > 0) & (loss <= loss_limit) & norm.isfinite()
+        if given is not None:
+            loss = torch.full_like(loss, given)
+        trusted = loss.isfinite() & (loss <= loss_limit) & norm.isfinite()
+        if given is None:
+            trusted &= loss > 0
         clipped = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad > 0 else torch.ones_like(norm)
         return cls(loss, norm, totals[2], (~trusted).to(totals.dtype), clipped / loss_scale)
 

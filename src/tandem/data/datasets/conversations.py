@@ -9,6 +9,7 @@ import numpy as np
 
 from tandem.data.batch import Sample, join
 from tandem.data.datasets.dataset import Dataset
+from tandem.data.datasets.epochs import EpochOrders
 from tandem.data.datasets.sequences import SFTSequences
 from tandem.data.packing import greedy_knapsack
 
@@ -42,8 +43,7 @@ class SFTDataset(Dataset):
         self._prefix = os.fspath(prefix)
         self._sequences = SFTSequences(prefix, split_name, split, seq_length, **flags)
         self._seed, self._shuffle, self._pack = seed, shuffle, pack
-        self._random = np.random.RandomState(seed)
-        self._orders: list[np.ndarray] = []
+        self._orders = EpochOrders(self._sequences.ids, seed, shuffle)
         self._epoch, self._rows = 0, self._epoch_rows(0)
         self._epochs = 1 if num_samples is None else max(1, -(-num_samples // len(self._rows)))
 
@@ -81,7 +81,7 @@ class SFTDataset(Dataset):
 
     def _epoch_rows(self, epoch: int) -> np.ndarray | list[np.ndarray]:
         """For each sample of an epoch, the numbers of its sequences."""
-        order = self._order(epoch)
+        order = self._orders.order(epoch)
         if not self._pack:
             return order[:, None]
         capacity = self._sequences.seq_length
@@ -91,12 +91,3 @@ class SFTDataset(Dataset):
             np.random.RandomState([self._seed, epoch]).permutation(len(rows)) if self._shuffle else range(len(rows))
         )
         return [order[rows[number]] for number in numbers]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The sequence numbers of an epoch in order, int64. One generator shuffles all epochs in turn, as upstream."""
-        while len(self._orders) <= epoch:
-            order = np.arange(self._sequences.ids.start, self._sequences.ids.stop)
-            if self._shuffle:
-                self._random.shuffle(order)
-            self._orders.append(order)
-        return self._orders[epoch]

@@ -74,12 +74,7 @@ class SFTSequences:
         self._eod_token, self._header = eod_token, header
         self._reset_position_ids = reset_position_ids
         self._reset_attention_mask = reset_attention_mask
-        self.ids = _split_range(split, split_name, len(self._ids))
-        if not self.ids:
-            raise EmptySplitError(
-                f"{self._prefix}: {share_name(split_name, split)} holds none of its {len(self._ids)} sequences; "
-                f"{advice_for_empty_split(split_name, split)}"
-            )
+        self.ids = split_ids(self._prefix, split, split_name, len(self._ids))
         self.lengths = self._ids.lengths[self.ids.start : self.ids.stop]
         empty = np.flatnonzero(self.lengths == 0)
         if len(empty):
@@ -100,7 +95,7 @@ class SFTSequences:
             documents = lengths_from_ends(is_eod)
             lengths = documents if self._reset_attention_mask else lengths
             position_ids = restarting_positions(documents) if self._reset_position_ids else position_ids
-        return Sample(ids, _shift(labels, lengths), position_ids, lengths)
+        return Sample(ids, shifted(labels, lengths), position_ids, lengths)
 
     def _read(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, labels (unshifted) and segment numbers of a sequence, each int32 [t <= seq_length]."""
@@ -125,16 +120,25 @@ class SFTSequences:
             )
 
 
-def _split_range(split: str, split_name: str, sequences: int) -> range:
+def split_ids(prefix: str, split: str, split_name: str, sequences: int) -> range:
     """Sequence ids of a split. Each share is rounded; the rounding error moves the border after the first share.
 
     Source: Megatron's legacy `get_train_valid_test_split_`, which upstream uses for fine-tuning.
+
+    Raises:
+        EmptySplitError: the split has none.
     """
     position = split_position(split_name)
     bounds = [0, *accumulate(round(weight * sequences) for weight in split_weights(split))]
     excess = bounds[-1] - sequences
     bounds = [0, *(bound - excess for bound in bounds[1:])]
-    return range(bounds[position], bounds[position + 1])
+    ids = range(bounds[position], bounds[position + 1])
+    if not ids:
+        raise EmptySplitError(
+            f"{prefix}: {share_name(split_name, split)} holds none of its {sequences} sequences; "
+            f"{advice_for_empty_split(split_name, split)}"
+        )
+    return ids
 
 
 def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, header: Sequence[int]) -> np.ndarray:
@@ -154,8 +158,8 @@ def _kept(ids: np.ndarray, labels: np.ndarray, seq_length: int, header: Sequence
     return kept_tokens(turns, seq_length)[0]
 
 
-def _shift(labels: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
+def shifted(labels: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
     """Labels [t] moved to the positions that predict them. The last position of a document predicts nothing."""
-    shifted = np.append(labels[1:], np.int32(IGNORE))
-    shifted[np.cumsum(lengths) - 1] = IGNORE
-    return shifted
+    moved = np.append(labels[1:], np.int32(IGNORE))
+    moved[np.cumsum(lengths) - 1] = IGNORE
+    return moved

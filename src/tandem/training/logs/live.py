@@ -17,6 +17,7 @@ from rich.text import Text
 from tandem.training.logs.log import StepRecord, perplexity
 
 BARS = "▁▂▃▄▅▆▇█"
+SHOWN = ("rewards/accuracies", "rewards/margins", "kl")  # of the metrics of preferences
 RECENT = 20  # speed and remaining time are means over this many steps
 REFRESHES_PER_SECOND = 2.0
 
@@ -76,6 +77,8 @@ class LiveView:
             ],
             [f"epoch {last.epoch:.3f}", f"{last.memory / 1e9:.2f} GB", f"batch {last.batch_size}"],
         ]
+        if last.metrics:
+            lines.append([f"{name} {value:.3f}" for name, value in last.metrics.items() if name in SHOWN])
         for name, loss in self._validation.items():
             lines.append([name, f"loss [bold]{loss:.4f}[/]", f"perplexity {perplexity(loss):.3f}"])
         return lines

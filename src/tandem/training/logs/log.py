@@ -11,6 +11,7 @@ from tandem.launch.world import World
 from tandem.logs import log
 
 Write = Callable[[str], None]
+ACCURACY = "rewards/accuracies"  # the metric of preferences that upstream prints, too
 VALIDATION = "validation"  # name of the validation set from --split, or of a single set without a name
 
 
@@ -36,6 +37,8 @@ class StepRecord:
         skipped: whether the step was not applied. Its loss or gradient norm was not finite, or its loss 0 or a spike.
         loss_scale: scale of the gradients of this step; 1 without fp16.
         validation: mean loss of each validation set, if the step ended with an evaluation.
+        metrics: of the objective, by TRL's names.
+        validation_metrics: the same of each validation set.
     """
 
     iteration: int
@@ -57,6 +60,8 @@ class StepRecord:
     skipped: bool = False
     loss_scale: float = 1.0
     validation: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    validation_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def tflops_per_device(self) -> float:
@@ -66,6 +71,18 @@ class StepRecord:
     def mfu(self) -> float | None:
         """Model FLOPs utilisation ("PaLM", arXiv 2204.02311, appendix B): needed operations over the peak's."""
         return self.tflops_per_device * 1e12 / self.peak_flops if self.peak_flops else None
+
+
+def validation_metrics(record: StepRecord) -> dict[str, float]:
+    """The metrics of the validation sets by TRL's names, such as "eval_rewards/chosen".
+
+    The name of a set is a part of it, unless it is the set from --split.
+    """
+    return {
+        f"eval_{'' if name == VALIDATION else f'{name}_'}{metric}": value
+        for name, metrics in record.validation_metrics.items()
+        for metric, value in metrics.items()
+    }
 
 
 def perplexity(loss: float) -> float:
@@ -117,6 +134,9 @@ class IterationLog:
         line += f" global batch size: {last.batch_size:5d} |"
         if losses:
             line += f" lm loss: {sum(losses) / len(losses):.6E} |"
+        accuracies = [record.metrics[ACCURACY] for record in self._window if ACCURACY in record.metrics]
+        if accuracies:
+            line += f" {ACCURACY}: {sum(accuracies) / len(accuracies):.6E} |"
         line += f" loss scale: {last.loss_scale:.1f} |"
         line += f" grad norm: {last.grad_norm:.3f} |"
         line += f" number of skipped iterations: {steps - len(losses):3d} |"
@@ -124,11 +144,13 @@ class IterationLog:
         return line
 
 
-def evaluation_line(iteration: int, name: str, loss: float) -> str:
-    """Megatron's lines after an evaluation. The name of a set is shown, unless it is the set from --split."""
+def evaluation_line(iteration: int, name: str, loss: float, metrics: Mapping[str, float]) -> str:
+    """Megatron's lines after an evaluation. The name of a set is shown, unless it is the set from --split.
+
+    Where there are metrics, they take the place of the perplexity: the loss is not one of tokens.
+    """
     on = "" if name == VALIDATION else f" on {name}"
-    line = (
-        f" validation loss at iteration {iteration}{on} | lm loss value: {loss:.6E} | "
-        f"lm loss PPL: {perplexity(loss):.6E} | "
-    )
+    values = metrics or {"lm loss PPL": perplexity(loss)}
+    line = f" validation loss at iteration {iteration}{on} | lm loss value: {loss:.6E} | "
+    line += "".join(f"{name}: {value:.6E} | " for name, value in values.items())
     return "\n".join(["-" * len(line), line, "-" * len(line)])

@@ -12,7 +12,7 @@ import orjson
 
 from tandem.errors import UserError
 from tandem.files.jsonl import append_line, mend, read_json_lines
-from tandem.training.logs.log import StepRecord
+from tandem.training.logs.log import StepRecord, validation_metrics
 
 METRICS_FILE = "metrics.jsonl"
 IDENTITY = ("iteration", int)  # what every line has
@@ -48,7 +48,8 @@ def metrics_of(record: StepRecord) -> dict[str, Any]:
     """A step as plain values.
 
     Times are in seconds and memory in bytes. Rates are per second over all devices, except `tflops_per_device`. `mfu`
-    is null when the device's peak is not known. Loss and gradient norm are null when they are not finite.
+    is null when the device's peak is not known. Loss and gradient norm are null when they are not finite. The metrics
+    of preferences have TRL's names, with "eval_" in front for those of an evaluation.
     """
     return {
         "iteration": record.iteration,
@@ -70,6 +71,8 @@ def metrics_of(record: StepRecord) -> dict[str, Any]:
         "skipped": record.skipped,
         "loss_scale": record.loss_scale,
         "validation": dict(record.validation),
+        **record.metrics,
+        **validation_metrics(record),
     }
 
 

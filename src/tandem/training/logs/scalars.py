@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.training.logs.log import VALIDATION, StepRecord, perplexity
+from tandem.training.logs.log import VALIDATION, StepRecord, perplexity, validation_metrics
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
@@ -30,5 +30,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     for name, loss in record.validation.items():
         tag = "lm loss validation" if name == VALIDATION else f"lm loss validation {name}"
         values[tag] = loss
-        values[f"{tag} ppl"] = perplexity(loss)
+        if not record.validation_metrics.get(name):  # else the loss is not one of tokens
+            values[f"{tag} ppl"] = perplexity(loss)
+    values |= {**record.metrics, **validation_metrics(record)}
     return {tag: float(value) for tag, value in values.items() if value is not None}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from tandem.checkpoints.interface import TensorSource
+from tandem.config.checks import OF_STAGES
 from tandem.config.parsing import departures
-from tandem.config.settings import CheckpointSettings, TrainingSettings
+from tandem.config.settings import CheckpointSettings, DataSettings, Settings, TrainingSettings
 from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count, trained_count
 from tandem.training.start.changes import changes, other_kind, other_rate
+from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.prepare import PreparedRun
 from tandem.training.start.room import notices_of_disk
 from tandem.training.trainer import Trainer
@@ -48,9 +50,10 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         f"{run.framework}: {config.model_type}, {parameter_count(config):,} parameters, "
         f"{engine.param_dtype}, weights from {run.source.location}",
         *describe_adapters(config),
+        *describe_objective(settings),
         f"data {' '.join(settings.data.data_path)}: "
         + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()),
-        f"batch {batch} x {settings.data.seq_length} tokens, "
+        f"batch {batch} x {size_of_samples(settings.data)}, "
         f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
         *changed,
         *unread_notice(run.source, settings.checkpoint),
@@ -70,6 +73,26 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         lines += other_rate(run.source, state, run.schedule)
         lines += changes(run.source, settings.to_dict())
     log.info("\n".join(f"> {line}" for line in lines))
+
+
+def size_of_samples(data: DataSettings) -> str:
+    """The most tokens of a sample, in words: "2 x 64 tokens" for pairs."""
+    sequences = len(kind_to_train(data).columns)
+    return f"{f'{sequences} x ' if sequences > 1 else ''}{data.seq_length} tokens"
+
+
+def describe_objective(settings: Settings) -> list[str]:
+    """A line about what is minimised, where that is not the mean loss of tokens."""
+    stage, given = settings.data.stage, settings.preferences
+    if stage not in OF_STAGES:
+        return []
+    values = {name: getattr(given, name) for name in OF_STAGES[stage] if name != "ref_model"}
+    line = f"{stage}: " + ", ".join(f"{name} {value}" for name, value in values.items())
+    if "ref_model" in OF_STAGES[stage]:
+        line += f"; the reference is {given.ref_model or 'the weights that the run begins with'}"
+    if given.refer_model_iter is not None and given.ref_model is None:
+        line += "; --refer-model-iter is without effect: it is for --ref-model"
+    return [line]
 
 
 def describe_adapters(config: ModelConfig) -> list[str]:

@@ -11,6 +11,7 @@ from tandem.config.parsing import from_dict
 from tandem.config.settings import GROUPS, DataSettings
 from tandem.files.places import same_place
 from tandem.training.schedule import Schedule, schedule_from
+from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.state import SETTINGS_FILE, TrainerState, saved_settings
 
 # Settings that say where things are, or that are for one start, and may differ between two starts of a run.
@@ -20,12 +21,11 @@ SAME_RATE = 0.01  # learning rates that differ by less than this fraction do not
 
 def other_kind(state: TrainerState, data: DataSettings) -> list[str]:
     """A notice when a run goes on with data of another kind, such as fine-tuning after pretraining."""
-    before = state.data.get("is_instruction_dataset", data.is_instruction_dataset)
-    if before == data.is_instruction_dataset:
+    before, now = state.kind_of_data, kind_to_train(data).name
+    if before in (None, now):
         return []
-    names = {False: "pretraining", True: "fine-tuning"}
     return [
-        f"the checkpoint is of {names[before]}, and this is {names[not before]}: it goes on with that run's iteration, "
+        f"the checkpoint is of training on {before}, and this is on {now}: it goes on with that run's iteration, "
         f"optimizer and schedule. --finetune begins at iteration 0, with the weights alone"
     ]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.lengths import RunLength
@@ -16,7 +18,7 @@ from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.mixture import Mixture
 from tandem.data.datasets.sample_index import SPLIT_NAMES, EmptySplitError, split_range, split_weights
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import CONVERSATIONS, Kind
+from tandem.data.kinds import Kind
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.logs.log import VALIDATION
@@ -26,7 +28,7 @@ from tandem.training.start.datasets import Datasets, kind_to_train
 from tandem.training.start.state import TrainerState
 
 # The parts of `data_identity` that, with the seed, set the order inside each dataset. A change starts a new order.
-_ORDERING = ("split", "seq_length", "is_instruction_dataset", "pack", "no_shuffle")
+_ORDERING = ("split", "seq_length", "kind", "pack", "no_shuffle")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Data:
             plain text, or when neither names one.
         notices: for the user.
         identity: what determines the order of the samples; stored in checkpoints.
+        references: of preferences, by prefix: see `AnswersDataset`.
     """
 
     train: Dataset
@@ -46,6 +49,7 @@ class Data:
     template: dict[str, Any] | None
     notices: list[str]
     identity: dict[str, Any]
+    references: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def open_tokenizer(folder: str | None, source: TensorSource) -> Tokenizer | None:
@@ -92,7 +96,8 @@ def open_data(
             f"the samples get a new order, from the same position"
         )
     lines = [f"{prefix}: {source}" for prefix, source in zip(mixture.prefixes, train.sources())]
-    return Data(train, valid, template, [*lines, *notices], {**identity, "mixture": mixture.to_dict()})
+    identity = {**identity, "mixture": mixture.to_dict()}
+    return Data(train, valid, template, [*lines, *notices], identity, datasets.references)
 
 
 def common_template(templates: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -166,7 +171,7 @@ def data_identity(data: DataSettings, training: TrainingSettings) -> dict[str, A
         "global_batch_size": training.final_batch_size,
         "train_iters": training.train_iters,
         "train_samples": training.train_samples,
-        "is_instruction_dataset": kind is CONVERSATIONS,
+        "kind": kind.name,
         "pack": data.pack,
         "no_shuffle": data.no_shuffle and "no_shuffle" not in kind.unused_by_training,
     }
@@ -253,6 +258,7 @@ def _training(
 
 def _changed_ordering(identity: dict[str, Any], seed: int, resumed: TrainerState) -> list[str]:
     """The settings for the order of a dataset that differ from the checkpoint."""
-    before = {"no_shuffle": identity["no_shuffle"], **resumed.data}  # older checkpoints have no `no_shuffle`
+    # Older checkpoints have no `no_shuffle`, and no `kind`.
+    before = {"no_shuffle": identity["no_shuffle"], **resumed.data, "kind": resumed.kind_of_data}
     changed = [name for name in _ORDERING if before.get(name) != identity[name]]
     return changed + ([] if resumed.seed == seed else ["seed"])

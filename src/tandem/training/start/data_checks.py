@@ -178,16 +178,17 @@ def check_files(prefix: str, kind: Kind) -> None:
 
 
 def _notice_of_cuts(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
-    """A notice about conversations that are longer than --seq-length, which training cuts."""
+    """A notice about conversations, or pairs of them, that are longer than --seq-length, which training cuts."""
     if not kind.has_labels:
         return []
-    lengths = IndexedDataset(kind.first_pair(prefix)).lengths
+    lengths = np.max([IndexedDataset(kind.pair(prefix, columns.ids)).lengths for columns in kind.columns], axis=0)
     longer = int(np.count_nonzero(lengths > data.seq_length))
     if not longer:
         return []
+    how = ", turn by turn" if len(kind.columns) == 1 else ", both answers to the same length"
     return [
         f"{prefix}: {longer:,} of {len(lengths):,} {kind.name} are longer than --seq-length {data.seq_length} (up to "
-        f"{lengths.max():,} tokens) and are cut, turn by turn; `tandem preprocess --seq-length {data.seq_length} "
+        f"{lengths.max():,} tokens) and are cut{how}; `tandem preprocess --seq-length {data.seq_length} "
         f"--over-long drop` leaves them out"
     ]
 

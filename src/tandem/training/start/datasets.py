@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
 
 from tandem.config.settings import DataSettings, TrainingSettings
 from tandem.data.datasets.conversations import SFTDataset
 from tandem.data.datasets.dataset import Dataset
+from tandem.data.datasets.preferences import AnswersDataset, PairDataset, UnpairedDataset
 from tandem.data.datasets.text import GPTDataset
-from tandem.data.kinds import CONVERSATIONS, TEXT, Kind
+from tandem.data.kinds import CONVERSATIONS, PREFERENCES, TEXT, UNPAIRED, Kind
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.training.start.data_checks import end_of_documents, is_packed, names_end, template_of
+
+# Stages that train on other kinds than conversations.
+KIND_OF_STAGE: dict[str | None, Kind] = {"dpo": PREFERENCES, "orpo": PREFERENCES, "simpo": PREFERENCES, "kto": UNPAIRED}
 
 
 def kind_to_train(data: DataSettings) -> Kind:
     """The kind of data that a run trains on."""
-    return CONVERSATIONS if data.is_instruction_dataset else TEXT
+    return KIND_OF_STAGE.get(data.stage, CONVERSATIONS if data.is_instruction_dataset else TEXT)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Datasets:
 
     Attributes:
         whole_validation: whether whole validation sets are used, with their last, shorter sample.
+        references: of preferences, by prefix: see `AnswersDataset`.
     """
 
     kind: Kind
@@ -33,6 +41,7 @@ class Datasets:
     seed: int
     tokenizer: Tokenizer | None
     whole_validation: bool
+    references: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kind: Kind, data: DataSettings, training: TrainingSettings, tokenizer: Tokenizer | None) -> Datasets:
@@ -95,6 +104,24 @@ def _open_conversations(datasets: Datasets, prefix: str, name: str, samples: int
     )
 
 
+def _open_answers(
+    of_kind: type[AnswersDataset], datasets: Datasets, prefix: str, name: str, samples: int | None, seed: int
+) -> Dataset:
+    _, header = _ends(prefix, datasets.tokenizer)
+    data = datasets.data
+    return of_kind(
+        prefix,
+        name,
+        data.split,
+        samples,
+        data.seq_length,
+        seed,
+        shuffle=not data.no_shuffle,
+        header=header,
+        references=datasets.references,
+    )
+
+
 def _ends(prefix: str, tokenizer: Tokenizer | None) -> tuple[int | None, list[int]]:
     """The token that ends a document, and the token ids at the start of an answer's header."""
     eod = end_of_documents(prefix, tokenizer)
@@ -109,4 +136,6 @@ def _ends(prefix: str, tokenizer: Tokenizer | None) -> tuple[int | None, list[in
 _OPENERS: dict[Kind, Callable[[Datasets, str, str, int | None, int], Dataset]] = {
     TEXT: _open_text,
     CONVERSATIONS: _open_conversations,
+    PREFERENCES: partial(_open_answers, PairDataset),
+    UNPAIRED: partial(_open_answers, UnpairedDataset),
 }

@@ -14,7 +14,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
 from tandem.training.schedule import schedule_from
-from tandem.training.start.banner import describe_adapters, saving_notice
+from tandem.training.start.banner import describe_adapters, describe_objective, saving_notice, size_of_samples
 from tandem.training.start.data import common_template, open_data
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import all_prefixes
@@ -42,11 +42,12 @@ def dry_run(settings: Settings, processes: int) -> None:
     lines = [
         f"{start.framework}: {config.model_type}, {parameter_count(config):,} parameters from {start.source.location}",
         *describe_adapters(config),
+        *describe_objective(settings),
         f"{grid.size} processes: tensor {grid.tensor_size} x pipeline {grid.pipeline_size} x data {grid.data_size}; "
         f"a rank holds {min(held):,} to {max(held):,} parameters",
         f"global batch {batch} = {grid.data_size} data ranks x "
         f"{batch // grid.data_size // micro_batch} micro-batches x {micro_batch} samples "
-        f"of at most {settings.data.seq_length} tokens",
+        f"of at most {size_of_samples(settings.data)}",
         *check_memory(settings, config, grid),
         *describe_data(start),
         *describe_checkpoints(settings, start.source),

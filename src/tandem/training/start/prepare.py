@@ -27,7 +27,7 @@ from tandem.training.start.room import check_disk
 from tandem.training.start.saved import check_place
 from tandem.training.start.saved_schedule import with_saved_schedule
 from tandem.training.start.state import TrainerState, state_to_continue
-from tandem.training.start.weights import check_model_flags, open_weights
+from tandem.training.start.weights import check_model_flags, open_reference, open_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
     check_model_flags(settings.model, settings.experts, data.seq_length, source.config)
     check_save_beside_base(source, checkpoint)
+    open_reference(settings.preferences, source.config)  # its checks
     check_disk(settings, source)
     state = state_to_continue(source, loading)
     check_new_run(state, checkpoint.save)

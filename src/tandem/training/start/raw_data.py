@@ -119,7 +119,7 @@ def raw_options(data: DataSettings, tokenizer: Tokenizer | None) -> dict[str, Pr
         on_bad=data.on_bad,
         workers=data.workers,
     )
-    if kind_to_train(data) is CONVERSATIONS:
+    if kind_to_train(data).has_labels:
         options = dataclasses.replace(
             options,
             prompt_type=data.prompt_type or (CHAT_TEMPLATE if tokenizer.chat_template else None),

@@ -16,6 +16,7 @@ from tandem.files.places import resolved, same_place
 from tandem.launch.world import Communicator
 from tandem.training.logs.log import log_notice
 from tandem.training.progress import Progress
+from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.saved import find_newest
 from tandem.training.start.state import (
     TrainerState,
@@ -99,10 +100,9 @@ def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading:
             old = [places.get(word, word) for word in old]
             new = [resolved(word) if word in places else word for word in new]
         raise _another_run(save, f"with data_path {' '.join(old)}; here it is {' '.join(new)}")
-    instructions = before.get("is_instruction_dataset", data.is_instruction_dataset)
-    if instructions != data.is_instruction_dataset:
-        kinds = {True: "conversations", False: "text"}
-        raise _another_run(save, f"on {kinds[instructions]}; here it is {kinds[data.is_instruction_dataset]}")
+    kind, kind_now = state.kind_of_data if state else None, kind_to_train(data).name
+    if kind not in (None, kind_now):
+        raise _another_run(save, f"on {kind}; here it is {kind_now}")
 
 
 def _check_origin(origin: dict[str, Any], now: CheckpointSettings) -> None:

@@ -93,6 +93,7 @@ def job_of(settings: Settings, config: ModelConfig, grid: Grid) -> Job:
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.final_batch_size,
         seq_length=settings.data.seq_length,
+        stage=settings.data.stage,
         half=training.bf16 or training.fp16,
         ai_framework=named_framework(training.ai_framework).name,
     )

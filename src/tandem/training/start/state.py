@@ -12,6 +12,7 @@ import yaml
 from tandem.backends.interface import Engine
 from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.config.settings import CheckpointSettings
+from tandem.data.kinds import CONVERSATIONS, TEXT
 from tandem.errors import UserError
 from tandem.training.progress import Progress
 
@@ -43,6 +44,13 @@ class TrainerState:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @property
+    def kind_of_data(self) -> str | None:
+        """The name of the kind of data that the run trained on; None when it is not recorded."""
+        if "kind" in self.data or "is_instruction_dataset" not in self.data:
+            return self.data.get("kind")
+        return (CONVERSATIONS if self.data["is_instruction_dataset"] else TEXT).name  # an older checkpoint
 
     @classmethod
     def from_source(cls, source: TensorSource) -> TrainerState | None:

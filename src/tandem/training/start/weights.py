@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.random_init import RandomSource
-from tandem.config.settings import CheckpointSettings, ExpertSettings, LoraSettings, ModelSettings
+from tandem.config.settings import (
+    CheckpointSettings,
+    ExpertSettings,
+    LoraSettings,
+    ModelSettings,
+    PreferenceSettings,
+)
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf
@@ -107,3 +114,22 @@ def check_expert_flags(given: ExpertSettings, config: ModelConfig) -> None:
             "--moe-router-pre-softmax without --norm-topk-prob contradicts the weights' config, whose norm_topk_prob "
             "is true: add --norm-topk-prob"
         )
+
+
+def open_reference(preferences: PreferenceSettings, config: ModelConfig) -> TensorSource | None:
+    """The weights of `--ref-model`; None when it is not given.
+
+    Raises:
+        UserError: it is no model, or another than the one that is trained.
+    """
+    if preferences.ref_model is None:
+        return None
+    try:
+        source = open_source(preferences.ref_model, preferences.refer_model_iter)
+    except UserError as error:
+        raise UserError(f"--ref-model: {error}") from error
+    if source.config.without_adapters != config.without_adapters:
+        raise UserError(
+            f"--ref-model {preferences.ref_model}: expected a model of the same shape as the one that is trained"
+        )
+    return source

@@ -1,0 +1,13 @@
+#!/bin/bash
+# Train on preferences (DPO): Qwen3-0.6B on MindSpore, or on PyTorch (AI_FRAMEWORK=torch). Variables: examples/README.md.
+SIZE=0point6b
+NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # processes on this machine; TP x PP must divide them all
+TP="${TP:-1}"
+PP="${PP:-1}"
+MBS="${MBS:-1}"
+GBS="${GBS:-16}"
+SEQUENCE_PARALLEL="${SEQUENCE_PARALLEL:-true}"
+LR_WARMUP_FRACTION="${LR_WARMUP_FRACTION-0.01}"
+
+# shellcheck source-path=SCRIPTDIR source=../../common/train_qwen3.sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../common/train_qwen3.sh" dpo

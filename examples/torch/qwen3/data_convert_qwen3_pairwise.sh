@@ -1,0 +1,1 @@
+../../mindspore/qwen3/data_convert_qwen3_pairwise.sh

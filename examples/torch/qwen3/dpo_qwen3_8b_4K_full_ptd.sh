@@ -1,0 +1,1 @@
+../../mindspore/qwen3/dpo_qwen3_8b_4K_full_ms.sh
