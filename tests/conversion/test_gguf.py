@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.random_init import RandomSource
+from tandem.conversion.gguf import set_rotary_scaling
 from tandem.conversion.gguf_vocabulary import SPLITS, vocabulary_of
+from tandem.errors import UserError
 from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.hf_config import to_hf
 from toys import toy_config
@@ -205,3 +208,15 @@ def test_bad_input_is_refused_by_name(
 
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'tandem-llm[gguf]'" in error(str(workspace.hf), out, "--gguf", "f16")
+
+
+def test_yarn_is_told_where_llama_cpp_computes_it(workspace: Workspace, tmp_path: Path) -> None:
+    yarn = RotaryScaling("yarn", 4.0, original_max_position_embeddings=128)
+    hf = folder_of(workspace, toy_config(**WIDE, num_attention_heads=4, rotary_scaling=yarn), tmp_path / "hf")
+    assert main(["export", str(hf), str(tmp_path / "out"), "--gguf", "f16"]) == 0
+    reader = gguf.GGUFReader(only_file(tmp_path / "out"))
+    assert value(reader, "qwen3.rope.scaling.type") == "yarn"
+    assert value(reader, "qwen3.rope.scaling.factor") == 4.0
+    assert value(reader, "qwen3.rope.scaling.original_context_length") == 128
+    with pytest.raises(UserError, match="attention_factor"):
+        set_rotary_scaling(gguf.GGUFWriter(None, "qwen3"), dataclasses.replace(yarn, attention_factor=1.2))

@@ -104,7 +104,7 @@ def test_llama_scaling_survives() -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"hidden_size": None}, "hidden_size"),
         ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
         ({"num_attention_heads": 7}, "num_attention_heads"),

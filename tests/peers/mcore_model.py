@@ -77,6 +77,9 @@ def build(args: argparse.Namespace, first_stage: int | None = None) -> list[GPTM
             "cuda_graph_scope": [],
         }
     )
+    for name, value in vars(args).items():
+        if name.startswith("yarn_"):  # Megatron-core reads them there; Megatron Bridge sets them
+            setattr(config, name, value)
     virtual = args.virtual_pipeline_model_parallel_size
     return [_chunk(args, config, stage) for stage in (range(virtual) if virtual else [None])]
 

@@ -30,6 +30,8 @@ SCALED = {
     "llama-linear": dataclasses.replace(DENSE_TOYS["llama"], rotary_scaling=RotaryScaling("linear", 4.0)),
     "llama-llama3": dataclasses.replace(DENSE_TOYS["llama"], rotary_scaling=RotaryScaling("llama3", 8.0)),
 }
+YARN = RotaryScaling("yarn", 4.0, original_max_position_embeddings=50, mscale=1.0, mscale_all_dim=0.6, truncate=False)
+SCALED["qwen3-yarn"] = dataclasses.replace(DENSE_TOYS["qwen3-tied"], rotary_scaling=YARN)
 MODELS = DENSE_TOYS | SCALED
 LENGTH = 200  # far enough for scaled rotary embeddings to differ from plain ones
 TOLERANCE = 1e-4

@@ -17,6 +17,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import TENSOR_KINDS
 from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import UserError
+from tandem.models.hf_config import from_hf
 from tandem.models.tensors import tensor_table
 from tandem.training.logs.log import StepRecord
 from tandem.training.run import train
@@ -263,3 +264,36 @@ def test_a_script_that_asks_for_torch_checkpoints_is_told(
     assert "training saves native checkpoints" in capsys.readouterr().out
     run(workspace, "torch", train_iters=1, lr_warmup_iters=0, save=str(tmp_path / "b"))
     assert "training saves native checkpoints" not in capsys.readouterr().out
+
+
+def test_yarns_flags_are_those_of_config_json(workspace: Workspace, tmp_path: Path) -> None:
+    """MindSpeed-LLM's. What the error says to write makes the command run, on longer texts than before."""
+    hf = shutil.copytree(workspace.hf, tmp_path / "hf")
+    flags = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "beta_fast": 24.0}
+    short = {**flags, "load": str(hf), "train_iters": 1, "lr_warmup_iters": 0, "seq_length": 600}
+    with pytest.raises(UserError, match="needs --rope-scaling-original-max-position-embeddings"):
+        run(workspace, "torch", **short)
+    short["rope_scaling_original_max_position_embeddings"] = 256
+    with pytest.raises(UserError, match=r"contradicts the weights' config, which has no rotary scaling: ") as error:
+        run(workspace, "torch", **short)
+    config = json.loads((hf / "config.json").read_text())
+    written = json.loads("{" + str(error.value).partition("{")[2])
+    config["rope_scaling"] = written
+    config.setdefault("rope_parameters", {}).update(written)
+    (hf / "config.json").write_text(json.dumps(config))
+    saved = str(tmp_path / "run")
+    assert len(run(workspace, "torch", **short, save=saved)) == 1
+    assert open_source(Path(saved)).config.rotary_scaling == from_hf(config).rotary_scaling
+    with pytest.raises(UserError, match="which has another rotary scaling"):
+        run(workspace, "torch", **{**short, "rope_scaling_factor": 3.0})
+    with pytest.raises(UserError, match="--beta-fast needs --rope-scaling-type yarn"):
+        run(
+            workspace,
+            "torch",
+            **{
+                **short,
+                "rope_scaling_type": None,
+                "rope_scaling_factor": None,
+                "rope_scaling_original_max_position_embeddings": None,
+            },
+        )

@@ -35,6 +35,20 @@ class ModelSettings:
     """Epsilon of RMSNorm."""
     rotary_base: float | None = None
     """Base of the rotary frequencies (rope_theta)."""
+    rope_scaling_type: Literal["yarn"] | None = None
+    """Kind of rotary scaling. This flag and the next six are MindSpeed-LLM's; rope_scaling of config.json decides."""
+    rope_scaling_factor: float | None = None
+    """How many times longer texts become."""
+    rope_scaling_original_max_position_embeddings: int | None = None
+    """How long texts were before."""
+    rope_scaling_mscale: float | None = None
+    """How much longer queries and keys become."""
+    rope_scaling_mscale_all_dim: float | None = None
+    """By how much less than --rope-scaling-mscale says."""
+    beta_fast: float | None = field(default=None, metadata=aliases("--rope-scaling-beta-fast"))
+    """Channels that turn more often in an original text keep their frequency."""
+    beta_slow: float | None = field(default=None, metadata=aliases("--rope-scaling-beta-slow"))
+    """Channels that turn less often have it divided by the factor."""
     max_position_embeddings: int | None = None
     """Largest --seq-length that is accepted."""
     padded_vocab_size: int | None = None

@@ -17,7 +17,7 @@ from tandem.conversion.gguf_vocabulary import set_vocabulary, vocabulary_of
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.files.publish import final_place
-from tandem.models.config import ModelConfig
+from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.tensors import parameter_count
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -75,6 +75,30 @@ def check_gguf(work: Path, source: TensorSource, encoding: Encoding) -> str:
     return f"verified with gguf: {count} tensors read back, largest difference {largest:.2e}"
 
 
+def set_rotary_scaling(writer: Any, scaling: RotaryScaling | None) -> None:
+    """Tell how frequencies are stretched. Llama 3's way is a tensor.
+
+    Raises:
+        UserError: llama.cpp computes YaRN with other numbers than the model's.
+    """
+    if scaling is None or scaling.kind == "llama3":
+        return
+    kinds = {"linear": gguf().RopeScalingType.LINEAR, "yarn": gguf().RopeScalingType.YARN}
+    writer.add_rope_scaling_type(kinds[scaling.kind])
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind != "yarn":
+        return
+    usual = RotaryScaling(
+        "yarn", scaling.factor, original_max_position_embeddings=scaling.original_max_position_embeddings
+    )
+    if scaling != usual:
+        raise UserError(
+            "a GGUF file tells of YaRN its factor and original length alone; this model's config.json also has "
+            "attention_factor, mscale, beta_fast, beta_slow or truncate. Export as a Hugging Face folder"
+        )
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+
+
 def set_model(writer: Any, config: ModelConfig, encoding: Encoding, name: str) -> None:
     """Tell a `gguf.GGUFWriter` the model's hyper-parameters."""
     count = parameter_count(config)
@@ -93,8 +117,6 @@ def set_model(writer: Any, config: ModelConfig, encoding: Encoding, name: str) -
     writer.add_rope_freq_base(config.rotary_base)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(config.kv_channels)
-    if (scaling := config.rotary_scaling) is not None and scaling.kind == "linear":  # llama3's is a tensor
-        writer.add_rope_scaling_type(gguf().RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(scaling.factor)
+    set_rotary_scaling(writer, config.rotary_scaling)
     writer.add_file_type(int(gguf().LlamaFileType[FILE_TYPES[encoding]]))
     writer.add_quantization_version(gguf().GGML_QUANT_VERSION)

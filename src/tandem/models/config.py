@@ -22,12 +22,23 @@ WHOLE_NUMBERS = (
     *("vocab_size", "max_position_embeddings"),
 )
 
+SCALING_NUMBERS = (
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+)
+
+
+def yarn_amplitude(factor: float, mscale: float = 1.0) -> float:
+    """By what YaRN lengthens queries and keys for texts `factor` times as long."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """Llama 3.1's stretching of low rotary frequencies, or plain position interpolation.
+    """How a model's rotary frequencies are stretched for longer texts. The names are Hugging Face's.
 
-    `kind` is "llama3" (all fields used) or "linear" (only `factor`).
+    `kind` is "linear" (plain position interpolation), "llama3" (Llama 3.1's stretching of low frequencies), or "yarn"
+    (arXiv 2309.00071). SCALING_FIELDS of `hf_config` names the fields that count for each.
     """
 
     kind: str
@@ -35,6 +46,41 @@ class RotaryScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if type(self.truncate) is not bool:
+            raise UserError(f"truncate {self.truncate!r} of the rotary scaling: expected true or false")
+        for name in SCALING_NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+                raise UserError(f"{name} {value!r} of the rotary scaling: expected a number above 0")
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by, at every length."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return yarn_amplitude(self.factor, self.mscale) / yarn_amplitude(self.factor, self.mscale_all_dim)
+        return yarn_amplitude(self.factor)
+
+    def longest(self, max_position_embeddings: int) -> int:
+        """How long a text may be for a model whose config states `max_position_embeddings`.
+
+        With YaRN it may be as long as `factor` times what the model was trained on. Qwen advises to leave the stated
+        number as it is.
+        """
+        if self.kind != "yarn":
+            return max_position_embeddings
+        return max(max_position_embeddings, round(self.factor * self.original_max_position_embeddings))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,10 @@ DEFAULT_ROPE_THETA = 10000.0  # of transformers, where a config says nothing
 SCALING_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+        *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
 
 # Keys whose other values change the mathematics in a way that is not implemented.
@@ -83,6 +87,8 @@ def _from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported")
     values = {field: _value(hf, key, where) for field, key in HF_KEYS.items()}
     theta, scaling = _rotary_from_hf(hf, where)
+    if scaling is not None:
+        values["max_position_embeddings"] = scaling.longest(values["max_position_embeddings"])
     untied = not hf.get("tie_word_embeddings", False)
     try:
         return ModelConfig(
@@ -185,7 +191,7 @@ def _rotary_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RotaryScalin
     if any(rope.get("partial_rotary_factor", 1.0) != 1.0 for rope in (hf, *spellings.values())):
         raise UserError(f"{where}: partial_rotary_factor is not supported: rotary embeddings cover the whole head")
     thetas = {float(rope["rope_theta"]) for rope in (hf, *spellings.values()) if rope.get("rope_theta") is not None}
-    scalings = [_scaling(rope, where) for rope in spellings.values()]
+    scalings = [_scaling(rope, hf, where) for rope in spellings.values()]
     if len(thetas) > 1:
         raise UserError(
             f"{where}: rope_theta is both {min(thetas)} and {max(thetas)}, in different places (rope_theta, "
@@ -199,14 +205,33 @@ def _rotary_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RotaryScalin
     return thetas.pop() if thetas else DEFAULT_ROPE_THETA, scalings[0] if scalings else None
 
 
-def _scaling(rope: dict[str, Any], where: str) -> RotaryScaling | None:
+def _scaling(rope: dict[str, Any], hf: dict[str, Any], where: str) -> RotaryScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
     if kind not in SCALING_FIELDS:
         supported = ", ".join(["default", *SCALING_FIELDS])
         raise UserError(f"{where}: rope_type {kind!r} is not supported; supported: {supported}")
-    return RotaryScaling(kind=kind, **{name: rope[name] for name in SCALING_FIELDS[kind] if name in rope})
+    # transformers takes null for "not given", and 0 too, where that is no number to scale by
+    values = {name: rope[name] for name in SCALING_FIELDS[kind] if rope.get(name) or rope.get(name) is False}
+    if kind == "yarn":
+        values = _with_defaults_of_yarn(values, hf, where)
+    elif "factor" not in values:
+        raise UserError(f"{where}: rotary scaling of rope_type {kind!r} has no factor")
+    try:
+        return RotaryScaling(kind=kind, **values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _with_defaults_of_yarn(values: dict[str, Any], hf: dict[str, Any], where: str) -> dict[str, Any]:
+    """What transformers takes where a config is silent."""
+    stated = _value(hf, "max_position_embeddings", where)
+    # transformers lets a number outside the scaling win
+    original = hf.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or stated
+    if "factor" not in values and original == stated:
+        raise UserError(f"{where}: rotary scaling of rope_type 'yarn' has no factor")
+    return {"factor": stated / original, **values, "original_max_position_embeddings": original}
 
 
 def _in_words(scaling: RotaryScaling | None) -> str:
@@ -218,7 +243,8 @@ def _rotary_to_hf(config: ModelConfig, hf: dict[str, Any]) -> None:
     scaling = config.rotary_scaling
     rope: dict[str, Any] | None = None
     if scaling:
-        rope = {"rope_type": scaling.kind, **{name: getattr(scaling, name) for name in SCALING_FIELDS[scaling.kind]}}
+        values = {name: getattr(scaling, name) for name in SCALING_FIELDS[scaling.kind]}
+        rope = {"rope_type": scaling.kind, **{name: value for name, value in values.items() if value is not None}}
     hf["rope_theta"] = config.rotary_base
     hf["rope_scaling"] = rope
     hf["rope_parameters"] = {"rope_theta": config.rotary_base, **(rope or {"rope_type": "default"})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 import tracemalloc
 from collections import defaultdict
@@ -21,6 +22,7 @@ from tandem.checkpoints.formats.torch_reader import load
 from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.megatron.names import FILE
+from tandem.checkpoints.megatron.rotary_args import scaling_from_args
 from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
 from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.checkpoints.random_init import RandomSource
@@ -151,7 +153,15 @@ def test_round_trip_is_bit_identical(tmp_path: Path, target: Layout, untie: bool
     assert_equal(MegatronSource(tmp_path / "b"), source)
 
 
-@pytest.mark.parametrize("scaling", [None, RotaryScaling("linear", 4.0), RotaryScaling("llama3", 8.0)])
+YARN = RotaryScaling("yarn", 4.0, original_max_position_embeddings=128)
+SCALINGS = [
+    *(None, RotaryScaling("linear", 4.0), RotaryScaling("llama3", 8.0), YARN),
+    dataclasses.replace(YARN, beta_fast=24.0, beta_slow=2.0, mscale=1.0, mscale_all_dim=0.7, truncate=False),
+    dataclasses.replace(YARN, attention_factor=1.0 + 0.05 * math.log(4)),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("model_type", ["qwen3", "llama"])
 def test_args_alone_tell_the_model(tmp_path: Path, model_type: str, scaling: RotaryScaling | None) -> None:
     """Without hf/config.json the model is read from args."""
@@ -161,6 +171,26 @@ def test_args_alone_tell_the_model(tmp_path: Path, model_type: str, scaling: Rot
     written = MegatronSource(tmp_path)
     assert written.config == config
     assert_equal(written, source)
+
+
+@pytest.mark.parametrize(
+    ("args", "amplitude"),
+    [
+        ({"rope_scaling_mscale": 1.0, "rope_scaling_mscale_all_dim": 0.0}, 1 + 0.1 * math.log(40)),  # its defaults
+        ({"rope_scaling_mscale": 0.7, "rope_scaling_mscale_all_dim": 0.0}, 1 + 0.07 * math.log(40)),
+        ({"rope_scaling_mscale": 1.0, "rope_scaling_mscale_all_dim": 1.0}, 1.0),
+        ({}, 1 + 0.1 * math.log(40)),
+    ],
+)
+def test_yarn_as_mindspeed_llm_stores_it(args: dict[str, float], amplitude: float) -> None:
+    original = {"rope_scaling_original_max_position_embeddings": 4096, "rope_scaling_factor": 40}
+    scaling = scaling_from_args({"rope_scaling_type": "yarn", "beta_fast": 24, **original, **args}, "it")
+    assert scaling is not None
+    assert (scaling.kind, scaling.factor, scaling.beta_fast, scaling.beta_slow) == ("yarn", 40, 24, 1)
+    assert scaling.original_max_position_embeddings == 4096
+    assert scaling.amplitude == pytest.approx(amplitude, rel=1e-15)
+    with pytest.raises(UserError, match="it: args ask for YaRN and do not say yarn_original_max_position"):
+        scaling_from_args({"rope_scaling_type": "yarn", "rope_scaling_factor": 40}, "it")
 
 
 def test_args_under_their_newer_names(tmp_path: Path) -> None:
@@ -476,7 +506,7 @@ def test_args_that_contradict_the_config_are_refused(checkpoint: Path, field: st
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rotary_percent", 0.5), ("swiglu", False), ("rope_scaling_type", "yarn")]
+    ("field", "value"), [("rotary_percent", 0.5), ("swiglu", False), ("rope_scaling_type", "longrope")]
 )
 def test_args_that_change_the_mathematics_are_refused(checkpoint: Path, field: str, value: object) -> None:
     shutil.rmtree(checkpoint / "hf")

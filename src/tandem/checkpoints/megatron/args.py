@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem.checkpoints.interface import Companions
+from tandem.checkpoints.megatron.rotary_args import scaling_from_args, scaling_to_args
 from tandem.errors import UserError
-from tandem.models.config import ModelConfig, RotaryScaling
+from tandem.models.config import ModelConfig
 from tandem.models.families import FAMILIES
 from tandem.models.hf_config import from_hf
 from tandem.parallel.layout import Layout
@@ -23,13 +24,13 @@ Args = Mapping[str, Any]
 ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
-    "position_embedding_type": ("rope",),
+    "position_embedding_type": ("rope", "yarn"),
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
     "layernorm_zero_centered_gamma": (False,),  # the same under its newer name
     "apply_residual_connection_post_layernorm": (False,),
-    "rope_scaling_type": (),
+    "rope_scaling_type": ("yarn",),
 }
 # Settings whose other values change which layers a file holds.
 ONLY_ORDER: dict[str, tuple[Any, ...]] = {"schedules_method": ()}
@@ -47,7 +48,6 @@ NORM_EPSILON = ("norm_epsilon", "layernorm_epsilon", "rms_norm_eps")
 
 def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: int) -> argparse.Namespace:
     """The `args` that Megatron-LM and MindSpeed-LLM read when they load or convert. Plain values only."""
-    scaling = config.rotary_scaling
     values: dict[str, Any] = {
         "model_type_hf": config.model_type,
         "num_layers": config.num_layers + len(layout.noop_layers),
@@ -60,14 +60,11 @@ def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: 
         "kv_channels": config.kv_channels,
         "qk_layernorm": config.qk_layernorm,
         "max_position_embeddings": config.max_position_embeddings,
-        "position_embedding_type": "rope",
         "add_position_embedding": True,
         "rotary_base": int(config.rotary_base) if config.rotary_base.is_integer() else config.rotary_base,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": scaling.factor if scaling and scaling.kind == "linear" else None,
-        "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
-        "rope_scaling_factor": scaling.factor if scaling and scaling.kind == "llama3" else 8.0,
+        **scaling_to_args(config.rotary_scaling),
         "normalization": "RMSNorm",
         "norm_epsilon": config.norm_epsilon,
         "apply_layernorm_1p": False,
@@ -100,6 +97,7 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
         UserError: a value is missing or not supported. `where` is named.
     """
     _check_supported(args, where, ONLY_SUPPORTED)
+    scaling, stated = scaling_from_args(args, where), _value(args, where, "max_position_embeddings")
     return ModelConfig(
         model_type=_model_type(args, where),
         num_layers=_value(args, where, "num_layers") - len(noop_layers),
@@ -109,10 +107,10 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
         num_query_groups=_query_groups(args, where),
         kv_channels=_value(args, where, "kv_channels", "head_dim"),
         vocab_size=_value(args, where, "true_vocab_size", "padded_vocab_size", "vocab_size"),
-        max_position_embeddings=_value(args, where, "max_position_embeddings"),
+        max_position_embeddings=scaling.longest(stated) if scaling else stated,
         norm_epsilon=_value(args, where, *NORM_EPSILON),
         rotary_base=float(_value(args, where, "rotary_base", "rope_theta")),
-        rotary_scaling=_rotary_scaling(args),
+        rotary_scaling=scaling,
         untie_embeddings_and_output_weights=_value(args, where, "untie_embeddings_and_output_weights"),
         init_method_std=_value(args, where, "init_method_std", "initializer_range"),
     )
@@ -224,11 +222,3 @@ def _query_groups(args: Args, where: str) -> int:
     if args.get("group_query_attention", True):
         return args["num_query_groups"]
     return _value(args, where, "num_attention_heads")
-
-
-def _rotary_scaling(args: Args) -> RotaryScaling | None:
-    """Megatron's `--use-rope-scaling` is Llama 3.1's: it stores the factor; all other numbers are that model's."""
-    factor = args.get("rotary_seq_len_interpolation_factor")
-    if args.get("use_rope_scaling"):
-        return RotaryScaling("llama3", float(args.get("rope_scaling_factor") or 8.0))
-    return RotaryScaling("linear", float(factor)) if factor not in (None, 1) else None

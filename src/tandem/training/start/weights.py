@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
+from tandem.checkpoints.megatron.rotary_args import scaling_from_args
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import (
     CheckpointSettings,
@@ -16,7 +18,7 @@ from tandem.config.settings import (
     PreferenceSettings,
 )
 from tandem.errors import UserError
-from tandem.models.config import ModelConfig
+from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.hf_config import from_hf
 from tandem.training.logs.log import log_notice
 from tandem.training.start.lora import with_adapters
@@ -32,6 +34,10 @@ COMPARED = (
     "kv_channels",
     "norm_epsilon",
     "rotary_base",
+)
+ROTARY_FLAGS = (
+    *("rope_scaling_type", "rope_scaling_factor", "rope_scaling_original_max_position_embeddings"),
+    *("rope_scaling_mscale", "rope_scaling_mscale_all_dim", "beta_fast", "beta_slow"),
 )
 
 
@@ -76,6 +82,7 @@ def check_model_flags(model: ModelSettings, experts: ExpertSettings, seq_length:
         given, actual = getattr(model, name), getattr(config, name)
         if given is not None and given != actual:
             raise UserError(f"--{name.replace('_', '-')} {given} contradicts the weights' config, which has {actual}")
+    _check_rotary_flags(model, config.rotary_scaling)
     if model.untie_embeddings_and_output_weights and config.tied:
         raise UserError(
             "--untie-embeddings-and-output-weights contradicts the weights' config: its embeddings are tied"
@@ -133,3 +140,34 @@ def open_reference(preferences: PreferenceSettings, config: ModelConfig) -> Tens
             f"--ref-model {preferences.ref_model}: expected a model of the same shape as the one that is trained"
         )
     return source
+
+
+def _check_rotary_flags(model: ModelSettings, actual: RotaryScaling | None) -> None:
+    """Raise UserError when MindSpeed-LLM's flags for YaRN ask for another model than config.json describes."""
+    given = {name: value for name in ROTARY_FLAGS if (value := getattr(model, name)) is not None}
+    if not given:
+        return
+    if "rope_scaling_type" not in given:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} needs --rope-scaling-type yarn")
+    for name in ("rope_scaling_factor", "rope_scaling_original_max_position_embeddings"):
+        if name not in given:
+            raise UserError(f"--rope-scaling-type yarn needs --{name.replace('_', '-')}")
+    asked = scaling_from_args(given, "--rope-scaling-type yarn")
+    assert asked is not None
+    if actual is None or _computed(asked) != _computed(actual):
+        written = {"rope_type": "yarn", "factor": asked.factor}
+        written["original_max_position_embeddings"] = asked.original_max_position_embeddings
+        written |= {name: getattr(asked, name) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+        written["attention_factor"] = asked.attention_factor
+        text = json.dumps({name: value for name, value in written.items() if value is not None})
+        raise UserError(
+            f"--rope-scaling-type yarn contradicts the weights' config, which has "
+            f"{'no rotary scaling' if actual is None else 'another rotary scaling'}: write into rope_scaling of its "
+            f"config.json, and into rope_parameters if that is there, {text}"
+        )
+
+
+def _computed(scaling: RotaryScaling) -> tuple[object, ...]:
+    """What a scaling computes with. Its amplitude may be told in several ways."""
+    lengths = scaling.factor, scaling.original_max_position_embeddings
+    return scaling.kind, *lengths, scaling.beta_fast, scaling.beta_slow, scaling.truncate, round(scaling.amplitude, 9)
