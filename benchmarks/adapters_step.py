@@ -1,8 +1,12 @@
-"""One step of adapters (LoRA) of the shape of Qwen3-0.6B, against PEFT on transformers. CPU, fp32, no padding.
+"""One step of adapters (LoRA) of the shape of Qwen3-0.6B, against PEFT on transformers. CPU, fp32.
 
 Both train adapters of the same rank on all linear layers, with the same tokens and the same random weights, so their
-first losses must agree. A third side is the frozen model: one adapter of rank 1 in the first layer, so that everything
-is computed forward and backward, and almost nothing for adapters.
+losses must agree. By default all sequences are equally long and every token is trained: neither side computes anything
+in vain. With `--conversations` lengths and prompts are like those of gsm8k: from a quarter of --seq-length to all of
+it, and the first 40 % of each is not trained. PEFT's side pads them to the longest, as TRL does.
+
+A third side is the frozen model: one adapter of rank 1 in the first layer, so that everything is computed forward and
+backward, and almost nothing for adapters.
 
     python benchmarks/adapters_step.py --layers 8
 
@@ -16,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 
 import numpy as np
 import turns
@@ -25,7 +28,7 @@ from weights import mean_weights
 from tandem.checkpoints.adapters.fresh import FreshAdapters
 from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.random_init import RandomSource
-from tandem.data.batch import MicroBatch, Sample, collate
+from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig
 from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
@@ -40,13 +43,32 @@ def model_config(arguments: argparse.Namespace) -> ModelConfig:
 
 
 def batch(step: int, arguments: argparse.Namespace) -> MicroBatch:
-    """One micro-batch of sequences of one length, every token trained."""
+    """One micro-batch."""
     random = np.random.default_rng(step)
-    length, samples = arguments.seq_length, []
-    for _ in range(arguments.samples):
+    samples = []
+    for number in range(arguments.samples):
+        length = arguments.seq_length
+        if arguments.conversations and number:
+            length = int(random.integers(length // 4, length))
         tokens = random.integers(0, 150_000, length + 1, dtype=np.int32)
-        samples.append(Sample(tokens[:-1], tokens[1:], np.arange(length, dtype=np.int32), (length,)))
+        labels = tokens[1:].copy()
+        if arguments.conversations:
+            labels[: int(0.4 * length)] = IGNORE
+        samples.append(Sample(tokens[:-1], labels, np.arange(length, dtype=np.int32), (length,)))
     return collate(samples)
+
+
+def padded(batch: MicroBatch) -> dict[str, np.ndarray]:
+    """The documents of a batch as rows of one length: their tokens, their labels and which tokens are no padding."""
+    begins, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
+    shape = (len(begins), int((ends - begins).max()))
+    rows = {"input_ids": np.zeros(shape, np.int64), "shift_labels": np.full(shape, IGNORE, np.int64)}
+    rows["attention_mask"] = np.zeros(shape, np.int64)
+    for row, (begin, end) in enumerate(zip(begins, ends)):
+        rows["input_ids"][row, : end - begin] = batch.tokens[begin:end]
+        rows["shift_labels"][row, : end - begin] = batch.labels[begin:end]
+        rows["attention_mask"][row, : end - begin] = 1
+    return rows
 
 
 def tandem(arguments: argparse.Namespace) -> turns.Step:
@@ -69,7 +91,7 @@ def _tandem(arguments: argparse.Namespace, lora: Lora) -> turns.Step:
     def step(number: int) -> dict[str, float]:
         batches = [batch(number, arguments)]
         result = engine.train_step(batches, mean_weights(batches), LEARNING_RATE, WEIGHT_DECAY)
-        return {"tokens": result.trained_tokens, "loss": result.loss}
+        return {"tokens": len(batches[0].tokens), "loss": result.loss}
 
     return step
 
@@ -86,14 +108,13 @@ def peft(arguments: argparse.Namespace) -> turns.Step:
 
     def step(number: int) -> dict[str, float]:
         tokens = batch(number, arguments)
-        shape = (arguments.samples, arguments.seq_length)
-        inputs, labels = (torch.from_numpy(x.astype(np.int64)).reshape(shape) for x in (tokens.tokens, tokens.labels))
-        loss = model(input_ids=inputs, shift_labels=labels, labels=labels, use_cache=False).loss
+        inputs = {name: torch.from_numpy(rows) for name, rows in padded(tokens).items()}
+        loss = model(**inputs, labels=inputs["shift_labels"], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return {"tokens": math.prod(shape), "loss": loss.item()}
+        return {"tokens": len(tokens.tokens), "loss": loss.item()}
 
     return step
 
@@ -104,6 +125,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--samples", type=int, default=2, help="sequences of a step")
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--conversations", action="store_true", help="other lengths, and prompts that are not trained")
     parser.add_argument("--framework", default="torch", choices=("torch", "mindspore"), help="of Tandem's sides")
     turns.add_arguments(parser)
     arguments = parser.parse_args()

@@ -74,11 +74,12 @@ def test_equal_neighbours_share_a_call() -> None:
     assert runs([5, 5, 3, 5]) == [Run(2, 5), Run(1, 3), Run(1, 5)]
 
 
-def test_products_without_onednn_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "value"), [("_HAS_ONEDNN", False), ("_FAR", 1)])
+def test_products_without_onednn_are_the_same(name: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED)]
     expected_loss, expected = mean_gradients(build(source), batches)
-    monkeypatch.setattr(cpu, "_HAS_ONEDNN", False)
+    monkeypatch.setattr(cpu, name, value)
     actual_loss, gradients = mean_gradients(build(source), batches)
     assert actual_loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close_gradients(gradients, expected, rtol=1e-5)

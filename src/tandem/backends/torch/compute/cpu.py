@@ -19,6 +19,9 @@ from tandem.models.rotary import cos_sin
 # glibc reuses blocks of this size; blocks above 32 MiB are new pages from the kernel each time.
 PIECE = 2**20
 
+# A transposed view whose rows lie further apart than this in memory takes oneDNN two to three times as long.
+_FAR = 2048
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -26,9 +29,11 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [t, k] times w [n, k] transposed: [t, n], in new memory.
 
     In fp32 this uses oneDNN, which takes the widest vectors of every x86 processor. The MKL behind
-    `torch.nn.functional.linear` takes half their width on AMD's. oneDNN does not accept empty matrices.
+    `torch.nn.functional.linear` takes half their width on AMD's. oneDNN does not accept empty matrices, and wide
+    transposed ones slow it down.
     """
-    if x.dtype == torch.float32 and _HAS_ONEDNN and x.numel():
+    is_far = w.stride(0) == 1 and w.stride(1) > _FAR
+    if x.dtype == torch.float32 and _HAS_ONEDNN and x.numel() and not is_far:
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.nn.functional.linear(x, w)
 
