@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "Show versions and devices, what is missing, and how to install it.",
     "export": "Write a trained checkpoint as a Hugging Face folder.",
     "verify": "Compare an exported folder, or a server, with what training computes.",
+    "chat": "Talk with a model on the terminal.",
     "generate": "Ask a model.",
     "serve": "Serve a model: a chat page, and OpenAI's protocol.",
     "evaluate": "Measure loss and perplexity of a model on data.",

@@ -23,6 +23,7 @@ from tandem.errors import UserError
 
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)  # of answers that are not as agreed
 ALLOWED = 5.0  # times the largest difference on the same tokens: how far one on a prompt of the server's may be
+NO_END = "the end token: no answer here ends by itself, and the server takes no `logit_bias`"
 FEW = 4  # tokens that an answer may get after its end
 
 
@@ -152,9 +153,9 @@ class _Asking:
                 if goes_on and biased != plain:
                     return [self._other_end(probe, text)], ""
                 if goes_on:
-                    return [], "the end token: the server takes no `logit_bias`, and no answer here ends by itself"
-        except (Refused, *MALFORMED) as error:
-            return [], f"the end token: {error}"
+                    return [], NO_END
+        except (Refused, *MALFORMED):
+            return [], NO_END
         return [], ""
 
     def _other_end(self, probe: Probe, ends: str) -> Difference:

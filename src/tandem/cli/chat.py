@@ -1,0 +1,192 @@
+"""`tandem chat`: a conversation with a model on the terminal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from tandem.cli.arguments import parse
+from tandem.errors import UserError
+from tandem.inference.defaults import SamplingOptions
+from tandem.inference.options import LoadOptions
+from tandem.options import Options, PathText, flag_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tandem.inference.dialogue import Dialogue
+
+DESCRIPTION = (
+    "Talk with a model: a Hugging Face folder or a checkpoint of any layout. It is asked with the template that it was "
+    "fine-tuned with, or with its own. /help lists what can be typed besides questions."
+)
+FIRST = (
+    *("load", "lora_load", "compare", "system", "enable_thinking", "prompt_type", "max_new_tokens", "temperature"),
+    *("top_k", "top_p", "seed", "ai_framework", "device", "bf16", "no_history"),
+)
+MAX_NEW_TOKENS = 2048  # where neither the user nor the model says how many
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(Options):
+    """Options of `tandem chat`."""
+
+    model: LoadOptions
+    compare: PathText | None = None
+    """A second model: it gets the same questions, and its answers stand next to those of the first."""
+    system: str | None = None
+    """System message."""
+    no_history: bool = False
+    """Neither read nor write the history of what was typed in earlier conversations."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+    def problems(self) -> Iterator[str]:
+        if self.model.raw:
+            yield "--raw: a conversation needs a chat template; `tandem generate --raw` continues texts"
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if (value := getattr(self.model, name)) != 1:
+                yield f"{flag_of(name)} {value}: tandem chat is one process; `tandem generate` takes several"
+
+
+def run(argv: Sequence[str]) -> None:
+    options = parse(ChatOptions, "chat", DESCRIPTION, argv, first=FIRST)
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    dialogues = _open(options, console)
+    try:
+        _talk(options, dialogues, console)
+    finally:
+        for dialogue in dialogues:
+            dialogue.close()
+
+
+def _open(options: ChatOptions, console: Console) -> list[Dialogue]:
+    """The dialogues with the model, and with the one that it is compared with."""
+    from tandem.inference.chat import open_model  # frameworks take a second to start
+    from tandem.inference.dialogue import Dialogue
+
+    loads = [options.model]
+    if options.compare is not None:
+        loads.append(replace(options.model, load=options.compare, lora_load=None, ckpt_step=None))
+    dialogues = []
+    for load in loads:
+        with console.status(f"opening {load.load}") if console.is_terminal else _nothing():
+            model = open_model(load)
+        sampling = model.defaults.sampling(options.sampling)
+        if options.sampling.max_new_tokens is None and "max_new_tokens" not in model.defaults.values:
+            sampling = replace(sampling, max_new_tokens=MAX_NEW_TOKENS)
+        dialogue = Dialogue(model, sampling)
+        dialogue.check_template()
+        dialogue.system = options.system
+        dialogues.append(dialogue)
+        for notice in model.defaults.notices(options.sampling):
+            _say(console, f"> {notice}")
+    return dialogues
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _talk(options: ChatOptions, dialogues: Sequence[Dialogue], console: Console) -> None:
+    """Ask and answer until the end of the input."""
+    from tandem.cli.chat_commands import COMMANDS, run_command
+    from tandem.cli.chat_input import history_file, line_editing, read_message
+
+    names = [Path(name).name for name in (options.model.load, options.compare) if name]
+    history = None if options.no_history else history_file()
+    if console.is_terminal:
+        _say(console, f"{' and '.join(names)}. /help lists commands, Ctrl-D ends.")
+    with line_editing(history, list(COMMANDS)):
+        while True:
+            try:
+                line = read_message()
+            except KeyboardInterrupt:  # the line is given up, not the conversation
+                _say(console, "\nCtrl-D or /quit ends.")
+                continue
+            if line is None:
+                break
+            try:
+                answers = bool(line)
+                if line.startswith("/"):
+                    outcome = run_command(line, dialogues)
+                    if outcome.ends:
+                        return
+                    _say(console, outcome.said)
+                    answers = outcome.answers
+                elif line:
+                    for dialogue in dialogues:
+                        dialogue.ask(line)
+                if answers:
+                    _answer(dialogues, names, console)
+            except UserError as error:
+                print(f"> {error}", file=sys.stderr, flush=True)
+    if console.is_terminal:
+        print()
+
+
+def _say(console: Console, text: str) -> None:
+    """A remark that is no answer; it goes to standard error when answers go to a file."""
+    if not text:
+        return
+    if console.is_terminal:
+        console.print(text, style="dim", markup=False)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _answer(dialogues: Sequence[Dialogue], names: Sequence[str], console: Console) -> None:
+    """Show the answers while they are written, one token of each model in turn."""
+    from tandem.cli.chat_screen import OneAnswer, SideBySide
+
+    alone, together = OneAnswer(console), SideBySide(console, names)
+    running = {number: dialogue.answer() for number, dialogue in enumerate(dialogues)}
+    try:
+        with _stoppable() as stop:
+            while running and not stop.asked:
+                for number in list(running):
+                    try:
+                        piece = next(running[number])
+                    except StopIteration:
+                        del running[number]
+                        continue
+                    if piece is not None and len(dialogues) == 1:
+                        alone.show(piece)
+                    elif piece is not None:
+                        together.show(number, piece)
+    finally:
+        for answer in running.values():
+            answer.close()  # type: ignore[attr-defined]
+        (alone if len(dialogues) == 1 else together).end()
+    remarks = [", ".join(filter(None, (str(dialogue.speed), dialogue.cut))) for dialogue in dialogues]
+    _say(console, " | ".join(remarks))
+
+
+class _Stop:
+    """Whether Ctrl-C was pressed."""
+
+    asked = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def _stoppable() -> Iterator[_Stop]:
+    """Inside, the first Ctrl-C is noted and does nothing else: a step of the model is not torn apart."""
+    stop = _Stop()
+    former = signal.signal(signal.SIGINT, stop.ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, former)

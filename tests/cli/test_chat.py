@@ -1,0 +1,219 @@
+"""`tandem chat` in a terminal of its own, as a person uses it."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tandem.__main__ import main
+from tandem.cli.chat_screen import OneAnswer, whole_blocks
+from tandem.inference.answers import Piece
+from workspace import Workspace
+
+SECONDS = 120.0
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
+
+
+class Terminal:
+    """A program in a terminal of its own. `seen` is what it has written, without colours."""
+
+    def __init__(self, words: list[str], state: Path, columns: int = 100) -> None:
+        self._screen, own = pty.openpty()
+        fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+        environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm-256color"}
+        environment.pop("NO_COLOR", None)
+        self.program = subprocess.Popen(
+            [sys.executable, "-m", "tandem", *words],
+            stdin=own,
+            stdout=own,
+            stderr=own,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(own)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._screen, text.encode())
+
+    def wait_for(self, words: str) -> str:
+        """Read until these words have come. Returns what was written up to them, and forgets it."""
+        end = time.monotonic() + SECONDS
+        while words not in self.seen:
+            ready, _, _ = select.select([self._screen], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{words!r} did not come: {self.seen!r}"
+            try:
+                new = os.read(self._screen, 65536).decode("utf-8", "replace")
+            except OSError:  # the program has ended
+                new = ""
+            assert new, f"it ended before {words!r}: {self.seen!r}"
+            self.seen += CONTROL.sub("", new)
+        before, _, self.seen = self.seen.partition(words)
+        return before + words
+
+    def end(self) -> int:
+        """Wait until the program has ended; its exit code."""
+        end = time.monotonic() + SECONDS
+        while self.program.poll() is None:
+            assert time.monotonic() < end, self.seen
+            ready, _, _ = select.select([self._screen], [], [], 0.05)
+            if ready:
+                try:
+                    os.read(self._screen, 65536)
+                except OSError:
+                    time.sleep(0.01)
+        os.close(self._screen)
+        return int(self.program.returncode)
+
+
+def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
+    """Questions, several lines, commands, Ctrl-C and Ctrl-D."""
+    terminal = Terminal(["chat", str(workspace.hf), "--system", "Be brief."], tmp_path)
+    try:
+        assert "hf. /help lists commands, Ctrl-D ends." in terminal.wait_for(">>> ")
+        terminal.type("/set max_new_tokens 7\n")
+        terminal.wait_for("max_new_tokens 7")
+        terminal.type("Which digit\\\nis largest?\n")
+        terminal.wait_for("... ")
+        assert re.search(
+            r"7 tokens, [\d.]+ tokens/s, the first after [\d.]+ s, cut after 7", terminal.wait_for("(/set")
+        )
+        terminal.type('"""one\ntwo"""\n')
+        terminal.wait_for("cut after 7 tokens")
+        for command, answer in (
+            ("/help", "/regenerate"),
+            ("/system", "system: Be brief."),
+            ("/think on", "> /think: the template of this model has no thinking mode"),
+            ("/regen", "no such command; did you mean '/regenerate'"),
+            ("/set top_q 3", "/set top_q: unknown; did you mean 'top_p'"),
+            ("/set temperature -1", "--temperature -1.0: expected 0 or more"),
+            ("/regenerate", "cut after 7 tokens"),
+            (f"/save {tmp_path}/said.jsonl", "saved to"),
+            ("/set max_new_tokens 100000", "max_new_tokens 100000"),
+        ):
+            terminal.type(f"{command}\n")
+            terminal.wait_for(answer)
+            terminal.wait_for(">>> ")
+        terminal.type("Go on and on.\n")
+        terminal.wait_for("Go on and on.")
+        time.sleep(0.2)
+        terminal.type("\x03")
+        terminal.wait_for("stopped")
+        terminal.wait_for(">>> ")
+        terminal.type("half a line\x03")
+        terminal.wait_for("Ctrl-D or /quit ends.")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.program.kill()
+    said = json.loads((tmp_path / "said.jsonl").read_text())["messages"]
+    assert [message["role"] for message in said] == ["system", *("user", "assistant") * 2]
+    assert [said[1]["content"], said[3]["content"]] == ["Which digit\nis largest?", "one\ntwo"]
+    history = tmp_path / "tandem" / "chat_history"
+    assert "Go on and on." in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow("jobs")
+def test_two_models_side_by_side(workspace: Workspace, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.symlink_to(workspace.hf)
+    words = ["chat", str(workspace.hf), "--compare", str(base), "--max-new-tokens", "5", "--no-history"]
+    terminal = Terminal(words, tmp_path)
+    try:
+        assert "hf and base." in terminal.wait_for(">>> ")
+        terminal.type("Reverse 123.\n")
+        assert re.search(r"hf {20,}base", terminal.wait_for("| 5 tokens"))
+        terminal.type("/quit\n")
+        assert terminal.end() == 0
+    finally:
+        terminal.program.kill()
+    assert not (tmp_path / "tandem").exists()
+
+
+def test_lines_of_a_pipe_are_questions(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers alone go to standard output."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Reverse 12.\n/save {tmp_path}/chat.md\n/save {tmp_path}/chat.md\n"))
+    assert main(["chat", str(workspace.hf), "--max-new-tokens", "4", "--ai-framework", "torch"]) == 0
+    printed = capsys.readouterr()
+    text = (tmp_path / "chat.md").read_text()
+    assert text.startswith("## User\n\nReverse 12.\n\n## Assistant\n\n")
+    assert printed.out.rstrip("\n") == text.partition("## Assistant\n\n")[2].rstrip("\n")
+    assert "chat.md: exists; choose another name" in printed.err
+    assert "4 tokens" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--raw"], "--raw: a conversation needs a chat template"),
+        (["--tensor-model-parallel-size", "2"], "tandem chat is one process"),
+        (["--compare", "/no/such"], "/no/such does not exist"),
+    ],
+)
+def test_bad_input_is_named(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], words: list[str], error: str
+) -> None:
+    assert main(["chat", str(workspace.hf), "--ai-framework", "torch", *words]) == 2
+    assert error in capsys.readouterr().err
+
+
+LONG = """# Title
+
+A paragraph with **bold** words.
+
+1. one
+
+2. two
+
+```python
+def f():
+
+    return 1
+```
+
+The end.
+"""
+
+
+def test_blocks_are_final_only_where_nothing_later_changes_them() -> None:
+    """A list goes on after an empty line, and code has empty lines."""
+    for length in range(len(LONG)):
+        whole = LONG[:length][: whole_blocks(LONG[:length])]
+        assert whole.count("```") != 1
+        assert not whole.endswith("1. one\n\n")
+    assert LONG[whole_blocks(LONG) :] == "The end.\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_what_stays_on_the_screen_is_the_whole_answer(size: int) -> None:
+    """However it comes, and higher than the screen."""
+    text = LONG * 3
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=60, height=8, legacy_windows=False)
+    answer = OneAnswer(console)
+    answer.show(Piece("thought", "hm"))
+    for first in range(0, len(text), size):
+        answer.show(Piece("text", text[first : first + size]))
+    answer.end()
+    shown = CONTROL.sub("", screen.getvalue())
+    assert shown.count("return 1") >= 3
+    assert shown.rstrip().endswith("The end.")
+    assert shown.startswith("hm")
