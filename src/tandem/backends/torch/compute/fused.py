@@ -14,7 +14,7 @@ class Fused:
 
     Attributes:
         function: the function, as PyTorch computes it step by step.
-        kernels: how many kernels Inductor makes of it for a GPU (tests/backends/test_fused.py).
+        kernels: how many kernels Inductor makes of it for a GPU, at most (tests/backends/test_fused.py).
     """
 
     def __init__(self, function: Callable[..., Any], *, kernels: int) -> None:

@@ -45,8 +45,8 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def rotary_heads(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    queries, keys = qkv[:, :, :-2].float(), qkv[:, :, -2:-1].float()
-    return rotated(queries, cos, sin).to(qkv.dtype), rotated(keys, cos, sin).to(qkv.dtype)
+    queries, keys, _ = _split(qkv)
+    return rotated(queries.float(), cos, sin).to(qkv.dtype), rotated(keys.float(), cos, sin).to(qkv.dtype)
 
 
 def normalised_rotary_heads(
@@ -60,7 +60,7 @@ def normalised_rotary_heads(
     """`rotary_heads` of a model that normalises its heads."""
     queries, keys = (
         rotated(_normalised(x.float(), eps)[0] * weight.float(), cos, sin).to(qkv.dtype)
-        for x, weight in ((qkv[:, :, :-2], q_weight), (qkv[:, :, -2:-1], k_weight))
+        for x, weight in zip(_split(qkv), (q_weight, k_weight))
     )
     return queries, keys
 
@@ -86,7 +86,7 @@ def normalised_rotary_heads_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of qkv and of both weights."""
     parts, dweights = [], []
-    for gradient, x, weight in ((dq, qkv[:, :, :-2], q_weight), (dk, qkv[:, :, -2:-1], k_weight)):
+    for gradient, x, weight in zip((dq, dk), _split(qkv), (q_weight, k_weight)):
         turned = rotated(gradient.float(), cos, -sin)
         y, scale = _normalised(x.float(), eps)
         product, weighted = turned * y, turned * weight.float()
@@ -94,6 +94,11 @@ def normalised_rotary_heads_backward(
         parts.append(dx.to(qkv.dtype))
         dweights.append(product.reshape(-1, x.shape[-1]).sum(0))
     return torch.cat([*parts, dv], dim=2), dweights[0], dweights[1]
+
+
+def _split(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, key and value of each group: views of [t, groups, queries per group + 2, d]."""
+    return qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
 
 
 def _normalised(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +109,7 @@ def _normalised(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor
 def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = logits.float()
     total = torch.logsumexp(wide, dim=1, keepdim=True)
-    losses = total - wide.gather(1, labels[:, None])
-    is_label = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
+    column = labels.unsqueeze(1)
+    losses = total - wide.gather(1, column)
+    is_label = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0) == column
     return losses, ((wide - total).exp() - is_label.float()).to(logits.dtype)

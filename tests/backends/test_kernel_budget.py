@@ -1,0 +1,171 @@
+"""How many kernels a step launches on an NVIDIA device, counted on tensors without memory.
+
+Views and allocations launch nothing. A fused function counts as the kernels that Inductor makes of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tandem.backends.interface import EngineSettings, StepResult
+from tandem.backends.torch import engine as engine_module
+from tandem.backends.torch import passes
+from tandem.backends.torch.compute import cuda, sets
+from tandem.backends.torch.compute.fused import Fused
+from tandem.backends.torch.engine import TorchEngine
+from tandem.backends.torch.optimizer import Decision
+from tandem.data.batch import IGNORE, Sample, collate
+from tandem.models.config import ModelConfig
+from tandem.models.published import qwen3_config
+from tandem.training.objectives import MeanLoss, RankBatch
+
+TOKENS = 4096
+META = torch.device("meta")
+# What launches nothing: views, memory, and questions about tensors.
+FREE = set(
+    """view _unsafe_view t transpose slice select split split_with_sizes unsqueeze expand as_strided detach alias
+    squeeze permute unbind reshape _reshape_alias lift_fresh empty empty_like empty_strided new_empty new_empty_strided
+    resize_ is_pinned""".split()  # noqa: SIM905
+)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what PyTorch is asked to do.
+
+    Attributes:
+        kernels: launched on the device, by name.
+        copies: from the host, by whether the host waits.
+        reads: by the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
+        self.reads = 0
+        self.in_fused = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket._qualified_op_name.split("::")[1]
+        if name == "_local_scalar_dense":
+            self.reads += 1
+            return 1.0
+        result = function(*args, **(kwargs or {}))
+        if self.in_fused or name in FREE:
+            return result
+        if name in ("_to_copy", "copy_"):
+            source = args[0] if name == "_to_copy" else args[1]
+            if isinstance(result, torch.Tensor) and source.device != result.device:
+                waits = not ((kwargs or {}).get("non_blocking") or (len(args) > 2 and args[2]))
+                self.copies["the host waits" if waits else "the host goes on"] += 1
+                return result
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        touched = [tensor for tensor in (*outputs, *args) if isinstance(tensor, torch.Tensor)]
+        touched += [
+            tensor for group in args if isinstance(group, list | tuple) for tensor in group if torch.is_tensor(tensor)
+        ]
+        if any(tensor.device == META for tensor in touched):
+            self.kernels[name] += 1
+        return result
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    """Engines compute on tensors without memory, with the kernels of NVIDIA's devices."""
+    mode = Counted()
+
+    def fused(self: Fused, *arguments: Any) -> Any:
+        mode.kernels[self.function.__name__] += self.kernels
+        mode.in_fused = True
+        try:
+            return self.function(*arguments)
+        finally:
+            mode.in_fused = False
+
+    def read(decision: Decision) -> StepResult:
+        mode.reads += 1
+        return StepResult(loss=1.0, grad_norm=1.0, trained_tokens=1, applied=True)
+
+    monkeypatch.setattr(Fused, "__call__", fused)
+    monkeypatch.setattr(Decision, "read", read)
+    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setitem(sets.KERNELS, "meta", sets.CUDA)
+    for name, value in (("choose_device", META), ("device_name", "meta"), ("has_native_bf16", True)):
+        monkeypatch.setattr(engine_module, name, lambda *_, value=value: value)
+    return mode
+
+
+def shape(size: str, layers: int) -> ModelConfig:
+    return dataclasses.replace(qwen3_config(size), num_layers=layers)
+
+
+def step(engine: TorchEngine, lengths: tuple[int, ...], micro_batches: int = 1) -> None:
+    tokens = np.arange(sum(lengths), dtype=np.int32)
+    labels = np.append(tokens[1:], IGNORE).astype(np.int32)
+    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    batches = [collate([Sample(tokens, labels, positions, lengths)])] * micro_batches
+    _, weights = MeanLoss()(None, RankBatch(batches, micro_batches * (len(tokens) - 1)))
+    engine.train_step(batches, weights, lr=1e-4, weight_decay=0.1)
+
+
+def count(
+    counted: Counted, config: ModelConfig, lengths: tuple[int, ...] = (TOKENS,), micro_batches: int = 1
+) -> Counter[str]:
+    """Kernels of a step after the first one, in which tables are made."""
+    engine = engine_module.create(config, EngineSettings(bf16=True))
+    step(engine, lengths)
+    counted.kernels.clear(), counted.copies.clear()
+    counted.reads = 0
+    with counted:
+        step(engine, lengths, micro_batches)
+    return Counter(counted.kernels)
+
+
+def test_a_layer_of_8b_launches_few_kernels(counted: Counted) -> None:
+    difference = count(counted, shape("8B", 2))
+    difference.subtract(count(counted, shape("8B", 1)))
+    weights = 4  # with a product for a gradient: linear_qkv, linear_proj, linear_fc1, linear_fc2
+    assert sum(difference.values()) <= 60 + 2 * weights, difference
+    assert difference["addmm"] == weights  # one product, which adds to the fp32 gradient itself
+
+
+def test_head_and_loss_launch_few_kernels(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: Counter[str] = Counter()
+    loss = passes.cross_entropy_and_gradient
+
+    def noted(*arguments: Any) -> Any:
+        before = Counter(counted.kernels)
+        result = loss(*arguments)
+        inside.update(Counter(counted.kernels) - before)
+        return result
+
+    engine = engine_module.create(shape("8B", 1), EngineSettings(bf16=True))
+    monkeypatch.setattr(passes, "cross_entropy_and_gradient", noted)
+    with counted:
+        step(engine, (TOKENS,))
+    assert 0 < sum(inside.values()) <= 60, inside
+
+
+def test_documents_in_a_row_add_nothing(counted: Counted) -> None:
+    config = shape("0.6B", 2)
+    lengths = (20,) * 199 + (TOKENS - 20 * 199,)
+    assert count(counted, config, lengths) == count(counted, config)
+
+
+def test_nothing_is_read_in_a_step_and_each_micro_batch_is_one_copy(counted: Counted) -> None:
+    count(counted, shape("0.6B", 2), micro_batches=3)
+    assert counted.reads == 1  # of loss, norm and what became of the step, when all is launched
+    assert counted.copies == {"the host goes on": 3}
+
+
+def test_a_step_of_0_6b_launches_few_kernels(counted: Counted) -> None:
+    kernels = count(counted, shape("0.6B", 28))
+    assert sum(kernels.values()) <= 28 * 68 + 60 + 100, kernels  # layers, head and loss, and all the rest
