@@ -114,15 +114,16 @@ def test_constants_are_the_backends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seq_length", "recompute_layers", "lora"),
+    ("seq_length", "recompute_layers", "lora", "stage"),
     [
-        *((seq_length, recompute_layers, None) for seq_length in (256, 512) for recompute_layers in (0, 4)),
-        *((256, recompute_layers, Lora(r=16)) for recompute_layers in (0, 4)),
-        (256, 0, Lora(r=16, use_dora=True)),
+        *((seq_length, recompute_layers, None, None) for seq_length in (256, 512) for recompute_layers in (0, 4)),
+        *((256, recompute_layers, Lora(r=16), None) for recompute_layers in (0, 4)),
+        (256, 0, Lora(r=16, use_dora=True), None),
+        (256, 0, None, "dpo"),
     ],
 )
 def test_a_train_step_allocates_what_is_planned(
-    seq_length: int, recompute_layers: int, lora: Lora | None, tmp_path: Path
+    seq_length: int, recompute_layers: int, lora: Lora | None, stage: str | None, tmp_path: Path
 ) -> None:
     """Beyond weights, gradients and moments, the most that is alive at once, as PyTorch's profiler counts it."""
     require_framework("torch")
@@ -144,8 +145,9 @@ def test_a_train_step_allocates_what_is_planned(
     engine = create_engine("torch", config, EngineSettings(device="cpu", recompute_layers=recompute_layers))
     engine.load_weights(source)
     tokens = np.arange(seq_length, dtype=np.int32)
-    batch = [collate([Sample(tokens, tokens, tokens, (seq_length,))])]
-    weights = [np.full(seq_length, 1 / seq_length)]
+    job = Job(config=config, seq_length=seq_length, recompute_layers=recompute_layers, stage=stage)
+    batch = [collate([Sample(tokens, tokens, tokens, (seq_length,))] * job.documents)]
+    weights = [np.full(job.tokens, 1 / job.tokens)]
     engine.train_step(batch, weights, 1e-4, 0.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine.train_step(batch, weights, 1e-4, 0.0)
@@ -153,5 +155,5 @@ def test_a_train_step_allocates_what_is_planned(
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     alive = np.cumsum([change for _, change in changes]).max()
-    (memory,) = stage_memories(Job(config=config, seq_length=seq_length, recompute_layers=recompute_layers), CPU)
+    (memory,) = stage_memories(job, CPU)
     assert memory.activations + max(memory.logits, memory.workspace) == pytest.approx(alive, rel=0.15)

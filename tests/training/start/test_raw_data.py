@@ -276,6 +276,14 @@ def test_preferences_are_named(workspace: Workspace, tmp_path: Path) -> None:
         prepare(settings_for(workspace, tmp_path / "pairs", tmp_path, instructions=True), World())
 
 
+def test_rows_with_a_label_are_not_trained_all_alike(workspace: Workspace, tmp_path: Path) -> None:
+    raw = tmp_path / "labels.jsonl"
+    raw.write_text(json.dumps({"instruction": "q", "output": "a", "label": False}) + "\n")
+    settings = settings_for(workspace, raw, tmp_path, instructions=True, prompt_type="qwen3")
+    with pytest.raises(UserError, match="unpaired preferences, for `tandem finetune --stage kto`; to train on all"):
+        prepare(settings, World())
+
+
 def test_what_was_removed_from_a_cache_is_made_again(workspace: Workspace, tmp_path: Path) -> None:
     raw = settings_for(workspace, workspace.corpus, tmp_path)
     (prefix,) = with_preprocessed(raw).data.data_path

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tandem.config.settings import DataSettings
-from tandem.data.kinds import CONVERSATIONS, TEXT, Kind
+from tandem.data.kinds import CONVERSATIONS, TEXT, UNPAIRED, Kind
 from tandem.data.preprocess.cache import Wait, is_raw, preprocess_once, template_of_raw, wait_for
 from tandem.data.preprocess.noticed import told
 from tandem.data.preprocess.options import PreprocessOptions
@@ -25,6 +25,7 @@ from tandem.training.start.datasets import kind_to_train
 _OTHER_READINGS = {
     TEXT: "; to read them as conversations, give --handler-name or --map-keys",
     CONVERSATIONS: "; to read them as text, give --handler-name AlpacaPretrainHandler or SharegptPretrainHandler",
+    UNPAIRED: "; to train on all answers alike, give the --handler-name of such conversations",
 }
 # Settings that only say how raw files are preprocessed.
 _FOR_RAW_FILES = (
