@@ -13,6 +13,8 @@ from mindspore import Tensor
 
 from tandem.backends.mindspore.weight import empty
 
+FEW_ROWS = 4
+
 LINEAR, ATTENTION = "linear layers, head", "attention"
 # Seconds that products took so far, by module. MindSpore's profiler does not see them.
 seconds = {LINEAR: 0.0, ATTENTION: 0.0}
@@ -27,6 +29,11 @@ def matmul(a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool
     if transpose_b:
         right = right.swapaxes(-1, -2)
     result, values = empty(*left.shape[:-1], right.shape[-1])
-    np.matmul(left, right, out=values)
+    if left.ndim == 2 and 1 < len(left) <= FEW_ROWS:
+        # One product of a matrix and a vector after the other: BLAS's product of matrices would copy `right` first.
+        for row, out in zip(left, values):
+            np.matmul(row, right, out=out)
+    else:
+        np.matmul(left, right, out=values)
     seconds[LINEAR if values.ndim == 2 else ATTENTION] += time.perf_counter() - start
     return result
