@@ -91,13 +91,21 @@ class GenerateOptions(Options):
         return not self.prompt and not self.prompts_file and (not self.task or "chat" in self.task)
 
 
-def run(argv: Sequence[str]) -> int:
+def read_options(argv: Sequence[str]) -> tuple[GenerateOptions, list[str]]:
+    """The options in a command line, and notices about flags without effect.
+
+    Raises:
+        UserError: see `tandem.cli.arguments.parse`.
+    """
     words, notices = split_ignored(as_torchrun(argv), GENERATE_IGNORED)
     if SCRIPT_FLAGS.intersection(argv) and not {"--task", "--prompt", "--prompts-file"}.intersection(words):
         words += ["--task", *generate_tasks.TASKS]
-    options = parse(
-        GenerateOptions, "generate", DESCRIPTION, words, first=FIRST, groups=("model", "sampling", "launch")
-    )
+    groups = ("model", "sampling", "launch")
+    return parse(GenerateOptions, "generate", DESCRIPTION, words, first=FIRST, groups=groups), notices
+
+
+def run(argv: Sequence[str]) -> int:
+    options, notices = read_options(argv)
     code = _as_processes(argv, options)
     if code is not None:
         return code

@@ -139,6 +139,7 @@ class Scheduler:
         self._session = engine.session(default_room(engine, self.max_batch_size) if room is None else room)
         self._waiting: deque[Request] = deque()
         self._running: list[_Running] = []
+        self._in_step = False
 
     def __enter__(self) -> Scheduler:
         return self
@@ -151,7 +152,8 @@ class Scheduler:
     def close(self) -> None:
         """End the session. What still waits or runs is cancelled."""
         for request in [*self._waiting, *(running.request for running in self._running)]:
-            self.cancel(request)
+            if request.finish_reason is None:
+                request.finish_reason = "cancelled"
         self._waiting.clear()
         self._running.clear()
         self._session.close()
@@ -202,12 +204,23 @@ class Scheduler:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request that waits or runs. What it has so far stays. The next step frees its place."""
+        """End a request that waits or runs. What it has so far stays."""
         if request.finish_reason is None:
             request.finish_reason = "cancelled"
+        if not self._in_step:
+            self._retire()
 
     def step(self) -> bool:
         """Compute one more token of each request that runs; prompts are computed first. False when nothing is left."""
+        self._in_step = True
+        try:
+            self._step()
+        finally:
+            self._in_step = False
+        self._retire()
+        return bool(self._running or self._waiting)
+
+    def _step(self) -> None:
         self._retire()
         self._admit()
         budget, work = PROMPT_TOKENS, list[tuple[_Running, Piece]]()
@@ -224,8 +237,6 @@ class Scheduler:
                 request = running.request
                 if request.on_token is not None and running.ready == len(request.prompt):
                     request.on_token(request)
-        self._retire()
-        return bool(self._running or self._waiting)
 
     def run(self) -> None:
         """Step until nothing is left."""

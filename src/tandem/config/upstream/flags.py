@@ -141,8 +141,10 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
 GENERATE_IGNORED: dict[str, Ignored] = {
     **{flag: rule for flag, rule in IGNORED.items() if flag != "--max-new-tokens"},
     "--add-eos-token": Ignored(None),
+    "--add-qkv-bias": ALWAYS_ON,  # where the weights have it
     "--ckpt-format": Ignored(1),  # it is recognised
     "--exit-on-missing-checkpoint": ALWAYS_ON,
+    "--expert-model-parallel-size": Ignored(1, ("1",)),
     "--legacy-tokenizer": ALWAYS_ON,
     "--lora-alpha": Ignored(1),  # adapters say themselves what they are, as for the next two
     "--lora-r": Ignored(1),

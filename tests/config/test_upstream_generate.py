@@ -1,0 +1,65 @@
+"""Upstream's scripts that generate: each command line is taken, with the name of the program and the paths changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tandem.cli.generate import GenerateOptions, read_options
+from tandem.errors import UserError
+from tandem.models.published import qwen3_config
+from tandem.parallel.grid import Grid
+from tandem.parallel.layout import Layout
+from tandem.training.start.weights import check_model_flags
+
+LINES = Path(__file__).with_name("upstream_generate.txt").read_text(encoding="utf-8").splitlines()
+SCRIPTS = {line.split()[0]: line.split()[1:] for line in LINES if not line.startswith("#")}
+QWEN3 = [name for name in SCRIPTS if "qwen3" in name]
+
+
+def options_of(name: str, *more: str) -> tuple[GenerateOptions, list[str]]:
+    return read_options([*(word for word in SCRIPTS[name] if word != "inference.py"), *more])
+
+
+def test_how_many_there_are() -> None:
+    assert (len(SCRIPTS), len(QWEN3)) == (8, 6)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_is_taken(name: str) -> None:
+    options, notices = options_of(name)
+    assert options.model.load == options.model.tokenizer_name_or_path == "PATH_"
+    assert options.sampling.max_new_tokens == 256
+    assert options.task == ("greedy", "do_sample", "beam_search", "beam_search_with_sampling", "chat")
+    assert options.model.bf16 == ("--bf16" in SCRIPTS[name])
+    assert len(notices) == 1
+    assert "accepted, without effect here" in notices[0]
+
+
+@pytest.mark.parametrize("name", QWEN3)
+def test_its_model_and_its_processes_are_possible(name: str) -> None:
+    options, _ = options_of(name)
+    size = name.split("qwen3_")[1].split("_")[0].replace("point", ".").upper()
+    config = qwen3_config(size)
+    check_model_flags(options.architecture, options.experts, 0, config)
+    layout = Layout(
+        tensor_model_parallel_size=options.model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.model.pipeline_model_parallel_size,
+    )
+    layout.balanced(config.num_layers).check(config)
+    copies = {"0.6B": 1, "1.7B": 8, "4B": 8, "8B": 4, "14B": 1, "32B": 1}
+    assert Grid(layout, options.launch.nproc_per_node or 1).data_size == copies[size]
+
+
+def test_a_task_of_ones_own_is_run_alone() -> None:
+    options, _ = options_of(QWEN3[0], "--task", "greedy", "chat")
+    assert options.task == ("greedy", "chat")
+    assert not read_options(["model", "hi"])[0].task
+    with pytest.raises(UserError, match="--task unknown: expected greedy"):
+        options_of(QWEN3[0], "--task", "unknown")
+
+
+def test_what_experts_need_is_refused() -> None:
+    with pytest.raises(UserError, match="--expert-model-parallel-size 2"):
+        read_options(["model", "--expert-model-parallel-size", "2"])
