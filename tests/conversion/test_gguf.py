@@ -15,17 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tandem.__main__ import main
 from tandem.checkpoints.copy import copy
+from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.gguf.read_back import read_back
+from tandem.checkpoints.gguf.tensors import check_supported
 from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.random_init import RandomSource
-from tandem.conversion.gguf import set_rotary_scaling
+from tandem.conversion.gguf import set_rotary_scaling, set_scaling
 from tandem.conversion.gguf_vocabulary import SPLITS, vocabulary_of
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.hf_config import to_hf
-from toys import toy_config
+from toys import TOYS, toy_config
 from workspace import Workspace
 
 WIDE = {"vocab_size": 448, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2}
@@ -145,6 +147,36 @@ def test_the_file_says_what_llama_cpp_reads(workspace: Workspace, tmp_path: Path
     assert factors.max() == pytest.approx(8.0)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "fields"),
+    [
+        (RotaryScaling(kind="linear", factor=4.0), {"type": "linear", "factor": 4.0}),
+        (
+            RotaryScaling(kind="yarn", factor=4.0, original_max_position_embeddings=128),
+            {"type": "yarn", "factor": 4.0, "original_context_length": 128, "yarn_beta_fast": 32.0},
+        ),
+    ],
+)
+def test_scaled_frequencies_are_fields(scaling: RotaryScaling, fields: dict[str, object], tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3")
+    set_scaling(writer, scaling)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert {name: value(reader, f"qwen3.rope.scaling.{name}") for name in fields} == fields
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused() -> None:
+    for scaling in ({"attention_factor": 1.5}, {"truncate": False}):
+        config = toy_config(rotary_scaling=RotaryScaling(kind="yarn", factor=4.0, **scaling))  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"llama\.cpp computes YaRN"):
+            check_supported(config)
+    with pytest.raises(UserError, match="model_type qwen3_moe is not supported; supported: qwen3, qwen2, llama"):
+        check_supported(TOYS["qwen3-moe"])
+
+
 def token_id(folder: Path, token: str) -> int:
     return next(
         int(entry["id"])
@@ -155,9 +187,6 @@ def token_id(folder: Path, token: str) -> int:
 
 def test_a_file_with_other_numbers_is_found(workspace: Workspace, tmp_path: Path) -> None:
     """In one head of one key projection, whose rows llama.cpp orders in another way."""
-    from tandem.checkpoints.detect import open_source
-    from tandem.errors import UserError
-
     hf = folder_of(workspace, CASES["llama"][0], tmp_path / "hf")
     assert main(["export", str(hf), str(tmp_path / "out"), "--gguf", "f16"]) == 0
     path, source = only_file(tmp_path / "out"), open_source(hf)

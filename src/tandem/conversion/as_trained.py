@@ -42,7 +42,7 @@ from tandem.files.lock import publishing
 from tandem.models.end_tokens import GENERATION_CONFIG
 from tandem.models.tensors import EMBEDDING
 
-SERVING = ("vllm serve {}", "python -m sglang.launch_server --model-path {}")
+SERVING = ("tandem serve {}", "vllm serve {}", "python -m sglang.launch_server --model-path {}")
 SERVING_GGUF = "llama-server -m {}"
 # Put before a chat template: the value of `enable_thinking` when the caller gives none.
 THINKING_DEFAULT = "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {} %}}{{%- endif %}}"

@@ -11,6 +11,7 @@ from tandem.checkpoints.gguf.encoding import Encoding
 from tandem.checkpoints.gguf.library import gguf
 from tandem.checkpoints.gguf.read_back import read_back
 from tandem.checkpoints.gguf.sink import GGUFSink
+from tandem.checkpoints.gguf.tensors import check_supported
 from tandem.checkpoints.hf.companions import write_companions
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.conversion.gguf_vocabulary import set_vocabulary, vocabulary_of
@@ -38,9 +39,11 @@ def write_gguf(
     """Write the file into `work`, a folder that is not yet published. Returns notices for the user.
 
     Raises:
-        UserError: the package `gguf` is missing, there is no tokenizer, or it is no byte-level BPE.
+        UserError: the package `gguf` is missing, the model is not supported, there is no tokenizer, or it is no
+            byte-level BPE.
     """
     gguf()
+    check_supported(source.config)
     if companions.tokenizer_folder is None:
         raise UserError(
             f"--gguf: {source.location} has no tokenizer.json, and a GGUF file holds one: give --hf-cfg-dir"
@@ -120,3 +123,15 @@ def set_model(writer: Any, config: ModelConfig, encoding: Encoding, name: str) -
     set_rotary_scaling(writer, config.rotary_scaling)
     writer.add_file_type(int(gguf().LlamaFileType[FILE_TYPES[encoding]]))
     writer.add_quantization_version(gguf().GGML_QUANT_VERSION)
+
+
+def set_scaling(writer: Any, scaling: RotaryScaling) -> None:
+    """Tell a `gguf.GGUFWriter` how rotary frequencies are scaled. Llama 3's scaling is a tensor."""
+    if scaling.kind == "llama3":
+        return
+    writer.add_rope_scaling_type(gguf().RopeScalingType[scaling.kind.upper()])
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)

@@ -9,11 +9,13 @@ import numpy as np
 
 from tandem.checkpoints.gguf.encoding import Encoding, Stored, stored_as
 from tandem.checkpoints.gguf.library import gguf
-from tandem.models.config import ModelConfig
+from tandem.errors import UserError
+from tandem.models.config import ModelConfig, yarn_amplitude
 from tandem.models.rotary import inverse_frequencies
 from tandem.models.weight_map import WeightMap
 
 ROPE_FACTORS = "rope_freqs.weight"
+FAMILIES = ("qwen3", "qwen2", "llama")
 # Families for which llama.cpp rotates neighbouring channels, and not channel i with i + head / 2.
 NEIGHBOURS = {"llama"}
 ROTATED = re.compile(r"self_attn\.(q|k)_proj\.weight$")
@@ -26,6 +28,23 @@ def stored_tensors(config: ModelConfig, encoding: Encoding) -> dict[str, Stored]
         hf: stored_as(names.get_name(hf, try_suffixes=(".weight", ".bias")), shape, encoding)
         for hf, shape in WeightMap(config).hf_shapes().items()
     }
+
+
+def check_supported(config: ModelConfig) -> None:
+    """Raise UserError for a model that is not written here, or that llama.cpp would compute otherwise."""
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"--gguf: model_type {config.model_type} is not supported; supported: {', '.join(FAMILIES)}. Export a "
+            f"folder without --gguf, and give that to llama.cpp's convert_hf_to_gguf.py"
+        )
+    scaling = config.rotary_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return
+    if scaling.amplitude != yarn_amplitude(scaling.factor) or not scaling.truncate:
+        raise UserError(
+            "--gguf: llama.cpp computes YaRN with truncate, and with the attention factor that follows from factor; "
+            "this model has another attention_factor, mscale or truncate"
+        )
 
 
 def architecture(config: ModelConfig) -> int:
