@@ -120,6 +120,7 @@ DEFAULTS = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
     "moe_router_load_balancing_type": "aux_loss",
     "distributed_timeout_minutes": 10,
     "json_keys": ["text"],

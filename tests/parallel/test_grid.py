@@ -10,8 +10,8 @@ from tandem.launch.world import World
 from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid, Place, held_shards, saved_shards
 from tandem.parallel.layout import Layout, even_rows
-from tandem.parallel.slices import Part, cut, overlaps, transfer
-from toys import toy_config
+from tandem.parallel.slices import Part, cut, overlaps, tiles, transfer
+from toys import moe_config, toy_config
 
 GRID = Grid(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), size=8)
 
@@ -99,3 +99,50 @@ def test_any_part_is_put_together_from_any_slices() -> None:
         np.testing.assert_array_equal(values, cut(tensor, part))
     assert not overlaps(slices[0], slices[1])
     assert overlaps(slices[0], parts[0])
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [
+        ({"expert_model_parallel_size": 4}, 4),
+        ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, 8),
+        ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}, 8),
+        ({"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "moe_tp_extend_ep": True}, 8),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3, "expert_tensor_parallel_size": 1}, 12),
+    ],
+)
+def test_every_number_of_a_mixture_is_saved_once(layout: dict, size: int, by_rows: bool) -> None:
+    config, grid = moe_config(), Grid(Layout(**layout), size)
+    parts: dict[str, list[Part]] = {}
+    for rank in range(size):
+        held = {shard.spec.name: shard.part for shard in held_shards(config, grid, grid.place(rank))}
+        for shard in saved_shards(config, grid, rank, by_rows=by_rows):
+            parts.setdefault(shard.spec.name, []).append(shard.part)
+            assert overlaps(shard.part, held[shard.spec.name])
+    for name, spec in tensor_table(config).items():
+        assert tiles(parts[name], spec.shape), name
+
+
+def test_megatrons_places_of_experts() -> None:
+    """Ranks that cut an expert are neighbours, then come those that share experts, then copies."""
+    grid = Grid(Layout(tensor_model_parallel_size=2, expert_model_parallel_size=2), 8)
+    place = grid.place(5)
+    assert (grid.expert_group("tensor", place), grid.expert_group("expert", place)) == ([4, 5], [5, 7])
+    assert grid.expert_group("replica", place) == [1, 5]
+    whole = Grid(Layout(tensor_model_parallel_size=2, expert_model_parallel_size=4, expert_tensor_parallel_size=1), 8)
+    assert whole.expert_group("expert", whole.place(5)) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "named"),
+    [
+        ({"expert_model_parallel_size": 3}, 3, "num_experts 8 is not a multiple of expert_model_parallel_size 3"),
+        ({"expert_model_parallel_size": 4}, 2, "the 2 processes of a pipeline stage are not a multiple of 4 ranks"),
+        ({"expert_tensor_parallel_size": 2}, 2, "expert_tensor_parallel_size 2: expected 1"),
+        ({"moe_tp_extend_ep": True, "tensor_model_parallel_size": 16}, 16, "8 is not a multiple of 16 tensor ranks"),
+    ],
+)
+def test_experts_that_do_not_divide_are_refused(layout: dict, size: int, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        Grid(Layout(**layout), size).layout._check_experts(moe_config().experts)

@@ -272,6 +272,12 @@ def gather(case: Case, folder: Path) -> Outcome:
                 count = counts.setdefault(key, np.zeros(shape, int))
                 transfer(np.ones(part.shape, int), part, count, Part.whole(shape))
         outcomes.append(outcome)
+    if (
+        case.ep > 1
+    ):  # each rank scores the same texts, but experts see them after those of other ranks: rounding differs
+        for outcome in outcomes[1:]:
+            np.testing.assert_allclose(outcome["scored"], outcomes[0]["scored"], rtol=1e-6, err_msg=case.name)
+            outcome["scored"] = outcomes[0]["scored"]
     assert len({str(outcome) for outcome in outcomes}) == 1, f"{case.name}: ranks report different numbers"
     assert all((count == 1).all() for count in counts.values()), f"{case.name}: not each number once"
     return Outcome(**outcomes[0], tensors=tensors)

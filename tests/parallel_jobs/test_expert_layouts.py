@@ -17,15 +17,38 @@ def moe(**values: Any) -> Case:
     return Case(family="qwen3_moe", lr=2e-4, balance=0.05, steps=5, micro_batches=4, **values)
 
 
-SHORT = [
-    moe(tp=2, packed=True, sequence_parallel=True),
-    moe(dp=2, packed=True, use_distributed_optimizer=True, idle=True),
-]
+SHORT = [moe(dp=2, ep=2, packed=True, idle=True, use_distributed_optimizer=True)]
+MORE = {
+    2: [
+        moe(tp=2, packed=True, sequence_parallel=True),
+        moe(tp=2, etp=1, packed=True, use_distributed_optimizer=True),
+        moe(tp=2, ep=2, etp=1, packed=True, sequence_parallel=True, recompute_layers=2),
+        moe(dp=2, packed=True, use_distributed_optimizer=True, idle=True),
+        moe(dp=2, ep=2, packed=True, recompute_layers=2),
+        moe(pp=2, packed=True),
+    ],
+    4: [
+        moe(dp=4, ep=2, packed=True, use_distributed_optimizer=True, idle=True),
+        moe(dp=4, ep=4),
+        moe(tp=2, dp=2, ep=2, packed=True, sequence_parallel=True, use_distributed_optimizer=True),
+        moe(tp=2, dp=2, ep=4, etp=1, packed=True, sequence_parallel=True),
+        moe(tp=2, dp=2, ep=2, extend=True, packed=True, use_distributed_optimizer=True),
+        moe(tp=4, ep=2, etp=1, packed=True, sequence_parallel=True),
+        moe(pp=2, dp=2, ep=2, packed=True, idle=True),
+    ],
+}
 
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
-def test_experts_in_some_layouts_equal_one_process(framework: str, tmp_path: Path) -> None:
+def test_shared_experts_equal_one_process(framework: str, tmp_path: Path) -> None:
     check(require_framework(framework), 2, SHORT, tmp_path)
+
+
+@pytest.mark.slow("layouts")
+@pytest.mark.parametrize("processes", list(MORE))
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_experts_in_more_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
+    check(require_framework(framework), processes, MORE[processes], tmp_path)
 
 
 def check(framework: str, processes: int, cases: list[Case], folder: Path) -> None:

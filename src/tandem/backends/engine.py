@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from tandem.backends.adapters import Switch, local_adapters
-from tandem.backends.experts import check_experts
+from tandem.backends.experts import Balancing, Share, check_experts
 from tandem.backends.interface import EngineSettings, Session, StepResult
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch, trained_rows
@@ -98,6 +98,8 @@ class BaseEngine(ABC, Generic[T]):
         self._place = self._grid.place(settings.rank)
         self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
         self._trained = [name for name, shard in self._shards.items() if is_trained(config, shard.spec)]
+        self._balancing = Balancing(settings, config, self._grid.tensor_size)
+        self._share = Share.of(layout, self._place.tensor)
         self._adapters = local_adapters(self._shards, self._local_config())
         self._adapters_switch = Switch()
 
@@ -191,6 +193,7 @@ class BaseEngine(ABC, Generic[T]):
         balance = loss_scale / max(1, len(micro_batches) * self._grid.data_size)
         pairs = zip(micro_batches, weights, strict=True)
         batches = [WeightedBatch.of(*pair, self.optimizer_step, balance) for pair in pairs]
+        self._balancing.of_step.clear()
         loss = self._reported(self._accumulate(self._to_run(batches)))
         self._sum_gradients()
         return loss
@@ -329,6 +332,9 @@ class BaseEngine(ABC, Generic[T]):
             vocab_size=self._vocabulary_rows(self._place.tensor),
             experts=self._local_experts(),
         )
+
+    def _is_of_experts(self, name: str) -> bool:
+        return bool(self._shards[name].spec.split.experts)
 
     def _local_experts(self) -> Experts | None:
         """Experts with the width of this rank's slices."""

@@ -20,6 +20,7 @@ from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
+from tandem.parallel.layout import Layout, even_rows
 
 # The framework's array: of numbers per expert, or of one number.
 Array = Any
@@ -30,16 +31,36 @@ def check_experts(config: ModelConfig, settings: EngineSettings) -> None:
     if config.experts is None:
         return
     layout, kind = settings.grid.layout, settings.moe_router_load_balancing_type
-    if layout.expert_size > 1 or layout.expert_tensor_size != layout.tensor_model_parallel_size:
+    shares = layout.expert_size > 1 or layout.expert_tensor_size != layout.tensor_model_parallel_size
+    if shares and settings.use_torch_fsdp2:
         raise UserError(
-            "--expert-model-parallel-size, --expert-tensor-parallel-size and --moe-tp-extend-ep are not supported in "
-            "training: every rank holds all experts, cut over the tensor ranks; leave them out"
+            "--use-torch-fsdp2 shards experts as it shards all else: leave out --expert-model-parallel-size, "
+            "--expert-tensor-parallel-size and --moe-tp-extend-ep"
         )
     if kind == "pooled_aux_loss" and settings.moe_aux_loss_coeff and layout.pipeline_model_parallel_size > 1:
         raise UserError(
             "--moe-router-load-balancing-type pooled_aux_loss needs all layers on one pipeline stage: give aux_loss, "
             "or --pipeline-model-parallel-size 1"
         )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The tokens of its micro-batch that a rank sends to experts: part number `part` of `parts` equal ones.
+
+    Tensor ranks that cut experts all need every token. Where experts are whole, each sends its own part.
+    """
+
+    part: int = 0
+    parts: int = 1
+
+    @classmethod
+    def of(cls, layout: Layout, tensor_rank: int) -> Share:
+        size = layout.tensor_model_parallel_size
+        return cls() if layout.expert_tensor_size == size else cls(tensor_rank, size)
+
+    def rows(self, tokens: int) -> tuple[int, int]:
+        return even_rows(tokens, self.parts, self.part)
 
 
 @dataclass
@@ -133,24 +154,27 @@ class Dispatch:
         send, receive: rows to and from each rank.
         order: of the received rows, sorted by this rank's experts: the number of each among those that came.
         counts: received rows of each of this rank's experts.
+        between: rows from each rank to each.
     """
 
     send: list[int]
     receive: list[int]
     order: np.ndarray
     counts: list[int]
+    between: np.ndarray
 
     @classmethod
     def of(cls, rows: np.ndarray, rank: int) -> Dispatch:
         """Of rank number `rank`, when rank r has rows[r, e] rows for expert e.
 
-        >>> Dispatch.of(np.array([[2, 1, 0, 3], [1, 1, 4, 0]]), rank=0)
-        Dispatch(send=[3, 3], receive=[3, 2], order=array([0, 1, 3, 2, 4]), counts=[3, 2])
+        >>> dispatch = Dispatch.of(np.array([[2, 1, 0, 3], [1, 1, 4, 0]]), rank=0)
+        >>> dispatch.send, dispatch.receive, dispatch.order.tolist(), dispatch.counts
+        ([3, 3], [3, 2], [0, 1, 3, 2, 4], [3, 2])
         """
         ranks, experts = rows.shape
         held = experts // ranks
         here = rows[:, rank * held : (rank + 1) * held]
         of_rows = np.concatenate([np.repeat(np.arange(held), of_rank) for of_rank in here])
         order = np.argsort(of_rows, kind="stable")
-        send = rows[rank].reshape(ranks, held).sum(1)
-        return cls(send.tolist(), here.sum(1).tolist(), order, here.sum(0).tolist())
+        between = rows.reshape(ranks, ranks, held).sum(2)
+        return cls(between[rank].tolist(), between[:, rank].tolist(), order, here.sum(0).tolist(), between)

@@ -38,6 +38,16 @@ class WeightedBatch(MicroBatch):
         return cls(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights, step, balance)
 
 
+# One token without a label, for a rank that must compute as often as others.
+UNTRAINED = WeightedBatch(
+    tokens=np.zeros(1, np.int32),
+    labels=np.full(1, IGNORE, np.int32),
+    position_ids=np.zeros(1, np.int32),
+    cu_seqlens=np.array([0, 1], np.int32),
+    weights=np.zeros(1),
+)
+
+
 def follow(
     schedule: Iterable[Action], forward: Callable[[Action], tuple[Any, T]], backward: Callable[[Action, T], None]
 ) -> Any:

@@ -96,6 +96,12 @@ class ParallelSettings(ShardingSettings):
     """Layer numbers that stay empty, such as 0,29. They count as layers when stages are filled."""
     context_parallel_size: int = 1
     """Number of ranks that split each sequence. Only 1 is supported."""
+    expert_model_parallel_size: int = 1
+    """Number of ranks that share the experts of a layer. They are ranks of the same pipeline stage."""
+    expert_tensor_parallel_size: int | None = None
+    """Number of ranks that split each expert: 1, or --tensor-model-parallel-size, which is the default."""
+    moe_tp_extend_ep: bool = False
+    """Tensor-parallel ranks share experts, too, and do not split them."""
     distributed_timeout_minutes: int = 10
     """Minutes that ranks wait for each other before the run fails."""
 
@@ -107,6 +113,9 @@ class ParallelSettings(ShardingSettings):
             num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
             num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
             noop_layers=parse_layers("--noop-layers", self.noop_layers) or (),
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            moe_tp_extend_ep=self.moe_tp_extend_ep,
         )
 
 

@@ -142,6 +142,8 @@ class Groups:
 
     Attributes:
         model: those that hold one copy of the model together.
+        experts: those that share the experts of layers.
+        copies: those that hold the same experts.
         tied: the first and the last stage's ranks that hold the same slice of a tied embedding.
         channels: (from rank, to rank) -> a group of neighbouring stages, which carries messages in that direction only.
     """
@@ -150,6 +152,8 @@ class Groups:
     tensor: Ranks
     data: Ranks
     model: Ranks
+    experts: Ranks
+    copies: Ranks
     tied: Ranks
     channels: dict[tuple[int, int], str]
 
@@ -157,7 +161,7 @@ class Groups:
 def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
     """The groups of `rank`. Every rank calls this at the same time."""
     if grid.size == 1:
-        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), {})
+        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), {})
     place = grid.place(rank)
     ends = [grid.rank(Place(place.tensor, place.data, stage)) for stage in (0, grid.pipeline_size - 1)]
     has_tied = tied and grid.pipeline_size > 1 and rank in ends
@@ -166,6 +170,8 @@ def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
         _ranks(grid.group("tensor", place), rank),
         _ranks(grid.group("data", place), rank),
         _ranks(grid.model(place), rank),
+        _ranks(grid.expert_group("expert", place), rank),
+        _ranks(grid.expert_group("replica", place), rank),
         _ranks(ends, rank) if has_tied else Ranks(),
         _channels(grid, place),
     )

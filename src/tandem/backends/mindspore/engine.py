@@ -11,8 +11,7 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.adapters import LocalAdapter
-from tandem.backends.engine import BaseEngine, ByRows, clip_coefficient, is_trusted
-from tandem.backends.experts import Balancing
+from tandem.backends.engine import BaseEngine, Batch, ByRows, clip_coefficient, is_trusted
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.mindspore.adapters import Factors, Linear
 from tandem.backends.mindspore.communication import Groups, make_groups
@@ -27,7 +26,7 @@ from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.session import MindSporeSession
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
-from tandem.backends.passes import WeightedBatch
+from tandem.backends.passes import UNTRAINED, WeightedBatch
 from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import TensorKind
 from tandem.data.batch import MicroBatch
@@ -64,25 +63,35 @@ class MindSporeEngine(BaseEngine[Tensor]):
             self.notices.append(self._kernels.fp32_notice)
         self._dtype: ms.Type = getattr(ms, self.param_dtype)
         self._groups = make_groups(self._grid, settings.rank, tied=config.tied)
-        by_rows = settings.use_distributed_optimizer and self._groups.data.group is not None
+        self._data, self._copies = (
+            DataParallel(ranks, settings.use_distributed_optimizer and ranks.group is not None, self._kernels)
+            for ranks in (self._groups.data, self._groups.copies)
+        )
+        by_rows = self._data.by_rows or self._copies.by_rows
         self.by_rows = ByRows(weights=False, gradients=False, optimizer_state=by_rows)
-        self._data = DataParallel(self._groups.data, by_rows, self._kernels)
         self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows(0))
         self._weights = {
-            name: self._new_weight(shard.shape, trained=name in self._trained) for name, shard in self._shards.items()
+            name: self._new_weight(shard.shape, self._data_of(name), trained=name in self._trained)
+            for name, shard in self._shards.items()
         }
         self._trained_weights = {name: self._weights[name] for name in self._trained}
         self._passes = self._make_passes()
-        self._adamw = AdamW(self._trained_weights, self._data, settings, self._kernels) if settings.training else None
+        self._adamw = (
+            AdamW(self._trained_weights, self._data_of, settings, self._kernels) if settings.training else None
+        )
 
-    def _new_weight(self, shape: tuple[int, ...], *, trained: bool) -> Weight:
+    def _data_of(self, name: str) -> DataParallel:
+        """The ranks that hold the same part of a weight and share its updates."""
+        return self._copies if self._is_of_experts(name) else self._data
+
+    def _new_weight(self, shape: tuple[int, ...], data: DataParallel, *, trained: bool) -> Weight:
         value = self._kernels.zeros(shape)
         if not trained:
             value = value.astype(self._dtype)
             return Weight(value, value, trained=False)
         if self._dtype is ms.float32:
-            return Weight(value, self._data.own_rows_of(value))
-        first, last = self._data.own_rows(shape[0])
+            return Weight(value, data.own_rows_of(value))
+        first, last = data.own_rows(shape[0])
         return Weight(value.astype(self._dtype), self._kernels.zeros((last - first, *shape[1:])))
 
     def _make_passes(self) -> Passes:
@@ -100,8 +109,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
             tensor=self._tensor,
             recompute_layers=self._settings.recompute_layers,
         )
-        balancing = Balancing(self._settings, self.config, self._grid.tensor_size)
-        return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype, balancing)
+        return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype, self._balancing)
 
     def _make_mixtures(self, layers: Sequence[int]) -> dict[int, Mixture]:
         experts = self._local_experts()
@@ -109,7 +117,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         def mixture(layer: int, experts: Experts) -> Mixture:
             names = (ROUTER, EXPERTS_FC1, EXPERTS_FC2)
             router, fc1, fc2 = (self._weights[layer_prefix(layer) + name] for name in names)
-            return Mixture(layer, experts, router, fc1, fc2, self._kernels)
+            return Mixture(layer, experts, router, fc1, fc2, self._kernels, self._groups.experts, self._share)
 
         return {layer: mixture(layer, experts) for layer in layers if experts is not None and experts.are_in(layer)}
 
@@ -163,6 +171,14 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _sum_over_ranks(self, *values: float) -> list[float]:
         return self._groups.everyone.sum_values(*values)
 
+    def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """The same as in the base class. Ranks that send tokens to each other's experts run equally many."""
+        batches = super()._to_run(micro_batches)
+        if self._groups.experts.group is not None:
+            most = max(self._groups.data.gather_values(len(batches)))
+            batches += [UNTRAINED] * (most - len(batches))
+        return batches
+
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
         for weight in self._trained_weights.values():
             weight.has_gradient = False
@@ -190,7 +206,8 @@ class MindSporeEngine(BaseEngine[Tensor]):
                 name for name in self._partial_names(sequence_parallel=self._tensor.sequence) if name != FINAL_NORM
             ]
             self._kernels.sum_over(self._groups.tensor, [gradients[name] for name in partial])
-        self._data.reduce(list(gradients.values()))
+        for data in (self._data, self._copies):
+            data.reduce([gradient for name, gradient in gradients.items() if self._data_of(name) is data])
         if self._groups.tied.group is not None and EMBEDDING in gradients:
             self._kernels.sum_over(self._groups.tied, [gradients[EMBEDDING]])
 
@@ -225,7 +242,8 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _update(self, lr: float, weight_decay: float, coefficient: float) -> None:
         assert self._adamw is not None
         self._adamw.update(self.optimizer_step, lr, weight_decay, coefficient)
-        self._data.share(list(self._trained_weights.values()))
+        for data in (self._data, self._copies):
+            data.share([weight for name, weight in self._trained_weights.items() if self._data_of(name) is data])
 
     def _gradients(self) -> dict[str, np.ndarray]:
         gradients = {name: self._gradient(weight).asnumpy() for name, weight in self._trained_weights.items()}

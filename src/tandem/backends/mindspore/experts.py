@@ -8,12 +8,13 @@ Shapes: t tokens, h hidden size, E experts, k of them for a token, n rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.experts import Routing
+from tandem.backends.experts import Dispatch, Routing, Share
+from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.weight import Weight
 from tandem.models.experts import Experts
@@ -26,27 +27,39 @@ class Rows:
     Attributes:
         slots: of each row, which of the t k choices it is: token times k, plus the place among the token's experts.
         tokens: of each row, the number of its token.
-        counts: rows of each expert.
+        counts: rows that come to each of this rank's experts.
+        dispatch: how rows travel; None where this rank has all experts.
     """
 
     slots: np.ndarray
     tokens: np.ndarray
     counts: list[int]
+    dispatch: Dispatch | None = None
 
     @classmethod
-    def of(cls, chosen: np.ndarray, experts: int) -> Rows:
-        """`chosen`: the experts of each token, [t, k]."""
-        flat = chosen.reshape(-1)
-        slots = np.argsort(flat, kind="stable")
-        return cls(slots, slots // chosen.shape[1], np.bincount(flat, minlength=experts).tolist())
+    def of(cls, chosen: np.ndarray, experts: int, tokens: int, share: Share, ranks: Ranks) -> Rows:
+        """Of the experts of each token, [t, k]: those of this rank's share of the first `tokens` tokens."""
+        first, last = share.rows(tokens)
+        flat, width = chosen[first:last].reshape(-1), chosen.shape[1]
+        slots = np.argsort(flat, kind="stable") + first * width
+        counts = np.bincount(flat, minlength=experts)
+        if ranks.group is None:
+            return cls(slots, slots // width, counts.tolist())
+        gathered = ranks.gather(Tensor(counts.astype(np.float32)))
+        dispatch = Dispatch.of(np.stack([of_rank.asnumpy() for of_rank in gathered]).astype(np.int64), ranks.rank)
+        return cls(slots, slots // width, dispatch.counts, dispatch)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a forward pass keeps for its backward pass, besides its input."""
+    """What a forward pass keeps for its backward pass, besides its input.
+
+    `taken`: what other ranks sent; None for what this rank takes itself, again.
+    """
 
     rows: Rows
     factors: Tensor
+    taken: tuple[Tensor, Tensor] | None
     pull_route: Callable[[Tensor, Tensor], Tensor]
     pull_experts: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -59,7 +72,9 @@ class Mixture:
         layer: its number in the whole model.
         experts: with this rank's width of an expert.
         router: [E, h].
-        fc1, fc2: of all experts, one below the other.
+        fc1, fc2: of this rank's experts, one below the other.
+        ranks: those that share the experts.
+        share: of the tokens, this rank's.
     """
 
     layer: int
@@ -68,27 +83,45 @@ class Mixture:
     fc1: Weight
     fc2: Weight
     kernels: Kernels
+    ranks: Ranks = field(default_factory=Ranks)
+    share: Share = field(default_factory=Share)
 
     def forward(self, x: Tensor, routing: Routing) -> tuple[Tensor, Kept]:
         """x [t, h] -> [t, h], and what `backward` needs besides x."""
         factors, chosen, pull_route = self.kernels.route(x, self.router, self.experts, routing, self.layer)
-        rows = Rows.of(chosen, self.experts.num_experts)
-        taken, taken_factors = self._take(x, factors, rows)
-        down, pull_experts = self.kernels.expert_mlp(taken, taken_factors, self.fc1, self.fc2, rows.counts)
-        return self.kernels.sum_rows(down, rows.tokens, x.shape[0]), Kept(rows, factors, pull_route, pull_experts)
+        rows = Rows.of(chosen, self.experts.num_experts, routing.tokens, self.share, self.ranks)
+        taken = self._take(x, factors, rows)
+        down, pull_experts = self.kernels.expert_mlp(*taken, self.fc1, self.fc2, rows.counts)
+        output = self.kernels.sum_rows(self._back(down, rows), rows.tokens, x.shape[0])
+        return output, Kept(rows, factors, taken if rows.dispatch else None, pull_route, pull_experts)
 
     def backward(self, gradient: Tensor, x: Tensor, kept: Kept) -> Tensor:
         """The gradient of x from that of the result. Adds the gradients of the weights."""
         rows, factors = kept.rows, kept.factors
-        d_down = self.kernels.select_rows(gradient, rows.tokens)[0]
-        d_taken, d_taken_factors = kept.pull_experts(d_down, *self._take(x, factors, rows))
-        d_factors = self.kernels.place_rows(d_taken_factors, rows.slots, factors.shape[0] * factors.shape[1])
-        d_x = kept.pull_route(d_factors.reshape(factors.shape), x)
-        return d_x + self.kernels.sum_rows(d_taken, rows.tokens, x.shape[0])
+        d_down = self._there(self.kernels.select_rows(gradient, rows.tokens)[0], rows)
+        d_taken, d_taken_factors = kept.pull_experts(d_down, *(kept.taken or self._take(x, factors, rows)))
+        d_slots = self._back(d_taken_factors, rows)
+        d_factors = self.kernels.place_rows(d_slots, rows.slots, factors.shape[0] * factors.shape[1])
+        d_rows = self.kernels.sum_rows(self._back(d_taken, rows), rows.tokens, x.shape[0])
+        return kept.pull_route(d_factors.reshape(factors.shape), x) + d_rows
 
     def _take(self, x: Tensor, factors: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The rows' tokens [n, h] and their factors [n, 1]."""
+        """The rows that come to this rank's experts: tokens [n, h] and their factors [n, 1]."""
         return (
-            self.kernels.select_rows(x, rows.tokens)[0],
-            self.kernels.select_rows(factors.reshape(-1, 1), rows.slots)[0],
+            self._there(self.kernels.select_rows(x, rows.tokens)[0], rows),
+            self._there(self.kernels.select_rows(factors.reshape(-1, 1), rows.slots)[0], rows),
         )
+
+    def _there(self, x: Tensor, rows: Rows) -> Tensor:
+        """Rows of this rank's tokens -> the rows that come to its experts, sorted by these."""
+        if rows.dispatch is None:
+            return x
+        came = self.kernels.exchange(self.ranks, x, rows.dispatch.between)
+        return self.kernels.select_rows(came, rows.dispatch.order)[0]
+
+    def _back(self, x: Tensor, rows: Rows) -> Tensor:
+        """The reverse of `_there`."""
+        if rows.dispatch is None:
+            return x
+        as_they_came = self.kernels.place_rows(x, rows.dispatch.order, x.shape[0])
+        return self.kernels.exchange(self.ranks, as_they_came, rows.dispatch.between.T)

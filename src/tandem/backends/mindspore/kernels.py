@@ -26,7 +26,7 @@ class Kernels:
         rows: some rows of a tensor. On CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
-        route, expert_mlp, sum_rows: of mixtures of experts.
+        route, expert_mlp, sum_rows, exchange: of mixtures of experts.
         side_by_side, block, row_squares, stretch, scale_columns, dot_columns: of adapters.
         bf16: whether matrix products in bfloat16 exist.
         fp32_notice: a message for the user when computing in fp32.
@@ -53,6 +53,7 @@ class Kernels:
     route: Callable[..., tuple[Tensor, np.ndarray, Callable[[Tensor, Tensor], Tensor]]]
     expert_mlp: Callable[..., tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]]
     sum_rows: Callable[[Tensor, np.ndarray, int], Tensor]
+    exchange: Callable[[Ranks, Tensor, np.ndarray], Tensor]
     side_by_side: Callable[..., Tensor]
     block: Callable[..., Tensor]
     row_squares: Callable[[Tensor, Tensor], Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mindspore as ms
 import numpy as np
@@ -19,12 +20,19 @@ _adam = ops.Adam()
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101), bias corrected; 1-D tensors do not decay.
 
+    Args:
+        data: weight's name -> the ranks that share its updates.
+
     Attributes:
         exp_avg, exp_avg_sq: first and second moments of the masters, by name, fp32.
     """
 
     def __init__(
-        self, weights: dict[str, Weight], data: DataParallel, settings: EngineSettings, kernels: Kernels
+        self,
+        weights: dict[str, Weight],
+        data: Callable[[str], DataParallel],
+        settings: EngineSettings,
+        kernels: Kernels,
     ) -> None:
         self.weights = {name: weight for name, weight in weights.items() if weight.master.shape[0]}
         self.data = data
@@ -43,7 +51,7 @@ class AdamW:
         scalars = (0.0, 0.0, corrected_lr, self.beta1, self.beta2, self.epsilon * correction)
         arguments = [Tensor(scalar, ms.float32) for scalar in scalars]
         for name, weight in self.weights.items():
-            gradient = self.data.own_rows_of(weight.gradient)
+            gradient = self.data(name).own_rows_of(weight.gradient)
             if coefficient != 1:
                 self.kernels.scale(gradient, coefficient)
             if weight_decay and len(weight.value.shape) > 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,6 +93,8 @@ class Groups:
 
     Attributes:
         model: those that hold one copy of the model together.
+        experts: those that share the experts of layers.
+        copies: those that hold the same experts.
         pipelines: (messages are activations, messages go around) -> a group of all stages. Going around means from the
             last stage to the first, and for gradients back. So between two ranks a group carries messages in one
             direction only, and both sides reach them in the same order.
@@ -101,6 +104,8 @@ class Groups:
     tensor: Ranks
     data: Ranks
     model: Ranks
+    experts: Ranks
+    copies: Ranks
     pipelines: dict[tuple[bool, bool], Group]
 
 
@@ -114,17 +119,20 @@ def make_groups(grid: Grid, rank: int, *, interleaved: bool) -> Groups:
     rank must create equally many.
     """
     if grid.size == 1:
-        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), {})
+        return Groups(Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), {})
     place = grid.place(rank)
     kinds = [(forward, around) for forward in (True, False) for around in ((False, True) if interleaved else (False,))]
     stages = grid.group("pipeline", place)
     everyone = Ranks(dist.group.WORLD, rank, grid.size)
-    tensor = _ranks(grid.group("tensor", place), rank)
+    tensor, data = (_ranks(grid.group(axis, place), rank) for axis in ("tensor", "data"))
+    is_split = grid.layout.expert_size > 1 or grid.layout.expert_tensor_size != grid.tensor_size
     return Groups(
         everyone,
         tensor,
-        _ranks(grid.group("data", place), rank),
+        data,
         everyone if grid.data_size == 1 else tensor if grid.pipeline_size == 1 else _ranks(grid.model(place), rank),
+        _ranks(grid.expert_group("expert", place), rank),
+        _ranks(grid.expert_group("replica", place), rank) if is_split else data,
         {kind: _group(stages) for kind in kinds} if len(stages) > 1 else {},
     )
 
@@ -166,6 +174,20 @@ def reduce_scatter(rows: torch.Tensor, whole: torch.Tensor, group: Group | None)
 def all_reduce(x: torch.Tensor, group: Group | None) -> dist.Work:
     """Start to replace x by its sum over a group."""
     return _started(dist.all_reduce(x, group=group, async_op=True))
+
+
+def exchange(x: torch.Tensor, send: list[int], receive: list[int], ranks: Ranks) -> torch.Tensor:
+    """The rows that come from each rank, rank after rank; `send` of the rows of x [n, k] go to each, in their order."""
+    received = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), receive, send, group=ranks.group)
+    return received
+
+
+def gather_counts(counts: torch.Tensor, ranks: Ranks) -> np.ndarray:
+    """Every rank's counts [n], [ranks, n], on the host."""
+    gathered = counts.new_empty(ranks.size * len(counts))
+    all_gather(gathered, counts, ranks.group).wait()
+    return gathered.view(ranks.size, -1).cpu().numpy()
 
 
 def wait_for(works: Iterable[dist.Work]) -> None:
@@ -218,6 +240,7 @@ _SENDS: dict[str, tuple[int, Callable[[int], float]]] = {
     "_allgather_base_": (0, _ring),
     "_reduce_scatter_base_": (1, _ring),
     "send": (0, lambda ranks: 1.0),
+    "alltoall_base_": (1, _ring),
 }
 
 

@@ -6,7 +6,7 @@ stage 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -166,3 +166,55 @@ class Replicated:
     def _own_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         start, stop = own_rows(self.ranks, len(tensor), by_rows=self.by_rows)
         return tensor[start:stop]
+
+
+class Apart:
+    """`Sharing` in which other ranks hold the same experts than hold the same of all else.
+
+    Args:
+        rest, experts: how each kind of weight is shared, with equal `by_rows`.
+        of_experts: called with a weight.
+    """
+
+    weights_by_rows = False
+
+    def __init__(self, rest: Replicated, experts: Replicated, of_experts: Callable[[nn.Parameter], bool]) -> None:
+        self.ranks, self.by_rows = rest.ranks, rest.by_rows
+        self._rest, self._experts, self._of_experts = rest, experts, of_experts
+
+    def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
+        self._rest.prepare([weight for weight in weights if not self._of_experts(weight)], training=training)
+        self._experts.prepare([weight for weight in weights if self._of_experts(weight)], training=training)
+
+    def begin(self, *, gradients: bool) -> None:
+        self._rest.begin(gradients=gradients)
+        self._experts.begin(gradients=gradients)
+
+    def before_backward(self, chunk: nn.Module, *, last: bool) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def reduce(self) -> None:
+        self._rest.reduce()
+        self._experts.reduce()
+
+    def share(self) -> None:
+        self._rest.share()
+        self._experts.share()
+
+    def kept(self, weight: nn.Parameter) -> torch.Tensor:
+        return weight.data
+
+    def updated(self, weight: nn.Parameter) -> torch.Tensor:
+        return self._of(weight).updated(weight)
+
+    def gradient(self, weight: nn.Parameter) -> torch.Tensor:
+        return self._of(weight).gradient(weight)
+
+    def whole_gradient(self, weight: nn.Parameter) -> torch.Tensor:
+        return self._of(weight).whole_gradient(weight)
+
+    def _of(self, weight: nn.Parameter) -> Replicated:
+        return self._experts if self._of_experts(weight) else self._rest

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from tandem.backends.engine import BaseEngine, Batch, ByRows
-from tandem.backends.experts import Balancing
 from tandem.backends.interface import EngineSettings, StepResult
-from tandem.backends.passes import WeightedBatch
+from tandem.backends.passes import UNTRAINED, WeightedBatch
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
 from tandem.backends.torch.compute.sets import kernels_of
-from tandem.backends.torch.data_parallel import Replicated, Sharing
+from tandem.backends.torch.data_parallel import Apart, Replicated, Sharing
 from tandem.backends.torch.device import choose_device, device_name, has_native_bf16
+from tandem.backends.torch.experts import ExpertRanks, OfExperts
 from tandem.backends.torch.functional import matmul
 from tandem.backends.torch.model import Build, Chunk, GPTModel
 from tandem.backends.torch.optimizer import AdamW, Decision, sum_of_squares
@@ -27,19 +27,10 @@ from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.session import TorchSession
 from tandem.backends.torch.tensor_parallel import TensorParallel
 from tandem.checkpoints.interface import TensorKind
-from tandem.data.batch import IGNORE, MicroBatch
+from tandem.data.batch import MicroBatch
 from tandem.frameworks import TORCH
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING
-
-# One token without a label.
-UNTRAINED = WeightedBatch(
-    tokens=np.zeros(1, np.int32),
-    labels=np.full(1, IGNORE, np.int32),
-    position_ids=np.zeros(1, np.int32),
-    cu_seqlens=np.array([0, 1], np.int32),
-    weights=np.zeros(1),
-)
 
 
 def create(config: ModelConfig, settings: EngineSettings) -> TorchEngine:
@@ -78,7 +69,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             self._sharing = sharded = FullySharded(self._groups.data, self._dtype, self._device)
             kept_dtype, shard = torch.float32, sharded.add
         else:
-            self._sharing = Replicated(self._groups.data, by_rows=settings.use_distributed_optimizer)
+            self._sharing = self._replicated(by_rows=settings.use_distributed_optimizer)
             kept_dtype, shard = self._dtype, None
         self.by_rows = ByRows(self._sharing.weights_by_rows, self._sharing.by_rows, self._sharing.by_rows)
         pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.pipelines)
@@ -94,16 +85,24 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             self._adapters,
             self._adapters_switch,
             shard,
+            ExpertRanks(self._groups.experts, self._share),
         )
         counts = recompute_counts(stage, settings.recompute_layers)
         models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
-        balancing = Balancing(settings, config, self._grid.tensor_size)
-        self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device, balancing)
+        self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device, self._balancing)
         self._weights = self._name_weights(models)
         for name, weight in self._weights.items():
             weight.requires_grad_(name in self._trained)
         self._sharing.prepare(list(self._weights.values()), training=settings.training)
         self._adamw = self._make_adamw() if settings.training else None
+
+    def _replicated(self, *, by_rows: bool) -> Sharing:
+        data, copies = self._groups.data, self._groups.copies
+        if copies is data:
+            return Replicated(data, by_rows=by_rows)
+
+        rest, experts = Replicated(data, by_rows=by_rows), Replicated(copies, by_rows=by_rows)
+        return Apart(rest, experts, lambda weight: isinstance(weight, OfExperts))
 
     def _name_weights(self, models: Sequence[GPTModel]) -> dict[str, nn.Parameter]:
         """Weights by global name, in the tensor table's order."""
@@ -183,13 +182,13 @@ class TorchEngine(BaseEngine[torch.Tensor]):
     def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """The same as in the base class, with two exceptions.
 
-        Interleaved stages need whole rounds of micro-batches. And ranks that gather weights from each other must run
-        equally many.
+        Interleaved stages need whole rounds of micro-batches. And ranks that gather weights from each other, or send
+        tokens to each other's experts, must run equally many.
         """
         trained = super()._to_run(micro_batches)
         batches = list(micro_batches) if len(self._passes.chunks) > 1 else trained
-        if self._sharing.weights_by_rows:
-            batches += [UNTRAINED] * (maximum_over(self._sharing.ranks, len(batches)) - len(batches))
+        if self._sharing.weights_by_rows or self._groups.experts.group is not None:
+            batches += [UNTRAINED] * (maximum_over(self._groups.data, len(batches)) - len(batches))
         return batches
 
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> torch.Tensor | float:

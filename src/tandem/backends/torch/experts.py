@@ -7,16 +7,17 @@ Shapes: t tokens, h hidden size, E experts, k of them for a token, f inner width
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd import Function
 
-from tandem.backends.experts import Routing
+from tandem.backends.experts import Dispatch, Routing, Share
+from tandem.backends.torch.communication import Ranks, exchange, gather_counts
 from tandem.backends.torch.compute.sets import kernels_of
-from tandem.backends.torch.functional import Weight, matmul, new_weight
+from tandem.backends.torch.functional import Weight, matmul
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 
@@ -28,12 +29,24 @@ class HasRouting(Protocol):
     def routing(self) -> Routing | None: ...
 
 
+@dataclass(frozen=True)
+class ExpertRanks:
+    """The ranks that share the experts of a layer, and the tokens that this rank sends to them."""
+
+    experts: Ranks = field(default_factory=Ranks)
+    share: Share = field(default_factory=Share)
+
+
+class OfExperts(Weight):
+    """A weight of experts. Other ranks hold copies of it than of other weights."""
+
+
 class _Weighted(nn.Module):
     """A weight under its name in the layout."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device, kind: type[Weight] = Weight) -> None:
         super().__init__()
-        self.weight = new_weight(*shape, dtype=dtype, device=device)
+        self.weight = kind(torch.empty(shape, dtype=dtype, device=device))
 
 
 class _Stacks(nn.Module):
@@ -42,8 +55,8 @@ class _Stacks(nn.Module):
     def __init__(self, hidden: int, experts: Experts, held: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         width = experts.moe_ffn_hidden_size
-        self.linear_fc1 = _Weighted(held * 2 * width, hidden, dtype=dtype, device=device)
-        self.linear_fc2 = _Weighted(held * hidden, width, dtype=dtype, device=device)
+        self.linear_fc1 = _Weighted(held * 2 * width, hidden, dtype=dtype, device=device, kind=OfExperts)
+        self.linear_fc2 = _Weighted(held * hidden, width, dtype=dtype, device=device, kind=OfExperts)
 
 
 class MixtureOfExperts(nn.Module):
@@ -54,16 +67,20 @@ class MixtureOfExperts(nn.Module):
         layer: its number in the whole model.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, ranks: ExpertRanks, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         assert config.experts is not None
-        self.layer, self.choice = layer, config.experts
+        self.layer, self.choice, self.ranks = layer, config.experts, ranks
         self.router = _Weighted(config.experts.num_experts, config.hidden_size, dtype=dtype, device=device)
-        self.experts = _Stacks(config.hidden_size, config.experts, config.experts.num_experts, dtype, device)
+        held = config.experts.num_experts // ranks.experts.size
+        self.experts = _Stacks(config.hidden_size, config.experts, held, dtype, device)
 
     def forward(self, x: torch.Tensor, inputs: HasRouting) -> torch.Tensor:
         factors, chosen = _Route.apply(x, self.router.weight, self.choice, inputs.routing, self.layer)
-        rows = _Rows.of(chosen, self.choice.num_experts)
+        assert inputs.routing is not None
+        rows = _Rows.of(chosen, self.choice.num_experts, inputs.routing.tokens, self.ranks)
         return _Mixture.apply(x, factors, self.experts.linear_fc1.weight, self.experts.linear_fc2.weight, rows)
 
 
@@ -131,19 +148,44 @@ class _Rows:
     Attributes:
         slots: of each row, which of the t k choices it is: token times k, plus the place among the token's experts.
         tokens: of each row, the number of its token.
-        counts: rows of each expert.
+        counts: rows that come to each of this rank's experts.
+        dispatch, order: how rows travel; None where this rank has all experts.
     """
 
     slots: torch.Tensor
     tokens: torch.Tensor
     counts: list[int]
+    ranks: Ranks
+    dispatch: Dispatch | None = None
+    order: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, chosen: torch.Tensor, experts: int) -> _Rows:
-        flat = chosen.flatten()
-        slots = torch.sort(flat, stable=True).indices
-        counts = torch.bincount(flat, minlength=experts).tolist()
-        return cls(slots, torch.div(slots, chosen.shape[1], rounding_mode="floor"), counts)
+    def of(cls, chosen: torch.Tensor, experts: int, tokens: int, ranks: ExpertRanks) -> _Rows:
+        """Of the experts of each token, [t, k]: those of this rank's share of the first `tokens` tokens."""
+        first, last = ranks.share.rows(tokens)
+        flat, width = chosen[first:last].flatten(), chosen.shape[1]
+        slots = torch.sort(flat, stable=True).indices + first * width
+        counts = torch.bincount(flat, minlength=experts)
+        numbers = torch.div(slots, width, rounding_mode="floor")
+        if ranks.experts.group is None:
+            return cls(slots, numbers, counts.tolist(), ranks.experts)
+        dispatch = Dispatch.of(gather_counts(counts, ranks.experts), ranks.experts.rank)
+        order = torch.from_numpy(dispatch.order).to(chosen.device)
+        return cls(slots, numbers, dispatch.counts, ranks.experts, dispatch, order)
+
+    def there(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of this rank's tokens -> the rows that come to its experts, sorted by these."""
+        if self.dispatch is None:
+            return x
+        return exchange(x, self.dispatch.send, self.dispatch.receive, self.ranks)[self.order]
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """The reverse of `there`."""
+        if self.dispatch is None:
+            return x
+        as_they_came = torch.empty_like(x)
+        as_they_came[self.order] = x
+        return exchange(as_they_came, self.dispatch.receive, self.dispatch.send, self.ranks)
 
 
 class _Mixture(Function):
@@ -156,29 +198,32 @@ class _Mixture(Function):
     def forward(
         ctx: Any, x: torch.Tensor, factors: torch.Tensor, fc1: Weight, fc2: Weight, rows: _Rows
     ) -> torch.Tensor:
-        gate_up = grouped(x[rows.tokens], fc1, rows.counts)
-        factor = factors.flatten()[rows.slots, None]
+        taken, factor = rows.there(x[rows.tokens]), rows.there(factors.flatten()[rows.slots, None])
+        gate_up = grouped(taken, fc1, rows.counts)
         down = grouped((kernels_of(x.device).swiglu(gate_up) * factor).to(x.dtype), fc2, rows.counts)
-        ctx.save_for_backward(x, factors, gate_up)
+        # What other ranks sent is kept. What this rank took itself is taken again.
+        kept = (taken, factor) if rows.dispatch is not None else ()
+        ctx.save_for_backward(x, factors, gate_up, *kept)
         ctx.weights, ctx.rows = (fc1, fc2), rows
-        return torch.zeros_like(x).index_add_(0, rows.tokens, down)
+        return torch.zeros_like(x).index_add_(0, rows.tokens, rows.back(down))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, factors, gate_up = ctx.saved_tensors
+        x, factors, gate_up, *kept = ctx.saved_tensors
         (fc1, fc2), rows = ctx.weights, ctx.rows
-        factor = factors.flatten()[rows.slots, None]
+        taken, factor = kept or (x[rows.tokens], factors.flatten()[rows.slots, None])
         kernels = kernels_of(x.device)
-        d_down, active = gradient[rows.tokens], kernels.swiglu(gate_up)
+        d_down, active = rows.there(gradient[rows.tokens]), kernels.swiglu(gate_up)
         if fc2.main_grad is not None:
             fc2.main_grad.add_products(d_down, (active * factor).to(x.dtype), rows.counts)
         d_weighted = grouped(d_down, fc2, rows.counts, transposed=True)
         d_factors = torch.zeros_like(factors)
-        d_factors.view(-1)[rows.slots] = (d_weighted * active).sum(1).to(factors.dtype)
+        dots = (d_weighted * active).sum(1, keepdim=True).to(factors.dtype)
+        d_factors.view(-1)[rows.slots] = rows.back(dots)[:, 0]
         d_gate_up = kernels.swiglu_backward((d_weighted * factor).to(x.dtype), gate_up)
         if fc1.main_grad is not None:
-            fc1.main_grad.add_products(d_gate_up, x[rows.tokens], rows.counts)
-        d_rows = grouped(d_gate_up, fc1, rows.counts, transposed=True)
+            fc1.main_grad.add_products(d_gate_up, taken, rows.counts)
+        d_rows = rows.back(grouped(d_gate_up, fc1, rows.counts, transposed=True))
         return torch.zeros_like(x).index_add_(0, rows.tokens, d_rows), d_factors, None, None, None
 
 

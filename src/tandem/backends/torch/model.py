@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.adapters import LocalAdapter, Switch
 from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
-from tandem.backends.torch.experts import MixtureOfExperts
+from tandem.backends.torch.experts import ExpertRanks, MixtureOfExperts
 from tandem.backends.torch.functional import (
     Weight,
     embedding,
@@ -52,6 +52,7 @@ class Build:
         adapters: this rank's, by the global name of the weight that they add to.
         switch: turns them on and off.
         shard: called with each layer, and then with the model, as soon as it is built.
+        experts: the ranks that share the experts of layers.
     """
 
     config: ModelConfig
@@ -61,6 +62,7 @@ class Build:
     adapters: Mapping[str, Sequence[LocalAdapter]] = field(default_factory=dict)
     switch: Switch = field(default_factory=Switch)
     shard: Callable[[nn.Module], None] | None = None
+    experts: ExpertRanks = field(default_factory=ExpertRanks)
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
         return Linear(inputs, outputs, self.dtype, self.device, bias)
@@ -222,7 +224,7 @@ class TransformerLayer(nn.Module):
         self.mlp: MLP | MixtureOfExperts = (
             MLP(build, f"{layer_prefix(layer)}mlp.")
             if build.config.experts_in(layer) is None
-            else MixtureOfExperts(build.config, layer, build.dtype, build.device)
+            else MixtureOfExperts(build.config, layer, build.experts, build.dtype, build.device)
         )
         self.tensor = build.tensor
         if build.shard is not None:

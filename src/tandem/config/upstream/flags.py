@@ -59,7 +59,6 @@ IGNORED: dict[str, Ignored] = {
     "--tokenizer-not-use-fast": ALWAYS_ON,
     "--enable-hf2mg-convert": ALWAYS_ON,
     "--model-type-hf": Ignored(1, ("qwen3", "qwen3-moe")),
-    "--expert-model-parallel-size": Ignored(1, ("1",)),
     "--context-parallel-algo": Ignored(1, ("megatron_cp_algo", "ulysses_cp_algo")),
     "--attention-mask-type": Ignored(1, ("causal", "general")),  # two layouts of the same mask
     "--use-ascend-coc": Ignored(excludes="--use-ascend-mc2"),

@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 
 from tandem.backends.experts import Routing
+from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.compute.npu import product, weight_gradient, zeros
 from tandem.backends.mindspore.weight import Weight
 from tandem.models.experts import Experts
@@ -79,6 +80,13 @@ def expert_mlp(
 def sum_rows(x: Tensor, tokens: np.ndarray, count: int) -> Tensor:
     sums = mint.zeros((count, x.shape[1]), dtype=ms.float32)
     return mint.index_add(sums, 0, Tensor(tokens, ms.int32), x.astype(ms.float32)).astype(x.dtype)
+
+
+def exchange(ranks: Ranks, x: Tensor, between: np.ndarray) -> Tensor:
+    send, receive = between[ranks.rank].tolist(), between[:, ranks.rank].tolist()
+    received = mint.empty((sum(receive), x.shape[1]), dtype=x.dtype)
+    mint.distributed.all_to_all_single(received, x, receive, send, group=ranks.group)
+    return received
 
 
 def _grouped(x: Tensor, weight: Weight, counts: Sequence[int], *, transposed: bool) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.experts import Routing
+from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.compute.cpu import products
 from tandem.backends.mindspore.compute.cpu.functional import product, swiglu, weight_gradient
 from tandem.backends.mindspore.weight import Weight, empty, single
@@ -99,6 +100,27 @@ def sum_rows(x: Tensor, tokens: np.ndarray, count: int) -> Tensor:
     for start, stop in zip([0, *ends], ends):
         sums[tokens[start:stop]] += rows[start:stop]
     return Tensor(sums).astype(x.dtype)
+
+
+def exchange(ranks: Ranks, x: Tensor, between: np.ndarray) -> Tensor:
+    """The rows that come from each rank, rank after rank. Of this rank's rows x [n, k], the first go to the first rank.
+
+    MindSpore has no AllToAll on CPU: every rank gets all rows, and takes its own.
+
+    Args:
+        between: rows from each rank to each.
+    """
+    most, own = int(between.sum(1).max()), x.asnumpy()
+    received, values = empty(int(between[:, ranks.rank].sum()), x.shape[1], dtype=x.dtype)
+    if most:
+        message, rows = empty(most, x.shape[1], dtype=x.dtype)
+        rows[: len(own)] = own
+        place = 0
+        for source, of_rank in enumerate(ranks.gather(message)):
+            first, count = int(between[source, : ranks.rank].sum()), int(between[source, ranks.rank])
+            values[place : place + count] = of_rank.asnumpy()[first : first + count]
+            place += count
+    return received
 
 
 def grouped(x: Tensor, weight: Weight, counts: Sequence[int], *, transposed: bool = False) -> Tensor:
