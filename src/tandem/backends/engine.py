@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from tandem.backends.adapters import Switch, local_adapters
-from tandem.backends.experts import Balancing, Share, check_experts
+from tandem.backends.experts import Balancing, Share, check_experts, sliced
 from tandem.backends.interface import EngineSettings, Session, StepResult
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch, trained_rows
@@ -27,7 +27,6 @@ from tandem.errors import UserError
 from tandem.frameworks import Framework
 from tandem.machine import available_bytes
 from tandem.models.config import ModelConfig
-from tandem.models.experts import Experts
 from tandem.models.families import ROUTER
 from tandem.models.tensors import EMBEDDING, is_trained, tensor_table
 from tandem.parallel.grid import counted_shards, held_shards, saved_shards
@@ -330,18 +329,11 @@ class BaseEngine(ABC, Generic[T]):
             num_query_groups=config.num_query_groups // size,
             ffn_hidden_size=config.ffn_hidden_size // size,
             vocab_size=self._vocabulary_rows(self._place.tensor),
-            experts=self._local_experts(),
+            experts=sliced(config.experts, self._grid.layout),
         )
 
     def _is_of_experts(self, name: str) -> bool:
         return bool(self._shards[name].spec.split.experts)
-
-    def _local_experts(self) -> Experts | None:
-        """Experts with the width of this rank's slices."""
-        experts, size = self.config.experts, self._grid.layout.expert_tensor_size
-        if experts is None:
-            return None
-        return dataclasses.replace(experts, moe_ffn_hidden_size=experts.moe_ffn_hidden_size // size)
 
     def _vocabulary_rows(self, tensor_rank: int) -> int:
         """Rows of embedding and head on a tensor rank."""

@@ -8,7 +8,7 @@ Sources: load balancing: "Switch Transformers" (arXiv 2101.03961), section 2.2, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,13 @@ def check_experts(config: ModelConfig, settings: EngineSettings) -> None:
             "--moe-router-load-balancing-type pooled_aux_loss needs all layers on one pipeline stage: give aux_loss, "
             "or --pipeline-model-parallel-size 1"
         )
+
+
+def sliced(experts: Experts | None, layout: Layout) -> Experts | None:
+    """Experts with the width of a rank's slices."""
+    if experts is None:
+        return None
+    return replace(experts, moe_ffn_hidden_size=experts.moe_ffn_hidden_size // layout.expert_tensor_size)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mindspore import Tensor
 
 from tandem.backends.adapters import LocalAdapter
 from tandem.backends.engine import BaseEngine, Batch, ByRows, clip_coefficient, is_trusted
+from tandem.backends.experts import sliced
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.mindspore.adapters import Factors, Linear
 from tandem.backends.mindspore.communication import Groups, make_groups
@@ -112,7 +113,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype, self._balancing)
 
     def _make_mixtures(self, layers: Sequence[int]) -> dict[int, Mixture]:
-        experts = self._local_experts()
+        experts = sliced(self.config.experts, self._grid.layout)
 
         def mixture(layer: int, experts: Experts) -> Mixture:
             names = (ROUTER, EXPERTS_FC1, EXPERTS_FC2)
