@@ -97,12 +97,13 @@ class Worker:
 
     Attributes:
         models: by name; empty until they are open.
-        failure: why they could not be opened.
+        failure: why they could not be opened, or why the thread ended.
 
     Args:
         open_models: called in the thread, since some frameworks compute only where the model was opened.
         max_batch_size: how many answers of a model are computed at a time; others wait.
-        when_open: called in the thread when the models are open, or could not be opened.
+        when_open: called in the thread when the models are open.
+        when_failed: called in the thread when there is a `failure`. It then ends.
     """
 
     def __init__(
@@ -110,10 +111,12 @@ class Worker:
         open_models: Callable[[], Mapping[str, Model]],
         max_batch_size: int | None = None,
         when_open: Callable[[], None] = lambda: None,
+        when_failed: Callable[[], None] = lambda: None,
     ) -> None:
         self.models: Mapping[str, Model] = {}
         self.failure: BaseException | None = None
-        self._open_models, self._max_batch_size, self._when_open = open_models, max_batch_size, when_open
+        self._open_models, self._max_batch_size = open_models, max_batch_size
+        self._when_open, self._when_failed = when_open, when_failed
         self._schedulers: dict[str, Scheduler] = {}
         self._jobs: set[Job] = set()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -149,18 +152,19 @@ class Worker:
             models = self._open_models()
             self._schedulers = {name: self._scheduler(model) for name, model in models.items()}
             self.models = models
+            self._when_open()
+            while self._jobs or not self._ends:
+                self._take_calls()
+                for name, scheduler in list(self._schedulers.items()):
+                    self._step(name, scheduler)
+                for job in list(self._jobs):
+                    self._tell_news(job)
+            for name, scheduler in self._schedulers.items():
+                scheduler.close()
+                models[name].communicator.close()
         except BaseException as error:  # noqa: BLE001 - raised again where the worker was made
             self.failure = error
-        finally:
-            self._when_open()
-        while self.failure is None and (self._jobs or not self._ends):
-            self._take_calls()
-            for name, scheduler in list(self._schedulers.items()):
-                self._step(name, scheduler)
-            for job in list(self._jobs):
-                self._tell_news(job)
-        for scheduler in self._schedulers.values():
-            scheduler.close()
+            self._when_failed()
 
     def _scheduler(self, model: Model) -> Scheduler:
         return Scheduler(model.engine, self._max_batch_size)
@@ -199,16 +203,21 @@ class Worker:
         self._ends = True
 
     def _step(self, name: str, scheduler: Scheduler) -> None:
-        """One step of a model. If it fails, all its answers end with the error, and it begins with a new state."""
+        """One step of a model. If it fails, all its answers end with the error, and it begins with a new state.
+
+        A model of several processes ends: the others do not know that a step failed.
+        """
         try:
             scheduler.step()
-        except Exception as error:  # noqa: BLE001 - whoever asked gets it
+        except Exception as error:
             log.exception("> a step of %s failed", name)
-            scheduler.close()
-            self._schedulers[name] = self._scheduler(self.models[name])
             for job in [job for job in self._jobs if job.query.model == name]:
                 self._jobs.remove(job)
                 job.tell(Update(error=error))
+            if self.models[name].grid.size > 1:
+                raise
+            scheduler.close()
+            self._schedulers[name] = self._scheduler(self.models[name])
 
     def _tell_news(self, job: Job) -> None:
         assert job.request is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tandem.config.settings import LaunchSettings
 from tandem.inference.options import LoadOptions
 from tandem.options import Options, PathText
 
@@ -37,6 +38,7 @@ class ServeOptions(Options):
     """Largest body of a request."""
     timeout_graceful_shutdown: int = 300
     """Seconds that running answers get to finish after SIGTERM or Ctrl-C."""
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
 
     @property
     def key(self) -> str | None:
@@ -50,6 +52,8 @@ class ServeOptions(Options):
                 yield f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more"
         if self.max_waiting < 0:
             yield f"--max-waiting {self.max_waiting}: expected 0 or more"
+        if self.launch.dry_run:
+            yield "--dry-run: nothing to check; leave it out"
         names, models = self.served_model_name, 1 if self.compare is None else 2
         if names and (len(names) != models or len(set(names)) != models or not all(names)):
             yield f"--served-model-name {' '.join(names)}: expected {models} different names, one for each model"

@@ -12,8 +12,10 @@ import uvicorn
 from tandem.errors import UserError
 from tandem.inference.chat import Model, open_model
 from tandem.inference.options import LoadOptions
+from tandem.inference.scheduler import Scheduler
 from tandem.inference.worker import Worker
 from tandem.launch.stopping import stopping_signals
+from tandem.launch.world import World
 from tandem.logs import log
 from tandem.server.app import LOCAL, Limits, build_app
 from tandem.server.models import Served, name_of
@@ -24,9 +26,23 @@ from tandem.server.service import Service
 def serve(options: ServeOptions) -> None:
     """Answer requests until a signal stops the server. What runs then is finished.
 
+    With several processes the first one answers, and the others compute with it.
+
     Raises:
         UserError: the address is taken, or a model cannot be opened.
     """
+    world = World.from_environment()
+    ranks = options.model.tensor_model_parallel_size * options.model.pipeline_model_parallel_size
+    if world.size != ranks:
+        raise UserError(
+            f"--tensor-model-parallel-size and --pipeline-model-parallel-size need {ranks} processes, and there "
+            f"are {world.size}: a server has one copy of a model. Give --nproc-per-node {ranks}"
+        )
+    if ranks > 1 and options.compare is not None:
+        raise UserError(f"--compare {options.compare}: only one process can serve two models; leave it out")
+    if world.rank > 0:
+        follow(options)
+        return
     listener = bind(options.host, options.port)
     address = address_of(listener)
     log.info("> loading %s; %s/health tells when it is ready", options.model.load, address)
@@ -41,12 +57,12 @@ def serve(options: ServeOptions) -> None:
         return opened
 
     def when_open() -> None:
-        if worker.failure is not None:
-            server.should_exit = True
-        else:
-            log.info("> %s: ready. The page: %s/ OpenAI's protocol: %s/v1", ", ".join(models), address, address)
+        log.info("> %s: ready. The page: %s/ OpenAI's protocol: %s/v1", ", ".join(models), address, address)
 
-    worker = Worker(open_models, options.max_batch_size, when_open)
+    def when_failed() -> None:
+        server.should_exit = True
+
+    worker = Worker(open_models, options.max_batch_size, when_open, when_failed)
     service = Service(worker, served, options.max_batch_size + options.max_waiting)
     limits = Limits(options.key, options.max_body_mb << 20, options.max_tokens, only_local=options.host in LOCAL)
     server = _Server(
@@ -66,6 +82,15 @@ def serve(options: ServeOptions) -> None:
         server.run([listener])
     if worker.failure is not None:
         raise worker.failure
+
+
+def follow(options: ServeOptions) -> None:
+    """On other ranks than the first: compute what it asks for, until it ends. Signals are for the first one."""
+    with stopping_signals(lambda number, frame: None):
+        model = open_model(options.model)
+        with Scheduler(model.engine, options.max_batch_size) as scheduler:
+            scheduler.follow()
+        model.communicator.close()
 
 
 def models_of(options: ServeOptions) -> dict[str, LoadOptions]:

@@ -1,0 +1,167 @@
+"""`tandem serve` as a process: what it says, how it ends, what it refuses, and how much memory it takes in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tandem.__main__ import main
+from tandem.inference.chat import open_model
+from tandem.inference.options import LoadOptions
+from tandem.training.run import train
+from workspace import Workspace
+
+READY = re.compile(r"ready\. The page: (http://\S+)/ ")
+
+
+@contextmanager
+def served(*words: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
+    """The address, the process and the lines of a server, when it is ready."""
+    command = [sys.executable, "-m", "tandem", "serve", *words, "--port", "0", "--ai-framework", "torch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines: list[str] = []
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if match := READY.search(line):
+                    break
+            else:
+                pytest.fail("".join(lines))
+            reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
+            reader.start()
+            yield match.group(1), process, lines
+            process.wait(60)
+            reader.join()
+        finally:
+            process.kill()
+
+
+def test_sigterm_finishes_what_runs_and_what_waits(workspace: Workspace) -> None:
+    """One answer at a time: one runs, one waits, a third comes too late."""
+    body = {"messages": [{"role": "user", "content": "Sort 312."}], "max_tokens": 200, "temperature": 0}
+    with ThreadPoolExecutor(2) as pool, served(str(workspace.hf), "--max-batch-size", "1") as (url, process, lines):
+        ask = lambda: httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)  # noqa: E731
+        answers = [pool.submit(ask) for _ in range(2)]
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        texts = {answer.result().json()["choices"][0]["message"]["content"] for answer in answers}
+        assert len(texts) == 1
+        with pytest.raises(httpx.ConnectError):
+            ask()
+    assert process.returncode == 0
+    assert "> SIGTERM: finishing what runs\n" in lines
+    assert len([line for line in lines if line.startswith("hf: ")]) == 2
+
+
+def test_base_and_tuned_are_two_models(workspace: Workspace, tmp_path: Path) -> None:
+    """The same weights with adapters and without: `--lora-load` belongs to the first only."""
+    lora = {"lora_target_modules": ["linear_qkv"], "lora_r": 4, "lr": 0.5, "lr_warmup_iters": 0}
+    train(workspace.settings("torch", save=str(tmp_path / "tuned"), train_iters=2, **lora))
+    words = (str(workspace.hf), "--lora-load", str(tmp_path / "tuned"), "--compare", str(workspace.hf))
+    with served(*words) as (url, process, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["tuned", "hf"]
+        texts = [
+            client.completions.create(model=name, prompt="Sort 312.", temperature=0, max_tokens=12).choices[0].text
+            for name in ("tuned", "hf")
+        ]
+        assert texts[0] != texts[1]
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    for adapters, text in zip((str(tmp_path / "tuned"), None), texts):
+        model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch", lora_load=adapters, raw=True))
+        assert model.generate("Sort 312.", temperature=0.0, max_new_tokens=12) == text
+
+
+@pytest.mark.slow("jobs")
+def test_two_processes_serve_one_model(workspace: Workspace) -> None:
+    """The answer is that of one process, and SIGTERM finishes it."""
+    split = ("--tensor-model-parallel-size", "2", "--nproc-per-node", "2")
+    with ThreadPoolExecutor(1) as pool, served(str(workspace.hf), *split) as (url, process, lines):
+        body = {"prompt": "Sort 312.", "max_tokens": 60, "temperature": 0}
+        answer = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        text = answer.result().json()["choices"][0]["text"]
+    assert "> SIGTERM: finishing what runs\n" in lines
+    assert process.returncode == 128 + signal.SIGTERM
+    model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch", raw=True))
+    assert model.generate("Sort 312.", temperature=0.0, max_new_tokens=60) == text
+
+
+def test_what_cannot_be_served_is_said_at_once(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def error(*words: str) -> str:
+        assert main(["serve", *words]) == 2
+        return capsys.readouterr().err
+
+    assert f"{tmp_path / 'none'} does not exist" in error(str(tmp_path / "none"), "--port", "0")
+    assert "--port 70000: expected 0 to 65535" in error(str(workspace.hf), "--port", "70000")
+    assert "expected 2 different names" in error("A", "--compare", "B", "--served-model-name", "x", "x")
+    assert "need 2 processes" in error(str(workspace.hf), "--tensor-model-parallel-size", "2")
+    assert "--host no.such.host.invalid" in error(str(workspace.hf), "--host", "no.such.host.invalid")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port {port}: Address already in use; choose another" in error(str(workspace.hf), "--port", port)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "tandem serve needs starlette and uvicorn: pip install 'tandem-llm[serve]'" in error("A")
+
+
+@pytest.mark.slow("jobs")
+def test_memory_does_not_grow(workspace: Workspace) -> None:
+    """1,000 requests of all kinds, many of them given up or wrong, after 150 that fill what is kept once.
+
+    There are only a few lengths, and one answer at a time: PyTorch itself keeps memory for each new shape on CPU.
+    """
+    with served(str(workspace.hf), "--max-batch-size", "1") as (url, process, _):
+        with httpx.Client(timeout=60) as client:
+
+            def ask(number: int) -> None:
+                message = {"role": "user", "content": f"Sort {100 + number % 9}."}
+                body = {"messages": [message], "max_tokens": 1 + number % 2, "seed": number, "temperature": 1}
+                body["stop"] = [str(number)]
+                body["chat_template_kwargs"] = {"number": number}
+                if number % 10 == 0:
+                    client.post(f"{url}/v1/chat/completions", json={**body, "number": number})
+                elif number % 3 == 0:
+                    request = {**body, "stream": True, "max_tokens": 100, "logprobs": True}
+                    with client.stream("POST", f"{url}/v1/chat/completions", json=request) as stream:
+                        next(stream.iter_bytes())
+                elif number % 3 == 1:
+                    fields = {"prompt": [[5] * (number % 7 + 1)], "max_tokens": 1, "echo": True, "logprobs": 5}
+                    client.post(f"{url}/v1/completions", json=fields)
+                else:
+                    client.post(f"{url}/v1/chat/completions", json=body)
+
+            for number in range(150):
+                ask(number)
+            before = resident(process.pid)
+            for number in range(150, 1150):
+                ask(number)
+            after = resident(process.pid)
+        process.send_signal(signal.SIGTERM)
+    print(json.dumps({"MB before": before / 1e6, "MB after": after / 1e6}))
+    assert after - before < 8e6  # 8 KB for each request would be a leak
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
