@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect as signatures
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
@@ -40,11 +40,12 @@ from tandem.data.preprocess.options import MergeOptions, PreprocessOptions
 from tandem.errors import UserError
 from tandem.inference.options import LoadOptions
 from tandem.logs import lines_of_progress, log
-from tandem.options import build, expand
+from tandem.options import build, expand, options_of
 from tandem.planning.options import PlanOptions
 
 if TYPE_CHECKING:
     from tandem.checkpoints.describe import Description
+    from tandem.cli.job import ModelOfProcesses
     from tandem.conversion.certificate.result import Verified
     from tandem.conversion.convert import Converted
     from tandem.data.preprocess.run import PreprocessSummary
@@ -330,9 +331,24 @@ def inspect(path: str | Path, *, ckpt_step: int | None = None, quick: bool = Fal
     return description if quick else with_integrity(description, _logged("reading"))
 
 
-@_takes(LoadOptions)
-def load(options: LoadOptions) -> Model:
+@dataclass(frozen=True)
+class ProcessOptions(LoadOptions):
+    """A model to ask, and how many processes answer."""
+
+    nproc_per_node: int | None = field(default=None, kw_only=True)
+    """Number of processes to start for each call of `generate`. Leave it out for one, or under torchrun or msrun."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.nproc_per_node is not None and self.nproc_per_node < 1:
+            yield f"--nproc-per-node {self.nproc_per_node}: expected 1 or more"
+
+
+@_takes(ProcessOptions)
+def load(options: ProcessOptions) -> Model | ModelOfProcesses:
     """Open a Hugging Face folder or a checkpoint to ask questions.
+
+    `nproc_per_node` starts that many processes for each call, which open the model anew: give all prompts in one call.
 
     Examples:
         >>> model = tandem.load("run/exported")  # doctest: +SKIP
@@ -342,6 +358,11 @@ def load(options: LoadOptions) -> Model:
     Raises:
         UserError: there is no model in the folder, or no tokenizer in the folder and none is given.
     """
+    if options.nproc_per_node not in (None, 1):
+        from tandem.cli.job import ModelOfProcesses
+
+        own = {name: getattr(options, name) for name in options_of(LoadOptions)}
+        return ModelOfProcesses(LoadOptions(**own), options.nproc_per_node)
     from tandem.inference.chat import open_model
 
     return open_model(options)

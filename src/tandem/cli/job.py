@@ -1,15 +1,23 @@
-"""Trains with several processes, for a Python program that waits for the result."""
+"""Trains, or asks a model, with several processes, for a Python program that waits for the result."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 from tandem.cli.processes import machines_to_start, start_processes
 from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped, UserError
+from tandem.inference.defaults import SamplingOptions
+from tandem.inference.options import LoadOptions
+from tandem.logs import log
+from tandem.options import Options, build, options_of
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.result import TrainingResult
 from tandem.training.run_record import read_starts
@@ -51,6 +59,54 @@ def train_as_processes(settings: Settings, write: Callable[[str], None]) -> Trai
     first = read_starts(save)[-1]["iteration"]
     steps = [step for step in read_metrics(Path(save) / METRICS_FILE) if step["iteration"] > first]
     return TrainingResult(steps[-1]["iteration"] if steps else first, tuple(steps), Path(save))
+
+
+@dataclass(frozen=True)
+class ModelOfProcesses:
+    """A model that several processes answer for. They are started for each call, and open it anew."""
+
+    options: LoadOptions
+    processes: int
+
+    def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
+        """As `tandem.inference.chat.Model.generate`.
+
+        Raises:
+            UserError: a process refused its input.
+            RuntimeError: a process failed in another way.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        settings = Settings(nproc_per_node=self.processes, ai_framework=self.options.ai_framework)
+        machines = machines_to_start(settings)
+        assert machines is not None, "inside a job, the model is opened without nproc_per_node"
+        with tempfile.TemporaryDirectory(prefix="tandem-prompts-") as folder:
+            asked, answers = (Path(folder) / name for name in ("prompts.jsonl", "answers.jsonl"))
+            asked.write_bytes(b"".join(orjson.dumps({"prompt": text}) + b"\n" for text in prompts))
+            words = [*_words(self.options), *_words(build(SamplingOptions, sampling))]
+            words += ["--prompts-file", str(asked), "--output", str(answers)]
+            words += ["--nproc-per-node", str(self.processes)]
+            end = start_processes(["generate", *words], settings, machines, _Lines(log.info).take)
+            assert end is not None, "there are several processes"
+            if end.code == USER_ERROR:
+                raise UserError(end.text)
+            if end.code:
+                raise RuntimeError(f"the job ended with code {end.code}: {end.text}")
+            texts = [orjson.loads(line)["text"] for line in answers.read_bytes().splitlines()]
+        return texts[0] if isinstance(prompt, str) else texts
+
+
+def _words(options: Options) -> list[str]:
+    """A dataclass of options as flags."""
+    words = []
+    for name, option in options_of(type(options)).items():
+        value = getattr(options, name)
+        if value is True:
+            words.append(option.flag)
+        elif value is not None and value is not False:
+            words += [option.flag, str(value)]
+    return words
 
 
 class _Lines:

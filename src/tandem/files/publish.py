@@ -149,11 +149,15 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 def write_lines_atomically(path: Path, lines: Iterable[bytes]) -> None:
     """Replace a file in one step, durably. The lines may come from the file itself."""
     work = path.with_name(f"{TEMPORARY}{path.name}")
-    with open(work, "wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
+    try:
+        with open(work, "wb") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tandem.backends.interface import Engine
 from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import UserError
 from tandem.inference.sampling import Sampling
 from tandem.inference.scheduler import MAX_BATCH_SIZE, Request, Scheduler
 from tandem.inference.text import StopStrings, TokenText
@@ -72,6 +73,11 @@ def replies(
         if not scheduler.leads:
             scheduler.follow()
             return
+        for number, question in enumerate(questions, 1):
+            try:
+                scheduler.check(question.tokens, question.sampling)
+            except UserError as error:
+                raise UserError(f"prompt {number} of {len(questions)}: {error}") from None
         ahead = deque[_Written]()
         told, submitted = 0, 0
         for number in range(len(questions)):

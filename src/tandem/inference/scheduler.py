@@ -194,8 +194,8 @@ class Scheduler:
         Raises:
             UserError: the prompt is empty, too long, or has a token that the model does not know.
         """
+        self.check(prompt, sampling)
         request = Request(list(prompt), sampling, stop_ids, on_token, top_logprobs, prompt_logprobs)
-        self._check(request)
         if prompt_logprobs:
             request.prompt_logprobs.append(None)
             if top_logprobs:
@@ -243,16 +243,17 @@ class Scheduler:
         while self.step():
             pass
 
-    def _check(self, request: Request) -> None:
-        config, length = self.engine.config, len(request.prompt)
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raise UserError when a prompt is empty, too long, or has a token that the model does not know."""
+        config, length = self.engine.config, len(prompt)
         most = min(config.max_position_embeddings, self._session.room)
         if not length:
             raise UserError("the prompt is empty: it has no tokens")
-        if length + min(1, request.sampling.max_new_tokens) > most:
+        if length + min(1, sampling.max_new_tokens) > most:
             limit = "max_position_embeddings" if most == config.max_position_embeddings else "the memory for keys"
             raise UserError(f"the prompt has {length:,} tokens; {limit} allows {most:,} together with the answer")
-        if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
-            wrong = next(token for token in request.prompt if not 0 <= token < config.vocab_size)
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
             raise UserError(
                 f"the prompt has the token id {wrong}, and the model has {config.vocab_size} rows in its embedding: "
                 f"the tokenizer is another model's, or `tandem convert --resize-vocab` must add rows"

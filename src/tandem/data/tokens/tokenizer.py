@@ -19,6 +19,7 @@ from tandem.files.text import read_json, read_text
 from tandem.models.end_tokens import end_ids_in
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 
 
 class Tokenizer:
@@ -63,9 +64,7 @@ class Tokenizer:
         self.pad_id = self._special_id(config, "pad_token")
         self.bos_id = self._special_id(config, "bos_token")
         self.chat_template = _read_chat_template(self.folder, config)
-        self._special_tokens = {
-            name: _token_text(config[name]) for name in ("bos_token", "eos_token", "pad_token") if config.get(name)
-        }
+        self._special_tokens = {name: _token_text(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
 
     def __len__(self) -> int:
         """Size of the vocabulary with added tokens (151,669 for Qwen3, whose embedding has more rows)."""
@@ -243,7 +242,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}, not a JSON object")
-    return config
+    return config if "added_tokens_decoder" in config else {**config, **_read_older_names(folder)}
+
+
+def _read_older_names(folder: Path) -> dict[str, Any]:
+    """The special tokens of `special_tokens_map.json`, which transformers reads where tokens are not described."""
+    path = folder / "special_tokens_map.json"
+    if not path.is_file():
+        return {}
+    names = read_json(path)
+    if not isinstance(names, dict):
+        raise UserError(f"{path}: holds {type(names).__name__}, not a JSON object")
+    return {name: names[name] for name in SPECIAL_TOKENS if names.get(name)}
 
 
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
