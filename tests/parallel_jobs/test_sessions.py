@@ -1,0 +1,84 @@
+"""Answers in any layout are those of one process: tensor ranks, stages, copies of the model, and adapters on them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jobs import Case, engine_settings, toy_source
+from session_job import answers
+
+from frameworks import require_framework
+from launchers import launcher
+from tandem.backends import create_engine
+from tandem.backends.interface import EngineSettings
+from tandem.backends.session import check_layout
+from tandem.errors import UserError
+from tandem.parallel.grid import Grid
+from tandem.parallel.layout import Layout
+
+JOB = Path(__file__).with_name("session_job.py")
+TWO = [Case(tp=2), Case(tp=2, tied=False, family="qwen2", adapters="dora"), Case(pp=2, tied=False), Case(dp=2)]
+FOUR = [Case(tp=2, pp=2), Case(tp=2, dp=2, family="llama"), Case(pp=2, dp=2, adapters="lora")]
+
+
+@functools.cache
+def one_process(framework: str, case: Case) -> Any:
+    source = toy_source(case)
+    engine = create_engine(framework, source.config, engine_settings(case, Grid(), 0))
+    engine.load_weights(source)
+    return answers(engine)
+
+
+def check(framework: str, processes: int, cases: list[Case], folder: Path) -> None:
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
+    words = [str(JOB), framework, str(folder / "cases.json"), str(folder)]
+    done = subprocess.run(
+        [*launcher(framework, processes, forked=True), *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    for case in cases:
+        found = [json.loads((folder / f"{case.name}-{rank}.json").read_text()) for rank in range(processes)]
+        leaders = [answer for answer in found if answer is not None]
+        assert len(leaders) == case.dp, case.name
+        expected = one_process(framework, case.work)
+        for answer in leaders:
+            assert (answer["tokens"], answer["best"]) == (expected["tokens"], expected["best"]), case.name
+            for ours, theirs in zip(answer["logprobs"], expected["logprobs"], strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=case.name)
+
+
+def test_two_processes_answer_as_one_on_pytorch(tmp_path: Path) -> None:
+    check(require_framework("torch"), 2, TWO, tmp_path)
+
+
+@pytest.mark.slow("jobs")
+def test_two_processes_answer_as_one_on_mindspore(tmp_path: Path) -> None:
+    check(require_framework("mindspore"), 2, TWO, tmp_path)
+
+
+@pytest.mark.slow("jobs")
+def test_four_processes_answer_as_one(tmp_path: Path, framework: str) -> None:
+    check(framework, 4, FOUR, tmp_path)
+
+
+def test_layouts_without_sessions_are_refused_by_name() -> None:
+    two = Grid(Layout(tensor_model_parallel_size=2), 2)
+    with pytest.raises(UserError, match="--sequence-parallel"):
+        check_layout(two, EngineSettings(sequence_parallel=True))
+    with pytest.raises(UserError, match="--use-torch-fsdp2"):
+        check_layout(Grid(Layout(), 2), EngineSettings(use_torch_fsdp2=True))
+    with pytest.raises(UserError, match="--expert-model-parallel-size 2"):
+        check_layout(Grid(Layout(expert_model_parallel_size=2), 2), EngineSettings())
