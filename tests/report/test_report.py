@@ -212,6 +212,12 @@ def test_smoothing_starts_at_the_first_value() -> None:
     assert smoothed([(1, 4.0), (2, 4.0), (3, 4.0)], 0.9) == [(1, 4.0), (2, pytest.approx(4.0)), (3, pytest.approx(4.0))]
 
 
+def test_losses_below_one_have_a_logarithmic_scale() -> None:
+    page = line_chart("Loss", [Series("run", 0, [(1, 0.69), (2, 0.3), (3, 0.02)])], kind="log")
+    parse(page)
+    assert page.count('text-anchor="middle"') == 3
+
+
 def test_a_chart_without_points_is_none_and_with_one_is_a_dot() -> None:
     assert line_chart("x", [Series("a", 0, [])]) == ""
     figure = line_chart("x", [Series("a", 0, [(1, 2.0)])])

@@ -55,9 +55,11 @@ def line_chart(title: str, series: Sequence[Series], note: str = "", kind: Liter
     y_low, y_high = _range([scale(y) for one in ranged for y in without_spikes([y for _, y in one.points])], pad=0.06)
     outside = sum(not y_low <= scale(y) <= y_high for one in ranged for _, y in one.points)
 
+    def across(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
     def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (scale(y) - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return across(x), HEIGHT - BOTTOM - (scale(y) - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
     for tick in log_ticks(y_low, y_high) if kind == "log" else ticks(y_low, y_high):
@@ -65,7 +67,7 @@ def line_chart(title: str, series: Sequence[Series], note: str = "", kind: Liter
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in ticks(x_low, x_high, whole=True):
-        x, _ = place(tick, y_low)
+        x = across(tick)
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{number(tick)}</text>')
     for one in drawn:
         corners = [place(x, y) for x, y in one.points]

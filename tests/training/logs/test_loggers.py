@@ -50,6 +50,21 @@ def test_scalars_have_megatrons_tags() -> None:
     assert "mfu" not in scalars(step_record(peak_flops=None))
 
 
+def test_preferences_have_trls_tags_and_no_perplexity() -> None:
+    metrics = {"rewards/chosen": 0.5, "rewards/accuracies": 0.75}
+    record = step_record(
+        validation={"validation": 0.6, "held": 0.7},
+        metrics=metrics,
+        validation_metrics={"validation": metrics, "held": {"rewards/accuracies": 0.25}},
+    )
+    values = scalars(record)
+    assert (values["rewards/chosen"], values["rewards/accuracies"]) == (0.5, 0.75)
+    assert values["eval_rewards/chosen"] == 0.5
+    assert values["eval_held_rewards/accuracies"] == 0.25
+    assert values["lm loss validation"] == 0.6
+    assert not [tag for tag in values if "ppl" in tag]
+
+
 def test_tensorboard_reads_a_run_and_forgets_unsaved_steps(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     for start, stop in ((0, 5), (3, 6)):

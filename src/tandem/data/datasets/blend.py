@@ -173,15 +173,19 @@ class BlendedDataset(Dataset):
         return len(self.dataset_index)
 
     def __getitem__(self, i: int) -> Sample:
-        dataset = self.datasets[int(self.dataset_index[i])]
-        assert dataset is not None
-        return dataset[int(self.dataset_sample_index[i])]
+        dataset, number = self.place(i)
+        return dataset[number]
 
     def origin(self, i: int) -> str:
         """Where sample `i` is in the files."""
+        dataset, number = self.place(i)
+        return dataset.origin(number)
+
+    def place(self, i: int) -> tuple[Dataset, int]:
+        """The dataset of one prefix with sample `i`, and the number of the sample in it."""
         dataset = self.datasets[int(self.dataset_index[i])]
         assert dataset is not None
-        return dataset.origin(int(self.dataset_sample_index[i]))
+        return dataset.place(int(self.dataset_sample_index[i]))
 
     def counts(self) -> list[int]:
         """Number of samples from each dataset."""
@@ -223,12 +227,12 @@ class ChainedDataset(Dataset):
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Sample:
-        part, number = self._place(i)
+        part, number = self.place(i)
         return part[number]
 
     def origin(self, i: int) -> str:
         """Where sample `i` is in the files."""
-        part, number = self._place(i)
+        part, number = self.place(i)
         return part.origin(number)
 
     def describe(self) -> dict[str, int]:
@@ -238,8 +242,8 @@ class ChainedDataset(Dataset):
             counts["epochs"] = -(-len(self) // max(1, counts["samples_per_epoch"]))
         return counts
 
-    def _place(self, i: int) -> tuple[Dataset, int]:
-        """The dataset with sample `i`, and the number of the sample in it."""
+    def place(self, i: int) -> tuple[Dataset, int]:
+        """The dataset of one prefix with sample `i`, and the number of the sample in it."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         part = self.parts[number]
-        return part, i - int(self._ends[number]) + len(part)
+        return part.place(i - int(self._ends[number]) + len(part))

@@ -22,6 +22,10 @@ class Dataset(Protocol):
         """Where sample `i` is in the files, for messages."""
         ...
 
+    def place(self, i: int) -> tuple[Dataset, int]:
+        """The dataset of one prefix with sample `i`, and the number of the sample in it."""
+        return self, i
+
     def sources(self) -> list[str]:
         """For each dataset of a blend, how much is used of it, as a run shows it at its start. Else empty."""
         return []

@@ -98,6 +98,10 @@ class AnswersDataset(Dataset, ABC):
             Answers(self._roles(row), self._references[row]),
         )
 
+    def is_referred(self, i: int) -> bool:
+        """Whether the reference of sample `i` is known."""
+        return not np.isnan(self._references[self._row(i)]).any()
+
     def origin(self, i: int) -> str:
         """Where sample `i` is in the files."""
         return f"{self.prefix}: {self.kind.name} {self._row(i)}"

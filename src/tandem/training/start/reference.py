@@ -26,6 +26,7 @@ from tandem.checkpoints.adapters.fresh import FreshAdapters
 from tandem.checkpoints.adapters.views import Adapted, Merged
 from tandem.checkpoints.interface import TensorSource
 from tandem.data.batch import Sample, collate
+from tandem.data.datasets.preferences import AnswersDataset
 from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.files.sha256 import sha256
@@ -56,7 +57,7 @@ def with_reference(run: PreparedRun, engine: Engine, communicator: Communicator,
     recorded: dict[str, Any] | None = run.state.data.get("reference") if run.state else None
     identity = _agreed_identity(model, recorded, run, communicator)
     files = _open_files(identity, run, engine.param_dtype, communicator)
-    needed = _samples_to_compute(run, progress) if _lacks_any(run) else iter(())
+    needed = _samples_to_compute(run, progress)
     if (first := next(needed, None)) is not None:
         with _holding(model, recorded, run, engine, communicator):
             _compute(chain([first], needed), run, engine, communicator, files)
@@ -176,10 +177,6 @@ def _first_weights(run: PreparedRun, recorded: dict[str, Any], communicator: Com
 # --- which samples
 
 
-def _lacks_any(run: PreparedRun) -> bool:
-    return any(np.isnan(table).any() for table in run.data.references.values())
-
-
 def _samples_to_compute(run: PreparedRun, progress: Progress) -> Iterator[Sample]:
     """The samples without a reference that the rest of the run, and its evaluations, need. Some may come twice."""
     training = run.settings.training
@@ -189,11 +186,10 @@ def _samples_to_compute(run: PreparedRun, progress: Progress) -> Iterator[Sample
         count = samples_to_evaluate(dataset, training.final_batch_size, training.eval_batches)
         sets.append((dataset, range(count)))
     for dataset, numbers in sets:
-        for number in numbers:
-            sample = dataset[number]
-            assert sample.answers is not None
-            if np.isnan(sample.answers.reference).any():
-                yield sample
+        for answers, number in map(dataset.place, numbers):
+            assert isinstance(answers, AnswersDataset)
+            if not answers.is_referred(number):
+                yield answers[number]
 
 
 def _compute(
