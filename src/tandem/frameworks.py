@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from tandem.errors import UserError, nearest
 
 FIRST_TRANSFORMERS = (4, 51)  # the first version that has Qwen3
-# Largest size of the fp32 logits of one chunk of rows in PyTorch's loss on an accelerator: 2,208 rows of Qwen3's.
-# There few large products matter; on a CPU, memory that is used again.
-DEVICE_LOGITS_CHUNK_BYTES = 5 * 2**28
 ANY_VERSION = "TANDEM_ANY_VERSION"  # environment variable: accept versions that Tandem was not tested with
 
 
@@ -29,6 +26,8 @@ class Framework:
         interleaves_stages: can run several chunks of layers on one pipeline stage.
         shards_weights: supports `--use-torch-fsdp2`.
         logits_chunk_bytes: largest size of the fp32 logits of one chunk of rows in the loss, on a CPU.
+        device_logits_chunk_bytes: the same on an accelerator. Where few large products matter, it is 2,208 rows of
+            Qwen3's vocabulary; on a CPU, memory that is used again matters.
         adds_gradients_in_place: new gradients of a weight are added to the old ones directly, without a new tensor.
         device_plugin: how to fix it when the framework does not see Ascend devices.
     """
@@ -40,6 +39,7 @@ class Framework:
     interleaves_stages: bool
     shards_weights: bool
     logits_chunk_bytes: int
+    device_logits_chunk_bytes: int
     adds_gradients_in_place: bool
     device_plugin: str
 
@@ -89,6 +89,7 @@ TORCH = Framework(
     interleaves_stages=True,
     shards_weights=True,
     logits_chunk_bytes=64 * 2**20,
+    device_logits_chunk_bytes=5 * 2**28,
     adds_gradients_in_place=True,
     device_plugin="pip install torch_npu",
 )
@@ -100,6 +101,7 @@ MINDSPORE = Framework(
     interleaves_stages=False,
     shards_weights=False,
     logits_chunk_bytes=128 * 2**20,
+    device_logits_chunk_bytes=128 * 2**20,
     adds_gradients_in_place=False,
     device_plugin="install CANN",
 )

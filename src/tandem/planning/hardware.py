@@ -18,6 +18,7 @@ class Hardware:
         usable: share of it that a plan may fill; the rest is for the framework's context, communication buffers and
             fragmentation. Assumed, not measured.
         retained: freed bytes that the allocator keeps.
+        is_cpu: kernels are the CPU's, which form logits and weight gradients in small pieces.
         half_flops, fp32_flops: peak FLOP/s of dense matrix products, in bf16 or fp16, and in fp32; `half_flops` is None
             where half precision is no faster.
         efficiency: share of the peak that matrix products and attention reach. Assumed.
@@ -32,6 +33,7 @@ class Hardware:
     memory: float
     usable: float = 0.9
     retained: float = 0
+    is_cpu: bool = False
     half_flops: float | None = None
     fp32_flops: float
     efficiency: float = 0.6
@@ -82,15 +84,33 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") / TERA
     989.4
     """
-    for part, key in DEVICE_NAMES.items():
-        if part in device_name:
-            return HARDWARE[key].flops(half=dtype != "float32")
-    return None
+    parts = [part for part in DEVICE_NAMES if part in device_name]
+    if not parts:
+        return None
+    return HARDWARE[DEVICE_NAMES[max(parts, key=len)]].flops(half=dtype != "float32")
 
 
-# Part of a framework's device name -> key of HARDWARE. Other variants (H100 PCIe, 910B3) have other peaks, and a
-# CPU's depends on its cores.
-DEVICE_NAMES = {"H100 80GB HBM3": "h100", "Ascend910B2": "910b", "Ascend910_93": "a3"}
+# Part of a framework's device name -> key of HARDWARE; the longest part that fits counts. A CPU's peak depends on its
+# cores.
+DEVICE_NAMES = {
+    "H100 80GB HBM3": "h100",
+    "H100 PCIe": "h100-pcie",
+    "H100 NVL": "h100-nvl",
+    "H200": "h200",
+    "H200 NVL": "h100-nvl",  # the same chip and clocks; another memory
+    "H20": "h20",
+    "A100-SXM4-80GB": "a100",
+    "A100-SXM4-40GB": "a100",
+    "A100-PCIE-40GB": "a100",
+    "A100 80GB PCIe": "a100",
+    "B200": "b200",
+    "RTX 4090": "rtx4090",
+    "Ascend910B1": "910b1",
+    "Ascend910B2": "910b",
+    "Ascend910B3": "910b3",
+    "Ascend910B4": "910b4",
+    "Ascend910_93": "a3",
+}
 
 HARDWARE = {
     "h100": Hardware(
@@ -104,6 +124,87 @@ HARDWARE = {
         source="NVIDIA H100 SXM5 data sheet (dense, half of the sparse figures); DGX H100: NVLink 900 GB/s both ways, "
         "one 400 Gb/s adapter per GPU",
     ),
+    "h100-pcie": Hardware(
+        memory=80 * GIB,
+        half_flops=756 * TERA,
+        fp32_flops=51.2 * TERA,
+        memory_bandwidth=2000 * GB,
+        devices_per_node=8,
+        node_bandwidth=64 * GB,
+        network_bandwidth=25 * GB,
+        source="NVIDIA H100 PCIe data sheet (dense); PCIe 5.0 x16, 64 GB/s one way, without NVLink bridges",
+    ),
+    "h100-nvl": Hardware(
+        memory=94 * GIB,
+        half_flops=835 * TERA,
+        fp32_flops=60 * TERA,
+        memory_bandwidth=3900 * GB,
+        devices_per_node=8,
+        node_bandwidth=64 * GB,
+        network_bandwidth=25 * GB,
+        source="NVIDIA H100 NVL data sheet (dense, one card of the pair); PCIe 5.0 x16, without NVLink bridges",
+    ),
+    "h200": Hardware(
+        memory=141 * GB,
+        half_flops=989.4 * TERA,
+        fp32_flops=66.9 * TERA,
+        memory_bandwidth=4800 * GB,
+        devices_per_node=8,
+        node_bandwidth=450 * GB,
+        network_bandwidth=50 * GB,
+        source="NVIDIA H200 SXM data sheet (dense): H100's products, 141 GB at 4.8 TB/s; NVLink 900 GB/s both ways",
+    ),
+    "h20": Hardware(
+        memory=96 * GIB,
+        half_flops=148 * TERA,
+        fp32_flops=44 * TERA,
+        memory_bandwidth=4000 * GB,
+        devices_per_node=8,
+        node_bandwidth=450 * GB,
+        network_bandwidth=50 * GB,
+        source="NVIDIA H20 data sheet as resellers print it (dense)",
+    ),
+    "a100": Hardware(
+        memory=80 * GIB,
+        half_flops=312 * TERA,
+        fp32_flops=19.5 * TERA,
+        memory_bandwidth=2039 * GB,
+        devices_per_node=8,
+        node_bandwidth=300 * GB,
+        network_bandwidth=25 * GB,
+        source="NVIDIA A100 SXM4 80 GB data sheet (dense); NVLink 600 GB/s both ways, 200 Gb/s per GPU",
+    ),
+    "b200": Hardware(
+        memory=180 * GB,
+        half_flops=2250 * TERA,
+        fp32_flops=75 * TERA,
+        memory_bandwidth=7700 * GB,
+        devices_per_node=8,
+        node_bandwidth=900 * GB,
+        network_bandwidth=50 * GB,
+        source="NVIDIA HGX B200 data sheet, an eighth of the board (dense); NVLink 1.8 TB/s both ways",
+    ),
+    "rtx4090": Hardware(
+        memory=24 * GIB,
+        half_flops=165.2 * TERA,
+        fp32_flops=82.6 * TERA,
+        memory_bandwidth=1008 * GB,
+        devices_per_node=8,
+        node_bandwidth=32 * GB,
+        network_bandwidth=12.5 * GB,
+        source="NVIDIA Ada architecture white paper (bf16 with fp32 sums, dense); PCIe 4.0 x16, no NVLink",
+    ),
+    "910b1": Hardware(
+        memory=64 * GIB,
+        half_flops=414 * TERA,
+        fp32_flops=103 * TERA,
+        memory_bandwidth=1600 * GB,
+        devices_per_node=8,
+        node_bandwidth=196 * GB,
+        mesh=True,
+        network_bandwidth=25 * GB,
+        source="as 910b, with the 414 TFLOP/s that Huawei's open simulators list for 910B1",
+    ),
     "910b": Hardware(
         memory=64 * GIB,
         half_flops=376 * TERA,
@@ -115,6 +216,28 @@ HARDWARE = {
         network_bandwidth=25 * GB,
         source="Ascend 910B2 of an Atlas 800T A2, as Huawei's open simulators list it (376 TFLOP/s, 64 GB, 1.6 TB/s, "
         "seven HCCS links, 196 GB/s one way); fp32 a quarter (87 TFLOP/s measured by others); 200 Gb/s RoCE each",
+    ),
+    "910b3": Hardware(
+        memory=64 * GIB,
+        half_flops=313 * TERA,
+        fp32_flops=75 * TERA,
+        memory_bandwidth=1600 * GB,
+        devices_per_node=8,
+        node_bandwidth=196 * GB,
+        mesh=True,
+        network_bandwidth=25 * GB,
+        source="Atlas 800T A2 data sheet: 2.5 PFLOP/s in fp16 and 0.6 in fp32 for eight; else as 910b",
+    ),
+    "910b4": Hardware(
+        memory=32 * GIB,
+        half_flops=280 * TERA,
+        fp32_flops=75 * TERA,
+        memory_bandwidth=800 * GB,
+        devices_per_node=8,
+        node_bandwidth=196 * GB,
+        mesh=True,
+        network_bandwidth=25 * GB,
+        source="Atlas 300T A2 data sheet: 280 TFLOP/s in fp16, 75 in fp32, 32 GB; else as 910b",
     ),
     "a3": Hardware(
         memory=64 * GIB,
@@ -130,6 +253,7 @@ HARDWARE = {
     "cpu": Hardware(
         memory=24 * GIB,
         retained=64 * 2**20,
+        is_cpu=True,
         fp32_flops=0.46 * TERA,
         memory_bandwidth=40 * GB,
         devices_per_node=1,

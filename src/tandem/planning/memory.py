@@ -20,7 +20,7 @@ from tandem.parallel.pipeline import one_forward_one_backward
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
 
-# Numbers of a weight gradient that PyTorch forms at a time: `PIECE` of `backends/torch/functional.py`.
+# Numbers of a weight gradient that PyTorch forms at a time: `PIECE` of `backends/torch/compute/cpu.py`.
 PIECE = 2**20
 
 
@@ -148,7 +148,7 @@ def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
         gradients=4 * (optimized if job.fully_sharded else trained.total),
         optimizer=optimized * (12 if kept_bytes < 4 else 8),
         activations=_in_flight(job, stage) * _kept(job, layers) + head,
-        logits=_logits(job) if is_last else 0,
+        logits=_logits(job, hardware) if is_last else 0,
         workspace=_workspace(job, layers) + _gradient_temporaries(job, trained),
         gathered=_gathered(job, layers, weights, trained) if job.fully_sharded else Gathered(),
         retained=hardware.retained,
@@ -217,9 +217,12 @@ def _adapter_activations(config: ModelConfig) -> int:
     return kept // layers
 
 
-def _logits(job: Job) -> float:
-    """A chunk's fp32 logits (with 16 bits, also their 16-bit copies), and the head's gradient in pieces."""
+def _logits(job: Job, hardware: Hardware) -> float:
+    """A chunk of rows in the loss: its logits, their gradient, and on a CPU the head's gradient in pieces."""
     vocabulary = -(-job.config.vocab_size // job.tensor_size)
+    if not hardware.is_cpu:  # both in the model's dtype: what reads and writes them computes in fp32
+        rows = min(job.tokens, max(1, job.framework.device_logits_chunk_bytes // (4 * vocabulary)))
+        return rows * vocabulary * 2 * job.element_bytes
     rows = min(job.tokens, max(1, job.framework.logits_chunk_bytes // (4 * vocabulary)))
     # The product for a piece, and both its factors, which are copied into oneDNN's layout.
     hidden = job.config.hidden_size

@@ -40,8 +40,24 @@ class PlanOptions(Options):
     model: PathText = field(metadata=positional("MODEL"))
     """Hugging Face folder, or a published model such as qwen3-8B."""
     _: KW_ONLY
-    hardware: Literal["h100", "910b", "a3", "cpu"] = "h100"
-    """Device to plan for."""
+    hardware: Literal[
+        "h100",
+        "h100-pcie",
+        "h100-nvl",
+        "h200",
+        "h20",
+        "a100",
+        "b200",
+        "rtx4090",
+        "910b1",
+        "910b",
+        "910b3",
+        "910b4",
+        "a3",
+        "cpu",
+    ] = "h100"
+    """Device to plan for: h100, h100-pcie, h100-nvl, h200, h20, a100, b200, rtx4090, 910b (910B2), 910b1, 910b3, 910b4,
+    a3 (one die of an Atlas 900 A3), or cpu."""
     devices: int | None = None
     """Suggest layouts for this number of devices; not with options that fix the layout."""
     tensor_model_parallel_size: int = 1

@@ -35,7 +35,15 @@ def test_peaks_are_those_of_the_named_devices() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "float16") == 989.4e12
     assert peak_flops("Ascend910B2", "float32") == 94e12
     assert peak_flops("cpu", "bfloat16") is None
-    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") is None
+    assert peak_flops("NVIDIA GeForce GTX 1080", "bfloat16") is None
+
+
+def test_the_longest_name_that_fits_counts() -> None:
+    assert peak_flops("NVIDIA H20", "bfloat16") == 148e12
+    assert peak_flops("NVIDIA H200", "bfloat16") == 989.4e12
+    assert peak_flops("NVIDIA H200 NVL", "bfloat16") == 835e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("Ascend910B3", "bfloat16") == 313e12
 
 
 def test_each_step_is_on_disk_at_once(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def token_losses(
     hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel, most_likely: np.ndarray | None = None
 ) -> np.ndarray:
     losses = np.empty(len(labels), np.float32)
-    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes):
+    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.device_logits_chunk_bytes):
         logits = product(hidden[part], head.value, transpose_b=True).astype(ms.float32)
         losses[part] = _losses(logits, labels[part], tensor)[0]
         if most_likely is not None:
@@ -147,7 +147,7 @@ def cross_entropy_and_gradient(
 ) -> tuple[float, Tensor]:
     scale, shares = split_scale(weights)
     total, gradients = 0.0, []
-    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.logits_chunk_bytes):
+    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.device_logits_chunk_bytes):
         rows = hidden[part]
         logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
         losses, d_logits = _losses(logits, labels[part], tensor)

@@ -7,7 +7,7 @@ import torch
 from tandem.backends.torch.attention import attention
 from tandem.backends.torch.compute import cpu, cuda, npu
 from tandem.backends.torch.kernels import Kernels
-from tandem.frameworks import DEVICE_LOGITS_CHUNK_BYTES, TORCH
+from tandem.frameworks import TORCH
 
 CPU = Kernels(
     product=cpu.product,
@@ -43,7 +43,7 @@ CUDA = Kernels(
     documents=cuda.documents,
     attention=cuda.attention,
     losses_and_gradient=cuda.losses_and_gradient,
-    logits_chunk_bytes=DEVICE_LOGITS_CHUNK_BYTES,
+    logits_chunk_bytes=TORCH.device_logits_chunk_bytes,
     norm=cuda.norm,
     adamw=cuda.adamw,
     sums=torch.float64,
@@ -63,7 +63,7 @@ NPU = Kernels(
     documents=npu.documents,
     attention=npu.attention,
     losses_and_gradient=cpu.losses_and_gradient,
-    logits_chunk_bytes=DEVICE_LOGITS_CHUNK_BYTES,
+    logits_chunk_bytes=TORCH.device_logits_chunk_bytes,
     norm=npu.norm,
     adamw=npu.adamw,
     sums=torch.float32,
