@@ -59,7 +59,7 @@ def written(engine: Engine, texts: int, tokens: int, on_step: Callable[[], None]
     from tandem.inference.scheduler import Scheduler
 
     with Scheduler(engine, texts, room=texts * (len(PROMPT) + tokens)) as scheduler:
-        requests = [scheduler.submit(PROMPT, Sampling(max_new_tokens=tokens), ()) for _ in range(texts)]
+        requests = [scheduler.submit(PROMPT, Sampling(max_new_tokens=tokens), (), logprobs=False) for _ in range(texts)]
         while scheduler.step():
             on_step()
     return sum(requests[0].tokens)

