@@ -206,7 +206,29 @@ def test_the_split_of_a_tokenizer_gets_its_name(tmp_path: Path, name: str) -> No
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = SPLITS[name]
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert vocabulary_of(tmp_path / "tokenizer.json", "qwen3", 4).pre == name
+    vocabulary = vocabulary_of(tmp_path / "tokenizer.json", "qwen3", 4)
+    assert (vocabulary.pre, vocabulary.notice) == (name, "")
+
+
+def test_qwens_split_is_the_one_in_transformers(tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import pre_tokenizers
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(PRETOKENIZE_REGEX), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert vocabulary_of(tmp_path / "tokenizer.json", "llama", 4).pre == "qwen2"
+
+
+def test_a_split_without_a_name_is_said(workspace: Workspace) -> None:
+    """The toy's: it knows no contractions."""
+    vocabulary = vocabulary_of(workspace.hf / "tokenizer.json", "llama", 448)
+    assert vocabulary.pre == "llama-bpe"
+    assert "llama.cpp has no name for the way in which this tokenizer splits texts" in vocabulary.notice
 
 
 def test_bad_input_is_refused_by_name(
@@ -220,6 +242,9 @@ def test_bad_input_is_refused_by_name(
         return capsys.readouterr().err
 
     assert "--gguf q4: expected f16 or bf16 or q8_0" in error(str(workspace.hf), out, "--gguf", "q4")
+    assert "TARGET (--save-dir) x.gguf: is the folder of the file" in error(
+        str(workspace.hf), "x.gguf", "--gguf", "f16"
+    )
     both = error(str(workspace.hf), out, "--gguf", "f16", "--params-dtype", "fp32")
     assert "--gguf f16 and --params-dtype exclude each other" in both
 

@@ -35,7 +35,7 @@ SPLITS = {
 }
 USUAL = {"llama": "llama-bpe"}  # the way of a family whose tokenizer splits in another one; for others that of qwen2
 PROBE = (
-    "It's what I've said: we'll see, you're right, 'tis he'd; WE'RE 'Told 'Veiled\n\n  indented\t\ttabs \r\n"
+    "It's O'Reilly's l'tableau: I've said we'll see, you're right, 'tis he'd; WE'RE 'Told 'Veiled\n\n  two\t\ttabs \r\n"
     "1 12 123 1234 12345.678 3.14, x=y+z; f(a, b) -> {c: [d]}   \n \n   end 深度学习123模型。 Здравствуй мир "
     "naïve café 🚀🙂 ```python\n    return None\n```  ---===  ١٢٣ ½ ²"
 )

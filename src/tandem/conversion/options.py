@@ -228,5 +228,7 @@ class ExportOptions(Options):
             yield "--save-lora-to-hf and --verify exclude each other: adapters alone compute nothing"
         if self.gguf and self.save_lora_to_hf:
             yield "--gguf and --save-lora-to-hf exclude each other: a GGUF file holds the whole model"
+        if self.gguf and self.save_dir.endswith(".gguf"):
+            yield f"TARGET (--save-dir) {self.save_dir}: is the folder of the file; give another name"
         if self.gguf and self.params_dtype:
             yield f"--gguf {self.gguf} and --params-dtype exclude each other: --gguf chooses how numbers are stored"

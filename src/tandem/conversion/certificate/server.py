@@ -91,7 +91,7 @@ class _Asking:
     def log_probabilities(self, probe: Probe) -> np.ndarray | None:
         """Of a probe's tokens after the first, float64; None where the server gives none."""
         asked = {"prompt": list(probe.token_ids), "max_tokens": 1, "temperature": 0}
-        for way, read in ((({"echo": True, "logprobs": 1}), _echoed), ({"prompt_logprobs": 0}, _of_prompt)):
+        for way, read in (({"echo": True, "logprobs": 1}, _echoed), ({"prompt_logprobs": 0}, _of_prompt)):
             try:
                 values = read(self._complete({**asked, **way}), probe.token_ids)
             except (Refused, *MALFORMED):
@@ -137,35 +137,27 @@ class _Asking:
         if not certificate.end_ids or not self._chats:
             return [], ""
         natural = [probe for probe, number in self._chats if certificate.stops[number]]
-        if natural and is_same_model:
-            goes_on = [probe for probe in natural if self._goes_on(probe)]
-        else:  # this model ends none of them by itself: its end token is made the likeliest one
-            return self._forced_end(self._chats[0][0])
-        if not goes_on:
-            return [], ""
-        return [self._other_end(goes_on[0], " or ".join(certificate.end_texts))], ""
-
-    def _forced_end(self, probe: Probe) -> tuple[list[Difference], str]:
         try:
-            plain, _ = self._after(probe, {})
-            for end, text in zip(self._certificate.end_ids, self._certificate.end_texts):
-                biased, goes_on = self._after(probe, {"logit_bias": {str(end): 100}})
-                if goes_on and biased != plain:
-                    return [self._other_end(probe, text)], ""
-                if goes_on:
-                    return [], NO_END
+            if not natural or not is_same_model:
+                return self._forced_end(self._chats[0][0])
+            goes_on = [probe for probe in natural if self._after(probe, {})[1]]
         except (Refused, *MALFORMED):
             return [], NO_END
+        return [self._other_end(probe, " or ".join(certificate.end_texts)) for probe in goes_on[:1]], ""
+
+    def _forced_end(self, probe: Probe) -> tuple[list[Difference], str]:
+        """The same where no answer ends by itself: the end token is made the likeliest one."""
+        plain, _ = self._after(probe, {})
+        for end, text in zip(self._certificate.end_ids, self._certificate.end_texts):
+            biased, goes_on = self._after(probe, {"logit_bias": {str(end): 100}})
+            if goes_on:
+                return ([], NO_END) if biased == plain else ([self._other_end(probe, text)], "")
         return [], ""
 
     def _other_end(self, probe: Probe, ends: str) -> Difference:
         return Difference(
             END_TOKEN, f"after the answer to {probe.title} the server goes on; training ends it at {ends}"
         )
-
-    def _goes_on(self, probe: Probe) -> bool:
-        """Whether the server writes more after an answer."""
-        return self._after(probe, {})[1]
 
     def _after(self, probe: Probe, more: dict[str, Any]) -> tuple[str, bool]:
         """What the server writes after an answer, and whether it would go on."""
