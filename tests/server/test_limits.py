@@ -106,6 +106,8 @@ def test_wrong_requests_are_named(
         (b'{"messages": NaN}', 400),
         (b"[" * 10_000, 400),
         (b"1" * 19_000, 400),
+        (b'{"messages": %s%s}' % (b"[" * 1000, b"]" * 1000), 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [%s1%s]}' % (b'{"a":' * 1000, b"}" * 1000), 400),
         (b" " * (MOST_BODY + 1), 413),
     ],
 )

@@ -52,6 +52,7 @@ def served(*words: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]
             process.kill()
 
 
+@pytest.mark.slow("signals")
 def test_sigterm_finishes_what_runs_and_what_waits(workspace: Workspace) -> None:
     """One answer at a time: one runs, one waits, a third comes too late."""
     body = {"messages": [{"role": "user", "content": "Sort 312."}], "max_tokens": 200, "temperature": 0}
@@ -69,6 +70,7 @@ def test_sigterm_finishes_what_runs_and_what_waits(workspace: Workspace) -> None
     assert len([line for line in lines if line.startswith("hf: ")]) == 2
 
 
+@pytest.mark.slow("jobs")
 def test_base_and_tuned_are_two_models(workspace: Workspace, tmp_path: Path) -> None:
     """The same weights with adapters and without: `--lora-load` belongs to the first only."""
     lora = {"lora_target_modules": ["linear_qkv"], "lora_r": 4, "lr": 0.5, "lr_warmup_iters": 0}

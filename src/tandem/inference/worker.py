@@ -164,6 +164,8 @@ class Worker:
                 models[name].communicator.close()
         except BaseException as error:  # noqa: BLE001 - raised again where the worker was made
             self.failure = error
+            for job in self._jobs:
+                job.tell(Update(error=RuntimeError("the worker has failed")))
             self._when_failed()
 
     def _scheduler(self, model: Model) -> Scheduler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,18 +52,19 @@ def build_app(service: Service, limits: Limits) -> Starlette:
     """The application, over models that may still be loading."""
 
     async def chat(request: Request) -> Response:
-        service.check_ready()
-        body = await read_json(request, limits.max_body)
-        return await answer(request, await run_in_threadpool(read_chat, body, service.served, limits.max_tokens))
+        return await answer(request, lambda body: read_chat(body, service.served, limits.max_tokens))
 
     async def completion(request: Request) -> Response:
+        return await answer(request, lambda body: read_completion(body, service.served))
+
+    async def answer(request: Request, read: Callable[[Any], Asked]) -> Response:
         service.check_ready()
         body = await read_json(request, limits.max_body)
-        return await answer(request, await run_in_threadpool(read_completion, body, service.served))
-
-    async def answer(request: Request, asked: Asked) -> Response:
-        generation = service.begin(asked)
-        if asked.stream:
+        try:
+            generation = service.begin(await run_in_threadpool(read, body))
+        except RecursionError:
+            raise bad_request("the body is nested too deeply") from None
+        if generation.asked.stream:
             return EventStream(generation)
         try:
             return json_response(await while_connected(request, generation.whole()))
