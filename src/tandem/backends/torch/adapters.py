@@ -98,7 +98,8 @@ class _AdaptedLinear(Function):
             gradient = (gradient * stretch).to(gradient.dtype)
         a, b = _stacked(adapted.factors, len(adapted.weight))
         dlow = matmul(gradient, b.t())
-        _add_factors(adapted.factors, matmul(dlow.t(), adapted.dropped(x).t()), matmul(gradient.t(), low.t()))
+        da, db = matmul(dlow.t(), adapted.dropped(x).t()), matmul(low.t(), gradient.t()).t()  # no copy of gradient^T
+        _add_factors(adapted.factors, da, db)
         dx = matmul(gradient, adapted.weight.t())
         if adapted.dropout is None:
             dx.addmm_(dlow, a)
