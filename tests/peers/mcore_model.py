@@ -23,12 +23,15 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.safe_globals import SAFE_GLOBALS
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe import moe_utils
 
 FLOAT = torch.float32
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # its router asks for it also where there is no Transformer Engine
 
 
 @contextmanager
@@ -67,6 +70,7 @@ def build(args: argparse.Namespace, first_stage: int | None = None) -> list[GPTM
         **{
             "num_layers_in_first_pipeline_stage": first_stage,
             **values,
+            "num_moe_experts": getattr(args, "num_experts", None),
             "layernorm_epsilon": args.norm_epsilon,
             "layernorm_zero_centered_gamma": args.apply_layernorm_1p,
             "gated_linear_unit": args.swiglu,
@@ -85,9 +89,12 @@ def build(args: argparse.Namespace, first_stage: int | None = None) -> list[GPTM
 
 
 def _chunk(args: argparse.Namespace, config: TransformerConfig, stage: int | None) -> GPTModel:
+    spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    if config.num_moe_experts:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization),
+        spec,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

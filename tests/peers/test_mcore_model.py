@@ -23,7 +23,7 @@ from tandem.checkpoints.megatron.args import to_args
 from tandem.data.batch import MicroBatch
 from tandem.models.config import RotaryScaling
 from tandem.parallel.layout import Layout
-from toys import DENSE_TOYS
+from toys import DENSE_TOYS, TOYS, moe_config
 from workspace import Workspace
 
 SCALED = {
@@ -32,7 +32,7 @@ SCALED = {
 }
 YARN = RotaryScaling("yarn", 4.0, original_max_position_embeddings=50, mscale=1.0, mscale_all_dim=0.6, truncate=False)
 SCALED["qwen3-yarn"] = dataclasses.replace(DENSE_TOYS["qwen3-tied"], rotary_scaling=YARN)
-MODELS = DENSE_TOYS | SCALED
+MODELS = TOYS | SCALED | {"qwen3-moe-raw": moe_config(norm_topk_prob=False, moe_router_topk=3)}
 LENGTH = 200  # far enough for scaled rotary embeddings to differ from plain ones
 TOLERANCE = 1e-4
 

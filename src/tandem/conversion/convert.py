@@ -223,6 +223,7 @@ def _sink(work: Path, options: ConvertOptions, source: TensorSource, companions:
         companions,
         _padded_vocab_size(options, config),
         transformer_engine=options.transformer_impl == "transformer_engine",
+        moe_grouped_gemm=options.moe_grouped_gemm,
     )
 
 

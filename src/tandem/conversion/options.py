@@ -71,6 +71,15 @@ class ConvertOptions(Options):
     """Tensor-parallel ranks to write for."""
     target_pipeline_parallel_size: int = 1
     """Pipeline stages to write for."""
+    target_expert_parallel_size: int = 1
+    """Ranks that share the experts of a layer."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that cut each expert: 1, or --target-tensor-parallel-size, which is the default."""
+    moe_tp_extend_ep: bool = False
+    """Tensor-parallel ranks share experts, too, and do not cut them."""
+    moe_grouped_gemm: bool = False
+    """For torch: all experts of a rank in one tensor, as for Megatron's grouped products; with --transformer-impl
+    transformer_engine, its names of them. Otherwise each expert has tensors of its own."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of a chunk, for interleaved stages."""
     num_layer_list: str | None = None
@@ -152,6 +161,9 @@ class ConvertOptions(Options):
             num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
             num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
             noop_layers=parse_layers("--noop-layers", self.noop_layers) or (),
+            expert_model_parallel_size=self.target_expert_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            moe_tp_extend_ep=self.moe_tp_extend_ep,
         )
 
     def source_layers(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
@@ -181,10 +193,11 @@ class ConvertOptions(Options):
         """Flags that were given and have no effect on this target."""
         idle: list[str] = []
         if (self.save_model_type, self.ckpt_format) != ("mg", "torch"):
-            idle += ["transformer_impl", "make_vocab_size_divisible_by", "padded_vocab_size"]
+            idle += ["transformer_impl", "make_vocab_size_divisible_by", "padded_vocab_size", "moe_grouped_gemm"]
         if self.save_model_type == "hf":
             idle += ["target_tensor_parallel_size", "target_pipeline_parallel_size"]
-            idle += ["num_layers_per_virtual_pipeline_stage", "ckpt_format"]
+            idle += ["num_layers_per_virtual_pipeline_stage", "ckpt_format", "target_expert_parallel_size"]
+            idle += ["expert_tensor_parallel_size", "moe_tp_extend_ep"]
         defaults = {item.name: item.default for item in fields(self)}
         return [flag_of(name) for name in idle if getattr(self, name) != defaults[name]]
 

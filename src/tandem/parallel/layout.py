@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -220,6 +221,42 @@ class Shard:
     def is_copy(self) -> bool:
         """The last stage's copy of a tied embedding."""
         return self.spec.name == EMBEDDING and self.local_name == OUTPUT
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A rank of a pipeline stage that has a file of its own in Megatron's checkpoints.
+
+    Attributes:
+        tensor, expert: the numbers in the name of its folder.
+        slice_of_experts, experts: its `Shard.tensor_rank` and `Shard.expert_rank` for tensors of experts.
+    """
+
+    tensor: int
+    expert: int
+    slice_of_experts: int
+    experts: int
+
+    def holds(self, shard: Shard) -> bool:
+        if shard.spec.split.experts:
+            return (shard.tensor_rank, shard.expert_rank) == (self.slice_of_experts, self.experts)
+        return shard.tensor_rank == self.tensor
+
+
+def rank_files(layout: Layout) -> list[RankFile]:
+    """The files of one stage. Ranks with the same folder hold the same.
+
+    >>> whole = Layout(tensor_model_parallel_size=2, expert_model_parallel_size=4, expert_tensor_parallel_size=1)
+    >>> [(file.tensor, file.expert) for file in rank_files(whole)]
+    [(0, 0), (1, 1), (0, 2), (1, 3)]
+    """
+    tensor, cut, shared = layout.tensor_model_parallel_size, layout.expert_tensor_size, layout.expert_size
+    files = []
+    for rank in range(math.lcm(tensor, cut * shared)):
+        experts = rank // cut % shared
+        folder = experts // tensor if layout.moe_tp_extend_ep else experts
+        files.append(RankFile(rank % tensor, folder, rank % cut, experts))
+    return files
 
 
 def part_of(spec: TensorSpec, world: int, rank: int) -> Part:

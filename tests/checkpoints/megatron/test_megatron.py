@@ -382,7 +382,7 @@ def test_release_tracker_and_expert_suffix(tmp_path: Path) -> None:
     assert isinstance(written, MegatronSource)
     assert_equal(written, source)
     (tmp_path / "release" / "mp_rank_00_000_000").rename(tmp_path / "release" / "mp_rank_00_000_001")
-    with pytest.raises(UserError, match="mp_rank_00_000_001: not a rank of a dense model"):
+    with pytest.raises(UserError, match="mp_rank_00_000_001: not a rank of a model without expert ranks"):
         MegatronSource(tmp_path)
 
 

@@ -59,8 +59,12 @@ class TorchFileWriter:
 
     def write(self, pending: PendingTensor, rows: np.ndarray) -> None:
         """Append the next rows of a tensor. Another tensor may begin when it is complete."""
-        assert pending not in self._written, f"{self.path}: a tensor was written twice"
         assert rows.shape[1:] == pending.shape[1:], f"{self.path}: rows {rows.shape}, announced {pending.shape}"
+        self.write_numbers(pending, rows)
+
+    def write_numbers(self, pending: PendingTensor, rows: np.ndarray) -> None:
+        """Append the next numbers of a tensor, in an array of any shape."""
+        assert pending not in self._written, f"{self.path}: a tensor was written twice"
         flat = np.ascontiguousarray(rows, dtype=pending.dtype).reshape(-1)
         if self._entry is None:
             size = math.prod(pending.shape) * pending.dtype.itemsize

@@ -14,6 +14,7 @@ from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.megatron.rotary_args import scaling_from_args, scaling_to_args
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.models.experts import Experts
 from tandem.models.families import FAMILIES
 from tandem.models.hf_config import from_hf
 from tandem.parallel.layout import Layout
@@ -46,8 +47,13 @@ AGREEING = (
 NORM_EPSILON = ("norm_epsilon", "layernorm_epsilon", "rms_norm_eps")
 
 
-def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: int) -> argparse.Namespace:
-    """The `args` that Megatron-LM and MindSpeed-LLM read when they load or convert. Plain values only."""
+def to_args(
+    config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: int, *, grouped: bool = False
+) -> argparse.Namespace:
+    """The `args` that Megatron-LM and MindSpeed-LLM read when they load or convert. Plain values only.
+
+    `grouped`: experts are stored as for `--moe-grouped-gemm`.
+    """
     values: dict[str, Any] = {
         "model_type_hf": config.model_type,
         "num_layers": config.num_layers + len(layout.noop_layers),
@@ -83,6 +89,7 @@ def to_args(config: ModelConfig, layout: Layout, dtype: str, padded_vocab_size: 
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         **_layout_values(config, layout),
+        **(_experts_to_args(config, config.experts, layout, grouped) if config.experts else {}),
     }
     return argparse.Namespace(**values)
 
@@ -113,6 +120,7 @@ def config_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Mo
         rotary_scaling=scaling,
         untie_embeddings_and_output_weights=_value(args, where, "untie_embeddings_and_output_weights"),
         init_method_std=_value(args, where, "init_method_std", "initializer_range"),
+        experts=_experts_from_args(args, where, noop_layers),
     )
 
 
@@ -125,12 +133,11 @@ def described_model(
         UserError: nothing describes the model, or `args` contradict the config. `where` is named.
     """
     _check_supported(args, where, ONLY_ORDER)
-    if args.get("num_experts") or args.get("num_moe_experts"):
-        raise UserError(f"{where}: experts in Megatron's files are not read yet: convert from Hugging Face's")
     if config is None and companions.hf_config is not None:
         config = from_hf(companions.hf_config, where=f"config.json next to {where}")
     if config is not None:
         check_agreement(args, where, config, noop_layers)
+        check_experts(args, where, config, noop_layers)
         return config
     if not args:
         raise UserError(f"{where} holds no args: the model is unknown. Give its config.json with --hf-cfg-dir")
@@ -152,6 +159,22 @@ def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tu
             raise UserError(
                 f"{where}: args say {field} = {value!r}, the model's config says {getattr(config, field)!r}{hint}"
             )
+
+
+def check_experts(args: Args, where: str, config: ModelConfig, noop_layers: tuple[int, ...]) -> None:
+    """Raise UserError when `args` have other experts than the config of the model."""
+    there = number_of_experts(args) or None
+    here = config.experts.num_experts if config.experts else None
+    if there is not None and there != here:
+        raise UserError(f"{where}: args say num_experts = {there!r}, the model's config says {here!r}")
+    if config.experts is None or not there:
+        return
+    actual = _experts_from_args(args, where, noop_layers)
+    assert actual is not None
+    for field in ("moe_router_topk", "moe_ffn_hidden_size", "norm_topk_prob"):
+        stated, own = getattr(actual, field), getattr(config.experts, field)
+        if stated != own:
+            raise UserError(f"{where}: args say {field} = {stated!r}, the model's config says {own!r}")
 
 
 def _check_supported(args: Args, where: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -181,7 +204,9 @@ def _layout_values(config: ModelConfig, layout: Layout) -> dict[str, Any]:
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
         "num_layers_per_virtual_pipeline_stage": per_chunk,
-        "expert_model_parallel_size": 1,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_size,
+        "moe_tp_extend_ep": layout.moe_tp_extend_ep,
         "context_parallel_size": 1,
         "num_layer_list": ",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
         "noop_layers": ",".join(map(str, layout.noop_layers)) if layout.noop_layers else None,
@@ -200,11 +225,60 @@ def _value(args: Args, where: str, *names: str) -> Any:
 def _model_type(args: Args, where: str) -> str:
     if args.get("model_type_hf") in FAMILIES:
         return args["model_type_hf"]
-    features = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias"))
+    features = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias")), bool(number_of_experts(args))
     for name, family in FAMILIES.items():
-        if not family.has_experts and (family.qk_layernorm, family.add_qkv_bias) == features:
+        if (family.qk_layernorm, family.add_qkv_bias, family.has_experts) == features:
             return name
     raise UserError(f"{where}: args say qk_layernorm and add_qkv_bias; no supported family has both")
+
+
+def number_of_experts(args: Args) -> int | None:
+    """Megatron-LM calls it num_experts, Megatron-core num_moe_experts."""
+    return args.get("num_experts") or args.get("num_moe_experts")
+
+
+def _experts_to_args(config: ModelConfig, experts: Experts, layout: Layout, grouped: bool) -> dict[str, Any]:
+    sparse = [int(experts.are_in(layer)) for layer in range(config.num_layers)]
+    everywhere = all(sparse)
+    for slot in sorted(layout.noop_layers):  # Megatron counts these
+        sparse.insert(slot, 0)
+    return {
+        "num_experts": experts.num_experts,
+        "moe_router_topk": experts.moe_router_topk,
+        "moe_ffn_hidden_size": experts.moe_ffn_hidden_size,
+        "moe_layer_freq": 1 if everywhere else sparse,
+        "norm_topk_prob": experts.norm_topk_prob,
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": experts.router_aux_loss_coef,
+        "moe_grouped_gemm": grouped,
+    }
+
+
+def _experts_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> Experts | None:
+    """The experts, and which layers have them: every layer, every n-th from the first, or those that a list marks."""
+    count = number_of_experts(args)
+    if not count:
+        return None
+    every, dense = args.get("moe_layer_freq") or 1, args.get("first_k_dense_replace") or 0
+    slots = range(_value(args, where, "num_layers"))
+    marks = list(every) if isinstance(every, list | tuple) else [slot % max(every, 1) == 0 for slot in slots]
+    if len(marks) != len(slots):
+        raise UserError(
+            f"{where}: args say moe_layer_freq = {every}; expected a number for each of {len(slots)} layers"
+        )
+    marks = [mark for slot, mark in enumerate(marks) if slot not in noop_layers]
+    normalised = bool(args.get("norm_topk_prob")) or not args.get("moe_router_pre_softmax")
+    return Experts(
+        num_experts=count,
+        moe_router_topk=_value(args, where, "moe_router_topk", "num_experts_per_tok"),
+        moe_ffn_hidden_size=_value(
+            args, where, "moe_ffn_hidden_size", "moe_intermediate_size", "ffn_hidden_size", "intermediate_size"
+        ),
+        norm_topk_prob=normalised,
+        mlp_only_layers=tuple(layer for layer, mark in enumerate(marks) if not mark or layer < dense),
+        router_aux_loss_coef=float(args.get("moe_aux_loss_coeff") or 0.0),
+    )
 
 
 def _states_query_groups(args: Args) -> bool:

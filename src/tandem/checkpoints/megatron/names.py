@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tandem.checkpoints.formats.torch_reader import LazyTensor
+from tandem.checkpoints.megatron.experts import Stack
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
-from tandem.parallel.layout import Layout, Shard, shards
+from tandem.parallel.layout import Layout, Shard, rank_files, shards
 
 FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER = "distrib_optim.pt"  # next to it, with --use-distributed-optimizer
@@ -29,7 +31,7 @@ LORA_A = ".lora_A.default.weight"
 
 EXTRA_STATE = "._extra_state"  # Transformer Engine's fp8 scales; empty otherwise
 VOCABULARY = (EMBEDDING, OUTPUT)  # the tensors that have a row for every token
-Chunk = dict[str, LazyTensor]
+Chunk = dict[str, LazyTensor | Stack]
 
 
 def model_key(chunk: int, chunks: int) -> str:
@@ -37,10 +39,16 @@ def model_key(chunk: int, chunks: int) -> str:
 
 
 def shards_of(config: ModelConfig, layout: Layout) -> dict[str, list[Shard]]:
-    """Global name -> its shards on all ranks, including the copies of a tied head."""
+    """Global name -> its shards in all files, including the copies of a tied head.
+
+    `tensor_rank` and `expert_rank` are the numbers in the name of the file's folder.
+    """
     by_name: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
+    files = rank_files(layout)
     for shard in shards(config, layout, tied_head_copy=True):
-        by_name[shard.spec.name].append(shard)
+        by_name[shard.spec.name] += [
+            replace(shard, tensor_rank=file.tensor, expert_rank=file.expert) for file in files if file.holds(shard)
+        ]
     return by_name
 
 

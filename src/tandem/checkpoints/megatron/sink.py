@@ -14,12 +14,13 @@ from tandem.checkpoints.formats.torch_writer import PendingTensor, TorchFileWrit
 from tandem.checkpoints.hf.companions import original_dtype, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, TensorKind
 from tandem.checkpoints.megatron.args import to_args
+from tandem.checkpoints.megatron.experts import Form, names_of, shapes_of
 from tandem.checkpoints.megatron.names import CHECKPOINT_VERSION, FILE, FUSED_NORMS, model_key, renamed, shards_of
 from tandem.errors import UserError
 from tandem.files.publish import Publication, check_free_space, write_text_atomically
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
-from tandem.parallel.layout import Layout, Shard
+from tandem.parallel.layout import Layout, Shard, rank_files
 from tandem.parallel.slices import cut_rows
 
 
@@ -40,6 +41,7 @@ class MegatronSink:
         padded_vocab_size: rows of embedding and output head, filled up with zeros; None for the vocabulary itself,
             which tensor_model_parallel_size must then divide. `pad_vocab_size` computes Megatron's value.
         transformer_engine: name the norms as Transformer Engine's fused layers do.
+        moe_grouped_gemm: experts are as for grouped products: one tensor for all, or Transformer Engine's.
 
     Raises:
         UserError: the model cannot be laid out like this, or the disk is too small.
@@ -55,22 +57,26 @@ class MegatronSink:
         companions: Companions | None = None,
         padded_vocab_size: int | None = None,
         transformer_engine: bool = False,
+        moe_grouped_gemm: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.location = str(folder)
-        if config.experts is not None:
-            raise UserError("--ckpt-format torch: experts are not written in Megatron's files yet: write native ones")
         self.iteration = iteration
         self._config, self._layout, self._dtype = config, layout, dtype
         self._companions = companions or Companions()
         self._fused = {norm: name for name, norm in FUSED_NORMS.items()} if transformer_engine else {}
+        self._form: Form = "sequential"
+        if moe_grouped_gemm:
+            self._form = "transformer_engine" if transformer_engine else "grouped"
+        self._held = config.experts.num_experts // layout.expert_size if config.experts else 0
         self._padded = replace(config, vocab_size=padded_vocab_size or config.vocab_size)
         self._check_vocabulary()
         self._shards = shards_of(self._padded, layout)
         self._unwritten, self._rows = set(self._shards), RowsWritten()
         self._check_space()
         self._publication = Publication(iteration_folder(self.folder, iteration), replace=True)
-        self._pending: dict[Shard, PendingTensor] = {}
+        self._pending: dict[Shard, list[PendingTensor]] = {}
+        self._experts: dict[Shard, list[np.ndarray]] = {}  # rows of an expert that is not complete
         self._writers = {rank: self._open_writer(*rank) for rank in self._ranks()}
 
     def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
@@ -86,8 +92,28 @@ class MegatronSink:
     def _write(self, name: str, first: int, rows: np.ndarray) -> None:
         for shard in self._shards[name]:
             rows_here = cut_rows(rows, first, shard.part)
-            if rows_here.size:
-                self._writers[shard.tensor_rank, shard.pipeline_rank].write(self._pending[shard], rows_here)
+            if not rows_here.size:
+                continue
+            if shard.spec.split.experts:
+                self._write_experts(shard, rows_here)
+            else:
+                self._writer_of(shard).write(self._pending[shard][0], rows_here)
+
+    def _write_experts(self, shard: Shard, rows: np.ndarray) -> None:
+        """Write each expert when its rows have all come."""
+        size = shard.shape[0] // self._held
+        waiting = self._experts.setdefault(shard, [])
+        waiting.append(rows)
+        while sum(map(len, waiting)) >= size:
+            together = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+            waiting[:] = [together[size:]]
+            if self._form == "grouped":
+                self._writer_of(shard).write_numbers(self._pending[shard][0], together[:size].T)
+            else:
+                self._writer_of(shard).write(self._pending[shard].pop(0), together[:size])
+
+    def _writer_of(self, shard: Shard) -> TorchFileWriter:
+        return self._writers[shard.tensor_rank, shard.pipeline_rank, shard.expert_rank]
 
     def close(self) -> None:
         if self._unwritten:
@@ -106,12 +132,11 @@ class MegatronSink:
             writer.abort()
         self._publication.abort()
 
-    def _ranks(self) -> list[tuple[int, int]]:
-        layout = self._layout
+    def _ranks(self) -> list[tuple[int, int, int]]:
         return [
-            (tensor_rank, pipeline_rank)
-            for pipeline_rank in range(layout.pipeline_model_parallel_size)
-            for tensor_rank in range(layout.tensor_model_parallel_size)
+            (file.tensor, pipeline_rank, file.expert)
+            for pipeline_rank in range(self._layout.pipeline_model_parallel_size)
+            for file in rank_files(self._layout)
         ]
 
     def _check_vocabulary(self) -> None:
@@ -128,18 +153,30 @@ class MegatronSink:
         numel = sum(int(np.prod(shard.shape)) for shard in chain.from_iterable(self._shards.values()))
         check_free_space(self.folder, numel * DTYPES[self._dtype].itemsize)
 
-    def _open_writer(self, tensor_rank: int, pipeline_rank: int) -> TorchFileWriter:
+    def _open_writer(self, tensor_rank: int, pipeline_rank: int, expert_rank: int) -> TorchFileWriter:
         chunks = len(self._layout.stages(self._config.num_layers)[pipeline_rank])
         models: list[OrderedDict[str, PendingTensor]] = [OrderedDict() for _ in range(chunks)]
         for shard in chain.from_iterable(self._shards.values()):
-            if (shard.tensor_rank, shard.pipeline_rank) == (tensor_rank, pipeline_rank):
-                pending = PendingTensor(DTYPES[self._dtype], shard.shape)
-                self._pending[shard] = models[shard.chunk][renamed(shard.local_name, self._fused)] = pending
+            if (shard.tensor_rank, shard.pipeline_rank, shard.expert_rank) == (tensor_rank, pipeline_rank, expert_rank):
+                names, shapes = self._names_and_shapes(shard)
+                self._pending[shard] = [PendingTensor(DTYPES[self._dtype], shape) for shape in shapes]
+                models[shard.chunk].update(zip(names, self._pending[shard]))
         content = {
-            "args": to_args(self._config, self._layout, self._dtype, self._padded.vocab_size),
+            "args": to_args(
+                self._config, self._layout, self._dtype, self._padded.vocab_size, grouped=self._form != "sequential"
+            ),
             "checkpoint_version": CHECKPOINT_VERSION,
             "iteration": self.iteration,
             **{model_key(chunk, chunks): model for chunk, model in enumerate(models)},
         }
-        folder = self._publication.work / rank_folder(self._layout, tensor_rank, pipeline_rank)
+        folder = self._publication.work / rank_folder(self._layout, tensor_rank, pipeline_rank, expert_rank)
         return TorchFileWriter(folder / FILE, content)
+
+    def _names_and_shapes(self, shard: Shard) -> tuple[list[str], list[tuple[int, ...]]]:
+        """What a shard is in its file. Transformer Engine folds the norm before an MLP into it, not that of experts."""
+        name, layer = shard.local_name, shard.spec.layer
+        if shard.spec.split.experts:
+            return names_of(name, self._form, self._held), shapes_of(name, self._form, self._held, shard.shape)
+        has_experts = layer is not None and self._config.experts_in(layer) is not None
+        fused = {norm: new for norm, new in self._fused.items() if not (has_experts and new.startswith("mlp."))}
+        return [renamed(name, fused)], [shard.shape]

@@ -2,7 +2,8 @@
 
     latest_checkpointed_iteration.txt                  a number, or "release"
     iter_0000001/ or release/
-        mp_rank_00[_000[_000]]/model_optim_rng.pt      tensor rank, pipeline rank, expert rank (always 0)
+        mp_rank_00[_000[_000]]/model_optim_rng.pt      tensor rank, pipeline rank, expert rank; the last two where
+                                                       there are several
         hf/                                            config.json and tokenizer files; written by this toolkit only
 
 A file holds `args`, `checkpoint_version` 3.0, `iteration`, and `model`, or `model0`, `model1`... with virtual stages.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -32,7 +33,8 @@ from tandem.checkpoints.interface import (
     check_shape,
     dtype_name,
 )
-from tandem.checkpoints.megatron.args import described_model, numbers
+from tandem.checkpoints.megatron.args import described_model, number_of_experts, numbers
+from tandem.checkpoints.megatron.experts import Stack, stacked
 from tandem.checkpoints.megatron.names import (
     ADAPTER,
     BASE_LAYER,
@@ -55,7 +57,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.lora import Lora
 from tandem.models.tensors import EMBEDDING
-from tandem.parallel.layout import Layout, Shard
+from tandem.parallel.layout import Layout, Shard, rank_files
 from tandem.parallel.slices import Part, overlaps, transfer
 
 
@@ -94,7 +96,7 @@ class MegatronSource(TensorSource):
         self.iteration = iteration_of(self.folder)
         self.location = str(self.folder)
         self._ranks = _open_ranks(self.folder)
-        first = self._ranks[0, 0]
+        first = self._ranks[0, 0, 0]
         recorded = numbers(first.args.get("noop_layers"))
         if recorded:
             check_recorded("noop_layers", noop_layers, recorded, self.location)
@@ -104,6 +106,7 @@ class MegatronSource(TensorSource):
         self.config = replace(model, lora=self._lora(lora_alpha))
         self.layout = self._layout(noop, num_layer_list or numbers(first.args.get("num_layer_list")))
         self._shards = shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
+        self._stack_experts()
         names = {name for rank in self._ranks.values() for chunk in rank.chunks for name in chunk}
         self.holds_adapters_only = all(ADAPTER in name for name in names)
         if self.holds_adapters_only:
@@ -139,7 +142,7 @@ class MegatronSource(TensorSource):
         yield self.read_part(name, part, kind)
 
     def trainer_state(self) -> tuple[str, ...]:
-        return self._ranks[0, 0].trainer_state
+        return self._ranks[0, 0, 0].trainer_state
 
     def unread_optimizer(self) -> tuple[str, ...]:
         in_model_file = (FILE,) if "optimizer" in self.trainer_state() else ()
@@ -160,18 +163,31 @@ class MegatronSource(TensorSource):
                 f"they are copies of one tensor and must be equal"
             )
 
-    def _tensor(self, shard: Shard) -> LazyTensor:
-        return self._ranks[shard.tensor_rank, shard.pipeline_rank].chunks[shard.chunk][shard.local_name]
+    def _tensor(self, shard: Shard) -> LazyTensor | Stack:
+        return self._rank_of(shard).chunks[shard.chunk][shard.local_name]
+
+    def _rank_of(self, shard: Shard) -> _Rank:
+        return self._ranks[shard.tensor_rank, shard.pipeline_rank, shard.expert_rank]
+
+    def _stack_experts(self) -> None:
+        if self.config.experts is None:
+            return
+        held = self.config.experts.num_experts // self.layout.expert_size
+        for rank in self._ranks.values():
+            for chunk in rank.chunks:
+                tensors = stacked(chunk, self.config.hidden_size, held, str(rank.path))
+                chunk.clear()
+                chunk.update(tensors)
 
     def _read(self, shard: Shard) -> np.ndarray:
         return self._tensor(shard).read(shard.local_name)
 
     def _file(self, shard: Shard) -> Path:
-        return self._ranks[shard.tensor_rank, shard.pipeline_rank].path
+        return self._rank_of(shard).path
 
     def _lora(self, alpha: float | None) -> Lora | None:
         """The adapters that MindSpeed-LLM trains: one for a whole weight. Their rank is that of the tensors."""
-        first = self._ranks[0, 0]
+        first = self._ranks[0, 0, 0]
         factors = {name: t for chunk in first.chunks for name, t in chunk.items() if name.endswith(LORA_A)}
         if not factors:
             return None
@@ -187,11 +203,11 @@ class MegatronSource(TensorSource):
         return Lora(r=ranks.pop(), lora_alpha=float(alpha), target_modules=tuple(modules))
 
     def _layout(self, noop_layers: tuple[int, ...], num_layer_list: tuple[int, ...]) -> Layout:
-        stages = 1 + max(pipeline_rank for _, pipeline_rank in self._ranks)
-        chunks = len(self._ranks[0, 0].chunks)
+        stages = 1 + max(pipeline_rank for _, pipeline_rank, _ in self._ranks)
+        args, chunks = self._ranks[0, 0, 0].args, len(self._ranks[0, 0, 0].chunks)
         # in the model's order: the first chunk of every stage, then the second
         counts = tuple(
-            _count_layers(self._ranks[0, stage].chunks[chunk]) for chunk in range(chunks) for stage in range(stages)
+            _count_layers(self._ranks[0, stage, 0].chunks[chunk]) for chunk in range(chunks) for stage in range(stages)
         )
         total = self.config.num_layers + len(noop_layers)
         if sum(counts) != self.config.num_layers and not noop_layers:
@@ -204,17 +220,19 @@ class MegatronSource(TensorSource):
         if uneven and not num_layer_list and chunks == 1:
             num_layer_list = counts
         return Layout(
-            tensor_model_parallel_size=1 + max(tensor_rank for tensor_rank, _ in self._ranks),
+            tensor_model_parallel_size=1 + max(tensor_rank for tensor_rank, _, _ in self._ranks),
             pipeline_model_parallel_size=stages,
             num_layers_per_virtual_pipeline_stage=total // (stages * chunks) if chunks > 1 and not uneven else None,
             num_layer_list=num_layer_list or None,
             noop_layers=noop_layers,
             layers_of_chunks=counts if uneven and chunks > 1 else None,
+            **expert_layout(args),
         )
 
     def _stored_rows(self) -> int:
         """Rows of the embedding over all ranks, with padding."""
-        first_stage = [rank.chunks[0] for (_, stage), rank in sorted(self._ranks.items()) if stage == 0]
+        by_tensor_rank = {tensor: rank for (tensor, stage, _), rank in sorted(self._ranks.items()) if stage == 0}
+        first_stage = [rank.chunks[0] for rank in by_tensor_rank.values()]
         rows = sum(chunk[EMBEDDING].shape[0] for chunk in first_stage if EMBEDDING in chunk)
         if 0 < rows < self.config.vocab_size:
             raise UserError(
@@ -230,7 +248,7 @@ class MegatronSource(TensorSource):
             for chunk, tensors in enumerate(rank.chunks)
             for name in tensors
         }
-        ranks = {shard: self._ranks[shard.tensor_rank, shard.pipeline_rank] for shard in expected}
+        ranks = {shard: self._rank_of(shard) for shard in expected}
         check_names(self.location, names, {rank.name_of(s.chunk, s.local_name) for s, rank in ranks.items()})
         for shard in expected:
             tensor = self._tensor(shard)
@@ -259,37 +277,64 @@ def _count_layers(chunk: Chunk) -> int:
     return len({match[1] for name in chunk if (match := LAYER.match(name))})
 
 
-def _open_ranks(folder: Path) -> dict[tuple[int, int], _Rank]:
-    """(tensor rank, pipeline rank) -> its file, for a whole grid of ranks."""
+def expert_layout(args: Mapping[str, Any]) -> dict[str, Any]:
+    """How `args` say that experts are shared; nothing where there are none."""
+    if not number_of_experts(args):
+        return {}
+    shared, extends = args.get("expert_model_parallel_size") or 1, bool(args.get("moe_tp_extend_ep"))
+    cut = None if extends else args.get("expert_tensor_parallel_size")
+    if cut == args.get("tensor_model_parallel_size"):
+        cut = None  # the default
+    return {
+        "expert_model_parallel_size": shared,
+        "expert_tensor_parallel_size": cut,
+        "moe_tp_extend_ep": extends,
+    }
+
+
+def _open_ranks(folder: Path) -> dict[tuple[int, int, int], _Rank]:
+    """(tensor rank, pipeline rank, expert rank) -> its file, for a whole grid of ranks."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: {TRACKER} or the iteration asked for names it")
-    paths = _rank_paths(folder)
+    any_path = next(iter(sorted(folder.glob(f"mp_rank_*/{FILE}"))), None)
+    args = _open_rank(any_path).args if any_path is not None else {}
+    paths = _rank_paths(folder, shares_experts=(args.get("expert_model_parallel_size") or 1) > 1)
     ranks = {rank: _open_rank(path) for rank, path in sorted(paths.items())}
     first = next(iter(ranks.values()))
     sizes = [
         max(first.args.get(field) or 1, 1 + max(rank[axis] for rank in ranks))
         for axis, field in enumerate(("tensor_model_parallel_size", "pipeline_model_parallel_size"))
     ]
-    grid = {(tensor_rank, stage) for tensor_rank in range(sizes[0]) for stage in range(sizes[1])}
+    layout = Layout(
+        tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1], **expert_layout(first.args)
+    )
+    grid = {(file.tensor, stage, file.expert) for file in rank_files(layout) for stage in range(sizes[1])}
     if missing := sorted(grid - set(ranks)):
-        layout = Layout(tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1])
+        shared = layout.expert_model_parallel_size
+        experts = f" x {shared} expert ranks" if shared > 1 else ""
         raise UserError(
             f"{folder}: rank folders are missing: {', '.join(rank_folder(layout, *rank) for rank in missing)}; "
-            f"expected {sizes[0]} tensor ranks x {sizes[1]} pipeline ranks"
+            f"expected {sizes[0]} tensor ranks x {sizes[1]} pipeline ranks{experts}"
         )
+    if surplus := sorted(set(ranks) - grid):
+        raise UserError(f"{ranks[surplus[0]].path.parent}: args name no such rank: remove it, or the others")
     for rank in ranks.values():
         if len(rank.chunks) != len(first.chunks):
             raise UserError(f"{rank.path} has {len(rank.chunks)} model chunks; {first.path} has {len(first.chunks)}")
     return ranks
 
 
-def _rank_paths(folder: Path) -> dict[tuple[int, int], Path]:
-    paths: dict[tuple[int, int], Path] = {}
+def _rank_paths(folder: Path, *, shares_experts: bool) -> dict[tuple[int, int, int], Path]:
+    """The files by their ranks. With `shares_experts`, the last of two or three numbers is that of an expert rank."""
+    paths: dict[tuple[int, int, int], Path] = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = RANK_FOLDER.fullmatch(path.name)
-        if match is None or int(match[3] or 0):
-            raise UserError(f"{path}: not a rank of a dense model: expected mp_rank_<tensor>[_<pipeline>[_000]]")
-        rank = int(match[1]), int(match[2] or 0)
+        if match is None or (int(match[3] or 0) and not shares_experts):
+            raise UserError(
+                f"{path}: not a rank of a model without expert ranks: expected mp_rank_<tensor>[_<pipeline>[_000]]"
+            )
+        tensor, second, third = (int(number or 0) for number in match.groups())
+        rank = (tensor, 0, second) if shares_experts and match[3] is None else (tensor, second, third)
         if rank in paths:
             raise UserError(f"{path} and {paths[rank]} are the same rank: remove the wrong one")
         paths[rank] = path / FILE

@@ -91,6 +91,11 @@ class TorchDistSource(TensorSource):
         self._noop_layers = noop_layers or recorded
         self.companions = companions_in(self.folder)
         self.config = described_model(args, where, config, self.companions, self._noop_layers)
+        if self.config.experts is not None:
+            raise UserError(
+                f"{self.location}: experts in torch_dist checkpoints are not read: load it with Megatron and save it "
+                f"with --ckpt-format torch"
+            )
         self._homes = self._find_homes()
 
     def kinds(self) -> tuple[TensorKind, ...]:
