@@ -48,10 +48,10 @@ class Workspace:
         return from_dict({**defaults, **values}, "test")
 
 
-def make_workspace(root: Path) -> Workspace:
+def make_workspace(root: Path, num_layers: int = 4) -> Workspace:
     world = make_world(seed=7, lists=30, held_out_lists=5)
     corpus, questions = write_world(world, root)
-    write_toy_model(root / "hf", world.text, seed=7)
+    write_toy_model(root / "hf", world.text, seed=7, num_layers=num_layers)
     tokenizer = str(root / "hf")
     preprocess(PreprocessOptions((str(corpus),), str(root / "text"), tokenizer, append_eod=True))
     preprocess(PreprocessOptions((str(questions),), str(root / "chat"), tokenizer, prompt_type="qwen3"))

@@ -80,13 +80,13 @@ def test_numbers_that_are_not_finite_stop_the_run_and_leave_what_is_known(
     workspace: Workspace, framework: str, instructions: bool, tmp_path: Path
 ) -> None:
     """Injected in a layer: the message and the file name step, rank, samples and the first bad module."""
-    hf = overflowing(workspace, tmp_path / "hf", "model.layers.2.mlp.down_proj.weight")
+    hf = overflowing(workspace, tmp_path / "hf", "model.layers.1.mlp.down_proj.weight")
     values = {"load": str(hf), "save": str(tmp_path / "run"), "instructions": instructions}
-    with pytest.raises(UserError, match=r"iteration 1: the loss is nan.*First bad: rank 0: output of decoder.layers.2"):
+    with pytest.raises(UserError, match=r"iteration 1: the loss is nan.*First bad: rank 0: output of decoder.layers.1"):
         run(workspace, framework, **values, **SHORT)
     details = json.loads((tmp_path / "run" / "bad_steps" / "iter_0000001_rank_00000.json").read_text())
     assert (details["iteration"], details["rank"], details["global_batch"]) == (1, 0, [0, 4])
-    assert details["first_bad"].startswith("output of decoder.layers.2")
+    assert details["first_bad"].startswith("output of decoder.layers.1")
     assert list(details["samples"]) == ["0", "1", "2", "3"]
     assert all(re.search(r": sequences \d+", origin) for origin in details["samples"].values())
     assert not (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from forking_launcher import launcher_for
 from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.cli.settings import parse_settings
@@ -65,10 +66,11 @@ def test_a_run_that_resumes_elsewhere_starts_from_the_same_iteration(workspace: 
 
 
 def test_a_run_of_two_processes_is_run_again_by_two(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By itself; `--nproc-per-node` takes another number."""
     require_framework("torch")
+    monkeypatch.setattr("tandem.cli.processes.launcher_of", launcher_for)
     settings = short(workspace, tmp_path / "a", tensor_model_parallel_size=2)
     (tmp_path / "run.yaml").write_text(to_yaml(settings))
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml"), "--nproc-per-node", "2"]) == 0

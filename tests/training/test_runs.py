@@ -224,7 +224,7 @@ def changed(**values: object) -> object:
         (no_optimizer, "--no-load-optim"),
         (changed(load=None), "--init random"),
         (changed(init="random"), "--load"),
-        (changed(num_layers=9), "--num-layers 9 contradicts .* 4"),
+        (changed(num_layers=9), "--num-layers 9 contradicts .* 2"),
         (changed(rotary_base=5.0), "--rotary-base 5.0 contradicts .* 10000.0"),
         (changed(untie_embeddings_and_output_weights=True), "--untie-embeddings"),
         (changed(seq_length=100_000), "max_position_embeddings 512"),

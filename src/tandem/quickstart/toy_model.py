@@ -60,7 +60,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
 
 
-def toy_config(vocab_size: int) -> ModelConfig:
+def toy_config(vocab_size: int, num_layers: int = 4) -> ModelConfig:
     """A configuration of a million parameters with all that is special in Qwen3.
 
     That is: grouped queries, q/k norm, a head_dim other than hidden / heads, and tied embeddings. The embedding has
@@ -68,7 +68,7 @@ def toy_config(vocab_size: int) -> ModelConfig:
     """
     return ModelConfig(
         model_type="qwen3",
-        num_layers=4,
+        num_layers=num_layers,
         hidden_size=128,
         ffn_hidden_size=384,
         num_attention_heads=4,
@@ -83,10 +83,12 @@ def toy_config(vocab_size: int) -> ModelConfig:
     )
 
 
-def write_toy_model(folder: Path, texts: Iterable[str], seed: int, vocab_size: int = 384) -> ModelConfig:
+def write_toy_model(
+    folder: Path, texts: Iterable[str], seed: int, vocab_size: int = 384, num_layers: int = 4
+) -> ModelConfig:
     """Write config, tokenizer and random weights into `folder`."""
     with publishing(folder.with_name(f"{folder.name}-tokenizer"), replace=True) as work:
-        config = toy_config(write_tokenizer(work, texts, vocab_size))
+        config = toy_config(write_tokenizer(work, texts, vocab_size), num_layers)
     tokenizer_folder = folder.with_name(f"{folder.name}-tokenizer")
     companions = Companions(to_hf(config, dtype="float32"), companion_files(tokenizer_folder))
     copy(RandomSource(config, seed), HFSink(folder, config, "float32", companions))
