@@ -167,3 +167,17 @@ def test_a_result_is_not_taken_for_a_template(hf: Path, tmp_path: Path, capsys: 
     assert (hf / "mg2hf/model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
     assert convert(tmp_path / "m", hf, "mg-hf", "--no-verify") == 2
     assert convert(tmp_path / "m", hf, "mg-hf", "--no-verify", "--hf-cfg-dir", str(hf)) == 2
+
+
+def test_a_tokenizer_of_transformers_5_is_written_for_4_too(hf: Path, tmp_path: Path) -> None:
+    """It knows neither the class nor a list of extra tokens; transformers 5 reads what is written."""
+    from transformers import AutoTokenizer
+
+    change(hf / "tokenizer_config.json", tokenizer_class="TokenizersBackend", extra_special_tokens=["<think>"])
+    assert convert(hf, tmp_path / "m", "hf-mg") == convert(tmp_path / "m", tmp_path / "back", "mg-hf") == 0
+    written = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (written["additional_special_tokens"], "extra_special_tokens" in written) == (["<think>"], False)
+    one, other = (AutoTokenizer.from_pretrained(folder) for folder in (hf, tmp_path / "back"))
+    assert one.extra_special_tokens == other.extra_special_tokens == ["<think>"]
+    assert one.encode("x<think>y") == other.encode("x<think>y")

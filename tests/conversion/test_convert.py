@@ -364,6 +364,19 @@ def test_convert_and_export_take_the_same_config(tmp_path: Path) -> None:
         assert (tmp_path / "converted" / name).read_bytes() == expected == (tmp_path / "exported" / name).read_bytes()
 
 
+def test_padding_of_a_native_checkpoint_is_left_out_and_said(tmp_path: Path) -> None:
+    """What came from Megatron's files without their model's config has the padded vocabulary."""
+    hf = write_hf(tmp_path / "hf", toy_config(vocab_size=211, untie_embeddings_and_output_weights=True))
+    run(trained_by_megatron(hf, tmp_path / "m"), tmp_path / "native", "mg-mg")
+    assert open_source(tmp_path / "native").config.vocab_size == 256
+    options = ExportOptions(load=str(tmp_path / "native"), save_dir=str(tmp_path / "out"), hf_cfg_dir=str(hf))
+    (said,) = (notice for notice in export(options).notices if "rows" in notice)
+    assert said.startswith("the last 45 rows of the embedding are left out: ")
+    run(tmp_path / "native", tmp_path / "converted", "mg-hf", hf_cfg_dir=str(hf))
+    for folder in ("out", "converted"):
+        assert (tmp_path / folder / SINGLE).read_bytes() == (hf / SINGLE).read_bytes()
+
+
 def test_other_positions_of_a_native_checkpoint_are_taken_and_said(tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "hf", toy_config(vocab_size=256))
     run(trained_by_megatron(hf, tmp_path / "m"), tmp_path / "native", "mg-mg")

@@ -66,6 +66,14 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     [
         ({"rope_theta": 10000.0}, r"rope_theta is both 10000\.0 and 1000000\.0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "no scaling, rope_scaling for linear by 2"),
+        ({"torch_dtype": "float32"}, "torch_dtype is float32, dtype is bfloat16: .*; make them equal"),
+        (
+            {
+                "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+                "original_max_position_embeddings": 128,
+            },
+            "original_max_position_embeddings is both 128 and, in the rotary scaling, 64",
+        ),
         ({"rope_scaling": {**SCALED, "rope_theta": 5e5}}, r"rope_theta is both 500000\.0 and 1000000\.0"),
     ],
 )

@@ -130,6 +130,21 @@ class Described(View):
         return Described(source, self.config)
 
 
+class FirstRows(View):
+    """The model of a source with fewer rows in its embedding and its output head: the first ones."""
+
+    def __init__(self, source: TensorSource, rows: int) -> None:
+        super().__init__(source)
+        self.config = replace(source.config, vocab_size=rows)
+
+    def of(self, source: TensorSource) -> FirstRows:
+        return FirstRows(source, self.config.vocab_size)
+
+    def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
+        tensor = super().read(name, kind)
+        return tensor[: self.config.vocab_size] if name in (EMBEDDING, OUTPUT) else tensor
+
+
 class LargerVocabulary(View):
     """The model of a source with more rows in its embedding and its output head.
 

@@ -17,7 +17,7 @@ from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
 from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.checkpoints.random_init import RandomSource
-from tandem.checkpoints.views import Cast, Described, FirstLayers, LargerVocabulary
+from tandem.checkpoints.views import Cast, Described, FirstLayers, FirstRows, LargerVocabulary
 from tandem.conversion.adapters import describe_merge, export_adapters
 from tandem.conversion.lacking import what_lacks
 from tandem.conversion.options import ConvertOptions
@@ -137,12 +137,18 @@ def with_origin(source: TensorSource, origin: str | None) -> tuple[TensorSource,
     if origin is None:
         return source, source.companions, []
     config = config_of(origin)
+    notices, rows = [], source.config.vocab_size - config.vocab_size
+    if rows > 0:  # as a Megatron checkpoint is padded, and what was converted from one without its config.json
+        source = FirstRows(source, config.vocab_size)
+        notices.append(
+            f"the last {rows} rows of the embedding are left out: vocab_size is {config.vocab_size} in {origin}"
+        )
     in_folder, in_source = config.to_dict(), source.config.to_dict()
     different = {name: value for name, value in in_folder.items() if value != in_source[name]}
     if contradictions := different.keys() - DESCRIPTIVE:
         texts = [f"{name} is {in_folder[name]} there, {in_source[name]} in the checkpoint" for name in contradictions]
         raise UserError(f"{origin}/config.json contradicts {source.location}: {'; '.join(sorted(texts))}")
-    notices = [
+    notices += [
         f"{name} is {value}, of {origin}; {in_source[name]} in {source.location}" for name, value in different.items()
     ]
     return Described(source, config) if different else source, companions_of(origin), notices

@@ -82,6 +82,7 @@ def _from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
             continue  # these families have fixed biases: transformers does not read this key
         if hf.get(key) not in (*allowed, None):
             raise UserError(f"{where}: {key} = {hf[key]!r} is not supported; supported: {allowed[0]!r}")
+    _check_dtypes(hf, where)
     windowed = [kind for kind in hf.get("layer_types") or () if kind != "full_attention"]
     if windowed:
         raise UserError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported")
@@ -165,6 +166,16 @@ def _value(hf: dict[str, Any], key: str, where: str) -> Any:
     return defaults[key]
 
 
+def _check_dtypes(hf: dict[str, Any], where: str) -> None:
+    """Raise UserError when the spellings of transformers 4 and 5 name different dtypes."""
+    stated = {key: str(hf[key]).removeprefix("torch.") for key in ("torch_dtype", "dtype") if hf.get(key)}
+    if len(set(stated.values())) > 1:
+        raise UserError(
+            f"{where}: torch_dtype is {stated['torch_dtype']}, dtype is {stated['dtype']}: transformers 4 and 5 would "
+            f"compute in different precision; make them equal"
+        )
+
+
 def _experts_from_hf(hf: dict[str, Any], where: str) -> Experts:
     """The experts. transformers 5 saves `num_local_experts`, 4 saves `num_experts`.
 
@@ -227,8 +238,13 @@ def _scaling(rope: dict[str, Any], hf: dict[str, Any], where: str) -> RotaryScal
 def _with_defaults_of_yarn(values: dict[str, Any], hf: dict[str, Any], where: str) -> dict[str, Any]:
     """What transformers takes where a config is silent."""
     stated = _value(hf, "max_position_embeddings", where)
-    # transformers lets a number outside the scaling win
-    original = hf.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or stated
+    inside, outside = values.get("original_max_position_embeddings"), hf.get("original_max_position_embeddings")
+    if inside and outside and inside != outside:
+        raise UserError(
+            f"{where}: original_max_position_embeddings is both {outside} and, in the rotary scaling, {inside}: "
+            f"transformers 5 would take the first, 4 the second; make them equal"
+        )
+    original = outside or inside or stated
     if "factor" not in values and original == stated:
         raise UserError(f"{where}: rotary scaling of rope_type 'yarn' has no factor")
     return {"factor": stated / original, **values, "original_max_position_embeddings": original}

@@ -20,8 +20,9 @@ from tandem.models.end_tokens import GENERATION_CONFIG, end_ids
 from tandem.models.hf_config import hf_dtype, load_hf_config, to_hf
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
@@ -105,8 +106,25 @@ def write_companions(folder: Path, companions: Companions, config: ModelConfig, 
     (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
     for path in companions.files:
         shutil.copyfile(path, folder / path.name)
-    for name, text in companions.texts.items():
+    tokenizer = companion_json(companions, TOKENIZER_CONFIG)
+    older = for_transformers_4(tokenizer)
+    changed = {TOKENIZER_CONFIG: json.dumps(older, indent=2, ensure_ascii=False) + "\n"} if older != tokenizer else {}
+    for name, text in {**companions.texts, **changed}.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def for_transformers_4(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's config under the names of transformers 4, where 5 writes others. Both read the older ones.
+
+    >>> for_transformers_4({"tokenizer_class": "TokenizersBackend"})
+    {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    """
+    older = dict(tokenizer_config)
+    if older.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(older.get("extra_special_tokens"), list) and "additional_special_tokens" not in older:
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    return older
 
 
 def _check_json(path: Path) -> None:
