@@ -177,6 +177,7 @@ def test_a_tokenizer_of_transformers_5_is_written_for_4_too(hf: Path, tmp_path: 
     assert convert(hf, tmp_path / "m", "hf-mg") == convert(tmp_path / "m", tmp_path / "back", "mg-hf") == 0
     written = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]  # 4 gives token_type_ids otherwise
     assert (written["additional_special_tokens"], "extra_special_tokens" in written) == (["<think>"], False)
     one, other = (AutoTokenizer.from_pretrained(folder) for folder in (hf, tmp_path / "back"))
     assert one.extra_special_tokens == other.extra_special_tokens == ["<think>"]

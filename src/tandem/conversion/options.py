@@ -132,7 +132,8 @@ class ConvertOptions(Options):
     stated: StatedModel = field(default_factory=StatedModel)
 
     def problems(self) -> Iterator[str]:
-        if (self.load_model_type, self.save_model_type) == ("hf", "hf") and self.resize_vocab is None:
+        changes = self.resize_vocab is not None or self.save_lora_to_hf
+        if (self.load_model_type, self.save_model_type) == ("hf", "hf") and not changes:
             yield "--load-model-type hf --save-model-type hf: nothing to convert"
         if (self.save_model_type, self.ckpt_format) == ("mg", "torch_dist"):
             yield (

@@ -117,10 +117,12 @@ def for_transformers_4(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer's config under the names of transformers 4, where 5 writes others. Both read the older ones.
 
     >>> for_transformers_4({"tokenizer_class": "TokenizersBackend"})
-    {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    {'model_input_names': ['input_ids', 'attention_mask'], 'tokenizer_class': 'PreTrainedTokenizerFast'}
     """
     older = dict(tokenizer_config)
     if older.get("tokenizer_class") == "TokenizersBackend":
+        # Without the names, 4 gives token_type_ids, too, which `generate()` of these models refuses.
+        older = {"model_input_names": ["input_ids", "attention_mask"], **older}
         older["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(older.get("extra_special_tokens"), list) and "additional_special_tokens" not in older:
         older["additional_special_tokens"] = older.pop("extra_special_tokens")
