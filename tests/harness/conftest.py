@@ -13,7 +13,7 @@ import pytest
 from workspace import Workspace
 
 TASKS = Path(__file__).with_name("tasks")
-NAMES = ["toy_choices", "toy_letters", "toy_continues", "toy_rolling", "toy_answers"]
+NAMES = ("toy_choices", "toy_letters", "toy_continues", "toy_rolling", "toy_answers")
 
 Samples = dict[str, list[dict[str, Any]]]
 
@@ -35,6 +35,13 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def with_adapter(base: Path, adapter: str) -> Any:
+    peft, transformers, torch = (pytest.importorskip(name) for name in ("peft", "transformers", "torch"))
+    return peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    )
+
+
 @pytest.fixture(scope="session")
 def peer(workspace: Workspace, task_folder: Path) -> Callable[..., Samples]:
     """The samples of `lm_eval --model hf`, on the toy job's model."""
@@ -45,9 +52,14 @@ def peer(workspace: Workspace, task_folder: Path) -> Callable[..., Samples]:
     def model(arguments: frozenset[tuple[str, Any]]) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(pretrained=str(workspace.hf), dtype="float32", device="cpu", batch_size=3, **dict(arguments))
+        given = {"pretrained": str(workspace.hf), "batch_size": 3, **dict(arguments)}
+        if adapter := given.pop("adapter", None):
+            # not its `peft` argument, which also cuts the embedding to the tokenizer's length
+            return HFLM(pretrained=with_adapter(workspace.hf, adapter), tokenizer=str(workspace.hf), batch_size=3)
+        return HFLM(dtype="float32", device="cpu", **given)
 
-    def ask(tasks: list[str] = NAMES, shots: int | None = None, chat: bool = False, **arguments: Any) -> Samples:
+    @lru_cache
+    def ask(tasks: tuple[str, ...] = NAMES, shots: int | None = None, chat: bool = False, **arguments: Any) -> Samples:
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
 

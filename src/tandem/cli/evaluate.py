@@ -11,6 +11,7 @@ from rich.table import Table
 from tandem.cli.processes import run_as_processes
 from tandem.cli.settings import parse_settings
 from tandem.config.settings import Settings
+from tandem.config.upstream.flags import EVALUATE_IGNORED
 from tandem.launch.world import World
 from tandem.logs import SECONDS_BETWEEN_LINES, log
 from tandem.training.evaluate import Result, evaluate_weights
@@ -31,6 +32,9 @@ FIRST = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
 )
 GROUPS = ("model", "parallel", "data", "training", "lora", "checkpoint", "launch", "evaluation")
+# What MindSpeed-LLM's evaluation does unless a flag says otherwise; but a model that thinks would not begin with its
+# answer, and upstream cuts it off before it comes to one.
+OF_UPSTREAM = {"apply_chat_template": True, "enable_thinking": "false"}
 WIDTH = 100  # columns of a table when the output is not a terminal
 
 
@@ -40,11 +44,12 @@ def run(argv: Sequence[str]) -> int:
         first=FIRST,
         groups=GROUPS,
         positionals={"load": "CHECKPOINT", "valid_data_path": "DATA..."},
-        values={"eval_iters": "full"},
+        values={"eval_iters": "full", **(OF_UPSTREAM if _has_task(argv) else {})},
+        ignored=EVALUATE_IGNORED,
     )
     if (code := run_as_processes("evaluate", argv, settings)) is not None:
         return code
-    if settings.evaluation.tasks:
+    if settings.evaluation.tasks or settings.evaluation.task:
         return run_tasks(settings, notices)
     results, more_notices = evaluate_weights(settings)
     if World.from_environment().rank == 0:
@@ -52,6 +57,10 @@ def run(argv: Sequence[str]) -> int:
             print(f"> {notice}")
         print_tables(results)
     return 0
+
+
+def _has_task(argv: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == "--task" for word in argv)
 
 
 def run_tasks(settings: Settings, notices: Sequence[str]) -> int:

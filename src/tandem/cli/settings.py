@@ -9,7 +9,7 @@ from tandem.cli.arguments import parse
 from tandem.config.checks import check_ranges
 from tandem.config.parsing import flat, from_yaml, read_yaml
 from tandem.config.settings import Settings
-from tandem.config.upstream.flags import split_ignored
+from tandem.config.upstream.flags import IGNORED, Ignored, split_ignored
 from tandem.config.upstream.msrun import as_torchrun
 from tandem.errors import UserError
 from tandem.options import expand
@@ -26,14 +26,18 @@ def parse_settings(
     groups: Collection[str] | None = None,
     positionals: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
+    ignored: Mapping[str, Ignored] = IGNORED,
 ) -> tuple[Settings, list[str]]:
     """The settings in a command line, and notices about flags without effect. See `arguments.parse`.
+
+    Args:
+        ignored: flags of other tools' scripts that are accepted, and have no effect here.
 
     Raises:
         UserError: a name is unknown, or a value is of the wrong type or out of range.
     """
     config_file, rest = _take_config(list(argv))
-    rest, notices = split_ignored(as_torchrun(rest))
+    rest, notices = split_ignored(as_torchrun(rest), ignored)
     if config_file:
         from_yaml(config_file)  # checked first, so that errors in the file name the file
         values = {**(values or {}), **flat(read_yaml(config_file), config_file)}

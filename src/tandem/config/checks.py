@@ -33,7 +33,8 @@ ONE_OR_MORE = {
     "micro_batch_size", "global_batch_size", "train_iters", "train_samples",
     "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
     "loss_scale_window", "hysteresis", "max_consecutive_skips", "log_interval", "tensorboard_log_interval",
-    "tokens_per_batch", "save_interval", "save_total_limit", "save_retain_interval", "export_hf_every",
+    "save_interval", "save_total_limit", "save_retain_interval", "export_hf_every", "tokens_per_batch",
+    "eval_tasks_interval", "max_new_tokens",
 }
 # fmt: on
 ABOVE_ZERO = {
@@ -112,9 +113,13 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
 
 def _wrong_tasks(evaluation: TaskSettings) -> Iterator[str]:
     """Settings of `tandem evaluate`, which mean nothing in training."""
-    given = [f"--{name.replace('_', '-')}" for name in ("tasks", "log_samples", "output") if getattr(evaluation, name)]
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("tasks", "task", "log_samples", "output")
+        if getattr(evaluation, name)
+    ]
     if given:
-        yield f"{' '.join(given)}: belongs to `tandem evaluate`"
+        yield f"{' '.join(given)}: belongs to `tandem evaluate`; --eval-tasks are asked during training"
 
 
 def not_implemented(model: ModelSettings, parallel: ParallelSettings, data: DataSettings) -> Iterator[str]:

@@ -524,9 +524,9 @@ class TaskSettings:
     """Folder with task files of your own."""
     num_fewshot: int | None = None
     """Number of solved examples before each question; default: what each task says, or 0."""
-    limit: float | None = None
+    limit: float | None = field(default=None, metadata=aliases("--max-eval-samples"))
     """Ask only this many questions of each task, or below 1 this share of them."""
-    apply_chat_template: bool = False
+    apply_chat_template: bool = field(default=False, metadata=aliases("--chat-template", "--hf-chat-template"))
     """Put each question into the model's chat template. See --enable-thinking."""
     log_samples: bool = False
     """With --output: also write every question and answer, to FILE_samples_TASK.jsonl."""
@@ -536,6 +536,19 @@ class TaskSettings:
     """Run the code that the model writes, in tasks that need it. It can do what you can."""
     tokens_per_batch: int = 4096
     """How many tokens of questions a process computes at once."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks to ask during training: after steps that are a multiple of --eval-tasks-interval, and after the last."""
+    eval_tasks_interval: int | None = None
+    """Ask --eval-tasks every this many steps; default: --eval-interval."""
+    task: tuple[str, ...] = ()
+    """Benchmarks whose files are here, by MindSpeed-LLM's names: mmlu, ceval, cmmlu, gsm8k, boolq, bbh, agieval,
+    human_eval, needlebench. Questions are put into the chat template, unless --no-chat-template is given."""
+    task_data_path: tuple[PathText, ...] = ()
+    """Folders with the files of --task. Each takes the last one that has some."""
+    max_new_tokens: int | None = None
+    """With --task: largest number of tokens in an answer; default: the task's own."""
+    chain_of_thought: bool = False
+    """With --task gsm8k or bbh: ask for the steps before the answer."""
 
 
 GROUPS: dict[str, type] = {

@@ -46,6 +46,12 @@ class Benchmark:
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
+        shots = task.get_config("num_fewshot")
+        if shots and (available := len(task.fewshot_docs())) < shots:
+            raise UserError(
+                f"--num-fewshot {shots}: {task.task_name} has {available} solved examples; give --num-fewshot "
+                f"{available} or less"
+            )
 
     def ask(self, model: Any) -> dict[str, Any]:
         """The results and the samples, as lm-evaluation-harness returns them, with its hashes of the data.

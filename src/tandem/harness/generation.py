@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tandem.backends.interface import Engine, EngineSettings
+from tandem.backends.session import check_layout
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.harness.team import Team
 from tandem.harness.wishes import Wishes
+from tandem.inference.scheduler import MAX_BATCH_SIZE, Request, Scheduler, default_room
+from tandem.parallel.grid import Grid
 
 LOOK_BACK = 2  # tokens by which a stop's letters may be cut otherwise than the stop alone
 
-
-@dataclass
-class Begun:
-    """A prompt and the tokens of its answer so far. An end token is the last one."""
-
-    number: int
-    prompt: Sequence[int]
-    wishes: Wishes
-    answer: list[int] = field(default_factory=list)
+Prompt = tuple[Sequence[int], Wishes]  # tokens, and how the answer is generated
 
 
 @dataclass(frozen=True)
 class Ends:
-    """When an answer ends."""
+    """Where an answer ends.
+
+    Attributes:
+        ids: tokens that end it, and do not belong to it.
+    """
 
     tokenizer: Tokenizer
     ids: Collection[int]
 
-    def ended(self, begun: Begun) -> bool:
-        answer, wishes = begun.answer, begun.wishes
-        if answer[-1] in self.ids or len(answer) >= wishes.sampling.max_new_tokens:
-            return True
+    def stops(self, answer: Sequence[int], wishes: Wishes) -> bool:
+        """Whether the answer's last token completes one of its stop texts."""
         return any(stop in self._tail(answer, stop) for stop in wishes.stops if stop)
 
     def _tail(self, answer: Sequence[int], stop: str) -> str:
@@ -41,30 +38,85 @@ class Ends:
         return self.tokenizer.decode(answer[-(len(self.tokenizer.encode(stop)) + LOOK_BACK) :])
 
 
-def generate(
-    team: Team, prompts: Sequence[tuple[Sequence[int], Wishes]], ends: Ends
-) -> Iterator[tuple[int, list[int]]]:
-    """Continue each prompt with the likeliest tokens. Yields the number of a prompt with its answer, when it ends.
+def has_sessions(grid: Grid, settings: EngineSettings) -> bool:
+    """Whether engines with these settings keep keys and values."""
+    try:
+        check_layout(grid, settings)
+    except UserError:
+        return False
+    return True
 
-    Sequences are computed whole for each token, so this works in any layout.
+
+def with_session(engine: Engine, prompts: Sequence[Prompt], ends: Ends) -> list[list[int]]:
+    """The answers to some prompts. The ranks that share them call this together; one of them gets the answers."""
+
+    def stop_at(wishes: Wishes) -> Callable[[Request], None]:
+        def look(request: Request) -> None:
+            if request.tokens and ends.stops(request.tokens, wishes):
+                request.stop()
+
+        return look
+
+    with Scheduler(engine, room=_room_for(engine, prompts)) as scheduler:
+        if not scheduler.leads:
+            scheduler.follow()
+            return []
+        requests = [
+            scheduler.submit(tokens, wishes.sampling, ends.ids, on_token=stop_at(wishes)) for tokens, wishes in prompts
+        ]
+        scheduler.run()
+    return [request.tokens for request in requests]
+
+
+def _room_for(engine: Engine, prompts: Sequence[Prompt]) -> int:
+    """How many tokens a scheduler keeps for these prompts."""
+    texts = min(len(prompts), MAX_BATCH_SIZE)
+    longest = max(len(tokens) + wishes.sampling.max_new_tokens for tokens, wishes in prompts)
+    return max(longest, min(texts * longest, default_room(engine, texts)))
+
+
+@dataclass(eq=False)
+class _Begun:
+    number: int
+    prompt: Sequence[int]
+    wishes: Wishes
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def text(self) -> list[int]:
+        return [*self.prompt, *self.answer]
+
+
+def compute_again(
+    next_tokens: Callable[[Sequence[Sequence[int]]], list[int]], prompts: Sequence[Prompt], ends: Ends, most_tokens: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Answer prompts in layouts without sessions: each token computes the whole sequence again.
+
+    Args:
+        next_tokens: the most likely next token of each text.
+        most_tokens: how many tokens are computed together.
+
+    Yields:
+        The number of a prompt with its answer, when that ends.
 
     Raises:
-        UserError: a task wants random answers.
+        UserError: an answer shall be random.
     """
-    waiting = [Begun(number, tokens, wishes) for number, (tokens, wishes) in enumerate(prompts)]
-    if any(begun.wishes.is_random for begun in waiting):
-        raise UserError("a task samples its answers: that needs one process, or tensor ranks only")
-    running: list[Begun] = []
-    most_tokens = team.tokens_per_batch * team.grid.data_size
+    if any(wishes.is_random for _, wishes in prompts):
+        raise UserError("a task samples its answers, which this layout cannot do")
+    waiting = [_Begun(number, tokens, wishes) for number, (tokens, wishes) in enumerate(prompts)]
+    running: list[_Begun] = []
     while waiting or running:
-        while waiting and (not running or _tokens([*running, waiting[0]]) <= most_tokens):
+        while waiting and (not running or sum(len(one.text) for one in [*running, waiting[0]]) <= most_tokens):
             running.append(waiting.pop(0))
-        for begun, token in zip(running, team.next_tokens([[*begun.prompt, *begun.answer] for begun in running])):
+        ended = []
+        for begun, token in zip(running, next_tokens([begun.text for begun in running])):
+            if token in ends.ids:
+                ended.append(begun)
+                continue
             begun.answer.append(token)
-        ended = [begun for begun in running if ends.ended(begun)]
+            is_full = len(begun.answer) == begun.wishes.sampling.max_new_tokens
+            if is_full or ends.stops(begun.answer, begun.wishes):
+                ended.append(begun)
         running = [begun for begun in running if begun not in ended]
         yield from ((begun.number, begun.answer) for begun in ended)
-
-
-def _tokens(running: Sequence[Begun]) -> int:
-    return sum(len(begun.prompt) + len(begun.answer) for begun in running)

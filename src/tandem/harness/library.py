@@ -62,10 +62,8 @@ def load_specs(manager: Any, specs: Sequence[Any]) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = manager.load(list(specs))
     except Exception as error:  # a task file can hold anything, and its data lie anywhere
-        what = " ".join(str(spec) if isinstance(spec, str) else str(spec.get("task")) for spec in specs[:5])
-        raise UserError(f"--tasks {what}: {_in_words(error)}") from error
-    if not loaded["tasks"]:
-        raise UserError(f"--tasks {' '.join(map(str, specs))}: no task is in it")
+        names = " ".join(spec for spec in specs if isinstance(spec, str))
+        raise UserError(f"--tasks {names}: {_in_words(error)}" if names else _in_words(error)) from error
     return loaded
 
 

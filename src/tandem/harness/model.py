@@ -14,7 +14,6 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.harness.cache import Answers, key_of
 from tandem.harness.chat import Chat, thinks, without_thought
-from tandem.harness.generation import Ends, generate
 from tandem.harness.team import Team
 from tandem.harness.texts import Score, asked_together
 from tandem.harness.wishes import Wishes, cut
@@ -28,7 +27,6 @@ class Asking:
 
     Attributes:
         max_length: the most tokens that the model takes. Longer contexts lose their beginning.
-        end_ids: tokens that end an answer.
         chat: the template, where questions are put into one.
         answers: those that are there already.
         progress: called with the kind of requests, how many are done, and how many there are.
@@ -37,7 +35,6 @@ class Asking:
     team: Team
     tokenizer: Tokenizer
     max_length: int
-    end_ids: frozenset[int]
     seed: int
     chat: Chat | None
     answers: Answers
@@ -168,8 +165,7 @@ class TandemLM(TemplateLM):
         keys = [key_of("answer", tokens, vars(wishes.sampling), wishes.stops) for tokens, wishes in prompts]
         open_ = sorted(self._open(keys), key=lambda number: -len(prompts[number][0]))
         done = self._counter("generate_until", len(prompts), len(open_))
-        ends = Ends(self._tokenizer, self._asking.end_ids)
-        for number, tokens in generate(team, [prompts[n] for n in open_], ends):
+        for number, tokens in team.generate([prompts[n] for n in open_]):
             answers.add(keys[open_[number]], tokens)
             done(1)
         return [self._text(answers[key], wishes) for key, (_, wishes) in zip(keys, prompts)]

@@ -51,6 +51,7 @@ def with_facts(
         "model_name": name,
         "model_name_sanitized": name.strip("/").replace("/", "__"),
         "system_instruction": None,
+        "system_instruction_sha": None,
         "fewshot_as_multiturn": chat is not None,
         **describe(chat),
         "lm_eval_version": version("lm_eval"),

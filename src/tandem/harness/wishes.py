@@ -54,6 +54,11 @@ class Wishes:
         return cls(sampling, tuple([until] if isinstance(until, str) else until))
 
     @property
+    def plain(self) -> tuple[dict[str, Any], list[str]]:
+        """The same in a form that JSON can hold: `Wishes(Sampling(**sampling), tuple(stops))`."""
+        return dict(vars(self.sampling)), list(self.stops)
+
+    @property
     def is_random(self) -> bool:
         return self.sampling.temperature > 0
 

@@ -108,6 +108,7 @@ def curves(runs: Sequence[Run]) -> str:
             [line for place, run in enumerate(runs) for line in (*_loss(place, run), *_validation(place, run))],
             "of training; dots on dashed lines are of validation" if has_validation else "by step",
         ),
+        *_task_charts(runs),
         *(_chart(runs, title, key, note) for title, key, note in PREFERENCES),
         _chart(runs, "Gradient norm", "grad_norm", "before clipping", draw=both_scales),
         _chart(runs, "Learning rate", "lr"),
@@ -135,6 +136,24 @@ def _validation(place: int, run: Run) -> list[Series]:
     return [
         Series(f"{run.name}: {name}", _colour(place), run.validation_points(name), dots=True)
         for name in run.validation_sets()
+    ]
+
+
+def _task_charts(runs: Sequence[Run]) -> list[str]:
+    """A chart for each benchmark and metric."""
+    points = [run.task_points() for run in runs]
+    names = dict.fromkeys(name for of_run in points for name in of_run)
+    return [
+        line_chart(
+            name,
+            [
+                Series(run.name, _colour(place), of_run[name], dots=True)
+                for place, (run, of_run) in enumerate(zip(runs, points))
+                if name in of_run
+            ],
+            "of a benchmark, while the run trained",
+        )
+        for name in names
     ]
 
 

@@ -50,6 +50,16 @@ class Run:
     def validation_points(self, name: str) -> list[tuple[float, float]]:
         return [(s["iteration"], s["validation"][name]) for s in self.steps if s["validation"].get(name) is not None]
 
+    def task_points(self) -> dict[str, list[tuple[float, float]]]:
+        """The values of each benchmark's metrics, by TASK METRIC. Runs of older versions have none."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for step in self.steps:
+            for name, metrics in step.get("tasks", {}).items():
+                for metric, value in metrics.items():
+                    if value is not None:
+                        found.setdefault(f"{name} {metric}", []).append((step["iteration"], value))
+        return dict(sorted(found.items()))
+
     def typical(self, key: str) -> float | None:
         """The median over the steps, without the first few; None if no step has the value."""
         values = [value for _, value in self.points(key)]

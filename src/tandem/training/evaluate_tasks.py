@@ -19,10 +19,13 @@ from tandem.errors import UserError, raise_all
 from tandem.harness.benchmark import Benchmark
 from tandem.harness.cache import Answers
 from tandem.harness.chat import Chat
+from tandem.harness.generation import Ends, has_sessions
 from tandem.harness.library import load_tasks
 from tandem.harness.team import Team
+from tandem.harness.upstream.benchmarks import Wanted, load_upstream
 from tandem.logs import log
 from tandem.models.tensors import tensor_table
+from tandem.options import flag_of
 from tandem.parallel.grid import Grid
 from tandem.training.out_of_memory import naming_less_memory
 from tandem.training.start.agreement import weights_identity
@@ -71,16 +74,25 @@ def _evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None
     raise_all(_wrong(settings))
     weights = Weights.of(settings, longest=1)
     if weights.tokenizer is None:
-        raise UserError("--tasks needs a tokenizer: give its folder with --tokenizer-name-or-path")
+        raise UserError("benchmarks need a tokenizer: give its folder with --tokenizer-name-or-path")
     chat = chat_of(given, settings.data, weights.source, weights.tokenizer)
-    benchmark = benchmark_of(given, given.tasks) if weights.world.rank == 0 else None
+    notices = list[str]()
+    benchmark = None
+    if weights.world.rank == 0 and given.task:
+        tasks, notices = load_upstream(wanted_of(settings, weights))
+        benchmark = benchmark_with(given, tasks)
+    elif weights.world.rank == 0:
+        benchmark = benchmark_of(given, given.tasks)
     communicator, engine = weights.load()
-    team = Team(engine, communicator, weights.grid, given.tokens_per_batch)
+    ends = Ends(weights.tokenizer, end_ids(weights.source, weights.tokenizer, chat))
+    keeps = has_sessions(weights.grid, weights.engine_settings)
+    team = Team(engine, communicator, weights.grid, ends, keeps, given.tokens_per_batch)
     results = None
     if benchmark is None:
         team.follow()
     else:
         results = _lead(settings, weights, benchmark, team, chat, progress)
+        results.notices.extend(notices)
     communicator.close()
     return results
 
@@ -88,8 +100,15 @@ def _evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None
 def _wrong(settings: Settings) -> list[str]:
     given = settings.evaluation
     problems = []
+    if given.eval_tasks:
+        problems.append("--eval-tasks belongs to training: give --tasks")
     if given.log_samples and given.output is None:
         problems.append("--log-samples: give --output FILE.json, next to which the samples are written")
+    if given.tasks and given.task:
+        problems.append("--tasks and --task: give one of them")
+    for name, of in (("task_data_path", "task"), ("max_new_tokens", "task"), ("chain_of_thought", "task")):
+        if getattr(given, name) and not getattr(given, of):
+            problems.append(f"{flag_of(name)}: belongs to --task")
     if settings.data.valid_data_path:
         problems.append(f"{settings.data.valid_data_path[0]} and --tasks: give data or tasks, each in its own command")
     return problems
@@ -97,8 +116,31 @@ def _wrong(settings: Settings) -> list[str]:
 
 def benchmark_of(given: TaskSettings, names: tuple[str, ...]) -> Benchmark:
     """The tasks, loaded. Only where lm-evaluation-harness is needed: on the first rank."""
-    tasks = load_tasks(names, given.include_path)
+    return benchmark_with(given, load_tasks(names, given.include_path))
+
+
+def benchmark_with(given: TaskSettings, tasks: Mapping[str, Any]) -> Benchmark:
     return Benchmark(tasks, given.num_fewshot, limit_of(given.limit), given.allow_code)
+
+
+def wanted_of(settings: Settings, weights: Weights) -> Wanted:
+    """What `--task` and its flags ask for."""
+    given = settings.evaluation
+    assert weights.tokenizer is not None
+    return Wanted(
+        names=given.task,
+        folders=given.task_data_path,
+        tokenizer=weights.tokenizer,
+        positions=positions_of(settings, weights.source),
+        max_new_tokens=given.max_new_tokens,
+        chain_of_thought=given.chain_of_thought,
+    )
+
+
+def positions_of(settings: Settings, source: TensorSource) -> int:
+    """The most tokens that the model takes."""
+    bounds = (settings.model.max_position_embeddings, source.config.max_position_embeddings)
+    return min(bound for bound in bounds if bound is not None)
 
 
 def limit_of(limit: float | None) -> float | None:
@@ -121,6 +163,8 @@ def chat_of(given: TaskSettings, data: DataSettings, source: TensorSource, token
         UserError: there is none, or a flag of it is given where none is applied.
     """
     mode = data.enable_thinking
+    if given.task and not given.apply_chat_template:
+        return None
     if not given.apply_chat_template:
         unused = [f"--enable-thinking {mode}"] if mode else []
         unused += [f"--prompt-type {data.prompt_type}"] if data.prompt_type else []
@@ -185,12 +229,10 @@ def _lead(
     answers = Answers(output and output.with_name(output.name + UNFINISHED), asked)
     if len(answers):
         log.info("> going on with %s answers of an evaluation that was stopped", len(answers))
-    longest = settings.model.max_position_embeddings or source.config.max_position_embeddings
     asking = Asking(
         team=team,
         tokenizer=tokenizer,
-        max_length=longest,
-        end_ids=end_ids(source, tokenizer, chat),
+        max_length=positions_of(settings, source),
         seed=settings.training.seed,
         chat=chat,
         answers=answers,

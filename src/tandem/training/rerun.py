@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config.parsing import from_dict
-from tandem.config.settings import LoggingSettings, Settings
+from tandem.config.settings import LoggingSettings, Settings, TaskSettings
 from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.files.places import same_place
@@ -105,7 +105,9 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
     logging = LoggingSettings(
         log_interval=settings.logging.log_interval, log_throughput=settings.logging.log_throughput
     )
-    return dataclasses.replace(settings, training=training, checkpoint=checkpoint, logging=logging)
+    return dataclasses.replace(
+        settings, training=training, checkpoint=checkpoint, logging=logging, evaluation=TaskSettings()
+    )
 
 
 def differences(starts: list[dict[str, Any]]) -> Iterator[str]:

@@ -31,6 +31,7 @@ from tandem.training.out_of_memory import naming_less_memory
 from tandem.training.preferences import objective_of
 from tandem.training.progress import Progress
 from tandem.training.run_record import append_start, describe_start
+from tandem.training.run_tasks import RunTasks, open_tasks
 from tandem.training.saving.writer import CheckpointWriter, RunDescription, kinds_by_rows
 from tandem.training.signals import StopSignals
 from tandem.training.start.agreement import agree_on_start, agree_on_weights
@@ -80,7 +81,8 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         summary = RunSummary(run.folder, answers=run.settings.data.is_instruction_dataset)
         listeners = [summary.step, *([on_step] if on_step else [])]
         with open_loggers(run, progress, listeners) if first else nullcontext() as log_step:
-            trainer = make_trainer(run, objective, engine, communicator, progress, signals, writer, log_step)
+            tasks = open_tasks(run, engine, communicator)
+            trainer = make_trainer(run, objective, engine, communicator, progress, signals, writer, log_step, tasks)
             if first:
                 print_banner(run, trainer)
             with events.around(progress), placing(lambda: f"iteration {progress.iteration + 1}"):
@@ -161,6 +163,7 @@ def make_trainer(
     signals: StopSignals,
     writer: CheckpointWriter | None,
     on_step: OnStep | None,
+    tasks: RunTasks | None = None,
 ) -> Trainer:
     """The training loop with all its parts."""
     training, logging = run.settings.training, run.settings.logging
@@ -188,4 +191,5 @@ def make_trainer(
         folder=run.folder,
         saver=writer,
         on_step=on_step,
+        tasks=tasks,
     )

@@ -24,11 +24,12 @@ from tandem.planning.hardware import peak_flops
 from tandem.training.diagnosis import dump, first_bad
 from tandem.training.evaluation import Share, Validation, evaluate
 from tandem.training.guard import Guard
-from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line
+from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line, tasks_line
 from tandem.training.loss_scale import LossScale
 from tandem.training.objectives import Evaluation, MeanLoss, Objective, RankBatch, UntrainedError, Weighed
 from tandem.training.preferences import without_unweighted
 from tandem.training.progress import Progress, Saver
+from tandem.training.run_tasks import RunTasks, TaskMetrics
 from tandem.training.schedule import Schedule
 from tandem.training.signals import StopSignals
 
@@ -65,6 +66,7 @@ class Trainer:
         saver: saves checkpoints; None when the run saves nothing.
         signals: checked after each step.
         on_step: called on the first rank with the record of each step, after its evaluation.
+        tasks: the benchmarks that are asked during training.
         stopped: the signal that ended the run early, on any rank; None when there was none.
     """
 
@@ -86,6 +88,7 @@ class Trainer:
     folder: Path | None = None
     saver: Saver | None = None
     on_step: Callable[[StepRecord], None] | None = None
+    tasks: RunTasks | None = None
 
     def __post_init__(self) -> None:
         self.stopped: str | None = None
@@ -120,6 +123,8 @@ class Trainer:
                     validation={name: result.loss for name, result in results.items()},
                     validation_metrics={name: result.metrics for name, result in results.items()},
                 )
+            if self.tasks and (self._due(self.tasks.interval) or is_last) and not self.stopped:
+                record = replace(record, tasks=self._ask(self.tasks))
             if self.is_first_rank and self.on_step:
                 self.on_step(record)
             leaving = leaving or self.stopped is not None  # a signal may have come during the evaluation
@@ -296,6 +301,16 @@ class Trainer:
                 break
             self._log_first(evaluation_line(self.progress.iteration, name, results[name].loss, results[name].metrics))
         return results
+
+    def _ask(self, tasks: RunTasks) -> TaskMetrics:
+        """What the model scores in the benchmarks, on the first rank. A signal ends them early."""
+        try:
+            found = tasks.ask(self._raise_if_signalled)
+        except _Signalled:
+            return {}
+        for name, metrics in found.items():
+            self._log_first(tasks_line(self.progress.iteration, name, metrics))
+        return found
 
     def _raise_if_signalled(self) -> None:
         """Raise `_Signalled` when a signal has arrived at a rank. Collective."""

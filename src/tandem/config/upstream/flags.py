@@ -3,7 +3,7 @@ once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.errors import UserError
@@ -136,6 +136,23 @@ PREPROCESS_IGNORED: dict[str, Ignored] = {
     "--obf-seed-content": NO_OBFUSCATION,
 }
 
+NOT_ASKED_SO = Ignored(refusal="questions are put as lm-evaluation-harness puts them; a task file can change that")
+# Flags of evaluation.py without a setting here. Questions, answers and batches are lm-evaluation-harness's.
+EVALUATE_IGNORED: dict[str, Ignored] = {
+    **{flag: rule for flag, rule in IGNORED.items() if flag != "--max-new-tokens"},
+    "--evaluation-batch-size": Ignored(1),
+    "--eval-language": Ignored(1, ("en", "zh")),
+    "--broadcast": ALWAYS_ON,
+    "--greedy": ALWAYS_ON,
+    "--origin-postprocess": ALWAYS_ON,
+    "--alternative-prompt": ALWAYS_ON,
+    "--instruction-template": NOT_ASKED_SO,
+    "--max-tokens-to-oom": Ignored(1),
+    "--use-kv-cache": ALWAYS_ON,
+    "--add-eos-token": Ignored(None),
+    "--legacy-tokenizer": ALWAYS_ON,
+}
+
 # Flags of inference.py that say what happens anyway. The model's own flags are compared with the weights.
 GENERATE_IGNORED: dict[str, Ignored] = {
     **{flag: rule for flag, rule in IGNORED.items() if flag != "--max-new-tokens"},
@@ -190,7 +207,7 @@ CONVERT_IGNORED: dict[str, Ignored] = {
 }
 
 
-def split_ignored(argv: Sequence[str], table: dict[str, Ignored] = IGNORED) -> tuple[list[str], list[str]]:
+def split_ignored(argv: Sequence[str], table: Mapping[str, Ignored] = IGNORED) -> tuple[list[str], list[str]]:
     """Take the flags of `table` out of a command line.
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from datetime import timedelta
 
 from rich.console import Console, Group, RenderableType
@@ -29,6 +30,7 @@ class LiveView:
         self._losses: list[float] = []
         self._recent: deque[StepRecord] = deque(maxlen=RECENT)
         self._validation: dict[str, float] = {}
+        self._tasks: dict[str, Mapping[str, float]] = {}
         self._start = time.monotonic()
         self._live = Live(
             console=console,
@@ -43,6 +45,7 @@ class LiveView:
             self._losses.append(record.loss)
         self._recent.append(record)
         self._validation.update(record.validation)
+        self._tasks.update(record.tasks)
 
     def close(self) -> None:
         self._live.stop()
@@ -81,6 +84,8 @@ class LiveView:
             lines.append([f"{name} {value:.3f}" for name, value in last.metrics.items() if name in SHOWN])
         for name, loss in self._validation.items():
             lines.append([name, f"loss [bold]{loss:.4f}[/]", f"perplexity {perplexity(loss):.3f}"])
+        for name, metrics in self._tasks.items():
+            lines.append([name, *(f"{metric} [bold]{value:.4f}[/]" for metric, value in list(metrics.items())[:2])])
         return lines
 
 

@@ -39,6 +39,7 @@ class StepRecord:
         validation: mean loss of each validation set, if the step ended with an evaluation.
         metrics: of the objective, by TRL's names.
         validation_metrics: the same of each validation set.
+        tasks: metrics of each benchmark by name, if the step ended with them.
     """
 
     iteration: int
@@ -62,6 +63,7 @@ class StepRecord:
     validation: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     validation_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def tflops_per_device(self) -> float:
@@ -154,3 +156,12 @@ def evaluation_line(iteration: int, name: str, loss: float, metrics: Mapping[str
     line = f" validation loss at iteration {iteration}{on} | lm loss value: {loss:.6E} | "
     line += "".join(f"{name}: {value:.6E} | " for name, value in values.items())
     return "\n".join(["-" * len(line), line, "-" * len(line)])
+
+
+def tasks_line(iteration: int, name: str, metrics: Mapping[str, float]) -> str:
+    """A line after a benchmark.
+
+    >>> tasks_line(20, "mmlu", {"acc": 0.25})
+    ' task mmlu at iteration 20 | acc: 2.500000E-01 | '
+    """
+    return f" task {name} at iteration {iteration} | " + "".join(f"{key}: {x:.6E} | " for key, x in metrics.items())

@@ -73,6 +73,7 @@ def metrics_of(record: StepRecord) -> dict[str, Any]:
         "validation": dict(record.validation),
         **record.metrics,
         **validation_metrics(record),
+        "tasks": {name: dict(metrics) for name, metrics in record.tasks.items()},
     }
 
 

@@ -33,4 +33,6 @@ def scalars(record: StepRecord) -> dict[str, float]:
         if not record.validation_metrics.get(name):  # else the loss is not one of tokens
             values[f"{tag} ppl"] = perplexity(loss)
     values |= {**record.metrics, **validation_metrics(record)}
+    for name, metrics in record.tasks.items():
+        values |= {f"tasks/{name}/{metric}": value for metric, value in metrics.items()}
     return {tag: float(value) for tag, value in values.items() if value is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ class RunSummary:
         self._last: StepRecord | None = None
         self._steps, self._seconds, self._tokens, self._skipped = 0, 0.0, 0, 0
         self._validation: dict[str, float] = {}
+        self._tasks: dict[str, Mapping[str, float]] = {}
 
     def step(self, record: StepRecord) -> None:
         if not record.skipped:
@@ -40,6 +42,7 @@ class RunSummary:
         self._seconds += record.seconds
         self._tokens += record.tokens
         self._validation.update(record.validation)
+        self._tasks.update(record.tasks)
 
     def lines(self) -> list[str]:
         """The summary; empty when there was no step."""
@@ -62,7 +65,11 @@ class RunSummary:
         loss = f"loss {first.loss:.4f} at step {first.iteration:,}"
         if last is not first:
             loss += f", {last.loss:.4f} at step {last.iteration:,}"
-        return "; ".join([loss, *(f"{name} loss {value:.4f}" for name, value in self._validation.items())])
+        validation = [f"{name} loss {value:.4f}" for name, value in self._validation.items()]
+        tasks = [
+            f"{name} {metric} {value:.4f}" for name, metrics in self._tasks.items() for metric, value in metrics.items()
+        ]
+        return "; ".join([loss, *validation, *tasks])
 
     def _place_and_next(self) -> str:
         if self.folder is None:

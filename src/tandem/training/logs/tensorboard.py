@@ -38,7 +38,7 @@ class TensorBoardWriter:
         self._writer.add_event(Event(wall_time=time.time(), step=iteration + 1, session_log=start))
 
     def on_step(self, record: StepRecord) -> None:
-        if record.iteration % self._interval and not record.validation:
+        if record.iteration % self._interval and not (record.validation or record.tasks):
             return
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
         summary = self._summary(value=values)

@@ -13,6 +13,7 @@ from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
 from tandem.parallel.grid import Grid, held_shards
+from tandem.training.run_tasks import check_tasks
 from tandem.training.schedule import schedule_from
 from tandem.training.start.banner import describe_adapters, describe_objective, saving_notice, size_of_samples
 from tandem.training.start.data import common_template, open_data
@@ -36,6 +37,7 @@ def dry_run(settings: Settings, processes: int) -> None:
     if save := settings.checkpoint.save:
         check_unlocked(save, f"--save {save}")
     start = check_model_and_processes(settings, World(size=processes))
+    check_tasks(start)
     grid, config = start.grid, start.source.config
     held = [parameters_held(config, grid, rank) for rank in range(grid.size)]
     batch, micro_batch = settings.training.final_batch_size, settings.training.micro_batch_size

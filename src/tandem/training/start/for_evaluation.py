@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from tandem.backends import connect, create_engine
-from tandem.backends.interface import Engine
+from tandem.backends.interface import Engine, EngineSettings
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.checks import check_implemented
 from tandem.config.settings import Settings
@@ -54,16 +54,27 @@ class Weights:
         tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)
         return cls(settings, world, framework, source, grid, tokenizer)
 
+    @property
+    def engine_settings(self) -> EngineSettings:
+        settings = self.settings
+        for_training = engine_settings(
+            settings.training,
+            settings.optimizer,
+            settings.parallel,
+            settings.experts,
+            self.source.config,
+            self.grid,
+            self.world.rank,
+        )
+        return dataclasses.replace(for_training, training=False)
+
     def load(self) -> tuple[Communicator, Engine]:
         """Join the other processes, and load the weights. Collective."""
         settings, config = self.settings, self.source.config
         training, parallel = settings.training, settings.parallel
         communicator = connect(self.framework, self.world, training.device, parallel.distributed_timeout_minutes)
         agree_on_start(communicator, settings, self.framework, config, self.tokenizer)
-        for_training = engine_settings(
-            training, settings.optimizer, parallel, settings.experts, config, self.grid, self.world.rank
-        )
-        engine = create_engine(self.framework, config, dataclasses.replace(for_training, training=False))
+        engine = create_engine(self.framework, config, self.engine_settings)
         engine.load_weights(self.source)
         agree_on_weights(communicator, engine, self.source)
         return communicator, engine

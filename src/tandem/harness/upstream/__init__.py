@@ -1,0 +1,1 @@
+"""The benchmarks of MindSpeed-LLM's evaluate scripts: its names and file layouts, as tasks of lm-evaluation-harness."""
