@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from frameworks import require_framework
 from runs import assert_same_weights, run
 from tandem.config.checks import check_settings
 from tandem.data.batch import CHOSEN, IGNORE, MISMATCHED, REJECTED
@@ -103,8 +104,9 @@ def test_a_run_starts_at_ln_2_and_resumes_bit_for_bit(
 
 
 def test_adapters_are_compared_with_the_weights_below_them(
-    workspace: Workspace, pairs: Path, framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    framework = require_framework("torch")
     data = copy_of(pairs, tmp_path)
     train(workspace, data, framework, save=str(tmp_path / "whole"), **LORA)
     (file,) = data.glob("*.npy")
@@ -132,8 +134,11 @@ def test_a_reference_of_ones_own(workspace: Workspace, pairs: Path, tmp_path: Pa
     train(workspace, data, "torch", save=str(tmp_path / "run"), ref_model=str(tmp_path / "first"))
 
 
-@pytest.mark.parametrize("stage", ["orpo", "simpo", "kto"])
-def test_other_stages_train(workspace: Workspace, pairs: Path, framework: str, stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("framework_of_stage", "stage"), [("torch", "orpo"), ("mindspore", "simpo"), ("torch", "kto")])
+def test_other_stages_train(
+    workspace: Workspace, pairs: Path, framework_of_stage: str, stage: str, tmp_path: Path
+) -> None:
+    framework = require_framework(framework_of_stage)
     data = copy_of(pairs, tmp_path)
     path = data / ("answers-data" if stage == "kto" else "pairs-data")
     train(workspace, data, framework, data_path=str(path), stage=stage, save=str(tmp_path / "run"), train_iters=2)
@@ -144,10 +149,11 @@ def test_other_stages_train(workspace: Workspace, pairs: Path, framework: str, s
         assert first["loss"] == pytest.approx(0.5, abs=1e-4)  # 1 - sigmoid(0)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto"])
+@pytest.mark.parametrize(("framework_of_stage", "stage"), [("torch", "dpo"), ("mindspore", "kto")])
 def test_the_split_into_micro_batches_changes_nothing(
-    workspace: Workspace, pairs: Path, framework: str, stage: str, tmp_path: Path
+    workspace: Workspace, pairs: Path, framework_of_stage: str, stage: str, tmp_path: Path
 ) -> None:
+    framework = require_framework(framework_of_stage)
     name = "answers-data" if stage == "kto" else "pairs-data"
     found = []
     for size in (1, 4):
@@ -171,14 +177,20 @@ LAYOUTS = {
     "pp": ["--pipeline-model-parallel-size", "2"],
     "dp": ["--use-distributed-optimizer"],
 }
+OF_TORCH = {
+    "fsdp": ["--use-torch-fsdp2"],
+    "vpp": ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+}
 
 
 @pytest.mark.slow("layouts")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *OF_TORCH])
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_the_layout_changes_nothing(
     workspace: Workspace, pairs: Path, framework: str, stage: str, layout: str, tmp_path: Path
 ) -> None:
+    if layout in OF_TORCH and framework != "torch":
+        pytest.skip("PyTorch's alone")
     data = copy_of(pairs, tmp_path)
     path = str(data / ("answers-data" if stage == "kto" else "pairs-data"))
     values = {"data_path": path, "stage": stage, "micro_batch_size": 1, "train_iters": 3, **LORA}
@@ -191,7 +203,7 @@ def test_the_layout_changes_nothing(
         *("--seq-length", "96", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "3"),
         *("--lr", "1e-3", "--lr-decay-style", settings.optimizer.lr_decay_style, "--split", "100,0,0"),
         *("--eval-iters", "0", "--lora-target-modules", "all-linear", "--lora-r", "4", "--nproc-per-node", "2"),
-        *("--ai-framework", framework, *LAYOUTS[layout]),
+        *("--ai-framework", framework, *(LAYOUTS | OF_TORCH)[layout]),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "tandem", "finetune", *words], capture_output=True, text=True, timeout=600, check=False

@@ -173,13 +173,15 @@ class BlendedDataset(Dataset):
         return len(self.dataset_index)
 
     def __getitem__(self, i: int) -> Sample:
-        dataset, number = self.place(i)
-        return dataset[number]
+        dataset = self.datasets[int(self.dataset_index[i])]
+        assert dataset is not None
+        return dataset[int(self.dataset_sample_index[i])]
 
     def origin(self, i: int) -> str:
         """Where sample `i` is in the files."""
-        dataset, number = self.place(i)
-        return dataset.origin(number)
+        dataset = self.datasets[int(self.dataset_index[i])]
+        assert dataset is not None
+        return dataset.origin(int(self.dataset_sample_index[i]))
 
     def place(self, i: int) -> tuple[Dataset, int]:
         """The dataset of one prefix with sample `i`, and the number of the sample in it."""
@@ -227,13 +229,18 @@ class ChainedDataset(Dataset):
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Sample:
-        part, number = self.place(i)
+        part, number = self._place(i)
         return part[number]
 
     def origin(self, i: int) -> str:
         """Where sample `i` is in the files."""
-        part, number = self.place(i)
+        part, number = self._place(i)
         return part.origin(number)
+
+    def place(self, i: int) -> tuple[Dataset, int]:
+        """The dataset of one prefix with sample `i`, and the number of the sample in it."""
+        part, number = self._place(i)
+        return part.place(number)
 
     def describe(self) -> dict[str, int]:
         """Counts that a run shows at its start."""
@@ -242,8 +249,8 @@ class ChainedDataset(Dataset):
             counts["epochs"] = -(-len(self) // max(1, counts["samples_per_epoch"]))
         return counts
 
-    def place(self, i: int) -> tuple[Dataset, int]:
-        """The dataset of one prefix with sample `i`, and the number of the sample in it."""
+    def _place(self, i: int) -> tuple[Dataset, int]:
+        """The part with sample `i`, and the number of the sample in it."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         part = self.parts[number]
-        return part.place(i - int(self._ends[number]) + len(part))
+        return part, i - int(self._ends[number]) + len(part)
