@@ -250,6 +250,11 @@ def test_no_room_and_no_wish_are_said(
     assert not (places / "without" / "certificate.json").exists()
     assert main(["verify", str(places / "without")]) == 2
     assert "Export again without --no-certificate" in capsys.readouterr().err
+    base = places / "no-config"
+    shutil.copytree(workspace.hf, base)
+    (base / "tokenizer_config.json").unlink()
+    assert main(["export", str(base), str(places / "no-tokenizer")]) == 0
+    assert "> no certificate.json: " in capsys.readouterr().out
     monkeypatch.setattr(write, "available_bytes", lambda: 1 << 20)
     assert main(["export", str(workspace.hf), str(places / "small")]) == 0
     assert not (places / "small" / "certificate.json").exists()

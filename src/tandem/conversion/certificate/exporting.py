@@ -41,7 +41,7 @@ def add_certificate(
         certificate = certify(
             trained, written, companions, stated_ends(companions), frameworks[0], dtype=dtype, with_faults=with_faults
         )
-    except NoCertificate as reason:
+    except (NoCertificate, UserError) as reason:  # the model itself is written, and was checked
         return "", [f"no {CERTIFICATE}: {reason}"]
     write_text_atomically(work / CERTIFICATE, certificate.to_text())
     said = (
