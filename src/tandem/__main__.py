@@ -31,13 +31,14 @@ COMMANDS = {
     "evaluate": "Measure loss and perplexity of a model on data.",
     "inspect": "Show the contents of a checkpoint or of data, and check for damage.",
     "plan": "Estimate memory, traffic and speed of a run; find layouts that fit your devices.",
+    "bench": "Check and measure this device, without data or weights.",
     "report": "Write an HTML page about one or several runs.",
     "rerun": "Repeat a recorded training and compare the losses.",
     "quickstart": "Try everything on a toy model, with one framework or both.",
 }
 
 # Commands whose result is files: they go on when nobody reads what they print. Others end then, as in `... | head`.
-LASTING = {"convert", "preprocess", "pretrain", "finetune", "export", "rerun", "quickstart"}
+LASTING = {"bench", "convert", "preprocess", "pretrain", "finetune", "export", "rerun", "quickstart"}
 HELP = {"-h", "--help", "--help-all"}
 
 STOPPED = 75  # exit code of a run that a signal stopped; the same command continues it

@@ -112,7 +112,7 @@ def step(engine: TorchEngine, lengths: tuple[int, ...], micro_batches: int = 1) 
     labels = np.append(tokens[1:], IGNORE).astype(np.int32)
     positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
     batches = [collate([Sample(tokens, labels, positions, lengths)])] * micro_batches
-    _, weights = MeanLoss()(None, RankBatch(batches, micro_batches * (len(tokens) - 1)))
+    weights = MeanLoss()(None, RankBatch(batches, micro_batches * (len(tokens) - 1))).weights
     engine.train_step(batches, weights, lr=1e-4, weight_decay=0.1)
 
 

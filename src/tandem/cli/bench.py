@@ -1,0 +1,37 @@
+"""`tandem bench`: is this device right, and how fast is it?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tandem.bench.options import BenchOptions
+from tandem.bench.page import shown
+from tandem.bench.run import StageResult, bench
+from tandem.cli.arguments import parse
+from tandem.errors import UserError
+
+DESCRIPTION = (
+    "Measure one device, without data or weights: whether it computes what a CPU computes, then speed and memory of "
+    "training. Writes one JSON file and one HTML page that can be sent."
+)
+SHOWN = (
+    *("the same in fp32", "fp32 gradient difference", "bf16 gradient difference", "clips as the CPU", "skips"),
+    *("logits difference", "seconds", "tokens/s", "MFU", "memory", "planned memory"),
+)
+
+
+def run(argv: Sequence[str]) -> None:
+    options = parse(BenchOptions, "bench", DESCRIPTION, argv)
+    results = bench(options, show)
+    print(f"written: {options.output}, {Path(options.output).with_suffix('.html')}")
+    if failed := [result.name for result in results if result.figures is None]:
+        raise UserError(f"stages that failed: {'; '.join(failed)}. The page says why")
+
+
+def show(result: StageResult) -> None:
+    if result.figures is None:
+        print(f"{result.name}: failed: {result.error.splitlines()[0] if result.error else 'no reason was given'}")
+        return
+    figures = {name: value for name, value in result.figures.items() if name in SHOWN}
+    print(f"{result.name}: " + ", ".join(f"{name} {shown(name, value)}" for name, value in figures.items()), flush=True)
