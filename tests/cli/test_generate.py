@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import tandem
+from frameworks import require_framework
 from tandem.__main__ import main
 from workspace import Workspace
 
@@ -75,6 +79,14 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert all(flag in error for flag in ("--prompts-file p", f"--output {tmp_path}", "--batch-size 0", "--dry-run"))
 
 
+def test_options_of_the_model_are_checked_before_it_is_opened(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt-type", "nope", "--enable-thinking", "maybe", "--raw", "--bf16", "--fp16"]
+    assert main(["generate", "nowhere", "hi", *words]) == 2
+    error = capsys.readouterr().err
+    said = ("--prompt-type 'nope': expected one of", "--enable-thinking maybe: expected one of", "--raw and --prompt")
+    assert all(text in error for text in (*said, "--bf16 and --fp16"))
+
+
 def test_a_stop_text_ends_an_answer(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(workspace.hf), "Reverse 123.", "--temperature", "1", *SHORT]) == 0
     text = capsys.readouterr().out.partition("\n")[2].rstrip("\n")
@@ -96,3 +108,30 @@ def test_tasks_ask_and_then_chat(
     assert (out.count("You:\nhow are you?"), out.count("You >> "), out.count("\nTandem:")) == (4, 5, 6)
     assert main(["generate", str(workspace.hf), "--num-layers", "3", "hi", *SHORT]) == 2
     assert "--num-layers 3 contradicts" in capsys.readouterr().err
+
+
+@pytest.mark.slow("jobs")
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size", None])
+def test_several_processes_answer_a_pipe_as_one_does(workspace: Workspace, framework: str, layout: str | None) -> None:
+    """Tensor ranks, stages, and two copies of the model."""
+
+    def answered(*more: str) -> list[str]:
+        words = [sys.executable, "-m", "tandem", "generate", str(workspace.hf), "--ai-framework", framework, *more]
+        done = subprocess.run(
+            [*words, "--max-new-tokens", "5"], input="Sort 12.\nHi\nHo\n", capture_output=True, text=True, check=True
+        )
+        return [line for line in done.stdout.splitlines() if "keys and values" not in line]
+
+    assert answered("--nproc-per-node", "2", *([layout, "2"] if layout else [])) == answered()
+
+
+@pytest.mark.slow("jobs")
+def test_python_asks_several_processes(workspace: Workspace) -> None:
+    require_framework("torch")
+    asked = {"ai_framework": "torch", "device": "cpu"}
+    expected = tandem.load(workspace.hf, **asked).generate(["Hi", "Ho"], max_new_tokens=4, temperature=0.7)
+    several = tandem.load(workspace.hf, **asked, nproc_per_node=2, tensor_model_parallel_size=2)
+    assert several.generate(["Hi", "Ho"], max_new_tokens=4, temperature=0.7) == expected
+    assert several.generate("Hi", max_new_tokens=4, temperature=0.7) == expected[0]
+    with pytest.raises(tandem.UserError, match="--max-new-tokens 0"):
+        several.generate("Hi", max_new_tokens=0)

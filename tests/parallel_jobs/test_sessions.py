@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 from jobs import Case, engine_settings, toy_source
-from session_job import answers
+from session_job import PROMPTS, answers
 
 from frameworks import require_framework
 from launchers import launcher
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
 from tandem.backends.session import check_layout
+from tandem.data.batch import IGNORE, MicroBatch
 from tandem.errors import UserError
+from tandem.inference.sampling import Sampling
+from tandem.inference.scheduler import Scheduler
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout
 
@@ -72,6 +75,24 @@ def test_two_processes_answer_as_one_on_mindspore(tmp_path: Path) -> None:
 @pytest.mark.slow("jobs")
 def test_four_processes_answer_as_one(tmp_path: Path, framework: str) -> None:
     check(framework, 4, FOUR, tmp_path)
+
+
+@pytest.mark.parametrize("adapters", ["lora", "dora"])
+def test_adapters_are_computed_as_in_training(adapters: str, framework: str) -> None:
+    """Not merged; and without them the answers are others."""
+    case = Case(tied=False, family="qwen2", adapters=adapters)
+    engine = create_engine(framework, toy_source(case).config, engine_settings(case, Grid(), 0))
+    engine.load_weights(toy_source(case))
+    with Scheduler(engine, room=100) as scheduler:
+        request = scheduler.submit(PROMPTS[2], Sampling(max_new_tokens=5), (), prompt_logprobs=True)
+        scheduler.run()
+    text = [*request.prompt, *request.tokens]
+    tokens, labels = (np.array(ids, np.int32) for ids in (text, [*text[1:], IGNORE]))
+    batch = MicroBatch(tokens, labels, np.arange(len(text), dtype=np.int32), np.array([0, len(text)], np.int32))
+    found = [*request.prompt_logprobs[1:], *request.logprobs]
+    np.testing.assert_allclose(found, engine.log_probabilities([batch])[0][:-1], atol=1e-5)
+    with engine.without_adapters():
+        assert np.abs(np.array(found) - engine.log_probabilities([batch])[0][:-1]).max() > 0.01
 
 
 def test_layouts_without_sessions_are_refused_by_name() -> None:

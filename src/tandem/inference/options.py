@@ -54,7 +54,7 @@ class LoadOptions(Options):
             try:
                 check_prompt_type(self.prompt_type)
             except UserError as error:
-                yield f"--{error}"
+                yield str(error).replace("prompt type", "--prompt-type", 1)
 
     @property
     def thinking(self) -> bool | None:
