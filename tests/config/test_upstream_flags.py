@@ -118,6 +118,9 @@ OTHERS = (
     *("--recompute-activation-function", "--recompute-activation-function-num-layers 2", "--recompute-norm"),
     *("--recompute-norm-num-layers 2", "--enable-recompute-layers-per-pp-rank", "--moe-permutation-async-comm"),
     *("--moe-permute-fusion", "--moe-alltoall-overlap-comm", "--moe-fb-overlap", "--moe-zero-memory level1"),
+    *("--moe-token-dispatcher-type alltoall_seq", "--moe-grouped-gemm", "--moe-layer-freq -1"),
+    *("--first-k-dense-replace -1", "--moe-router-score-function softmax", "--topk-softmax-in-fp32"),
+    *("--moe-alltoall-mc2", "--moe-allgather-overlap-comm", "--enable-a2avc 1"),
     "--max-new-tokens 256",
 )
 
@@ -129,6 +132,8 @@ REFUSED = (
     "--context-parallel-algo hybrid_cp_algo",
     "--model-type-hf llama2",
     "--use-ascend-coc --use-ascend-mc2",
+    *("--moe-expert-capacity-factor 1.0", "--moe-pad-expert-input-to-capacity", "--fix-router"),
+    *("--moe-router-topk-scaling-factor 2.5", "--moe-layer-freq 2"),
     *("--o2-optimizer", "--o2-gradient", "--dataloader-type cyclic"),
 )
 

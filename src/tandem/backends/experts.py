@@ -22,6 +22,9 @@ from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 from tandem.parallel.layout import Layout, even_rows
 
+# Kinds of load balancing that add no loss.
+UNBALANCED = ("none", "softmax_topk")
+
 # The framework's array: of numbers per expert, or of one number.
 Array = Any
 
@@ -133,7 +136,7 @@ class Routing:
     def slopes(self, layer: int) -> Array:
         """The gradient of the balancing loss with respect to each token's probabilities, [E]; None without one."""
         settings = self.settings
-        if not self.weight or not settings.moe_aux_loss_coeff or settings.moe_router_load_balancing_type == "none":
+        if not self.weight or not settings.moe_aux_loss_coeff or settings.moe_router_load_balancing_type in UNBALANCED:
             return None
         if settings.moe_router_load_balancing_type == "pooled_aux_loss":
             first, *others = self.counts.values()

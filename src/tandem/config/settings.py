@@ -123,9 +123,10 @@ class ParallelSettings(ShardingSettings):
 class RouterSettings:
     """The router of a mixture of experts, as engines take it."""
 
-    moe_router_load_balancing_type: Literal["aux_loss", "pooled_aux_loss", "none"] = "aux_loss"
+    moe_router_load_balancing_type: Literal["aux_loss", "pooled_aux_loss", "none", "softmax_topk"] = "aux_loss"
     """How experts are kept equally busy: aux_loss is Megatron's loss, for each layer and micro-batch; pooled_aux_loss
-    is Hugging Face's, over all layers at once, in which the same coefficient weighs differently; none is neither."""
+    is Hugging Face's, over all layers at once, in which the same coefficient weighs differently; none is neither;
+    softmax_topk is none with --moe-router-pre-softmax."""
     moe_aux_loss_coeff: float = 0.0
     """Coefficient of the load-balancing loss in the gradient. The reported loss leaves it out. 0 turns it off."""
     moe_z_loss_coeff: float | None = None

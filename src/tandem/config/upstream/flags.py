@@ -28,6 +28,7 @@ class Ignored:
 
 ALWAYS_ON = Ignored()
 BF16_STATE = Ignored(refusal="gradients and the optimizer's state are fp32; in bf16 training would compute otherwise")
+DROPPED = Ignored(refusal="no token is dropped: experts have no capacity")
 # These ask for what happens anyway, or have no effect on results.
 IGNORED: dict[str, Ignored] = {
     "--use-mcore-models": ALWAYS_ON,
@@ -89,6 +90,20 @@ IGNORED: dict[str, Ignored] = {
     "--moe-alltoall-overlap-comm": ALWAYS_ON,
     "--moe-fb-overlap": ALWAYS_ON,
     "--moe-zero-memory": Ignored(1),
+    "--moe-token-dispatcher-type": Ignored(1, ("allgather", "alltoall", "alltoall_seq")),  # how rows travel
+    "--moe-allgather-overlap-comm": ALWAYS_ON,
+    "--moe-alltoall-mc2": ALWAYS_ON,
+    "--enable-a2avc": Ignored(1),
+    "--moe-grouped-gemm": ALWAYS_ON,
+    "--moe-layer-freq": Ignored(1, ("1", "-1")),  # config.json says which layers have experts
+    "--first-k-dense-replace": Ignored(1, ("0", "-1")),
+    "--moe-router-score-function": Ignored(1, ("softmax",)),
+    "--topk-softmax-in-fp32": ALWAYS_ON,
+    "--moe-expert-capacity-factor": DROPPED,
+    "--moe-pad-expert-input-to-capacity": DROPPED,
+    "--moe-token-drop-policy": Ignored(1),  # of tokens that are dropped
+    "--fix-router": Ignored(refusal="tokens always go where the router sends them"),
+    "--moe-router-topk-scaling-factor": Ignored(refusal="factors of experts are not scaled"),
     "--max-new-tokens": Ignored(1),  # upstream's tests pass it to pretraining
     "--o2-optimizer": BF16_STATE,
     "--o2-gradient": BF16_STATE,

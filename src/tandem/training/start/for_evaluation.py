@@ -49,7 +49,8 @@ class Weights:
         check_implemented(model, settings.parallel, data)
         seed = settings.training.seed
         source = open_weights(checkpoint, settings.lora, model, data.tokenizer_name_or_path, seed)
-        check_model_flags(model, settings.experts, longest, source.config)
+        noop_layers = len(settings.parallel.layout.noop_layers)
+        check_model_flags(model, settings.experts, longest, source.config, noop_layers)
         grid = make_grid(settings.parallel, source.config, world.size)
         tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)
         return cls(settings, world, framework, source, grid, tokenizer)

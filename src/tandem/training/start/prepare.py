@@ -113,7 +113,8 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         check_place(checkpoint.save)
     loading = continued(checkpoint)
     source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
-    check_model_flags(settings.model, settings.experts, data.seq_length, source.config)
+    noop_layers = len(settings.parallel.layout.noop_layers)
+    check_model_flags(settings.model, settings.experts, data.seq_length, source.config, noop_layers)
     check_save_beside_base(source, checkpoint)
     open_reference(settings.preferences, source.config)  # its checks
     check_disk(settings, source)

@@ -75,11 +75,18 @@ def _config_of(companions: Companions, folder: str) -> ModelConfig:
     return from_hf(companions.hf_config or {}, where=f"{folder}/config.json")
 
 
-def check_model_flags(model: ModelSettings, experts: ExpertSettings, seq_length: int, config: ModelConfig) -> None:
-    """Raise UserError when a model flag or `--seq-length` contradicts the config of the weights."""
+def check_model_flags(
+    model: ModelSettings, experts: ExpertSettings, seq_length: int, config: ModelConfig, noop_layers: int = 0
+) -> None:
+    """Raise UserError when a model flag or `--seq-length` contradicts the config of the weights.
+
+    `noop_layers`: how many layers `--num-layers` may count, as upstream's scripts do, that the model does not have.
+    """
     check_expert_flags(experts, config)
     for name in COMPARED:
         given, actual = getattr(model, name), getattr(config, name)
+        if name == "num_layers" and given == actual + noop_layers:
+            continue
         if given is not None and given != actual:
             raise UserError(f"--{name.replace('_', '-')} {given} contradicts the weights' config, which has {actual}")
     _check_rotary_flags(model, config.rotary_scaling)
@@ -116,10 +123,10 @@ def check_expert_flags(given: ExpertSettings, config: ModelConfig) -> None:
         return
     if given.norm_topk_prob:
         raise UserError("--norm-topk-prob contradicts the weights' config, whose norm_topk_prob is false")
-    if given.moe_router_pre_softmax:
+    if given.moe_router_pre_softmax or given.moe_router_load_balancing_type == "softmax_topk":
         raise UserError(
-            "--moe-router-pre-softmax without --norm-topk-prob contradicts the weights' config, whose norm_topk_prob "
-            "is true: add --norm-topk-prob"
+            "--moe-router-pre-softmax (or softmax_topk) without --norm-topk-prob contradicts the weights' config: its "
+            "norm_topk_prob is true: add --norm-topk-prob"
         )
 
 
