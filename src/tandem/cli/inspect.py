@@ -91,6 +91,13 @@ def overview(description: Description) -> Table:
     table.add_row("parameters", f"{parameter_count(config):,}")
     table.add_row("layers", str(config.num_layers))
     table.add_row("hidden, ffn", f"{config.hidden_size}, {config.ffn_hidden_size}")
+    if experts := config.experts:
+        sparse = config.num_layers - config.dense_layers
+        table.add_row(
+            "experts",
+            f"{experts.num_experts} in {sparse} layers, {experts.moe_router_topk} for each token, width "
+            f"{experts.moe_ffn_hidden_size}",
+        )
     heads = f"{config.num_attention_heads} queries, {config.num_query_groups} keys, {config.kv_channels} channels"
     table.add_row("heads", heads)
     table.add_row("vocabulary", f"{config.vocab_size:,}{_added_rows(description)}")
