@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from environments import SHARED
 from frameworks import require_framework
 from slow_parts import PARTS, misplaced, parts_of
 from tandem.logs import printed
@@ -16,7 +17,6 @@ from workspace import Workspace, make_workspace
 # Toy products gain nothing from threads, and several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED = Path(os.environ.get("TANDEM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MISPLACED = pytest.StashKey[list[str]]()
 
 
