@@ -19,7 +19,7 @@ from frameworks import require_framework
 from launchers import launcher
 from runs import assert_same_weights
 from scripts import free_port
-from tandem.__main__ import STOPPED
+from tandem.__main__ import STOPPED, main
 from tandem.backends import launcher_of
 from tandem.checkpoints.folders import TRACKER
 from tandem.checkpoints.native.source import NativeSource
@@ -47,19 +47,25 @@ class Job:
     launcher: tuple[str, ...] = ()
     forked: bool = False
 
+    def command(self, save: str) -> list[str]:
+        text = f"{self.workspace.text}_text_document"
+        words = [*("--ai-framework", self.framework), *("--load", str(self.workspace.hf)), *("--data-path", text)]
+        words += [*("--seq-length", "32"), *("--global-batch-size", "4"), *("--lr", "1e-3"), *("--split", "80,20,0")]
+        words += [*("--log-interval", "1"), *("--eval-interval", "3"), *("--eval-iters", "2"), *("--device", "cpu")]
+        return ["pretrain", *words, "--save", str(self.folder / save), *self.flags]
+
+    def succeed_here(self, save: str) -> None:
+        """The run of one process, in that of the tests."""
+        assert main(self.command(save)) == 0
+
     def start(self, save: str, **fault: object) -> subprocess.Popen[str]:
         """Save in a folder of that name; `fault` as `faulty_run.py` takes it."""
         values = {"rank": -1, "framework": self.framework, **fault}
         (self.folder / "fault.json").write_text(json.dumps(values), encoding="utf-8")
         supervisor = launcher(self.framework, self.processes, forked=self.forked)
         launch = self.launcher or (supervisor if self.processes > 1 else (sys.executable,))
-        text = f"{self.workspace.text}_text_document"
-        words = [*("--ai-framework", self.framework), *("--load", str(self.workspace.hf)), *("--data-path", text)]
-        words += [*("--seq-length", "32"), *("--global-batch-size", "4"), *("--lr", "1e-3"), *("--split", "80,20,0")]
-        words += [*("--log-interval", "1"), *("--eval-interval", "3"), *("--eval-iters", "2"), *("--device", "cpu")]
-        words += ["--save", str(self.folder / save), *self.flags]
         return subprocess.Popen(
-            [*launch, str(PROGRAM), str(self.folder / "fault.json"), "pretrain", *words],
+            [*launch, str(PROGRAM), str(self.folder / "fault.json"), *self.command(save)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -116,7 +122,7 @@ def test_kills_while_saving(workspace: Workspace, async_save: bool, tmp_path: Pa
     require_framework("torch")
     flags = ("--train-iters", "12", "--save-interval", "1", "--keep-last", "2")
     job = Job(workspace, tmp_path, flags=(*flags, *(("--async-save",) if async_save else ())))
-    job.succeed("a")
+    job.succeed_here("a")
     kill_while_saving(job, 1, seed=1)
 
 
@@ -282,7 +288,7 @@ def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(
 ) -> None:
     require_framework("torch")
     job = Job(workspace, tmp_path, flags=("--train-iters", "6", "--save-interval", "2"))
-    job.succeed("a")
+    job.succeed_here("a")
     code, output = job.finish("b", rank=0, when="step", at=5, what="SIGKILL")
     assert code == -9, output[-3000:]
     data = Path(f"{workspace.text}_text_document.bin")
