@@ -177,10 +177,7 @@ LAYOUTS = {
     "pp": ["--pipeline-model-parallel-size", "2"],
     "dp": ["--use-distributed-optimizer"],
 }
-OF_TORCH = {
-    "fsdp": ["--use-torch-fsdp2"],
-    "vpp": ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
-}
+OF_TORCH = {"fsdp": ["--use-torch-fsdp2"]}
 
 
 @pytest.mark.slow("layouts")
