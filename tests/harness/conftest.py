@@ -54,8 +54,9 @@ def peer(workspace: Workspace, task_folder: Path) -> Callable[..., Samples]:
 
         given = {"pretrained": str(workspace.hf), "batch_size": 3, **dict(arguments)}
         if adapter := given.pop("adapter", None):
-            # not its `peft` argument, which also cuts the embedding to the tokenizer's length
-            return HFLM(pretrained=with_adapter(workspace.hf, adapter), tokenizer=str(workspace.hf), batch_size=3)
+            # not its `peft` argument, which also cuts the embedding to the tokenizer's length; and one by one: in a
+            # batch it goes on after an end token that only the tokenizer names, and what follows would count
+            return HFLM(pretrained=with_adapter(workspace.hf, adapter), tokenizer=str(workspace.hf), batch_size=1)
         return HFLM(dtype="float32", device="cpu", **given)
 
     @lru_cache

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from tandem.backends.interface import Engine
-from tandem.config.settings import DataSettings, Settings, TrainingSettings
+from tandem.config.settings import DataSettings, Settings, TaskSettings, TrainingSettings
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.questions import Question, holds_questions, read_questions
 from tandem.data.kinds import TEXT, kind_of
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.options import flag_of
 from tandem.training.evaluation import Choices, Share, evaluate, evaluate_choices
 from tandem.training.objectives import Evaluation
 from tandem.training.out_of_memory import naming_less_memory
@@ -41,6 +42,10 @@ def _evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]
     data, training = settings.data, settings.training
     if settings.checkpoint.load is None:
         raise UserError("no weights: give a checkpoint or a Hugging Face folder")
+    defaults = TaskSettings()
+    of_tasks = [flag_of(name) for name, value in vars(settings.evaluation).items() if value != getattr(defaults, name)]
+    if of_tasks:
+        raise UserError(f"{' '.join(of_tasks)}: belongs to --tasks or --task, which are not given")
     places = named_sets(data.valid_data_path)
     if not places:
         raise UserError("no data: give PREFIX, or NAME=PREFIX for each of several sets; or --tasks NAMES")

@@ -106,9 +106,10 @@ def _wrong(settings: Settings) -> list[str]:
         problems.append("--log-samples: give --output FILE.json, next to which the samples are written")
     if given.tasks and given.task:
         problems.append("--tasks and --task: give one of them")
-    for name, of in (("task_data_path", "task"), ("max_new_tokens", "task"), ("chain_of_thought", "task")):
-        if getattr(given, name) and not getattr(given, of):
-            problems.append(f"{flag_of(name)}: belongs to --task")
+    names = ("task_data_path", "max_new_tokens", "chain_of_thought")
+    of_task = [flag_of(name) for name in names if getattr(given, name)]
+    if of_task and not given.task:
+        problems.append(f"{' '.join(of_task)}: belongs to --task")
     if settings.data.valid_data_path:
         problems.append(f"{settings.data.valid_data_path[0]} and --tasks: give data or tasks, each in its own command")
     return problems
