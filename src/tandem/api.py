@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overl
 from tandem.config.settings import (
     CheckpointSettings,
     DataSettings,
+    ExpertSettings,
     LaunchSettings,
     LoggingSettings,
     LoraSettings,
@@ -122,6 +123,7 @@ def _logged(description: str) -> Callable[[int, int | None], None]:
 @dataclass(frozen=True, kw_only=True)
 class AllSettings(
     ModelSettings,
+    ExpertSettings,
     ParallelSettings,
     DataSettings,
     OptimizerSettings,
