@@ -14,7 +14,7 @@ import orjson
 
 from tandem.cli import generate_tasks
 from tandem.cli.arguments import parse
-from tandem.cli.given_input import handed_on, is_typed, open_input
+from tandem.cli.given_input import handed_on, is_handed_on, is_typed, open_input
 from tandem.cli.processes import run_as_processes
 from tandem.config.settings import ExpertSettings, LaunchSettings, ModelSettings, Settings
 from tandem.config.upstream.flags import GENERATE_IGNORED, split_ignored
@@ -125,10 +125,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _as_processes(argv: Sequence[str], options: GenerateOptions) -> int | None:
     settings = Settings(launch=options.launch, ai_framework=options.model.ai_framework)
-    if not options.needs_input:
+    if not options.needs_input or options.launch.nproc_per_node is None or is_handed_on():
         return run_as_processes("generate", argv, settings)
-    if options.launch.nproc_per_node is None:
-        return None
     with handed_on():
         return run_as_processes("generate", argv, settings)
 

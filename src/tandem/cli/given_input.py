@@ -28,6 +28,11 @@ def handed_on() -> Iterator[None]:
             del os.environ[INPUT], os.environ[IS_TYPED]
 
 
+def is_handed_on() -> bool:
+    """Whether this process was started with the input of another one."""
+    return INPUT in os.environ
+
+
 def is_typed() -> bool:
     """Whether somebody types the input."""
     return os.environ[IS_TYPED] == "1" if IS_TYPED in os.environ else sys.stdin.isatty()
@@ -35,10 +40,10 @@ def is_typed() -> bool:
 
 def open_input() -> TextIO:
     """This process's standard input, or that of the process which started the job."""
-    return open(os.environ[INPUT], encoding="utf-8") if INPUT in os.environ else sys.stdin
+    return open(os.environ[INPUT], encoding="utf-8") if is_handed_on() else sys.stdin
 
 
 def _copy(path: str) -> None:
-    with suppress(BrokenPipeError, ValueError), open(path, "wb", buffering=0) as target:
+    with suppress(OSError, ValueError), open(path, "wb", buffering=0) as target:
         for line in sys.stdin.buffer:
             target.write(line)
