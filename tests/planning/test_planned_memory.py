@@ -108,9 +108,9 @@ def test_recomputed_layers_keep_their_input() -> None:
 
 def test_constants_are_the_backends() -> None:
     require_framework("torch")
-    from tandem.backends.torch import functional
+    from tandem.backends.torch.compute import cpu
 
-    assert PIECE == functional.PIECE
+    assert PIECE == cpu.PIECE
 
 
 @pytest.mark.parametrize(
