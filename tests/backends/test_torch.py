@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from parts import set_logits_chunk_bytes
+from reference import Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_work import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
@@ -182,3 +183,14 @@ def test_mis_shaped_weights_are_named() -> None:
     engine = create(toy_config(model_type="llama", vocab_size=212), EngineSettings(device="cpu"))
     with pytest.raises(UserError, match=r"embedding\.word_embeddings\.weight has shape \[211, 48\]"):
         engine.load_weights(source)
+
+
+def test_a_batch_of_one_token_is_trained() -> None:
+    """Ranks that must compute as often as others get such a one. Its products are no views, which could not be added
+    to."""
+    source = toy_weights(TOYS["qwen3-tied"])
+    batches = [toy_batch(source.config, (1,))]
+    loss, gradients = mean_gradients(build(source), batches)
+    expected_loss, expected = Reference(source).loss_and_gradients(batches)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert_close_gradients(gradients, expected, rtol=1e-4)

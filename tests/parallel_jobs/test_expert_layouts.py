@@ -18,6 +18,11 @@ def moe(**values: Any) -> Case:
 
 
 SHORT = [moe(dp=2, ep=2, packed=True, idle=True, use_distributed_optimizer=True)]
+OF_PYTORCH = [
+    moe(pp=2, vpp=1, packed=True, idle=True),
+    moe(dp=2, use_torch_fsdp2=True, packed=True, idle=True, recompute_layers=2),
+    moe(dp=2, ep=2, packed=True, fp16=True),
+]
 MORE = {
     2: [
         moe(tp=2, packed=True, sequence_parallel=True),
@@ -49,6 +54,11 @@ def test_shared_experts_equal_one_process(framework: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_experts_in_more_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
     check(require_framework(framework), processes, MORE[processes], tmp_path)
+
+
+@pytest.mark.slow("layouts")
+def test_experts_in_layouts_that_only_pytorch_has(tmp_path: Path) -> None:
+    check(require_framework("torch"), 2, OF_PYTORCH, tmp_path)
 
 
 def check(framework: str, processes: int, cases: list[Case], folder: Path) -> None:

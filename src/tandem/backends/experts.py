@@ -92,7 +92,7 @@ class Balancing:
         experts, weight = self.config.experts, 0.0
         if experts is None:
             return None
-        if isinstance(batch, WeightedBatch):
+        if isinstance(batch, WeightedBatch) and batch.trained_tokens:  # others are left out where they can be
             weight = batch.balance / self.parts
         sparse = self.config.num_layers - self.config.dense_layers
         routing = Routing(self.settings, experts, sparse, len(batch.tokens), weight)

@@ -36,7 +36,8 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     With a few rows, reading w takes the time. MKL does so at the memory's speed when w is its left matrix.
     """
     if x.dtype == torch.float32 and 0 < len(x) <= FEW_ROWS:
-        return torch.mm(w, x.t()).t().contiguous()
+        # A copy also of one row, whose transpose is contiguous: autograd lets no view be changed in place.
+        return torch.mm(w, x.t()).t().clone(memory_format=torch.contiguous_format)
     is_far = w.stride(0) == 1 and w.stride(1) > _FAR
     if x.dtype == torch.float32 and _HAS_ONEDNN and x.numel() and not is_far:
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
