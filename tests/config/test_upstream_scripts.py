@@ -21,10 +21,17 @@ PROGRAMS = {"pretrain_gpt.py": "pretrain", "posttrain_gpt.py": "finetune"}
 REFUSED = {
     "mcore/tune_qwen3_32b_256K_full_pack_A3_ptd.sh": "--context-parallel-size 8",
     "mcore/tune_qwen3_32b_32K_full_pack_A3_ptd.sh": "--context-parallel-size 2",
+    "mcore/tune_qwen3_235b_a22b_32K_lora_pack_A2_ptd.sh": "--attention-dropout 0.05: only 0 is supported",
     "mindspore/pretrain_qwen3_32b_4K_ms.sh": "--num-layers-per-virtual-pipeline-stage needs torch",
     "mindspore/pretrain_qwen3_32b_4K_ms_A3.sh": "--num-layers-per-virtual-pipeline-stage needs torch",
 }
 ACCEPTED = [name for name in SCRIPTS if name not in REFUSED]
+
+
+def size_of(name: str) -> str:
+    """The size of a script's model: 0.6B, 30B-A3B."""
+    size, experts = name.split("qwen3_")[1].split("_")[:2]
+    return (f"{size}-{experts}" if experts in ("a3b", "a22b") else size.replace("point", ".")).upper()
 
 
 def settings_of(name: str) -> tuple[Settings, list[str]]:
@@ -39,15 +46,14 @@ def settings_of(name: str) -> tuple[Settings, list[str]]:
     )
     launch, layout = settings.launch, settings.parallel.layout
     check_batch_sizes(settings.training, Grid(layout, (launch.nproc_per_node or 1) * launch.nnodes))
-    size = name.split("qwen3_")[1].split("_")[0].replace("point", ".").upper()
-    layout.check(qwen3_config(size))
+    layout.check(qwen3_config(size_of(name)))
     return settings, notices
 
 
 def test_how_many_there_are() -> None:
-    assert (len(SCRIPTS), len(ACCEPTED)) == (43, 39)
+    assert (len(SCRIPTS), len(ACCEPTED)) == (46, 41)
     of_two_machines = [settings.launch.nnodes == 2 for settings, _ in map(settings_of, ACCEPTED)]
-    assert sum(of_two_machines) == 3
+    assert sum(of_two_machines) == 4
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -58,10 +64,15 @@ def test_the_script_is_taken(name: str) -> None:
     assert "accepted, without effect here" in notices[0]
 
 
+def test_the_script_of_pairs_trains_on_pairs() -> None:
+    (name,) = (name for name in ACCEPTED if "/dpo_" in name)
+    assert settings_of(name)[0].data.stage == "dpo"
+
+
 def test_scripts_of_adapters_train_adapters() -> None:
     """All of them train these modules with these values, which Tandem hears."""
     adapters = [settings_of(name)[0].lora for name in ACCEPTED if "_lora_" in name]
-    assert len(adapters) == 12
+    assert len(adapters) == 13  # and one is refused
     modules = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     assert {(lora.lora_r, lora.lora_alpha, lora.lora_target_modules) for lora in adapters} == {(16, 32, modules)}
 
