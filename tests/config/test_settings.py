@@ -152,6 +152,7 @@ DEFAULTS = {
     "spiky_loss_factor": 2.0,
     "eval_interval": 1000,
     "eval_iters": 100,
+    "tokens_per_batch": 4096,
     "log_interval": 100,
     "tensorboard_log_interval": 1,
     "profile_step_start": 10,
