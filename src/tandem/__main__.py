@@ -28,7 +28,7 @@ COMMANDS = {
     "chat": "Talk with a model on the terminal.",
     "generate": "Ask a model.",
     "serve": "Serve a model: a chat page, and OpenAI's protocol.",
-    "evaluate": "Measure loss and perplexity of a model on data.",
+    "evaluate": "Measure a model: its loss on data, or benchmarks of lm-evaluation-harness.",
     "inspect": "Show the contents of a checkpoint or of data, and check for damage.",
     "plan": "Estimate memory, traffic and speed of a run; find layouts that fit your devices.",
     "bench": "Check and measure this device, without data or weights.",
