@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.errors import UserError, nearest
+from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 
@@ -35,7 +35,7 @@ def qwen3_config(size: str) -> ModelConfig:
     """
     sizes = {name.lower(): name for name in (*QWEN3_SIZES, *QWEN3_MOE_SIZES)}
     if size.lower() not in sizes:
-        raise UserError(f"Qwen3 has no size {size!r}{nearest(size, list(sizes.values()))}")
+        raise UserError(f"Qwen3 has no size {size!r}: expected one of {', '.join(sizes.values())}")
     size = sizes[size.lower()]
     dense = QWEN3_SIZES.get(size)
     (layers, hidden, ffn, heads, tied), mixture = (dense, None) if dense else QWEN3_MOE_SIZES[size]
