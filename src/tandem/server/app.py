@@ -48,6 +48,10 @@ class Limits:
     only_local: bool = True
 
 
+# Templates are rendered and tools are written by functions that call themselves for each level.
+MOST_DEPTH = 100
+
+
 def build_app(service: Service, limits: Limits) -> Starlette:
     """The application, over models that may still be loading."""
 
@@ -60,10 +64,7 @@ def build_app(service: Service, limits: Limits) -> Starlette:
     async def answer(request: Request, read: Callable[[Any], Asked]) -> Response:
         service.check_ready()
         body = await read_json(request, limits.max_body)
-        try:
-            generation = service.begin(await run_in_threadpool(read, body))
-        except RecursionError:
-            raise bad_request("the body is nested too deeply") from None
+        generation = service.begin(await run_in_threadpool(read, body))
         if generation.asked.stream:
             return EventStream(generation)
         try:
@@ -205,9 +206,27 @@ async def read_json(request: Request, most: int) -> Any:
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} seconds") from None
     try:
-        return orjson.loads(body)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise bad_request(f"the body is no valid JSON: {error}") from None
+    if is_deeper(value, MOST_DEPTH):
+        raise bad_request(f"the body is nested too deeply: expected at most {MOST_DEPTH} lists and objects")
+    return value
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie more than `most` deep in each other.
+
+    >>> is_deeper({"a": [1]}, 2), is_deeper({"a": [1]}, 1)
+    (False, True)
+    """
+    level = [value]
+    for _ in range(most + 1):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [inner for part in parts for inner in part]
+        if not parts:
+            return False
+    return True
 
 
 def json_response(value: Any) -> Response:
