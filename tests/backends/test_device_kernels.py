@@ -12,9 +12,11 @@ import torch
 from device_toys import FakeNpu, compute_with, ignore_scales, run_step_by_step
 from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
+from tandem.backends.engine import clip_coefficient, is_trusted
 from tandem.backends.interface import EngineSettings
 from tandem.backends.torch.compute import cpu, cuda, pure, sets
 from tandem.backends.torch.engine import TorchEngine, create
+from tandem.backends.torch.optimizer import Decision
 from tandem.checkpoints.interface import TensorSource
 from toys import TOYS
 
@@ -87,6 +89,27 @@ def test_more_documents_than_one_call_takes(npu: FakeNpu) -> None:
     loss, _ = mean_gradients(build(source), [toy_batch(source.config, lengths)])
     assert np.isfinite(loss)
     assert npu.calls["npu_fusion_attention"] == 2 * source.config.num_layers
+
+
+@pytest.mark.parametrize("loss", [2.0, 0.0, -1.0, 11.0, np.nan, np.inf])
+@pytest.mark.parametrize("norm", [0.5, 4.0, np.nan, np.inf])
+@pytest.mark.parametrize(("clip_grad", "loss_scale"), [(1.0, 1.0), (0.0, 1.0), (1.0, 1024.0)])
+def test_the_device_decides_as_the_host(loss: float, norm: float, clip_grad: float, loss_scale: float) -> None:
+    totals = torch.tensor([loss * loss_scale, (norm * loss_scale) ** 2, 7.0], dtype=torch.float64)
+    decision = Decision.of(totals, loss_limit=10.0, loss_scale=loss_scale, clip_grad=clip_grad)
+    result = decision.read()
+    assert result.applied == is_trusted(loss, norm, 10.0)
+    assert result.trained_tokens == 7
+    if np.isfinite(norm):
+        assert decision.coefficient.item() == pytest.approx(clip_coefficient(norm, clip_grad) / loss_scale, rel=1e-12)
+
+
+def test_one_transfer_keeps_every_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    arrays = [np.arange(5, dtype=np.int32), np.empty((0, 1)), np.arange(3, dtype=np.int64), np.array([[0.1], [1 / 3]])]
+    copies = cuda.to_device(arrays, torch.device("cpu"))
+    for array, copy in zip(arrays, copies, strict=True):
+        np.testing.assert_array_equal(copy.numpy(), array, strict=True)
 
 
 T, G, D, N = 13, 2, 8, 24

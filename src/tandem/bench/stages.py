@@ -173,22 +173,23 @@ def _measured(options: BenchOptions, size: str, samples: int, steps: list[tuple[
         "tokens/s": samples * options.seq_length / median,
         "MFU": None if peak is None else flops / median / peak,
         "memory": engine.peak_memory(),
-        "planned memory": _planned(options, config, samples, half=engine.param_dtype != "float32"),
+        "planned memory": _planned(options, config, samples, engine),
         "losses": losses,
         "notices": engine.notices,
     }
 
 
-def _planned(options: BenchOptions, config: ModelConfig, samples: int, *, half: bool) -> float:
+def _planned(options: BenchOptions, config: ModelConfig, samples: int, engine: Engine) -> float:
     job = Job(
         config=config,
         micro_batch_size=samples,
         global_batch_size=samples,
         seq_length=options.seq_length,
-        half=half,
+        half=engine.param_dtype != "float32",
         ai_framework=options.ai_framework,
     )
-    return peak_memory(job, HARDWARE["cpu" if options.device == "cpu" else "h100"])
+    # What a plan says of memory is the same for every accelerator.
+    return peak_memory(job, HARDWARE["cpu" if engine.device_name == "cpu" else "h100"])
 
 
 def profiled(options: BenchOptions, size: str) -> Figures:

@@ -16,6 +16,7 @@ DESCRIPTION = (
     "training. Writes one JSON file and one HTML page that can be sent."
 )
 SHOWN = (
+    *("device", "dtype"),  # bf16 falls back to fp32 where the device has none
     *("the same in fp32", "fp32 gradient difference", "bf16 gradient difference", "clips as the CPU", "skips"),
     *("logits difference", "seconds", "tokens/s", "MFU", "memory", "planned memory"),
 )

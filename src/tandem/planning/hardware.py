@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.errors import UserError
 
@@ -112,6 +112,19 @@ DEVICE_NAMES = {
     "Ascend910_93": "a3",
 }
 
+_910B2 = Hardware(
+    memory=64 * GIB,
+    half_flops=376 * TERA,
+    fp32_flops=94 * TERA,
+    memory_bandwidth=1600 * GB,
+    devices_per_node=8,
+    node_bandwidth=196 * GB,
+    mesh=True,
+    network_bandwidth=25 * GB,
+    source="Ascend 910B2 of an Atlas 800T A2, as Huawei's open simulators list it (376 TFLOP/s, 64 GB, 1.6 TB/s, "
+    "seven HCCS links, 196 GB/s one way); fp32 a quarter (87 TFLOP/s measured by others); 200 Gb/s RoCE each",
+)
+
 HARDWARE = {
     "h100": Hardware(
         memory=80 * GIB,
@@ -194,50 +207,26 @@ HARDWARE = {
         network_bandwidth=12.5 * GB,
         source="NVIDIA Ada architecture white paper (bf16 with fp32 sums, dense); PCIe 4.0 x16, no NVLink",
     ),
-    "910b1": Hardware(
-        memory=64 * GIB,
+    "910b1": replace(
+        _910B2,
         half_flops=414 * TERA,
         fp32_flops=103 * TERA,
-        memory_bandwidth=1600 * GB,
-        devices_per_node=8,
-        node_bandwidth=196 * GB,
-        mesh=True,
-        network_bandwidth=25 * GB,
-        source="as 910b, with the 414 TFLOP/s that Huawei's open simulators list for 910B1",
+        source="as 910b, with 414 TFLOP/s in fp16 as commonly reported; no document of the maker was at hand",
     ),
-    "910b": Hardware(
-        memory=64 * GIB,
-        half_flops=376 * TERA,
-        fp32_flops=94 * TERA,
-        memory_bandwidth=1600 * GB,
-        devices_per_node=8,
-        node_bandwidth=196 * GB,
-        mesh=True,
-        network_bandwidth=25 * GB,
-        source="Ascend 910B2 of an Atlas 800T A2, as Huawei's open simulators list it (376 TFLOP/s, 64 GB, 1.6 TB/s, "
-        "seven HCCS links, 196 GB/s one way); fp32 a quarter (87 TFLOP/s measured by others); 200 Gb/s RoCE each",
-    ),
-    "910b3": Hardware(
-        memory=64 * GIB,
+    "910b": _910B2,
+    "910b3": replace(
+        _910B2,
         half_flops=313 * TERA,
         fp32_flops=75 * TERA,
-        memory_bandwidth=1600 * GB,
-        devices_per_node=8,
-        node_bandwidth=196 * GB,
-        mesh=True,
-        network_bandwidth=25 * GB,
-        source="Atlas 800T A2 data sheet: 2.5 PFLOP/s in fp16 and 0.6 in fp32 for eight; else as 910b",
+        source="as 910b, with 313 TFLOP/s in fp16 as commonly reported; no document of the maker was at hand",
     ),
-    "910b4": Hardware(
+    "910b4": replace(
+        _910B2,
         memory=32 * GIB,
         half_flops=280 * TERA,
         fp32_flops=75 * TERA,
         memory_bandwidth=800 * GB,
-        devices_per_node=8,
-        node_bandwidth=196 * GB,
-        mesh=True,
-        network_bandwidth=25 * GB,
-        source="Atlas 300T A2 data sheet: 280 TFLOP/s in fp16, 75 in fp32, 32 GB; else as 910b",
+        source="as 910b, with 280 TFLOP/s in fp16 and 32 GB as commonly reported; no document of the maker was at hand",
     ),
     "a3": Hardware(
         memory=64 * GIB,
