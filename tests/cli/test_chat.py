@@ -115,7 +115,9 @@ def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
         terminal.type("\x03")
         terminal.wait_for("stopped")
         terminal.wait_for(">>> ")
-        terminal.type("half a line\x03")
+        terminal.type("half a line")
+        terminal.wait_for("half a line")  # now it reads: Python holds a signal back that comes just before
+        terminal.type("\x03")
         terminal.wait_for("Ctrl-D or /quit ends.")
         terminal.type("\x04")
         assert terminal.end() == 0
@@ -138,7 +140,7 @@ def test_two_models_side_by_side(workspace: Workspace, tmp_path: Path) -> None:
     try:
         assert "hf and base." in terminal.wait_for(">>> ")
         terminal.type("Reverse 123.\n")
-        assert re.search(r"hf {20,}base", terminal.wait_for("| 5 tokens"))
+        assert re.search(r"hf {20,}base", terminal.wait_for("| 5"))  # the rest may be on the next line
         terminal.type("/quit\n")
         assert terminal.end() == 0
     finally:

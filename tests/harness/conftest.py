@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness_tasks import NAMES, Samples
 
 from workspace import Workspace
 
 TASKS = Path(__file__).with_name("tasks")
-NAMES = ("toy_choices", "toy_letters", "toy_continues", "toy_rolling", "toy_answers")
-
-Samples = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness_tasks import NAMES, Samples
 
-from conftest import NAMES, Samples  # type: ignore[import-not-found]
 from tandem.config.parsing import from_dict
 from tandem.conversion.options import ConvertOptions
 from tandem.conversion.run import run_conversion
