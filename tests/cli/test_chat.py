@@ -53,18 +53,29 @@ class Terminal:
 
     def wait_for(self, words: str) -> str:
         """Read until these words have come. Returns what was written up to them, and forgets it."""
-        end = time.monotonic() + SECONDS
         while words not in self.seen:
-            ready, _, _ = select.select([self._screen], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"{words!r} did not come: {self.seen!r}"
-            try:
-                new = os.read(self._screen, 65536).decode("utf-8", "replace")
-            except OSError:  # the program has ended
-                new = ""
-            assert new, f"it ended before {words!r}: {self.seen!r}"
-            self.seen += CONTROL.sub("", new)
+            assert self._read(SECONDS), f"{words!r} did not come: {self.seen!r}"
         before, _, self.seen = self.seen.partition(words)
         return before + words
+
+    def interrupt(self, answer: str) -> None:
+        """Press Ctrl-C until something comes: Python keeps one that comes just before it reads for later."""
+        self.type("\x03")
+        while not self._read(5.0):
+            self.type("\x03")
+        self.wait_for(answer)
+
+    def _read(self, seconds: float) -> bool:
+        """Read what comes. False when nothing came for so long."""
+        if not select.select([self._screen], [], [], seconds)[0]:
+            return False
+        try:
+            new = os.read(self._screen, 65536).decode("utf-8", "replace")
+        except OSError:
+            new = ""
+        assert new, f"the program ended: {self.seen!r}"
+        self.seen += CONTROL.sub("", new)
+        return True
 
     def end(self) -> int:
         """Wait until the program has ended; its exit code."""
@@ -111,14 +122,12 @@ def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
             terminal.wait_for(">>> ")
         terminal.type("Go on and on.\n")
         terminal.wait_for("Go on and on.")
-        time.sleep(0.2)
-        terminal.type("\x03")
-        terminal.wait_for("stopped")
+        time.sleep(0.2)  # the line is read, and the answer takes longer than this
+        terminal.interrupt("stopped")
         terminal.wait_for(">>> ")
         terminal.type("half a line")
-        terminal.wait_for("half a line")  # now it reads: Python holds a signal back that comes just before
-        terminal.type("\x03")
-        terminal.wait_for("Ctrl-D or /quit ends.")
+        terminal.wait_for("half a line")
+        terminal.interrupt("Ctrl-D or /quit ends.")
         terminal.type("\x04")
         assert terminal.end() == 0
     finally:

@@ -98,7 +98,7 @@ def _nothing() -> Iterator[None]:
 
 def _talk(options: ChatOptions, dialogues: Sequence[Dialogue], console: Console) -> None:
     """Ask and answer until the end of the input."""
-    from tandem.cli.chat_commands import COMMANDS, run_command
+    from tandem.cli.chat_commands import COMMANDS
     from tandem.cli.chat_input import history_file, line_editing, read_message
 
     names = [Path(name).name for name in (options.model.load, options.compare) if name]
@@ -115,22 +115,32 @@ def _talk(options: ChatOptions, dialogues: Sequence[Dialogue], console: Console)
             if line is None:
                 break
             try:
-                answers = bool(line)
-                if line.startswith("/"):
-                    outcome = run_command(line, dialogues)
-                    if outcome.ends:
+                with _stoppable() as stop:
+                    if not _turn(line, dialogues, names, console, stop):
                         return
-                    _say(console, outcome.said)
-                    answers = outcome.answers
-                elif line:
-                    for dialogue in dialogues:
-                        dialogue.ask(line)
-                if answers:
-                    _answer(dialogues, names, console)
             except UserError as error:
                 print(f"> {error}", file=sys.stderr, flush=True)
     if console.is_terminal:
         print()
+
+
+def _turn(line: str, dialogues: Sequence[Dialogue], names: Sequence[str], console: Console, stop: _Stop) -> bool:
+    """Do what a line asks for. False when it ends the conversation."""
+    from tandem.cli.chat_commands import run_command
+
+    answers = bool(line)
+    if line.startswith("/"):
+        outcome = run_command(line, dialogues)
+        if outcome.ends:
+            return False
+        _say(console, outcome.said)
+        answers = outcome.answers
+    elif line:
+        for dialogue in dialogues:
+            dialogue.ask(line)
+    if answers:
+        _answer(dialogues, names, console, stop)
+    return True
 
 
 def _say(console: Console, text: str) -> None:
@@ -143,25 +153,26 @@ def _say(console: Console, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _answer(dialogues: Sequence[Dialogue], names: Sequence[str], console: Console) -> None:
+def _answer(dialogues: Sequence[Dialogue], names: Sequence[str], console: Console, stop: _Stop) -> None:
     """Show the answers while they are written, one token of each model in turn."""
     from tandem.cli.chat_screen import OneAnswer, SideBySide
 
     alone, together = OneAnswer(console), SideBySide(console, names)
     running = {number: dialogue.answer() for number, dialogue in enumerate(dialogues)}
     try:
-        with _stoppable() as stop:
-            while running and not stop.asked:
-                for number in list(running):
-                    try:
-                        piece = next(running[number])
-                    except StopIteration:
-                        del running[number]
-                        continue
-                    if piece is not None and len(dialogues) == 1:
-                        alone.show(piece)
-                    elif piece is not None:
-                        together.show(number, piece)
+        while running:
+            for number in list(running):
+                try:
+                    piece = next(running[number])
+                except StopIteration:
+                    del running[number]
+                    continue
+                if piece is not None and len(dialogues) == 1:
+                    alone.show(piece)
+                elif piece is not None:
+                    together.show(number, piece)
+            if stop.asked:  # never before the first step: an answer that has not begun takes no question back
+                break
     finally:
         for answer in running.values():
             answer.close()  # type: ignore[attr-defined]
