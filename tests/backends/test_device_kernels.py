@@ -12,11 +12,11 @@ import torch
 from device_toys import FakeNpu, compute_with, ignore_scales, run_step_by_step
 from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
-from tandem.backends.engine import clip_coefficient, is_trusted
 from tandem.backends.interface import EngineSettings
 from tandem.backends.torch.compute import cpu, cuda, pure, sets
 from tandem.backends.torch.engine import TorchEngine, create
 from tandem.backends.torch.optimizer import Decision
+from tandem.backends.update import clip_coefficient, is_trusted
 from tandem.checkpoints.interface import TensorSource
 from toys import TOYS
 

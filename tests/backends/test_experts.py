@@ -96,6 +96,32 @@ def test_balancing_losses_are_in_the_gradient(framework: str, pooled: bool) -> N
     assert_close_gradients(mean_gradients(off, batches)[1], expected(source, batches)[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("pooled", [False, True], ids=["megatron", "hugging-face"])
+def test_the_load_is_that_of_transformers(framework: str, pooled: bool) -> None:
+    """Tokens of each expert, and both losses summed, also where they are no part of the gradient."""
+    source = toy_weights(moe_config(mlp_only_layers=(2,)))
+    reference, topk = Reference(source), 2
+    routers = Routers(reference.model)
+    layers = [layer for layer in range(source.config.num_layers) if layer != 2]
+    counts, balancing, z = np.zeros((len(layers), 8), np.int64), 0.0, 0.0
+    batches = [toy_batch(source.config, lengths, seed=1) for lengths in (RAGGED, (24,))]
+    for batch in batches:
+        reference.logits(batch)
+        logits = routers.by_layer(len(layers))
+        counts += [np.bincount(of_layer.topk(topk).indices.flatten(), minlength=8) for of_layer in logits]
+        of_layers = [megatron_aux_loss(of_layer, topk).item() for of_layer in logits]
+        balancing += load_balancing_loss_func(tuple(logits), 8, topk).item() if pooled else sum(of_layers)
+        z += sum(torch.logsumexp(of_layer, -1).square().mean().item() for of_layer in logits)
+    kind = "pooled_aux_loss" if pooled else "none"
+    engine = build(framework, source, recompute_layers=2, moe_router_load_balancing_type=kind)
+    mean_gradients(engine, batches)
+    load = engine.expert_load()
+    assert load.counts == dict(zip(layers, counts.tolist()))
+    terms = len(layers) * len(batches)
+    assert (load.terms, load.balanced) == (terms, len(batches) if pooled else terms)
+    assert (load.load_balancing, load.z) == pytest.approx((balancing, z), rel=1e-5)
+
+
 def test_of_equal_experts_the_first_are_chosen(framework: str) -> None:
     """A router of zeros: all logits are equal, so only the first two experts have gradients."""
     source = toy_weights(moe_config())

@@ -148,7 +148,7 @@ def test_the_documented_command_for_random_weights(site: Site) -> None:
     ("framework", "processes", "layout"),
     [
         ("torch", 2, {"TP": 2}),
-        ("mindspore", 2, {"PP": 2}),
+        pytest.param("mindspore", 2, {"PP": 2}, marks=pytest.mark.slow("sizes")),
         pytest.param("torch", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("sizes")),
         pytest.param("mindspore", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("sizes")),
     ],

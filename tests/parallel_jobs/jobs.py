@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from toy_work import MemorySource, any_weights, mean_weights, toy_samples, toy_weights, untrained
 
 from launchers import launcher
@@ -26,6 +27,8 @@ from tandem.models.tensors import tensor_table
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout
 from tandem.parallel.slices import Part, transfer
+from tandem.training.expert_load import ExpertWatch, from_json, to_json
+from tandem.training.logs.events import EventLog
 from toys import toy_config
 
 JOB = Path(__file__).with_name("layout_job.py")
@@ -177,7 +180,7 @@ def micro_batches(case: Case, config: ModelConfig) -> list[list[MicroBatch]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training ended with: numbers per step, and every tensor of a checkpoint, whole."""
+    """What training ended with: numbers per step, the load of experts in the last, and every tensor, whole."""
 
     evaluated: list[float]
     scored: list[float]
@@ -186,6 +189,7 @@ class Outcome:
     norms: list[float]
     trained: list[int]
     applied: list[bool]
+    load: dict[str, float]
     tensors: dict[str, np.ndarray]
 
 
@@ -193,6 +197,7 @@ class Outcome:
 def one_process(framework: str, case: Case) -> Outcome:
     engine = create_engine(framework, toy_source(case).config, engine_settings(case, Grid(), 0))
     outcome = train(framework, engine, case, rank=SPOILED_RANK)
+    outcome["load"] = together([outcome["load"]])
     return Outcome(
         **outcome, tensors={f"{kind} {shard.spec.name}": array.copy() for kind, shard, array in engine.tensors()}
     )
@@ -224,7 +229,13 @@ def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = s
         "norms": [result.grad_norm for result in results],
         "trained": [result.trained_tokens for result in results],
         "applied": [result.applied for result in results],
+        "load": to_json(engine.expert_load()),
     }
+
+
+def together(loads: list[list[Any]]) -> dict[str, float]:
+    """The metrics of experts, from the loads of all ranks."""
+    return ExpertWatch(EventLog(None)).metrics(1, map(from_json, loads))
 
 
 def scores(engine: Engine, batches: list[MicroBatch]) -> list[float]:
@@ -272,6 +283,7 @@ def gather(case: Case, folder: Path) -> Outcome:
                 count = counts.setdefault(key, np.zeros(shape, int))
                 transfer(np.ones(part.shape, int), part, count, Part.whole(shape))
         outcomes.append(outcome)
+    load = together([outcome.pop("load") for outcome in outcomes])
     if (
         case.ep > 1
     ):  # each rank scores the same texts, but experts see them after those of other ranks: rounding differs
@@ -280,7 +292,7 @@ def gather(case: Case, folder: Path) -> Outcome:
             outcome["scored"] = outcomes[0]["scored"]
     assert len({str(outcome) for outcome in outcomes}) == 1, f"{case.name}: ranks report different numbers"
     assert all((count == 1).all() for count in counts.values()), f"{case.name}: not each number once"
-    return Outcome(**outcomes[0], tensors=tensors)
+    return Outcome(**outcomes[0], load=load, tensors=tensors)
 
 
 def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> None:
@@ -302,6 +314,7 @@ def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> N
     np.testing.assert_allclose(found.first_loss, expected.first_loss, rtol=first, err_msg=case.name)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=later, err_msg=case.name)
     np.testing.assert_allclose(found.norms, expected.norms, rtol=norm, err_msg=case.name)
+    assert found.load == pytest.approx(expected.load, rel=TOLERANCE), case.name
     assert found.tensors.keys() == expected.tensors.keys(), case.name
     if case.fp16:
         assert_close_in_fp16(case, found.tensors, expected.tensors)

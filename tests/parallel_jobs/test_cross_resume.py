@@ -31,9 +31,9 @@ ROADS = [
 ]
 
 
-# One of them in the quick suite, the others in the slow one.
-QUICK = [(ROADS[0], True)]
-SLOW = [(ROADS[0], False), (ROADS[1], False), (ROADS[1], True)]
+# The beginning of one in the quick suite, all in the slow one.
+QUICK = [(ROADS[0][:2], True)]
+SLOW = [(road, instructions) for road in ROADS for instructions in (False, True)]
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_any_layout_of_any_backend_goes_on(
     for leg, (framework, layout) in enumerate(road, 1):
         train(workspace, instructions, framework, layout, 4 * leg, tmp_path / "road")
     expected, found = losses(tmp_path / "unbroken"), losses(tmp_path / "road")
-    assert len(expected) == 12
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert (len(expected), len(found)) == (12, 4 * len(road))
+    np.testing.assert_allclose(found, expected[: len(found)], rtol=1e-5)
 
 
 FP16 = {"fp16": None, "initial-loss-scale": 2**20, "loss-scale-window": 4, "hysteresis": 1}

@@ -14,16 +14,17 @@ from launchers import launcher
 from tandem.__main__ import main
 from workspace import Workspace
 
-LAYOUTS = {
-    "--tensor-model-parallel-size 2": 2,
-    "--pipeline-model-parallel-size 2": 2,
-    "--pipeline-model-parallel-size 3": 3,  # of four layers
-    "": 2,
-}
+LAYOUTS = [
+    ("--tensor-model-parallel-size 2", 2),
+    pytest.param("--pipeline-model-parallel-size 2", 2, marks=pytest.mark.slow("jobs")),
+    pytest.param("--pipeline-model-parallel-size 3", 3, marks=pytest.mark.slow("jobs")),  # of four layers
+    ("", 2),
+]
 
 
+@pytest.mark.parametrize(("layout", "processes"), LAYOUTS)
 def test_the_loss_is_the_same_at_every_layout(
-    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, layout: str, processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both sets, whole, although two data ranks get different numbers of micro-batches."""
     require_framework("torch")
@@ -34,12 +35,11 @@ def test_the_loss_is_the_same_at_every_layout(
     assert main(words) == 0
     alone = table(capsys.readouterr().out)
     assert [name for name, *_ in alone] == ["text", "chat", "ask"]
-    for layout, processes in LAYOUTS.items():
-        command = [*launcher("torch", processes, forked=True), "-m", "tandem", *words, *layout.split()]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert table(done.stdout) == alone, layout
+    command = [*launcher("torch", processes, forked=True), "-m", "tandem", *words, *layout.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert table(done.stdout) == alone
 
 
 def table(output: str) -> list[tuple[str, ...]]:

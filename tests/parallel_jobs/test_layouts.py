@@ -124,7 +124,10 @@ MORE_ADAPTED = {
 }
 
 
-@pytest.mark.parametrize(("framework", "processes"), ADAPTED)
+@pytest.mark.parametrize(
+    ("framework", "processes"),
+    [("torch", 2), *(pytest.param(*job, marks=pytest.mark.slow("jobs")) for job in ADAPTED if job != ("torch", 2))],
+)
 def test_adapters_in_some_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
     check(require_framework(framework), processes, brief(ADAPTED[framework, processes]), tmp_path)
 

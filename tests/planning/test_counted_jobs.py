@@ -31,7 +31,7 @@ def plan_parallel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     "case",
     [
         (2, 1, 1, True, "nothing", 2, 2),
-        (1, 2, 2, False, "optimizer", 4, 0),
+        pytest.param((1, 2, 2, False, "optimizer", 4, 0), marks=pytest.mark.slow("jobs")),
         (1, 2, 2, False, "all", 6, 0),
     ],
     ids=["tensor, sequence, recomputed", "pipeline, data, distributed optimizer", "pipeline, data, fully sharded"],

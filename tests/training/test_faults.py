@@ -177,6 +177,7 @@ def unbroken_job_of_two(workspace: Workspace, framework: str, layout: str, folde
     return job
 
 
+@pytest.mark.slow("signals")
 def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> None:
     """Saving in the background at sharded optimizer state."""
     require_framework("torch")

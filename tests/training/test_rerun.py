@@ -65,6 +65,7 @@ def test_a_run_that_resumes_elsewhere_starts_from_the_same_iteration(workspace: 
     assert rerun(RerunOptions(str(tmp_path / "b"))).steps == 4
 
 
+@pytest.mark.slow("jobs")
 def test_a_run_of_two_processes_is_run_again_by_two(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,9 @@ def whole(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Who
     return train_whole
 
 
-@pytest.mark.parametrize(("instructions", "stop"), [(False, 5), (False, 13), (True, 18)])
+@pytest.mark.parametrize(
+    ("instructions", "stop"), [(False, 5), pytest.param(False, 13, marks=pytest.mark.slow("jobs")), (True, 18)]
+)
 def test_resuming_is_bitwise(
     workspace: Workspace, framework: str, instructions: bool, stop: int, whole: Whole, tmp_path: Path
 ) -> None:

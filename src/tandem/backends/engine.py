@@ -17,7 +17,7 @@ import numpy as np
 
 from tandem.backends.adapters import Switch, local_adapters
 from tandem.backends.experts import Balancing, Share, check_experts, sliced
-from tandem.backends.interface import EngineSettings, Session, StepResult
+from tandem.backends.interface import EngineSettings, ExpertLoad, Session, StepResult
 from tandem.backends.loading import load_each, stream_fp32
 from tandem.backends.passes import WeightedBatch, trained_rows
 from tandem.backends.session import Computes, EngineSession, check_layout, check_memory
@@ -37,24 +37,6 @@ T = TypeVar("T")  # the framework's tensor
 Batch = TypeVar("Batch", MicroBatch, WeightedBatch)
 
 MOMENTS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
-
-
-def is_trusted(loss: float, grad_norm: float, loss_limit: float, *, may_be_zero: bool = False) -> bool:
-    """Whether a step is applied. A mean loss of 0 over tokens means that something is broken; others `may_be_zero`.
-
-    >>> is_trusted(loss=2.5, grad_norm=1.0, loss_limit=10.0), is_trusted(loss=0.0, grad_norm=1.0, loss_limit=10.0)
-    (True, False)
-    """
-    return all(map(math.isfinite, (loss, grad_norm))) and loss <= loss_limit and (loss > 0 or may_be_zero)
-
-
-def clip_coefficient(norm: float, clip_grad: float) -> float:
-    """The factor that gradients are multiplied by, as in Megatron. A `clip_grad` of 0 turns clipping off.
-
-    >>> round(clip_coefficient(norm=4.0, clip_grad=1.0), 3), clip_coefficient(norm=0.5, clip_grad=1.0)
-    (0.25, 1.0)
-    """
-    return min(1.0, clip_grad / (norm + 1e-6)) if clip_grad > 0 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +178,10 @@ class BaseEngine(ABC, Generic[T]):
         loss = self._reported(self._accumulate(self._to_run(batches)))
         self._sum_gradients()
         return loss
+
+    def expert_load(self) -> ExpertLoad:
+        # Tensor ranks route the same tokens.
+        return self._balancing.load(self._on_host) if self._place.tensor == 0 else ExpertLoad()
 
     def _squares(self) -> Any:
         """This rank's part of the square of the gradient's L2 norm, in which each number of the model counts once.
@@ -370,6 +356,11 @@ class BaseEngine(ABC, Generic[T]):
     @abstractmethod
     def _to_numpy(self, kind: TensorKind, tensor: T) -> np.ndarray:
         """A kept tensor as a checkpoint stores it."""
+
+    @staticmethod
+    @abstractmethod
+    def _on_host(values: Any) -> np.ndarray:
+        """Numbers that the framework's experts noted."""
 
     @abstractmethod
     def _sum_over_ranks(self, *values: Any) -> list[float]:

@@ -8,12 +8,13 @@ Sources: load balancing: "Switch Transformers" (arXiv 2101.03961), section 2.2, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from tandem.backends.interface import EngineSettings
+from tandem.backends.interface import EngineSettings, ExpertLoad
 from tandem.backends.passes import WeightedBatch
 from tandem.config.settings import RouterSettings
 from tandem.data.batch import MicroBatch
@@ -100,6 +101,24 @@ class Balancing:
             self.of_step.append(routing)
         return routing
 
+    def load(self, on_host: Callable[[Array], np.ndarray]) -> ExpertLoad:
+        """How the tokens of a step were routed. `on_host` brings an array to the host."""
+        load = ExpertLoad()
+        for routing in self.of_step:
+            counts, mass, squares = (
+                {layer: on_host(noted).astype(np.float64) for layer, noted in of_layers.items()}
+                for of_layers in (routing.counts, routing.mass, routing.squares)
+            )
+            for layer, of_experts in counts.items():
+                before = np.asarray(load.counts.get(layer, 0))
+                load.counts[layer] = (before + of_experts).astype(np.int64).tolist()
+            losses = routing.balancing_losses(counts, mass)
+            load.load_balancing += sum(losses)
+            load.balanced += len(losses)
+            load.z += float(sum(squares.values())) / routing.tokens
+            load.terms += len(squares)
+        return load
+
 
 @dataclass
 class Routing:
@@ -144,6 +163,14 @@ class Routing:
         else:
             counts = self.counts[layer]
         return counts * (self.weight * settings.moe_aux_loss_coeff * self.factor)
+
+    def balancing_losses(self, counts: dict[int, np.ndarray], mass: dict[int, np.ndarray]) -> list[float]:
+        """The balancing loss of each layer, or of all at once, from what the forward pass noted, on the host."""
+        if self.settings.moe_router_load_balancing_type == "pooled_aux_loss":
+            pairs = [(sum(counts.values()), sum(mass.values()))] if counts else []
+        else:
+            pairs = [(counts[layer], mass[layer]) for layer in counts]
+        return [self.factor * float(np.sum(of_counts * of_mass)) for of_counts, of_mass in pairs]
 
     @property
     def factor(self) -> float:

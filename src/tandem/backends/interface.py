@@ -61,6 +61,25 @@ class StepResult:
     applied: bool
 
 
+@dataclass
+class ExpertLoad:
+    """How one rank's share of a step's tokens was routed. What all ranks have adds up to the whole.
+
+    Attributes:
+        counts: layer -> how many tokens each expert got, [E].
+        load_balancing, z: sums of the losses that balance experts, without their coefficients. They are noted also
+            where the gradient has no part of them.
+        terms: of how many layers and micro-batches the z-loss is a sum.
+        balanced: of how many the load-balancing loss is. The pooled form is one for all layers.
+    """
+
+    counts: dict[int, list[int]] = field(default_factory=dict)
+    load_balancing: float = 0.0
+    z: float = 0.0
+    terms: int = 0
+    balanced: int = 0
+
+
 @dataclass(frozen=True)
 class Piece:
     """New tokens of one sequence: its prompt, a part of it, or the token that was chosen last.
@@ -200,6 +219,13 @@ class Engine(Protocol):
 
         Raises:
             ValueError: the number of weights is not the number of tokens.
+        """
+        ...
+
+    def expert_load(self) -> ExpertLoad:
+        """How the tokens of the last step, padding aside, were routed on this rank. Not collective.
+
+        Empty for a model without experts, and on ranks that routed what another one counts.
         """
         ...
 

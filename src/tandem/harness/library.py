@@ -46,7 +46,7 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Any]
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    if any(not _matches(manager, name) for name in names):
+    if any(not name.endswith(YAML) and not _matches(manager, name) for name in names):
         log.info("> reading the list of lm-evaluation-harness's tasks")
         manager = TaskManager(include_path=include_path)
     found = [match for name in names for match in _found(manager, name)]

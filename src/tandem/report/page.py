@@ -33,6 +33,13 @@ PREFERENCES = (
     ("KL divergence from the reference", "kl", "as KTO estimates it"),
 )
 
+# Charts of mixtures of experts, likewise.
+EXPERTS = (
+    ("Load-balancing loss", "load_balancing_loss", "mean over layers and micro-batches, without the coefficient"),
+    ("Load of the busiest expert", "max_expert_load", "its tokens, over those of equally busy experts"),
+    ("Idle experts", "idle_experts", "of all layers, in the logged step"),
+)
+
 Row = Sequence[str]
 
 
@@ -109,7 +116,7 @@ def curves(runs: Sequence[Run]) -> str:
             "of training; dots on dashed lines are of validation" if has_validation else "by step",
         ),
         *_task_charts(runs),
-        *(_chart(runs, title, key, note) for title, key, note in PREFERENCES),
+        *(_chart(runs, title, key, note) for title, key, note in (*PREFERENCES, *EXPERTS)),
         _chart(runs, "Gradient norm", "grad_norm", "before clipping", draw=both_scales),
         _chart(runs, "Learning rate", "lr"),
         _chart(runs, "Tokens per second", "tokens_per_second", "over all devices, without padding"),

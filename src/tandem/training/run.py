@@ -20,6 +20,7 @@ from tandem.launch.world import Communicator, World
 from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.training.evaluation import Share, Validation
+from tandem.training.expert_load import ExpertWatch
 from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
 from tandem.training.logs.log import IterationLog, StepRecord, log_notice
@@ -82,7 +83,9 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         listeners = [summary.step, *([on_step] if on_step else [])]
         with open_loggers(run, progress, listeners) if first else nullcontext() as log_step:
             tasks = open_tasks(run, engine, communicator)
-            trainer = make_trainer(run, objective, engine, communicator, progress, signals, writer, log_step, tasks)
+            trainer = make_trainer(
+                run, objective, engine, communicator, progress, signals, writer, log_step, tasks, events
+            )
             if first:
                 print_banner(run, trainer)
             with events.around(progress), placing(lambda: f"iteration {progress.iteration + 1}"):
@@ -163,7 +166,8 @@ def make_trainer(
     signals: StopSignals,
     writer: CheckpointWriter | None,
     on_step: OnStep | None,
-    tasks: RunTasks | None = None,
+    tasks: RunTasks | None,
+    events: EventLog,
 ) -> Trainer:
     """The training loop with all its parts."""
     training, logging = run.settings.training, run.settings.logging
@@ -192,4 +196,5 @@ def make_trainer(
         saver=writer,
         on_step=on_step,
         tasks=tasks,
+        experts=ExpertWatch(events) if engine.config.experts is not None else None,
     )

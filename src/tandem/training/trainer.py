@@ -23,6 +23,7 @@ from tandem.parallel.grid import Grid
 from tandem.planning.hardware import peak_flops
 from tandem.training.diagnosis import dump, first_bad
 from tandem.training.evaluation import Share, Validation, evaluate
+from tandem.training.expert_load import ExpertWatch, from_json, to_json
 from tandem.training.guard import Guard
 from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line, tasks_line
 from tandem.training.loss_scale import LossScale
@@ -67,6 +68,7 @@ class Trainer:
         signals: checked after each step.
         on_step: called on the first rank with the record of each step, after its evaluation.
         tasks: the benchmarks that are asked during training.
+        experts: follows the experts of a model that has some.
         stopped: the signal that ended the run early, on any rank; None when there was none.
     """
 
@@ -89,11 +91,13 @@ class Trainer:
     saver: Saver | None = None
     on_step: Callable[[StepRecord], None] | None = None
     tasks: RunTasks | None = None
+    experts: ExpertWatch | None = None
 
     def __post_init__(self) -> None:
         self.stopped: str | None = None
         self.is_first_rank = self.communicator.world.rank == 0
         self.train_iters = self.length.iterations_from(self.progress.iteration, self.progress.consumed_train_samples)
+        self._first_iteration = self.progress.iteration + 1
         self._all_written = True  # whether no rank is still writing a checkpoint
         self._started, self._out_of_time = time.monotonic(), False
         self._samples_per_epoch = max(1, self.train_data.describe()["samples_per_epoch"])
@@ -191,8 +195,17 @@ class Trainer:
             memory=self.engine.peak_memory(),
             skipped=not result.applied,
             loss_scale=scale,
-            metrics=weighed.metrics,
+            metrics={**weighed.metrics, **self._expert_metrics()},
         )
+
+    def _expert_metrics(self) -> dict[str, float]:
+        """How busy the experts were, if this step gets a line in the log. Collective."""
+        iteration = self.progress.iteration
+        is_logged = iteration == self._first_iteration or iteration % self.log.interval == 0
+        if self.experts is None or not is_logged:
+            return {}
+        loads = self.communicator.all_gather(to_json(self.engine.expert_load()))
+        return self.experts.metrics(iteration, map(from_json, loads)) if self.is_first_rank else {}
 
     def _weigh(self, micro_batches: list[MicroBatch], batch: int) -> Weighed:
         """The weights of this rank's tokens. Collective.

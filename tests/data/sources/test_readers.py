@@ -233,7 +233,7 @@ def test_a_block_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [parse_row(row) for block in blocks for row in block.rows()] == RECORDS * 3
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=st.lists(
         st.recursive(st.text() | st.integers() | st.none(), lambda v: st.lists(v) | st.dictionaries(st.text(), v))

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.adapters import LocalAdapter
-from tandem.backends.engine import BaseEngine, Batch, ByRows, clip_coefficient, is_trusted
+from tandem.backends.engine import BaseEngine, Batch, ByRows
 from tandem.backends.experts import sliced
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.mindspore.adapters import Factors, Linear
@@ -28,6 +28,7 @@ from tandem.backends.mindspore.session import MindSporeSession
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
 from tandem.backends.passes import UNTRAINED, WeightedBatch
+from tandem.backends.update import clip_coefficient, is_trusted
 from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import TensorKind
 from tandem.data.batch import MicroBatch
@@ -168,6 +169,10 @@ class MindSporeEngine(BaseEngine[Tensor]):
 
     def _to_numpy(self, kind: TensorKind, tensor: Tensor) -> np.ndarray:
         return tensor.asnumpy()
+
+    @staticmethod
+    def _on_host(values: np.ndarray) -> np.ndarray:
+        return values
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
         return self._groups.everyone.sum_values(*values)

@@ -147,6 +147,10 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return host.numpy()
 
+    @staticmethod
+    def _on_host(values: torch.Tensor) -> np.ndarray:
+        return values.cpu().numpy()
+
     def _sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         return self._totals(*values).tolist()
 

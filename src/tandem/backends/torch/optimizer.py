@@ -47,7 +47,7 @@ class Decision:
     ) -> Decision:
         """From the sums over all ranks of loss, squares and trained tokens, [3].
 
-        The same as `is_trusted` and `clip_coefficient` of `tandem.backends.engine`, without reading anything.
+        The same as `is_trusted` and `clip_coefficient` of `tandem.backends.update`, without reading anything.
 
         Args:
             given: the loss, where it is not the weighted sum.

@@ -11,7 +11,8 @@ from tandem.launch.world import World
 from tandem.logs import log
 
 Write = Callable[[str], None]
-ACCURACY = "rewards/accuracies"  # the metric of preferences that upstream prints, too
+# The metrics that upstream prints, too: of preferences, and of experts.
+PRINTED = ("rewards/accuracies", "load_balancing_loss", "z_loss")
 VALIDATION = "validation"  # name of the validation set from --split, or of a single set without a name
 
 
@@ -103,14 +104,14 @@ class IterationLog:
     """
 
     def __init__(self, interval: int, log_throughput: bool, write: Write = log.info) -> None:
-        self._interval = interval
+        self.interval = interval
         self._log_throughput, self._write = log_throughput, write
         self._window: list[StepRecord] = []
         self._is_first = True
 
     def step(self, record: StepRecord, is_last: bool = False) -> None:
         self._window.append(record)
-        is_due = record.iteration % self._interval == 0
+        is_due = record.iteration % self.interval == 0
         if is_due or is_last or self._is_first:
             self._write(self._line(record))
         if is_due:
@@ -136,9 +137,10 @@ class IterationLog:
         line += f" global batch size: {last.batch_size:5d} |"
         if losses:
             line += f" lm loss: {sum(losses) / len(losses):.6E} |"
-        accuracies = [record.metrics[ACCURACY] for record in self._window if ACCURACY in record.metrics]
-        if accuracies:
-            line += f" {ACCURACY}: {sum(accuracies) / len(accuracies):.6E} |"
+        for name in PRINTED:
+            values = [record.metrics[name] for record in self._window if name in record.metrics]
+            if values:
+                line += f" {name}: {sum(values) / len(values):.6E} |"
         line += f" loss scale: {last.loss_scale:.1f} |"
         line += f" grad norm: {last.grad_norm:.3f} |"
         line += f" number of skipped iterations: {steps - len(losses):3d} |"

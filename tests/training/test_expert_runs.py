@@ -1,0 +1,63 @@
+"""Runs of mixtures of experts: what they say of the experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from runs import run
+from tandem.models.experts import Experts
+from tandem.models.hf_config import from_hf, to_hf
+from tandem.report.page import render
+from tandem.report.run_folder import read_runs
+from tandem.training.logs.events import read_events
+from tandem.training.logs.metrics import METRICS_FILE, read_metrics
+from workspace import Workspace
+
+NAMES = {"load_balancing_loss", "z_loss", "max_expert_load", "idle_experts"}
+
+
+@pytest.fixture
+def hf(workspace: Workspace, tmp_path: Path) -> Path:
+    """The toy with 64 experts a layer, one for each token: some get none."""
+    folder = tmp_path / "moe"
+    shutil.copytree(workspace.hf, folder, ignore=shutil.ignore_patterns("*.safetensors*", "tandem.json"))
+    config = from_hf(json.loads((folder / "config.json").read_text()), "test")
+    experts = Experts(num_experts=64, moe_router_topk=1, moe_ffn_hidden_size=8, norm_topk_prob=False)
+    moe = dataclasses.replace(config, model_type="qwen3_moe", experts=experts)
+    (folder / "config.json").write_text(json.dumps(to_hf(moe, dtype="float32")))
+    return folder
+
+
+def test_logged_steps_tell_how_busy_experts_are(
+    workspace: Workspace, framework: str, hf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    with caplog.at_level(logging.INFO, logger="tandem"):
+        run(
+            workspace,
+            framework,
+            init="random",
+            hf_cfg_dir=str(hf),
+            save=str(folder),
+            train_iters=5,
+            log_interval=2,
+            moe_aux_loss_coeff=0.01,
+        )
+    steps = read_metrics(folder / METRICS_FILE)
+    assert [step["iteration"] for step in steps if NAMES & step.keys()] == [1, 2, 4]  # the logged ones
+    assert all(step.keys() >= NAMES and step["load_balancing_loss"] > 0.9 for step in steps if NAMES & step.keys())
+    assert steps[0]["max_expert_load"] > 1.0
+    lines = [record.getMessage() for record in caplog.records if " iteration " in record.getMessage()]
+    assert f"| load_balancing_loss: {steps[0]['load_balancing_loss']:.6E} |" in lines[0]
+    idle = [event for event in read_events(folder) if event["event"] == "idle experts"]
+    assert idle
+    assert "layer 0: " in idle[0]["experts"]
+    assert any("experts without a token in two logged steps in a row: layer 0: " in line for line in caplog.messages)
+    page = render(read_runs([str(folder)]))
+    assert "Load of the busiest expert" in page
