@@ -12,8 +12,9 @@ NUMPY2_TESTS := tests/api tests/config tests/backends/test_torch.py tests/checkp
 quickstart: $(VENV)/.installed
 	$(RUN) tandem quickstart
 
+# Three workers for two cores: jobs of several processes wait for each other much of their time.
 test: $(VENV)/.installed-dev
-	$(RUN) pytest -n 2 --dist worksteal -m "not slow"
+	$(RUN) pytest -n 3 --dist worksteal -m "not slow"
 
 # All parts, or the one named: make test-slow PART=kills (tests/slow_parts.py)
 test-slow: $(VENV)/.installed-dev

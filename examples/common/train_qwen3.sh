@@ -140,6 +140,9 @@ add_switch() { # VARIABLE FLAG
             ;;
     esac
 }
+add_value EP --expert-model-parallel-size
+add_value ETP --expert-tensor-parallel-size
+add_value MOE_AUX_LOSS_COEFF --moe-aux-loss-coeff
 add_value VPP --num-layers-per-virtual-pipeline-stage
 add_value FFN_HIDDEN_SIZE --ffn-hidden-size
 add_value LR_WARMUP_FRACTION --lr-warmup-fraction

@@ -8,6 +8,7 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../common/logged.sh"
 LOAD_DIR="${LOAD_DIR:-./model_from_hf/qwen3_hf/}"
 SAVE_DIR="${SAVE_DIR:-./model_weights/qwen3_mcore/}"
 PARAMS_DTYPE="${PARAMS_DTYPE:-bf16}"
+MODEL_TYPE_HF="${MODEL_TYPE_HF:-qwen3}"
 TP="${TP:-1}" # training loads any TP and PP, so these need not be those of the training script
 PP="${PP:-1}"
 EXTRA_ARGS="${EXTRA_ARGS:-}" # further flags of `tandem convert`, such as: --ckpt-format torch
@@ -20,7 +21,7 @@ CONVERT_ARGS=(
     --load-dir "$LOAD_DIR"
     --save-dir "$SAVE_DIR"
     --params-dtype "$PARAMS_DTYPE"
-    --model-type-hf qwen3
+    --model-type-hf "$MODEL_TYPE_HF"
 )
 
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words

@@ -8,6 +8,7 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../common/logged.sh"
 LOAD_DIR="${LOAD_DIR:-./model_weights/qwen3_mcore/}" # a converted checkpoint or a training run, of any TP and PP
 SAVE_DIR="${SAVE_DIR:-./model_from_hf/qwen3_hf/}"    # a folder that already holds a model receives mg2hf/
 PARAMS_DTYPE="${PARAMS_DTYPE:-bf16}"
+MODEL_TYPE_HF="${MODEL_TYPE_HF:-qwen3}"
 EXTRA_ARGS="${EXTRA_ARGS:-}" # further flags of `tandem convert`
 
 CONVERT_ARGS=(
@@ -16,7 +17,7 @@ CONVERT_ARGS=(
     --load-dir "$LOAD_DIR"
     --save-dir "$SAVE_DIR"
     --params-dtype "$PARAMS_DTYPE"
-    --model-type-hf qwen3
+    --model-type-hf "$MODEL_TYPE_HF"
 )
 
 # shellcheck disable=SC2086 # EXTRA_ARGS holds several words

@@ -1,0 +1,18 @@
+#!/bin/bash
+# Pretrain Qwen3-30B-A3B on MindSpore, or on PyTorch (AI_FRAMEWORK=torch). Variables: examples/README.md.
+SIZE=30b_a3b
+NPUS_PER_NODE="${NPUS_PER_NODE:-8}" # processes on this machine; TP x PP must divide them all
+NNODES="${NNODES:-2}"
+TP="${TP:-1}"
+PP="${PP:-4}"
+EP="${EP:-4}"
+MBS="${MBS:-1}"
+GBS="${GBS:-128}"
+MOE_AUX_LOSS_COEFF="${MOE_AUX_LOSS_COEFF-0.001}"
+USE_DISTRIBUTED_OPTIMIZER="${USE_DISTRIBUTED_OPTIMIZER:-true}"
+LR_DECAY_STYLE="${LR_DECAY_STYLE:-cosine}"
+LR_WARMUP_FRACTION="${LR_WARMUP_FRACTION-0.01}"
+INIT_METHOD_STD="${INIT_METHOD_STD-0.01}"
+
+# shellcheck source-path=SCRIPTDIR source=../../common/train_qwen3.sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../common/train_qwen3.sh" pretrain

@@ -1,0 +1,1 @@
+../../mindspore/qwen3_moe/ckpt_convert_qwen3_moe_hf2mcore.sh

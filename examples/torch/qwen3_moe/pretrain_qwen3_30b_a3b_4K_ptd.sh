@@ -1,0 +1,1 @@
+../../mindspore/qwen3_moe/pretrain_qwen3_30b_a3b_4K_ms.sh
