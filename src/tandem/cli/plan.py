@@ -125,15 +125,17 @@ def notes_on_memory(memories: Sequence[StageMemory]) -> list[str]:
 
 
 def traffic_table(stages: Sequence[Traffic]) -> Table:
-    table = Table("stage", *map(_right, ("tensor", "pipeline", "data")), title="Sent by a rank in a step, GiB")
+    axes = ("tensor", "pipeline", "data", *(["experts"] if any(traffic.experts for traffic in stages) else []))
+    table = Table("stage", *map(_right, axes), title="Sent by a rank in a step, GiB")
     for stage, traffic in enumerate(stages):
-        table.add_row(str(stage), gib(traffic.tensor), gib(traffic.pipeline), gib(traffic.data))
+        table.add_row(str(stage), *(gib(getattr(traffic, axis)) for axis in axes))
     return table
 
 
 def speed_table(speed: Speed) -> Table:
     table = Table("part", _right("seconds"), _right("share"), title="Estimated step")
-    for name in ("compute", "tensor", "pipeline", "bubble", "data", "optimizer"):
+    experts = ["experts"] if speed.experts else []
+    for name in ("compute", "tensor", *experts, "pipeline", "bubble", "data", "optimizer"):
         seconds = getattr(speed, name)
         table.add_row(name, f"{seconds:.3g}", f"{seconds / speed.step:.1%}")
     table.add_row("step", f"{speed.step:.3g}", f"MFU {speed.mfu:.1%}")

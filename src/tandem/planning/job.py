@@ -8,6 +8,7 @@ from functools import lru_cache
 from tandem.errors import UserError
 from tandem.frameworks import Framework, named_framework
 from tandem.models.config import ModelConfig
+from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout, Stages
 
 # Of each stage that compares answers: how many sequences of a sample are trained, and how many are scored before that.
@@ -106,6 +107,7 @@ class Job:
     def check(self) -> None:
         """Raise UserError when sizes do not divide, or exceed what the model has."""
         self.layout.check(self.config)
+        Grid(self.layout, self.devices)  # raises where ranks cannot share experts so
         whole = self.micro_batch_size * self.data_parallel_size
         if self.global_batch_size % whole:
             raise UserError(

@@ -95,11 +95,13 @@ class StageWeights:
 
     Attributes:
         largest: the numbers of the largest tensor.
+        experts: those inside layers that are experts'.
     """
 
     inside: int
     outside: int
     largest: int
+    experts: int = 0
 
     @property
     def total(self) -> int:
@@ -119,15 +121,25 @@ def stage_weights(job: Job, stage: int, ranks: int = 1, *, trained: bool = False
 def _stage_weights(config: ModelConfig, layout: Layout, ranks: int, trained: bool) -> list[StageWeights]:
     weights = [StageWeights(0, 0, 0)] * layout.pipeline_model_parallel_size
     for shard in shards(config, layout, tied_head_copy=True):
-        if shard.tensor_rank == 0 and (is_trained(config, shard.spec) or not trained):
+        if (shard.tensor_rank, shard.expert_rank) == (0, 0) and (is_trained(config, shard.spec) or not trained):
             rows, *rest = shard.shape
-            numbers = even_rows(rows, ranks, 0)[1] * math.prod(rest)
+            of_experts = bool(shard.spec.split.experts)
+            copies = expert_copies(layout, ranks) if of_experts and ranks > 1 else ranks
+            numbers = even_rows(rows, copies, 0)[1] * math.prod(rest)
             inside, outside = (0, numbers) if shard.spec.layer is None else (numbers, 0)
             so_far = weights[shard.pipeline_rank]
             weights[shard.pipeline_rank] = StageWeights(
-                so_far.inside + inside, so_far.outside + outside, max(so_far.largest, numbers)
+                so_far.inside + inside,
+                so_far.outside + outside,
+                max(so_far.largest, numbers),
+                so_far.experts + numbers * of_experts,
             )
     return weights
+
+
+def expert_copies(layout: Layout, data_ranks: int) -> int:
+    """How many of the ranks of a stage, with so many data ranks, hold the same experts."""
+    return layout.tensor_model_parallel_size * data_ranks // (layout.expert_tensor_size * layout.expert_size)
 
 
 def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
@@ -193,6 +205,9 @@ def layer_activations(job: Job) -> float:
     kept = 2 * _residual(job) + job.tokens * inner * job.element_bytes / split + scales
     if config.experts is not None:  # of each token, its probability for each expert
         kept += 4 * job.tokens * config.experts.num_experts
+        if job.layout.expert_size > 1:  # and the rows that came from other ranks
+            rows = job.tokens * config.experts.moe_router_topk * job.layout.expert_tensor_size / split
+            kept += rows * config.hidden_size * job.element_bytes
     return kept + _adapter_activations(config) * job.tokens * job.element_bytes
 
 

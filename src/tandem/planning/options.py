@@ -12,7 +12,7 @@ from tandem.frameworks import SPELLINGS, default_framework
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, load_hf_config
 from tandem.models.lora import Lora, as_targets
-from tandem.models.published import QWEN3_SIZES, qwen3_config
+from tandem.models.published import QWEN3_MOE_SIZES, QWEN3_SIZES, qwen3_config
 from tandem.options import Options, PathText, flag_of, options_of, positional
 from tandem.parallel.layout import Layout, parse_layers
 from tandem.planning.hardware import HARDWARE, Hardware
@@ -24,6 +24,9 @@ CHOSEN = (
     "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage",
     "num_layer_list",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "moe_tp_extend_ep",
     "data_parallel_size",
     "sequence_parallel",
     "use_distributed_optimizer",
@@ -70,6 +73,12 @@ class PlanOptions(Options):
     """Layers of each stage, such as 10,18."""
     data_parallel_size: int = 1
     """Ranks that share a global batch."""
+    expert_model_parallel_size: int = 1
+    """Ranks, of those of a stage, that share the experts of a layer."""
+    expert_tensor_parallel_size: int | None = None
+    """Tensor ranks that cut each expert: 1, or all of them, which is the default."""
+    moe_tp_extend_ep: bool = False
+    """Tensor ranks share experts, too, in place of cutting them."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence."""
     use_distributed_optimizer: bool = False
@@ -141,6 +150,9 @@ class PlanOptions(Options):
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
             num_layers_per_virtual_pipeline_stage=self.num_layers_per_virtual_pipeline_stage,
             num_layer_list=parse_layers("--num-layer-list", self.num_layer_list),
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            moe_tp_extend_ep=self.moe_tp_extend_ep,
         )
         config = with_adapters(model_config(self.model), self.lora_target_modules, self.lora_r, self.lora_use_dora)
         return Job(
@@ -177,6 +189,6 @@ def model_config(model: str) -> ModelConfig:
         return from_hf(load_hf_config(model), f"{model}/config.json")
     family, _, size = model.partition("-")
     if family.lower() != "qwen3":
-        published = ", ".join(f"qwen3-{size}" for size in QWEN3_SIZES)
+        published = ", ".join(f"qwen3-{size}" for size in (*QWEN3_SIZES, *QWEN3_MOE_SIZES))
         raise UserError(f"{model}: neither a folder nor a published model; published: {published}")
     return qwen3_config(size.upper())

@@ -29,6 +29,7 @@ class Speed:
         compute, tensor, pipeline: of the slowest stage, over all micro-batches: arithmetic, communication between
             tensor ranks, communication between stages.
         bubble: waiting for the pipeline to fill and to drain.
+        experts: sending tokens to experts on other ranks, and back.
         data: summing gradients and gathering weights over data ranks; when fully sharded, in each micro-batch.
         optimizer: reading and writing weights, gradients and moments.
         tokens_per_second: of all devices together.
@@ -43,10 +44,11 @@ class Speed:
     optimizer: float
     tokens_per_second: float
     mfu: float
+    experts: float = 0.0
 
     @property
     def step(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+        return self.compute + self.tensor + self.experts + self.pipeline + self.bubble + self.data + self.optimizer
 
 
 def bubble_share(job: Job) -> float:
@@ -59,17 +61,24 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
     traffic = [stage_traffic(job, stage) for stage in stages]
     tensor_bandwidth = hardware.bandwidth(job.tensor_size, 1)
     pipeline_bandwidth = hardware.bandwidth(job.pipeline_size, job.devices // job.pipeline_size)
+    expert_bandwidth = hardware.bandwidth(job.layout.expert_size, job.layout.expert_tensor_size)
     data_bandwidth = hardware.bandwidth(job.data_parallel_size, job.tensor_size)
 
-    def parts(stage: int) -> tuple[float, float, float]:
+    def parts(stage: int) -> tuple[float, float, float, float]:
         sent = traffic[stage]
+        experts = sent.experts / expert_bandwidth if sent.experts else 0.0
         pipeline = sent.pipeline / pipeline_bandwidth if sent.pipeline else 0.0
-        return _compute(job, hardware, stage), (sent.tensor / tensor_bandwidth if sent.tensor else 0.0), pipeline
+        return (
+            _compute(job, hardware, stage),
+            (sent.tensor / tensor_bandwidth if sent.tensor else 0.0),
+            pipeline,
+            experts,
+        )
 
-    compute, tensor, pipeline = max(map(parts, stages), key=sum)
+    compute, tensor, pipeline, experts = max(map(parts, stages), key=sum)
     sent_data = max(sent.data for sent in traffic)
     data = sent_data / data_bandwidth if sent_data else 0.0
-    passes = compute + tensor + pipeline + (data if job.fully_sharded else 0.0)
+    passes = compute + tensor + pipeline + experts + (data if job.fully_sharded else 0.0)
     memories = stage_memories(job, hardware)
     optimizer = max(memory.gradients + 2 * memory.optimizer + memory.weights for memory in memories)
     speed = Speed(
@@ -81,6 +90,7 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
         optimizer=optimizer / hardware.memory_bandwidth,
         tokens_per_second=0.0,
         mfu=0.0,
+        experts=experts,
     )
     tokens = job.global_batch_size * job.documents * job.seq_length
     flops = job.global_batch_size * job.documents * training_flops(job.config, [job.seq_length])

@@ -9,20 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.planning.job import Job
-from tandem.planning.memory import stage_weights
+from tandem.planning.memory import expert_copies, stage_weights
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank of one stage sends in a step, along each axis."""
+    """Bytes that a rank of one stage sends in a step, along each axis; `experts`: to and from other ranks' experts."""
 
     tensor: float
     pipeline: float
     data: float
+    experts: float = 0.0
 
 
 def stage_traffic(job: Job, stage: int) -> Traffic:
-    return Traffic(_tensor(job, stage), _pipeline(job, stage), _data(job, stage))
+    return Traffic(_tensor(job, stage), _pipeline(job, stage), _data(job, stage), _experts(job, stage))
 
 
 def _ring(ranks: int) -> float:
@@ -75,4 +76,23 @@ def _data(job: Job, stage: int) -> float:
         layers = job.micro_batches * (2 * job.element_bytes * rows.inside + 4 * trained.inside)
         return (ranks - 1) * (layers + job.element_bytes * rows.outside + 4 * trained.outside)
     passes = (4 + job.element_bytes) if job.use_distributed_optimizer else 2 * 4
-    return stage_weights(job, stage, trained=True).total * passes * _ring(ranks)
+    weights = stage_weights(job, stage, trained=True)
+    copies = expert_copies(job.layout, ranks)
+    return passes * ((weights.total - weights.experts) * _ring(ranks) + weights.experts * _ring(copies))
+
+
+def _experts(job: Job, stage: int) -> float:
+    """Rows of tokens that go to experts on other ranks and come back, when experts are equally busy.
+
+    A row has the hidden size, and a factor on the way there. Each pass takes it there and back; a recomputed layer has
+    a second forward pass. Tensor ranks that share experts each send a part of the tokens.
+    """
+    config, layout = job.config, job.layout
+    if config.experts is None or layout.expert_size == 1:
+        return 0.0
+    sparse = job.layers_of_stages[stage] * (config.num_layers - config.dense_layers) / config.num_layers
+    passes = 2 + min(1.0, job.recompute_layers / job.layers_of_stages[stage])
+    parts = job.tensor_size // layout.expert_tensor_size
+    rows = job.tokens * config.experts.moe_router_topk / parts
+    row = (2 * config.hidden_size + 1) * job.element_bytes
+    return job.micro_batches * sparse * passes * rows * row * _ring(layout.expert_size)
