@@ -68,12 +68,8 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
         sent = traffic[stage]
         experts = sent.experts / expert_bandwidth if sent.experts else 0.0
         pipeline = sent.pipeline / pipeline_bandwidth if sent.pipeline else 0.0
-        return (
-            _compute(job, hardware, stage),
-            (sent.tensor / tensor_bandwidth if sent.tensor else 0.0),
-            pipeline,
-            experts,
-        )
+        tensor = sent.tensor / tensor_bandwidth if sent.tensor else 0.0
+        return _compute(job, hardware, stage), tensor, pipeline, experts
 
     compute, tensor, pipeline, experts = max(map(parts, stages), key=sum)
     sent_data = max(sent.data for sent in traffic)
