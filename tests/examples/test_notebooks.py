@@ -25,8 +25,16 @@ def cells(notebook: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("name", PROMISED)
-@pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("sizes"))])
+@pytest.mark.parametrize(
+    ("framework", "name"),
+    [
+        ("torch", "pretrain"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow("sizes"))
+            for case in (("torch", "finetune"), ("mindspore", "pretrain"), ("mindspore", "finetune"))
+        ),
+    ],
+)
 def test_a_notebook_runs(name: str, tmp_path: Path, framework: str) -> None:
     require_framework(framework)
     script = "\n".join(

@@ -181,7 +181,9 @@ def test_a_command_as_two_processes_trains_as_one(
     assert (logs / "rank_0.log").read_text(encoding="utf-8") == out
 
 
+@pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("jobs"))])
 def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    require_framework(framework)
     job = supervised(framework, "error", tmp_path, "pretrain", *flags(workspace, framework, tmp_path))
     code, out, err = finish(job, str(tmp_path))
     assert time.time() - float((tmp_path / "moment").read_text()) < 20
