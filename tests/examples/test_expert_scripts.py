@@ -84,8 +84,9 @@ def test_a_run_could_start(
     )
     assert main(done.command) == 0
     text = capsys.readouterr().out
-    tensor, pipeline, _ = LAYOUTS[command]
-    assert f"> 16 processes: tensor {tensor} x pipeline {pipeline} x data {16 // tensor // pipeline}" in text
+    tensor, pipeline, experts = LAYOUTS[command]
+    ranks = f"tensor {tensor} x pipeline {pipeline} x data {16 // tensor // pipeline}"
+    assert f"> 16 processes: {ranks}, experts shared by {experts} ranks; a rank holds " in text
     assert f"> {framework}: qwen3_moe, " in text
     assert "dry run: all of this can start; nothing was trained" in text
 

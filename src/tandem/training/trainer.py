@@ -201,7 +201,8 @@ class Trainer:
     def _expert_metrics(self) -> dict[str, float]:
         """How busy the experts were, if this step gets a line in the log. Collective."""
         iteration = self.progress.iteration
-        is_logged = iteration == self._first_iteration or iteration % self.log.interval == 0
+        is_end = iteration in (self._first_iteration, self.train_iters)
+        is_logged = is_end or iteration % self.log.interval == 0
         if self.experts is None or not is_logged:
             return {}
         loads = self.communicator.all_gather(to_json(self.engine.expert_load()))

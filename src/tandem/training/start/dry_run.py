@@ -41,11 +41,14 @@ def dry_run(settings: Settings, processes: int) -> None:
     grid, config = start.grid, start.source.config
     held = [parameters_held(config, grid, rank) for rank in range(grid.size)]
     batch, micro_batch = settings.training.final_batch_size, settings.training.micro_batch_size
+    experts = grid.layout.expert_size
+    shared = f", experts shared by {experts} ranks" if experts > 1 else ""
     lines = [
         f"{start.framework}: {config.model_type}, {parameter_count(config):,} parameters from {start.source.location}",
         *describe_adapters(config),
         *describe_objective(settings),
-        f"{grid.size} processes: tensor {grid.tensor_size} x pipeline {grid.pipeline_size} x data {grid.data_size}; "
+        f"{grid.size} processes: tensor {grid.tensor_size} x pipeline {grid.pipeline_size} x data {grid.data_size}"
+        f"{shared}; "
         f"a rank holds {min(held):,} to {max(held):,} parameters",
         f"global batch {batch} = {grid.data_size} data ranks x "
         f"{batch // grid.data_size // micro_batch} micro-batches x {micro_batch} samples "
