@@ -1,6 +1,6 @@
 """Parts of the slow suite, for machines and people with less time than all of it takes: `make test-slow PART=kills`.
 
-`@pytest.mark.slow(PART)` puts a test into one. On two free cores each part takes at most 20 minutes.
+`@pytest.mark.slow(PART)` puts a test into one. On two free cores each part is meant to take at most 20 minutes.
 """
 
 from __future__ import annotations
