@@ -128,6 +128,7 @@ def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
         terminal.type("half a line")
         terminal.wait_for("half a line")
         terminal.interrupt("Ctrl-D or /quit ends.")
+        terminal.wait_for(">>> ")  # between two prompts the terminal itself takes Ctrl-D, and the program never sees it
         terminal.type("\x04")
         assert terminal.end() == 0
     finally:
