@@ -19,8 +19,6 @@ from tandem.config.checks import check_settings
 from tandem.data.batch import CHOSEN, IGNORE, MISMATCHED, REJECTED
 from tandem.data.datasets.preferences import PairDataset, UnpairedDataset
 from tandem.data.indexed import IndexedDataset
-from tandem.data.preprocess.options import PreprocessOptions
-from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.trainer import Trainer
@@ -35,28 +33,6 @@ DPO = {
     "lr": 1e-3,
 }
 LORA = {"lora_target_modules": "all-linear", "lora_r": 4}
-
-
-@pytest.fixture(scope="module")
-def pairs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output prefix of pairs, and of single answers beside it: `pairs` and `answers`."""
-    folder = tmp_path_factory.mktemp("pairs")
-    questions = json.loads(workspace.questions.read_text(encoding="utf-8"))[:24]
-    rows = [
-        {"instruction": row["instruction"], "input": "", "chosen": row["output"], "rejected": row["output"][:1] + "07"}
-        for row in questions
-    ]
-    answers = [
-        {"prompt": row["instruction"], "completion": row["output"], "label": number % 3 > 0}
-        for number, row in enumerate(questions)
-    ]
-    for name, content in (("pairs", rows), ("answers", answers)):
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-        options = PreprocessOptions(
-            (str(folder / f"{name}.json"),), str(folder / f"{name}-data"), str(workspace.hf), prompt_type="qwen3"
-        )
-        preprocess(options)
-    return folder
 
 
 def train(workspace: Workspace, pairs: Path, framework: str, **values: Any) -> Trainer:

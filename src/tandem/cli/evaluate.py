@@ -22,16 +22,18 @@ DESCRIPTION = (
     "Measure the loss and perplexity of a checkpoint or a Hugging Face folder. DATA is the PREFIX of data that "
     "`tandem preprocess` made, or NAME=PREFIX for each of several sets. Whole sets are used, or less with "
     "--eval-iters. DATA can also be a FILE.jsonl with a question {context, choices, answer} on each line; the result "
-    "is then the accuracy. With --tasks, benchmarks of lm-evaluation-harness are asked instead. Several processes: "
+    "is then the accuracy. Of preferences, rewards and the loss of --stage are shown; the default is dpo or kto. With "
+    "--tasks, benchmarks of lm-evaluation-harness are asked instead. Several processes: "
     "--nproc-per-node, or torchrun or msrun."
 )
 FIRST = (
     *("tasks", "include_path", "num_fewshot", "limit", "apply_chat_template", "output", "log_samples"),
     *("seq_length", "eval_iters", "tokenizer_name_or_path", "prompt_type", "ckpt_step", "lora_load"),
+    *("stage", "dpo_loss_type", "dpo_beta", "kto_beta", "ref_model"),
     *("micro_batch_size", "ai_framework", "device", "bf16"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
 )
-GROUPS = ("model", "parallel", "data", "training", "lora", "checkpoint", "launch", "evaluation")
+GROUPS = ("model", "parallel", "data", "training", "lora", "preferences", "checkpoint", "launch", "evaluation")
 # What MindSpeed-LLM's evaluation does unless a flag says otherwise; but a model that thinks would not begin with its
 # answer, and upstream cuts it off before it comes to one.
 OF_UPSTREAM = {"apply_chat_template": True, "enable_thinking": "false"}
@@ -97,16 +99,31 @@ class Progress:
 
 
 def print_tables(results: dict[str, Result]) -> None:
-    """Print a table of losses and a table of answers. An empty table is left out."""
+    """Print a table of losses, one of preferences and one of questions. An empty table is left out."""
     losses, answers = [], []
+    preferences: dict[str, Evaluation] = {}
     for name, result in results.items():
-        if isinstance(result, Evaluation):
+        if isinstance(result, Evaluation) and result.metrics:
+            preferences[name] = result
+        elif isinstance(result, Evaluation):
             losses.append([name, f"{result.loss:.6f}", f"{result.perplexity:.4f}", f"{result.tokens:,}"])
         else:
             accuracies = [f"{result.accuracy:.4f}", f"{result.accuracy_per_character:.4f}"]
             answers.append([name, *accuracies, f"{result.log_likelihood:.6f}", f"{result.questions:,}"])
     _print_table(("set", "loss", "perplexity", "tokens"), losses)
+    _print_table(("preferences", *preferences), _rows_of(list(preferences.values())))
     _print_table(("questions", "accuracy", "per character", "log-likelihood", "number"), answers)
+
+
+def _rows_of(preferences: Sequence[Evaluation]) -> list[list[str]]:
+    """A row for each number of the sets, which are columns."""
+    names = dict.fromkeys(name for result in preferences for name in result.metrics)
+    rows = [["loss", *(f"{result.loss:.6f}" for result in preferences)]]
+    for name in names:
+        rows.append(
+            [name, *(f"{result.metrics[name]:.6f}" if name in result.metrics else "" for result in preferences)]
+        )
+    return [*rows, ["tokens", *(f"{result.tokens:,}" for result in preferences)]] if preferences else []
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ Every check yields what is wrong, as text, so that one error lists everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tandem.config.settings import (
@@ -104,7 +104,7 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
     yield from _wrong_precision(settings.training)
     yield from _wrong_recompute(settings.training)
     yield from _wrong_profile(settings.logging, settings.checkpoint)
-    yield from _wrong_preferences(settings)
+    yield from wrong_preferences(settings, (settings.data.stage,))
     yield from _wrong_tasks(settings.evaluation)
     yield from not_implemented(settings.model, settings.parallel, settings.data)
     if settings.training.spiky_loss_factor <= 1:
@@ -249,19 +249,17 @@ OF_STAGES = {
 PAIRED = ("dpo", "orpo", "simpo")
 
 
-def _wrong_preferences(settings: Settings) -> Iterator[str]:
-    stage, given = settings.data.stage, settings.preferences
-    default = type(given)()
+def wrong_preferences(settings: Settings, stages: Sequence[str | None]) -> Iterator[str]:
+    """What contradicts in the settings of preferences, as texts. `stages`: those whose loss is computed."""
+    given = settings.preferences
+    default, here = type(given)(), " and ".join(dict.fromkeys(stage or "sft" for stage in stages))
     for name in dict.fromkeys(name for names in OF_STAGES.values() for name in names):
         value = getattr(given, name)
-        if value != getattr(default, name) and name not in OF_STAGES.get(stage or "", ()):
-            stages = " or ".join(other for other, names in OF_STAGES.items() if name in names)
-            yield f"{flag_of(name)} {value}: is for --stage {stages}, and this is --stage {stage or 'sft'}"
-    if settings.data.is_pairwise_dataset and stage not in PAIRED:
-        yield (
-            f"--is-pairwise-dataset needs --stage {', '.join(PAIRED)}, which train on pairs; this is --stage "
-            f"{stage or 'sft'}"
-        )
+        if value != getattr(default, name) and not any(name in OF_STAGES.get(stage or "", ()) for stage in stages):
+            takers = " or ".join(other for other, names in OF_STAGES.items() if name in names)
+            yield f"{flag_of(name)} {value}: is for --stage {takers}, and this is --stage {here}"
+    if settings.data.is_pairwise_dataset and not set(stages) <= set(PAIRED):
+        yield f"--is-pairwise-dataset needs --stage {', '.join(PAIRED)}, which train on pairs; this is --stage {here}"
     for flag, loss_type, smoothing, users in (
         ("--dpo", given.dpo_loss_type, given.dpo_label_smoothing, ("sigmoid", "robust")),
         ("--simpo", given.simpo_loss_type, given.simpo_label_smoothing, ("sigmoid",)),
@@ -270,9 +268,9 @@ def _wrong_preferences(settings: Settings) -> Iterator[str]:
             yield f"{flag}-label-smoothing {smoothing}: {flag}-loss-type {loss_type} does not use it: leave it out"
         elif smoothing >= 0.5:
             yield f"{flag}-label-smoothing {smoothing}: expected less than 0.5"
-    if stage in OF_STAGES and settings.lora.lora_dropout:
+    if set(stages) & set(OF_STAGES) and settings.lora.lora_dropout:
         yield (
-            f"--lora-dropout {settings.lora.lora_dropout}: answers are compared without dropout with --stage {stage}, "
+            f"--lora-dropout {settings.lora.lora_dropout}: answers are compared without dropout with --stage {here}, "
             f"as in TRL: leave it out"
         )
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from tandem.backends.interface import Engine
 from tandem.data.batch import IGNORE, MicroBatch
+from tandem.launch.world import Communicator
+from tandem.parallel.grid import Grid
 from tandem.training.logs.log import perplexity
 
 Total = Callable[[Sequence[float]], list[float]]  # the sum of each number over all data ranks; collective
@@ -22,6 +24,17 @@ Total = Callable[[Sequence[float]], list[float]]  # the sum of each number over 
 def on_one_rank(values: Sequence[float]) -> list[float]:
     """`Total` where there is one data rank."""
     return list(values)
+
+
+def over_data_ranks(communicator: Communicator, grid: Grid) -> Total:
+    """`Total` of a job. Tensor and pipeline ranks of a data rank have the same samples."""
+    ranks = grid.group("data", grid.place(0))
+
+    def total(values: Sequence[float]) -> list[float]:
+        everyone = communicator.all_gather(list(values))
+        return [sum(column) for column in zip(*(everyone[rank] for rank in ranks))]
+
+    return total
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,15 @@ from tandem.training.expert_load import ExpertWatch, from_json, to_json
 from tandem.training.guard import Guard
 from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line, tasks_line
 from tandem.training.loss_scale import LossScale
-from tandem.training.objectives import Evaluation, MeanLoss, Objective, RankBatch, UntrainedError, Weighed
+from tandem.training.objectives import (
+    Evaluation,
+    MeanLoss,
+    Objective,
+    RankBatch,
+    UntrainedError,
+    Weighed,
+    over_data_ranks,
+)
 from tandem.training.preferences import without_unweighted
 from tandem.training.progress import Progress, Saver
 from tandem.training.run_tasks import RunTasks, TaskMetrics
@@ -101,6 +109,7 @@ class Trainer:
         self._all_written = True  # whether no rank is still writing a checkpoint
         self._started, self._out_of_time = time.monotonic(), False
         self._samples_per_epoch = max(1, self.train_data.describe()["samples_per_epoch"])
+        self._total = over_data_ranks(self.communicator, self.grid)
         self._peak_flops = peak_flops(self.engine.device_name, self.engine.param_dtype)
 
     def run(self) -> None:
@@ -286,11 +295,6 @@ class Trainer:
     def _sum_over_data_ranks(self, values: Sequence[Number]) -> Number:
         """The sum of the values of the data ranks. Tensor and pipeline ranks of a data rank have the same samples."""
         return sum(values[rank] for rank in self.grid.group("data", self.grid.place(0)))
-
-    def _total(self, values: Sequence[float]) -> list[float]:
-        """The sum of each number over the data ranks. Collective."""
-        everyone = self.communicator.all_gather(list(values))
-        return [self._sum_over_data_ranks(column) for column in zip(*everyone)]
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0  # type: ignore[operator]

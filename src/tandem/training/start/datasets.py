@@ -22,6 +22,11 @@ from tandem.training.start.data_checks import end_of_documents, is_packed, names
 KIND_OF_STAGE: dict[str | None, Kind] = {"dpo": PREFERENCES, "orpo": PREFERENCES, "simpo": PREFERENCES, "kto": UNPAIRED}
 
 
+def stages_of_kind(kind: Kind | None) -> tuple[str, ...]:
+    """The stages that train on a kind of preferences; none for other data."""
+    return tuple(stage for stage, its_kind in KIND_OF_STAGE.items() if stage and its_kind is kind)
+
+
 def kind_to_train(data: DataSettings) -> Kind:
     """The kind of data that a run trains on."""
     return KIND_OF_STAGE.get(data.stage, CONVERSATIONS if data.is_instruction_dataset else TEXT)
