@@ -53,7 +53,7 @@ def test_the_differing_field_is_named(tmp_path: Path) -> None:
 def test_packed_rows_must_fit_the_run(tmp_path: Path) -> None:
     tokenizer = conversations(tmp_path, pack=True, seq_length=128)
     assert check_record(tmp_path / "sft", tokenizer, seq_length=128) is None
-    with pytest.raises(UserError, match=r"options\.seq_length is 128, this run's seq_length is 64"):
+    with pytest.raises(UserError, match=r"options\.seq_length is 128, this run's --seq-length is 64"):
         check_record(tmp_path / "sft", tokenizer, seq_length=64)
 
 

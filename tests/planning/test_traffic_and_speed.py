@@ -103,7 +103,7 @@ def test_bandwidth_of_groups() -> None:
 
 
 def test_batches_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(UserError, match="global_batch_size 3 is not a multiple of micro_batch_size 1 x 2"):
+    with pytest.raises(UserError, match="--global-batch-size 3 is not a multiple of --micro-batch-size 1 x 2"):
         Job(config=CONFIG, data_parallel_size=2, global_batch_size=3, seq_length=64).check()
     with pytest.raises(UserError, match="seq_length 4096 is above the model's max_position_embeddings 512"):
         Job(config=CONFIG).check()

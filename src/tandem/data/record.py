@@ -85,12 +85,12 @@ def require_no_other_record(prefix: str | os.PathLike[str], files: Mapping[str, 
     if not path.exists():
         return
     if not (path.is_file() and is_record(path)):
-        raise UserError(f"{path}: is not a record, but the record would replace it; choose another output_prefix")
+        raise UserError(f"{path}: is not a record, but the record would replace it; choose another --output-prefix")
     recorded = _load(path)["files"]
     if recorded != dict(files):
         raise UserError(
             f"{path}: is already the record of {', '.join(recorded.values())}. It cannot be the record of "
-            f"{', '.join(files.values())} too; choose another output_prefix"
+            f"{', '.join(files.values())} too; choose another --output-prefix"
         )
 
 
@@ -153,13 +153,13 @@ def check_record(
     _compare(path, "tokenizer", record["tokenizer"], tokenizer_entry(tokenizer))
     if template is not None:
         if record["template"] is None:
-            raise UserError(f"{path}: is plain text for pretraining; fine-tuning needs data made with a prompt_type")
+            raise UserError(f"{path}: is plain text for pretraining; fine-tuning needs data made with a --prompt-type")
         _compare(path, "template", record["template"], template_entry(template))
     packed_length = record["options"]["seq_length"] if record["options"]["pack"] else None
     if packed_length is not None and seq_length is not None and packed_length > seq_length:
         raise UserError(
-            f"{path}: options.seq_length is {packed_length}, this run's seq_length is {seq_length}, so packed "
-            f"rows would be cut; train with seq_length {packed_length} or pack again"
+            f"{path}: options.seq_length is {packed_length}, this run's --seq-length is {seq_length}, so packed "
+            f"rows would be cut; train with --seq-length {packed_length} or pack again"
         )
     return None
 

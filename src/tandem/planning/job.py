@@ -111,18 +111,18 @@ class Job:
         whole = self.micro_batch_size * self.data_parallel_size
         if self.global_batch_size % whole:
             raise UserError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
                 f"{self.micro_batch_size} x {self.data_parallel_size} data-parallel ranks = {whole}"
             )
         if self.seq_length > self.config.max_position_embeddings:
             raise UserError(
-                f"seq_length {self.seq_length} is above the model's max_position_embeddings "
+                f"--seq-length {self.seq_length} is above the model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}"
             )
         self.framework.check(shards_weights=self.use_torch_fsdp2, interleaves_stages=self.chunks > 1)
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:
             raise UserError(
-                f"interleaved stages need a multiple of pipeline_model_parallel_size {self.pipeline_size} "
+                f"interleaved stages need a multiple of --pipeline-model-parallel-size {self.pipeline_size} "
                 f"micro-batches, and a step has {self.micro_batches}"
             )
 

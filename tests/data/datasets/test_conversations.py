@@ -70,7 +70,7 @@ def test_plainly_packed_rows_split_at_eod_only_on_request(tmp_path: Path) -> Non
 
 def test_a_reset_that_would_cut_prompts_from_answers_is_refused(tmp_path: Path) -> None:
     prefix = packed_triple(tmp_path / "x", ([1, EOD, 2, EOD], [1] * 4, [0, 0, 1, 1]))
-    with pytest.raises(UserError, match="or preprocess with neat_pack"):
+    with pytest.raises(UserError, match="or preprocess with --neat-pack"):
         only(prefix, eod_token=EOD, reset_attention_mask=True)
 
 
@@ -173,7 +173,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     prefix = packed_triple(tmp_path / "x", ([1, 2], [1, 1], [0, 1]))
     with pytest.raises(UserError, match="valid of split 1,0,0 holds none of its 1 sequences"):
         SFTDataset(prefix, "valid", "1,0,0", None, 10, seed=0)
-    with pytest.raises(UserError, match="give tokenizer_name_or_path"):
+    with pytest.raises(UserError, match="give --tokenizer-name-or-path"):
         only(prefix, reset_position_ids=True)
     with IndexedWriter(f"{prefix}_packed_labels_document") as writer:
         writer.add_document([1])

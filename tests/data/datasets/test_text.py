@@ -117,7 +117,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         GPTDataset(prefix, "valid", "1,0,0", None, 3, seed=0)
     with pytest.raises(UserError, match="1 sequences with 0 tokens give no sample"):
         GPTDataset(documents(tmp_path / "empty", []), "train", "1", None, 3, seed=0)
-    with pytest.raises(UserError, match="give tokenizer_name_or_path"):
+    with pytest.raises(UserError, match="give --tokenizer-name-or-path"):
         GPTDataset(prefix, "train", "1", None, 2, seed=0, reset_attention_mask=True)
     with pytest.raises(UserError, match="did you mean 'train'"):
         GPTDataset(prefix, "trian", "1", None, 2, seed=0)

@@ -311,7 +311,7 @@ def test_detection() -> None:
 
 
 BAD_ALPACA: list[tuple[dict[str, Any], str]] = [
-    ({"instruction": "I"}, r"field 'output' \(map_keys 'response'\) is missing; the record has \['instruction'\]"),
+    ({"instruction": "I"}, r"field 'output' \(--map-keys 'response'\) is missing; the record has \['instruction'\]"),
     ({"instruction": "I", "ouput": "O"}, "did you mean 'ouput'"),
     ({**ALPACA, "output": 4}, "field 'output': expected a string, found int 4"),
     ({**ALPACA, "output": None}, "field 'output': expected a string, found null"),
@@ -357,6 +357,6 @@ def test_mapped_columns_must_exist_and_names_be_known() -> None:
         SharegptStyleInstructionHandler({"tags": {"user_tag": ["u"]}})
     with pytest.raises(UserError, match="did you mean 'GeneralPretrainHandler'"):
         make_handler("GenralPretrainHandler")
-    with pytest.raises(UserError, match="map_keys cannot rename the fields of GeneralPretrainHandler"):
+    with pytest.raises(UserError, match="--map-keys cannot rename the fields of GeneralPretrainHandler"):
         make_handler("GeneralPretrainHandler", map_keys={"prompt": "x"})
     assert make_handler("GeneralPretrainHandler", ["a", "b"]) == GeneralPretrainHandler(("a", "b"))

@@ -72,7 +72,7 @@ def test_unpaired(name: str, record: dict[str, Any]) -> None:
     for value in (None, 2, "good", [True]):
         with pytest.raises(UserError, match=rf"field '{label}': expected true \(the answer is desirable\) or false"):
             handler.answers({**record, label: value})
-    with pytest.raises(UserError, match=r"field 'label' \(map_keys 'label'\) is missing"):
+    with pytest.raises(UserError, match=r"field 'label' \(--map-keys 'label'\) is missing"):
         handler.answers({key: value for key, value in record.items() if key != label})
     assert list(handler.unread(record)) == []
 
@@ -188,5 +188,5 @@ def test_a_column_that_is_missing() -> None:
         for name in ("chosen", "rejected"):
             record = {"instruction": "I", "prompt": "P", "chosen": "good", "rejected": "bad"}
             del record[name]
-            with pytest.raises(UserError, match=rf"field '{name}' \(map_keys '{name}'\) is missing"):
+            with pytest.raises(UserError, match=rf"field '{name}' \(--map-keys '{name}'\) is missing"):
                 handler.answers(record)

@@ -239,7 +239,7 @@ def test_the_first_long_conversation_ends_the_run_on_request(
     source = tmp_path / "x.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [record(5), [], record(6), record(100), record(200)]))
     changes = {"prompt_type": "qwen3", "seq_length": 100, "over_long": "stop", "on_bad": "skip"}
-    with pytest.raises(UserError, match=r"x\.jsonl:4: \d{3} tokens, but seq_length allows 99;.*--over-long"):
+    with pytest.raises(UserError, match=r"x\.jsonl:4: \d{3} tokens, but --seq-length allows 99;.*--over-long"):
         preprocess(options(source, tmp_path / "x", tokenizer_folder, **changes))
     assert not list(tmp_path.glob("x[._]*document*"))
     write_jsonl(source, record(5), record(6))

@@ -102,7 +102,7 @@ def test_raw_conversations_take_the_options_of_preprocessing(
     assert "not read: system" in capsys.readouterr().out
     assert sizes["last"][0] == sizes["all"][0] == sizes["short"][0] + 1 == 11
     assert sizes["last"][1] < sizes["all"][1] < sizes["end"][1]
-    with pytest.raises(UserError, match=r"x\.jsonl:10: .* tokens, but seq_length allows 64"):
+    with pytest.raises(UserError, match=r"x\.jsonl:10: .* tokens, but --seq-length allows 64"):
         with_preprocessed(settings_for(workspace, raw, tmp_path, **values, over_long="stop"))
     with pytest.raises(UserError, match=r"x\.jsonl:11: not valid JSON"):
         with_preprocessed(settings_for(workspace, raw, tmp_path, **{**values, "on_bad": "stop"}))

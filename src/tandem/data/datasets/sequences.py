@@ -60,8 +60,8 @@ class SFTSequences:
     ) -> None:
         if eod_token is None and (reset_position_ids or reset_attention_mask):
             raise UserError(
-                "reset_position_ids and reset_attention_mask need the token that ends a document: give "
-                "tokenizer_name_or_path, the folder of a tokenizer that names its eos_token"
+                "--reset-position-ids and --reset-attention-mask need the token that ends a document: give "
+                "--tokenizer-name-or-path, the folder of a tokenizer that names its eos_token"
             )
         self._prefix = os.fspath(prefix)
         self._ids, self._mask, self._labels = (
@@ -115,8 +115,8 @@ class SFTSequences:
         if len(inside_prompt):
             raise UserError(
                 f"{self._prefix}: token {self._eod_token} ends prompts as well as answers (position "
-                f"{inside_prompt[0]}). So reset_attention_mask and reset_position_ids would separate prompts from "
-                f"their answers; leave both out, or preprocess with neat_pack, which stores where samples begin"
+                f"{inside_prompt[0]}). So --reset-attention-mask and --reset-position-ids would separate prompts from "
+                f"their answers; leave both out, or preprocess with --neat-pack, which stores where samples begin"
             )
 
 

@@ -56,8 +56,8 @@ class GPTDataset(Dataset):
     ) -> None:
         if eod_token is None and (reset_position_ids or reset_attention_mask or eod_mask_loss):
             raise UserError(
-                "reset_position_ids, reset_attention_mask, eod_mask_loss need the token that ends a document: give "
-                "tokenizer_name_or_path, the folder of a tokenizer that names its eos_token"
+                "--reset-position-ids, --reset-attention-mask, --eod-mask-loss need the token that ends a document: "
+                "give --tokenizer-name-or-path, the folder of a tokenizer that names its eos_token"
             )
         self.indexed = IndexedDataset(prefix)
         self.seq_length = seq_length
@@ -83,7 +83,8 @@ class GPTDataset(Dataset):
         if len(self) == 0:
             raise EmptySplitError(
                 f"{self._name}: {self._sequences} sequences with {self._tokens} tokens give no sample of "
-                f"{seq_length} + {self._extra} tokens; {advice_for_empty_split(split_name, split)}, or lower seq_length"
+                f"{seq_length} + {self._extra} tokens; {advice_for_empty_split(split_name, split)}, or lower "
+                "--seq-length"
             )
 
     def __len__(self) -> int:

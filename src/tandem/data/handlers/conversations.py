@@ -35,11 +35,11 @@ class InstructionHandler:
         for name, column in self.map_keys.items():
             if name not in self.defaults and name not in self._nested_keys():
                 raise UserError(
-                    f"map_keys: {type(self).__name__} has no field {name!r}; it has {sorted(self.defaults)}"
+                    f"--map-keys: {type(self).__name__} has no field {name!r}; it has {sorted(self.defaults)}"
                     f"{nearest(name, sorted(self.defaults))}"
                 )
             if name in self.defaults and not isinstance(column, str):
-                raise UserError(f"map_keys {name!r}: expected the name of a field, found {described(column)}")
+                raise UserError(f"--map-keys {name!r}: expected the name of a field, found {described(column)}")
 
     @classmethod
     def fits(cls, record: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
@@ -111,7 +111,7 @@ class InstructionHandler:
     def _required(self, record: Mapping[str, Any], name: str) -> str:
         column = self._columns[name]
         value = record.get(column)
-        return value if isinstance(value, str) else string(record, column, f"map_keys {name!r}")
+        return value if isinstance(value, str) else string(record, column, f"--map-keys {name!r}")
 
     def _optional(self, record: Mapping[str, Any], name: str) -> str:
         """A field that may be null or missing."""
@@ -119,12 +119,12 @@ class InstructionHandler:
         value = record.get(column) if column else None
         if value is None or isinstance(value, str):
             return value or ""
-        return string(record, column, f"map_keys {name!r}")
+        return string(record, column, f"--map-keys {name!r}")
 
     def _list(self, record: Mapping[str, Any], name: str, of: str) -> list[Any]:
         """A field that holds a list with something in it, or the JSON text of one, as tables have it."""
         column = self._columns[name]
-        value = field(record, column, f"map_keys {name!r}")
+        value = field(record, column, f"--map-keys {name!r}")
         if isinstance(value, str) and value.lstrip().startswith("["):
             value = entries.parse_json(value, f"field {column!r}")
         if not isinstance(value, list) or not value:
@@ -248,15 +248,15 @@ class SharegptStyleInstructionHandler(EntriesHandler):
         super().__post_init__()
         given = self.map_keys.get("tags", {})
         if not isinstance(given, dict):
-            raise UserError(f"map_keys 'tags': expected an object of names, found {described(given)}")
+            raise UserError(f"--map-keys 'tags': expected an object of names, found {described(given)}")
         for name, tag in given.items():
             if name not in self.tags:
                 raise UserError(
-                    f"map_keys 'tags': no tag {name!r}; expected one of {sorted(self.tags)}"
+                    f"--map-keys 'tags': no tag {name!r}; expected one of {sorted(self.tags)}"
                     f"{nearest(name, sorted(self.tags))}"
                 )
             if not isinstance(tag, str):
-                raise UserError(f"map_keys 'tags': {name}: expected a string, found {described(tag)}")
+                raise UserError(f"--map-keys 'tags': {name}: expected a string, found {described(tag)}")
 
     @cached_property
     def _tags(self) -> dict[str, str]:

@@ -92,7 +92,7 @@ class AlpacaStylePairwiseHandler(AlpacaStyleInstructionHandler, PairwiseHandler)
 
     def _answer(self, record: Mapping[str, Any], name: str, position: int) -> list[Message]:
         column = self._columns[name]
-        value = field(record, column, f"map_keys {name!r}")
+        value = field(record, column, f"--map-keys {name!r}")
         answer = value[position] if isinstance(value, list) and len(value) > position else value
         if not isinstance(answer, str):
             raise UserError(
@@ -119,7 +119,7 @@ class SharegptStylePairwiseHandler(SharegptStyleInstructionHandler, PairwiseHand
 
     def _answer(self, record: Mapping[str, Any], name: str) -> list[Message]:
         column = self._columns[name]
-        value = field(record, column, f"map_keys {name!r}")
+        value = field(record, column, f"--map-keys {name!r}")
         entry = value[0] if isinstance(value, list) and len(value) == 1 else value
         message = self._message(f"field {column!r}", entry)
         if message.role != "assistant":
@@ -206,7 +206,7 @@ class PreferenceHandler(OpenAIInstructionHandler, PairwiseHandler):
         if not place:
             raise UserError(
                 f"fields {self._names}: are texts that begin differently, and there is no prompt; name its field with "
-                f"map_keys 'prompt'"
+                f"--map-keys 'prompt'"
             )
         return [Message("user", texts[0][:place])], {
             name: [Message("assistant", side[0].content[place:])] for name, side in sides.items()
@@ -249,7 +249,7 @@ class UnpairedHandler(AnswersHandler):
         column = self._columns["label"]
         if "label" not in self.map_keys and column not in record and KTO_TAG in record:
             column = KTO_TAG
-        value = field(record, column, "map_keys 'label'")
+        value = field(record, column, "--map-keys 'label'")
         if isinstance(value, bool | int | float) and value in (0, 1):
             return bool(value)
         label = _LABELS.get(value.strip().lower()) if isinstance(value, str) else None

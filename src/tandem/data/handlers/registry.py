@@ -70,7 +70,7 @@ def make_handler(name: str, json_keys: Sequence[str] = ("text",), map_keys: Mapp
     if name in _CONVERSATIONS:
         return _CONVERSATIONS[name](dict(map_keys or {}))
     if map_keys:
-        raise UserError(f"map_keys cannot rename the fields of {name}; leave it out, or name fields with json_keys")
+        raise UserError(f"--map-keys cannot rename the fields of {name}; leave it out, or name fields with --json-keys")
     return _TEXTS[name](tuple(json_keys)) if _TEXTS[name].is_verbatim else _TEXTS[name]()
 
 
@@ -105,7 +105,7 @@ def detect_handler(
     raise UserError(
         f"fields {sorted(record)} fit no handler. Expected {list(json_keys)} (plain text), instruction and output "
         f"(alpaca), conversations (ShareGPT), messages (OpenAI), prompt and completion, chosen and rejected "
-        f"(preferences). Name fields with json_keys or map_keys, or choose a handler_name of {HANDLER_NAMES}"
+        f"(preferences). Name fields with --json-keys or --map-keys, or choose a --handler-name of {HANDLER_NAMES}"
     )
 
 

@@ -69,7 +69,7 @@ class OverLongError(Exception):
 
     def __init__(self, document: int, tokens: int, room: int) -> None:
         super().__init__(
-            f"{tokens:,} tokens, but seq_length allows {room:,}; raise it, or choose --over-long trim or drop"
+            f"{tokens:,} tokens, but --seq-length allows {room:,}; raise it, or choose --over-long trim or drop"
         )
         self.document = document
 

@@ -60,10 +60,10 @@ class Spool:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{self.folder}: cannot be created: {error.strerror}; choose another output_prefix"
+                f"{self.folder}: cannot be created: {error.strerror}; choose another --output-prefix"
             ) from None
         if any(self.folder.iterdir()) and not (self.folder / "lock").exists():
-            raise UserError(f"{self.folder}: holds files that tandem did not write; choose another output_prefix")
+            raise UserError(f"{self.folder}: holds files that tandem did not write; choose another --output-prefix")
         self._lock = FileIO(self.folder / "lock", "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -115,7 +115,7 @@ def _llama_factory_sources(dataset_dir: str, names: Sequence[str]) -> list[Sourc
     does)."""
     path = Path(dataset_dir) / DATASET_INFO
     if not path.is_file():
-        raise UserError(f"{path}: No such file; dataset_dir is the folder with that file and the data")
+        raise UserError(f"{path}: No such file; --dataset-dir is the folder with that file and the data")
     datasets = read_json(path)
     if not isinstance(datasets, dict) or not all(isinstance(entry, dict) for entry in datasets.values()):
         raise UserError(f"{path}: expected an object that holds one object per dataset")

@@ -54,7 +54,7 @@ def get_template(prompt_type: str, enable_thinking: bool | None = None, tokenize
     if prompt_type in NAMED_TEMPLATES:
         return dataclasses.replace(NAMED_TEMPLATES[prompt_type], enable_thinking=enable_thinking)
     if tokenizer is None:
-        raise UserError(f"prompt type {prompt_type} needs a tokenizer, which holds it; give tokenizer_name_or_path")
+        raise UserError(f"prompt type {prompt_type} needs a tokenizer, which holds it; give --tokenizer-name-or-path")
     if prompt_type == CHAT_TEMPLATE:
         return ModelTemplate(tokenizer, enable_thinking)
     if enable_thinking is not None:

@@ -56,9 +56,9 @@ class ModelTemplate:
     ) -> None:
         if tokenizer.chat_template is None or tokenizer.eos_id is None:
             raise UserError(
-                f"{tokenizer.folder}: prompt_type {self.name} needs the model's chat template (chat_template.jinja or "
-                f"in tokenizer_config.json) and its end token (eos_token in tokenizer_config.json, or eos_token_id in "
-                f"generation_config.json or config.json); choose a named prompt_type"
+                f"{tokenizer.folder}: --prompt-type {self.name} needs the model's chat template (chat_template.jinja "
+                f"or in tokenizer_config.json) and its end token (eos_token in tokenizer_config.json, or eos_token_id "
+                f"in config.json or generation_config.json); choose a named --prompt-type"
             )
         self.enable_thinking = enable_thinking
         self.sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
@@ -152,7 +152,7 @@ class ModelTemplate:
                 if any(int(mark) // 2 > number for mark in _MARK.findall(marked[start:end])):
                     raise UserError(
                         f"an answer ends with {self.stop_word!r} only after the next message, so its end is not clear; "
-                        f"choose a named prompt_type, or name the token that ends a message as an eos_token_id"
+                        f"choose a named --prompt-type, or name the token that ends a message as an eos_token_id"
                     )
                 answers.append(((start, end), entry.message))
         return answers
@@ -169,7 +169,7 @@ class ModelTemplate:
                 return start, end + len(self.stop_word)
         raise UserError(
             f"cannot find the answers in the text of the chat template. Each should begin with {role!r} and end with "
-            f"{self.stop_word!r}; choose a named prompt_type"
+            f"{self.stop_word!r}; choose a named --prompt-type"
         )
 
     @cached_property
@@ -311,7 +311,7 @@ def _aligned(marked: str, full: str, texts: Sequence[str]) -> dict[str, str]:
     if not matches or place != len(full):
         raise UserError(
             "cannot find the messages in the text of the chat template, so it is not clear what to train; choose a "
-            "named prompt_type"
+            "named --prompt-type"
         )
     return text_of
 

@@ -24,7 +24,7 @@ class PlainTemplate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos_id is None:
             raise UserError(
-                f"{tokenizer.folder}: prompt_type {EMPTY} needs an end token (eos_token in tokenizer_config.json, or "
+                f"{tokenizer.folder}: --prompt-type {EMPTY} needs an end token (eos_token in tokenizer_config.json, or "
                 f"eos_token_id in generation_config.json or config.json)"
             )
         self.stop_word = tokenizer.decode([tokenizer.eos_id])
