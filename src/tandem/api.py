@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect as signatures
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -40,7 +40,7 @@ from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.data.preprocess.options import MergeOptions, PreprocessOptions
 from tandem.errors import UserError
 from tandem.inference.options import LoadOptions
-from tandem.logs import lines_of_progress, log
+from tandem.logs import lines_of_progress, lines_of_requests, log
 from tandem.options import build, expand, options_of
 from tandem.planning.options import PlanOptions
 
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tandem.data.statistics import Statistics
     from tandem.inference.chat import Model
     from tandem.planning.run import LayoutPlan, Suggestions
+    from tandem.training.evaluate_tasks import TaskResults
     from tandem.training.evaluation import Choices
     from tandem.training.objectives import Evaluation
     from tandem.training.result import TrainingResult
@@ -254,37 +255,64 @@ def finetune(settings: Settings) -> TrainingResult:
     return train(dataclasses.replace(settings, data=data))
 
 
-def evaluate(load: str | Path, *data: str | Path, **settings: Any) -> dict[str, Evaluation | Choices]:
-    """The loss of a checkpoint on data, or its accuracy on questions, as `tandem evaluate` does.
+@overload
+def evaluate(load: str | Path, *, tasks: Sequence[str], **settings: Any) -> TaskResults: ...
+
+
+@overload
+def evaluate(load: str | Path, *, task: Sequence[str], **settings: Any) -> TaskResults: ...
+
+
+@overload
+def evaluate(load: str | Path, *data: str | Path, **settings: Any) -> dict[str, Evaluation | Choices]: ...
+
+
+def evaluate(load: str | Path, *data: str | Path, **settings: Any) -> dict[str, Evaluation | Choices] | TaskResults:
+    """The loss of a checkpoint on data, or its scores in benchmarks, as `tandem evaluate` does.
 
     Examples:
         >>> tandem.evaluate("run/mcore", "run/valid_text_document", seq_length=512)["validation"].loss  # doctest: +SKIP
         2.31
+        >>> found = tandem.evaluate("run/tuned", tasks=["gsm8k"], limit=100, num_fewshot=5)  # doctest: +SKIP
+        >>> found.results["results"]["gsm8k"]["exact_match,strict-match"]  # doctest: +SKIP
+        0.41
 
     Args:
         load: checkpoint, or Hugging Face folder.
         data: PREFIX of preprocessed data, or NAME=PREFIX for each of several sets. A FILE.jsonl of questions with
             choices also works.
-        settings: fields of `Settings`. Whole sets are used; `eval_iters` sets a smaller number of batches.
+        settings: fields of `Settings`. Whole sets are used; `eval_iters` sets a smaller number of batches. `tasks`, or
+            MindSpeed-LLM's `task`, asks benchmarks in place of data, with the other settings of `TaskSettings`.
 
     Returns:
-        For each set, by name: its `loss`, `perplexity` and `tokens`, or its `accuracy`.
+        For each set, by name: its `loss`, `perplexity` and `tokens`; of preferences also `metrics`; of questions its
+        `accuracy`. For benchmarks, `results` and `samples` as lm-evaluation-harness has them.
 
     Raises:
-        UserError: weights, data or layout do not fit together.
+        UserError: weights, data, tasks or layout do not fit together.
     """
     from tandem.training.evaluate import evaluate_weights
+    from tandem.training.evaluate_tasks import defaults_of_tasks, evaluate_tasks
 
     if data and "valid_data_path" in settings:
         raise UserError("valid_data_path and data without a keyword are the same: give one of them")
     places = {"valid_data_path": [*map(str, data)]} if data else {}
-    chosen = Settings(**{"eval_iters": "full", **settings, **places, "load": load})
+    defaults = {"eval_iters": "full", **defaults_of_tasks(asks_upstream=bool(settings.get("task")))}
+    chosen = Settings(**{**defaults, **settings, **places, "load": load})
     if chosen.launch.nproc_per_node not in (None, 1):
         raise UserError("--nproc-per-node: the Python function evaluates in this process; use `tandem evaluate`")
+    if chosen.evaluation.tasks or chosen.evaluation.task:
+        found = evaluate_tasks(chosen, lines_of_requests(log.info))
+        _log_notices(found.notices)
+        return found
     results, notices = evaluate_weights(chosen)
+    _log_notices(notices)
+    return results
+
+
+def _log_notices(notices: Sequence[str]) -> None:
     for notice in notices:
         log.info("> %s", notice)
-    return results
 
 
 @_takes(PlanOptions)

@@ -56,3 +56,21 @@ def lines_of_progress(description: str, write: Callable[[str], None]) -> Callabl
         write(f"{description}: {done / 1e6:,.0f}{of} MB, {speed / 1e6:,.0f} MB/s{left}")
 
     return update
+
+
+def lines_of_requests(write: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """A function to call with a kind of requests, how many are done, and how many there are, as lines of progress."""
+    kind, started, written, before = "", 0.0, 0.0, 0
+
+    def update(kind_now: str, done: int, total: int) -> None:
+        nonlocal kind, started, written, before
+        now = time.monotonic()
+        if kind_now != kind:
+            kind, started, written, before = kind_now, now, now, done
+        if now - written < SECONDS_BETWEEN_LINES and done < total:
+            return
+        written = now
+        left = (now - started) / max(1, done - before) * (total - done)
+        write(f"> {kind}: {done:,} of {total:,}" + (f", {left:,.0f} s left" if done < total else ""))
+
+    return update

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from harness_tasks import Samples
 
+import tandem
 from tandem.__main__ import main
-from tandem.cli.evaluate import Progress
 from tandem.config.parsing import from_dict
 from tandem.errors import UserError
+from tandem.logs import lines_of_requests
 from tandem.training.evaluate_tasks import UNFINISHED, evaluate_tasks
 from workspace import Workspace
 
@@ -160,8 +163,43 @@ def test_without_the_library_its_name_is_said(
     assert "pip install 'tandem-llm[eval]'" in capsys.readouterr().err
 
 
-def test_progress_is_said_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress()
+def test_progress_is_said_now_and_then() -> None:
+    lines: list[str] = []
+    progress = lines_of_requests(lines.append)
     for done in (0, 1, 2):
         progress("loglikelihood", done, 2)
-    assert capsys.readouterr().out == "> loglikelihood: 2 of 2\n"
+    assert lines == ["> loglikelihood: 2 of 2"]
+
+
+def test_python_gives_results_and_samples(
+    workspace: Workspace, task_folder: Path, peer: Callable[..., Samples]
+) -> None:
+    """Each sample is lm-eval's own, with the same names as the command's flags."""
+    found = tandem.evaluate(
+        workspace.hf,
+        tasks=["toy_choices", "toy_answers"],
+        include_path=task_folder,
+        limit=4,
+        num_fewshot=1,
+        ai_framework="torch",
+    )
+    assert found.results["n-shot"]["toy_choices"] == 1
+    theirs = peer(("toy_choices", "toy_answers"), 1)
+    for task, samples in found.samples.items():
+        assert [sample["doc_id"] for sample in samples] == [0, 1, 2, 3]
+        for mine, other in zip(samples, theirs[task]):
+            assert mine["arguments"] == other["arguments"]
+            assert [mine[metric] for metric in other["metrics"]] == [other[metric] for metric in other["metrics"]]
+    accuracy = np.mean([sample["acc"] for sample in theirs["toy_choices"][:4]])
+    assert found.results["results"]["toy_choices"]["acc,none"] == accuracy
+    assert found.chat is None
+
+
+def test_python_refuses_what_the_command_refuses(workspace: Workspace, task_folder: Path) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(UserError, match="DATA and --tasks: give data or tasks"):
+        tandem.evaluate(workspace.hf, "DATA", tasks=["toys"], include_path=task_folder)
+    with pytest.raises(UserError, match="--limit: belongs to --tasks or --task"):
+        tandem.evaluate(workspace.hf, "DATA", limit=3)
+    with pytest.raises(UserError, match="max-new-tokens"):
+        tandem.evaluate(workspace.hf, tasks=["toys"], max_new_tokens=3)

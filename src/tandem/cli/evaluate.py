@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -13,9 +12,9 @@ from tandem.cli.settings import parse_settings
 from tandem.config.settings import Settings
 from tandem.config.upstream.flags import EVALUATE_IGNORED
 from tandem.launch.world import World
-from tandem.logs import SECONDS_BETWEEN_LINES, log
+from tandem.logs import lines_of_requests, log
 from tandem.training.evaluate import Result, evaluate_weights
-from tandem.training.evaluate_tasks import evaluate_tasks
+from tandem.training.evaluate_tasks import defaults_of_tasks, evaluate_tasks
 from tandem.training.objectives import Evaluation
 
 DESCRIPTION = (
@@ -34,9 +33,6 @@ FIRST = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "nproc_per_node"),
 )
 GROUPS = ("model", "parallel", "data", "training", "lora", "preferences", "checkpoint", "launch", "evaluation")
-# What MindSpeed-LLM's evaluation does unless a flag says otherwise; but a model that thinks would not begin with its
-# answer, and upstream cuts it off before it comes to one.
-OF_UPSTREAM = {"apply_chat_template": True, "enable_thinking": "false"}
 WIDTH = 100  # columns of a table when the output is not a terminal
 
 
@@ -46,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
         first=FIRST,
         groups=GROUPS,
         positionals={"load": "CHECKPOINT", "valid_data_path": "DATA..."},
-        values={"eval_iters": "full", **(OF_UPSTREAM if _has_task(argv) else {})},
+        values={"eval_iters": "full", **defaults_of_tasks(asks_upstream=_has_task(argv))},
         ignored=EVALUATE_IGNORED,
     )
     if (code := run_as_processes("evaluate", argv, settings)) is not None:
@@ -69,8 +65,8 @@ def run_tasks(settings: Settings, notices: Sequence[str]) -> int:
     """Ask benchmarks, and print their results."""
     from tandem.harness.results import in_words, table_of  # which needs lm-evaluation-harness
 
-    found = evaluate_tasks(settings, Progress())
-    if found is None:
+    found = evaluate_tasks(settings, lines_of_requests(log.info))
+    if World.from_environment().rank:
         return 0
     for notice in [*notices, *found.notices]:
         print(f"> {notice}")
@@ -79,23 +75,6 @@ def run_tasks(settings: Settings, notices: Sequence[str]) -> int:
     if settings.evaluation.output is not None:
         print(f"> {settings.evaluation.output}")
     return 0
-
-
-class Progress:
-    """Prints how many requests are answered, every few seconds."""
-
-    def __init__(self) -> None:
-        self._kind, self._started, self._printed, self._before = "", 0.0, 0.0, 0
-
-    def __call__(self, kind: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if kind != self._kind:
-            self._kind, self._started, self._printed, self._before = kind, now, now, done
-        if now - self._printed < SECONDS_BETWEEN_LINES and done < total:
-            return
-        self._printed = now
-        left = (now - self._started) / max(1, done - self._before) * (total - done)
-        log.info("> %s: %s of %s%s", kind, f"{done:,}", f"{total:,}", f", {left:,.0f} s left" if done < total else "")
 
 
 def print_tables(results: dict[str, Result]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +36,35 @@ UNFINISHED = ".unfinished"  # suffix of the file that keeps answers until the re
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What an evaluation found.
+    """What an evaluation found: on the first process. On the others all is empty.
 
     Attributes:
-        results: in lm-evaluation-harness's schema, without samples.
-        samples: of each task, if they were asked for.
+        results: in lm-evaluation-harness's schema, without samples: `results["results"]["gsm8k"]` has a task's metrics.
+        samples: of each task, every question with its answers and metrics, in lm-evaluation-harness's schema.
         chat: the template that was applied.
         notices: for the user.
     """
 
-    results: Mapping[str, Any]
-    samples: Mapping[str, Any]
-    chat: Chat | None
-    notices: list[str]
+    results: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    chat: Chat | None = None
+    notices: list[str] = field(default_factory=list)
 
 
-def evaluate_tasks(
-    settings: Settings, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> TaskResults | None:
+def defaults_of_tasks(*, asks_upstream: bool) -> dict[str, Any]:
+    """Settings that MindSpeed-LLM's `--task` has unless they are given; none for `--tasks`.
+
+    Its evaluation applies the template. But a model that thinks would not begin with its answer, and upstream cuts it
+    off before it comes to one.
+    """
+    return {"apply_chat_template": True, "enable_thinking": "false"} if asks_upstream else {}
+
+
+def evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None] = lambda *_: None) -> TaskResults:
     """Ask the model of `--load` the tasks of `--tasks`. Writes the files of `--output`.
 
     Args:
         progress: called on the first rank with the kind of requests, how many are done, and how many there are.
-
-    Returns:
-        The results on the first rank; None on the others.
 
     Raises:
         UserError: tasks, weights or layout do not fit together, or a file cannot be written.
@@ -69,7 +73,7 @@ def evaluate_tasks(
         return _evaluate_tasks(settings, progress)
 
 
-def _evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None]) -> TaskResults | None:
+def _evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None]) -> TaskResults:
     given = settings.evaluation
     raise_all(_wrong(settings))
     weights = Weights.of(settings, longest=1)
@@ -87,7 +91,7 @@ def _evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None
     ends = Ends(weights.tokenizer, end_ids(weights.source, weights.tokenizer, chat))
     keeps = has_sessions(weights.grid, weights.engine_settings)
     team = Team(engine, communicator, weights.grid, ends, keeps, given.tokens_per_batch)
-    results = None
+    results = TaskResults()
     if benchmark is None:
         team.follow()
     else:
@@ -246,8 +250,7 @@ def _lead(
         answers.close()
     team.end()
     results = with_facts(found, benchmark, model, chat, facts)
-    samples = found["samples"] if given.log_samples else {}
     if output is not None:
-        write_results(output, results, samples)
+        write_results(output, results, found["samples"] if given.log_samples else {})
     answers.remove()
-    return TaskResults(results, samples, chat, list(team.engine.notices))
+    return TaskResults(results, found["samples"], chat, list(team.engine.notices))
