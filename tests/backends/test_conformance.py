@@ -30,6 +30,7 @@ ALONE = {
     "torch/cuda.py",  # what NVIDIA's devices compute with
     "torch/fused.py",  # functions that are compiled
     "torch/inputs.py",  # a micro-batch on the device
+    "torch/overlap.py",  # what data ranks send while passes compute
     "torch/pure.py",  # what is compiled
     "torch/fully_sharded.py",  # --use-torch-fsdp2
     "torch/transformers_model.py",  # the reference of --verify

@@ -59,6 +59,7 @@ class Case:
         adapters: a key of ADAPTERS; only these are trained.
         steps, micro_batches: how many steps, of so many micro-batches over all data ranks.
         balance: the coefficient of the load-balancing loss, and of the z-loss.
+        overlap: data ranks communicate while passes compute.
     """
 
     tp: int = 1
@@ -87,6 +88,7 @@ class Case:
     etp: int | None = None
     extend: bool = False
     balance: float = 0.0
+    overlap: bool = False
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
@@ -154,6 +156,8 @@ def engine_settings(case: Case, grid: Grid, rank: int) -> EngineSettings:
         sequence_parallel=case.sequence_parallel,
         use_distributed_optimizer=case.use_distributed_optimizer,
         use_torch_fsdp2=case.use_torch_fsdp2,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap,
         recompute_layers=case.recompute_layers,
         fp16=case.fp16,
         moe_aux_loss_coeff=case.balance,

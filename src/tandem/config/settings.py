@@ -78,6 +78,12 @@ class ShardingSettings:
     """Shard the optimizer state over data-parallel ranks. No effect with one data-parallel rank."""
     use_torch_fsdp2: bool = False
     """Shard weights and gradients over data-parallel ranks (PyTorch only)."""
+    overlap_grad_reduce: bool = False
+    """Sum each layer's gradients over data-parallel ranks while the layers before it compute (PyTorch only; without
+    effect elsewhere)."""
+    overlap_param_gather: bool = False
+    """With --use-distributed-optimizer: gather each layer's new weights while the layers before it compute (PyTorch
+    only; without effect elsewhere)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -190,15 +190,9 @@ def gather_counts(counts: torch.Tensor, ranks: Ranks) -> np.ndarray:
     return gathered.view(ranks.size, -1).cpu().numpy()
 
 
-def wait_for(works: Iterable[dist.Work]) -> None:
-    """Wait for collectives that start while `works` is iterated. Two run at a time: gloo copies what it sends."""
-    previous = None
-    for work in works:
-        if previous is not None:
-            previous.wait()
-        previous = work
-    if previous is not None:
-        previous.wait()
+def most_sums(device: torch.device) -> int | None:
+    """How many parts of a model may be summed at the same time, beside passes; None for any number."""
+    return 2 if device.type == "cpu" else None  # gloo copies what it sends
 
 
 def _started(work: dist.Work | None) -> dist.Work:

@@ -7,14 +7,19 @@ stage 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from tandem.backends.torch.communication import Ranks, all_gather, all_reduce, reduce_scatter, wait_for
+from tandem.backends.torch.communication import Ranks, all_gather, all_reduce, most_sums, reduce_scatter
 from tandem.backends.torch.functional import GradientBuffer, Weight
+from tandem.backends.torch.overlap import InOrder, Overlap, Part
 from tandem.parallel.layout import even_rows
+
+AT_A_TIME = 2  # weights whose collectives are under way after the passes: gloo copies what it sends
 
 
 class Sharing(Protocol):
@@ -34,6 +39,10 @@ class Sharing(Protocol):
 
         Values of weights are undefined.
         """
+        ...
+
+    def overlap(self, parts: Sequence[Part]) -> None:
+        """After `prepare`, for training: communicate part by part while passes compute, where that was asked for."""
         ...
 
     def begin(self, *, gradients: bool) -> None:
@@ -98,54 +107,74 @@ class Replicated:
 
     With `by_rows`, each rank updates its rows of every weight and sends them to the others. Otherwise all ranks update
     everything.
+
+    Args:
+        beside: what runs while passes compute. Else all gradients are summed after the last backward pass, and all
+            weights are sent before the next step. The collectives are the same, and so are the numbers.
     """
 
     weights_by_rows = False
 
-    def __init__(self, ranks: Ranks, *, by_rows: bool) -> None:
-        self.ranks, self.by_rows = ranks, by_rows
-        self._weights: list[nn.Parameter] = []
+    def __init__(self, ranks: Ranks, *, by_rows: bool, beside: Overlap | None = None) -> None:
+        self.ranks, self.by_rows, self._beside = ranks, by_rows, beside or Overlap()
         self._buffers: dict[nn.Parameter, GradientBuffer] = {}
+        self._sums, self._gathers = InOrder(self._sum, ()), InOrder(self._gather, ())
+        self._last_backward = False
 
     def prepare(self, weights: Sequence[nn.Parameter], *, training: bool) -> None:
         if not training:
             return
-        self._weights = [weight for weight in weights if weight.requires_grad]
-        for weight in self._weights:
+        for weight in weights:
+            if not weight.requires_grad:
+                continue
             assert isinstance(weight, Weight)
             room = self._room(weight)
             if room > len(weight):
                 weight.data = weight.data.new_zeros(room, *weight.shape[1:])[: len(weight)]
             self._buffers[weight] = weight.main_grad = GradientBuffer(weight, room)
+        if self.ranks.group is not None:
+            one_by_one = [[weight] for weight in self._buffers]
+            self._sums = InOrder(self._sum, one_by_one, AT_A_TIME)
+            self._gathers = InOrder(self._gather, one_by_one if self.by_rows else (), AT_A_TIME)
+
+    def overlap(self, parts: Sequence[Part]) -> None:
+        if self.ranks.group is None or not self._buffers:
+            return
+        groups = [[weight for weight in part.weights if weight in self._buffers] for part in parts]
+        if self._beside.grad_reduce:
+            device = next(iter(self._buffers)).device
+            self._sums = InOrder(self._sum, groups[::-1], most_sums(device))
+            for number, part in enumerate(reversed(parts)):
+                part.module.register_forward_pre_hook(partial(self._watch, number))
+        if self._beside.param_gather and self.by_rows:
+            self._gathers = InOrder(self._gather, groups)
+            for number, part in enumerate(parts):
+                part.module.register_forward_pre_hook(partial(self._wait_for_weights, number))
 
     def begin(self, *, gradients: bool) -> None:
         if gradients:
             for buffer in self._buffers.values():
                 buffer.clear()
+            self._sums.settle()
 
     def before_backward(self, chunk: nn.Module, *, last: bool) -> None:
-        pass
+        self._last_backward = last
 
     def end(self) -> None:
         pass
 
     def reduce(self) -> None:
-        group = self.ranks.group
-        if group is None:
-            return
-        wholes = [buffer.whole for buffer in self._buffers.values()]
-        if self.by_rows:
-            wait_for(reduce_scatter(chunk(self.ranks, whole), whole, group) for whole in wholes)
-        else:
-            wait_for(all_reduce(whole, group) for whole in wholes)
+        self._sums.start_rest()
+        self._sums.settle()
+        self._gathers.settle()  # of the update before this one, where no pass has waited for them
 
     def share(self) -> None:
-        if self.ranks.group is None or not self.by_rows:
-            return
-        wholes = [w.data.as_strided((self._room(w), *w.shape[1:]), w.stride()) for w in self._weights]
-        wait_for(all_gather(whole, chunk(self.ranks, whole), self.ranks.group) for whole in wholes)
+        self._gathers.start_rest()
+        if not self._beside.param_gather:
+            self._gathers.settle()
 
     def kept(self, weight: nn.Parameter) -> torch.Tensor:
+        self._gathers.settle()
         return weight.data
 
     def updated(self, weight: nn.Parameter) -> torch.Tensor:
@@ -167,6 +196,25 @@ class Replicated:
         start, stop = own_rows(self.ranks, len(tensor), by_rows=self.by_rows)
         return tensor[start:stop]
 
+    def _sum(self, weight: nn.Parameter) -> dist.Work:
+        whole = self._buffers[weight].whole
+        if self.by_rows:
+            return reduce_scatter(chunk(self.ranks, whole), whole, self.ranks.group)
+        return all_reduce(whole, self.ranks.group)
+
+    def _gather(self, weight: nn.Parameter) -> dist.Work:
+        whole = weight.data.as_strided((self._room(weight), *weight.shape[1:]), weight.stride())
+        return all_gather(whole, chunk(self.ranks, whole), self.ranks.group)
+
+    def _wait_for_weights(self, number: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self._gathers.wait(number)
+
+    def _watch(self, number: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Before a part's forward pass: see to it that its gradients are summed when its last backward pass is over."""
+        x = arguments[0]
+        if x.requires_grad:
+            x.register_hook(lambda _: self._sums.ready(number) if self._last_backward else None)
+
 
 class Apart:
     """`Sharing` in which other ranks hold the same experts than hold the same of all else.
@@ -186,12 +234,17 @@ class Apart:
         self._rest.prepare([weight for weight in weights if not self._of_experts(weight)], training=training)
         self._experts.prepare([weight for weight in weights if self._of_experts(weight)], training=training)
 
+    def overlap(self, parts: Sequence[Part]) -> None:
+        self._rest.overlap(parts)
+        self._experts.overlap(parts)
+
     def begin(self, *, gradients: bool) -> None:
         self._rest.begin(gradients=gradients)
         self._experts.begin(gradients=gradients)
 
     def before_backward(self, chunk: nn.Module, *, last: bool) -> None:
-        pass
+        self._rest.before_backward(chunk, last=last)
+        self._experts.before_backward(chunk, last=last)
 
     def end(self) -> None:
         pass
@@ -205,7 +258,7 @@ class Apart:
         self._experts.share()
 
     def kept(self, weight: nn.Parameter) -> torch.Tensor:
-        return weight.data
+        return self._of(weight).kept(weight)
 
     def updated(self, weight: nn.Parameter) -> torch.Tensor:
         return self._of(weight).updated(weight)

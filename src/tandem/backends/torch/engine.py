@@ -22,6 +22,7 @@ from tandem.backends.torch.experts import ExpertRanks, OfExperts
 from tandem.backends.torch.functional import matmul
 from tandem.backends.torch.model import Build, Chunk, GPTModel
 from tandem.backends.torch.optimizer import AdamW, Decision, sum_of_squares
+from tandem.backends.torch.overlap import Overlap, parts_of
 from tandem.backends.torch.passes import Passes
 from tandem.backends.torch.pipeline import Pipeline
 from tandem.backends.torch.session import TorchSession
@@ -94,14 +95,17 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         for name, weight in self._weights.items():
             weight.requires_grad_(name in self._trained)
         self._sharing.prepare(list(self._weights.values()), training=settings.training)
+        if settings.training:
+            self._sharing.overlap(parts_of(models))
         self._adamw = self._make_adamw() if settings.training else None
 
     def _replicated(self, *, by_rows: bool) -> Sharing:
         data, copies = self._groups.data, self._groups.copies
+        beside = Overlap(self._settings.overlap_grad_reduce, self._settings.overlap_param_gather)
+        rest = Replicated(data, by_rows=by_rows, beside=beside)
         if copies is data:
-            return Replicated(data, by_rows=by_rows)
-
-        rest, experts = Replicated(data, by_rows=by_rows), Replicated(copies, by_rows=by_rows)
+            return rest
+        experts = Replicated(copies, by_rows=by_rows, beside=beside)
         return Apart(rest, experts, lambda weight: isinstance(weight, OfExperts))
 
     def _name_weights(self, models: Sequence[GPTModel]) -> dict[str, nn.Parameter]:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from tandem.backends.torch.communication import Ranks
 from tandem.backends.torch.functional import Gradient, Weight
+from tandem.backends.torch.overlap import Part
 from tandem.errors import UserError
 
 
@@ -72,6 +73,9 @@ class FullySharded:
                     whole.grad_dtype = torch.float32
                     whole.main_grad = _Grad(whole)
             unit.reshard()
+
+    def overlap(self, parts: Sequence[Part]) -> None:
+        pass  # `fully_shard` does so by itself
 
     def begin(self, *, gradients: bool) -> None:
         if gradients:

@@ -42,8 +42,6 @@ IGNORED: dict[str, Ignored] = {
     "--position-embedding-type": Ignored(1, ("rope",)),
     "--use-rotary-position-embeddings": ALWAYS_ON,
     "--disable-bias-linear": ALWAYS_ON,
-    "--overlap-grad-reduce": ALWAYS_ON,
-    "--overlap-param-gather": ALWAYS_ON,
     "--use-flash-attn": ALWAYS_ON,
     "--use-fused-rotary-pos-emb": ALWAYS_ON,
     "--use-fused-swiglu": ALWAYS_ON,

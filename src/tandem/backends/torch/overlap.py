@@ -1,0 +1,104 @@
+"""Communication of data ranks while passes compute: part by part of a model, in one order on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import nn
+
+from tandem.backends.torch.model import GPTModel
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What runs while passes compute: Megatron's `--overlap-grad-reduce` and `--overlap-param-gather`."""
+
+    grad_reduce: bool = False
+    param_gather: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights that compute at the same time.
+
+    Attributes:
+        module: the one whose forward pass is the first to use them. Its first argument is a tensor. When that tensor's
+            gradient is known, all gradients of the weights are, except an embedding's: tokens have no gradient.
+    """
+
+    module: nn.Module
+    weights: Sequence[nn.Parameter]
+
+
+def parts_of(chunks: Sequence[GPTModel]) -> list[Part]:
+    """The parts of this rank's chunks: each layer, and what is before and after all layers. In the forward order."""
+    return [part for chunk in chunks for part in _parts(chunk)]
+
+
+def _parts(chunk: GPTModel) -> Iterator[Part]:
+    if chunk.embedding is not None:
+        yield _part(chunk.embedding.word_embeddings)
+    for layer in chunk.decoder.layers.values():
+        yield _part(layer)
+    norm = chunk.decoder.final_layernorm
+    if norm is not None:
+        # The head's gradient is known before the backward pass begins.
+        yield _part(norm) if chunk.output_layer is None else _part(norm, chunk.output_layer)
+
+
+def _part(*modules: nn.Module) -> Part:
+    return Part(modules[0], [weight for module in modules for weight in module.parameters()])
+
+
+class InOrder:
+    """Collectives of groups of weights, started in the order of the groups.
+
+    Ranks that start their collectives in different orders would wait for each other without end. So a group that is
+    ready before its turn waits for the groups before it.
+
+    Args:
+        start: starts the collective of a weight.
+        groups: the weights of each.
+        most: how many groups may be under way; None for any number.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[nn.Parameter], dist.Work],
+        groups: Sequence[Sequence[nn.Parameter]],
+        most: int | None = None,
+    ) -> None:
+        self._start, self._groups, self._most = start, groups, most
+        self._ready: set[int] = set()
+        self._started = 0
+        self._under_way: dict[int, list[dist.Work]] = {}
+
+    def settle(self) -> None:
+        """Wait for all that is under way. Then the order begins anew, and no group is ready."""
+        for group in list(self._under_way):
+            self.wait(group)
+        self._ready.clear()
+        self._started = 0
+
+    def ready(self, group: int) -> None:
+        """Start the collectives of a group, as soon as it is its turn."""
+        self._ready.add(group)
+        while self._started in self._ready:
+            if self._most is not None and len(self._under_way) >= self._most:
+                self.wait(min(self._under_way))
+            works = [self._start(weight) for weight in self._groups[self._started]]
+            if works:
+                self._under_way[self._started] = works
+            self._started += 1
+
+    def start_rest(self) -> None:
+        """Start the collectives of all groups that were not started yet."""
+        for group in range(self._started, len(self._groups)):
+            self.ready(group)
+
+    def wait(self, group: int) -> None:
+        """Wait for the collectives of a group, if they are under way."""
+        for work in self._under_way.pop(group, ()):
+            work.wait()
