@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tandem.errors import UserError, nearest
@@ -29,6 +30,7 @@ class Framework:
         device_logits_chunk_bytes: the same on an accelerator. Where few large products matter, it is 2,208 rows of
             Qwen3's vocabulary; on a CPU, memory that is used again matters.
         adds_gradients_in_place: new gradients of a weight are added to the old ones directly, without a new tensor.
+        narrow_moments: can keep Adam's moments in bfloat16.
         device_plugin: how to fix it when the framework does not see Ascend devices.
     """
 
@@ -41,6 +43,7 @@ class Framework:
     logits_chunk_bytes: int
     device_logits_chunk_bytes: int
     adds_gradients_in_place: bool
+    narrow_moments: bool
     device_plugin: str
 
     @property
@@ -53,14 +56,19 @@ class Framework:
         first, end = (".".join(map(str, version)) for version in (self.first_version, self.untested_version))
         return f"{self.name}>={first},<{end}"
 
-    def check(self, *, shards_weights: bool, interleaves_stages: bool) -> None:
-        """Raise UserError when the settings need a feature that this framework does not have."""
+    def check(self, *, shards_weights: bool, interleaves_stages: bool, narrow_moments: Iterable[str] = ()) -> None:
+        """Raise UserError when the settings need a feature that this framework does not have.
+
+        Args:
+            narrow_moments: the flags that ask for moments in another dtype than fp32.
+        """
         features = {
             "--use-torch-fsdp2": (shards_weights, [one.name for one in FRAMEWORKS if one.shards_weights]),
             "--num-layers-per-virtual-pipeline-stage": (
                 interleaves_stages,
                 [one.name for one in FRAMEWORKS if one.interleaves_stages],
             ),
+            **dict.fromkeys(narrow_moments, (True, [one.name for one in FRAMEWORKS if one.narrow_moments])),
         }
         for flag, (is_needed, supporting) in features.items():
             if is_needed and self.name not in supporting:
@@ -91,6 +99,7 @@ TORCH = Framework(
     logits_chunk_bytes=64 * 2**20,
     device_logits_chunk_bytes=5 * 2**28,
     adds_gradients_in_place=True,
+    narrow_moments=True,
     device_plugin="pip install torch_npu",
 )
 MINDSPORE = Framework(
@@ -103,6 +112,7 @@ MINDSPORE = Framework(
     logits_chunk_bytes=128 * 2**20,
     device_logits_chunk_bytes=128 * 2**20,
     adds_gradients_in_place=False,
+    narrow_moments=False,
     device_plugin="install CANN",
 )
 FRAMEWORKS = (TORCH, MINDSPORE)  # the first one that is installed is the default

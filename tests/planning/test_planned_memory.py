@@ -19,6 +19,7 @@ from tandem.data.batch import Sample, collate
 from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
 from tandem.models.tensors import parameter_count
+from tandem.moments import MomentSettings
 from tandem.parallel.layout import Layout
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
@@ -43,6 +44,8 @@ def test_state_of_a_published_model() -> None:
     (memory,) = stage_memories(alone, CPU)
     assert memory.parameters == parameter_count(config) == 8_190_735_360
     assert memory.weights + memory.gradients + memory.optimizer == 18 * memory.parameters
+    narrow = dataclasses.replace(alone, moments=MomentSettings(exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16"))
+    assert stage_memories(narrow, CPU)[0] == dataclasses.replace(memory, optimizer=8 * memory.parameters)
     shared = dataclasses.replace(alone, data_parallel_size=8, global_batch_size=8, use_distributed_optimizer=True)
     (shared_memory,) = stage_memories(shared, CPU)
     assert shared_memory.optimizer == pytest.approx(memory.optimizer / 8, rel=1e-6)

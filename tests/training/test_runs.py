@@ -14,11 +14,11 @@ import pytest
 
 from frameworks import require_framework
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.interface import TENSOR_KINDS
+from tandem.checkpoints.interface import TENSOR_KINDS, dtype_name
 from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import UserError
 from tandem.models.hf_config import from_hf
-from tandem.models.tensors import tensor_table
+from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.training.logs.log import StepRecord
 from tandem.training.run import train
 from workspace import Workspace
@@ -88,6 +88,21 @@ def test_resuming_is_bitwise(
     expected, actual = state(folder), state(tmp_path / "b")
     assert expected.keys() == actual.keys()
     assert all(np.array_equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.slow("jobs")
+def test_resuming_with_moments_in_bf16_is_bitwise(workspace: Workspace, tmp_path: Path) -> None:
+    common = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+    common |= {"adam_beta2": 0.95, **STEPS_OF_8}
+    framework = require_framework("torch")
+    unbroken = run(workspace, framework, save=str(tmp_path / "a"), **common)
+    first = run(workspace, framework, save=str(tmp_path / "b"), exit_interval=7, **common)
+    second = run(workspace, framework, save=str(tmp_path / "b"), load=str(tmp_path / "b"), **common)
+    assert losses(first + second) == losses(unbroken)
+    expected, actual = state(tmp_path / "a"), state(tmp_path / "b")
+    assert all(np.array_equal(expected[name], actual[name]) for name in expected)
+    kept = open_source(tmp_path / "b")
+    assert [dtype_name(kept.dtype(EMBEDDING, kind)) for kind in kept.kinds()] == ["float32", "bfloat16", "bfloat16"]
 
 
 @pytest.mark.parametrize("instructions", [False, True], ids=["pretrain", "sft"])

@@ -18,9 +18,10 @@ import numpy as np
 from tandem.backends.adapters import Switch, local_adapters
 from tandem.backends.experts import Balancing, Share, check_experts, sliced
 from tandem.backends.interface import EngineSettings, ExpertLoad, Session, StepResult
-from tandem.backends.loading import load_each, stream_fp32
+from tandem.backends.loading import load_each, moment_dtypes, notices_of_dtypes, stream_fp32
 from tandem.backends.passes import WeightedBatch, trained_rows
 from tandem.backends.session import Computes, EngineSession, check_layout, check_memory
+from tandem.backends.update import moments_that_stand_still
 from tandem.checkpoints.interface import DTYPES, TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
 from tandem.data.batch import AskedBatch, MicroBatch
 from tandem.errors import UserError
@@ -69,11 +70,13 @@ class BaseEngine(ABC, Generic[T]):
         self.framework.check(
             shards_weights=settings.use_torch_fsdp2,
             interleaves_stages=layout.num_layers_per_virtual_pipeline_stage is not None,
+            narrow_moments=settings.narrow_moments,
         )
         layout.check(config)
         check_experts(config, settings)
         self.config = config
-        self.notices: list[str] = []
+        self.notices = list(moments_that_stand_still(settings)) if settings.training else []
+        self.moment_dtypes = moment_dtypes(settings)
         self.optimizer_step = 0
         self._settings, self._grid = settings, settings.grid
         self._place = self._grid.place(settings.rank)
@@ -106,6 +109,7 @@ class BaseEngine(ABC, Generic[T]):
         if absent := set(MOMENTS) - set(source.kinds()):
             raise UserError(f"{source.location} holds no optimizer state ({', '.join(sorted(absent))})")
         moments = {kind: self._kept(kind) for kind in MOMENTS}
+        self.notices += notices_of_dtypes(source, moments, self.moment_dtypes)
 
         def load(item: tuple[TensorKind, str]) -> None:
             kind, name = item

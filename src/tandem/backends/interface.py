@@ -8,7 +8,7 @@ function names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -168,6 +168,7 @@ class Engine(Protocol):
     notices: list[str]  # messages for the user, such as a fall-back
     device_name: str  # as the framework calls it; "cpu"
     param_dtype: str  # dtype of the "model" kind, a key of tandem.checkpoints.interface.DTYPES
+    moment_dtypes: Mapping[TensorKind, str]  # of "exp_avg" and "exp_avg_sq", likewise
     optimizer_step: int  # updates applied so far (Adam's t)
 
     def load_weights(self, source: TensorSource) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
-from tandem.checkpoints.interface import TensorKind, TensorSource, check_shape
+from tandem.checkpoints.interface import DTYPE_ALIASES, TensorKind, TensorSource, check_shape, dtype_name
+from tandem.moments import MomentSettings
 from tandem.parallel.slices import Part
 
 T = TypeVar("T")
@@ -39,3 +40,23 @@ def stream_fp32(source: TensorSource, name: str, part: Part, kind: TensorKind) -
         check_shape(source.location, name, (max(last, part.shape[0]), *block.shape[1:]), part.shape)
         yield first, np.require(block, np.float32, ["C", "W"])
     check_shape(source.location, name, (last, *part.shape[1:]), part.shape)
+
+
+def moment_dtypes(settings: MomentSettings) -> dict[TensorKind, str]:
+    """The dtype of each of Adam's moments, a key of `DTYPES`."""
+    return {
+        "exp_avg": DTYPE_ALIASES[settings.exp_avg_dtype],
+        "exp_avg_sq": DTYPE_ALIASES[settings.exp_avg_sq_dtype],
+    }
+
+
+def notices_of_dtypes(
+    source: TensorSource, names: Mapping[TensorKind, Iterable[str]], dtypes: Mapping[TensorKind, str]
+) -> list[str]:
+    """A notice for each kind that the source holds in another dtype than this run."""
+    stored = {kind: {dtype_name(source.dtype(name, kind)) for name in names[kind]} - {dtypes[kind]} for kind in names}
+    return [
+        f"{source.location} holds {kind} in {' and '.join(sorted(others))}; this run keeps it in {dtypes[kind]}"
+        for kind, others in stored.items()
+        if others
+    ]

@@ -20,7 +20,7 @@ from tandem.parallel.layout import Layout
 from tandem.parallel.slices import Part
 
 # "model": the weight, in the dtype it computes in. "master": its fp32 original, when that dtype is smaller.
-# "exp_avg", "exp_avg_sq": Adam's first and second moments, fp32.
+# "exp_avg", "exp_avg_sq": Adam's first and second moments.
 TensorKind = Literal["model", "master", "exp_avg", "exp_avg_sq"]
 TENSOR_KINDS: tuple[TensorKind, ...] = get_args(TensorKind)
 

@@ -204,12 +204,14 @@ def command(options: PlanOptions, job: Job) -> str:
         "ai-framework": job.ai_framework,
     }
     words += [f"--{name} {value}" for name, value in values.items() if value]
+    words += [f"{flag} {dtype}" for flag, dtype in options.narrow_moments.items()]
     switches = {
         "sequence-parallel": job.sequence_parallel,
         "use-distributed-optimizer": job.use_distributed_optimizer,
         "use-torch-fsdp2": job.use_torch_fsdp2,
         "bf16": options.bf16,
         "fp16": options.fp16,
+        "use-precision-aware-optimizer": options.use_precision_aware_optimizer,
     }
     return " ".join([*words, *(f"--{name}" for name, given in switches.items() if given)])
 

@@ -100,6 +100,7 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
     yield from _wrong_length(settings.training, settings.optimizer)
     yield from _wrong_rate(settings.optimizer)
     yield from _wrong_weight_decay(settings.optimizer)
+    yield from settings.optimizer.wrong_moments()
     yield from _wrong_batch_size(settings.training)
     yield from _wrong_precision(settings.training)
     yield from _wrong_recompute(settings.training)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tandem.config.lengths import BatchSizes, RunLength
 from tandem.frameworks import default_framework
+from tandem.moments import MomentSettings
 from tandem.options import PathText, aliases, as_groups
 from tandem.parallel.layout import Layout, parse_layers
 
@@ -231,7 +232,7 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamSettings:
+class AdamSettings(MomentSettings):
     """AdamW, as engines take it."""
 
     adam_beta1: float = 0.9

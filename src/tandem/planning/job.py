@@ -8,6 +8,7 @@ from functools import lru_cache
 from tandem.errors import UserError
 from tandem.frameworks import Framework, named_framework
 from tandem.models.config import ModelConfig
+from tandem.moments import MomentSettings
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout, Stages
 
@@ -22,6 +23,7 @@ class Job:
     Attributes:
         recompute_layers: how many of a rank's layers, from the first, keep only their input for the backward pass.
         stage: of post-training, where it is one that compares answers.
+        moments: Adam's.
         half: compute in bfloat16 or float16 with fp32 masters; otherwise everything is fp32.
     """
 
@@ -37,6 +39,7 @@ class Job:
     recompute_layers: int = 0
     stage: str | None = None
     half: bool = False
+    moments: MomentSettings = field(default_factory=MomentSettings)
     ai_framework: str = "torch"
 
     @property
@@ -119,7 +122,11 @@ class Job:
                 f"--seq-length {self.seq_length} is above the model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}"
             )
-        self.framework.check(shards_weights=self.use_torch_fsdp2, interleaves_stages=self.chunks > 1)
+        self.framework.check(
+            shards_weights=self.use_torch_fsdp2,
+            interleaves_stages=self.chunks > 1,
+            narrow_moments=self.moments.narrow_moments,
+        )
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:
             raise UserError(
                 f"interleaved stages need a multiple of --pipeline-model-parallel-size {self.pipeline_size} "

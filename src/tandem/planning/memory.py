@@ -158,7 +158,7 @@ def _stage_memory(job: Job, hardware: Hardware, stage: int) -> StageMemory:
         parameters=weights.total,
         weights=kept_bytes * kept,
         gradients=4 * (optimized if job.fully_sharded else trained.total),
-        optimizer=optimized * (12 if kept_bytes < 4 else 8),
+        optimizer=optimized * (job.moments.moment_bytes + (4 if kept_bytes < 4 else 0)),
         activations=_in_flight(job, stage) * _kept(job, layers) + head,
         logits=_logits(job, hardware) if is_last else 0,
         workspace=_workspace(job, layers) + _gradient_temporaries(job, trained),

@@ -13,6 +13,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, load_hf_config
 from tandem.models.lora import Lora, as_targets
 from tandem.models.published import QWEN3_MOE_SIZES, QWEN3_SIZES, qwen3_config
+from tandem.moments import MomentSettings
 from tandem.options import Options, PathText, flag_of, options_of, positional
 from tandem.parallel.layout import Layout, parse_layers
 from tandem.planning.hardware import HARDWARE, Hardware
@@ -37,7 +38,7 @@ CHOSEN = (
 
 
 @dataclass(frozen=True)
-class PlanOptions(Options):
+class PlanOptions(MomentSettings, Options):
     """Options of `tandem plan`. Those that training also has mean the same."""
 
     model: PathText = field(metadata=positional("MODEL"))
@@ -120,6 +121,7 @@ class PlanOptions(Options):
             yield f"--ai-framework {self.ai_framework}: expected one of {', '.join(SPELLINGS)}"
         if self.bf16 and self.fp16:
             yield "--fp16 and --bf16 exclude each other: give one"
+        yield from self.wrong_moments()
         if self.efficiency is not None and not 0 < self.efficiency <= 1:
             yield f"--efficiency {self.efficiency}: expected a share of the peak, above 0 and at most 1"
         if self.devices is not None:
@@ -168,6 +170,7 @@ class PlanOptions(Options):
             recompute_layers=self.recompute_num_layers,
             stage=self.stage,
             half=self.bf16 or self.fp16,
+            moments=self,
             ai_framework=self.ai_framework,
         )
 

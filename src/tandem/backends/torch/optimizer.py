@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from torch.profiler import record_function
 
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.torch.compute.sets import kernels_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDENED = 2**24  # numbers whose moments are there in fp32 at the same time, when they are kept in bf16
 
 
 @record_function("gradient norm")
@@ -68,7 +72,9 @@ class Decision:
 
 
 class AdamW:
-    """Decoupled weight decay, bias corrected (arXiv 1711.05101); fp32 moments and weights, no decay on 1-D tensors.
+    """Decoupled weight decay, bias corrected (arXiv 1711.05101); fp32 weights, no decay on 1-D tensors.
+
+    All is computed in fp32. Moments that are kept in bf16 are rounded to the nearest after each update.
 
     Args:
         weights: the tensors to update, by name: views of the model's weights, or of some of their rows.
@@ -89,8 +95,10 @@ class AdamW:
             name: weight if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
             for name, weight in weights.items()
         }
-        self.exp_avg = {name: torch.zeros_like(master) for name, master in self.master.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(master) for name, master in self.master.items()}
+        self.exp_avg, self.exp_avg_sq = (
+            {name: torch.zeros_like(master, dtype=DTYPES[dtype]) for name, master in self.master.items()}
+            for dtype in (settings.exp_avg_dtype, settings.exp_avg_sq_dtype)
+        )
 
     @record_function("optimizer")
     def update(self, step: int, lr: float, weight_decay: float, decision: Decision) -> None:
@@ -106,17 +114,49 @@ class AdamW:
             torch._foreach_copy_([self.weights[name] for name in narrow], [self.master[name] for name in narrow])
 
     def _update(self, names: list[str], step: int, lr: float, weight_decay: float, decision: Decision) -> None:
-        kernels_of(self.master[names[0]].device).adamw(
-            [self.master[name] for name in names],
-            [self._gradients(name) for name in names],
-            [self.exp_avg[name] for name in names],
-            [self.exp_avg_sq[name] for name in names],
-            step,
-            decision.coefficient,
-            decision.skip,
-            lr=lr,
-            beta1=self.settings.adam_beta1,
-            beta2=self.settings.adam_beta2,
-            weight_decay=weight_decay,
-            eps=self.settings.adam_eps,
-        )
+        tensors = [
+            (self.master[name], self._gradients(name), self.exp_avg[name], self.exp_avg_sq[name]) for name in names
+        ]
+        for group in _groups(tensors) if self.settings.narrow_moments else [tensors]:
+            masters, gradients, *moments = map(list, zip(*group))
+            with _in_fp32(moments) as (exp_avg, exp_avg_sq):
+                kernels_of(masters[0].device).adamw(
+                    masters,
+                    gradients,
+                    exp_avg,
+                    exp_avg_sq,
+                    step,
+                    decision.coefficient,
+                    decision.skip,
+                    lr=lr,
+                    beta1=self.settings.adam_beta1,
+                    beta2=self.settings.adam_beta2,
+                    weight_decay=weight_decay,
+                    eps=self.settings.adam_eps,
+                )
+
+
+def _groups(tensors: Sequence[tuple[torch.Tensor, ...]]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """The same numbers in groups of tensors, with hardly more than WIDENED numbers in each. Large tensors are cut."""
+    group: list[tuple[torch.Tensor, ...]] = []
+    size = 0
+    for of_weight in tensors:
+        rows = max(1, WIDENED * len(of_weight[0]) // of_weight[0].numel())
+        for part in zip(*(tensor.split(rows) for tensor in of_weight)):
+            group.append(part)
+            size += part[0].numel()
+            if size >= WIDENED:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+@contextmanager
+def _in_fp32(moments: Sequence[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
+    """The same lists of tensors in fp32. What becomes of them is rounded to where they came from."""
+    wide = [[tensor.float() for tensor in tensors] for tensors in moments]
+    yield wide
+    for tensors, results in zip(moments, wide):
+        if tensors[0] is not results[0]:
+            torch._foreach_copy_(tensors, results)

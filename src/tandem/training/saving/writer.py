@@ -28,7 +28,7 @@ from tandem.training.logs.events import EventLog
 from tandem.training.progress import Progress
 from tandem.training.saving.hf_export import HFExports
 from tandem.training.saving.retention import remove_superseded
-from tandem.training.start.state import OPTIMIZER_KINDS, SETTINGS_FILE, STATE_FILE, TrainerState
+from tandem.training.start.state import SETTINGS_FILE, STATE_FILE, TrainerState
 
 Part = tuple[TensorKind, Shard, np.ndarray]
 SECONDS_BETWEEN_SIGNS = 2.0
@@ -238,7 +238,7 @@ class CheckpointWriter:
         if not self._settings.no_save_optim:
             if self._engine.param_dtype != "float32":
                 kinds["master"] = "float32"
-            kinds |= dict.fromkeys(OPTIMIZER_KINDS, "float32")
+            kinds |= self._engine.moment_dtypes
         return kinds
 
     def _parts(self, sink: NativeRankSink) -> Iterator[Part]:

@@ -32,7 +32,7 @@ def checkpoint_bytes(settings: Settings, source: TensorSource) -> int:
     training, checkpoint, config = settings.training, settings.checkpoint, source.config
     half = training.bf16 or training.fp16
     weight = 2 if half else 4
-    optimizer = 8 + (4 if half else 0)  # two moments, and fp32 master weights of 16-bit weights
+    optimizer = settings.optimizer.moment_bytes + (4 if half else 0)  # and fp32 master weights of 16-bit weights
     trained = trained_count(config)
     saved = parameter_count(config) if saves_weights(source, settings.lora) else trained
     size = saved * weight + (0 if checkpoint.no_save_optim else trained * optimizer)
@@ -95,6 +95,7 @@ def job_of(settings: Settings, config: ModelConfig, grid: Grid) -> Job:
         seq_length=settings.data.seq_length,
         stage=settings.data.stage,
         half=training.bf16 or training.fp16,
+        moments=settings.optimizer,
         ai_framework=named_framework(training.ai_framework).name,
     )
     return replace(job, recompute_layers=recomputed_layers(training, max(job.layers_of_stages)))
