@@ -24,7 +24,6 @@ class Framework:
         first_version: the first version that works, as in pyproject.toml.
         untested_version: the first version that Tandem was not tested with, as in pyproject.toml.
         launcher: the program that starts its processes.
-        interleaves_stages: can run several chunks of layers on one pipeline stage.
         shards_weights: supports `--use-torch-fsdp2`.
         logits_chunk_bytes: largest size of the fp32 logits of one chunk of rows in the loss, on a CPU.
         device_logits_chunk_bytes: the same on an accelerator. Where few large products matter, it is 2,208 rows of
@@ -38,7 +37,6 @@ class Framework:
     first_version: tuple[int, ...]
     untested_version: tuple[int, ...]
     launcher: str
-    interleaves_stages: bool
     shards_weights: bool
     logits_chunk_bytes: int
     device_logits_chunk_bytes: int
@@ -56,7 +54,7 @@ class Framework:
         first, end = (".".join(map(str, version)) for version in (self.first_version, self.untested_version))
         return f"{self.name}>={first},<{end}"
 
-    def check(self, *, shards_weights: bool, interleaves_stages: bool, narrow_moments: Iterable[str] = ()) -> None:
+    def check(self, *, shards_weights: bool, narrow_moments: Iterable[str] = ()) -> None:
         """Raise UserError when the settings need a feature that this framework does not have.
 
         Args:
@@ -64,10 +62,6 @@ class Framework:
         """
         features = {
             "--use-torch-fsdp2": (shards_weights, [one.name for one in FRAMEWORKS if one.shards_weights]),
-            "--num-layers-per-virtual-pipeline-stage": (
-                interleaves_stages,
-                [one.name for one in FRAMEWORKS if one.interleaves_stages],
-            ),
             **dict.fromkeys(narrow_moments, (True, [one.name for one in FRAMEWORKS if one.narrow_moments])),
         }
         for flag, (is_needed, supporting) in features.items():
@@ -94,7 +88,6 @@ TORCH = Framework(
     first_version=(2, 6),
     untested_version=(3,),
     launcher="torchrun",
-    interleaves_stages=True,
     shards_weights=True,
     logits_chunk_bytes=64 * 2**20,
     device_logits_chunk_bytes=5 * 2**28,
@@ -107,7 +100,6 @@ MINDSPORE = Framework(
     first_version=(2, 9),
     untested_version=(2, 11),
     launcher="msrun",
-    interleaves_stages=False,
     shards_weights=False,
     logits_chunk_bytes=128 * 2**20,
     device_logits_chunk_bytes=128 * 2**20,

@@ -49,8 +49,8 @@ ALL = """
     --train-iters 2000 --seq-length 4096 --split 100,0,0 --lr 1.25e-6 --min-lr 1.25e-7 --weight-decay 1e-1 --bf16
     --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --load LOAD --data-path DATA
 """
-# Where the scripts here differ: a CPU or one device is enough for 0.6B, and MindSpore interleaves no stages here.
-OURS = {"0point6b": {"--nproc-per-node": "1"}, "32b": {"--num-layers-per-virtual-pipeline-stage": "-"}}
+# Where the scripts here differ: a CPU or one device is enough for 0.6B.
+OURS = {"0point6b": {"--nproc-per-node": "1"}}
 Usage = namedtuple("Usage", "total used free")
 DryRun = Callable[..., int]  # command, size, framework, variables -> exit code
 
@@ -110,6 +110,7 @@ def test_the_layout_can_be_another(site: Site, launchers: Path, command: str, si
     settings = site.run(training_script(command, size, "mindspore"), launchers=launchers, **one).settings
     parallel, training, launch = settings.parallel, settings.training, settings.launch
     assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (1, 1)
+    assert parallel.num_layers_per_virtual_pipeline_stage is None
     assert (training.micro_batch_size, training.global_batch_size) == (2, 4)
     assert (launch.nproc_per_node, launch.nnodes) == (1, 1)
 
@@ -221,11 +222,6 @@ def test_weights_of_another_size_are_refused(dry_run: DryRun, capsys: pytest.Cap
     assert dry_run("pretrain", "4b", "torch", TOKENIZER_PATH="8B") == 2
     assert "--ffn-hidden-size 9728 contradicts the weights' config, which has 12288" in capsys.readouterr().err
     assert dry_run("pretrain", "4b", "torch", TOKENIZER_PATH="8B", FFN_HIDDEN_SIZE="") == 0
-
-
-def test_upstreams_interleaved_stages_are_one_variable_away(dry_run: DryRun) -> None:
-    require_framework("torch")
-    assert dry_run("pretrain", "32b", "torch", VPP=4) == 0
 
 
 def test_the_script_itself_dry_runs(models: Site) -> None:

@@ -22,12 +22,14 @@ LAYOUTS = {
     "tp2": ({"tensor-model-parallel-size": 2, "sequence-parallel": None}, 2),
     "fsdp2": ({"use-torch-fsdp2": None}, 2),
     "dp2": ({"use-distributed-optimizer": None}, 2),
+    "vpp": ({"pipeline-model-parallel-size": 2, "num-layers-per-virtual-pipeline-stage": 1}, 2),
     "tp2pp2": ({"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2}, 4),
 }
 # (backend, layout) of the iterations up to 4, 8, and 12
 ROADS = [
     [("torch", "tp2pp2"), ("mindspore", "tp2"), ("torch", "dp2")],
     [("mindspore", "dp2"), ("torch", "fsdp2"), ("mindspore", "plain")],
+    [("mindspore", "vpp"), ("torch", "vpp"), ("mindspore", "tp2")],
 ]
 
 

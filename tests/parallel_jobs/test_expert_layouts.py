@@ -19,7 +19,6 @@ def moe(**values: Any) -> Case:
 
 SHORT = [moe(dp=2, ep=2, packed=True, idle=True, use_distributed_optimizer=True)]
 OF_PYTORCH = [
-    moe(pp=2, vpp=1, packed=True, idle=True),
     moe(dp=2, use_torch_fsdp2=True, packed=True, idle=True, recompute_layers=2),
     moe(dp=2, ep=2, packed=True, fp16=True),
 ]
@@ -31,6 +30,7 @@ MORE = {
         moe(dp=2, packed=True, use_distributed_optimizer=True, idle=True),
         moe(dp=2, ep=2, packed=True, recompute_layers=2),
         moe(pp=2, packed=True),
+        moe(pp=2, vpp=1, packed=True, idle=True),
     ],
     4: [
         moe(dp=4, ep=2, packed=True, use_distributed_optimizer=True, idle=True),
@@ -40,6 +40,7 @@ MORE = {
         moe(tp=2, dp=2, ep=2, extend=True, packed=True, use_distributed_optimizer=True),
         moe(tp=4, ep=2, etp=1, packed=True, sequence_parallel=True),
         moe(pp=2, dp=2, ep=2, packed=True, idle=True),
+        moe(pp=2, dp=2, ep=2, vpp=1, packed=True, idle=True),
     ],
 }
 

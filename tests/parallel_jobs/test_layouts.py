@@ -72,13 +72,19 @@ def test_more_layouts_equal_one_process_on_pytorch(processes: int, cases: list[C
 SHORTER = [
     Case(tp=2, sequence_parallel=True, packed=True, lr=2e-4),
     Case(pp=2, tied=False, num_layer_list=(1, 3), recompute_layers=1),
+    Case(pp=2, vpp=1, packed=True, idle=True),
     Case(dp=2, use_distributed_optimizer=True, packed=True),
 ]
 MORE_OF_MINDSPORE = {
-    2: [Case(tp=2, packed=True, weighted=True, lr=2e-4), *SHORTER],
+    2: [
+        Case(tp=2, packed=True, weighted=True, lr=2e-4),
+        Case(pp=2, vpp=2, num_layers=8, tied=False, recompute_layers=3),
+        *SHORTER,
+    ],
     4: [
         Case(tp=2, pp=2, packed=True, noop_layers=(0, 5)),
         Case(tp=2, dp=2, family="qwen2", use_distributed_optimizer=True, lr=2e-4),
+        Case(tp=2, pp=2, vpp=1, packed=True, idle=True, sequence_parallel=True),
     ],
 }
 
@@ -119,6 +125,7 @@ MORE_ADAPTED = {
         Case(tp=2, adapters="shared A", tied=False),
         Case(tp=2, adapters="dropout", sequence_parallel=True),
         Case(pp=2, packed=True, adapters="some", recompute_layers=1),
+        Case(pp=2, vpp=1, packed=True, adapters="lora"),
     ],
     ("mindspore", 4): [Case(tp=2, pp=2, packed=True, adapters="dora", sequence_parallel=True)],
 }
@@ -231,9 +238,7 @@ def test_the_layout_matrix_equals_one_process_on_pytorch(processes: int, tmp_pat
 @pytest.mark.parametrize("processes", sizes_of_the_matrix("jobs"))
 def test_the_layout_matrix_equals_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
     rest = [
-        case
-        for case in [*SHORT.get(processes, []), *MORE]
-        if case.processes == processes and not case.vpp and not case.use_torch_fsdp2
+        case for case in [*SHORT.get(processes, []), *MORE] if case.processes == processes and not case.use_torch_fsdp2
     ]
     check(require_framework("mindspore"), processes, matrix(processes, ENDS) + rest, tmp_path, timeout=1200)
 

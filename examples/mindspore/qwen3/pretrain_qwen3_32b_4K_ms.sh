@@ -6,6 +6,9 @@ NPUS_PER_NODE="${NPUS_PER_NODE:-8}" # processes on this machine; TP x PP must di
 NNODES="${NNODES:-2}"
 TP="${TP:-8}"
 PP="${PP:-2}"
+if [[ "$PP" != 1 ]]; then # one stage is not interleaved
+    VPP="${VPP-4}"
+fi
 MBS="${MBS:-1}"
 GBS="${GBS:-128}"
 USE_DISTRIBUTED_OPTIMIZER="${USE_DISTRIBUTED_OPTIMIZER:-true}"

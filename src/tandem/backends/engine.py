@@ -19,7 +19,7 @@ from tandem.backends.adapters import Switch, local_adapters
 from tandem.backends.experts import Balancing, Share, check_experts, sliced
 from tandem.backends.interface import EngineSettings, ExpertLoad, Session, StepResult
 from tandem.backends.loading import load_each, moment_dtypes, notices_of_dtypes, stream_fp32
-from tandem.backends.passes import WeightedBatch, trained_rows
+from tandem.backends.passes import UNTRAINED, WeightedBatch, trained_rows
 from tandem.backends.session import Computes, EngineSession, check_layout, check_memory
 from tandem.backends.update import moments_that_stand_still
 from tandem.checkpoints.interface import DTYPES, TENSOR_KINDS, TensorKind, TensorSource, kinds_to_load
@@ -69,7 +69,6 @@ class BaseEngine(ABC, Generic[T]):
         layout = settings.grid.layout
         self.framework.check(
             shards_weights=settings.use_torch_fsdp2,
-            interleaves_stages=layout.num_layers_per_virtual_pipeline_stage is not None,
             narrow_moments=settings.narrow_moments,
         )
         layout.check(config)
@@ -80,6 +79,7 @@ class BaseEngine(ABC, Generic[T]):
         self.optimizer_step = 0
         self._settings, self._grid = settings, settings.grid
         self._place = self._grid.place(settings.rank)
+        self._stage = layout.stages(config.num_layers)[self._place.pipeline]
         self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
         self._trained = [name for name, shard in self._shards.items() if is_trained(config, shard.spec)]
         self._balancing = Balancing(settings, config, self._grid.tensor_size)
@@ -282,8 +282,7 @@ class BaseEngine(ABC, Generic[T]):
 
     def _own_layers(self) -> list[int]:
         """The layers on this rank, by their numbers in the whole model."""
-        stage = self._grid.layout.stages(self.config.num_layers)[self._place.pipeline]
-        return [slot.layer for chunk in stage for slot in chunk]
+        return [slot.layer for chunk in self._stage for slot in chunk]
 
     def free_memory(self) -> int:
         return available_bytes() if self.device_name == "cpu" else self._free_memory_of_device()
@@ -296,10 +295,18 @@ class BaseEngine(ABC, Generic[T]):
     # --- this rank's share
 
     def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """The micro-batches that have tokens to train. All are checked first."""
+        """The micro-batches that have tokens to train. All are checked first.
+
+        But interleaved stages need whole rounds of micro-batches. And ranks that gather weights from each other, or
+        send tokens to each other's experts, must run equally many.
+        """
         for batch in micro_batches:
             batch.check_vocabulary(self.config.vocab_size)
-        return [batch for batch in micro_batches if batch.trained_tokens]
+        interleaved = len(self._stage) > 1
+        batches = [batch for batch in micro_batches if interleaved or batch.trained_tokens]
+        if self.by_rows.weights or self._grid.layout.expert_size > 1:
+            batches += [UNTRAINED] * (self._largest_of_data_ranks(len(batches)) - len(batches))
+        return batches
 
     def _reported(self, loss: Any) -> Any:
         """The loss on the first tensor rank, and 0 on the others, which computed the same."""
@@ -369,6 +376,10 @@ class BaseEngine(ABC, Generic[T]):
     @abstractmethod
     def _sum_over_ranks(self, *values: Any) -> list[float]:
         """The sums over all ranks, in double precision. Values are numbers, or the framework's."""
+
+    @abstractmethod
+    def _largest_of_data_ranks(self, count: int) -> int:
+        """The largest of the data ranks' counts."""
 
     @abstractmethod
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> Any:

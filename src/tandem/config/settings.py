@@ -96,7 +96,7 @@ class ParallelSettings(ShardingSettings):
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages that split the layers."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Interleaved pipeline: layers in each virtual stage (PyTorch only)."""
+    """Interleaved pipeline: layers in each virtual stage."""
     num_layer_list: str | None = None
     """Number of layers on each stage, such as 10,18. Not together with virtual stages or noop layers."""
     noop_layers: str | None = None

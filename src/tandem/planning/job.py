@@ -124,7 +124,6 @@ class Job:
             )
         self.framework.check(
             shards_weights=self.use_torch_fsdp2,
-            interleaves_stages=self.chunks > 1,
             narrow_moments=self.moments.narrow_moments,
         )
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:

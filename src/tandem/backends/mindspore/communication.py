@@ -23,11 +23,11 @@ from mindspore.communication import GlobalComm, create_group
 from mindspore.mint.distributed import distributed
 
 from tandem.backends.mindspore.device import prepare
+from tandem.backends.pipeline import Stage
 from tandem.errors import UserError
 from tandem.launch.member import NODE
 from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid, Place
-from tandem.parallel.pipeline import after, before
 
 Result = TypeVar("Result")
 
@@ -145,7 +145,8 @@ class Groups:
         experts: those that share the experts of layers.
         copies: those that hold the same experts.
         tied: the first and the last stage's ranks that hold the same slice of a tied embedding.
-        channels: (from rank, to rank) -> a group of neighbouring stages, which carries messages in that direction only.
+        channels: (from rank, to rank, forward) -> a group of these two, which carries only activations in this
+            direction when `forward`, and only their gradients otherwise.
     """
 
     everyone: Ranks
@@ -155,11 +156,11 @@ class Groups:
     experts: Ranks
     copies: Ranks
     tied: Ranks
-    channels: dict[tuple[int, int], str]
+    channels: dict[tuple[int, int, bool], str]
 
 
-def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
-    """The groups of `rank`. Every rank calls this at the same time."""
+def make_groups(grid: Grid, rank: int, *, tied: bool, chunks: int) -> Groups:
+    """The groups of `rank`, whose stage has `chunks` chunks. Every rank calls this at the same time."""
     if grid.size == 1:
         return Groups(Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), Ranks(), {})
     place = grid.place(rank)
@@ -173,7 +174,7 @@ def make_groups(grid: Grid, rank: int, *, tied: bool) -> Groups:
         _ranks(grid.expert_group("expert", place), rank),
         _ranks(grid.expert_group("replica", place), rank),
         _ranks(ends, rank) if has_tied else Ranks(),
-        _channels(grid, place),
+        _channels(Stage(grid, place, chunks)),
     )
 
 
@@ -194,14 +195,26 @@ def _ranks(members: list[int], rank: int) -> Ranks:
     return Ranks(_group("-".join(map(str, members)), tuple(members)), members.index(rank), len(members))
 
 
-def _channels(grid: Grid, place: Place) -> dict[tuple[int, int], str]:
-    """Both ends of a channel create it. All ranks create channels in sorted order, so no two wait for each other."""
-    rank, channels = grid.rank(place), set()
-    for link in (before(place.pipeline, 0, grid.pipeline_size), after(place.pipeline, 0, grid.pipeline_size, 1)):
-        if link is not None:
-            neighbour = grid.rank(Place(place.tensor, place.data, link.stage))
-            channels |= {(rank, neighbour), (neighbour, rank)}
-    return {ends: _group(f"{ends[0]}>{ends[1]}", tuple(sorted(ends))) for ends in sorted(channels)}
+def _channels(stage: Stage) -> dict[tuple[int, int, bool], str]:
+    """Both ends of a channel create it. All ranks create channels in sorted order, so no two wait for each other.
+
+    Two interleaved stages send both activations and gradients to each other. A channel carries one of these, so its
+    messages are received in the order in which they are sent.
+    """
+    rank, channels = stage.grid.rank(stage.place), set()
+    for chunk in range(stage.chunks):
+        if (source := stage.source(chunk)) is not None:
+            neighbour = stage.rank_of(source)
+            channels |= {(neighbour, rank, True), (rank, neighbour, False)}
+        if (target := stage.target(chunk)) is not None:
+            neighbour = stage.rank_of(target)
+            channels |= {(rank, neighbour, True), (neighbour, rank, False)}
+    return {
+        (first, second, forward): _group(
+            f"{first}>{second}-{'activations' if forward else 'gradients'}", tuple(sorted((first, second)))
+        )
+        for first, second, forward in sorted(channels)
+    }
 
 
 @functools.cache

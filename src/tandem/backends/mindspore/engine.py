@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.adapters import LocalAdapter
-from tandem.backends.engine import BaseEngine, Batch, ByRows
+from tandem.backends.engine import BaseEngine, ByRows
 from tandem.backends.experts import sliced
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.mindspore.adapters import Factors, Linear
@@ -27,7 +27,8 @@ from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.session import MindSporeSession
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
-from tandem.backends.passes import UNTRAINED, WeightedBatch
+from tandem.backends.passes import WeightedBatch
+from tandem.backends.pipeline import recompute_counts
 from tandem.backends.update import clip_coefficient, is_trusted
 from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import TensorKind
@@ -64,7 +65,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         if self.param_dtype == "float32" and self._kernels.fp32_notice:
             self.notices.append(self._kernels.fp32_notice)
         self._dtype: ms.Type = getattr(ms, self.param_dtype)
-        self._groups = make_groups(self._grid, settings.rank, tied=config.tied)
+        self._groups = make_groups(self._grid, settings.rank, tied=config.tied, chunks=len(self._stage))
         self._data, self._copies = (
             DataParallel(ranks, settings.use_distributed_optimizer and ranks.group is not None, self._kernels)
             for ranks in (self._groups.data, self._groups.copies)
@@ -77,6 +78,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
             for name, shard in self._shards.items()
         }
         self._trained_weights = {name: self._weights[name] for name in self._trained}
+        self._watchers: list[Callable[[str, Tensor], None]] = []
         self._passes = self._make_passes()
         self._adamw = (
             AdamW(self._trained_weights, self._data_of, settings, self._kernels) if settings.training else None
@@ -97,21 +99,26 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return Weight(value.astype(self._dtype), self._kernels.zeros((last - first, *shape[1:])))
 
     def _make_passes(self) -> Passes:
-        (slots,) = self._grid.layout.stages(self.config.num_layers)[self._place.pipeline]
-        pipeline = Pipeline(self._grid, self._place, self._groups.channels)
-        decoder = Decoder(
-            config=self._local_config(),
-            layers=[slot.layer for slot in slots],
-            first=pipeline.is_first,
-            last=pipeline.is_last,
-            weights=self._weights,
-            linears=self._make_linears(),
-            mixtures=self._make_mixtures([slot.layer for slot in slots]),
-            kernels=self._kernels,
-            tensor=self._tensor,
-            recompute_layers=self._settings.recompute_layers,
-        )
-        return Passes(decoder, pipeline, self._tensor, self._kernels, self._dtype, self._balancing)
+        pipeline = Pipeline(self._grid, self._place, len(self._stage), self._groups.channels)
+        linears, mixtures = self._make_linears(), self._make_mixtures(self._own_layers())
+        counts = recompute_counts(self._stage, self._settings.recompute_layers)
+        chunks = [
+            Decoder(
+                config=self._local_config(),
+                layers=[slot.layer for slot in slots],
+                first=pipeline.source(number) is None,
+                last=pipeline.target(number) is None,
+                weights=self._weights,
+                linears=linears,
+                mixtures=mixtures,
+                kernels=self._kernels,
+                tensor=self._tensor,
+                recompute_layers=count,
+                watchers=self._watchers,
+            )
+            for number, (slots, count) in enumerate(zip(self._stage, counts))
+        ]
+        return Passes(chunks, pipeline, self._tensor, self._kernels, self._dtype, self._balancing)
 
     def _make_mixtures(self, layers: Sequence[int]) -> dict[int, Mixture]:
         experts = sliced(self.config.experts, self._grid.layout)
@@ -177,13 +184,8 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _sum_over_ranks(self, *values: float) -> list[float]:
         return self._groups.everyone.sum_values(*values)
 
-    def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """The same as in the base class. Ranks that send tokens to each other's experts run equally many."""
-        batches = super()._to_run(micro_batches)
-        if self._groups.experts.group is not None:
-            most = max(self._groups.data.gather_values(len(batches)))
-            batches += [UNTRAINED] * (most - len(batches))
-        return batches
+    def _largest_of_data_ranks(self, count: int) -> int:
+        return max(self._groups.data.gather_values(count))
 
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
         for weight in self._trained_weights.values():
@@ -259,25 +261,26 @@ class MindSporeEngine(BaseEngine[Tensor]):
 
     @contextmanager
     def _watched_by(self, look: Callable[[str, Tensor], None]) -> Iterator[None]:
-        watchers = self._passes.decoder.watchers
-        watchers.append(look)
+        self._watchers.append(look)
         try:
             yield
         finally:
-            watchers.remove(look)
+            self._watchers.remove(look)
 
     def _is_finite(self, tensor: Tensor) -> bool:
         return is_finite(tensor.asnumpy())
 
     def _logits(self, micro_batch: MicroBatch, rows: np.ndarray) -> np.ndarray:
         with _non_finite_allowed():
-            hidden, head = self._passes.hidden(micro_batch, rows), self._passes.decoder.head
+            hidden, head = self._passes.hidden(micro_batch, rows), self._passes.head
             assert hidden is not None
             logits = self._kernels.product(hidden, head.value, transpose_b=True)
         return logits.astype(ms.float32).asnumpy()
 
     def _computes(self) -> MindSporeSession:
-        return MindSporeSession(self._passes, self._groups.model, self._local_config(), self.config.vocab_size)
+        return MindSporeSession(
+            self._passes, self._groups.model, self._local_config(), self._own_layers(), self.config.vocab_size
+        )
 
     def _free_memory_of_device(self) -> int:
         free, _ = ms.runtime.mem_get_info()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -89,16 +89,16 @@ def chained(steps: Iterable[Layer], x: Tensor, differentiable: bool = True) -> t
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """This rank's stage and slice of a decoder: embedding, layers and final norm. The loss applies the head.
+    """A chunk of this rank's stage and slice of a decoder: embedding, layers, final norm. The loss applies the head.
 
     Attributes:
         config: with this rank's numbers of heads and groups.
-        layers: the stage's layers, as numbered in the whole model. `recompute_layers` counts from the first.
-        first, last: whether the stage begins with the embedding, and whether it ends with the final norm.
+        layers: the chunk's layers, as numbered in the whole model. `recompute_layers` counts from the first.
+        first, last: whether the chunk begins with the embedding, and whether it ends with the final norm.
         weights: by global name.
         linears: the layers' linear layers, by the global names of their weights.
         mixtures: the experts of those layers that have them.
-        watchers: called with the global name of each module that has run, and its output.
+        watchers: of all chunks of the rank; called with the global name of each module that has run, and its output.
     """
 
     config: ModelConfig
@@ -111,7 +111,7 @@ class Decoder:
     kernels: Kernels
     tensor: TensorParallel
     recompute_layers: int
-    watchers: list[Callable[[str, Tensor], None]] = field(default_factory=list)
+    watchers: list[Callable[[str, Tensor], None]]
 
     @property
     def head(self) -> Weight:
@@ -127,12 +127,12 @@ class Decoder:
         attention: Attention | None = None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Pullback]:
-        """The stage's output from x [t, h], the output of the stage before (None for the first stage).
+        """The chunk's output from x [t, h], the output of the chunk before (None for the first chunk).
 
-        The last stage returns the input of the head, at `rows` of the micro-batch: [len(rows), h].
+        The last chunk returns the input of the head, at `rows` of the micro-batch: [len(rows), h].
 
         The second result takes the output's gradient, accumulates the gradients of all weights, and returns the
-        gradient of x (undefined on the first stage). It may be called once, and only when `differentiable`.
+        gradient of x (undefined on the first chunk). It may be called once, and only when `differentiable`.
 
         Args:
             attention: default: within documents.

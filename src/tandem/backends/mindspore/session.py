@@ -30,12 +30,14 @@ class MindSporeSession:
     Attributes:
         model_ranks: those that hold the model together.
         local: the config with the sizes of this rank's slices.
+        layers: those on this rank, by their number in the whole model.
         vocab_size: of the whole vocabulary.
     """
 
     passes: Passes
     model_ranks: Ranks
     local: ModelConfig
+    layers: Sequence[int]
     vocab_size: int
 
     @property
@@ -47,10 +49,9 @@ class MindSporeSession:
         return self.model_ranks.rank == 0
 
     def new_cache(self, room: int) -> Cache:
-        layers = self.passes.decoder.layers
-        shape = (len(layers), 2, self.local.num_query_groups, room, self.local.kv_channels)
+        shape = (len(self.layers), 2, self.local.num_query_groups, room, self.local.kv_channels)
         memory = self.passes.kernels.new_cache(shape, self.passes.dtype)
-        return {layer: memory[number] for number, layer in enumerate(layers)}
+        return {layer: memory[number] for number, layer in enumerate(self.layers)}
 
     def copied(self, cache: Cache, room: int, tokens: int) -> Cache:
         new = self.new_cache(room)
@@ -72,7 +73,7 @@ class MindSporeSession:
         own = None
         if hidden is not None:
             rows = kernels.rows(hidden, part.start, part.stop)
-            product = kernels.product(rows, self.passes.decoder.head.value, transpose_b=True)
+            product = kernels.product(rows, self.passes.head.value, transpose_b=True)
             own = product.astype(ms.float32).asnumpy()
         if self.model_ranks.group is None:
             assert own is not None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
 
-from tandem.backends.engine import BaseEngine, Batch, ByRows
+from tandem.backends.engine import BaseEngine, ByRows
 from tandem.backends.interface import EngineSettings, StepResult
-from tandem.backends.passes import UNTRAINED, WeightedBatch
+from tandem.backends.passes import WeightedBatch
+from tandem.backends.pipeline import recompute_counts
 from tandem.backends.torch.communication import Groups, make_groups, maximum_over, sum_over
 from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.data_parallel import Apart, Replicated, Sharing
@@ -58,8 +58,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             without_bf16=f"{self._device.type} does not compute in bfloat16 natively",
         )
         self._dtype: torch.dtype = getattr(torch, self.param_dtype)
-        stage = self._grid.layout.stages(config.num_layers)[self._place.pipeline]
-        self._groups = make_groups(self._grid, settings.rank, interleaved=len(stage) > 1)
+        self._groups = make_groups(self._grid, settings.rank, interleaved=len(self._stage) > 1)
         self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows(0))
         self._sharing: Sharing
         if settings.use_torch_fsdp2 and self._grid.data_size > 1:
@@ -73,10 +72,10 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             self._sharing = self._replicated(by_rows=settings.use_distributed_optimizer)
             kept_dtype, shard = self._dtype, None
         self.by_rows = ByRows(self._sharing.weights_by_rows, self._sharing.by_rows, self._sharing.by_rows)
-        pipeline = Pipeline(self._grid, self._place, len(stage), self._groups.pipelines)
+        pipeline = Pipeline(self._grid, self._place, len(self._stage), self._groups.pipelines)
         chunks = [
             Chunk(slots, pipeline.source(number) is None, pipeline.target(number) is None)
-            for number, slots in enumerate(stage)
+            for number, slots in enumerate(self._stage)
         ]
         build = Build(
             self._local_config(),
@@ -88,7 +87,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             shard,
             ExpertRanks(self._groups.experts, self._share),
         )
-        counts = recompute_counts(stage, settings.recompute_layers)
+        counts = recompute_counts(self._stage, settings.recompute_layers)
         models = [GPTModel(build, chunk, count) for chunk, count in zip(chunks, counts)]
         self._passes = Passes(config, models, pipeline, self._sharing, self._dtype, self._device, self._balancing)
         self._weights = self._name_weights(models)
@@ -187,17 +186,8 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         self.optimizer_step += result.applied
         return result
 
-    def _to_run(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """The same as in the base class, with two exceptions.
-
-        Interleaved stages need whole rounds of micro-batches. And ranks that gather weights from each other, or send
-        tokens to each other's experts, must run equally many.
-        """
-        trained = super()._to_run(micro_batches)
-        batches = list(micro_batches) if len(self._passes.chunks) > 1 else trained
-        if self._sharing.weights_by_rows or self._groups.experts.group is not None:
-            batches += [UNTRAINED] * (maximum_over(self._groups.data, len(batches)) - len(batches))
-        return batches
+    def _largest_of_data_ranks(self, count: int) -> int:
+        return maximum_over(self._groups.data, count)
 
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> torch.Tensor | float:
         self._sharing.begin(gradients=True)
@@ -266,12 +256,6 @@ class TorchEngine(BaseEngine[torch.Tensor]):
 
     def _peak_of_device(self) -> int:
         return int(getattr(torch, self._device.type).max_memory_allocated(self._device))
-
-
-def recompute_counts(chunks: Sequence[Sequence[object]], layers: int) -> list[int]:
-    """How many layers of each chunk belong to the first `layers` of this rank."""
-    starts = accumulate((len(chunk) for chunk in chunks), initial=0)
-    return [min(max(layers - start, 0), len(chunk)) for start, chunk in zip(starts, chunks)]
 
 
 def make_tensor_parallel(settings: EngineSettings, groups: Groups, vocabulary_rows: int) -> TensorParallel | None:

@@ -7,47 +7,32 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from tandem.backends.pipeline import Stage
 from tandem.backends.torch.communication import Group
-from tandem.parallel.grid import Grid, Place
-from tandem.parallel.pipeline import Action, Link, after, before, one_forward_one_backward
+from tandem.parallel.pipeline import Link
 
 
 @dataclass
-class Pipeline:
+class Pipeline(Stage):
     """Messages between one stage and its neighbours. Sending does not wait; receiving does.
 
     Args:
         groups: `Groups.pipelines`.
     """
 
-    grid: Grid
-    place: Place
-    chunks: int
     groups: dict[tuple[bool, bool], Group]
     _sent: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
-
-    def source(self, chunk: int) -> Link | None:
-        """Where a chunk's input comes from; None for the model's first."""
-        return before(self.place.pipeline, chunk, self.grid.pipeline_size)
-
-    def target(self, chunk: int) -> Link | None:
-        """Where a chunk's output goes; None for the model's last."""
-        return after(self.place.pipeline, chunk, self.grid.pipeline_size, self.chunks)
-
-    def schedule(self, micro_batches: int) -> list[Action]:
-        """The passes of this stage over `micro_batches` micro-batches, in order."""
-        return one_forward_one_backward(self.place.pipeline, self.grid.pipeline_size, self.chunks, micro_batches)
 
     def receive(self, link: Link, forward: bool, x: torch.Tensor) -> torch.Tensor:
         """Fill x with what the chunk at `link` sends: activations when `forward`, their gradient otherwise."""
         around = (link.stage > self.place.pipeline) == forward
-        dist.recv(x, self._rank(link.stage), group=self.groups[forward, around])
+        dist.recv(x, self.rank_of(link), group=self.groups[forward, around])
         return x
 
     def send(self, link: Link, forward: bool, x: torch.Tensor) -> None:
         around = (self.place.pipeline > link.stage) == forward
         x = x.contiguous()
-        work = dist.isend(x, self._rank(link.stage), group=self.groups[forward, around])
+        work = dist.isend(x, self.rank_of(link), group=self.groups[forward, around])
         assert work is not None
         self._sent = [(sent, kept) for sent, kept in self._sent if not sent.is_completed()]
         self._sent.append((work, x))  # kept until it is sent
@@ -60,18 +45,15 @@ class Pipeline:
 
     def copy_from_end(self, x: torch.Tensor) -> None:
         """Fill x on every stage with the last stage's. There are several stages, and all call it."""
-        dist.broadcast(x, self._rank(self.grid.pipeline_size - 1), group=self.groups[True, False])
+        dist.broadcast(x, self.rank_at(self.grid.pipeline_size - 1), group=self.groups[True, False])
 
     def sum_over_ends(self, x: torch.Tensor) -> None:
         """Sum a tensor over the model's first and last stage, in place. Only these two, different, stages call it."""
         first = self.grid.is_first_stage(self.place)
-        peer = self._rank(self.grid.pipeline_size - 1 if first else 0)
+        peer = self.rank_at(self.grid.pipeline_size - 1 if first else 0)
         received = torch.empty_like(x)
         work = dist.isend(x.contiguous(), peer, group=self.groups[first, False])
         dist.recv(received, peer, group=self.groups[not first, False])
         assert work is not None
         work.wait()
         x.add_(received)
-
-    def _rank(self, stage: int) -> int:
-        return self.grid.rank(Place(self.place.tensor, self.place.data, stage))

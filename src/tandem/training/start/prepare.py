@@ -103,7 +103,6 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     check_settings(settings)
     framework.check(
         shards_weights=settings.parallel.use_torch_fsdp2,
-        interleaves_stages=settings.parallel.num_layers_per_virtual_pipeline_stage is not None,
         narrow_moments=settings.optimizer.narrow_moments,
     )
     check_epochs(data, training)
