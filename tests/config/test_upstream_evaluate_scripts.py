@@ -10,6 +10,8 @@ import pytest
 from tandem.cli import evaluate
 from tandem.config.settings import Settings
 from tandem.models.published import qwen3_config
+from tandem.parallel.grid import Grid
+from tandem.training.start.weights import check_model_flags
 
 LINES = Path(__file__).with_name("upstream_evaluate_scripts.txt").read_text(encoding="utf-8").splitlines()
 SCRIPTS = {line.split()[0]: line.split()[1:] for line in LINES if not line.startswith("#")}
@@ -31,7 +33,7 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Sett
 
 
 def test_how_many_there_are() -> None:
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 8
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -42,7 +44,11 @@ def test_the_script_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert (given.task, given.task_data_path, given.max_new_tokens) == (("mmlu",), ("PATH_",), 2)
     assert not given.apply_chat_template
     assert settings.launch.nproc_per_node == 8
-    settings.parallel.layout.check(qwen3_config(name.split("_")[2].replace("point", ".").upper()))
+    size = name.split("qwen3_")[1].removesuffix("_ptd.sh").replace("point", ".").replace("_", "-").upper()
+    config = qwen3_config(size)
+    check_model_flags(settings.model, settings.experts, settings.data.seq_length, config)
+    settings.parallel.layout.check(config)
+    Grid(settings.parallel.layout, settings.launch.nproc_per_node * settings.launch.nnodes)
     assert len(notices) == 1
     assert "accepted, without effect here" in notices[0]
 

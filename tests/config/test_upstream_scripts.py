@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tandem.errors import UserError
 from tandem.frameworks import SPELLINGS
 from tandem.models.published import qwen3_config
 from tandem.parallel.grid import Grid
+from tandem.training.start.weights import check_model_flags
 
 LINES = Path(__file__).with_name("upstream_scripts.txt").read_text(encoding="utf-8").splitlines()
 SCRIPTS = {line.split()[0]: line.split()[1:] for line in LINES if not line.startswith("#")}
@@ -21,6 +23,12 @@ PROGRAMS = {"pretrain_gpt.py": "pretrain", "posttrain_gpt.py": "finetune"}
 REFUSED = {
     "mcore/tune_qwen3_32b_256K_full_pack_A3_ptd.sh": "--context-parallel-size 8",
     "mcore/tune_qwen3_32b_32K_full_pack_A3_ptd.sh": "--context-parallel-size 2",
+    "mcore/tune_qwen3_235b_a22b_64K_full_pack_A3_ptd.sh": "--context-parallel-size 4",
+    "mcore/tune_qwen3_235b_a22b_128K_full_pack_A3_ptd.sh": "--context-parallel-size 8",
+    "mcore/tune_qwen3_235b_a22b_256K_full_pack_A3_ptd.sh": "--context-parallel-size 8",
+    "mcore/tune_qwen3_30b_a3b_256K_full_pack_A3_ptd.sh": "--context-parallel-size 16",
+    "mindspore/tune_qwen3_235b_a22b_64K_full_pack_A3_ms.sh": "--context-parallel-size 8",
+    "mindspore/tune_qwen3_235b_a22b_256K_full_pack_A3_ms.sh": "--context-parallel-size 16",
     "mcore/tune_qwen3_235b_a22b_32K_lora_pack_A2_ptd.sh": "--attention-dropout 0.05: only 0 is supported",
 }
 ACCEPTED = [name for name in SCRIPTS if name not in REFUSED]
@@ -29,6 +37,8 @@ ACCEPTED = [name for name in SCRIPTS if name not in REFUSED]
 def size_of(name: str) -> str:
     """The size of a script's model: 0.6B, 30B-A3B."""
     size, experts = name.split("qwen3_")[1].split("_")[:2]
+    if size == "480b":
+        return "Coder-480B-A35B"
     return (f"{size}-{experts}" if experts in ("a3b", "a22b") else size.replace("point", ".")).upper()
 
 
@@ -43,14 +53,31 @@ def settings_of(name: str) -> tuple[Settings, list[str]]:
     )
     launch, layout = settings.launch, settings.parallel.layout
     check_batch_sizes(settings.training, Grid(layout, (launch.nproc_per_node or 1) * launch.nnodes))
-    layout.check(qwen3_config(size_of(name)))
+    config = qwen3_config(size_of(name))
+    check_model_flags(settings.model, settings.experts, settings.data.seq_length, config, len(layout.noop_layers))
+    layout.check(config)
     return settings, notices
 
 
 def test_how_many_there_are() -> None:
-    assert (len(SCRIPTS), len(ACCEPTED)) == (46, 43)
-    of_two_machines = [settings.launch.nnodes == 2 for settings, _ in map(settings_of, ACCEPTED)]
-    assert sum(of_two_machines) == 5
+    assert (len(SCRIPTS), len(ACCEPTED)) == (63, 54)
+    of_experts = [name for name in SCRIPTS if "_a3b_" in name or "_a22b_" in name or "_480b_" in name]
+    assert (len(of_experts), len([name for name in of_experts if name in ACCEPTED])) == (20, 13)
+    of_context = [name for name, words in REFUSED.items() if words.startswith("--context-parallel-size")]
+    assert len(of_context) == len(REFUSED) - 1
+    machines = Counter(settings_of(name)[0].launch.nnodes for name in ACCEPTED)
+    assert machines == {1: 39, 2: 9, 16: 6}
+
+
+def test_stages_of_experts_are_interleaved_on_both_frameworks() -> None:
+    chunks = {
+        name: (parallel.num_layers_per_virtual_pipeline_stage, parallel.expert_model_parallel_size)
+        for name in ACCEPTED
+        if (parallel := settings_of(name)[0].parallel).num_layers_per_virtual_pipeline_stage
+    }
+    assert chunks["mindspore/pretrain_qwen3_235b_a22b_4k_A3_ms.sh"] == (8, 32)
+    assert chunks["mindspore/pretrain_qwen3_32b_4K_ms.sh"] == (4, 1)
+    assert len([name for name in chunks if name.startswith("mindspore/")]) == 4
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

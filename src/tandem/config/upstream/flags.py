@@ -85,6 +85,7 @@ IGNORED: dict[str, Ignored] = {
     "--enable-recompute-layers-per-pp-rank": ALWAYS_ON,
     "--moe-permutation-async-comm": ALWAYS_ON,
     "--moe-permute-fusion": ALWAYS_ON,
+    "--use-fused-moe-token-permute-and-unpermute": ALWAYS_ON,
     "--moe-alltoall-overlap-comm": ALWAYS_ON,
     "--moe-fb-overlap": ALWAYS_ON,
     "--moe-zero-memory": Ignored(1),
