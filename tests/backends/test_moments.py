@@ -146,4 +146,4 @@ def test_a_moment_that_bf16_cannot_follow_is_named(beta2: float, stands: bool) -
 
 def test_mindspore_refuses_the_flag_by_name() -> None:
     with pytest.raises(UserError, match="--exp-avg-sq-dtype needs torch, not mindspore"):
-        MINDSPORE.check(shards_weights=False, interleaves_stages=False, narrow_moments=["--exp-avg-sq-dtype"])
+        MINDSPORE.check(shards_weights=False, narrow_moments=["--exp-avg-sq-dtype"])
