@@ -67,10 +67,7 @@ class BaseEngine(ABC, Generic[T]):
 
     def __init__(self, config: ModelConfig, settings: EngineSettings) -> None:
         layout = settings.grid.layout
-        self.framework.check(
-            shards_weights=settings.use_torch_fsdp2,
-            narrow_moments=settings.narrow_moments,
-        )
+        self.framework.check(shards_weights=settings.use_torch_fsdp2, narrow_moments=settings.narrow_moments)
         layout.check(config)
         check_experts(config, settings)
         self.config = config
@@ -302,8 +299,7 @@ class BaseEngine(ABC, Generic[T]):
         """
         for batch in micro_batches:
             batch.check_vocabulary(self.config.vocab_size)
-        interleaved = len(self._stage) > 1
-        batches = [batch for batch in micro_batches if interleaved or batch.trained_tokens]
+        batches = [batch for batch in micro_batches if len(self._stage) > 1 or batch.trained_tokens]
         if self.by_rows.weights or self._grid.layout.expert_size > 1:
             batches += [UNTRAINED] * (self._largest_of_data_ranks(len(batches)) - len(batches))
         return batches

@@ -122,10 +122,7 @@ class Job:
                 f"--seq-length {self.seq_length} is above the model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}"
             )
-        self.framework.check(
-            shards_weights=self.use_torch_fsdp2,
-            narrow_moments=self.moments.narrow_moments,
-        )
+        self.framework.check(shards_weights=self.use_torch_fsdp2, narrow_moments=self.moments.narrow_moments)
         if self.chunks > 1 and self.micro_batches % self.pipeline_size:
             raise UserError(
                 f"interleaved stages need a multiple of --pipeline-model-parallel-size {self.pipeline_size} "

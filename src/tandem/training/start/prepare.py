@@ -101,10 +101,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     training, data, checkpoint = settings.training, settings.data, settings.checkpoint
     framework = check_framework(training.ai_framework)
     check_settings(settings)
-    framework.check(
-        shards_weights=settings.parallel.use_torch_fsdp2,
-        narrow_moments=settings.optimizer.narrow_moments,
-    )
+    framework.check(shards_weights=settings.parallel.use_torch_fsdp2, narrow_moments=settings.optimizer.narrow_moments)
     check_epochs(data, training)
     check_ready(data)
     check_batch_sizes(training, Grid(settings.parallel.layout, world.size))
