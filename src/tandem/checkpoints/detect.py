@@ -7,7 +7,7 @@ from pathlib import Path
 from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.adapters.peft import PeftSource, is_peft, read_config
 from tandem.checkpoints.adapters.views import Adapted
-from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations, saved_iterations
+from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations, iteration_of, saved_iterations
 from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.hf.weights import holds_weights
 from tandem.checkpoints.interface import TensorSource, check_recorded
@@ -140,12 +140,11 @@ def open_with_adapters(
     return source if lora_load is None else open_adapters(lora_load, source)
 
 
-def open_adapters(
-    folder: str | Path, base: TensorSource, iteration: int | None = None, lora_alpha: float | None = None
-) -> Adapted:
+def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | None = None) -> Adapted:
     """Adapters from a PEFT folder or from a checkpoint with adapters, next to the weights `base`.
 
     Args:
+        folder: of a checkpoint, or of one of its iterations.
         lora_alpha: of adapters in Megatron's files, when these do not record it.
 
     Raises:
@@ -161,6 +160,11 @@ def open_adapters(
         return Adapted(PeftSource(folder, base.config.without_adapters), base, base)
     if not folder.exists():
         raise UserError(f"--lora-load {folder} does not exist: expected a PEFT folder, or a run that trained adapters")
+    iteration = iteration_of(folder)
+    if iteration is not None:
+        folder = folder.parent
+    elif not holds_iterations(folder):
+        raise UserError(f"--lora-load {folder}: expected a PEFT folder, or a run that trained adapters")
     form = _form_of(find_iteration(folder, iteration))
     if form == TORCH_SIGN:
         config = base.config.without_adapters
