@@ -314,5 +314,7 @@ CASES = {
         "give --eod-token",
         add("--eod-token '<|im_end|>'"),
     ),
-    "no run to report": Case("report", "is required: The --save folder of each run", lambda line, _: "report {counted}"),
+    "no run to report": Case(
+        "report", "is required: The --save folder of each run", lambda line, _: "report {counted}"
+    ),
 }
