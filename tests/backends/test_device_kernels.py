@@ -13,7 +13,7 @@ from device_toys import FakeNpu, compute_with, ignore_scales, run_step_by_step
 from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
 from tandem.backends.interface import EngineSettings
-from tandem.backends.torch.compute import cpu, cuda, pure, sets
+from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, pure, sets
 from tandem.backends.torch.engine import TorchEngine, create
 from tandem.backends.torch.optimizer import Decision
 from tandem.backends.update import clip_coefficient, is_trusted
@@ -112,7 +112,51 @@ def test_one_transfer_keeps_every_array(monkeypatch: pytest.MonkeyPatch) -> None
         np.testing.assert_array_equal(copy.numpy(), array, strict=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(3, 0, 5, 1, 4), (0, 0, 13, 0, 0), (0, 6, 0, 0, 7), (0,) * 5], ids=str)
+def test_grouped_products_are_those_of_one_expert_after_the_other(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forward, the inputs' gradient, and weights' gradients: the first one overwrites, others add. Rows are ragged."""
+    rows, outputs, inputs, of_experts = sum(counts), 16, 24, torch.tensor(counts)
+    x, gradient = numbers(rows, inputs).to(dtype), numbers(rows, outputs, seed=1).to(dtype)
+    weight = numbers(len(counts) * outputs, inputs, seed=2).to(dtype)
+    results = []
+    for kernels in (cpu_experts, cuda_experts):
+        groups, target = kernels.groups(of_experts), torch.full((len(counts) * outputs, inputs), torch.nan)
+        forward = kernels.grouped_product(x, weight, groups)
+        back = kernels.grouped_product(gradient, weight, groups, transposed=True)
+        for first in (True, False):
+            kernels.add_grouped_product(target, first, gradient, x, groups)
+        assert (forward.dtype, back.dtype, target.dtype) == (dtype, dtype, torch.float32)
+        results.append((forward, back, target))
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(*results, rtol=rounding, atol=rounding)
+
+
+def test_matrices_that_grouped_products_do_not_take_are_multiplied_all_the_same() -> None:
+    """In bf16, rows of 20 numbers begin at no multiple of 16 bytes."""
+    counts = torch.tensor([3, 0, 2])
+    x, weight, gradient = (numbers(*shape).bfloat16() for shape in ((5, 20), (24, 20), (5, 8)))
+    results = []
+    for kernels in (cpu_experts, cuda_experts):
+        groups, target = kernels.groups(counts), torch.zeros(24, 20)
+        kernels.add_grouped_product(target, True, gradient, x, groups)
+        results.append((kernels.grouped_product(x, weight, groups), target))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("first", "tokens"), [(0, 4), (3, 9)])
+def test_rows_are_summed_as_the_cpu_sums_them(first: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a rank sends a part of the tokens, and others are padding."""
+    run_step_by_step(monkeypatch)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    places = torch.empty_like(order)
+    places[order] = torch.arange(8)
+    given = (numbers(8, 5), (order + 2 * first) // 2, places.view(4, 2), first, tokens)
+    torch.testing.assert_close(cuda_experts.sum_rows(*given), cpu_experts.sum_rows(*given))
+
+
 T, G, D, N = 13, 2, 8, 24
+FUSED = (*cuda.FUSED, *cuda_experts.FUSED)
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -127,7 +171,22 @@ def arguments() -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
     cos, sin = numbers(T, 1, D // 2, seed=7), numbers(T, 1, D // 2, seed=8)
     labels = torch.arange(T) % N
     scale = cpu.rms_norm(x, w, 1e-6)[1]
+    share = numbers(T, 1, seed=9)
+    chosen = x.sort(dim=1, descending=True).indices[:, :3].contiguous()
+    routed = cpu_experts.route(x, chosen, T - 2, True)
+    of_router = (numbers(T, 3, seed=10), routed[1], routed[2], chosen, w, numbers(1)[0], T - 2, True)
+    places = torch.randperm(2 * T, generator=torch.Generator().manual_seed(1)).view(T, 2)
+    rows, owners = numbers(2 * T, N, seed=11), places.flatten().argsort() // 2
     return {
+        "weighted_swiglu": (pure.weighted_swiglu, (wide, share), cpu_experts.weighted_swiglu(wide, share)),
+        "weighted_swiglu_backward": (
+            pure.weighted_swiglu_backward,
+            (g, wide, share),
+            cpu_experts.weighted_swiglu_backward(g, wide, share),
+        ),
+        "route": (pure.route, (x, chosen, T - 2, True), routed),
+        "route_backward": (pure.route_backward, of_router, cpu_experts.route_backward(*of_router)),
+        "sum_rows": (pure.sum_rows, (rows, places), cpu_experts.sum_rows(rows, owners, places, 0, T)),
         "rms_norm": (pure.rms_norm, (x, w, 1e-6), cpu.rms_norm(x, w, 1e-6)),
         "rms_norm_backward": (
             pure.rms_norm_backward,
@@ -161,7 +220,7 @@ def arguments() -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
 
 
 def test_every_fused_function_is_tried() -> None:
-    assert {fused.function for fused in cuda.FUSED} == {function for function, _, _ in arguments().values()}
+    assert {fused.function for fused in FUSED} == {function for function, _, _ in arguments().values()}
 
 
 @pytest.mark.parametrize("name", list(arguments()))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tandem.backends.torch.compute import cuda
+from tandem.backends.torch.compute import cuda, cuda_experts
 from tandem.backends.torch.compute.fused import Fused
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -19,7 +19,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 pytestmark = pytest.mark.slow("jobs")
 
 TARGET = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+FUSED = (*cuda.FUSED, *cuda_experts.FUSED)
 T, G, Q, D, H, V = 4096, 8, 4, 128, 4096, 151936  # tokens, groups, queries per group, channels, hidden, vocabulary
+E, K, F = 128, 8, 768  # experts, of which a token takes some, and their inner width
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def arguments() -> dict[Fused, Callable[[], tuple[Any, ...]]]:
     """Each fused function, and tensors of an 8B layer for it."""
 
     def there(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="cuda")
+        return torch.empty(shape, dtype=dtype, device="cuda")
 
     def heads() -> tuple[torch.Tensor, ...]:
         return there(T, G, Q, D), there(T, G, 1, D), there(T, G, 1, D)
@@ -82,7 +84,25 @@ def arguments() -> dict[Fused, Callable[[], tuple[Any, ...]]]:
         return there(T, 1, D // 2), there(T, 1, D // 2)
 
     scale = lambda: there(T, 1, dtype=torch.float32)  # noqa: E731
+
+    def routed(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return there(T, *shape, dtype=dtype)
+
     return {
+        cuda_experts.WEIGHTED_SWIGLU: lambda: (there(T * K, 2 * F), there(T * K, 1)),
+        cuda_experts.WEIGHTED_SWIGLU_BACKWARD: lambda: (there(T * K, F), there(T * K, 2 * F), there(T * K, 1)),
+        cuda_experts.ROUTE: lambda: (routed(E), routed(K, dtype=torch.int64), T, True),
+        cuda_experts.ROUTE_BACKWARD: lambda: (
+            routed(K),
+            routed(E),
+            routed(1),
+            routed(K, dtype=torch.int64),
+            there(E, dtype=torch.float32),
+            there(dtype=torch.float32),
+            T,
+            True,
+        ),
+        cuda_experts.SUM_ROWS: lambda: (there(T * K, H), routed(K, dtype=torch.int64)),
         cuda.RMS_NORM: lambda: (there(T, H), there(H), 1e-6),
         cuda.RMS_NORM_BACKWARD: lambda: (there(T, H), there(T, H), scale(), there(H)),
         cuda.SWIGLU: lambda: (there(T, 6 * H),),
@@ -123,10 +143,10 @@ def code_of(function: Callable[..., Any], given: Callable[[], tuple[Any, ...]]) 
 
 
 def test_every_fused_function_is_tried() -> None:
-    assert set(arguments()) == set(cuda.FUSED)
+    assert set(arguments()) == set(FUSED)
 
 
-@pytest.mark.parametrize("fused", cuda.FUSED, ids=lambda fused: fused.function.__name__)
+@pytest.mark.parametrize("fused", FUSED, ids=lambda fused: fused.function.__name__)
 def test_inductor_makes_few_kernels_that_compile(fused: Fused, hopper: None, tmp_path: Path) -> None:
     source = code_of(fused.function, arguments()[fused])
     launched = re.findall(r"(triton_\w+)\.run", source)

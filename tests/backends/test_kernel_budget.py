@@ -107,6 +107,12 @@ def shape(size: str, layers: int) -> ModelConfig:
     return dataclasses.replace(qwen3_config(size), num_layers=layers)
 
 
+def sparse(layers: int, experts: int) -> ModelConfig:
+    config = shape("30B-A3B", layers)
+    assert config.experts is not None
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, num_experts=experts))
+
+
 def step(engine: TorchEngine, lengths: tuple[int, ...], micro_batches: int = 1) -> None:
     tokens = np.arange(sum(lengths), dtype=np.int32)
     labels = np.append(tokens[1:], IGNORE).astype(np.int32)
@@ -117,10 +123,14 @@ def step(engine: TorchEngine, lengths: tuple[int, ...], micro_batches: int = 1) 
 
 
 def count(
-    counted: Counted, config: ModelConfig, lengths: tuple[int, ...] = (TOKENS,), micro_batches: int = 1
+    counted: Counted,
+    config: ModelConfig,
+    lengths: tuple[int, ...] = (TOKENS,),
+    micro_batches: int = 1,
+    **settings: Any,
 ) -> Counter[str]:
     """Kernels of a step after the first one, in which tables are made."""
-    engine = engine_module.create(config, EngineSettings(bf16=True))
+    engine = engine_module.create(config, EngineSettings(bf16=True, **settings))
     step(engine, lengths)
     counted.kernels.clear(), counted.copies.clear()
     counted.reads = 0
@@ -135,6 +145,17 @@ def test_a_layer_of_8b_launches_few_kernels(counted: Counted) -> None:
     weights = 4  # with a product for a gradient: linear_qkv, linear_proj, linear_fc1, linear_fc2
     assert sum(difference.values()) <= 60 + 2 * weights, difference
     assert difference["addmm"] == weights  # one product, which adds to the fp32 gradient itself
+
+
+def test_a_layer_with_experts_launches_as_many_kernels_for_128_as_for_16(counted: Counted) -> None:
+    """A layer of 30B-A3B's widths, with all the losses that balance its router."""
+    losses = {"moe_aux_loss_coeff": 1e-3, "moe_z_loss_coeff": 1e-3}
+    one, few, both = (count(counted, sparse(*size), **losses) for size in ((1, 128), (1, 16), (2, 128)))
+    assert counted.reads == 1  # at the end of the step: no layer asks how many rows an expert has
+    assert one == few
+    layer = both - one
+    assert layer["_grouped_mm"] == 6  # of two weights: the product, its own gradient, its input's gradient
+    assert sum(layer.values()) <= 90, layer
 
 
 def test_head_and_loss_launch_few_kernels(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:

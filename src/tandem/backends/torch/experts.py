@@ -84,18 +84,9 @@ class MixtureOfExperts(nn.Module):
         return _Mixture.apply(x, factors, self.experts.linear_fc1.weight, self.experts.linear_fc2.weight, rows)
 
 
-def choose(logits: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All probabilities [t, E], the chosen experts [t, k], and their factors [t, k], from fp32 logits [t, E].
-
-    Of experts with equal logits, those with the lower numbers are chosen.
-    """
-    order = torch.sort(logits, dim=1, descending=True, stable=True).indices
-    chosen = order[:, : experts.moe_router_topk].contiguous()
-    probabilities = torch.softmax(logits, dim=1)
-    factors = probabilities.gather(1, chosen)
-    if experts.norm_topk_prob:
-        factors = factors / factors.sum(1, keepdim=True)
-    return probabilities, chosen, factors
+def likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """The numbers of the `count` experts with the largest logits of [t, E]; of equal ones, the first."""
+    return torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :count].contiguous()
 
 
 class _Route(Function):
@@ -107,35 +98,35 @@ class _Route(Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = routing.settings.moe_router_dtype == "fp32"
         logits = (matmul(x.float(), weight.float()) if exact else matmul(x, weight)).float()
-        probabilities, chosen, factors = choose(logits, experts)
-        log_sum_exp = torch.logsumexp(logits, 1)
-        real = slice(0, routing.tokens)
-        routing.counts[layer] = torch.bincount(chosen[real].flatten(), minlength=experts.num_experts).float()
-        routing.mass[layer] = probabilities[real].sum(0)
-        routing.squares[layer] = log_sum_exp[real].square().sum()
-        ctx.save_for_backward(x, probabilities, chosen, log_sum_exp)
+        chosen = likeliest(logits, experts.moe_router_topk)
+        factors, probabilities, total, counts, mass, squares = kernels_of(x.device).route(
+            logits, chosen, routing.tokens, experts.norm_topk_prob
+        )
+        routing.counts[layer], routing.mass[layer], routing.squares[layer] = counts, mass, squares
+        ctx.save_for_backward(x, probabilities, total, chosen)
         ctx.weight, ctx.experts, ctx.routing, ctx.layer = weight, experts, routing, layer
         ctx.mark_non_differentiable(chosen)
         return (factors if exact else factors.to(x.dtype)), chosen
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, probabilities, chosen, log_sum_exp = ctx.saved_tensors
+        x, probabilities, total, chosen = ctx.saved_tensors
         routing, weight = ctx.routing, ctx.weight
-        d_chosen = gradient.float()
-        if ctx.experts.norm_topk_prob:
-            picked = probabilities.gather(1, chosen)
-            total = picked.sum(1, keepdim=True)
-            d_chosen = (d_chosen - (d_chosen * picked).sum(1, keepdim=True) / total) / total
-        d_probabilities = torch.zeros_like(probabilities).scatter_(1, chosen, d_chosen)
         slopes = routing.slopes(ctx.layer)
-        if slopes is not None:
-            d_probabilities[: routing.tokens] += slopes
-        d_logits = probabilities * (d_probabilities - (d_probabilities * probabilities).sum(1, keepdim=True))
-        if routing.slope_of_z:
-            real = slice(0, routing.tokens)
-            d_logits[real] += probabilities[real] * (2 * routing.slope_of_z * log_sum_exp[real, None])
-        d_logits = d_logits.to(x.dtype)
+        d_logits = (
+            kernels_of(x.device)
+            .route_backward(
+                gradient,
+                probabilities,
+                total,
+                chosen,
+                total.new_zeros(1) if slopes is None else slopes,
+                total.new_full((), routing.slope_of_z),
+                routing.tokens,
+                ctx.experts.norm_topk_prob,
+            )
+            .to(x.dtype)
+        )
         if weight.main_grad is not None:
             weight.main_grad.add_product(d_logits, x)
         return matmul(d_logits, weight.t()), None, None, None, None
@@ -147,14 +138,18 @@ class _Rows:
 
     Attributes:
         slots: of each row, which of the t k choices it is: token times k, plus the place among the token's experts.
-        tokens: of each row, the number of its token.
-        counts: rows that come to each of this rank's experts.
+        owners: of each row, the number of its token.
+        places: of each token that this rank sends, its rows, [tokens, k].
+        first: the first token that this rank sends.
+        groups: how the rows that come to this rank belong to its experts, in the device's form.
         dispatch, order: how rows travel; None where this rank has all experts.
     """
 
     slots: torch.Tensor
-    tokens: torch.Tensor
-    counts: list[int]
+    owners: torch.Tensor
+    places: torch.Tensor
+    first: int
+    groups: Any
     ranks: Ranks
     dispatch: Dispatch | None = None
     order: torch.Tensor | None = None
@@ -163,15 +158,23 @@ class _Rows:
     def of(cls, chosen: torch.Tensor, experts: int, tokens: int, ranks: ExpertRanks) -> _Rows:
         """Of the experts of each token, [t, k]: those of this rank's share of the first `tokens` tokens."""
         first, last = ranks.share.rows(tokens)
-        flat, width = chosen[first:last].flatten(), chosen.shape[1]
-        slots = torch.sort(flat, stable=True).indices + first * width
-        counts = torch.bincount(flat, minlength=experts)
-        numbers = torch.div(slots, width, rounding_mode="floor")
+        flat, width, device = chosen[first:last].flatten(), chosen.shape[1], chosen.device
+        order = torch.sort(flat, stable=True).indices
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=device)
+        slots = order + first * width
+        rows = (slots, torch.div(slots, width, rounding_mode="floor"), places.view(-1, width), first)
+        # Not `bincount`, which waits for the device.
+        counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
         if ranks.experts.group is None:
-            return cls(slots, numbers, counts.tolist(), ranks.experts)
+            return cls(*rows, kernels_of(device).groups(counts), ranks.experts)
         dispatch = Dispatch.of(gather_counts(counts, ranks.experts), ranks.experts.rank)
-        order = torch.from_numpy(dispatch.order).to(chosen.device)
-        return cls(slots, numbers, dispatch.counts, ranks.experts, dispatch, order)
+        groups = kernels_of(device).groups(torch.tensor(dispatch.counts, device=device))
+        return cls(*rows, groups, ranks.experts, dispatch, torch.from_numpy(dispatch.order).to(device))
+
+    def sums(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The sum of each token's rows of x [n, h]: [tokens, h]."""
+        return kernels_of(x.device).sum_rows(x, self.owners, self.places, self.first, tokens)
 
     def there(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of this rank's tokens -> the rows that come to its experts, sorted by these."""
@@ -198,48 +201,30 @@ class _Mixture(Function):
     def forward(
         ctx: Any, x: torch.Tensor, factors: torch.Tensor, fc1: Weight, fc2: Weight, rows: _Rows
     ) -> torch.Tensor:
-        taken, factor = rows.there(x[rows.tokens]), rows.there(factors.flatten()[rows.slots, None])
-        gate_up = grouped(taken, fc1, rows.counts)
-        down = grouped((kernels_of(x.device).swiglu(gate_up) * factor).to(x.dtype), fc2, rows.counts)
+        kernels = kernels_of(x.device)
+        taken, factor = rows.there(x[rows.owners]), rows.there(factors.flatten()[rows.slots, None])
+        gate_up = kernels.grouped_product(taken, fc1, rows.groups)
+        down = kernels.grouped_product(kernels.weighted_swiglu(gate_up, factor), fc2, rows.groups)
         # What other ranks sent is kept. What this rank took itself is taken again.
         kept = (taken, factor) if rows.dispatch is not None else ()
         ctx.save_for_backward(x, factors, gate_up, *kept)
         ctx.weights, ctx.rows = (fc1, fc2), rows
-        return torch.zeros_like(x).index_add_(0, rows.tokens, rows.back(down))
+        return rows.sums(rows.back(down), len(x))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, factors, gate_up, *kept = ctx.saved_tensors
-        (fc1, fc2), rows = ctx.weights, ctx.rows
-        taken, factor = kept or (x[rows.tokens], factors.flatten()[rows.slots, None])
-        kernels = kernels_of(x.device)
-        d_down, active = rows.there(gradient[rows.tokens]), kernels.swiglu(gate_up)
+        (fc1, fc2), rows, kernels = ctx.weights, ctx.rows, kernels_of(x.device)
+        d_down = rows.there(gradient[rows.owners])
+        factor = kept[1] if kept else factors.flatten()[rows.slots, None]
+        d_weighted = kernels.grouped_product(d_down, fc2, rows.groups, transposed=True)
+        d_gate_up, d_factor, weighted = kernels.weighted_swiglu_backward(d_weighted, gate_up, factor)
         if fc2.main_grad is not None:
-            fc2.main_grad.add_products(d_down, (active * factor).to(x.dtype), rows.counts)
-        d_weighted = grouped(d_down, fc2, rows.counts, transposed=True)
-        d_factors = torch.zeros_like(factors)
-        dots = (d_weighted * active).sum(1, keepdim=True).to(factors.dtype)
-        d_factors.view(-1)[rows.slots] = rows.back(dots)[:, 0]
-        d_gate_up = kernels.swiglu_backward((d_weighted * factor).to(x.dtype), gate_up)
+            fc2.main_grad.add_grouped_product(d_down, weighted, rows.groups)
+        del d_down, d_weighted, weighted
         if fc1.main_grad is not None:
-            fc1.main_grad.add_products(d_gate_up, taken, rows.counts)
-        d_rows = rows.back(grouped(d_gate_up, fc1, rows.counts, transposed=True))
-        return torch.zeros_like(x).index_add_(0, rows.tokens, d_rows), d_factors, None, None, None
-
-
-def grouped(x: torch.Tensor, weight: torch.Tensor, counts: list[int], *, transposed: bool = False) -> torch.Tensor:
-    """Each expert's rows of x [n, i] times its weight: [n, o].
-
-    Args:
-        weight: of all experts, [E o, i], one below the other; with `transposed`, [E i, o], and its transpose counts.
-        counts: rows of each expert.
-    """
-    size = len(weight) // len(counts)
-    result = x.new_empty(len(x), weight.shape[1] if transposed else size)
-    first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = weight[expert * size : (expert + 1) * size]
-            result[first : first + count] = matmul(x[first : first + count], part.t() if transposed else part)
-            first += count
-    return result
+            fc1.main_grad.add_grouped_product(d_gate_up, kept[0] if kept else x[rows.owners], rows.groups)
+        d_factors = torch.zeros_like(factors)
+        d_factors.view(-1)[rows.slots] = rows.back(d_factor.to(factors.dtype))[:, 0]
+        d_rows = rows.back(kernels.grouped_product(d_gate_up, fc1, rows.groups, transposed=True))
+        return rows.sums(d_rows, len(x)), d_factors, None, None, None

@@ -6,7 +6,7 @@ Shapes: t tokens, n and k features. Activations are in the parameters' dtype; no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,16 +45,9 @@ class Gradient(ABC):
         """Add scale * gradient^T x: gradient [t, n] of a linear layer's output, x [t, k] its input."""
         kernels_of(x.device).add_product(*self._open(), gradient, x, scale)
 
-    def add_products(self, gradient: torch.Tensor, x: torch.Tensor, counts: Sequence[int]) -> None:
-        """The same for a weight that is a stack of equal blocks: each is multiplied with `counts` consecutive rows."""
-        value, first = self._open()
-        row, add_product = 0, kernels_of(x.device).add_product
-        for block, count in zip(value.chunk(len(counts)), counts):
-            if count:
-                add_product(block, first, gradient[row : row + count], x[row : row + count], 1.0)
-            elif first:
-                block.zero_()
-            row += count
+    def add_grouped_product(self, gradient: torch.Tensor, x: torch.Tensor, groups: Any) -> None:
+        """The same for a weight that is a stack of equal blocks: `groups` tells which rows belong to each of them."""
+        kernels_of(x.device).add_grouped_product(*self._open(), gradient, x, groups)
 
     def add_rows(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add gradients [t, k] to the rows [t] of this one; rows may repeat."""

@@ -20,6 +20,12 @@ class Kernels:
     Attributes:
         product: of x and a transposed weight.
         add_product: adds a product to the gradient of a weight.
+        groups: what the next two need to know, from the number of rows of each expert [E].
+        grouped_product: of each expert's rows and its weight.
+        add_grouped_product: adds each expert's product to the gradient of a stack of weights.
+        weighted_swiglu: of rows with factors, with its backward pass.
+        route, route_backward: what a router's logits give, once experts are chosen.
+        sum_rows: sums the rows of each token.
         rms_norm, swiglu, rotary_heads: with their backward passes.
         to_device: copies of arrays.
         angles: cos and sin of each token's rotary angles.
@@ -33,6 +39,14 @@ class Kernels:
 
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     add_product: Callable[[torch.Tensor, bool, torch.Tensor, torch.Tensor, float], None]
+    groups: Callable[[torch.Tensor], Any]
+    grouped_product: Callable[..., torch.Tensor]
+    add_grouped_product: Callable[[torch.Tensor, bool, torch.Tensor, torch.Tensor, Any], None]
+    weighted_swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    weighted_swiglu_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    route: Callable[..., tuple[torch.Tensor, ...]]
+    route_backward: Callable[..., torch.Tensor]
+    sum_rows: Callable[..., torch.Tensor]
     rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rms_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     swiglu: Callable[[torch.Tensor], torch.Tensor]

@@ -113,3 +113,71 @@ def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[tor
     losses = total - wide.gather(1, column)
     is_label = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0) == column
     return losses, ((wide - total).exp() - is_label.float()).to(logits.dtype)
+
+
+def weighted_swiglu(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up * factors.float()).to(x.dtype)
+
+
+def weighted_swiglu_backward(
+    gradient: torch.Tensor, x: torch.Tensor, factors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gate, up = x.float().chunk(2, dim=-1)
+    gradient, factors, share = gradient.float(), factors.float(), torch.sigmoid(gate)
+    active, weighted = gate * share * up, gradient * factors
+    dgate = weighted * up * share * (1 + gate * (1 - share))
+    dx = torch.cat([dgate, weighted * gate * share], dim=-1).to(x.dtype)
+    return dx, (gradient * active).sum(1, keepdim=True), (active * factors).to(x.dtype)
+
+
+def route(
+    logits: torch.Tensor, chosen: torch.Tensor, tokens: int, normalise: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    peak = logits.amax(1, keepdim=True)
+    total = peak + (logits - peak).exp().sum(1, keepdim=True).log()
+    probabilities = (logits - total).exp()
+    factors = (logits.gather(1, chosen) - total).exp()
+    if normalise:
+        factors = factors / factors.sum(1, keepdim=True)
+    real = _real(logits, tokens)
+    counts = (_is_chosen(logits, chosen).sum(1) * real).sum(0)
+    return factors, probabilities, total, counts, (probabilities * real).sum(0), (total.square() * real).sum()
+
+
+def route_backward(
+    gradient: torch.Tensor,
+    probabilities: torch.Tensor,
+    total: torch.Tensor,
+    chosen: torch.Tensor,
+    slopes: torch.Tensor,
+    slope_of_z: torch.Tensor,
+    tokens: int,
+    normalise: bool,
+) -> torch.Tensor:
+    d_chosen = gradient.float()
+    if normalise:
+        picked = probabilities.gather(1, chosen)
+        picked_sum = picked.sum(1, keepdim=True)
+        d_chosen = (d_chosen - (d_chosen * picked).sum(1, keepdim=True) / picked_sum) / picked_sum
+    real = _real(probabilities, tokens)
+    d_probabilities = (_is_chosen(probabilities, chosen) * d_chosen.unsqueeze(2)).sum(1) + slopes * real
+    d_logits = probabilities * (d_probabilities - (d_probabilities * probabilities).sum(1, keepdim=True))
+    return d_logits + probabilities * (2 * slope_of_z * total * real)
+
+
+def _is_chosen(of_experts: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """1 where a token's choice [t, k] is an expert, else 0: fp32 [t, k, E]."""
+    numbers = torch.arange(of_experts.shape[1], device=chosen.device)
+    return (chosen.unsqueeze(2) == numbers).float()
+
+
+def _real(of_tokens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """1 for the first `tokens` tokens, 0 for padding: fp32 [t, 1]."""
+    return (torch.arange(len(of_tokens), device=of_tokens.device) < tokens).float().unsqueeze(1)
+
+
+def sum_rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The sum of the rows of x [n, h] at each line of places [s, k]: [s, h]."""
+    rows = x.gather(0, places.flatten().unsqueeze(1).expand(-1, x.shape[1]))
+    return rows.unflatten(0, places.shape).float().sum(1).to(x.dtype)

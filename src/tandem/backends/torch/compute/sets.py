@@ -5,13 +5,21 @@ from __future__ import annotations
 import torch
 
 from tandem.backends.torch.attention import attention
-from tandem.backends.torch.compute import cpu, cuda, npu
+from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, npu
 from tandem.backends.torch.kernels import Kernels
 from tandem.frameworks import TORCH
 
 CPU = Kernels(
     product=cpu.product,
     add_product=cpu.add_product,
+    groups=cpu_experts.groups,
+    grouped_product=cpu_experts.grouped_product,
+    add_grouped_product=cpu_experts.add_grouped_product,
+    weighted_swiglu=cpu_experts.weighted_swiglu,
+    weighted_swiglu_backward=cpu_experts.weighted_swiglu_backward,
+    route=cpu_experts.route,
+    route_backward=cpu_experts.route_backward,
+    sum_rows=cpu_experts.sum_rows,
     rms_norm=cpu.rms_norm,
     rms_norm_backward=cpu.rms_norm_backward,
     swiglu=cpu.swiglu,
@@ -32,6 +40,14 @@ CPU = Kernels(
 CUDA = Kernels(
     product=cuda.product,
     add_product=cuda.add_product,
+    groups=cuda_experts.groups,
+    grouped_product=cuda_experts.grouped_product,
+    add_grouped_product=cuda_experts.add_grouped_product,
+    weighted_swiglu=cuda_experts.weighted_swiglu,
+    weighted_swiglu_backward=cuda_experts.weighted_swiglu_backward,
+    route=cuda_experts.route,
+    route_backward=cuda_experts.route_backward,
+    sum_rows=cuda_experts.sum_rows,
     rms_norm=cuda.rms_norm,
     rms_norm_backward=cuda.rms_norm_backward,
     swiglu=cuda.swiglu,
@@ -52,6 +68,14 @@ CUDA = Kernels(
 NPU = Kernels(
     product=npu.product,
     add_product=npu.add_product,
+    groups=cpu_experts.groups,
+    grouped_product=cpu_experts.grouped_product,
+    add_grouped_product=cpu_experts.add_grouped_product,
+    weighted_swiglu=cpu_experts.weighted_swiglu,
+    weighted_swiglu_backward=cpu_experts.weighted_swiglu_backward,
+    route=cpu_experts.route,
+    route_backward=cpu_experts.route_backward,
+    sum_rows=cpu_experts.sum_rows,
     rms_norm=npu.rms_norm,
     rms_norm_backward=npu.rms_norm_backward,
     swiglu=npu.swiglu,

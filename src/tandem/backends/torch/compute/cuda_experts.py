@@ -1,0 +1,97 @@
+"""What NVIDIA's devices compute layers of experts with: as many kernels for 128 experts as for one.
+
+How many rows an expert has is known on the device alone. Shapes are documented in `cpu_experts.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import grouped_mm, pad
+
+from tandem.backends.torch.compute import cpu_experts, pure
+from tandem.backends.torch.compute.fused import Fused
+
+ALIGNMENT = 16  # bytes: where rows of a matrix begin that a grouped product takes
+
+WEIGHTED_SWIGLU = Fused(pure.weighted_swiglu, kernels=1)
+WEIGHTED_SWIGLU_BACKWARD = Fused(pure.weighted_swiglu_backward, kernels=2)
+ROUTE = Fused(pure.route, kernels=8)
+ROUTE_BACKWARD = Fused(pure.route_backward, kernels=3)
+SUM_ROWS = Fused(pure.sum_rows, kernels=1)
+
+FUSED = (WEIGHTED_SWIGLU, WEIGHTED_SWIGLU_BACKWARD, ROUTE, ROUTE_BACKWARD, SUM_ROWS)
+
+
+def groups(counts: torch.Tensor) -> torch.Tensor:
+    """Where each expert's rows end, int32 [E], on the device."""
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def grouped_product(
+    x: torch.Tensor, weight: torch.Tensor, groups: torch.Tensor, *, transposed: bool = False
+) -> torch.Tensor:
+    stack = weight.view(len(groups), -1, weight.shape[1])
+    if not (_is_aligned(x) and _is_aligned(weight)):
+        return cpu_experts.grouped_product(x, weight, _counts(groups), transposed=transposed)
+    return grouped_mm(x, stack if transposed else stack.transpose(1, 2), offs=groups)
+
+
+def add_grouped_product(
+    target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, groups: torch.Tensor
+) -> None:
+    """The products are rounded to the dtype of x before they are added in fp32: the operator gives no other."""
+    if not (_is_aligned(gradient) and _is_aligned(x)):
+        cpu_experts.add_grouped_product(target, first, gradient, x, _counts(groups))
+        return
+    products = grouped_mm(gradient.t(), x, offs=groups).view_as(target)
+    if first:
+        target.copy_(products)
+    else:
+        target.add_(products)
+
+
+def _is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether grouped products take it. They take no matrix without rows, either."""
+    size = matrix.element_size()
+    places = (matrix.stride(0) * size, matrix.storage_offset() * size)
+    return matrix.stride(1) == 1 and len(matrix) > 0 and not any(place % ALIGNMENT for place in places)
+
+
+def _counts(groups: torch.Tensor) -> list[int]:
+    """Rows of each expert. The host waits for them."""
+    return groups.diff(prepend=groups.new_zeros(1)).tolist()
+
+
+def weighted_swiglu(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return WEIGHTED_SWIGLU(x, factors)
+
+
+def weighted_swiglu_backward(
+    gradient: torch.Tensor, x: torch.Tensor, factors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return WEIGHTED_SWIGLU_BACKWARD(gradient, x, factors)
+
+
+def route(
+    logits: torch.Tensor, chosen: torch.Tensor, tokens: int, normalise: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return ROUTE(logits, chosen, tokens, normalise)
+
+
+def route_backward(
+    gradient: torch.Tensor,
+    probabilities: torch.Tensor,
+    total: torch.Tensor,
+    chosen: torch.Tensor,
+    slopes: torch.Tensor,
+    slope_of_z: torch.Tensor,
+    tokens: int,
+    normalise: bool,
+) -> torch.Tensor:
+    return ROUTE_BACKWARD(gradient, probabilities, total, chosen, slopes, slope_of_z, tokens, normalise)
+
+
+def sum_rows(x: torch.Tensor, owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int) -> torch.Tensor:
+    """Without atomic additions: the order is the same each time, and sums are fp32."""
+    sums = SUM_ROWS(x, places)
+    return sums if len(sums) == tokens else pad(sums, (0, 0, first, tokens - first - len(sums)))
