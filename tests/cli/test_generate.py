@@ -13,6 +13,10 @@ import pytest
 import tandem
 from frameworks import require_framework
 from tandem.__main__ import main
+from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.inference.chat import Model
+from tandem.inference.prompts import read_prompts
+from tandem.inference.sampling import Sampling
 from workspace import Workspace
 
 SHORT = ("--max-new-tokens", "6", "--ai-framework", "torch")
@@ -52,6 +56,48 @@ def test_answers_stand_in_the_order_of_the_prompts(workspace: Workspace, tmp_pat
     assert [path.name for path in (tmp_path / "new").iterdir() if path.suffix != ".jsonl"] == []
 
 
+TEMPLATE = (
+    "{{ enable_thinking }} {{ tools | tojson }}{% for message in messages %}\n{{ message.role }}: {{ message.content }}"
+    "{{ message.reasoning_content }}{{ message.tool_calls | tojson if message.tool_calls }}{% endfor %}"
+    "{{ '\nassistant:' if add_generation_prompt }}"
+)
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CONVERSATION = [
+    {"role": "user", "content": "Sort 321."},
+    {"role": "assistant", "content": "", "reasoning_content": "Well.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "123"},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "Sort 321."},
+        {"prompt": "Sort 321.", "enable_thinking": False, "tools": TOOLS},
+        {"messages": CONVERSATION, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}},
+    ],
+)
+def test_the_template_gets_what_a_line_says(workspace: Workspace, tmp_path: Path, line: dict) -> None:
+    """As transformers renders it; the server reads conversations in the same way."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer(workspace.hf)
+    tokenizer.chat_template = TEMPLATE
+    model = Model(None, tokenizer, None)  # type: ignore[arg-type]
+    (read,) = read_prompts(Path(written(tmp_path / "prompts.jsonl", line)), model, Sampling(), (), raw=False)
+    given = {"enable_thinking": line.get("enable_thinking"), "tools": line.get("tools")}
+    given = {name: value for name, value in given.items() if value is not None}
+    theirs = transformers.AutoTokenizer.from_pretrained(workspace.hf).apply_chat_template(
+        line.get("messages") or [{"role": "user", "content": line["prompt"]}],
+        chat_template=TEMPLATE,
+        add_generation_prompt=True,
+        return_dict=False,
+        **given,
+        **line.get("chat_template_kwargs", {}),
+    )
+    assert list(read.question.tokens) == theirs
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -59,7 +105,9 @@ def test_answers_stand_in_the_order_of_the_prompts(workspace: Workspace, tmp_pat
         ('{"text": "hi"}', 'prompts.jsonl:2: expected an object with either "prompt" or "messages"'),
         ('{"prompt": 3}', 'prompts.jsonl:2: "prompt" is not a text'),
         ('{"prompt": "hi", "seed": -1}', 'prompts.jsonl:2: "seed" is -1'),
-        ('{"messages": "hi"}', 'prompts.jsonl:2: "messages" is not a list'),
+        ('{"messages": "hi"}', "prompts.jsonl:2: field 'messages': expected a list of messages"),
+        ('{"messages": [{"role": "x", "content": "hi"}]}', "prompts.jsonl:2: field 'messages', message 1: role is 'x'"),
+        ('{"prompt": "hi", "chat_template_kwargs": 3}', "prompts.jsonl:2: field 'chat_template_kwargs': expected an"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(

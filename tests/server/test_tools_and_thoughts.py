@@ -120,7 +120,7 @@ def test_results_of_calls_reach_the_template(server: Server, workspace: Workspac
             other.client.chat.completions.create(
                 model="toy", messages=QUESTION, extra_body={"chat_template_kwargs": {"x": number}}
             )
-        assert len(other.service.served["toy"].prompter.template._with_variables) <= 64  # type: ignore[attr-defined]
+        assert len(other.service.served["toy"].model.prompter.template._with_variables) <= 64  # type: ignore[attr-defined]
 
 
 def test_the_template_of_fine_tuning_is_used(workspace: Workspace, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TextIO
 
+from tandem.data.templates.messages import Message
 from tandem.inference.beams import beam_search
 from tandem.inference.chat import Model
 from tandem.inference.defaults import SamplingOptions, greedy
@@ -73,9 +75,8 @@ def _chat(model: Model, sampling: Sampling, history_turns: int, open_input: Call
             turns.clear()
             continue
         if has_template:
-            said = [(("user", asked), ("assistant", answered)) for asked, answered in turns]
-            messages = [{"role": role, "content": text} for pair in said for role, text in pair]
-            tokens = model.conversation_ids([*messages, {"role": "user", "content": question}])
+            said = [(Message("user", asked), Message("assistant", answered)) for asked, answered in turns]
+            tokens = model.prompter.prompt([*chain.from_iterable(said), Message("user", question)]).ids
         else:
             tokens = model.prompt_ids("".join(f"{asked}{answered}" for asked, answered in turns) + question)
         if _is_first(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tandem.backends import connect, create_engine
@@ -15,6 +16,7 @@ from tandem.data.templates.catalog import get_template, template_from_entry
 from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.inference.conversation import Prompter
 from tandem.inference.defaults import Defaults, SamplingOptions
 from tandem.inference.options import LoadOptions
 from tandem.inference.replies import Question, Reply, replies
@@ -103,28 +105,12 @@ class Model:
         """Token ids of a question, in the chat template of training; without a template, of a text to continue."""
         if self.template is None and self.tokenizer.chat_template is None:
             return self.tokenizer.encode_prompt(question)
-        return self.conversation_ids([{"role": "user", "content": question}])
+        return self.prompter.prompt([Message("user", question)]).ids
 
-    def conversation_ids(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
-    ) -> list[int]:
-        """Token ids of a conversation and of what the template writes before the next answer.
-
-        Args:
-            messages: objects with `role` and `content`, as OpenAI writes them. The tokenizer's own template gets them
-                as they are; of others, which have no such parts, only these two fields are read.
-            variables: for the template, such as `enable_thinking` and `tools`.
-
-        Raises:
-            UserError: the template cannot write the messages, or there is none.
-        """
-        if self.template is not None:
-            template = self.template.with_variables(variables) if variables else self.template
-            pieces = template.generation_prompt([_as_message(message) for message in messages])
-            return [token for piece in pieces for token in self.tokenizer.encode(piece)]
-        mode = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **{**mode, **(variables or {})})
-        return self.tokenizer.encode(text)
+    @cached_property
+    def prompter(self) -> Prompter:
+        """Writes the prompts of conversations."""
+        return Prompter(self.tokenizer, self.template, self.thinking)
 
     def stop_ids(self) -> set[int]:
         """Token ids that end an answer: all that the files of model and tokenizer name, and the template's."""
@@ -179,12 +165,3 @@ def _template(options: LoadOptions, tokenizer: Tokenizer, entry: Mapping[str, An
     if template is not None and options.thinking is not None:
         return template.with_variables({"enable_thinking": options.thinking})
     return template
-
-
-def _as_message(message: Mapping[str, Any]) -> Message:
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise UserError(f"message {message}: expected an object with the texts role and content")
-    if extra := sorted(set(message) - {"role", "content"}):
-        raise UserError(f"message {message}: the template of this model takes no {', '.join(extra)}")
-    return Message(role, content)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tandem.data.handlers.conversations import OpenAIInstructionHandler
 from tandem.data.templates.messages import Message, Template
 from tandem.data.templates.model_template import ModelTemplate
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -72,3 +73,17 @@ class Prompter:
         pieces = template.generation_prompt(messages, tools)
         ids = [token for piece in pieces for token in self._tokenizer.encode(piece)]
         return Prompt(ids, "".join(pieces).rstrip().endswith(THINK), tuple(tools))
+
+    def prompt_of(self, record: Mapping[str, Any], variables: Mapping[str, Any] | None = None) -> Prompt:
+        """The same for a conversation as OpenAI writes it, read as training data are.
+
+        Args:
+            record: `messages`, and if they are there `tools` and `chat_template_kwargs`.
+            variables: others for the template.
+
+        Raises:
+            UserError: a field cannot be used; or as `prompt`.
+        """
+        handler = OpenAIInstructionHandler()
+        given = {**(variables or {}), **handler.template_variables(record)}
+        return self.prompt(handler.messages(record), handler.tools(record), given)

@@ -13,7 +13,7 @@ from tandem.errors import UserError
 from tandem.inference.answers import Answer, Piece
 from tandem.inference.chat import Model
 from tandem.inference.continuing import Continuing, common_beginning
-from tandem.inference.conversation import Prompt, Prompter
+from tandem.inference.conversation import Prompt
 from tandem.inference.sampling import Sampling
 
 
@@ -55,7 +55,6 @@ class Dialogue:
         self.system: str | None = None
         self.thinking: bool | None = None
         self.speed, self.cut = Speed(), ""
-        self._prompter = Prompter(model.tokenizer, model.template, model.thinking)
         self._continuing = Continuing(model.engine)
         self._again = 0  # times that the last question was answered anew
 
@@ -64,13 +63,15 @@ class Dialogue:
 
     def check_template(self) -> None:
         """Raise UserError when the model has no chat template."""
-        self._prompter.template  # noqa: B018 - raises
+        self.model.prompter.template  # noqa: B018 - raises
 
     def thinks_on_demand(self) -> bool:
         """Whether the template asks otherwise with `enable_thinking` true than with false."""
         question = [Message("user", "x")]
         try:
-            on, off = (self._prompter.prompt(question, (), {"enable_thinking": mode}).ids for mode in (True, False))
+            on, off = (
+                self.model.prompter.prompt(question, (), {"enable_thinking": mode}).ids for mode in (True, False)
+            )
         except UserError:
             return False
         return on != off
@@ -139,7 +140,7 @@ class Dialogue:
     def _prompt(self, messages: list[Message]) -> Prompt:
         system = [] if self.system is None else [Message("system", self.system)]
         variables = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        return self._prompter.prompt([*system, *messages], (), variables)
+        return self.model.prompter.prompt([*system, *messages], (), variables)
 
     def _lasting(self, prompt: Prompt) -> int:
         """With how many of its tokens the next prompt will begin, whatever is answered and asked."""

@@ -16,7 +16,8 @@ from tandem.inference.replies import Question
 from tandem.inference.sampling import Sampling
 
 PROMPT, MESSAGES, SEED = "prompt", "messages", "seed"
-VARIABLES = ("tools", "enable_thinking", "chat_template_kwargs")  # fields of a line that a chat template gets
+THINKING = "enable_thinking"
+FOR_TEMPLATE = ("tools", THINKING, "chat_template_kwargs")  # fields of a line that a chat template gets
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,13 @@ def _line(content: bytes, place: str, model: Model, sampling: Sampling, stop: tu
 
 
 def _tokens(fields: Mapping[str, Any], model: Model, raw: bool) -> list[int]:
-    if PROMPT in fields:
-        if not isinstance(fields[PROMPT], str):
-            raise UserError(f'"{PROMPT}" is not a text')
-        return model.prompt_ids(fields[PROMPT])
-    if raw:
+    if PROMPT in fields and not isinstance(fields[PROMPT], str):
+        raise UserError(f'"{PROMPT}" is not a text')
+    if raw and MESSAGES in fields:
         raise UserError(f'"{MESSAGES}" need a chat template; leave out --raw')
-    messages = fields[MESSAGES]
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f'"{MESSAGES}" is not a list of objects with "role" and "content"')
-    variables = {name: fields[name] for name in VARIABLES if fields.get(name) is not None}
-    variables |= variables.pop("chat_template_kwargs", {})
-    return model.conversation_ids(messages, variables)
+    for_template = {name: fields[name] for name in FOR_TEMPLATE if fields.get(name) is not None}
+    if PROMPT in fields and (raw or not for_template):
+        return model.prompt_ids(fields[PROMPT])
+    messages = fields[MESSAGES] if MESSAGES in fields else [{"role": "user", "content": fields[PROMPT]}]
+    thinking = {THINKING: for_template.pop(THINKING)} if THINKING in for_template else {}
+    return model.prompter.prompt_of({**for_template, MESSAGES: messages}, thinking).ids

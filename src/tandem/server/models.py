@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tandem.inference.chat import Model
-from tandem.inference.conversation import Prompter
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,6 @@ class Served:
     name: str
     model: Model
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @cached_property
-    def prompter(self) -> Prompter:
-        return Prompter(self.model.tokenizer, self.model.template, self.model.thinking)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

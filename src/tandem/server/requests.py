@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.handlers.conversations import OpenAIInstructionHandler
 from tandem.data.handlers.fields import described
 from tandem.errors import UserError, nearest
 from tandem.inference.answers import Answer
@@ -117,11 +116,11 @@ def read_chat(body: Any, models: Mapping[str, Served], max_tokens: int) -> Asked
     served = _served(values["model"], models)
     if values["top_logprobs"] is not None and not values["logprobs"]:
         raise bad_request("top_logprobs: also set logprobs to true", "top_logprobs")
-    handler = OpenAIInstructionHandler()
+    offered = {} if values["tool_choice"] == "none" else {"tools": values["tools"]}
     try:
-        messages = handler.messages({"messages": values["messages"]})
-        tools = handler.tools({"tools": values["tools"]}) if values["tool_choice"] != "none" else ()
-        prompt = served.prompter.prompt(messages, tools, values["chat_template_kwargs"])
+        prompt = served.model.prompter.prompt_of(
+            {"messages": values["messages"], **offered}, values["chat_template_kwargs"]
+        )
     except UserError as error:
         raise bad_request(str(error), "messages") from None
     given = {name: values[name] for name in ("max_tokens", "max_completion_tokens") if values[name] is not None}
