@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,20 @@ def run_step_by_step(monkeypatch: Any) -> None:
     monkeypatch.setattr(Fused, "__call__", lambda self, *arguments: self.function(*arguments))
 
 
+def copy_at_once(monkeypatch: Any) -> None:
+    """Copies to NVIDIA's devices need neither memory that does not move nor a stream."""
+
+    def begin(copy: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+        tensors = copy()
+        return lambda: tensors
+
+    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(cuda, "copy_stream", lambda device: SimpleNamespace(begin=begin))
+
+
 def compute_with(monkeypatch: Any, kernels: sets.Kernels, **changed: Any) -> None:
     """Let the CPU compute with another device's kernels."""
-    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    copy_at_once(monkeypatch)
     monkeypatch.setitem(sets.KERNELS, "cpu", dataclasses.replace(kernels, **changed))
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_toys import copy_at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.interface import EngineSettings, StepResult
 from tandem.backends.torch import engine as engine_module
 from tandem.backends.torch import passes
-from tandem.backends.torch.compute import cuda, sets
+from tandem.backends.torch.compute import sets
 from tandem.backends.torch.compute.fused import Fused
 from tandem.backends.torch.engine import TorchEngine
 from tandem.backends.torch.optimizer import Decision
@@ -96,7 +97,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
 
     monkeypatch.setattr(Fused, "__call__", fused)
     monkeypatch.setattr(Decision, "read", read)
-    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    copy_at_once(monkeypatch)
     monkeypatch.setitem(sets.KERNELS, "meta", sets.CUDA)
     for name, value in (("choose_device", META), ("device_name", "meta"), ("has_native_bf16", True)):
         monkeypatch.setattr(engine_module, name, lambda *_, value=value: value)

@@ -19,7 +19,7 @@ from tandem.backends.torch.communication import Ranks
 from tandem.backends.torch.data_parallel import Replicated, Sharing
 from tandem.backends.torch.fully_sharded import FullySharded
 from tandem.backends.torch.functional import Gradient
-from tandem.backends.torch.inputs import prepare
+from tandem.backends.torch.inputs import arrive, send
 from tandem.backends.torch.loss import RowWeights, cross_entropy_and_gradient
 from tandem.backends.torch.model import Build, Chunk, GPTModel
 from tandem.parallel.layout import Slot
@@ -60,7 +60,7 @@ def step(model: GPTModel, sharing: Sharing, dtype: torch.dtype) -> None:
     sharing.begin(gradients=True)
     for last, lengths in enumerate(((9, 4), (3, 8))):
         batch = toy_batch(CONFIG, lengths)
-        hidden = model(prepare(CONFIG, batch, dtype, CPU, None), None)
+        hidden = model(arrive(CONFIG, send(batch, CPU, None), dtype, CPU), None)
         labels = torch.from_numpy(batch.tokens.astype(np.int64))
         same = torch.ones(len(labels), 1, dtype=torch.float64)
         weights = RowWeights(same / 24, 1 / 24, same)

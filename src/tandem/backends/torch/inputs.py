@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,33 +48,53 @@ class Inputs:
     routing: Routing | None = None
 
 
-def prepare(
-    config: ModelConfig,
-    batch: MicroBatch,
-    dtype: torch.dtype,
-    device: torch.device,
-    tensor: TensorParallel | None,
-    attention: Attention | None = None,
-    routing: Routing | None = None,
-) -> Inputs:
-    """A micro-batch for the model, in one transfer. `attention` default: within documents."""
+@dataclass(frozen=True)
+class Sent:
+    """A micro-batch on its way to the device.
+
+    Attributes:
+        longer: the batch with its padding.
+        rows, scale: of `Inputs.rows` and `RowWeights.scale`, on the host.
+        arrived: waits for the tensors that `arrive` takes.
+    """
+
+    batch: MicroBatch
+    longer: MicroBatch
+    rows: np.ndarray
+    scale: float
+    arrived: Callable[[], list[torch.Tensor]]
+
+
+def send(batch: MicroBatch, device: torch.device, tensor: TensorParallel | None) -> Sent:
+    """Send a micro-batch to the device, in one transfer."""
     kernels = kernels_of(device)
     rows, labels = batch.judged
     weights = batch.weights[rows] if isinstance(batch, WeightedBatch) else np.empty(0)
     scale, shares = split_scale(weights)
     longer = padded(batch, tensor.size) if tensor is not None and tensor.sequence else batch
-    tokens, positions, starts, rows_there, labels_there, column, shares_column = kernels.to_device(
-        [
-            longer.tokens,
-            longer.position_ids,
-            longer.cu_seqlens.astype(np.int32),
-            rows,
-            labels.astype(np.int64),
-            weights[:, None],
-            shares[:, None],
-        ],
-        device,
-    )
+    arrays = [
+        longer.tokens,
+        longer.position_ids,
+        longer.cu_seqlens.astype(np.int32),
+        rows,
+        labels.astype(np.int64),
+        weights[:, None],
+        shares[:, None],
+    ]
+    return Sent(batch, longer, rows, scale, kernels.early(lambda: kernels.to_device(arrays, device), device))
+
+
+def arrive(
+    config: ModelConfig,
+    sent: Sent,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: Attention | None = None,
+    routing: Routing | None = None,
+) -> Inputs:
+    """A micro-batch that was sent, for the model. `attention` default: within documents."""
+    kernels, batch, longer = kernels_of(device), sent.batch, sent.longer
+    tokens, positions, starts, rows, labels, column, shares = sent.arrived()
     if attention is None:
         documents = kernels.documents(longer.lengths.tolist(), starts)
         attention = lambda layer, q, k, v: kernels.attention(q, k, v, documents)  # noqa: E731
@@ -84,9 +105,9 @@ def prepare(
         sin,
         attention,
         len(batch.tokens),
-        None if np.array_equal(rows, np.arange(len(batch.labels))) else rows_there,
-        labels_there,
-        RowWeights(column.to(kernels.sums), scale, shares_column) if isinstance(batch, WeightedBatch) else None,
+        None if np.array_equal(sent.rows, np.arange(len(batch.labels))) else rows,
+        labels,
+        RowWeights(column.to(kernels.sums), sent.scale, shares) if isinstance(batch, WeightedBatch) else None,
         Dropout.of(config.lora, batch),
         routing,
     )

@@ -28,6 +28,7 @@ class Kernels:
         sum_rows: sums the rows of each token.
         rms_norm, swiglu, rotary_heads: with their backward passes.
         to_device: copies of arrays.
+        early: begins to copy, where the device can copy while it computes.
         angles: cos and sin of each token's rotary angles.
         documents: what `attention` needs to know of the documents that a batch is made of.
         losses_and_gradient: of the logits of a chunk of rows.
@@ -54,6 +55,7 @@ class Kernels:
     rotary_heads: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rotary_heads_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
     to_device: Callable[[Sequence[np.ndarray], torch.device], list[torch.Tensor]]
+    early: Callable[[Callable[[], list[torch.Tensor]], torch.device], Callable[[], list[torch.Tensor]]]
     angles: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     documents: Callable[[Sequence[int], torch.Tensor], Any]
     attention: Callable[..., torch.Tensor]

@@ -12,9 +12,10 @@ from torch import nn
 
 from tandem.backends.experts import Balancing
 from tandem.backends.passes import WeightedBatch, follow
+from tandem.backends.torch.ahead import Ahead
 from tandem.backends.torch.attention import Attention
 from tandem.backends.torch.data_parallel import Sharing
-from tandem.backends.torch.inputs import Inputs, prepare
+from tandem.backends.torch.inputs import Inputs, Sent, arrive, send
 from tandem.backends.torch.loss import cross_entropy_and_gradient, token_losses
 from tandem.backends.torch.model import GPTModel
 from tandem.backends.torch.pipeline import Pipeline
@@ -68,14 +69,16 @@ class Passes:
             That sum; 0 on ranks without the last chunk.
         """
 
+        ahead = Ahead(batches, self.chunks, self.pipeline, self.device, self._new_hidden)
+
         def forward(action: Action) -> tuple[torch.Tensor | float, _InFlight]:
-            return self._forward(action, batches[action.micro_batch])
+            return self._forward(action, ahead.sent(action), ahead.received(action))
 
         def backward(action: Action, done: _InFlight) -> None:
             self.sharing.before_backward(self.chunks[action.chunk], last=action.micro_batch == len(batches) - 1)
-            self._backward(action, done)
+            self._backward(action, done, ahead.received(action))
 
-        total = follow(self.pipeline.schedule(len(batches)), forward, backward)
+        total = follow(ahead.of(self.pipeline.schedule(len(batches))), forward, backward)
         self.pipeline.finish()
         return total
 
@@ -125,10 +128,11 @@ class Passes:
                 if module is not None:
                     yield ".".join(global_path[:depth]), module
 
-    def _forward(self, action: Action, batch: WeightedBatch) -> tuple[torch.Tensor | float, _InFlight]:
+    def _forward(self, action: Action, sent: Sent, x: torch.Tensor | None) -> tuple[torch.Tensor | float, _InFlight]:
         chunk, target = self.chunks[action.chunk], self.pipeline.target(action.chunk)
-        inputs = self._prepare(batch)
-        x = self._receive(action.chunk, inputs)
+        inputs = self._arrive(sent)
+        if x is not None:
+            x.requires_grad_()
         output = chunk(inputs, x, inputs.rows)
         loss, gradient = None, None
         if target is None:
@@ -140,12 +144,9 @@ class Passes:
             self.pipeline.send(target, True, output.detach())
         return 0.0 if loss is None else loss, _InFlight(x, output, gradient)
 
-    def _backward(self, action: Action, done: _InFlight) -> None:
-        gradient = done.gradient
-        if gradient is None:
-            target = self.pipeline.target(action.chunk)
-            assert target is not None
-            gradient = self.pipeline.receive(target, False, torch.empty_like(done.output))
+    def _backward(self, action: Action, done: _InFlight, received: torch.Tensor | None) -> None:
+        gradient = done.gradient if received is None else received
+        assert gradient is not None
         _Begin.apply(done.output, gradient).backward()
         if done.x is not None:
             source = self.pipeline.source(action.chunk)
@@ -161,15 +162,20 @@ class Passes:
         return output
 
     def _receive(self, number: int, inputs: Inputs) -> torch.Tensor | None:
-        """The output of the chunk before, which requires a gradient when gradients are on; None for the first chunk."""
+        """The output of the chunk before; None for the first chunk. For passes without gradients."""
         source = self.pipeline.source(number)
         if source is None:
             return None
-        tensor = self.chunks[number].tensor
-        tokens = len(inputs.tokens) // (tensor.size if tensor is not None and tensor.sequence else 1)
-        x = torch.empty(tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        return self.pipeline.receive(source, True, x).requires_grad_(torch.is_grad_enabled())
+        return self.pipeline.expect(source, True, self._new_hidden(len(inputs.tokens)))()
+
+    def _new_hidden(self, tokens: int) -> torch.Tensor:
+        """Memory for this rank's hidden states of a micro-batch of so many tokens."""
+        tensor = self.chunks[0].tensor
+        rows = tokens // (tensor.size if tensor is not None and tensor.sequence else 1)
+        return torch.empty(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
 
     def _prepare(self, batch: MicroBatch, attention: Attention | None = None) -> Inputs:
-        routing = self.balancing.of(batch)
-        return prepare(self.config, batch, self.dtype, self.device, self.chunks[0].tensor, attention, routing)
+        return self._arrive(send(batch, self.device, self.chunks[0].tensor), attention)
+
+    def _arrive(self, sent: Sent, attention: Attention | None = None) -> Inputs:
+        return arrive(self.config, sent, self.dtype, self.device, attention, self.balancing.of(sent.batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from tandem.parallel.pipeline import Link
 
 @dataclass
 class Pipeline(Stage):
-    """Messages between one stage and its neighbours. Sending does not wait; receiving does.
+    """Messages between one stage and its neighbours. Neither sending nor expecting one waits.
 
     Args:
         groups: `Groups.pipelines`.
@@ -23,11 +24,21 @@ class Pipeline(Stage):
     groups: dict[tuple[bool, bool], Group]
     _sent: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
 
-    def receive(self, link: Link, forward: bool, x: torch.Tensor) -> torch.Tensor:
-        """Fill x with what the chunk at `link` sends: activations when `forward`, their gradient otherwise."""
+    def expect(self, link: Link, forward: bool, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to fill x with what the chunk at `link` sends: activations when `forward`, their gradient otherwise.
+
+        The function that is returned waits for that, and returns x. Messages arrive in the order in which they are
+        expected.
+        """
         around = (link.stage > self.place.pipeline) == forward
-        dist.recv(x, self.rank_of(link), group=self.groups[forward, around])
-        return x
+        work = dist.irecv(x, self.rank_of(link), group=self.groups[forward, around])
+        assert work is not None
+
+        def arrived() -> torch.Tensor:
+            work.wait()
+            return x
+
+        return arrived
 
     def send(self, link: Link, forward: bool, x: torch.Tensor) -> None:
         around = (self.place.pipeline > link.stage) == forward

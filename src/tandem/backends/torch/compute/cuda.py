@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -155,6 +155,35 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
 
 def pinned(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class CopyStream:
+    """A stream on which a device copies while it computes on another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def begin(self, copy: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+        """Copy now. The function that is returned lets the stream that computes wait for it, but not the host."""
+        with torch.cuda.stream(self._stream):
+            tensors = copy()
+        copied = self._stream.record_event()
+
+        def arrived() -> list[torch.Tensor]:
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(copied)
+            for tensor in tensors:
+                tensor.record_stream(computing)  # its memory is not used again before that stream is done with it
+            return tensors
+
+        return arrived
+
+
+copy_stream = cache(CopyStream)  # of a device
+
+
+def early(copy: Callable[[], list[torch.Tensor]], device: torch.device) -> Callable[[], list[torch.Tensor]]:
+    return copy_stream(device).begin(copy)
 
 
 def angles(
