@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from mindspore import Tensor
-
-from tandem.data.batch import MicroBatch
-from tandem.models.config import ModelConfig
-from tandem.models.rotary import cos_sin
 
 
 @dataclass(frozen=True)
@@ -18,14 +15,21 @@ class Documents:
 
     Attributes:
         cu_seqlens: int32 [documents + 1], from 0 to t.
-        cos, sin: fp32 [t, kv_channels].
+        cos, sin: [t, kv_channels], fp32 on CPU, and in the model's dtype elsewhere.
     """
 
     cu_seqlens: np.ndarray
     cos: Tensor
     sin: Tensor
 
-    @classmethod
-    def of(cls, config: ModelConfig, micro_batch: MicroBatch) -> Documents:
-        cos, sin = cos_sin(config, micro_batch.position_ids)
-        return cls(micro_batch.cu_seqlens, Tensor.from_numpy(cos), Tensor.from_numpy(sin))
+    @cached_property
+    def negative_sin(self) -> Tensor:
+        """For rotating back."""
+        return -self.sin
+
+    def groups(self, most: int) -> list[tuple[slice, list[int]]]:
+        """At most `most` documents at a time: their tokens, and where each of them ends, counted from the first."""
+        bounds = self.cu_seqlens.tolist()
+        firsts = range(0, len(bounds) - 1, most)
+        cuts = [bounds[first : first + most + 1] for first in firsts]
+        return [(slice(cut[0], cut[-1]), [end - cut[0] for end in cut[1:]]) for cut in cuts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -72,7 +73,9 @@ class MindSporeEngine(BaseEngine[Tensor]):
         )
         by_rows = self._data.by_rows or self._copies.by_rows
         self.by_rows = ByRows(weights=False, gradients=False, optimizer_state=by_rows)
-        self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows(0))
+        self._tensor = make_tensor_parallel(
+            settings, self._groups, self._vocabulary_rows(0), self._vocabulary_rows(self._place.tensor)
+        )
         self._weights = {
             name: self._new_weight(shard.shape, self._data_of(name), trained=name in self._trained)
             for name, shard in self._shards.items()
@@ -181,13 +184,13 @@ class MindSporeEngine(BaseEngine[Tensor]):
     def _on_host(values: np.ndarray) -> np.ndarray:
         return values
 
-    def _sum_over_ranks(self, *values: float) -> list[float]:
-        return self._groups.everyone.sum_values(*values)
+    def _sum_over_ranks(self, *values: Any) -> list[float]:
+        return self._groups.everyone.sum_values(*map(_number, values))
 
     def _largest_of_data_ranks(self, count: int) -> int:
         return max(self._groups.data.gather_values(count))
 
-    def _accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+    def _accumulate(self, batches: Sequence[WeightedBatch]) -> Any:
         for weight in self._trained_weights.values():
             weight.has_gradient = False
         with _non_finite_allowed():
@@ -226,19 +229,19 @@ class MindSporeEngine(BaseEngine[Tensor]):
         assert weight.gradient is not None
         return weight.gradient
 
-    def _sum_of_squares(self, names: Iterable[str]) -> float:
-        return sum(self._kernels.sum_of_squares(self._gradient(self._weights[name])) for name in names)
+    def _sum_of_squares(self, names: Iterable[str]) -> Any:
+        return self._kernels.sum_of_squares([self._gradient(self._weights[name]) for name in names])
 
     def _finish(
         self,
-        totals: tuple[float, float, float],
+        totals: tuple[Any, Any, float],
         lr: float,
         weight_decay: float,
         loss_limit: float,
         loss_scale: float,
         loss: float | None,
     ) -> StepResult:
-        weighted, squares, trained = self._sum_over_ranks(*totals)
+        weighted, squares, trained = self._kernels.totals(self._groups.everyone, totals)
         norm = math.sqrt(squares) / loss_scale
         reported = weighted / loss_scale if loss is None else loss
         applied = is_trusted(reported, norm, loss_limit, may_be_zero=loss is not None)
@@ -290,10 +293,16 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return int(ms.runtime.max_memory_allocated())
 
 
-def make_tensor_parallel(settings: EngineSettings, groups: Groups, vocabulary_rows: int) -> TensorParallel:
+def make_tensor_parallel(
+    settings: EngineSettings, groups: Groups, vocabulary_rows: int, own_rows: int
+) -> TensorParallel:
     ranks = groups.tensor
     sequence = settings.sequence_parallel and ranks.group is not None
-    return TensorParallel(ranks, sequence, vocabulary_rows, kernels_for(settings.device))
+    return TensorParallel(ranks, sequence, vocabulary_rows, own_rows, kernels_for(settings.device))
+
+
+def _number(value: Any) -> float:
+    return float(value.asnumpy()) if isinstance(value, Tensor) else value
 
 
 def _non_finite_allowed() -> np.errstate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ class Kernels:
     """The functions that are different on each device. Signatures and shapes are documented in the CPU's.
 
     Attributes:
+        to_device: host arrays of a micro-batch, by name -> what the kernels take, in one transfer.
+        angles: of the rotary embedding, in the form that attention takes.
         product, weight_gradient: of matrices of one dtype. On an NPU the gradient has that dtype, too.
         new_cache, attention_over_kept: of sessions. What a cache is, only the two know.
         rows: some rows of a tensor. On CPU they share its memory.
@@ -32,11 +34,13 @@ class Kernels:
         fp32_notice: a message for the user when computing in fp32.
     """
 
+    to_device: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+    angles: Callable[..., tuple[Tensor, Tensor]]
     product: Callable[..., Tensor]
     weight_gradient: Callable[[Tensor, Tensor], Tensor]
     embedding: Differentiable
     select_rows: Differentiable
-    place_rows: Callable[[Tensor, np.ndarray, int], Tensor]
+    place_rows: Callable[[Tensor, Any, int], Tensor]
     rows: Callable[[Tensor, int, int], Tensor]
     rms_norm: Differentiable
     swiglu: Differentiable
@@ -44,10 +48,11 @@ class Kernels:
     new_cache: Callable[[tuple[int, ...], ms.Type], Any]
     attention_over_kept: Callable[..., Tensor]
     token_losses: Callable[..., np.ndarray]
-    cross_entropy_and_gradient: Callable[..., tuple[float, Tensor]]
+    cross_entropy_and_gradient: Callable[..., tuple[Any, Tensor]]
     zeros: Callable[[tuple[int, ...]], Tensor]
-    scale: Callable[[Tensor, float], None]
-    sum_of_squares: Callable[[Tensor], float]
+    sum_of_squares: Callable[[Sequence[Tensor]], Any]
+    totals: Callable[[Ranks, Sequence[Any]], list[float]]
+    adamw: Callable[..., None]
     sum_over: Callable[[Ranks, Sequence[Tensor]], None]
     gather_rows: Callable[[Ranks, Sequence[Weight]], None]
     route: Callable[..., tuple[Tensor, np.ndarray, Callable[[Tensor, Tensor], Tensor]]]

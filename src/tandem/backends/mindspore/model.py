@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.adapters import Dropout
 from tandem.backends.experts import Routing
 from tandem.backends.mindspore.adapters import Linear
-from tandem.backends.mindspore.documents import Documents
 from tandem.backends.mindspore.experts import Mixture
+from tandem.backends.mindspore.inputs import Inputs
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback, Weight
-from tandem.data.batch import MicroBatch
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, layer_prefix
 
@@ -120,16 +118,14 @@ class Decoder:
 
     def forward(
         self,
-        micro_batch: MicroBatch,
-        rows: np.ndarray,
+        inputs: Inputs,
         x: Tensor | None,
         differentiable: bool,
         attention: Attention | None = None,
-        routing: Routing | None = None,
     ) -> tuple[Tensor, Pullback]:
         """The chunk's output from x [t, h], the output of the chunk before (None for the first chunk).
 
-        The last chunk returns the input of the head, at `rows` of the micro-batch: [len(rows), h].
+        The last chunk returns the input of the head, at the inputs' `rows`: [len(rows), h].
 
         The second result takes the output's gradient, accumulates the gradients of all weights, and returns the
         gradient of x (undefined on the first chunk). It may be called once, and only when `differentiable`.
@@ -137,18 +133,16 @@ class Decoder:
         Args:
             attention: default: within documents.
         """
-        attend = functools.partial(
-            attention or self._within_documents, documents=Documents.of(self.config, micro_batch), config=self.config
-        )
-        dropout = Dropout.of(self.config.lora, micro_batch)
+        attend = functools.partial(attention or self._within_documents, documents=inputs.documents, config=self.config)
+        dropout, routing = inputs.dropout, inputs.routing
         steps = [self._layer(place, layer, attend, dropout, routing) for place, layer in enumerate(self.layers)]
         if self.first:
-            embedding = self._watched(EMBEDDING, lambda _: self._embedding(micro_batch.tokens))
+            embedding = self._watched(EMBEDDING, lambda _: self.tensor.embedding(inputs.lookup, self._embedding))
             steps = [embedding, self.tensor.leave, *steps]
         if self.last:
-            select = functools.partial(self.kernels.select_rows, rows=rows)
             norm = self._watched(FINAL_NORM, self._norm(FINAL_NORM))
-            steps += [self.tensor.join, select, norm, self.tensor.enter_joined]
+            select = [] if inputs.rows is None else [functools.partial(self.kernels.select_rows, rows=inputs.rows)]
+            steps += [self.tensor.join, *select, norm, self.tensor.enter_joined]
         return chained(steps, x, differentiable)
 
     def _watched(self, name: str, step: Layer) -> Layer:
@@ -164,8 +158,9 @@ class Decoder:
 
         return run
 
-    def _embedding(self, tokens: np.ndarray) -> tuple[Tensor, Pullback]:
-        return self.tensor.embedding(tokens, self.weights[EMBEDDING])
+    @property
+    def _embedding(self) -> Weight:
+        return self.weights[EMBEDDING]
 
     def _within_documents(self, layer: int, *inputs: Any, **others: Any) -> tuple[Tensor, Pullback]:
         return self.kernels.attention(*inputs, **others)

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from tandem.backends.interface import EngineSettings
 from tandem.backends.mindspore.data_parallel import DataParallel
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.weight import Weight
 
-_adam = ops.Adam()
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of one update.
+
+    Attributes:
+        step: of the update, counted from 1.
+        coefficient: what gradients are multiplied by.
+    """
+
+    step: int
+    lr: float
+    weight_decay: float
+    coefficient: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """The tensors of one weight, all fp32. The gradient may change. `decays`: whether weight decay acts on it."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    gradient: Tensor
+    decays: bool
 
 
 class AdamW:
@@ -37,7 +63,7 @@ class AdamW:
         self.weights = {name: weight for name, weight in weights.items() if weight.master.shape[0]}
         self.data = data
         self.kernels = kernels
-        # The kernel computes with fp32 betas. The bias corrections must use the same numbers.
+        # The kernels compute with fp32 betas. The bias corrections must use the same numbers.
         self.beta1, self.beta2 = float(np.float32(settings.adam_beta1)), float(np.float32(settings.adam_beta2))
         self.epsilon = settings.adam_eps
         self.exp_avg = {name: kernels.zeros(weight.master.shape) for name, weight in self.weights.items()}
@@ -45,15 +71,15 @@ class AdamW:
 
     def update(self, step: int, lr: float, weight_decay: float, coefficient: float) -> None:
         """Apply update number `step`, counted from 1, with the gradients times `coefficient`, to the masters."""
-        # ops.Adam adds epsilon to the uncorrected sqrt(exp_avg_sq), so both corrections go into lr and epsilon.
-        correction = math.sqrt(1 - self.beta2**step)
-        corrected_lr = lr * correction / (1 - self.beta1**step)
-        scalars = (0.0, 0.0, corrected_lr, self.beta1, self.beta2, self.epsilon * correction)
-        arguments = [Tensor(scalar, ms.float32) for scalar in scalars]
-        for name, weight in self.weights.items():
-            gradient = self.data(name).own_rows_of(weight.gradient)
-            if coefficient != 1:
-                self.kernels.scale(gradient, coefficient)
-            if weight_decay and len(weight.value.shape) > 1:
-                self.kernels.scale(weight.master, 1 - lr * weight_decay)
-            _adam(weight.master, self.exp_avg[name], self.exp_avg_sq[name], *arguments, gradient)
+        updates = [
+            Update(
+                weight.master,
+                self.exp_avg[name],
+                self.exp_avg_sq[name],
+                self.data(name).own_rows_of(weight.gradient),
+                decays=len(weight.value.shape) > 1,
+            )
+            for name, weight in self.weights.items()
+        ]
+        hyper = Hyper(step, lr, weight_decay, coefficient, self.beta1, self.beta2, self.epsilon)
+        self.kernels.adamw(updates, hyper)

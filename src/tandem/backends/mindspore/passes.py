@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint
 
 from tandem.backends.experts import Balancing
+from tandem.backends.mindspore.inputs import Inputs, prepare
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.model import Attention, Decoder
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback, Weight
 from tandem.backends.passes import WeightedBatch, follow, trained_rows
-from tandem.data.batch import MicroBatch, padded
+from tandem.data.batch import MicroBatch
 from tandem.parallel.pipeline import Action
 
 
@@ -47,14 +49,14 @@ class Passes:
         """[this rank's rows of the vocabulary, h]; on ranks with the last chunk."""
         return self.chunks[-1].head
 
-    def accumulate(self, batches: Sequence[WeightedBatch]) -> float:
+    def accumulate(self, batches: Sequence[WeightedBatch]) -> Any:
         """Add the gradients of the sum of the batches' weighted losses to the weights'.
 
         Returns:
-            That sum; 0 on ranks without the last chunk.
+            That sum, a number or a tensor; 0 on ranks without the last chunk.
         """
 
-        def forward(action: Action) -> tuple[float, _InFlight]:
+        def forward(action: Action) -> tuple[Any, _InFlight]:
             return self._forward(action.chunk, batches[action.micro_batch])
 
         def backward(action: Action, done: _InFlight) -> None:
@@ -73,40 +75,39 @@ class Passes:
         """
         losses = []
         for place, batch in enumerate(batches):
-            rows, labels = batch.judged
-            output = self._through(batch, rows)
+            inputs = self._prepare(batch, *batch.judged)
+            output = self._through(inputs)
             if output is not None:
                 tokens = None if most_likely is None else most_likely[place]
-                losses.append(self.kernels.token_losses(output, self.head, labels, self.tensor, tokens))
+                losses.append(self.kernels.token_losses(output, self.head, inputs.targets, self.tensor, tokens))
         self.pipeline.finish()
         return losses
 
     def hidden(self, batch: MicroBatch, rows: np.ndarray, attention: Attention | None = None) -> Tensor | None:
         """The input of the head; None on ranks without the last chunk. `attention` default: within documents."""
-        hidden = self._through(batch, rows, attention)
+        hidden = self._through(self._prepare(batch, rows, batch.labels[rows]), attention)
         self.pipeline.finish()
         return hidden
 
-    def _through(self, batch: MicroBatch, rows: np.ndarray, attention: Attention | None = None) -> Tensor | None:
+    def _through(self, inputs: Inputs, attention: Attention | None = None) -> Tensor | None:
         """The input of the head, after this rank's chunks one after another; None on ranks without the last chunk."""
         hidden = None
         for chunk in range(len(self.chunks)):
-            output, _ = self._output(chunk, batch, rows, differentiable=False, attention=attention)
+            output, _ = self._output(chunk, inputs, differentiable=False, attention=attention)
             if (target := self.pipeline.target(chunk)) is None:
                 hidden = output
             else:
                 self.pipeline.send(target, True, output)
         return hidden
 
-    def _forward(self, chunk: int, batch: WeightedBatch) -> tuple[float, _InFlight]:
+    def _forward(self, chunk: int, batch: WeightedBatch) -> tuple[Any, _InFlight]:
         rows = trained_rows(batch)
-        output, pull = self._output(chunk, batch, rows, differentiable=True)
+        inputs = self._prepare(batch, rows, batch.labels[rows])
+        output, pull = self._output(chunk, inputs, differentiable=True)
         if (target := self.pipeline.target(chunk)) is not None:
             self.pipeline.send(target, True, output)
             return 0.0, _InFlight(pull, mint.empty(output.shape, dtype=output.dtype))
-        loss, gradient = self.kernels.cross_entropy_and_gradient(
-            output, self.head, batch.labels[rows], batch.weights[rows], self.tensor
-        )
+        loss, gradient = self.kernels.cross_entropy_and_gradient(output, self.head, inputs.targets, self.tensor)
         return loss, _InFlight(pull, gradient)
 
     def _backward(self, chunk: int, done: _InFlight) -> None:
@@ -116,15 +117,16 @@ class Passes:
         if (source := self.pipeline.source(chunk)) is not None:
             self.pipeline.send(source, False, gradient)
 
-    def _output(
-        self, chunk: int, batch: MicroBatch, rows: np.ndarray, differentiable: bool, attention: Attention | None = None
-    ) -> tuple[Tensor, Pullback]:
+    def _prepare(self, batch: MicroBatch, rows: np.ndarray, labels: np.ndarray) -> Inputs:
         routing = self.balancing.of(batch)
-        if self.tensor.sequence:
-            batch = padded(batch, self.tensor.ranks.size)
+        return prepare(self.chunks[0].config, batch, rows, labels, self.dtype, self.kernels, self.tensor, routing)
+
+    def _output(
+        self, chunk: int, inputs: Inputs, differentiable: bool, attention: Attention | None = None
+    ) -> tuple[Tensor, Pullback]:
         decoder, x = self.chunks[chunk], None
         if (source := self.pipeline.source(chunk)) is not None:
-            tokens = len(batch.tokens) // (self.tensor.ranks.size if self.tensor.sequence else 1)
+            tokens = inputs.tokens // (self.tensor.ranks.size if self.tensor.sequence else 1)
             x = mint.empty((tokens, decoder.config.hidden_size), dtype=self.dtype)
             self.pipeline.receive(source, True, x)
-        return decoder.forward(batch, rows, x, differentiable, attention, routing)
+        return decoder.forward(inputs, x, differentiable, attention)

@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor, mint
 
 from tandem.backends.mindspore.communication import Ranks
+from tandem.backends.mindspore.inputs import Lookup
 from tandem.backends.mindspore.weight import Pullback, Weight
 
 if TYPE_CHECKING:  # the kernels take a TensorParallel
@@ -27,11 +28,13 @@ class TensorParallel:
     Attributes:
         sequence: between the blocks each rank holds the residuals and norms of t / size consecutive tokens only.
         vocabulary_rows: rows of embedding and head on the first rank; other ranks have at most as many.
+        own_rows: the same on this rank.
     """
 
     ranks: Ranks
     sequence: bool
     vocabulary_rows: int
+    own_rows: int
     kernels: Kernels
 
     def enter(self, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -50,19 +53,36 @@ class TensorParallel:
         """`enter` for an x that already holds all tokens."""
         return x, self._sum
 
-    def embedding(self, tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
+    def embedding(self, lookup: Lookup, weight: Weight) -> tuple[Tensor, Pullback]:
         """This rank's part of the vectors of tokens [t], ready to `leave`. The pullback's result must not be used."""
-        if self.ranks.group is None:
-            return self.kernels.embedding(tokens, weight)
-        local = self.local(tokens)
-        here = np.flatnonzero((local >= 0) & (local < weight.value.shape[0]))
-        vectors, pull = self.kernels.embedding(local[here], weight)
+        vectors, pull = self.kernels.embedding(lookup.tokens, weight)
+        if lookup.here is None:
+            return vectors, pull
 
         def backward(gradient: Tensor) -> Tensor:
-            pull(self.kernels.select_rows(gradient, here)[0])
+            pull(self.kernels.select_rows(gradient, lookup.here)[0])
             return gradient
 
-        return self.kernels.place_rows(vectors, here, len(tokens)), backward
+        return self.kernels.place_rows(vectors, lookup.here, lookup.count), backward
+
+    def own_tokens(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The tokens whose vectors this rank has, counted from its first, and their places; None for all in order."""
+        if self.ranks.group is None:
+            return tokens, None
+        local = self.local(tokens)
+        here = np.flatnonzero((local >= 0) & (local < self.own_rows))
+        return local[here], here
+
+    def own_labels(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Labels counted from this rank's first token, and which of them it has, fp32; None for all.
+
+        Those of other ranks are 0.
+        """
+        if self.ranks.group is None:
+            return labels, None
+        local = self.local(labels)
+        present = (local >= 0) & (local < self.own_rows)
+        return np.where(present, local, 0), present.astype(np.float32)
 
     def local(self, ids: np.ndarray) -> np.ndarray:
         """Ids counted from this rank's first row of the vocabulary; those of other ranks are negative or too large."""

@@ -1,48 +1,31 @@
-"""The kernels on Ascend NPUs: fused operators, differentiated by MindSpore one at a time.
+"""The kernels on Ascend NPUs: fused operators and their backward operators, called one by one.
 
-Written from MindSpore's documentation; there was no NPU to run it on. A function is differentiated inside its backward
-pass, where it runs forward again. Reasons: `ms.vjp` keeps memory for a pullback that is never called, and pullbacks
-must be called last in, first out.
+Written from MindSpore's documentation; there was no NPU to run it on. Operators of `ops.auto_generate` are those that
+MindSpore differentiates its own functions with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, mint, ops
 
-from tandem.backends.loss import chunks, split_scale
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.documents import Documents
-from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Pullback, Weight
-from tandem.frameworks import MINDSPORE
 from tandem.models.config import ModelConfig
 
-# The causal mask that flash attention takes in its compressed modes, whatever the lengths.
-_MASK_SIZE = 2048
+MOST_DOCUMENTS = 1024  # that one call of flash attention takes
+_MASK_SIZE = 2048  # of the causal mask that it takes in its compressed modes, whatever the lengths
 _CAUSAL = 3  # sparse_mode: each document's lower right triangle
+_ANY_NUMBER = 2**31 - 1
 
 _PRODUCTS = {transposed: ops.MatMul(transpose_b=transposed) for transposed in (False, True)}
 _product_ta = ops.MatMul(transpose_a=True)
-
-
-def _differentiable(
-    function: Callable[..., Tensor], x: Tensor, weights: Sequence[Weight] = ()
-) -> tuple[Tensor, Pullback]:
-    values = [weight.value for weight in weights]
-
-    def backward(gradient: Tensor) -> Tensor:
-        _, pull = ms.vjp(function, x, *values)
-        gradients = pull(gradient)
-        d_x, *d_weights = gradients if isinstance(gradients, tuple) else (gradients,)
-        for weight, d_weight in zip(weights, d_weights):
-            weight.add_gradient(d_weight)
-        return d_x
-
-    return function(x, *values), backward
+_rms_norm_backward = ops.auto_generate.RmsNormGrad()
 
 
 def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
@@ -53,26 +36,26 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return _product_ta(gradient, x)
 
 
-def embedding(tokens: np.ndarray, weight: Weight) -> tuple[Tensor, Pullback]:
-    index = Tensor(tokens, ms.int32)
-
+def embedding(tokens: Tensor, weight: Weight) -> tuple[Tensor, Pullback]:
     def backward(gradient: Tensor) -> Tensor:
-        if not weight.trained:
-            return gradient
-        rows = mint.index_add(zeros(weight.value.shape), 0, index, gradient.astype(ms.float32))
-        weight.add_gradient(rows)
+        if weight.trained:
+            # A tied embedding already has the head's gradient: rows are added to it in place.
+            if not weight.has_gradient:
+                weight.add_gradient(zeros(weight.value.shape))
+            assert weight.gradient is not None
+            weight.gradient.index_add_(0, tokens, gradient.astype(ms.float32))
         return gradient
 
-    return mint.index_select(weight.value, 0, index), backward
+    return mint.index_select(weight.value, 0, tokens), backward
 
 
-def select_rows(x: Tensor, rows: np.ndarray) -> tuple[Tensor, Pullback]:
+def select_rows(x: Tensor, rows: Tensor) -> tuple[Tensor, Pullback]:
     count = x.shape[0]
-    return mint.index_select(x, 0, Tensor(rows, ms.int32)), lambda gradient: place_rows(gradient, rows, count)
+    return mint.index_select(x, 0, rows), lambda gradient: place_rows(gradient, rows, count)
 
 
-def place_rows(x: Tensor, rows: np.ndarray, count: int) -> Tensor:
-    return mint.index_add(mint.zeros((count, x.shape[1]), dtype=x.dtype), 0, Tensor(rows, ms.int32), x)
+def place_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    return mint.index_add(mint.zeros((count, x.shape[1]), dtype=x.dtype), 0, rows, x)
 
 
 def rows(x: Tensor, start: int, stop: int) -> Tensor:
@@ -80,109 +63,145 @@ def rows(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> tuple[Tensor, Pullback]:
-    return _differentiable(lambda x, gamma: ops.rms_norm(x, gamma, epsilon)[0], x, [weight])
+    normed, rstd = _norm(epsilon)(x, weight.value)
+
+    def backward(gradient: Tensor) -> Tensor:
+        d_x, d_gamma = _rms_norm_backward(gradient, x, rstd, weight.value)
+        weight.add_gradient(d_gamma)
+        return d_x
+
+    return normed, backward
+
+
+@cache
+def _norm(epsilon: float) -> ops.Primitive:
+    return ops.auto_generate.RmsNorm(epsilon)
 
 
 def swiglu(gate_up: Tensor) -> tuple[Tensor, Pullback]:
-    return _differentiable(ops.swiglu, gate_up)
+    return ops.swiglu(gate_up, -1), lambda gradient: ops.auto_generate.swiglu_grad(gradient, gate_up, -1)
 
 
 def attention(
     qkv: Tensor, q_norm: Weight | None, k_norm: Weight | None, documents: Documents, config: ModelConfig
 ) -> tuple[Tensor, Pullback]:
-    """Flash attention over documents. It computes in the half precision of qkv, or, for fp32, in bf16."""
-    tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
-    heads = config.num_attention_heads
-    cos, sin = documents.cos.reshape(tokens, 1, head), documents.sin.reshape(tokens, 1, head)
-    ends = documents.cu_seqlens[1:].tolist()
+    """Flash attention over documents. It computes in the half precision of qkv, or, for fp32, in bf16.
+
+    Of the heads only qkv is kept: they are made again in the backward pass.
+    """
+    tokens, heads, head = qkv.shape[0], config.num_attention_heads, config.kv_channels
     half = ms.bfloat16 if qkv.dtype == ms.float32 else qkv.dtype
-    mask = Tensor(np.triu(np.ones((_MASK_SIZE, _MASK_SIZE), np.uint8), 1))
-
-    def prepared(x: Tensor, gamma: Sequence[Tensor]) -> Tensor:
-        return rotated(x, gamma, cos, sin, config).astype(half)
-
-    def function(qkv: Tensor, *gammas: Tensor) -> Tensor:
-        by_group = qkv.reshape(tokens, groups, heads // groups + 2, head)
-        query = prepared(by_group[:, :, :-2].reshape(tokens, heads, head), gammas[:1])
-        key = prepared(by_group[:, :, -2], gammas[1:])
-        out = ops.flash_attention_score(
-            query,
-            key,
-            by_group[:, :, -1].astype(half),
-            heads,
-            attn_mask=mask,
-            actual_seq_qlen=ends,
-            actual_seq_kvlen=ends,
-            scalar_value=head**-0.5,
-            input_layout="TND",
-            sparse_mode=_CAUSAL,
+    made = Heads.of(qkv, q_norm, k_norm, documents, config)
+    score = _flash(heads, head)
+    kept = [
+        score(
+            *(x[part].astype(half) for x in (made.query, made.key, made.value)),
+            *(None, None, None, _causal_mask(), None),  # no shift, dropout or padding, and no prefix
+            ends,
+            ends,
         )
-        return out.reshape(tokens, heads * head).astype(qkv.dtype)
+        for part, ends in documents.groups(MOST_DOCUMENTS)
+    ]
+    del made
 
-    return _differentiable(function, qkv, [norm for norm in (q_norm, k_norm) if norm is not None])
+    def backward(gradient: Tensor) -> Tensor:
+        made = Heads.of(qkv, q_norm, k_norm, documents, config)
+        d_out = gradient.reshape(tokens, heads, head)
+        parts = []
+        for (part, ends), (largest, sums, softmax, out) in zip(documents.groups(MOST_DOCUMENTS), kept):
+            query, key, value, d_part = (x[part].astype(half) for x in (made.query, made.key, made.value, d_out))
+            of_part = _flash_backward(heads, head)(
+                *(query, key, value, d_part, None, None, None, _causal_mask()),
+                *(largest, sums, softmax, out, None, ends, ends),
+            )
+            parts.append(of_part[:3])
+        return made.backward(*map(_joined, zip(*parts)))
 
-
-def rotated(x: Tensor, gamma: Sequence[Tensor], cos: Tensor, sin: Tensor, config: ModelConfig) -> Tensor:
-    """Heads x [..., d], normalised where there is a gamma [d], and rotated by angles of the same number of axes."""
-    normed = ops.rms_norm(x, gamma[0], config.norm_epsilon)[0] if gamma else x
-    first, second = mint.split(normed, config.kv_channels // 2, -1)
-    return normed * cos + mint.cat((-second, first), -1) * sin
-
-
-def token_losses(
-    hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel, most_likely: np.ndarray | None = None
-) -> np.ndarray:
-    losses = np.empty(len(labels), np.float32)
-    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.device_logits_chunk_bytes):
-        logits = product(hidden[part], head.value, transpose_b=True).astype(ms.float32)
-        losses[part] = _losses(logits, labels[part], tensor)[0]
-        if most_likely is not None:
-            largest, places = mint.max(logits, -1)
-            most_likely[part] = tensor.first_largest(largest.asnumpy(), places.asnumpy())
-    return losses
+    return _joined([out for _, _, _, out in kept]).reshape(tokens, heads * head).astype(qkv.dtype), backward
 
 
-def cross_entropy_and_gradient(
-    hidden: Tensor, head: Weight, labels: np.ndarray, weights: np.ndarray, tensor: TensorParallel
-) -> tuple[float, Tensor]:
-    scale, shares = split_scale(weights)
-    total, gradients = 0.0, []
-    for part in chunks(len(labels), tensor.vocabulary_rows, MINDSPORE.device_logits_chunk_bytes):
-        rows = hidden[part]
-        logits = product(rows, head.value, transpose_b=True).astype(ms.float32)
-        losses, d_logits = _losses(logits, labels[part], tensor)
-        total += float(np.sum(losses * weights[part]))
-        # Scaled only now, so that the loss scale does not reduce the range of fp16.
-        d_logits = d_logits.astype(hidden.dtype)
-        share = Tensor(shares[part, None].astype(np.float32)).astype(hidden.dtype)
-        gradients.append(product(d_logits, head.value) * share * scale)
-        if head.trained:
-            head.add_gradient(weight_gradient(d_logits, rows * share).astype(ms.float32) * scale)
-    return total, mint.cat(gradients, 0)
+@dataclass(frozen=True)
+class Heads:
+    """Queries [t, A, d] and keys [t, G, d], normalised where there are norms, and rotated; values [t, G, d].
+
+    Attributes:
+        plain: queries and keys as they came.
+        scales: of the norms; None where there are none.
+        norms: of queries and keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    plain: tuple[Tensor, Tensor]
+    scales: tuple[Tensor | None, Tensor | None]
+    norms: tuple[Weight | None, Weight | None]
+    documents: Documents
+    groups: int
+
+    @classmethod
+    def of(
+        cls, qkv: Tensor, q_norm: Weight | None, k_norm: Weight | None, documents: Documents, config: ModelConfig
+    ) -> Heads:
+        """From qkv [t, (A + 2G) * d], group after group: its queries, its key, its value."""
+        tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
+        by_group = qkv.reshape(tokens, groups, -1, head)
+        query = by_group[:, :, :-2].reshape(tokens, -1, head)
+        key, value = by_group[:, :, -2].contiguous(), by_group[:, :, -1].contiguous()
+        normed = [
+            (x, None) if norm is None else _norm(config.norm_epsilon)(x, norm.value)
+            for x, norm in ((query, q_norm), (key, k_norm))
+        ]
+        turned_query, turned_key = (_rotated(x, documents.cos, documents.sin) for x, _ in normed)
+        scales = normed[0][1], normed[1][1]
+        return cls(turned_query, turned_key, value, (query, key), scales, (q_norm, k_norm), documents, groups)
+
+    def backward(self, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> Tensor:
+        """The gradient of qkv from those of the heads. Adds the gradients of the norms."""
+        tokens, _, head = d_query.shape
+        parts = []
+        for gradient, x, scale, norm in zip((d_query, d_key), self.plain, self.scales, self.norms):
+            back = _rotated(gradient.astype(x.dtype), self.documents.cos, self.documents.negative_sin)
+            if norm is not None:
+                back, d_gamma = _rms_norm_backward(back, x, scale, norm.value)
+                norm.add_gradient(d_gamma)
+            parts.append(back.reshape(tokens, self.groups, -1, head))
+        parts.append(d_value.astype(self.value.dtype).reshape(tokens, self.groups, 1, head))
+        return mint.cat(parts, 2).reshape(tokens, -1)
 
 
-def _losses(logits: Tensor, labels: np.ndarray, tensor: TensorParallel) -> tuple[np.ndarray, Tensor]:
-    """Each row's loss, fp32, and the gradient of their sum with respect to their logits, fp32."""
-    local, size = tensor.local(labels), logits.shape[-1]
-    here = (local >= 0) & (local < size)
-    one_hot = mint.nn.functional.one_hot(Tensor(np.where(here, local, 0), ms.int64), size).astype(ms.float32)
-    one_hot = one_hot * Tensor(here[:, None].astype(np.float32))
-    log_sum_exp, label_logits = tensor.softmax_over_ranks(
-        mint.logsumexp(logits, -1).asnumpy(), mint.sum(logits * one_hot, -1).asnumpy()
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [t, heads, d], each pair of channels (i, i + d/2) rotated by its angle. The operator takes [1, t, heads, d]."""
+    tokens, _, head = x.shape
+    of_tokens = (1, tokens, 1, head)
+    turned = ops.auto_generate.rotary_position_embedding(
+        x.reshape(1, tokens, -1, head), cos.reshape(of_tokens), sin.reshape(of_tokens), 0
     )
-    return log_sum_exp - label_logits, mint.exp(logits - Tensor(log_sum_exp[:, None])) - one_hot
+    return turned.reshape(x.shape)
+
+
+@cache
+def _causal_mask() -> Tensor:
+    """1 above the diagonal, made on the device. It is the same for every layer and batch."""
+    return mint.triu(mint.ones((_MASK_SIZE, _MASK_SIZE), dtype=ms.uint8), 1)
+
+
+@cache
+def _flash(heads: int, head: int) -> ops.Primitive:
+    return ops.auto_generate.FlashAttentionScore(heads, 1.0, head**-0.5, _ANY_NUMBER, 0, 0, "TND", _CAUSAL)
+
+
+@cache
+def _flash_backward(heads: int, head: int) -> ops.Primitive:
+    return ops.auto_generate.FlashAttentionScoreGrad(heads, 1.0, head**-0.5, _ANY_NUMBER, 0, 0, "TND", _CAUSAL)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else mint.cat(list(parts), 0)
 
 
 def zeros(shape: tuple[int, ...]) -> Tensor:
     return mint.zeros(shape, dtype=ms.float32)
-
-
-def scale(tensor: Tensor, factor: float) -> None:
-    tensor.mul_(factor)
-
-
-def sum_of_squares(tensor: Tensor) -> float:
-    return float(mint.sum(mint.square(tensor)).asnumpy())
 
 
 def sum_over(ranks: Ranks, tensors: Sequence[Tensor]) -> None:

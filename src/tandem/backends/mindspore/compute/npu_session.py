@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint
 
-from tandem.backends.mindspore.compute.npu import rotated
+from tandem.backends.mindspore.compute.npu import Heads
 from tandem.backends.mindspore.documents import Documents
 from tandem.backends.mindspore.weight import Weight
 from tandem.backends.session import Kept
@@ -30,17 +30,13 @@ def attention_over_kept(
     kept: Sequence[Kept[Tensor]],
 ) -> Tensor:
     tokens, groups, head = qkv.shape[0], config.num_query_groups, config.kv_channels
-    by_group = qkv.reshape(tokens, groups, config.num_attention_heads // groups + 2, head)
-    cos, sin = documents.cos.reshape(tokens, 1, 1, head), documents.sin.reshape(tokens, 1, 1, head)
-    queries, keys = (
-        rotated(x, [] if norm is None else [norm.value], cos, sin, config).astype(qkv.dtype)
-        for x, norm in ((by_group[:, :, :-2], q_norm), (by_group[:, :, -2:-1], k_norm))
-    )
+    heads = Heads.of(qkv, q_norm, k_norm, documents, config)
+    queries = heads.query.reshape(tokens, groups, -1, head)
     outputs = []
     for (first, last), sequence in zip(itertools.pairwise(documents.cu_seqlens.tolist()), kept):
         cache, end = sequence.cache[layer], sequence.start + last - first
-        cache[0, :, sequence.start : end] = keys[first:last, :, 0].swapaxes(0, 1)
-        cache[1, :, sequence.start : end] = by_group[first:last, :, -1].swapaxes(0, 1)
+        cache[0, :, sequence.start : end] = heads.key[first:last].swapaxes(0, 1)
+        cache[1, :, sequence.start : end] = heads.value[first:last].swapaxes(0, 1)
         query = queries[first:last].transpose(1, 2, 0, 3)  # [groups, queries per group, new tokens, head]
         scores = mint.matmul(query, cache[0, :, None, :end].swapaxes(-1, -2)).astype(ms.float32) * head**-0.5
         later = np.arange(end) > np.arange(sequence.start, end)[:, None]

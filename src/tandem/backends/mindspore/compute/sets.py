@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tandem.backends.mindspore.compute import npu, npu_adapters, npu_experts, npu_session
+from tandem.backends.mindspore.compute import (
+    npu,
+    npu_adapters,
+    npu_experts,
+    npu_feeding,
+    npu_loss,
+    npu_optimizer,
+    npu_session,
+)
 from tandem.backends.mindspore.compute.cpu import (
     adapters,
     attention,
@@ -10,12 +18,15 @@ from tandem.backends.mindspore.compute.cpu import (
     experts,
     functional,
     loss,
+    optimizer,
     session,
 )
 from tandem.backends.mindspore.device import prepare
 from tandem.backends.mindspore.kernels import Kernels
 
 CPU = Kernels(
+    to_device=functional.to_device,
+    angles=functional.angles,
     product=functional.product,
     weight_gradient=functional.weight_gradient,
     embedding=functional.embedding,
@@ -30,8 +41,9 @@ CPU = Kernels(
     token_losses=loss.token_losses,
     cross_entropy_and_gradient=loss.cross_entropy_and_gradient,
     zeros=functional.zeros,
-    scale=functional.scale,
-    sum_of_squares=functional.sum_of_squares,
+    sum_of_squares=optimizer.sum_of_squares,
+    totals=optimizer.totals,
+    adamw=optimizer.adamw,
     sum_over=buckets.sum_over,
     gather_rows=buckets.gather_rows,
     route=experts.route,
@@ -49,6 +61,8 @@ CPU = Kernels(
 
 
 NPU = Kernels(
+    to_device=npu_feeding.to_device,
+    angles=npu_feeding.angles,
     product=npu.product,
     weight_gradient=npu.weight_gradient,
     embedding=npu.embedding,
@@ -60,11 +74,12 @@ NPU = Kernels(
     attention=npu.attention,
     new_cache=npu_session.new_cache,
     attention_over_kept=npu_session.attention_over_kept,
-    token_losses=npu.token_losses,
-    cross_entropy_and_gradient=npu.cross_entropy_and_gradient,
+    token_losses=npu_loss.token_losses,
+    cross_entropy_and_gradient=npu_loss.cross_entropy_and_gradient,
     zeros=npu.zeros,
-    scale=npu.scale,
-    sum_of_squares=npu.sum_of_squares,
+    sum_of_squares=npu_optimizer.sum_of_squares,
+    totals=npu_feeding.totals,
+    adamw=npu_optimizer.adamw,
     sum_over=npu.sum_over,
     gather_rows=npu.gather_rows,
     route=npu_experts.route,

@@ -1,4 +1,4 @@
-"""The kernels on CPU except attention and loss: products, embedding, RMSNorm, SwiGLU, and parts of the optimizer.
+"""The kernels on CPU except attention, loss and optimizer: products, embedding, RMSNorm and SwiGLU.
 
 MindSpore's element-wise CPU kernels broadcast and reduce slowly, so these run in NumPy, over the memory of the tensors.
 With fp16, input and output are fp16, and everything in between is fp32.
@@ -6,7 +6,8 @@ With fp16, input and output are fp16, and everything in between is fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -15,9 +16,27 @@ from mindspore import Tensor
 from tandem.backends.mindspore.compute.cpu.products import matmul
 from tandem.backends.mindspore.compute.cpu.threads import split_work
 from tandem.backends.mindspore.weight import Pullback, Weight, empty, single, written_in_single
+from tandem.models.config import ModelConfig
+from tandem.models.rotary import cos_sin
 
 # Rows worked on at a time, so that intermediate results stay in a core's cache.
 BLOCK = 64
+
+
+def to_device(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays of a micro-batch, by name, as the other kernels take them: here, as they are."""
+    return dict(arrays)
+
+
+def angles(config: ModelConfig, positions: np.ndarray, on_device: Any, dtype: ms.Type) -> tuple[Tensor, Tensor]:
+    """cos and sin of each token's angles, fp32 [t, kv_channels].
+
+    Args:
+        on_device: the same positions, as `to_device` has made them.
+        dtype: of the model.
+    """
+    cos, sin = cos_sin(config, positions)
+    return Tensor.from_numpy(cos), Tensor.from_numpy(sin)
 
 
 def product(a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
@@ -197,21 +216,3 @@ def zeros(shape: tuple[int, ...]) -> Tensor:
 def fill_zero(values: np.ndarray) -> None:
     """Fill with zeros, in place, on all cores."""
     split_work(lambda part: values[part].fill(0), len(values), values.size)
-
-
-def scale(tensor: Tensor, factor: float) -> None:
-    """Multiply in place."""
-    values = tensor.asnumpy()
-    split_work(lambda part: np.multiply(values[part], np.float32(factor), out=values[part]), len(values), values.size)
-
-
-def sum_of_squares(tensor: Tensor) -> float:
-    """The sum over all elements: in fp32 over short runs, and in fp64 over the runs."""
-    values = tensor.asnumpy().reshape(-1)
-
-    def run(part: slice) -> float:
-        starts = range(part.start, part.stop, 2**16)
-        runs = (values[start : min(start + 2**16, part.stop)] for start in starts)
-        return sum(float(np.einsum("n,n->", run, run)) for run in runs)
-
-    return sum(split_work(run, len(values), values.size))

@@ -14,6 +14,7 @@ from mindspore import Tensor
 from tandem.backends.loss import chunks
 from tandem.backends.mindspore.compute.cpu.products import matmul
 from tandem.backends.mindspore.compute.cpu.threads import split_work
+from tandem.backends.mindspore.inputs import Targets
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight, empty, single, written_in_single
 from tandem.frameworks import MINDSPORE
@@ -24,9 +25,9 @@ PIECE = 4096
 
 
 def token_losses(
-    hidden: Tensor, head: Weight, labels: np.ndarray, tensor: TensorParallel, most_likely: np.ndarray | None = None
+    hidden: Tensor, head: Weight, targets: Targets, tensor: TensorParallel, most_likely: np.ndarray | None = None
 ) -> np.ndarray:
-    """-log softmax(hidden head^T)[label] of each row, fp32 [n]: hidden [n, h], head [v, h], labels [n].
+    """-log softmax(hidden head^T)[label] of each row, fp32 [n]: hidden [n, h], head [v, h].
 
     Where ranks share the vocabulary, `head` is this rank's part of it, and all ranks get the losses. `most_likely`,
     int64 [n], gets the most likely token of each row; of equally likely ones the first.
@@ -34,7 +35,7 @@ def token_losses(
     rows = hidden.asnumpy()
     losses = np.empty(len(rows), np.float32)
     for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES):
-        chunk = _Chunk(single(rows[part]), head, labels[part], tensor, finds=most_likely is not None)
+        chunk = _Chunk(single(rows[part]), head, targets.labels[part], tensor, finds=most_likely is not None)
         losses[part] = chunk.losses
         if most_likely is not None:
             most_likely[part] = tensor.first_largest(*chunk.largest_logits())
@@ -42,9 +43,9 @@ def token_losses(
 
 
 def cross_entropy_and_gradient(
-    hidden: Tensor, head: Weight, labels: np.ndarray, weights: np.ndarray, tensor: TensorParallel
+    hidden: Tensor, head: Weight, targets: Targets, tensor: TensorParallel
 ) -> tuple[float, Tensor]:
-    """The sum of the rows' losses times `weights`, float64 [n], and its gradient with respect to `hidden`, [n, h].
+    """The sum of the rows' losses times their weights, and its gradient with respect to `hidden`, [n, h].
 
     Where ranks share the vocabulary, the gradient is this rank's part of a sum over ranks. The head's gradient is
     added to its buffer.
@@ -53,10 +54,10 @@ def cross_entropy_and_gradient(
     d_hidden, d_rows = empty(*rows.shape, dtype=hidden.dtype)
 
     def run(part: slice) -> float:
-        chunk = _Chunk(single(rows[part]), head, labels[part], tensor)
+        chunk = _Chunk(single(rows[part]), head, targets.labels[part], tensor)
         with written_in_single(d_rows[part]) as out:
-            chunk.backward(weights[part].astype(np.float32), out)
-        return float(np.sum(chunk.losses * weights[part]))
+            chunk.backward(targets.weights[part].astype(np.float32), out)
+        return float(np.sum(chunk.losses * targets.weights[part]))
 
     return sum(run(part) for part in chunks(len(rows), tensor.vocabulary_rows, LOGITS_CHUNK_BYTES)), d_hidden
 
