@@ -28,6 +28,8 @@ class Framework:
         logits_chunk_bytes: largest size of the fp32 logits of one chunk of rows in the loss, on a CPU.
         device_logits_chunk_bytes: the same on an accelerator. Where few large products matter, it is 2,208 rows of
             Qwen3's vocabulary; on a CPU, memory that is used again matters.
+        device_logits_bytes: of each number of such a chunk, where weights are in half precision: the loss holds the
+            logits and their gradient in the weights' dtype, or two tensors in fp32.
         adds_gradients_in_place: new gradients of a weight are added to the old ones directly, without a new tensor.
         narrow_moments: can keep Adam's moments in bfloat16.
         device_plugin: how to fix it when the framework does not see Ascend devices.
@@ -40,6 +42,7 @@ class Framework:
     shards_weights: bool
     logits_chunk_bytes: int
     device_logits_chunk_bytes: int
+    device_logits_bytes: int
     adds_gradients_in_place: bool
     narrow_moments: bool
     device_plugin: str
@@ -91,6 +94,7 @@ TORCH = Framework(
     shards_weights=True,
     logits_chunk_bytes=64 * 2**20,
     device_logits_chunk_bytes=5 * 2**28,
+    device_logits_bytes=4,
     adds_gradients_in_place=True,
     narrow_moments=True,
     device_plugin="pip install torch_npu",
@@ -102,7 +106,8 @@ MINDSPORE = Framework(
     launcher="msrun",
     shards_weights=False,
     logits_chunk_bytes=128 * 2**20,
-    device_logits_chunk_bytes=128 * 2**20,
+    device_logits_chunk_bytes=5 * 2**28,
+    device_logits_bytes=8,
     adds_gradients_in_place=False,
     narrow_moments=False,
     device_plugin="install CANN",

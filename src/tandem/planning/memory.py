@@ -235,9 +235,9 @@ def _adapter_activations(config: ModelConfig) -> int:
 def _logits(job: Job, hardware: Hardware) -> float:
     """A chunk of rows in the loss: its logits, their gradient, and on a CPU the head's gradient in pieces."""
     vocabulary = -(-job.config.vocab_size // job.tensor_size)
-    if not hardware.is_cpu:  # both in the model's dtype: what reads and writes them computes in fp32
+    if not hardware.is_cpu:
         rows = min(job.tokens, max(1, job.framework.device_logits_chunk_bytes // (4 * vocabulary)))
-        return rows * vocabulary * 2 * job.element_bytes
+        return rows * vocabulary * (job.framework.device_logits_bytes if job.half else 8)
     rows = min(job.tokens, max(1, job.framework.logits_chunk_bytes // (4 * vocabulary)))
     # The product for a piece, and both its factors, which are copied into oneDNN's layout.
     hidden = job.config.hidden_size

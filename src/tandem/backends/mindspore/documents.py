@@ -28,8 +28,11 @@ class Documents:
         return -self.sin
 
     def groups(self, most: int) -> list[tuple[slice, list[int]]]:
-        """At most `most` documents at a time: their tokens, and where each of them ends, counted from the first."""
-        bounds = self.cu_seqlens.tolist()
+        """At most `most` documents at a time: their tokens, and where each of them ends, counted from the first.
+
+        Documents without tokens are left out.
+        """
+        bounds = np.unique(self.cu_seqlens).tolist()
         firsts = range(0, len(bounds) - 1, most)
         cuts = [bounds[first : first + most + 1] for first in firsts]
         return [(slice(cut[0], cut[-1]), [end - cut[0] for end in cut[1:]]) for cut in cuts]

@@ -286,8 +286,8 @@ class MindSporeEngine(BaseEngine[Tensor]):
         )
 
     def _free_memory_of_device(self) -> int:
-        free, _ = ms.runtime.mem_get_info()
-        return int(free)
+        pool = ms.runtime.memory_reserved() - ms.runtime.memory_allocated()
+        return int(ms.hal.get_device_properties(0).free_memory + pool)
 
     def _peak_of_device(self) -> int:
         return int(ms.runtime.max_memory_allocated())

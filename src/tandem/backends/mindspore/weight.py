@@ -52,7 +52,7 @@ class Weight:
     def refresh(self) -> None:
         """Update `value` from a master that has all its rows."""
         if self.value is not self.master:
-            self.value.copy_(self.master.astype(self.value.dtype))
+            self.value.copy_(self.master)
 
 
 def empty(*shape: int, dtype: ms.Type = ms.float32) -> tuple[Tensor, np.ndarray]:

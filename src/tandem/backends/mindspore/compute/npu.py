@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, mint, ops
 
 from tandem.backends.mindspore.communication import Ranks
@@ -49,13 +50,18 @@ def embedding(tokens: Tensor, weight: Weight) -> tuple[Tensor, Pullback]:
     return mint.index_select(weight.value, 0, tokens), backward
 
 
-def select_rows(x: Tensor, rows: Tensor) -> tuple[Tensor, Pullback]:
-    count = x.shape[0]
-    return mint.index_select(x, 0, rows), lambda gradient: place_rows(gradient, rows, count)
+def select_rows(x: Tensor, rows: Tensor | np.ndarray) -> tuple[Tensor, Pullback]:
+    count, places = x.shape[0], _on_device(rows)
+    return mint.index_select(x, 0, places), lambda gradient: place_rows(gradient, places, count)
 
 
-def place_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    return mint.index_add(mint.zeros((count, x.shape[1]), dtype=x.dtype), 0, rows, x)
+def place_rows(x: Tensor, rows: Tensor | np.ndarray, count: int) -> Tensor:
+    return mint.index_add(mint.zeros((count, x.shape[1]), dtype=x.dtype), 0, _on_device(rows), x)
+
+
+def _on_device(rows: Tensor | np.ndarray) -> Tensor:
+    """Row numbers: those of a micro-batch are already there, and those of experts are not."""
+    return rows if isinstance(rows, Tensor) else Tensor(rows, ms.int32)
 
 
 def rows(x: Tensor, start: int, stop: int) -> Tensor:

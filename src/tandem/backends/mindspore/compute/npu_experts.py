@@ -13,7 +13,7 @@ from mindspore import Tensor, mint, ops
 
 from tandem.backends.experts import Routing
 from tandem.backends.mindspore.communication import Ranks
-from tandem.backends.mindspore.compute.npu import product, weight_gradient, zeros
+from tandem.backends.mindspore.compute.npu import product, weight_gradient
 from tandem.backends.mindspore.weight import Weight
 from tandem.models.experts import Experts
 
@@ -61,18 +61,16 @@ def route(
 def expert_mlp(
     x: Tensor, factors: Tensor, fc1: Weight, fc2: Weight, counts: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    gate_up = _grouped(x, fc1, counts, transposed=True)
-    down = _grouped(ops.swiglu(gate_up) * factors, fc2, counts, transposed=True)
+    ends = Tensor(np.cumsum(counts), ms.int64)
+    gate_up = _grouped(x, _stack(fc1, counts), ends)
+    down = _grouped(ops.swiglu(gate_up, -1) * factors, _stack(fc2, counts), ends)
 
     def backward(gradient: Tensor, x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-        active, pull = ms.vjp(ops.swiglu, gate_up)
-        _add_grouped_gradient(fc2, gradient, active * factors, counts)
-        d_weighted = _grouped(gradient, fc2, counts, transposed=False)
+        active = ops.swiglu(gate_up, -1)
+        d_weighted = _grouped_backward(gradient, active * factors, fc2, _stack(fc2, counts), ends)
         dots = mint.sum(d_weighted.astype(ms.float32) * active.astype(ms.float32), 1, keepdim=True)
-        d_gate_up = pull(d_weighted * factors)
-        d_gate_up = d_gate_up[0] if isinstance(d_gate_up, tuple) else d_gate_up
-        _add_grouped_gradient(fc1, d_gate_up, x, counts)
-        return _grouped(d_gate_up, fc1, counts, transposed=False), dots.astype(factors.dtype)
+        d_gate_up = ops.auto_generate.swiglu_grad(d_weighted * factors, gate_up, -1)
+        return _grouped_backward(d_gate_up, x, fc1, _stack(fc1, counts), ends), dots.astype(factors.dtype)
 
     return down, backward
 
@@ -89,24 +87,27 @@ def exchange(ranks: Ranks, x: Tensor, between: np.ndarray) -> Tensor:
     return received
 
 
-def _grouped(x: Tensor, weight: Weight, counts: Sequence[int], *, transposed: bool) -> Tensor:
-    """`transposed`: x is multiplied with the transpose of each expert's weight."""
-    stack = weight.value.reshape(len(counts), -1, weight.value.shape[1])
-    ends = Tensor(np.cumsum(counts), ms.int64)
+def _stack(weight: Weight, counts: Sequence[int]) -> Tensor:
+    return weight.value.reshape(len(counts), -1, weight.value.shape[1])
+
+
+def _grouped(x: Tensor, stack: Tensor, ends: Tensor, *, transposed: bool = True) -> Tensor:
+    """Rows of x, group after group, each group times its matrix of the stack, or `transposed`, times its transpose."""
     (result,) = ops.auto_generate.grouped_matmul(
         [x], [stack], group_list=ends, split_item=_ONE_TENSOR, group_type=_ROWS, transpose_b=transposed
     )
     return result
 
 
-def _add_grouped_gradient(weight: Weight, gradient: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+def _grouped_backward(gradient: Tensor, x: Tensor, weight: Weight, stack: Tensor, ends: Tensor) -> Tensor:
+    """The gradient of x. Adds that of the weight.
+
+    MindSpore documents no grouped product that gives a weight's gradient, but that it differentiates the one above. So
+    that runs once more.
+    """
     if not weight.trained:
-        return
-    blocks, first = [], 0
-    rows = weight.value.shape[0] // len(counts)
-    for count in counts:
-        part = slice(first, first + count)
-        block = weight_gradient(gradient[part], x[part]) if count else zeros((rows, weight.value.shape[1]))
-        blocks.append(block.astype(ms.float32))
-        first += count
-    weight.add_gradient(mint.cat(blocks, 0))
+        return _grouped(gradient, stack, ends, transposed=False)
+    _, pull = ms.vjp(lambda x, stack: _grouped(x, stack, ends), x, stack)
+    d_x, d_stack = pull(gradient)
+    weight.add_gradient(d_stack.reshape(weight.value.shape))
+    return d_x

@@ -24,11 +24,11 @@ def token_losses(
 ) -> np.ndarray:
     losses = []
     for rows in _chunks(hidden, tensor):
-        logits = product(hidden[rows], head.value, transpose_b=True).astype(ms.float32)
-        losses.append(_losses_and_gradient(logits, targets.part(rows), tensor)[0])
+        logits = _logits(hidden[rows], head)
         if most_likely is not None:
             largest, places = mint.max(logits, -1)
             most_likely[rows] = tensor.first_largest(largest.asnumpy(), places.asnumpy())
+        losses.append(_losses_and_gradient(logits, targets.part(rows), tensor)[0])
     return mint.cat(losses, 0).asnumpy()[:, 0] if losses else np.empty(0, np.float32)
 
 
@@ -39,8 +39,7 @@ def cross_entropy_and_gradient(
     total, gradients = mint.zeros((), dtype=ms.float32), []
     for rows in _chunks(hidden, tensor):
         part, of_chunk = hidden[rows], targets.part(rows)
-        logits = product(part, head.value, transpose_b=True).astype(ms.float32)
-        losses, d_logits = _losses_and_gradient(logits, of_chunk, tensor)
+        losses, d_logits = _losses_and_gradient(_logits(part, head), of_chunk, tensor)
         total = total + mint.sum(losses * of_chunk.shares)
         # Weighted only behind products, so that the loss scale does not reduce the range of fp16.
         d_logits = d_logits.astype(hidden.dtype)
@@ -56,20 +55,27 @@ def _chunks(hidden: Tensor, tensor: TensorParallel) -> Iterator[slice]:
     yield from chunks(hidden.shape[0], tensor.vocabulary_rows, MINDSPORE.device_logits_chunk_bytes)
 
 
+def _logits(hidden: Tensor, head: Weight) -> Tensor:
+    return product(hidden, head.value, transpose_b=True).astype(ms.float32)
+
+
 def _losses_and_gradient(logits: Tensor, targets: Targets, tensor: TensorParallel) -> tuple[Tensor, Tensor]:
-    """Each row's loss, [n, 1], and the gradient of their sum with respect to the logits; fp32."""
+    """Each row's loss, [n, 1], and the gradient of their sum with respect to the logits; fp32.
+
+    At most two tensors of the size of the logits are there at a time (`MINDSPORE.device_logits_bytes`).
+    """
     labels = targets.local.reshape(-1, 1)
     if targets.present is None:
         log_probabilities = mint.nn.functional.log_softmax(logits, -1)
         losses = -mint.gather(log_probabilities, 1, labels)
-        return losses, mint.scatter_add(mint.exp(log_probabilities), 1, labels, _minus_ones(labels))
+        return losses, log_probabilities.exp_().scatter_add_(1, labels, _minus_ones(labels))
     shifted = logits - tensor.ranks.maximum(mint.max(logits, -1, keepdim=True)[0])
     label_logits = mint.gather(shifted, 1, labels) * targets.present
-    exponentials = mint.exp(shifted)
+    exponentials = shifted.exp_()
     sums = tensor.ranks.sum(mint.cat([mint.sum(exponentials, -1, keepdim=True), label_logits], 1))
     totals, label_logits = sums[:, :1], sums[:, 1:]
     losses = mint.log(totals) - label_logits
-    return losses, mint.scatter_add(exponentials / totals, 1, labels, -targets.present)
+    return losses, exponentials.div_(totals).scatter_add_(1, labels, -targets.present)
 
 
 def _minus_ones(labels: Tensor) -> Tensor:
