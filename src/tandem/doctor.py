@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.frameworks import FRAMEWORKS, TORCH, Framework
 from tandem.launch import run_module
-from tandem.machine import memory_bytes
+from tandem.machine import cann_version, memory_bytes
 
 PYTHON = ((3, 10), (3, 12))  # first and last minor version
 REQUIRED = ("numpy", "ml_dtypes", "tokenizers", "orjson", "pyarrow", "jinja2", "pyyaml", "rich")
@@ -106,17 +107,29 @@ def examine_framework(framework: Framework) -> Iterator[Finding]:
             name, f"{version_of(name)}, but it does not start: {error}", f"pip install --force-reinstall {name}"
         )
         return
-    yield Finding(name, f"{answer['version']}; needs {framework.requirement}", framework.version_remedy() or "")
+    notice = framework.version_notice()
+    state = f"{answer['version']}; needs {framework.requirement}" + (f"; {notice}" if notice else "")
+    yield Finding(name, state, framework.version_remedy() or "")
     yield Finding(
         f"{name} devices", f"{answer['devices']}; {answer['dtypes']}", missing_plugin(framework, answer["devices"])
     )
+    if answer.get("cann"):
+        yield examine_cann(name, answer["version"], answer["cann"])
     launcher = framework.launcher
     on_path = shutil.which(launcher) or shutil.which(launcher, path=os.path.dirname(sys.executable))
     yield Finding(launcher, on_path or "missing", "" if on_path else f"pip install --force-reinstall {name}")
 
 
-def probe(name: str) -> dict[str, str]:
-    """What a framework reports about itself: `version`, `devices` and `dtypes`.
+def examine_cann(name: str, version: str, accepted: list[str]) -> Finding:
+    """The CANN that is installed, and the releases that this version of a framework accepts."""
+    found = cann_version()
+    state = f"{found or 'not found'}; {name} {version} goes with {', '.join(accepted)}"
+    fits = found is None or ".".join(found.split(".")[:2]) in accepted
+    return Finding("CANN", state, "" if fits else f"install CANN {accepted[-1]}, or another {name}")
+
+
+def probe(name: str) -> dict[str, Any]:
+    """What a framework reports about itself: `version`, `devices`, `dtypes`, and `cann` where it names some.
 
     Raises:
         RuntimeError: the framework cannot be imported, crashes or hangs. The message is its last line of output.
@@ -129,7 +142,7 @@ def probe(name: str) -> dict[str, str]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(lines[-1])
-    answer: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 

@@ -22,6 +22,7 @@ class Framework:
     Attributes:
         name: on PyPI, under `tandem.backends`, and for `--ai-framework`.
         first_version: the first version that works, as in pyproject.toml.
+        tested_version: the first version that all tests run with. Older ones are accepted with a notice.
         untested_version: the first version that Tandem was not tested with, as in pyproject.toml.
         launcher: the program that starts its processes.
         shards_weights: supports `--use-torch-fsdp2`.
@@ -37,6 +38,7 @@ class Framework:
 
     name: str
     first_version: tuple[int, ...]
+    tested_version: tuple[int, ...]
     untested_version: tuple[int, ...]
     launcher: str
     shards_weights: bool
@@ -76,19 +78,34 @@ class Framework:
 
     def version_remedy(self) -> str | None:
         """What to do about an installed version that Tandem was not tested with; None when there is nothing to do."""
+        version, numbers = self._installed()
+        if version is None or self.first_version <= numbers < self.untested_version:
+            return None
+        if os.environ.get(ANY_VERSION) == "1":
+            return None
+        return f"pip install '{self.requirement}', or try {self.name} {version} with {ANY_VERSION}=1"
+
+    def version_notice(self) -> str | None:
+        """What a user should know of an installed version that works, but is less tested than newer ones."""
+        version, numbers = self._installed()
+        if version is None or not self.first_version <= numbers < self.tested_version:
+            return None
+        tested = ".".join(map(str, self.tested_version))
+        return f"{self.name} {version}: Tandem is tested with {tested} and newer; with this one only in parts"
+
+    def _installed(self) -> tuple[str | None, tuple[int, ...]]:
+        """The installed version and its first two numbers; None where it is not known, as when built from source."""
         try:
             version = importlib.metadata.version(self.name)
         except importlib.metadata.PackageNotFoundError:
-            return None  # built from source, or installed under another name: the version is not known
-        numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
-        if self.first_version <= numbers < self.untested_version or os.environ.get(ANY_VERSION) == "1":
-            return None
-        return f"pip install '{self.requirement}', or try {self.name} {version} with {ANY_VERSION}=1"
+            return None, ()
+        return version, tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 TORCH = Framework(
     name="torch",
     first_version=(2, 6),
+    tested_version=(2, 6),
     untested_version=(3,),
     launcher="torchrun",
     shards_weights=True,
@@ -101,7 +118,8 @@ TORCH = Framework(
 )
 MINDSPORE = Framework(
     name="mindspore",
-    first_version=(2, 9),
+    first_version=(2, 7),
+    tested_version=(2, 9),
     untested_version=(2, 11),
     launcher="msrun",
     shards_weights=False,

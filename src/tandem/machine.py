@@ -31,6 +31,15 @@ def available_bytes() -> int:
     return free
 
 
+def cann_version() -> str | None:
+    """The version of CANN, Ascend's toolkit, that ASCEND_HOME_PATH points to; None where there is none."""
+    file = Path(os.environ.get("ASCEND_HOME_PATH", "")) / "compiler" / "version.info"
+    if "ASCEND_HOME_PATH" not in os.environ or not file.is_file():
+        return None
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.partition("=")[2].strip() for line in lines if line.startswith("Version=")), None)
+
+
 def has_accelerator() -> bool:
     """Whether the tools of NVIDIA's or Ascend's drivers are installed here."""
     return any(shutil.which(tool) for tool in ACCELERATOR_TOOLS)

@@ -53,12 +53,16 @@ class Record:
 RECORD = Record()
 
 
-def made(name: str, shape: Sequence[int], dtype: DType, inputs: Sequence[Tensor], compute: Callable[..., Any]) -> Tensor:
+def made(
+    name: str, shape: Sequence[int], dtype: DType, inputs: Sequence[Tensor], compute: Callable[..., Any]
+) -> Tensor:
     """The result of one kernel. It has numbers where all inputs have."""
     RECORD.kernels[name] += 1
     values = None
     if not RECORD.memoryless and all(tensor.values is not None for tensor in inputs):
-        values = np.asarray(compute(*(tensor.values for tensor in inputs)), np.float32 if dtype.kind == "f" else np.int64)
+        values = np.asarray(
+            compute(*(tensor.values for tensor in inputs)), np.float32 if dtype.kind == "f" else np.int64
+        )
         assert values.shape == tuple(shape), (name, values.shape, shape)
         values = values if values.flags.owndata and values.flags.writeable else values.copy()
     return Tensor._of(values, tuple(shape), dtype)
@@ -220,18 +224,18 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return made("cat", shape, tensors[0].dtype, list(tensors), lambda *values: np.concatenate(values, dim))
 
 
-def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:  # noqa: A002 - MindSpore's names
+def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     assert (dim, index.dtype) == (0, int32)
     shape = (*index.shape, *input.shape[1:])
     return made("index_select", shape, input.dtype, [input, index], lambda values, places: values[places])
 
 
-def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:  # noqa: A002
+def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     assert (dim, index.dtype, source.dtype) == (0, int32, input.dtype)
     return made("index_add", input.shape, input.dtype, [input, index, source], _index_add)
 
 
-def triu(input: Tensor, diagonal: int = 0) -> Tensor:  # noqa: A002
+def triu(input: Tensor, diagonal: int = 0) -> Tensor:
     return made("triu", input.shape, input.dtype, [input], lambda values: np.triu(values, diagonal))
 
 
@@ -246,25 +250,27 @@ def _reduced(shape: tuple[int, ...], dim: int | None, keepdim: bool) -> tuple[in
     return shape[:dim] + ((1,) if keepdim else ()) + shape[dim + 1 :]
 
 
-def mint_sum(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:  # noqa: A002
+def mint_sum(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
     shape = _reduced(input.shape, dim, keepdim)
-    return made("sum", shape, input.dtype, [input], lambda values: values.sum(axis=dim, keepdims=keepdim and dim is not None))
+    return made(
+        "sum", shape, input.dtype, [input], lambda values: values.sum(axis=dim, keepdims=keepdim and dim is not None)
+    )
 
 
-def mint_max(input: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:  # noqa: A002
+def mint_max(input: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     shape = _reduced(input.shape, dim, keepdim)
     largest = made("max", shape, input.dtype, [input], lambda values: values.max(dim, keepdims=keepdim))
     values = None if input.values is None else input.values.argmax(dim, keepdims=keepdim)
     return largest, Tensor._of(values, shape, int64)
 
 
-def gather(input: Tensor, dim: int, index: Tensor) -> Tensor:  # noqa: A002
+def gather(input: Tensor, dim: int, index: Tensor) -> Tensor:
     assert index.dtype in (int32, int64)
     compute = lambda values, places: np.take_along_axis(values, places, dim)  # noqa: E731
     return made("gather", index.shape, input.dtype, [input, index], compute)
 
 
-def log_softmax(input: Tensor, dim: int | None = None) -> Tensor:  # noqa: A002
+def log_softmax(input: Tensor, dim: int | None = None) -> Tensor:
     def compute(values: np.ndarray) -> np.ndarray:
         shifted = values - values.max(dim, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(dim, keepdims=True))
@@ -272,9 +278,11 @@ def log_softmax(input: Tensor, dim: int | None = None) -> Tensor:  # noqa: A002
     return made("log_softmax", input.shape, input.dtype, [input], compute)
 
 
-def vector_norm(x: Tensor, ord: float = 2, dim: int | None = None) -> Tensor:  # noqa: A002
+def vector_norm(x: Tensor, ord: float = 2, dim: int | None = None) -> Tensor:
     assert ord == 2
-    return made("vector_norm", _reduced(x.shape, dim, False), x.dtype, [x], lambda values: np.sqrt((values**2).sum(dim)))
+    return made(
+        "vector_norm", _reduced(x.shape, dim, False), x.dtype, [x], lambda values: np.sqrt((values**2).sum(dim))
+    )
 
 
 # --- mindspore.ops
@@ -284,7 +292,7 @@ class MatMul:
     def __init__(self, transpose_a: bool = False, transpose_b: bool = False) -> None:
         self.transpose_a, self.transpose_b = transpose_a, transpose_b
 
-    def __call__(self, input: Tensor, mat2: Tensor) -> Tensor:  # noqa: A002
+    def __call__(self, input: Tensor, mat2: Tensor) -> Tensor:
         assert input.dtype == mat2.dtype, (input.dtype, mat2.dtype)
         (rows, inner), (inner_too, columns) = input.shape[:: self._step(0)], mat2.shape[:: self._step(1)]
         assert inner == inner_too, (input.shape, mat2.shape)
@@ -323,7 +331,7 @@ class RmsNormGrad:
         return d_x, Tensor._of(values, gamma.shape, float32)
 
 
-def swiglu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     assert dim == -1
     shape = (*input.shape[:-1], input.shape[-1] // 2)
 
@@ -334,7 +342,7 @@ def swiglu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
     return made("swiglu", shape, input.dtype, [input], compute)
 
 
-def swiglu_grad(grad_output: Tensor, input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+def swiglu_grad(grad_output: Tensor, input: Tensor, dim: int = -1) -> Tensor:
     assert (dim, grad_output.dtype) == (-1, input.dtype)
 
     def compute(gradient: np.ndarray, values: np.ndarray) -> np.ndarray:

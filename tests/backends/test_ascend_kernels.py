@@ -198,7 +198,9 @@ def test_a_step_is_read_once_and_each_micro_batch_is_one_copy(ascend: fake_minds
 
 def test_a_step_of_0_6b_calls_few_operators(ascend: fake_mindspore.Record) -> None:
     operators = count(ascend, shape("0.6B", 28))
-    assert sum(operators.values()) <= 28 * 100 + 60 + 60, operators  # layers with their updates, head and loss, the rest
+    assert sum(operators.values()) <= 28 * 100 + 60 + 60, (
+        operators
+    )  # layers with their updates, head and loss, the rest
 
 
 @pytest.mark.parametrize("name", list(fake_mindspore.OPERATORS))
@@ -207,9 +209,7 @@ def test_the_stand_ins_operators_are_mindspores(name: str) -> None:
     real = getattr(importlib.import_module("mindspore").ops.auto_generate, name)
     fake = fake_mindspore.OPERATORS[name]
     for part in ("__init__", "__call__") if inspect.isclass(fake) else ("",):
-        names = [
-            list(inspect.signature(getattr(one, part) if part else one).parameters) for one in (fake, real)
-        ]
+        names = [list(inspect.signature(getattr(one, part) if part else one).parameters) for one in (fake, real)]
         if part != "__init__" or names[0] != ["self", "args", "kwargs"]:  # a class without arguments
             assert names[0] == names[1], part
 

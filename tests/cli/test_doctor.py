@@ -100,6 +100,40 @@ def test_an_untested_version_is_refused_unless_asked_for(
     assert check_framework(package).name == package
 
 
+@pytest.mark.parametrize("version", ["2.7.1", "2.8.0"])
+def test_older_versions_of_mindspore_are_accepted_with_a_notice(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_framework("mindspore")
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "mindspore" else real(name))
+    assert check_framework("mindspore").version_notice() == (
+        f"mindspore {version}: Tandem is tested with 2.9 and newer; with this one only in parts"
+    )
+    monkeypatch.setattr(doctor, "probe", lambda name: {"version": version, "devices": "cpu", "dtypes": "fp32"})
+    finding = next(iter(doctor.examine_framework(SPELLINGS["mindspore"])))
+    assert "only in parts" in finding.state
+    assert finding.remedy == ""
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "remedy"),
+    [
+        (None, "not found; mindspore 2.8.0 goes with 8.3, 8.5", ""),
+        ("8.5.0.1", "8.5.0.1; mindspore 2.8.0 goes with 8.3, 8.5", ""),
+        ("7.8.T1", "7.8.T1; mindspore 2.8.0 goes with 8.3, 8.5", "install CANN 8.5, or another mindspore"),
+    ],
+)
+def test_cann_and_mindspore_are_a_pair(
+    installed: str | None, state: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    if installed is not None:
+        (tmp_path / "compiler").mkdir()
+        (tmp_path / "compiler" / "version.info").write_text(f"Version={installed}\ntimestamp=20260101\n")
+        monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    finding = doctor.examine_cann("mindspore", "2.8.0", ["8.3", "8.5"])
+    assert (finding.state, finding.remedy) == (state, remedy)
+
+
 def test_what_is_refused_is_what_is_not_installed() -> None:
     """pyproject.toml asks pip for the same versions."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")

@@ -11,12 +11,22 @@ import mindspore as ms
 
 
 def describe() -> dict[str, object]:
-    """MindSpore's version, the device that a run would take, and its dtypes."""
+    """MindSpore's version, the device that a run would take, its dtypes, and the CANN that it goes with."""
     if ms.device_context.ascend.is_available():
         devices, dtypes = f"{ms.device_context.ascend.device_count()} x {ms.hal.get_device_name(0)}", "bf16 and fp32"
     else:
         devices, dtypes = "1 x cpu", "fp32; --bf16 computes in fp32"
-    return {"version": ms.__version__, "devices": devices, "dtypes": dtypes}
+    return {"version": ms.__version__, "devices": devices, "dtypes": dtypes, "cann": cann_versions()}
+
+
+def cann_versions() -> list[str]:
+    """The releases of CANN that MindSpore itself accepts; none where it does not say."""
+    try:
+        from mindspore.run_check._check_version import AscendEnvChecker
+
+        return list(AscendEnvChecker(None).version)
+    except (ImportError, AttributeError, TypeError):
+        return []
 
 
 if __name__ == "__main__":
