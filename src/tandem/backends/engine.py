@@ -71,10 +71,7 @@ class BaseEngine(ABC, Generic[T]):
         layout.check(config)
         check_experts(config, settings)
         self.config = config
-        notice = self.framework.version_notice()
-        self.notices: list[str] = [] if notice is None else [notice]
-        if settings.training:
-            self.notices += moments_that_stand_still(settings)
+        self.notices = list(moments_that_stand_still(settings)) if settings.training else []
         self.moment_dtypes = moment_dtypes(settings)
         self.optimizer_step = 0
         self._settings, self._grid = settings, settings.grid

@@ -58,6 +58,8 @@ class MindSporeEngine(BaseEngine[Tensor]):
 
     def __init__(self, config: ModelConfig, settings: EngineSettings) -> None:
         super().__init__(config, settings)
+        if notice := self.framework.version_notice():
+            self.notices.append(notice)
         self._kernels = kernels_for(settings.device)
         self.device_name = device_name()
         self.param_dtype = self._choose_dtype(

@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, mint
 
 from tandem.backends.mindspore.communication import Ranks
-from tandem.backends.mindspore.inputs import Lookup
+from tandem.backends.mindspore.documents import Lookup
 from tandem.backends.mindspore.weight import Pullback, Weight
 
 if TYPE_CHECKING:  # the kernels take a TensorParallel

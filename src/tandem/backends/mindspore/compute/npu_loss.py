@@ -13,7 +13,7 @@ from mindspore import Tensor, mint
 
 from tandem.backends.loss import chunks
 from tandem.backends.mindspore.compute.npu import product, weight_gradient
-from tandem.backends.mindspore.inputs import Targets
+from tandem.backends.mindspore.documents import Targets
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight
 from tandem.frameworks import MINDSPORE

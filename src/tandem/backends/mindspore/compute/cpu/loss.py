@@ -14,7 +14,7 @@ from mindspore import Tensor
 from tandem.backends.loss import chunks
 from tandem.backends.mindspore.compute.cpu.products import matmul
 from tandem.backends.mindspore.compute.cpu.threads import split_work
-from tandem.backends.mindspore.inputs import Targets
+from tandem.backends.mindspore.documents import Targets
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
 from tandem.backends.mindspore.weight import Weight, empty, single, written_in_single
 from tandem.frameworks import MINDSPORE
