@@ -23,6 +23,22 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 Group = dist.ProcessGroup
 
 
+@dataclass
+class _Job:
+    """What groups of the job's ranks are made with.
+
+    Attributes:
+        backend: of the device. Only the group of all ranks also has one for the host.
+        timeout: how long a rank waits for others. PyTorch gives groups 30 minutes, whatever the group of all ranks has.
+    """
+
+    backend: str | None = None
+    timeout: timedelta | None = None
+
+
+_JOB = _Job()  # that `connect` joins
+
+
 class TorchCommunicator:
     """`tandem.launch.world.Communicator` over the job's default group of CPU processes."""
 
@@ -57,9 +73,10 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCo
     if chosen.type != "cpu":
         getattr(torch, chosen.type).set_device(world.local_rank)
     # Numbers that control the run are sent between CPUs, so that no device waits for them.
-    backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{BACKENDS[chosen.type]}"
+    _JOB.backend, _JOB.timeout = BACKENDS[chosen.type], timedelta(minutes=timeout_minutes)
+    backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{_JOB.backend}"
     try:
-        _init_process_group(backend, timedelta(minutes=timeout_minutes))
+        _init_process_group(backend, _JOB.timeout)
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"rank {world.rank} of {world.size} found no job at {os.environ['MASTER_ADDR']}:"
@@ -145,7 +162,7 @@ def sum_over(ranks: Ranks, values: torch.Tensor) -> torch.Tensor:
 
 
 def maximum_over(ranks: Ranks, value: int) -> int:
-    """The largest of a number over `ranks`."""
+    """The largest of a number of the host over `ranks`, which are all of the job."""
     if ranks.group is None:
         return value
     tensor = torch.tensor(value)
@@ -245,6 +262,6 @@ def _ranks(members: list[int], rank: int) -> Ranks:
 
 
 def _group(members: list[int]) -> Group:
-    group = dist.new_group(members, use_local_synchronization=True)
+    group = dist.new_group(members, _JOB.timeout, _JOB.backend, use_local_synchronization=True)
     assert isinstance(group, Group)
     return group

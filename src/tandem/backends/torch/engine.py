@@ -187,7 +187,8 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         return result
 
     def _largest_of_data_ranks(self, count: int) -> int:
-        return maximum_over(self._groups.data, count)
+        # Ranks of a stage, and of a tensor, have equally many, so all ranks have the same largest number.
+        return maximum_over(self._groups.everyone, count)
 
     def _accumulate(self, batches: Sequence[WeightedBatch]) -> torch.Tensor | float:
         self._sharing.begin(gradients=True)
