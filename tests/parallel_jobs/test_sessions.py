@@ -29,6 +29,18 @@ from tandem.parallel.layout import Layout
 
 JOB = Path(__file__).with_name("session_job.py")
 TWO = [Case(tp=2), Case(tp=2, tied=False, family="qwen2", adapters="dora"), Case(pp=2, tied=False), Case(dp=2)]
+# The last one keeps sequences on each of the two ranks that share experts.
+OF_EXPERTS = [
+    Case(dp=2, family="qwen3_moe", tied=False),
+    Case(tp=2, ep=2, etp=1, family="qwen3_moe"),
+    Case(dp=2, ep=2, family="qwen3_moe"),
+]
+OF_MORE_EXPERTS = [
+    Case(tp=2, dp=2, ep=2, family="qwen3_moe"),
+    Case(dp=4, ep=2, family="qwen3_moe"),
+    Case(pp=2, dp=2, ep=2, family="qwen3_moe", tied=False),
+    Case(tp=2, dp=2, ep=2, extend=True, family="qwen3_moe"),
+]
 FOUR = [Case(tp=2, pp=2), Case(tp=2, dp=2, family="llama"), Case(pp=2, dp=2, adapters="lora")]
 
 
@@ -55,7 +67,7 @@ def check(framework: str, processes: int, cases: list[Case], folder: Path) -> No
     for case in cases:
         found = [json.loads((folder / f"{case.name}-{rank}.json").read_text()) for rank in range(processes)]
         leaders = [answer for answer in found if answer is not None]
-        assert len(leaders) == case.dp, case.name
+        assert len(leaders) == Grid(case.layout, processes).copies_of_the_model, case.name
         expected = one_process(framework, case.work)
         for answer in leaders:
             assert (answer["tokens"], answer["best"]) == (expected["tokens"], expected["best"]), case.name
@@ -64,17 +76,17 @@ def check(framework: str, processes: int, cases: list[Case], folder: Path) -> No
 
 
 def test_two_processes_answer_as_one_on_pytorch(tmp_path: Path) -> None:
-    check(require_framework("torch"), 2, TWO, tmp_path)
+    check(require_framework("torch"), 2, [*TWO, OF_EXPERTS[-1]], tmp_path)
 
 
 @pytest.mark.slow("jobs")
 def test_two_processes_answer_as_one_on_mindspore(tmp_path: Path) -> None:
-    check(require_framework("mindspore"), 2, TWO, tmp_path)
+    check(require_framework("mindspore"), 2, [*TWO, *OF_EXPERTS], tmp_path)
 
 
 @pytest.mark.slow("jobs")
 def test_four_processes_answer_as_one(tmp_path: Path, framework: str) -> None:
-    check(framework, 4, FOUR, tmp_path)
+    check(framework, 4, [*FOUR, *OF_MORE_EXPERTS], tmp_path)
 
 
 @pytest.mark.parametrize("adapters", ["lora", "dora"])
@@ -101,5 +113,6 @@ def test_layouts_without_sessions_are_refused_by_name() -> None:
         check_layout(two, EngineSettings(sequence_parallel=True))
     with pytest.raises(UserError, match="--use-torch-fsdp2"):
         check_layout(Grid(Layout(), 2), EngineSettings(use_torch_fsdp2=True))
-    with pytest.raises(UserError, match="--expert-model-parallel-size 2"):
-        check_layout(Grid(Layout(expert_model_parallel_size=2), 2), EngineSettings())
+    odd = Layout(tensor_model_parallel_size=2, expert_model_parallel_size=3, expert_tensor_parallel_size=1)
+    with pytest.raises(UserError, match="--expert-model-parallel-size 3: to generate text, the 3 ranks"):
+        check_layout(Grid(odd, 6), EngineSettings())

@@ -33,7 +33,7 @@ def test_reasons() -> None:
     reason_of = {size: reason for reason, sizes in rejected.items() for size in sizes}
     assert reason_of[1, 128] == "more stages than the 36 layers"
     assert "must share one node, which has 8 devices" in reason_of[16, 1]
-    assert "global_batch_size 8 is not a multiple" in reason_of[1, 1]
+    assert "--global-batch-size 8 is not a multiple" in reason_of[1, 1]
     plans, rejected = suggest(Job(config=qwen3_config("32B"), global_batch_size=2, half=True), HARDWARE["h100"], 1)
     assert not plans
     assert list(rejected.values()) == [[(1, 1)]]

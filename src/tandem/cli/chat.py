@@ -49,7 +49,7 @@ class ChatOptions(Options):
     def problems(self) -> Iterator[str]:
         if self.model.raw:
             yield "--raw: a conversation needs a chat template; `tandem generate --raw` continues texts"
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
             if (value := getattr(self.model, name)) != 1:
                 yield f"{flag_of(name)} {value}: tandem chat is one process; `tandem generate` takes several"
 

@@ -184,7 +184,7 @@ def _print_all(model: Model, options: GenerateOptions, lines: Sequence[Line]) ->
             begun += 1
         print(text, end="", flush=True)
 
-    is_streamed = model.grid.data_size == 1
+    is_streamed = model.grid.copies_of_the_model == 1
     for number, reply in enumerate(_replies(model, options, lines, show if is_streamed else _ignore)):
         if _is_first(model):
             show(number, "" if is_streamed else reply.text)
@@ -216,17 +216,16 @@ def _replies(
     model: Model, options: GenerateOptions, lines: Sequence[Line], on_text: Callable[[int, str], None] = _ignore
 ) -> Iterator[Reply]:
     """The answers to all lines, in order, on the first process. Copies of the model take turns, and show no text."""
-    questions, copies = [line.question for line in lines], model.grid.data_size
+    questions, copies = [line.question for line in lines], model.grid.copies_of_the_model
 
     def say(notice: str) -> None:
         _say(model, notice)
 
     if copies == 1:
         return model.replies(questions, batch_size=options.batch_size, say=say, on_text=on_text)
-    own = model.replies(questions[model.place.data :: copies], batch_size=options.batch_size, say=say)
+    own = model.replies(questions[model.copy :: copies], batch_size=options.batch_size, say=say)
     everyone = model.communicator.all_gather([[reply.text, reply.token_ids, reply.finish_reason] for reply in own])
-    leaders = model.grid.group("data", model.grid.place(0))
-    shares = [[Reply(*fields) for fields in everyone[leader]] for leader in leaders]
+    shares = [[Reply(*fields) for fields in everyone[model.grid.model(copy)[0]]] for copy in range(copies)]
     return (shares[number % copies][number // copies] for number in range(len(lines)))
 
 

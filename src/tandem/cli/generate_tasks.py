@@ -52,7 +52,7 @@ def _answer(model: Model, task: str, prompt: str, sampling: Sampling) -> None:
         sampling = greedy(sampling)
     if _is_first(model):
         print(f"\n=============== {TITLES[task]} ================", flush=True)
-    if model.place.data == 0:
+    if model.copy == 0:
         tokens = model.prompt_ids(prompt)
         if "beam" in task:
             ids = beam_search(model.engine, tokens, sampling, model.stop_ids(), BEAMS)
@@ -82,7 +82,7 @@ def _chat(model: Model, sampling: Sampling, history_turns: int, open_input: Call
         if _is_first(model):
             print("\nTandem:", flush=True)
         answer = ""
-        if model.place.data == 0:
+        if model.copy == 0:
             pieces = model.replies(
                 [Question(tokens, sampling)], on_text=lambda _, text: print(text, end="", flush=True)
             )

@@ -1,6 +1,7 @@
 """How the processes of a job answer together: the first rank leads, and the others follow.
 
-Only the first rank knows the questions. It tells all ranks what comes next; data ranks take different batches.
+Only the first rank knows the questions. It tells all ranks what comes next. Data ranks score different texts, and
+copies of the model answer different prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tandem.parallel.grid import Grid
 Found = tuple[list[float], list[int]]  # of each row: log p(label), and the most likely token
 
 SCORE, ANSWER, END = "score", "answer", "end"
-ROUND = 2 * MAX_BATCH_SIZE  # prompts of a data rank that are answered before the next are given out
+ROUND = 2 * MAX_BATCH_SIZE  # prompts of a copy of the model that are answered before the next are given out
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Team:
             most_tokens = self.tokens_per_batch * self.grid.data_size
             yield from compute_again(self._next_tokens, prompts, self.ends, most_tokens)
             return
-        size = self.grid.data_size
+        size = self.grid.copies_of_the_model
         for first in range(0, len(prompts), ROUND * size):
             numbers = range(first, min(first + ROUND * size, len(prompts)))
             shares = [numbers[rank::size] for rank in range(min(size, len(numbers)))]
@@ -82,7 +83,7 @@ class Team:
         return [tokens[0] for _, tokens in self._ask([(text, [len(text) - 1], [0]) for text in texts])]
 
     def _do(self, what: str, shares: list[Any]) -> list[Any]:
-        """Have each data rank work on its share. Returns what they found, in the order of the shares."""
+        """Have each data rank, or each copy of the model, work on its share. Returns what they found, in that order."""
         self._tell(what, shares)
         return self._work(what, shares)[: len(shares)]
 
@@ -102,13 +103,18 @@ class Team:
     # --- all ranks
 
     def _work(self, what: str, shares: list[Any]) -> list[Any]:
-        """Work on this rank's share. Returns what all data ranks found."""
+        """Work on this rank's share. Returns what all data ranks, or all copies of the model, found."""
         self.before_batch()
         place = self.grid.place(self.communicator.world.rank)
-        mine = shares[place.data] if place.data < len(shares) else []
+        if what == SCORE:
+            own, first_ranks = place.data, self.grid.group("data", self.grid.place(0))
+        else:
+            own = self.grid.copy(place)
+            first_ranks = [self.grid.model(copy)[0] for copy in range(self.grid.copies_of_the_model)]
+        mine = shares[own] if own < len(shares) else []
         found = self._scores_of(mine) if what == SCORE else self._answers_to(mine)
         everyone = self.communicator.all_gather(found)
-        return [everyone[rank] for rank in self.grid.group("data", self.grid.place(0))]
+        return [everyone[rank] for rank in first_ranks]
 
     def _scores_of(self, texts: list[Text]) -> list[Found]:
         """Collective: also without texts."""
@@ -120,6 +126,6 @@ class Team:
         return [(a.tolist(), b.tolist()) for a, b in zip(np.split(values, ends), np.split(tokens, ends))]
 
     def _answers_to(self, texts: list[Any]) -> list[list[int]]:
-        """Data ranks answer for themselves: without prompts there is nothing to do."""
+        """Copies of the model answer for themselves: without prompts there is nothing to do."""
         prompts = [(tokens, Wishes(Sampling(**sampling), tuple(stops))) for tokens, sampling, stops in texts]
         return with_session(self.engine, prompts, self.ends) if prompts else []

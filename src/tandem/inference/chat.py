@@ -25,7 +25,6 @@ from tandem.launch.world import Communicator, SingleProcess, World
 from tandem.logs import log
 from tandem.options import build
 from tandem.parallel.grid import Grid, Place
-from tandem.parallel.layout import Layout
 
 WAIT_MINUTES = 7 * 24 * 60.0  # how long processes wait for the first one, which may wait for somebody to type
 
@@ -59,9 +58,14 @@ class Model:
         return self.grid.place(self.communicator.world.rank)
 
     @property
+    def copy(self) -> int:
+        """Which copy of the model this process holds a part of."""
+        return self.grid.copy(self.place)
+
+    @property
     def leader(self) -> int:
         """The first of the processes that hold this copy of the model. It alone gets answers."""
-        return self.grid.model(self.place)[0]
+        return self.grid.model(self.copy)[0]
 
     def answer(
         self, questions: Sequence[str], sampling: Sampling, on_text: Callable[[str], None] | None = None
@@ -138,12 +142,8 @@ def open_model(options: LoadOptions) -> Model:
         tokenizer.chat_template = None
     template = _template(options, tokenizer, prompt_entry(source))
     defaults = Defaults.of(source.companions)
-    layout = Layout(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-    )
     world = World.from_environment()
-    grid = Grid(layout.balanced(source.config.num_layers), world.size)
+    grid = Grid(options.layout.balanced(source.config.num_layers), world.size)
     communicator = connect(options.ai_framework, world, options.device, WAIT_MINUTES)
     settings = EngineSettings(
         training=False, device=options.device, bf16=options.bf16, fp16=options.fp16, grid=grid, rank=world.rank

@@ -9,6 +9,7 @@ from tandem.data.templates.catalog import THINKING_MODES, check_prompt_type
 from tandem.errors import UserError
 from tandem.frameworks import default_framework
 from tandem.options import Options, PathText, positional
+from tandem.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class LoadOptions(Options):
     """Number of processes that split each tensor."""
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages that split the layers."""
+    expert_model_parallel_size: int = 1
+    """Number of processes that share the experts of a layer."""
+    expert_tensor_parallel_size: int | None = None
+    """Number of processes that split each expert: 1, or --tensor-model-parallel-size, which is the default."""
+    moe_tp_extend_ep: bool = False
+    """Processes that split tensors share experts, too, and do not split them."""
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            moe_tp_extend_ep=self.moe_tp_extend_ep,
+        )
 
     def problems(self) -> Iterator[str]:
         if self.bf16 and self.fp16:

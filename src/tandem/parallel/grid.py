@@ -140,10 +140,29 @@ class Grid:
         groups = {tuple(self.group(axis, self.place(rank))) for rank in range(self.size)}
         return [list(group) for group in sorted(groups)]
 
-    def model(self, place: Place) -> list[int]:
-        """The ranks that hold one copy of the model together with `place`; the first begins it."""
-        tensor, stages = range(self.tensor_size), range(self.pipeline_size)
-        return [self.rank(Place(slice_, place.data, stage)) for stage in stages for slice_ in tensor]
+    @property
+    def copies_of_the_model(self) -> int:
+        return self.data_size // self.layout.data_ranks_of_a_copy
+
+    def copy(self, place: Place) -> int:
+        """Which copy of the model a rank holds a part of."""
+        return place.data // self.layout.data_ranks_of_a_copy
+
+    def sharer(self, place: Place) -> tuple[int, int]:
+        """How many data ranks hold a copy of the model together, and which of them a rank belongs to."""
+        size = self.layout.data_ranks_of_a_copy
+        return size, place.data % size
+
+    def model(self, copy: int) -> list[int]:
+        """The ranks that hold one copy of the model together; the first begins it.
+
+        >>> grid = Grid(Layout(pipeline_model_parallel_size=2, expert_model_parallel_size=2), size=8)
+        >>> grid.model(1)
+        [2, 3, 6, 7]
+        """
+        size = self.layout.data_ranks_of_a_copy
+        tensor, data, stages = range(self.tensor_size), range(copy * size, (copy + 1) * size), range(self.pipeline_size)
+        return [self.rank(Place(slice_, rank, stage)) for stage in stages for rank in data for slice_ in tensor]
 
     def is_first_stage(self, place: Place) -> bool:
         return place.pipeline == 0

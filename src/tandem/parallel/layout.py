@@ -67,6 +67,11 @@ class Layout:
             return 1
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
+    @property
+    def data_ranks_of_a_copy(self) -> int:
+        """How many data ranks hold one copy of the model together: those that share experts."""
+        return max(1, self.expert_tensor_size * self.expert_size // self.tensor_model_parallel_size)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layout:
         """The inverse of `dataclasses.asdict`, also when JSON has turned tuples into lists."""

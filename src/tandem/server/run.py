@@ -32,11 +32,15 @@ def serve(options: ServeOptions) -> None:
         UserError: the address is taken, or a model cannot be opened.
     """
     world = World.from_environment()
-    ranks = options.model.tensor_model_parallel_size * options.model.pipeline_model_parallel_size
+    model, layout = options.model, options.model.layout
+    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * layout.data_ranks_of_a_copy
     if world.size != ranks:
+        flags = "--tensor-model-parallel-size and --pipeline-model-parallel-size need"
+        if layout.data_ranks_of_a_copy > 1:
+            flags = "--tensor-model-parallel-size, --pipeline-model-parallel-size and --expert-model-parallel-size need"
         raise UserError(
-            f"--tensor-model-parallel-size and --pipeline-model-parallel-size need {ranks} processes, and there "
-            f"are {world.size}: a server has one copy of a model. Give --nproc-per-node {ranks}"
+            f"{flags} {ranks} processes, and there are {world.size}: a server has one copy of a model. "
+            f"Give --nproc-per-node {ranks}"
         )
     if ranks > 1 and options.compare is not None:
         raise UserError(f"--compare {options.compare}: only one process can serve two models; leave it out")

@@ -170,7 +170,7 @@ def make_groups(grid: Grid, rank: int, *, tied: bool, chunks: int) -> Groups:
         Ranks(GlobalComm.WORLD_COMM_GROUP, rank, grid.size),
         _ranks(grid.group("tensor", place), rank),
         _ranks(grid.group("data", place), rank),
-        _ranks(grid.model(place), rank),
+        _ranks(grid.model(grid.copy(place)), rank),
         _ranks(grid.expert_group("expert", place), rank),
         _ranks(grid.expert_group("replica", place), rank),
         _ranks(ends, rank) if has_tied else Ranks(),

@@ -284,7 +284,12 @@ class MindSporeEngine(BaseEngine[Tensor]):
 
     def _computes(self) -> MindSporeSession:
         return MindSporeSession(
-            self._passes, self._groups.model, self._local_config(), self._own_layers(), self.config.vocab_size
+            self._passes,
+            self._groups.model,
+            self._local_config(),
+            self._own_layers(),
+            *self._grid.sharer(self._place),
+            self.config.vocab_size,
         )
 
     def _free_memory_of_device(self) -> int:

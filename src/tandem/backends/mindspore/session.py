@@ -14,7 +14,7 @@ from tandem.backends.loss import chunks
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.passes import Passes
 from tandem.backends.mindspore.weight import Pullback
-from tandem.backends.session import Kept
+from tandem.backends.session import Kept, Wanted
 from tandem.data.batch import MicroBatch
 from tandem.frameworks import MINDSPORE
 from tandem.models.config import ModelConfig
@@ -31,6 +31,7 @@ class MindSporeSession:
         model_ranks: those that hold the model together.
         local: the config with the sizes of this rank's slices.
         layers: those on this rank, by their number in the whole model.
+        sharers, sharer: of the data ranks that share experts, how many there are and which one this is.
         vocab_size: of the whole vocabulary.
     """
 
@@ -38,6 +39,8 @@ class MindSporeSession:
     model_ranks: Ranks
     local: ModelConfig
     layers: Sequence[int]
+    sharers: int
+    sharer: int
     vocab_size: int
 
     @property
@@ -59,20 +62,21 @@ class MindSporeSession:
             new[layer][:, :, :tokens] = kept[:, :, :tokens]
         return new
 
-    def compute(self, batch: MicroBatch, kept: Sequence[Kept[Cache]], rows: np.ndarray) -> Iterator[np.ndarray]:
+    def compute(self, batch: MicroBatch, kept: Sequence[Kept[Cache]], wanted: Wanted) -> Iterator[np.ndarray]:
         def attend(layer: int, *inputs: Any, **others: Any) -> tuple[Tensor, Pullback]:
             return self.passes.kernels.attention_over_kept(layer, *inputs, **others, kept=kept), _never
 
         with np.errstate(all="ignore"):
-            hidden = self.passes.hidden(batch, rows, attend)
-        return (self._logits(hidden, part) for part in chunks(len(rows), self.vocab_size, MINDSPORE.logits_chunk_bytes))
+            hidden = self.passes.hidden(batch, wanted.rows, attend)
+        parts = chunks(wanted.total, self.vocab_size, MINDSPORE.logits_chunk_bytes)
+        return (self._logits(hidden, wanted, part) for part in parts)
 
-    def _logits(self, hidden: Tensor | None, part: slice) -> np.ndarray:
+    def _logits(self, hidden: Tensor | None, wanted: Wanted, part: slice) -> np.ndarray:
         """Logits of the whole vocabulary, from the ranks that end the model (`hidden` is not None)."""
-        kernels, tensor = self.passes.kernels, self.passes.tensor
+        kernels, tensor, within = self.passes.kernels, self.passes.tensor, wanted.within(part)
         own = None
-        if hidden is not None:
-            rows = kernels.rows(hidden, part.start, part.stop)
+        if hidden is not None and within.start < within.stop:
+            rows = kernels.rows(hidden, within.start, within.stop)
             product = kernels.product(rows, self.passes.head.value, transpose_b=True)
             own = product.astype(ms.float32).asnumpy()
         if self.model_ranks.group is None:
@@ -81,7 +85,7 @@ class MindSporeSession:
         logits = np.zeros((part.stop - part.start, self.vocab_size), np.float32)
         if own is not None:
             first = tensor.ranks.rank * tensor.vocabulary_rows
-            logits[:, first : first + own.shape[1]] = own
+            logits[wanted.places[within] - part.start, first : first + own.shape[1]] = own
         return self.model_ranks.sum(Tensor.from_numpy(logits)).asnumpy()
 
     def from_first(self, value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tandem.backends.torch.device import choose_device
 from tandem.errors import UserError
 from tandem.launch.world import World
-from tandem.parallel.grid import Grid
+from tandem.parallel.grid import Grid, Place
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 Group = dist.ProcessGroup
@@ -147,7 +147,7 @@ def make_groups(grid: Grid, rank: int, *, interleaved: bool) -> Groups:
         everyone,
         tensor,
         data,
-        everyone if grid.data_size == 1 else tensor if grid.pipeline_size == 1 else _ranks(grid.model(place), rank),
+        _ranks_of_a_copy(grid, place, everyone, tensor),
         _ranks(grid.expert_group("expert", place), rank),
         _ranks(grid.expert_group("replica", place), rank) if is_split else data,
         {kind: _group(stages) for kind in kinds} if len(stages) > 1 else {},
@@ -253,6 +253,14 @@ _SENDS: dict[str, tuple[int, Callable[[int], float]]] = {
     "send": (0, lambda ranks: 1.0),
     "alltoall_base_": (1, _ring),
 }
+
+
+def _ranks_of_a_copy(grid: Grid, place: Place, everyone: Ranks, tensor: Ranks) -> Ranks:
+    """Those that hold one copy of the model together. A group that exists is used."""
+    members = grid.model(grid.copy(place))
+    if len(members) == everyone.size:
+        return everyone
+    return tensor if len(members) == tensor.size else _ranks(members, grid.rank(place))
 
 
 def _ranks(members: list[int], rank: int) -> Ranks:

@@ -250,7 +250,9 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         return matmul(hidden, self._passes.chunks[0].head).detach().float().cpu().numpy()
 
     def _computes(self) -> TorchSession:
-        return TorchSession(self._passes, self._groups.model, self._local_config(), self._own_layers())
+        return TorchSession(
+            self._passes, self._groups.model, self._local_config(), self._own_layers(), *self._grid.sharer(self._place)
+        )
 
     def _free_memory_of_device(self) -> int:
         return int(getattr(torch, self._device.type).mem_get_info(self._device)[0])

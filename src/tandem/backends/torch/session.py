@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.backends.loss import chunks
-from tandem.backends.session import Kept
+from tandem.backends.session import Kept, Wanted
 from tandem.backends.torch.communication import Ranks, all_reduce, from_first
 from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.functional import matmul
@@ -30,12 +30,15 @@ class TorchSession:
         model_ranks: those that hold the model together.
         local: the config with the sizes of this rank's slices.
         layers: those on this rank, by their number in the whole model.
+        sharers, sharer: of the data ranks that share experts, how many there are and which one this is.
     """
 
     passes: Passes
     model_ranks: Ranks
     local: ModelConfig
     layers: Sequence[int]
+    sharers: int
+    sharer: int
 
     @property
     def ranks(self) -> int:
@@ -57,25 +60,29 @@ class TorchSession:
         return new
 
     @torch.no_grad()
-    def compute(self, batch: MicroBatch, kept: Sequence[Kept[Cache]], rows: np.ndarray) -> Iterator[np.ndarray]:
-        wanted = torch.from_numpy(rows).to(self.passes.device)
-        hidden = self.passes.hidden(batch, wanted, OverKept(kept, batch.lengths.tolist()))
+    def compute(self, batch: MicroBatch, kept: Sequence[Kept[Cache]], wanted: Wanted) -> Iterator[np.ndarray]:
+        rows = torch.from_numpy(wanted.rows).to(self.passes.device)
+        hidden = self.passes.hidden(batch, rows, OverKept(kept, batch.lengths.tolist()))
         most_bytes = kernels_of(self.passes.device).logits_chunk_bytes
-        parts = chunks(len(rows), self.passes.config.vocab_size, most_bytes)
-        return (self._logits(None if hidden is None else hidden[part], part.stop - part.start) for part in parts)
+        parts = chunks(wanted.total, self.passes.config.vocab_size, most_bytes)
+        return (self._logits(hidden, wanted, part) for part in parts)
 
     @torch.no_grad()
-    def _logits(self, hidden: torch.Tensor | None, rows: int) -> np.ndarray:
+    def _logits(self, hidden: torch.Tensor | None, wanted: Wanted, part: slice) -> np.ndarray:
         """Logits of the whole vocabulary, from the ranks that end the model (`hidden` is not None)."""
-        own = None if hidden is None else matmul(hidden, self.passes.chunks[-1].head).float()
+        within = wanted.within(part)
+        own = None
+        if hidden is not None and within.start < within.stop:
+            own = matmul(hidden[within], self.passes.chunks[-1].head).float()
         if self.model_ranks.group is None:
             assert own is not None
             return own.cpu().numpy()
-        logits = torch.zeros(rows, self.passes.config.vocab_size, device=self.passes.device)
+        logits = torch.zeros(part.stop - part.start, self.passes.config.vocab_size, device=self.passes.device)
         if own is not None:
             tensor = self.passes.chunks[-1].tensor
             first = 0 if tensor is None else tensor.first_row
-            logits[:, first : first + own.shape[1]] = own
+            places = torch.from_numpy(wanted.places[within] - part.start).to(self.passes.device)
+            logits[places, first : first + own.shape[1]] = own
         all_reduce(logits, self.model_ranks.group).wait()
         return logits.cpu().numpy()
 

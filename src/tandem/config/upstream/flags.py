@@ -174,7 +174,6 @@ GENERATE_IGNORED: dict[str, Ignored] = {
     "--add-qkv-bias": ALWAYS_ON,  # where the weights have it
     "--ckpt-format": Ignored(1),  # it is recognised
     "--exit-on-missing-checkpoint": ALWAYS_ON,
-    "--expert-model-parallel-size": Ignored(1, ("1",)),
     "--legacy-tokenizer": ALWAYS_ON,
     "--lora-alpha": Ignored(1),  # adapters say themselves what they are, as for the next two
     "--lora-r": Ignored(1),
