@@ -22,7 +22,11 @@ from tandem.launch.member import exit_with
 def one(folder: Path, tokens: torch.Tensor) -> None:
     args = mcore_model.read(next(find_iteration(folder).glob(f"*/{FILE}")))["args"]
     parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )
     chunks = mcore_model.load(folder)
     logits = mcore_model.logits(chunks, tokens)

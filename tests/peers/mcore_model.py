@@ -121,6 +121,8 @@ def rank_file(folder: Path) -> Path:
     name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
     return folder / name / FILE
 
 
@@ -187,6 +189,7 @@ def logits(chunks: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | None:
     passed on."""
     inputs = tokens[None], torch.arange(len(tokens))[None], torch.ones(1, 1, len(tokens), len(tokens)).triu(1).bool()
     for chunk in chunks:
+        chunk.eval()  # it trains no experts on tensor ranks without sequence parallelism
         if not chunk.pre_process:
             hidden = torch.empty(len(tokens), 1, chunk.config.hidden_size)
             distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())

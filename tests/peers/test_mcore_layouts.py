@@ -19,7 +19,7 @@ from tandem.checkpoints.megatron.sink import MegatronSink, pad_vocab_size
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
-from toys import toy_config
+from toys import moe_config, toy_config
 
 JOB = Path(__file__).with_name("mcore_job.py")
 UNTIED = {"untie_embeddings_and_output_weights": True}
@@ -32,9 +32,12 @@ def case(
     vpp: int | None = None,
     layers: tuple[int, ...] | None = None,
     chunks: tuple[int, ...] | None = None,
+    ep: int = 1,
+    config: ModelConfig | None = None,
     **changes: object,
 ) -> Case:
     layout = Layout(
+        expert_model_parallel_size=ep,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         num_layers_per_virtual_pipeline_stage=vpp,
@@ -42,7 +45,7 @@ def case(
         layers_of_chunks=chunks,
     )
     sizes = {"num_layers": sum(chunks or (4,)), "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 6}
-    return toy_config(**sizes, **changes), layout
+    return config or toy_config(**sizes, **changes), layout
 
 
 # By the number of ranks: one job serves all of a number.
@@ -51,6 +54,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2": case(2, 1),
         "pp2": case(1, 2),
         "pp2-virtual": case(1, 2, vpp=1, **UNTIED),
+        "ep2": case(1, 1, ep=2, config=moe_config(mlp_only_layers=(0,))),
+        "tp2-experts": case(2, 1, config=moe_config()),
         "pp2-virtual-uneven": case(1, 2, chunks=(1, 2, 1, 2)),
     },
     4: {

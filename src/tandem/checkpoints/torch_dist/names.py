@@ -3,13 +3,15 @@
 Megatron-core stacks equal layers: `decoder.layers.mlp.linear_fc2.weight` is [layers, hidden, ffn]. With layers of
 several kinds, and in plain distributed checkpoints of torch, every layer has a name of its own. Norms may have the
 names of Transformer Engine's fused layers, and the two halves of `linear_fc1` may stand apart.
+Experts are stacked, too, or have names of their own: `decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers,
+experts, hidden, width].
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from tandem.checkpoints.interface import DTYPES, check_shape
 from tandem.checkpoints.megatron.names import EXTRA_STATE, FUSED_NORMS
 from tandem.checkpoints.torch_dist.metadata import Chunk, StoredTensor
 from tandem.errors import UserError
+from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2
 from tandem.models.tensors import EMBEDDING, TensorSpec, layer_prefix
 from tandem.parallel.slices import Box, Part, tiles
 
@@ -26,17 +29,37 @@ LAYERS = "decoder.layers."
 OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 UNFUSED = {norm: fused for fused, norm in FUSED_NORMS.items()}
 HALVES = ("_w", "_v")  # after the name of linear_fc1 whose halves stand apart: gate and up
+OF_EXPERTS = {EXPERTS_FC1: "linear_fc1.weight", EXPERTS_FC2: "linear_fc2.weight"}
+EXPERTS = "mlp.experts.experts."  # before these names, and before the number of an expert that has a name of its own
 SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A chunk as a box of a model's tensor. `row` is the layer's row in the chunk, None where layers do not stack."""
+    """A box of a model's tensor, and where it is in a chunk: `index` has a number for each dimension that stacks."""
 
     tensor: StoredTensor
     chunk: Chunk
     box: Box
-    row: int | None
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How a stored tensor stacks tensors of the model: its dimension of layers, and that of experts.
+
+    Attributes:
+        layer, layers: the layer's number among those of the stack; None where layers do not stack.
+        experts: None where they do not stack.
+    """
+
+    layer: int | None = None
+    layers: int | None = None
+    experts: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(size for size in (self.layers, self.experts) if size is not None)
 
 
 @dataclass(frozen=True)
@@ -85,32 +108,35 @@ def find(
     Raises:
         UserError: it has another shape, or its chunks do not make it up.
     """
-    for stems, stacked in _candidates(spec, slot):
+    for stems, stacking in _candidates(spec, slot, slots):
         for suffixes in (("",), HALVES):
             names = [f"{prefix}{stem}{suffix}" for stem in stems for suffix in suffixes]
             if all(name in tensors for name in names):
-                return _home(where, [tensors[name] for name in names], spec, slot if stacked else None, slots)
+                return _home(where, [tensors[name] for name in names], spec, stacking)
     return None
 
 
-def _candidates(spec: TensorSpec, slot: int | None) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Names under which a tensor may be stored, and whether it is stacked there."""
+def _candidates(spec: TensorSpec, slot: int | None, slots: int) -> Iterator[tuple[list[str], Stacking]]:
+    """Names under which a tensor may be stored, and how it is stacked there."""
     if slot is None or spec.layer is None:
-        yield (spec.name,), False
+        yield [spec.name], Stacking()
         return
     own = spec.name.removeprefix(layer_prefix(spec.layer))
-    for name in (own, UNFUSED.get(own, own)):
-        yield (LAYERS + name,), True
-        yield (layer_prefix(slot) + name,), False
+    for prefix, stacking in ((LAYERS, Stacking(slot, slots)), (layer_prefix(slot), Stacking())):
+        if own in OF_EXPERTS:
+            experts, name = spec.split.experts, OF_EXPERTS[own]
+            yield [f"{prefix}{EXPERTS}{name}"], replace(stacking, experts=experts)
+            yield [f"{prefix}{EXPERTS}{expert}.{name}" for expert in range(experts)], stacking
+        for name in (own, UNFUSED.get(own, own)):
+            yield [prefix + name], stacking
 
 
-def _home(where: str, stored: list[StoredTensor], spec: TensorSpec, row: int | None, rows: int) -> Home:
-    lead = () if row is None else (rows,)
-    share = spec.shape[0] // len(stored)
+def _home(where: str, stored: list[StoredTensor], spec: TensorSpec, stacking: Stacking) -> Home:
+    share = spec.shape[0] // len(stored) // (stacking.experts or 1)
     pieces: list[Piece] = []
     for number, tensor in enumerate(stored):
-        check_shape(where, tensor.name, tensor.shape, (*lead, share, *spec.shape[1:]))
-        pieces += [piece for chunk in tensor.chunks if (piece := _piece(tensor, chunk, row, number * share))]
+        check_shape(where, tensor.name, tensor.shape, (*stacking.sizes, share, *spec.shape[1:]))
+        pieces += [piece for chunk in tensor.chunks for piece in _pieces(tensor, chunk, stacking, number * share)]
     names = tuple(tensor.name for tensor in stored)
     if not tiles([Part((piece.box,)) for piece in pieces], spec.shape):
         raise UserError(f"{where}: the chunks of {' and '.join(names)} do not make up {spec.name}: some are missing")
@@ -127,12 +153,20 @@ def _dtype(where: str, stored: list[StoredTensor]) -> np.dtype:
     return dtype
 
 
-def _piece(tensor: StoredTensor, chunk: Chunk, row: int | None, first: int) -> Piece | None:
-    box = chunk.box
-    if row is not None:
-        (start, stop), *rest = box
-        if not start <= row < stop:
-            return None
-        row, box = row - start, tuple(rest)
-    (start, stop), *rest = box
-    return Piece(tensor, chunk, ((start + first, stop + first), *rest), row)
+def _pieces(tensor: StoredTensor, chunk: Chunk, stacking: Stacking, first: int) -> Iterator[Piece]:
+    """What a chunk has of a tensor of the model, in which the stored tensor's rows begin at row `first`."""
+    dimensions = len(stacking.sizes)
+    stacked, ((start, stop), *rest) = list(chunk.box[:dimensions]), chunk.box[dimensions:]
+    index: tuple[int, ...] = ()
+    if stacking.layer is not None:
+        (low, high), *stacked = stacked
+        if not low <= stacking.layer < high:
+            return
+        index = (stacking.layer - low,)
+    if stacking.experts is None:
+        yield Piece(tensor, chunk, ((start + first, stop + first), *rest), index)
+        return
+    ((low, high),) = stacked
+    for expert in range(low, high):
+        row = expert * tensor.shape[-2] + first
+        yield Piece(tensor, chunk, ((row + start, row + stop), *rest), (*index, expert - low))

@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tandem.checkpoints.megatron.args import described_model, numbers
 from tandem.checkpoints.megatron.names import EXTRA_STATE
 from tandem.checkpoints.name_lists import check_names
 from tandem.checkpoints.torch_dist.metadata import METADATA, read_metadata
-from tandem.checkpoints.torch_dist.names import OPTIMIZER, Home, Piece, find, model_names, prefix_of
+from tandem.checkpoints.torch_dist.names import OPTIMIZER, Home, find, model_names, prefix_of
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, tensor_table
@@ -91,11 +92,6 @@ class TorchDistSource(TensorSource):
         self._noop_layers = noop_layers or recorded
         self.companions = companions_in(self.folder)
         self.config = described_model(args, where, config, self.companions, self._noop_layers)
-        if self.config.experts is not None:
-            raise UserError(
-                f"{self.location}: experts in torch_dist checkpoints are not read: load it with Megatron and save it "
-                f"with --ckpt-format torch"
-            )
         self._homes = self._find_homes()
 
     def kinds(self) -> tuple[TensorKind, ...]:
@@ -111,11 +107,14 @@ class TorchDistSource(TensorSource):
         """Only the chunks that overlap `part` are read: whole, to check their CRC."""
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
         needed = [piece for piece in self._homes[name].pieces if overlaps(Part((piece.box,)), part)]
-        if len(needed) == 1 and part.boxes == (needed[0].box,):  # the part is one chunk
-            return _values(needed[0])
+        if len(needed) == 1 and part.boxes == (needed[0].box,):  # the part is one chunk, or one of those in it
+            return needed[0].tensor.read(needed[0].chunk)[needed[0].index]
         values = np.empty(part.shape, self.dtype(name))
-        for piece in needed:
-            transfer(_values(piece), Part((piece.box,)), values, part)
+        for _, of_chunk in groupby(needed, lambda piece: piece.chunk):
+            pieces = list(of_chunk)
+            chunk = pieces[0].tensor.read(pieces[0].chunk)
+            for piece in pieces:
+                transfer(chunk[piece.index], Part((piece.box,)), values, part)
         return values
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
@@ -166,11 +165,6 @@ class TorchDistSource(TensorSource):
         """[layer] -> its number in the stack, in which noop layers count."""
         total = self.config.num_layers + len(self._noop_layers)
         return [slot for slot in range(total) if slot not in self._noop_layers]
-
-
-def _values(piece: Piece) -> np.ndarray:
-    values = piece.tensor.read(piece.chunk)
-    return values if piece.row is None else values[piece.row]
 
 
 def _check_backend(folder: Path) -> None:
