@@ -16,6 +16,7 @@ from tandem.models.hf_config import from_hf, to_hf
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
 from tandem.training.logs.events import read_events
+from tandem.training.logs.expert_loads import EXPERT_LOADS, read_expert_loads
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from workspace import Workspace
 
@@ -61,3 +62,8 @@ def test_logged_steps_tell_how_busy_experts_are(
     assert any("experts without a token in two logged steps in a row: layer 0: " in line for line in caplog.messages)
     page = render(read_runs([str(folder)]))
     assert "Load of the busiest expert" in page
+    loads = read_expert_loads(folder / EXPERT_LOADS)
+    assert [of_step.iteration for of_step in loads] == [1, 2, 4, 5]
+    assert all(of.sum() == steps[0]["tokens"] for of_step in loads for of in of_step.counts.values())
+    assert (loads[0].counts[0] == 0).sum() > 0
+    assert "Load of the 64 experts of layer 0" in page

@@ -10,6 +10,8 @@ from typing import Any
 
 from tandem.config.settings import Settings
 from tandem.report.chart import Series, both_scales, line_chart, number, smoothed
+from tandem.report.expert_maps import STYLE as MAPS
+from tandem.report.expert_maps import expert_maps
 from tandem.report.run_folder import Run
 from tandem.report.style import SCRIPT, STYLE
 from tandem.version import __version__
@@ -53,6 +55,7 @@ def render(runs: Sequence[Run], answers: Sequence[tuple[str, Sequence[str]]] = (
     sections = [
         ("Summary", summary(runs)),
         ("Curves", curves(runs)),
+        ("Load of experts", loads(runs)),
         ("Answers", asked(runs, answers)),
         ("Settings", settings(runs)),
         ("Data", data(runs)),
@@ -65,7 +68,7 @@ def render(runs: Sequence[Run], answers: Sequence[tuple[str, Sequence[str]]] = (
     made = f"tandem {__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · Tandem</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{MAPS}</style></head><body>'
         f"<header><h1>{escape(title)}</h1><p>{made}</p></header><main>{body}</main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -180,6 +183,12 @@ def _chart(
 
 def _changes(runs: Sequence[Run], key: str) -> bool:
     return any(len({y for _, y in run.points(key)}) > 1 for run in runs)
+
+
+def loads(runs: Sequence[Run]) -> str:
+    """Pictures of the load of each expert, below the name of its run."""
+    maps = [(swatch(place, run), expert_maps(run.expert_loads)) for place, run in enumerate(runs)]
+    return "".join(f"<h3>{name}</h3>{of_run}" for name, of_run in maps if of_run)
 
 
 def settings(runs: Sequence[Run]) -> str:

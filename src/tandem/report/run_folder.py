@@ -13,6 +13,7 @@ from tandem.checkpoints.folders import iteration_folder
 from tandem.errors import UserError
 from tandem.files.places import resolved
 from tandem.training.logs.events import read_events
+from tandem.training.logs.expert_loads import EXPERT_LOADS, Loads, read_expert_loads
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.logs.profiling import read_profiles
 from tandem.training.run_record import read_starts
@@ -30,6 +31,7 @@ class Run:
     steps: list[dict[str, Any]]
     events: list[dict[str, Any]]
     profiles: list[dict[str, Any]]
+    expert_loads: list[Loads]
 
     @property
     def last_start(self) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
             read_metrics(path / METRICS_FILE),
             read_events(path),
             read_profiles(path),
+            read_expert_loads(path / EXPERT_LOADS),
         )
         for name, path in zip(_names(paths), paths)
     ]

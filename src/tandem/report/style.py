@@ -65,7 +65,7 @@ table:not(.settings) td{white-space:normal}
 
 # Shows the step at the pointer, and the value of each line there. A point is [step, value, x, y].
 SCRIPT = """
-for (const figure of document.querySelectorAll('figure')) {
+for (const figure of document.querySelectorAll('figure[data-series]')) {
   const lines = JSON.parse(figure.dataset.series), svg = figure.querySelector('svg');
   const cursor = figure.querySelector('.cursor'), output = figure.querySelector('output');
   const all = lines.flatMap(line => line.points);

@@ -11,6 +11,7 @@ import numpy as np
 from tandem.backends.interface import ExpertLoad
 from tandem.logs import log
 from tandem.training.logs.events import EventLog
+from tandem.training.logs.expert_loads import ExpertLoadsFile
 
 LOAD_BALANCING = "load_balancing_loss"  # this name and the next one are Megatron's
 Z = "z_loss"
@@ -26,9 +27,11 @@ class ExpertWatch:
 
     Attributes:
         events: those of the run.
+        file: gets the load of each expert.
     """
 
     events: EventLog
+    file: ExpertLoadsFile = field(default_factory=lambda: ExpertLoadsFile(None, 0))
     _idle: set[tuple[int, int]] = field(default_factory=set)
     _named: set[tuple[int, int]] = field(default_factory=set)
 
@@ -43,6 +46,7 @@ class ExpertWatch:
         counts = _summed(loads)
         if not counts:
             return {}
+        self.file.add(iteration, counts)
         idle = {(layer, int(expert)) for layer, of in counts.items() for expert in np.flatnonzero(of == 0)}
         self._name(iteration, (idle & self._idle) - self._named)
         self._idle = idle
@@ -66,12 +70,12 @@ class ExpertWatch:
 
 
 def _summed(loads: Iterable[ExpertLoad]) -> dict[int, np.ndarray]:
-    """layer -> tokens of each expert, over all ranks."""
+    """layer -> tokens of each expert, over all ranks, by layer."""
     counts: dict[int, Any] = {}
     for load in loads:
         for layer, of_experts in load.counts.items():
             counts[layer] = counts.get(layer, 0) + np.asarray(of_experts)
-    return counts
+    return dict(sorted(counts.items()))
 
 
 def to_json(load: ExpertLoad) -> list[Any]:

@@ -23,6 +23,7 @@ from tandem.training.evaluation import Share, Validation
 from tandem.training.expert_load import ExpertWatch
 from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
+from tandem.training.logs.expert_loads import EXPERT_LOADS, ExpertLoadsFile
 from tandem.training.logs.log import IterationLog, StepRecord, log_notice
 from tandem.training.logs.loggers import LoggedRun, OnStep, step_loggers
 from tandem.training.logs.summary import RunSummary
@@ -157,6 +158,14 @@ def open_loggers(run: PreparedRun, progress: Progress, listeners: Sequence[OnSte
     return step_loggers(run.settings.logging, logged, listeners)
 
 
+def watch_experts(run: PreparedRun, engine: Engine, progress: Progress, events: EventLog) -> ExpertWatch | None:
+    """Follow the experts of a model that has some. The first rank writes what it sees."""
+    if engine.config.experts is None:
+        return None
+    path = run.folder / EXPERT_LOADS if run.folder and run.world.rank == 0 else None
+    return ExpertWatch(events, ExpertLoadsFile(path, progress.iteration))
+
+
 def make_trainer(
     run: PreparedRun,
     objective: Objective,
@@ -196,5 +205,5 @@ def make_trainer(
         saver=writer,
         on_step=on_step,
         tasks=tasks,
-        experts=ExpertWatch(events) if engine.config.experts is not None else None,
+        experts=watch_experts(run, engine, progress, events),
     )
