@@ -67,6 +67,8 @@ class MixtureOfExperts(nn.Module):
         layer: its number in the whole model.
     """
 
+    enters = False
+
     def __init__(
         self, config: ModelConfig, layer: int, ranks: ExpertRanks, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -100,22 +100,22 @@ def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: Weight, bias: Weight | None = None) -> torch.Tensor:
     """x [t, k] -> [t, n] with weight [n, k], and bias [n] where there is one."""
-    return _applied(_Linear, x, weight, bias)
+    return applied(_Linear, x, weight, bias)
 
 
 def embedding(tokens: torch.Tensor, weight: Weight, absent: torch.Tensor | None = None) -> torch.Tensor:
     """tokens [t] -> their rows of weight, [t, k]; zeros for those marked in `absent` [t]."""
-    return _applied(_Embedding, tokens, weight, absent)
+    return applied(_Embedding, tokens, weight, absent)
 
 
 def rms_norm(x: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
-    return _applied(_RMSNorm, x, weight, eps)
+    return applied(_RMSNorm, x, weight, eps)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """x [t, 2n], gate then up -> silu(gate) * up, [t, n] (arXiv 2002.05202)."""
-    return _applied(_SwiGLU, x)
+    return applied(_SwiGLU, x)
 
 
 def rotary_heads(
@@ -134,7 +134,7 @@ def rotary_heads(
     Returns:
         Queries [t, groups, queries per group, d], keys and values [t, groups, 1, d]; values are a view of `qkv`.
     """
-    return _applied(_RotaryHeads, qkv, q_weight, k_weight, eps, cos, sin)
+    return applied(_RotaryHeads, qkv, q_weight, k_weight, eps, cos, sin)
 
 
 def recomputed(cheap: Callable[..., Any], then: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ class _Forgets:
         pass
 
 
-def _applied(function: type[Function], *inputs: Any) -> Any:
+def applied(function: type[Function], *inputs: Any) -> Any:
     """The function's value. Without gradients autograd is not asked: it takes longer than a token's arithmetic."""
     return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_Forgets(), *inputs)
 
@@ -210,8 +210,7 @@ class _Linear(Function):
         (x,) = ctx.saved_tensors
         if ctx.weight.main_grad is not None:
             ctx.weight.main_grad.add_product(gradient, x)
-        if ctx.bias is not None and ctx.bias.main_grad is not None:
-            ctx.bias.main_grad.add(gradient.sum(0, dtype=torch.float32))
+        add_bias(ctx.bias, gradient)
         return matmul(gradient, ctx.weight.t()), None, None
 
 
@@ -285,6 +284,12 @@ class _RotaryHeads(Function):
         for weight, dweight in zip(ctx.weights, dweights):
             _add_gradient(weight, dweight)
         return dqkv, None, None, None, None, None
+
+
+def add_bias(bias: Weight | None, gradient: torch.Tensor) -> None:
+    """Add the bias's gradient, where there is a bias that is trained, from that of what it was added to, [t, n]."""
+    if bias is not None and bias.main_grad is not None:
+        bias.main_grad.add(gradient.sum(0, dtype=torch.float32))
 
 
 def _is_trained(weight: Weight | None) -> bool:

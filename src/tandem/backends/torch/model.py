@@ -29,7 +29,7 @@ from tandem.backends.torch.functional import (
     swiglu,
 )
 from tandem.backends.torch.inputs import Inputs
-from tandem.backends.torch.tensor_parallel import TensorParallel
+from tandem.backends.torch.tensor_parallel import TensorParallel, entered_linear
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import layer_prefix
 from tandem.parallel.layout import Slot
@@ -77,6 +77,13 @@ class Build:
         layer = Linear(inputs, outputs, self.dtype, self.device, bias)
         return AdaptedLinear(layer, weight, self.adapters[weight], ranks, self.switch, dora=dora)
 
+    def entering(self, name: str, inputs: int, outputs: int, *, bias: bool = False) -> Linear:
+        """The first linear layer of a block. Without adapters, it enters the block by itself between tensor ranks."""
+        layer = self.adapted(name, inputs, outputs, bias=bias)
+        if self.tensor is None or isinstance(layer, AdaptedLinear):
+            return layer
+        return EnteredLinear(layer, self.tensor)
+
     def norm(self, size: int) -> RMSNorm:
         return RMSNorm(size, self.config.norm_epsilon, self.dtype, self.device)
 
@@ -89,6 +96,21 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class EnteredLinear(Linear):
+    """A linear layer that takes what `TensorParallel.enter` does.
+
+    Args:
+        layer: takes its weights over.
+    """
+
+    def __init__(self, layer: Linear, tensor: TensorParallel) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.tensor = layer.weight, layer.bias, tensor
+
+    def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        return entered_linear(x, self.weight, self.bias, self.tensor)
 
 
 class AdaptedLinear(Linear):
@@ -177,8 +199,9 @@ class SelfAttention(nn.Module):
         self.group_shape = (-1, heads // groups + 2, head)
         self.eps = config.norm_epsilon
         qkv, hidden = (heads + 2 * groups) * head, config.hidden_size
-        self.linear_qkv = build.adapted(f"{prefix}linear_qkv", hidden, qkv, bias=config.add_qkv_bias)
+        self.linear_qkv = build.entering(f"{prefix}linear_qkv", hidden, qkv, bias=config.add_qkv_bias)
         self.linear_proj = build.adapted(f"{prefix}linear_proj", heads * head, hidden, columns=True)
+        self.enters = isinstance(self.linear_qkv, EnteredLinear)
         self.q_layernorm, self.k_layernorm = (build.norm(head) if config.qk_layernorm else None for _ in range(2))
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -200,8 +223,9 @@ class MLP(nn.Module):
     def __init__(self, build: Build, prefix: str) -> None:
         super().__init__()
         hidden, ffn = build.config.hidden_size, build.config.ffn_hidden_size
-        self.linear_fc1 = build.adapted(f"{prefix}linear_fc1", hidden, 2 * ffn)
+        self.linear_fc1 = build.entering(f"{prefix}linear_fc1", hidden, 2 * ffn)
         self.linear_fc2 = build.adapted(f"{prefix}linear_fc2", ffn, hidden, columns=True)
+        self.enters = isinstance(self.linear_fc1, EnteredLinear)
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         return recomputed(swiglu, partial(self.linear_fc2, inputs=inputs), self.linear_fc1(x, inputs))
@@ -236,15 +260,18 @@ class TransformerLayer(nn.Module):
         return self._forward(x, inputs)
 
     def _forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        x = self._block(self.input_layernorm, partial(self.self_attention, inputs=inputs), x)
-        return self._block(self.pre_mlp_layernorm, partial(self.mlp, inputs=inputs), x)
+        x = self._block(self.input_layernorm, self.self_attention, x, inputs)
+        return self._block(self.pre_mlp_layernorm, self.mlp, x, inputs)
 
-    def _block(self, norm: RMSNorm, block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _block(
+        self, norm: RMSNorm, block: SelfAttention | MLP | MixtureOfExperts, x: torch.Tensor, inputs: Inputs
+    ) -> torch.Tensor:
         """x + block(norm(x)). Tensor ranks gather the norm's tokens, and sum the parts that their blocks compute."""
-        tensor = self.tensor
+        tensor, of_inputs = self.tensor, partial(block, inputs=inputs)
         if tensor is None:
-            return recomputed(norm, block, x).add_(x)
-        return tensor.leave(recomputed(lambda x: tensor.enter(norm(x)), block, x)).add_(x)
+            return recomputed(norm, of_inputs, x).add_(x)
+        before = norm if block.enters else lambda x: tensor.enter(norm(x))
+        return tensor.leave(recomputed(before, of_inputs, x)).add_(x)
 
 
 class Decoder(nn.Module):
