@@ -1,4 +1,4 @@
-"""How many kernels a step launches on an NVIDIA device, counted on tensors without memory.
+"""How many kernels a step launches on NVIDIA's and Ascend's devices, counted on tensors without memory.
 
 Views and allocations launch nothing. A fused function counts as the kernels that Inductor makes of it.
 """
@@ -6,14 +6,16 @@ Views and allocations launch nothing. A fused function counts as the kernels tha
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from device_toys import copy_at_once
+from device_toys import FakeNpu, copy_at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.interface import EngineSettings, StepResult
@@ -45,13 +47,14 @@ class Counted(TorchDispatchMode):
         kernels: launched on the device, by name.
         copies: from the host, by whether the host waits.
         reads: by the host.
+        doubles: kernels that have to do with float64.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
-        self.reads = 0
+        self.reads = self.doubles = 0
         self.in_fused = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,6 +78,7 @@ class Counted(TorchDispatchMode):
         ]
         if any(tensor.device == META for tensor in touched):
             self.kernels[name] += 1
+            self.doubles += any(tensor.dtype == torch.float64 for tensor in touched)
         return result
 
 
@@ -102,6 +106,41 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     for name, value in (("choose_device", META), ("device_name", "meta"), ("has_native_bf16", True)):
         monkeypatch.setattr(engine_module, name, lambda *_, value=value: value)
     return mode
+
+
+@pytest.fixture
+def counted_npu(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """The same with the kernels of Ascend's devices. An operator of torch_npu is one kernel."""
+
+    def one_kernel(name: str, operator: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            counted.kernels[name] += 1
+            counted.in_fused = True
+            try:
+                return operator(*arguments, **named)
+            finally:
+                counted.in_fused = False
+
+        return call
+
+    class Attention(torch.autograd.Function):
+        """One kernel forward, and one backward."""
+
+        @staticmethod
+        def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(q, k, v)
+            return torch.empty_like(q)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            counted.kernels["npu_fusion_attention_grad"] += 1
+            return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+    monkeypatch.setattr(FakeNpu, "npu_fusion_attention", lambda self, q, k, v, *_, **__: (Attention.apply(q, k, v),))
+    operators = {name: one_kernel(name, operator) for name, operator in vars(FakeNpu().module()).items()}
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(**operators))
+    monkeypatch.setitem(sets.KERNELS, "meta", sets.NPU)
+    return counted
 
 
 def shape(size: str, layers: int) -> ModelConfig:
@@ -191,3 +230,30 @@ def test_nothing_is_read_in_a_step_and_each_micro_batch_is_one_copy(counted: Cou
 def test_a_step_of_0_6b_launches_few_kernels(counted: Counted) -> None:
     kernels = count(counted, shape("0.6B", 28))
     assert sum(kernels.values()) <= 28 * 68 + 60 + 100, kernels  # layers, head and loss, and all the rest
+
+
+# --- Ascend, through torch_npu
+
+
+def test_a_layer_of_8b_launches_few_operators_of_torch_npu(counted_npu: Counted) -> None:
+    difference = count(counted_npu, shape("8B", 2))
+    difference.subtract(count(counted_npu, shape("8B", 1)))
+    weights = 4
+    assert sum(difference.values()) <= 60 + 2 * weights, difference
+
+
+def test_head_and_loss_launch_few_operators_of_torch_npu(counted_npu: Counted) -> None:
+    kernels = count(counted_npu, shape("8B", 1))
+    layer = count(counted_npu, shape("8B", 2))
+    layer.subtract(kernels)
+    kernels.subtract(layer)
+    assert sum(kernels.values()) <= 60 + 40, kernels  # and embedding, final norm and update
+
+
+def test_a_step_of_torch_npu_waits_once_and_needs_no_float64(counted_npu: Counted) -> None:
+    lengths = (20,) * 199 + (TOKENS - 20 * 199,)
+    config = shape("0.6B", 2)
+    assert count(counted_npu, config, lengths, micro_batches=3) == count(counted_npu, config, micro_batches=3)
+    assert counted_npu.reads == 1  # before the update, which cannot skip itself
+    assert counted_npu.copies == {"the host goes on": 3}
+    assert counted_npu.doubles == 0

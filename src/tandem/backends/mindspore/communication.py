@@ -23,6 +23,7 @@ from mindspore.communication import GlobalComm, create_group
 from mindspore.mint.distributed import distributed
 
 from tandem.backends.mindspore.device import prepare
+from tandem.backends.mindspore.memory import undefined
 from tandem.backends.pipeline import Stage
 from tandem.errors import UserError
 from tandem.launch.member import NODE
@@ -119,7 +120,7 @@ class Ranks:
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's x. All have the same shape."""
-        tensors = [mint.empty(x.shape, dtype=x.dtype) for _ in range(self.size)]
+        tensors = [undefined(x.shape, x.dtype) for _ in range(self.size)]
         _guarded("AllGather", lambda: dist.all_gather(tensors, x, group=self.group))
         return tensors
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, mint
+from mindspore import Tensor
 
 from tandem.backends.experts import Balancing
 from tandem.backends.mindspore.inputs import Inputs, prepare
 from tandem.backends.mindspore.kernels import Kernels
+from tandem.backends.mindspore.memory import undefined
 from tandem.backends.mindspore.model import Attention, Decoder
 from tandem.backends.mindspore.pipeline import Pipeline
 from tandem.backends.mindspore.tensor_parallel import TensorParallel
@@ -106,7 +107,7 @@ class Passes:
         output, pull = self._output(chunk, inputs, differentiable=True)
         if (target := self.pipeline.target(chunk)) is not None:
             self.pipeline.send(target, True, output)
-            return 0.0, _InFlight(pull, mint.empty(output.shape, dtype=output.dtype))
+            return 0.0, _InFlight(pull, undefined(output.shape, output.dtype))
         loss, gradient = self.kernels.cross_entropy_and_gradient(output, self.head, inputs.targets, self.tensor)
         return loss, _InFlight(pull, gradient)
 
@@ -127,6 +128,6 @@ class Passes:
         decoder, x = self.chunks[chunk], None
         if (source := self.pipeline.source(chunk)) is not None:
             tokens = inputs.tokens // (self.tensor.ranks.size if self.tensor.sequence else 1)
-            x = mint.empty((tokens, decoder.config.hidden_size), dtype=self.dtype)
+            x = undefined((tokens, decoder.config.hidden_size), self.dtype)
             self.pipeline.receive(source, True, x)
         return decoder.forward(inputs, x, differentiable, attention)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, mint
+from mindspore import Tensor
+
+from tandem.backends.mindspore.memory import undefined
 
 # From the gradient of a function's value to the gradient of its input. Calling it adds the gradients of the weights
 # that the function used. It may be called once, and leaves its argument unchanged.
@@ -60,7 +62,7 @@ def empty(*shape: int, dtype: ms.Type = ms.float32) -> tuple[Tensor, np.ndarray]
 
     MindSpore's memory pool reuses pages that are already mapped. NumPy's memory would be mapped again every time.
     """
-    tensor = mint.empty(shape, dtype=dtype)
+    tensor = undefined(shape, dtype)
     return tensor, tensor.asnumpy()
 
 

@@ -177,12 +177,14 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         loss_scale: float,
         loss: float | None,
     ) -> StepResult:
-        # The decision stays on the device. It is read after all is launched.
+        # The decision stays on the device. It is read after all is launched, where the device can skip the update.
         assert self._adamw is not None
         decision = Decision.of(self._totals(*totals), loss_limit, loss_scale, self._settings.clip_grad, loss)
-        self._adamw.update(self.optimizer_step + 1, lr, weight_decay, decision)
-        self._sharing.share()
-        result = decision.read()
+        known = None if kernels_of(self._device).update_skips else decision.read()
+        if known is None or known.applied:
+            self._adamw.update(self.optimizer_step + 1, lr, weight_decay, decision)
+            self._sharing.share()
+        result = known or decision.read()
         self.optimizer_step += result.applied
         return result
 

@@ -72,14 +72,15 @@ def send(batch: MicroBatch, device: torch.device, tensor: TensorParallel | None)
     weights = batch.weights[rows] if isinstance(batch, WeightedBatch) else np.empty(0)
     scale, shares = split_scale(weights)
     longer = padded(batch, tensor.size) if tensor is not None and tensor.sequence else batch
+    wide = str(kernels.sums).removeprefix("torch.")  # a device without float64 gets none
     arrays = [
         longer.tokens,
         longer.position_ids,
         longer.cu_seqlens.astype(np.int32),
         rows,
         labels.astype(np.int64),
-        weights[:, None],
-        shares[:, None],
+        weights[:, None].astype(wide),
+        shares[:, None].astype(wide),
     ]
     return Sent(batch, longer, rows, scale, kernels.early(lambda: kernels.to_device(arrays, device), device))
 

@@ -35,6 +35,7 @@ class Kernels:
         logits_chunk_bytes: largest size of the fp32 logits of a chunk.
         norm: over several tensors, a tensor of no dimensions.
         adamw: updates several weights.
+        update_skips: whether `adamw` itself leaves out what is skipped; otherwise the host must know before.
         sums: the dtype that long sums of fp32 numbers are kept in.
     """
 
@@ -63,4 +64,5 @@ class Kernels:
     logits_chunk_bytes: int
     norm: Callable[[Sequence[torch.Tensor]], torch.Tensor]
     adamw: Callable[..., None]
+    update_skips: bool
     sums: torch.dtype

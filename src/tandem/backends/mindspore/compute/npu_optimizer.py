@@ -16,8 +16,8 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor | float:
     """Rows are summed first: one fp32 sum over 10^8 squares would lose digits. There is no float64 on the device."""
     if not tensors:
         return 0.0
-    norms = [mint.linalg.vector_norm(tensor, 2, -1).reshape(-1) for tensor in tensors]
-    return mint.square(mint.linalg.vector_norm(mint.cat(norms, 0), 2))
+    rows = [mint.linalg.vector_norm(tensor, 2, -1) if len(tensor.shape) > 1 else tensor for tensor in tensors]
+    return mint.square(mint.linalg.vector_norm(mint.cat([of_tensor.reshape(-1) for of_tensor in rows], 0), 2))
 
 
 def adamw(updates: Sequence[Update], hyper: Hyper) -> None:

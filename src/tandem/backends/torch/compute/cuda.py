@@ -18,7 +18,12 @@ from tandem.backends.torch.compute.fused import Fused
 from tandem.models.config import ModelConfig
 
 ALIGNMENT = 16  # bytes; what lies there can be read as any dtype
-DTYPES = {"int32": torch.int32, "int64": torch.int64, "float64": torch.float64}  # of arrays that are copied
+DTYPES = {
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}  # of arrays that are copied
 
 RMS_NORM = Fused(pure.rms_norm, kernels=1)
 RMS_NORM_BACKWARD = Fused(pure.rms_norm_backward, kernels=3)

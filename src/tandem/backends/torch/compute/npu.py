@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tandem.backends.torch.compute import cpu
+from tandem.backends.torch.compute import cpu, cuda
 from tandem.backends.torch.compute.cpu import split_heads
+from tandem.models.config import ModelConfig
 
 MOST_DOCUMENTS = 1024  # that one call of the attention operator takes
 MASK_SIZE = 2048  # of the compressed causal mask that it wants, whatever the lengths
@@ -32,7 +33,11 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def add_product(target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, scale: float) -> None:
-    cpu.add_to(target, first, torch.mm(gradient.t(), x), scale)
+    product = torch.mm(gradient.t(), x)
+    if first and scale == 1.0:
+        target.copy_(product)
+    else:
+        cpu.add_to(target, first, product, scale)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +100,16 @@ def _contiguous_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [t, g, a, d] rotated by [t, 1, d / 2]: the operator takes [1, t, heads, d] and whole rows of angles."""
-    whole = [torch.cat([angles, angles], dim=-1)[None] for angles in (cos, sin)]
-    return _operators().npu_rotary_mul(x.flatten(1, 2)[None], *whole)[0].view_as(x)
+    """x [t, g, a, d] rotated by `angles`: the operator takes [1, t, heads, d]."""
+    return _operators().npu_rotary_mul(x.flatten(1, 2)[None], cos[None], sin[None])[0].view_as(x)
+
+
+def angles(
+    config: ModelConfig, positions: np.ndarray, on_device: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[t, 1, kv_channels]: the operator wants an angle for each channel, and not for each pair of them."""
+    cos, sin = cuda.angles(config, positions, on_device, dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -148,8 +160,8 @@ def _within(ends: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
 
 def norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows are summed first: one fp32 sum over 10^8 squares would lose digits."""
-    rows = [torch.linalg.vector_norm(tensor, dim=-1).flatten() for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(of_tensor) for of_tensor in rows]))
+    rows = [torch.linalg.vector_norm(tensor, dim=-1).flatten() if tensor.ndim > 1 else tensor for tensor in tensors]
+    return torch.linalg.vector_norm(torch.cat(rows))
 
 
 def adamw(
@@ -162,10 +174,9 @@ def adamw(
     skip: torch.Tensor,
     **settings: float,
 ) -> None:
-    """Done here, because torch_npu's operator takes `grad_scale` and `found_inf`, and uses neither.
+    """Gradients are scaled before, because torch_npu's operator takes `grad_scale` and `found_inf`, and uses neither.
 
-    So this waits for `skip`.
+    So it is not called for a step that is skipped (`Kernels.update_skips`).
     """
-    if not skip:
-        torch._foreach_mul_(gradients, coefficient)
-        cpu.fused_adamw(weights, gradients, exp_avg, exp_avg_sq, step, None, None, **settings)
+    torch._foreach_mul_(gradients, coefficient)
+    cpu.fused_adamw(weights, gradients, exp_avg, exp_avg_sq, step, None, None, **settings)

@@ -35,6 +35,7 @@ CPU = Kernels(
     logits_chunk_bytes=TORCH.logits_chunk_bytes,
     norm=cpu.norm,
     adamw=cpu.adamw,
+    update_skips=True,
     sums=torch.float64,
 )
 
@@ -64,6 +65,7 @@ CUDA = Kernels(
     logits_chunk_bytes=TORCH.device_logits_chunk_bytes,
     norm=cuda.norm,
     adamw=cuda.adamw,
+    update_skips=True,
     sums=torch.float64,
 )
 
@@ -86,13 +88,14 @@ NPU = Kernels(
     rotary_heads_backward=npu.rotary_heads_backward,
     to_device=cuda.to_device,
     early=cpu.early,
-    angles=cuda.angles,
+    angles=npu.angles,
     documents=npu.documents,
     attention=npu.attention,
     losses_and_gradient=cpu.losses_and_gradient,
     logits_chunk_bytes=TORCH.device_logits_chunk_bytes,
     norm=npu.norm,
     adamw=npu.adamw,
+    update_skips=False,
     sums=torch.float32,
 )
 
