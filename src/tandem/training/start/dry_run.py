@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 from tandem.checkpoints.interface import TensorSource
@@ -12,7 +13,8 @@ from tandem.launch.world import World
 from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
-from tandem.parallel.grid import Grid, held_shards
+from tandem.parallel.grid import Grid, Place
+from tandem.parallel.layout import shards
 from tandem.training.run_tasks import check_tasks
 from tandem.training.schedule import schedule_from
 from tandem.training.start.banner import describe_adapters, describe_objective, saving_notice, size_of_samples
@@ -39,7 +41,7 @@ def dry_run(settings: Settings, processes: int) -> None:
     start = check_model_and_processes(settings, World(size=processes))
     check_tasks(start)
     grid, config = start.grid, start.source.config
-    held = [parameters_held(config, grid, rank) for rank in range(grid.size)]
+    held = parameters_held(config, grid)
     batch, micro_batch = settings.training.final_batch_size, settings.training.micro_batch_size
     experts = grid.layout.expert_size
     shared = f", experts shared by {experts} ranks" if experts > 1 else ""
@@ -94,9 +96,18 @@ def shortened(training: TrainingSettings, state: TrainerState | None) -> tuple[T
     return replace(training, train_iters=steps, train_samples=None, rampup_batch_size=None), None
 
 
-def parameters_held(config: ModelConfig, grid: Grid, rank: int) -> int:
-    """The number of parameters that a rank computes with."""
-    return sum(math.prod(shard.shape) for shard in held_shards(config, grid, grid.place(rank)))
+def parameters_held(config: ModelConfig, grid: Grid) -> list[int]:
+    """The number of parameters that each rank computes with. Shards are counted once, for all ranks that hold them."""
+    counts: Counter[tuple[int, bool, int, int]] = Counter()
+    for shard in shards(config, grid.layout, tied_head_copy=True):
+        of_experts = bool(shard.spec.split.experts)
+        counts[shard.pipeline_rank, of_experts, shard.tensor_rank, shard.expert_rank] += math.prod(shard.shape)
+
+    def of_rank(place: Place) -> int:
+        here = grid.expert_place(place)
+        return counts[place.pipeline, False, place.tensor, 0] + counts[place.pipeline, True, here.tensor, here.expert]
+
+    return [of_rank(grid.place(rank)) for rank in range(grid.size)]
 
 
 def describe_checkpoints(settings: Settings, source: TensorSource) -> list[str]:
