@@ -96,6 +96,55 @@ def test_balancing_losses_are_in_the_gradient(framework: str, pooled: bool) -> N
     assert_close_gradients(mean_gradients(off, batches)[1], expected(source, batches)[1], rtol=1e-5)
 
 
+def drop(model: torch.nn.Module, limit: int, policy: str) -> list[int]:
+    """Let each expert of Hugging Face's layers keep `limit` tokens: the factors of the others become 0.
+
+    Returns:
+        The numbers of those, a number for each call of a layer.
+    """
+    dropped: list[int] = []
+
+    def limited(_: object, __: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits, factors, chosen = output
+        kept = torch.zeros_like(factors)
+        for expert in range(logits.shape[1]):
+            places = (chosen == expert).nonzero().tolist()
+            if policy == "probs":
+                places.sort(key=lambda place: -factors[tuple(place)].item())
+            for token, number in places[:limit]:
+                kept[token, number] = 1.0
+        dropped.append(int((kept == 0).sum()))
+        return logits, factors * kept, chosen
+
+    for module in model.modules():
+        if isinstance(module, Qwen3MoeTopKRouter):
+            module.register_forward_hook(limited)
+    return dropped
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_experts_with_a_capacity_drop_tokens(framework: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 of 24 tokens' 48 choices for each of 8 experts. The gradient knows nothing of what was dropped."""
+    source = toy_weights(moe_config(mlp_only_layers=(2,)))
+    batches = [toy_batch(source.config, (24,), seed=seed) for seed in (1, 2)]
+    settings = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": policy, "moe_aux_loss_coeff": 0.5}
+    engine = build(framework, source, recompute_layers=1, **settings)
+    actual_loss, actual = mean_gradients(engine, batches)
+    logits = Reference(source).logits(batches[0]).detach().numpy()
+    np.testing.assert_allclose(engine.logits(batches[0]), logits, atol=1e-5, rtol=0)  # outside training, none are
+    made, dropped = Reference.__init__, list[list[int]]()
+
+    def limited(self: Reference, source: TensorSource) -> None:
+        made(self, source)
+        dropped.append(drop(self.model, 3, policy))
+
+    monkeypatch.setattr(Reference, "__init__", limited)
+    loss, gradients = expected(source, batches, aux=0.5)
+    assert actual_loss == pytest.approx(loss, abs=1e-5)
+    assert_close_gradients(actual, gradients, rtol=1e-5)
+    assert engine.expert_load().dropped == sum(map(sum, dropped)) > 0
+
+
 @pytest.mark.parametrize("pooled", [False, True], ids=["megatron", "hugging-face"])
 def test_the_load_is_that_of_transformers(framework: str, pooled: bool) -> None:
     """Tokens of each expert, and both losses summed, also where they are no part of the gradient."""

@@ -123,7 +123,7 @@ OTHERS = (
     *("--moe-token-dispatcher-type alltoall_seq", "--moe-grouped-gemm", "--moe-layer-freq -1"),
     *("--first-k-dense-replace -1", "--moe-router-score-function softmax", "--topk-softmax-in-fp32"),
     *("--moe-alltoall-mc2", "--moe-allgather-overlap-comm", "--enable-a2avc 1"),
-    "--max-new-tokens 256",
+    *("--moe-pad-expert-input-to-capacity", "--max-new-tokens 256"),
 )
 
 REFUSED = (
@@ -134,7 +134,7 @@ REFUSED = (
     "--context-parallel-algo hybrid_cp_algo",
     "--model-type-hf llama2",
     "--use-ascend-coc --use-ascend-mc2",
-    *("--moe-expert-capacity-factor 1.0", "--moe-pad-expert-input-to-capacity", "--fix-router"),
+    "--fix-router",
     *("--moe-router-topk-scaling-factor 2.5", "--moe-layer-freq 2"),
     *("--o2-optimizer", "--o2-gradient", "--dataloader-type cyclic"),
 )

@@ -11,9 +11,13 @@ import torch
 from ours import our_logits
 from toy_work import toy_batch
 
+from tandem.backends.capacity import Capacity
+from tandem.backends.torch.experts import taken_choices
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import TORCH_DIST
 from tandem.checkpoints.megatron.args import to_args
+from tandem.config.settings import RouterSettings
+from tandem.models.experts import Experts
 from tandem.parallel.grid import Grid, held_shards
 from tandem.parallel.layout import Layout
 from tandem.parallel.slices import cut
@@ -33,6 +37,49 @@ def grouped(mcore: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
     operators = SimpleNamespace(ops=SimpleNamespace(gmm=multiplied), assert_grouped_gemm_is_available=lambda: None)
     monkeypatch.setattr(experts, "gg", operators)
+
+
+def mixture(experts: int, topk: int) -> Experts:
+    return Experts(num_experts=experts, moe_router_topk=topk, moe_ffn_hidden_size=4, norm_topk_prob=True)
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.75, 1.0, 3.0])
+@pytest.mark.parametrize("topk", [1, 3])
+def test_experts_take_the_tokens_that_megatrons_take(mcore: ModuleType, topk: int, factor: float) -> None:
+    """On both frameworks. By position, Megatron keeps as many as here, but of equal ones not always the first."""
+    from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+
+    logits = torch.randn(37, 8, generator=torch.Generator().manual_seed(topk))
+    factors, chosen = torch.softmax(logits, 1).topk(topk, dim=1)
+    probabilities = torch.zeros(37, 8).scatter(1, chosen, factors)
+    routed = probabilities > 0
+    for policy in ("probs", "position"):
+        _, expected = apply_router_token_dropping(probabilities, routed, topk, factor, policy)
+        padded, _ = apply_router_token_dropping(probabilities, routed, topk, factor, policy, pad_to_capacity=True)
+        settings = RouterSettings(moe_expert_capacity_factor=factor, moe_token_drop_policy=policy)
+        capacity = Capacity.of(settings, mixture(8, topk), parts=1)
+        assert capacity is not None
+        taken = capacity.taken(chosen.numpy(), factors.numpy(), 37)
+        np.testing.assert_array_equal(taken_choices(capacity, chosen, factors, 37).numpy(), taken)
+        ours = torch.zeros(37, 8, dtype=torch.bool).scatter(1, chosen, torch.from_numpy(taken))
+        if policy == "probs":
+            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(probabilities * ours, padded)  # rows of padding have a factor of 0
+        torch.testing.assert_close(ours.sum(0), expected.sum(0))
+        if policy == "position":
+            first = routed.cumsum(0) <= ours.sum(0)
+            torch.testing.assert_close(ours, routed & first)
+
+
+def test_parts_of_the_tokens_have_capacities_of_their_own() -> None:
+    """As tensor ranks under sequence parallelism have in Megatron. Padding is not counted."""
+    chosen, factors = np.zeros((12, 1), np.int64), np.linspace(1.0, 0.1, 12, dtype=np.float32)[:, None]
+    capacity = Capacity(mixture(4, 1), 2.0, parts=2, by_probability=True)
+    taken = capacity.taken(chosen, factors, 10)[:, 0]
+    assert np.flatnonzero(taken).tolist() == [0, 1, 2, 5, 6, 7]  # ceil(5 / 4 * 2) of each five
+    torch.testing.assert_close(
+        taken_choices(capacity, torch.from_numpy(chosen), torch.from_numpy(factors), 10)[:, 0], torch.from_numpy(taken)
+    )
 
 
 @pytest.mark.parametrize("kind", ["SequentialMLP", "GroupedMLP"])

@@ -79,7 +79,7 @@ class BaseEngine(ABC, Generic[T]):
         self._stage = layout.stages(config.num_layers)[self._place.pipeline]
         self._shards = {shard.spec.name: shard for shard in held_shards(config, self._grid, self._place)}
         self._trained = [name for name, shard in self._shards.items() if is_trained(config, shard.spec)]
-        self._balancing = Balancing(settings, config, self._grid.tensor_size)
+        self._balancing = Balancing(settings, config, self._grid.tensor_size, settings.sequence_parallel)
         self._share = Share.of(layout, self._place.tensor)
         self._adapters = local_adapters(self._shards, self._local_config())
         self._adapters_switch = Switch()

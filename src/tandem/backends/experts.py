@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.backends.capacity import Capacity
 from tandem.backends.interface import EngineSettings, ExpertLoad
 from tandem.backends.passes import WeightedBatch
 from tandem.config.settings import RouterSettings
@@ -81,22 +82,27 @@ class Balancing:
     Attributes:
         config: of the whole model.
         parts: how many tensor ranks route the same tokens: each adds its part of these losses to the gradient.
+        sequence_parallel: each of them has a part of the tokens outside attention and experts.
     """
 
     settings: RouterSettings
     config: ModelConfig
     parts: int = 1
+    sequence_parallel: bool = False
     of_step: list[Routing] = field(default_factory=list)
 
-    def of(self, batch: MicroBatch) -> Routing | None:
-        """None for a model without experts."""
+    def of(self, batch: MicroBatch, *, whole: bool = False) -> Routing | None:
+        """None for a model without experts. `whole`: no token is dropped, whatever the settings are."""
         experts, weight = self.config.experts, 0.0
         if experts is None:
             return None
         if isinstance(batch, WeightedBatch) and batch.trained_tokens:  # others are left out where they can be
             weight = batch.balance / self.parts
         sparse = self.config.num_layers - self.config.dense_layers
-        routing = Routing(self.settings, experts, sparse, len(batch.tokens), weight)
+        capacity = Capacity.of(self.settings, experts, self.parts if self.sequence_parallel else 1)
+        routing = Routing(
+            self.settings, experts, sparse, len(batch.tokens), weight, capacity=None if whole else capacity
+        )
         if weight:
             self.of_step.append(routing)
         return routing
@@ -117,6 +123,8 @@ class Balancing:
             load.balanced += len(losses)
             load.z += float(sum(squares.values())) / routing.tokens
             load.terms += len(squares)
+            for layer, taken in routing.taken.items():
+                load.dropped = (load.dropped or 0) + int(counts[layer].sum() - on_host(taken))
         return load
 
 
@@ -133,9 +141,11 @@ class Routing:
         weight: of this micro-batch's losses in the gradient; 0 in evaluation.
         tokens: how many tokens are routed; those behind them are padding.
         layers: how many layers of the model have experts.
+        capacity: of its experts; None where they take every token.
         counts: layer -> tokens of each expert, fp32 [E].
         mass: layer -> the sums of the tokens' probabilities, fp32 [E].
         squares: layer -> the sum of the squares of the tokens' log-sum-exp of the router's logits.
+        taken: layer -> how many choices experts with a capacity took.
     """
 
     settings: RouterSettings
@@ -143,9 +153,11 @@ class Routing:
     layers: int
     tokens: int
     weight: float
+    capacity: Capacity | None = None
     counts: dict[int, Array] = field(default_factory=dict)
     mass: dict[int, Array] = field(default_factory=dict)
     squares: dict[int, Array] = field(default_factory=dict)
+    taken: dict[int, Array] = field(default_factory=dict)
 
     @property
     def slope_of_z(self) -> float:

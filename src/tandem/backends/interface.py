@@ -71,6 +71,7 @@ class ExpertLoad:
             where the gradient has no part of them.
         terms: of how many layers and micro-batches the z-loss is a sum.
         balanced: of how many the load-balancing loss is. The pooled form is one for all layers.
+        dropped: choices of tokens that experts with a capacity did not take; None where they have none.
     """
 
     counts: dict[int, list[int]] = field(default_factory=dict)
@@ -78,6 +79,7 @@ class ExpertLoad:
     z: float = 0.0
     terms: int = 0
     balanced: int = 0
+    dropped: int | None = None
 
 
 @dataclass(frozen=True)

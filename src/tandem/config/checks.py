@@ -39,7 +39,7 @@ ONE_OR_MORE = {
 # fmt: on
 ABOVE_ZERO = {
     *("epochs", "loss_scale", "initial_loss_scale", "min_loss_scale"),
-    *("dpo_beta", "orpo_beta", "simpo_beta", "kto_beta"),
+    *("dpo_beta", "orpo_beta", "simpo_beta", "kto_beta", "moe_expert_capacity_factor"),
 }
 BELOW_ONE = {"adam_beta1", "adam_beta2", "lr_warmup_fraction"}  # and not below 0
 LARGEST = {"seed": 2**32 - 1, "master_port": 65535}  # NumPy's and TCP's

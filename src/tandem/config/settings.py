@@ -140,6 +140,11 @@ class RouterSettings:
     """Coefficient of the loss that keeps the router's logits small (z-loss); default: none."""
     moe_router_dtype: Literal["fp32"] | None = None
     """Compute the router's logits and factors in fp32; default: in the dtype of the model."""
+    moe_expert_capacity_factor: float | None = None
+    """An expert takes at most so many times its even share of a micro-batch's tokens, and drops the others; default: no
+    token is dropped."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens an expert keeps: those with the largest factors, or the first ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

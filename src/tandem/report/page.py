@@ -40,6 +40,7 @@ EXPERTS = (
     ("Load-balancing loss", "load_balancing_loss", "mean over layers and micro-batches, without the coefficient"),
     ("Load of the busiest expert", "max_expert_load", "its tokens, over those of equally busy experts"),
     ("Idle experts", "idle_experts", "of all layers, in the logged step"),
+    ("Dropped tokens", "dropped_tokens", "share of the choices of tokens that experts did not take"),
 )
 
 Row = Sequence[str]

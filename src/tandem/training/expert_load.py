@@ -17,6 +17,7 @@ LOAD_BALANCING = "load_balancing_loss"  # this name and the next one are Megatro
 Z = "z_loss"
 BUSIEST = "max_expert_load"
 IDLE = "idle_experts"
+DROPPED = "dropped_tokens"
 
 
 @dataclass
@@ -40,7 +41,8 @@ class ExpertWatch:
 
         The losses are means over layers and micro-batches, without their coefficients, as Megatron logs them.
         `max_expert_load` is the number of tokens of the busiest expert of any layer, over that of equally busy ones.
-        `idle_experts` is how many experts of all layers got no token.
+        `idle_experts` is how many experts of all layers got no token. With a capacity, `dropped_tokens` is the share of
+        the choices of all tokens that experts did not take.
         """
         loads = list(loads)
         counts = _summed(loads)
@@ -55,6 +57,7 @@ class ExpertWatch:
             Z: sum(load.z for load in loads) / sum(load.terms for load in loads),
             BUSIEST: max(float(of.max() / of.mean()) for of in counts.values()),
             IDLE: float(len(idle)),
+            **_dropped(loads, counts),
         }
 
     def _name(self, iteration: int, experts: set[tuple[int, int]]) -> None:
@@ -69,6 +72,11 @@ class ExpertWatch:
         self.events.add("idle experts", iteration=iteration, experts=places)
 
 
+def _dropped(loads: Iterable[ExpertLoad], counts: dict[int, np.ndarray]) -> dict[str, float]:
+    found = [load.dropped for load in loads if load.dropped is not None]
+    return {DROPPED: sum(found) / sum(float(of.sum()) for of in counts.values())} if found else {}
+
+
 def _summed(loads: Iterable[ExpertLoad]) -> dict[int, np.ndarray]:
     """layer -> tokens of each expert, over all ranks, by layer."""
     counts: dict[int, Any] = {}
@@ -80,7 +88,7 @@ def _summed(loads: Iterable[ExpertLoad]) -> dict[int, np.ndarray]:
 
 def to_json(load: ExpertLoad) -> list[Any]:
     """A load as values that are valid in JSON."""
-    return [list(load.counts.items()), load.load_balancing, load.z, load.terms, load.balanced]
+    return [list(load.counts.items()), load.load_balancing, load.z, load.terms, load.balanced, load.dropped]
 
 
 def from_json(values: list[Any]) -> ExpertLoad:

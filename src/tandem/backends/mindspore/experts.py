@@ -1,6 +1,7 @@
 """A layer's experts: a router chooses some for each token, and their outputs are summed with its factors.
 
-Tokens are sorted by expert, so that each expert multiplies consecutive rows. No token is dropped.
+Tokens are sorted by expert, so that each expert multiplies consecutive rows. No token is dropped, unless experts have a
+capacity.
 
 Shapes: t tokens, h hidden size, E experts, k of them for a token, n rows.
 """
@@ -16,7 +17,7 @@ from mindspore import Tensor
 from tandem.backends.experts import Dispatch, Routing, Share
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.kernels import Kernels
-from tandem.backends.mindspore.weight import Weight
+from tandem.backends.mindspore.weight import Weight, single
 from tandem.models.experts import Experts
 
 
@@ -54,12 +55,14 @@ class Rows:
 class Kept:
     """What a forward pass keeps for its backward pass, besides its input.
 
-    `taken`: what other ranks sent; None for what this rank takes itself, again.
+    `taken`: what other ranks sent; None for what this rank takes itself, again. `choices`: those that experts with a
+    capacity take, [t, k].
     """
 
     rows: Rows
     factors: Tensor
     taken: tuple[Tensor, Tensor] | None
+    choices: np.ndarray | None
     pull_route: Callable[[Tensor, Tensor], Tensor]
     pull_experts: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -89,11 +92,16 @@ class Mixture:
     def forward(self, x: Tensor, routing: Routing) -> tuple[Tensor, Kept]:
         """x [t, h] -> [t, h], and what `backward` needs besides x."""
         factors, chosen, pull_route = self.kernels.route(x, self.router, self.experts, routing, self.layer)
+        taken_choices = None
+        if routing.capacity is not None:
+            taken_choices = routing.capacity.taken(chosen, single(factors.asnumpy()), routing.tokens)
+            routing.taken[self.layer] = taken_choices.sum()
+            factors = self._limited(factors, taken_choices)
         rows = Rows.of(chosen, self.experts.num_experts, routing.tokens, self.share, self.ranks)
         taken = self._take(x, factors, rows)
         down, pull_experts = self.kernels.expert_mlp(*taken, self.fc1, self.fc2, rows.counts)
         output = self.kernels.sum_rows(self._back(down, rows), rows.tokens, x.shape[0])
-        return output, Kept(rows, factors, taken if rows.dispatch else None, pull_route, pull_experts)
+        return output, Kept(rows, factors, taken if rows.dispatch else None, taken_choices, pull_route, pull_experts)
 
     def backward(self, gradient: Tensor, x: Tensor, kept: Kept) -> Tensor:
         """The gradient of x from that of the result. Adds the gradients of the weights."""
@@ -103,7 +111,15 @@ class Mixture:
         d_slots = self._back(d_taken_factors, rows)
         d_factors = self.kernels.place_rows(d_slots, rows.slots, factors.shape[0] * factors.shape[1])
         d_rows = self.kernels.sum_rows(self._back(d_taken, rows), rows.tokens, x.shape[0])
-        return kept.pull_route(d_factors.reshape(factors.shape), x) + d_rows
+        d_factors = d_factors.reshape(factors.shape)
+        if kept.choices is not None:
+            d_factors = self._limited(d_factors, kept.choices)
+        return kept.pull_route(d_factors, x) + d_rows
+
+    def _limited(self, factors: Tensor, taken: np.ndarray) -> Tensor:
+        """Zeros for the choices [t, k] that experts do not take."""
+        values = np.where(taken, single(factors.asnumpy()), np.float32(0))
+        return Tensor(values).astype(factors.dtype)
 
     def _take(self, x: Tensor, factors: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The rows that come to this rank's experts: tokens [n, h] and their factors [n, 1]."""

@@ -76,7 +76,7 @@ class Passes:
         """
         losses = []
         for place, batch in enumerate(batches):
-            inputs = self._prepare(batch, *batch.judged)
+            inputs = self._prepare(batch, *batch.judged, whole=most_likely is not None)
             output = self._through(inputs)
             if output is not None:
                 tokens = None if most_likely is None else most_likely[place]
@@ -86,7 +86,7 @@ class Passes:
 
     def hidden(self, batch: MicroBatch, rows: np.ndarray, attention: Attention | None = None) -> Tensor | None:
         """The input of the head; None on ranks without the last chunk. `attention` default: within documents."""
-        hidden = self._through(self._prepare(batch, rows, batch.labels[rows]), attention)
+        hidden = self._through(self._prepare(batch, rows, batch.labels[rows], whole=True), attention)
         self.pipeline.finish()
         return hidden
 
@@ -118,8 +118,9 @@ class Passes:
         if (source := self.pipeline.source(chunk)) is not None:
             self.pipeline.send(source, False, gradient)
 
-    def _prepare(self, batch: MicroBatch, rows: np.ndarray, labels: np.ndarray) -> Inputs:
-        routing = self.balancing.of(batch)
+    def _prepare(self, batch: MicroBatch, rows: np.ndarray, labels: np.ndarray, *, whole: bool = False) -> Inputs:
+        """`whole`: no expert drops a token, whatever the settings are."""
+        routing = self.balancing.of(batch, whole=whole)
         return prepare(self.chunks[0].config, batch, rows, labels, self.dtype, self.kernels, self.tensor, routing)
 
     def _output(

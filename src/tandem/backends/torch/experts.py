@@ -1,6 +1,7 @@
 """A layer's experts: a router chooses some for each token, and their outputs are summed with its factors.
 
-Tokens are sorted by expert, so that each expert multiplies consecutive rows. No token is dropped.
+Tokens are sorted by expert, so that each expert multiplies consecutive rows. No token is dropped, unless experts have a
+capacity.
 
 Shapes: t tokens, h hidden size, E experts, k of them for a token, f inner width of an expert, n = t k rows.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
+from tandem.backends.capacity import Capacity
 from tandem.backends.experts import Dispatch, Routing, Share
 from tandem.backends.torch.communication import Ranks, exchange, gather_counts
 from tandem.backends.torch.compute.sets import kernels_of
@@ -82,6 +84,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: torch.Tensor, inputs: HasRouting) -> torch.Tensor:
         factors, chosen = _Route.apply(x, self.router.weight, self.choice, inputs.routing, self.layer)
         assert inputs.routing is not None
+        factors = _limited(factors, chosen, inputs.routing, self.layer)
         rows = _Rows.of(chosen, self.choice.num_experts, inputs.routing.tokens, self.ranks)
         return _Mixture.apply(x, factors, self.experts.linear_fc1.weight, self.experts.linear_fc2.weight, rows)
 
@@ -89,6 +92,29 @@ class MixtureOfExperts(nn.Module):
 def likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
     """The numbers of the `count` experts with the largest logits of [t, E]; of equal ones, the first."""
     return torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :count].contiguous()
+
+
+def _limited(factors: torch.Tensor, chosen: torch.Tensor, routing: Routing, layer: int) -> torch.Tensor:
+    """The factors [t, k], with zeros for the choices that experts do not take."""
+    if routing.capacity is None:
+        return factors
+    taken = taken_choices(routing.capacity, chosen, factors.detach(), routing.tokens)
+    routing.taken[layer] = taken.sum()
+    return factors * taken
+
+
+def taken_choices(capacity: Capacity, chosen: torch.Tensor, factors: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`capacity.taken` on the device. Nothing is read from there."""
+    result = torch.zeros_like(chosen, dtype=torch.bool)
+    for first, last, limit in capacity.limits(tokens):
+        flat = chosen[first:last].flatten()
+        numbers = torch.arange(len(flat), device=flat.device)
+        if capacity.by_probability:
+            numbers = torch.sort(factors[first:last].flatten(), descending=True, stable=True).indices
+        experts, order = torch.sort(flat[numbers], stable=True)
+        places = torch.arange(len(flat), device=flat.device) - torch.searchsorted(experts, experts)
+        result[first:last].view(-1)[numbers[order]] = places < limit
+    return result
 
 
 class _Route(Function):

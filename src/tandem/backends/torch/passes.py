@@ -93,7 +93,7 @@ class Passes:
         losses = []
         for place, batch in enumerate(batches):
             for number, chunk in enumerate(self.chunks):
-                inputs = self._prepare(batch)
+                inputs = self._prepare(batch, whole=most_likely is not None)
                 output = self.chunks[number](inputs, self._receive(number, inputs), inputs.rows)
                 if (target := self.pipeline.target(number)) is None:
                     tokens = None if most_likely is None else most_likely[place]
@@ -157,7 +157,7 @@ class Passes:
     def _output(
         self, number: int, batch: MicroBatch, rows: torch.Tensor | None, attention: Attention | None = None
     ) -> torch.Tensor:
-        inputs = self._prepare(batch, attention)
+        inputs = self._prepare(batch, attention, whole=True)
         output: torch.Tensor = self.chunks[number](inputs, self._receive(number, inputs), rows)
         return output
 
@@ -174,8 +174,10 @@ class Passes:
         rows = tokens // (tensor.size if tensor is not None and tensor.sequence else 1)
         return torch.empty(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
 
-    def _prepare(self, batch: MicroBatch, attention: Attention | None = None) -> Inputs:
-        return self._arrive(send(batch, self.device, self.chunks[0].tensor), attention)
+    def _prepare(self, batch: MicroBatch, attention: Attention | None = None, *, whole: bool) -> Inputs:
+        """`whole`: no expert drops a token, whatever the settings are."""
+        return self._arrive(send(batch, self.device, self.chunks[0].tensor), attention, whole=whole)
 
-    def _arrive(self, sent: Sent, attention: Attention | None = None) -> Inputs:
-        return arrive(self.config, sent, self.dtype, self.device, attention, self.balancing.of(sent.batch))
+    def _arrive(self, sent: Sent, attention: Attention | None = None, *, whole: bool = False) -> Inputs:
+        routing = self.balancing.of(sent.batch, whole=whole)
+        return arrive(self.config, sent, self.dtype, self.device, attention, routing)

@@ -28,7 +28,6 @@ class Ignored:
 
 ALWAYS_ON = Ignored()
 BF16_STATE = Ignored(refusal="gradients and the optimizer's state are fp32; in bf16 training would compute otherwise")
-DROPPED = Ignored(refusal="no token is dropped: experts have no capacity")
 # These ask for what happens anyway, or have no effect on results.
 IGNORED: dict[str, Ignored] = {
     "--use-mcore-models": ALWAYS_ON,
@@ -98,9 +97,7 @@ IGNORED: dict[str, Ignored] = {
     "--first-k-dense-replace": Ignored(1, ("0", "-1")),
     "--moe-router-score-function": Ignored(1, ("softmax",)),
     "--topk-softmax-in-fp32": ALWAYS_ON,
-    "--moe-expert-capacity-factor": DROPPED,
-    "--moe-pad-expert-input-to-capacity": DROPPED,
-    "--moe-token-drop-policy": Ignored(1),  # of tokens that are dropped
+    "--moe-pad-expert-input-to-capacity": ALWAYS_ON,  # with rows whose factor is 0
     "--fix-router": Ignored(refusal="tokens always go where the router sends them"),
     "--moe-router-topk-scaling-factor": Ignored(refusal="factors of experts are not scaled"),
     "--max-new-tokens": Ignored(1),  # upstream's tests pass it to pretraining

@@ -119,6 +119,11 @@ def check_expert_flags(given: ExpertSettings, config: ModelConfig) -> None:
             raise UserError(f"{flag} {value}: the weights' config has no experts (model_type {config.model_type})")
         if value != (actual := getattr(config.experts, name)):
             raise UserError(f"{flag} {value} contradicts the weights' config, which has {actual}")
+    if given.moe_expert_capacity_factor is not None and config.experts is None:
+        raise UserError(
+            f"--moe-expert-capacity-factor {given.moe_expert_capacity_factor:g}: the weights' config has no experts "
+            f"(model_type {config.model_type}): leave it out"
+        )
     if config.experts is None or config.experts.norm_topk_prob == given.norm_topk_prob:
         return
     if given.norm_topk_prob:
