@@ -23,7 +23,7 @@ from tandem.launch.member import Member, exit_with  # noqa: E402
 from tandem.launch.world import World  # noqa: E402
 from tandem.parallel.grid import Grid  # noqa: E402
 
-PROMPTS = [[5, 9, 3], [17], list(range(30)), [8] * 7]
+PROMPTS = [[5, 9, 3], [17], list(range(30)), [8] * 7, [*range(29), 4, 4]]  # the last shares a beginning
 
 
 def answers(engine: Engine) -> dict[str, Any] | None:
@@ -40,7 +40,8 @@ def answers(engine: Engine) -> dict[str, Any] | None:
     if not scheduler.leads:
         return None
     logprobs = [request.prompt_logprobs[1:] + request.logprobs for request in requests]
-    return {"tokens": [request.tokens for request in requests], "logprobs": logprobs, "best": best}
+    shared = [request.shared_tokens for request in requests]
+    return {"tokens": [request.tokens for request in requests], "logprobs": logprobs, "best": best, "shared": shared}
 
 
 def main(framework: str, cases: str, folder: str) -> None:

@@ -71,6 +71,7 @@ def check(framework: str, processes: int, cases: list[Case], folder: Path) -> No
         expected = one_process(framework, case.work)
         for answer in leaders:
             assert (answer["tokens"], answer["best"]) == (expected["tokens"], expected["best"]), case.name
+            assert answer["shared"] == [0, 0, 0, 0, 0, 0, 0, 29, 0, 29], case.name
             for ours, theirs in zip(answer["logprobs"], expected["logprobs"], strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=case.name)
 

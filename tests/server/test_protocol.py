@@ -88,6 +88,23 @@ def test_a_stream_ends_with_usage_and_done(server: Server) -> None:
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
+def test_what_was_computed_before_is_told(server: Server) -> None:
+    """Of the next turn of a chat; of two answers to one prompt, the first one's."""
+    messages = [{"role": "system", "content": "You sort and reverse numbers."}, {"role": "user", "content": "Sort 9."}]
+    counts = []
+    for _ in range(2):
+        made = server.client.chat.completions.create(**{**GREEDY, "messages": messages, "n": 2})
+        assert made.usage
+        assert made.usage.prompt_tokens_details
+        counts.append((made.usage.prompt_tokens_details.cached_tokens or 0, made.usage.prompt_tokens))
+        answer = {"role": "assistant", "content": made.choices[0].message.content}
+        messages = [*messages, answer, {"role": "user", "content": "Reverse 12."}]
+    (before, length), (cached, _) = counts
+    assert before < length
+    assert 16 <= cached <= length + 20
+    assert cached > before
+
+
 def test_log_probabilities_are_those_of_training(either: Server) -> None:
     prompt = either.model.prompt_ids("Sort 312.")
     made = either.client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=3)

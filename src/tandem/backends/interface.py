@@ -98,9 +98,9 @@ class Piece:
 class Session(Protocol):
     """Sequences that an engine continues. The keys and values of their tokens are kept, in the model's dtype.
 
-    Of the ranks that hold a copy of the model together, the first one leads: it alone calls `begin`, `copy`, `end` and
-    `step`, while the others are in `follow`. Data ranks have sessions of their own, which know nothing of each other.
-    Leaving a session as a context closes it.
+    Of the ranks that hold a copy of the model together, the first one leads: it alone calls `begin`, `copy`, `rewind`,
+    `end` and `step`, while the others are in `follow`. Data ranks have sessions of their own, which know nothing of
+    each other. Leaving a session as a context closes it.
 
     Attributes:
         leads: whether this rank leads.
@@ -124,8 +124,23 @@ class Session(Protocol):
         """
         ...
 
-    def copy(self, sequence: int) -> int:
-        """A new sequence with the tokens and the room of another. Returns its number. Raises as `begin`."""
+    def free_beside(self, sequence: int) -> int:
+        """How many tokens a copy of this sequence could have. Ranks that share experts have memory of their own."""
+        ...
+
+    def copy(self, sequence: int, room: int | None = None, tokens: int | None = None) -> int:
+        """A new sequence with the first `tokens` tokens of another; default: with all. Returns its number.
+
+        Args:
+            room: default: that of the other.
+
+        Raises:
+            UserError: less is free.
+        """
+        ...
+
+    def rewind(self, sequence: int, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens of a sequence."""
         ...
 
     def end(self, sequence: int) -> None:

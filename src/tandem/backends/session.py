@@ -69,7 +69,7 @@ class Computes(Protocol[Cache]):
         ...
 
     def copied(self, cache: Cache, room: int, tokens: int) -> Cache:
-        """A new cache of the same room with the same first tokens."""
+        """A new cache of up to `room` tokens with the same first `tokens` tokens."""
         ...
 
     def compute(self, batch: MicroBatch, kept: Sequence[Kept[Cache]], wanted: Wanted) -> Iterator[np.ndarray]:
@@ -153,10 +153,21 @@ class EngineSession(Generic[Cache]):
         self._tell("begin", room)
         return self._begin(room)
 
-    def copy(self, sequence: int) -> int:
-        self._check_free(self._sequences[sequence].room, self._sequences[sequence].sharer)
-        self._tell("copy", sequence)
-        return self._copy(sequence)
+    def free_beside(self, sequence: int) -> int:
+        return self.room - self._reserved(self._sequences[sequence].sharer)
+
+    def copy(self, sequence: int, room: int | None = None, tokens: int | None = None) -> int:
+        source = self._sequences[sequence]
+        room, tokens = (source.room if room is None else room), (source.tokens if tokens is None else tokens)
+        assert tokens <= min(source.tokens, room), "more tokens than there are, or than there is room for"
+        self._check_free(room, source.sharer)
+        self._tell("copy", sequence, room, tokens)
+        return self._copy(sequence, room, tokens)
+
+    def rewind(self, sequence: int, tokens: int) -> None:
+        assert tokens <= self._sequences[sequence].tokens, "more tokens than there are"
+        self._tell("rewind", sequence, tokens)
+        self._rewind(sequence, tokens)
 
     def end(self, sequence: int) -> None:
         self._tell("end", sequence)
@@ -215,15 +226,18 @@ class EngineSession(Generic[Cache]):
         cache = self._engine.new_cache(room) if sharer == self._engine.sharer else None
         return self._add(_Sequence(cache, room, sharer))
 
-    def _copy(self, sequence: int) -> int:
+    def _copy(self, sequence: int, room: int, tokens: int) -> int:
         source = self._sequences[sequence]
-        cache = None if source.cache is None else self._engine.copied(source.cache, source.room, source.tokens)
-        return self._add(_Sequence(cache, source.room, source.sharer, source.tokens))
+        cache = None if source.cache is None else self._engine.copied(source.cache, room, tokens)
+        return self._add(_Sequence(cache, room, source.sharer, tokens))
 
     def _add(self, sequence: _Sequence[Cache]) -> int:
         self._numbers += 1
         self._sequences[self._numbers] = sequence
         return self._numbers
+
+    def _rewind(self, sequence: int, tokens: int) -> None:
+        self._sequences[sequence].tokens = tokens
 
     def _end(self, sequence: int) -> None:
         del self._sequences[sequence]

@@ -97,13 +97,3 @@ class Continuing:
                 return
             yield token
             new = [token]
-
-
-def common_beginning(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many first tokens two texts share.
-
-    >>> common_beginning([1, 2, 3], [1, 2, 4])
-    2
-    """
-    pairs = enumerate(zip(left, right))
-    return next((number for number, (a, b) in pairs if a != b), min(len(left), len(right)))

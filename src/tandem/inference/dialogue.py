@@ -11,8 +11,9 @@ from typing import Any
 from tandem.data.templates.messages import Message
 from tandem.errors import UserError
 from tandem.inference.answers import Answer, Piece
+from tandem.inference.beginnings import common_beginning
 from tandem.inference.chat import Model
-from tandem.inference.continuing import Continuing, common_beginning
+from tandem.inference.continuing import Continuing
 from tandem.inference.conversation import Prompt
 from tandem.inference.sampling import Sampling
 

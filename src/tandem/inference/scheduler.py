@@ -16,6 +16,7 @@ import numpy as np
 
 from tandem.backends.interface import Engine, Piece
 from tandem.errors import UserError
+from tandem.inference.beginnings import LEAST, Ended, Known, common_beginning
 from tandem.inference.sampling import Chooser, Sampling, log_probabilities, most_likely
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -38,6 +39,7 @@ class Request:
         top: of each of the answer's tokens, the most likely ones in its place; empty unless asked for.
         prompt_logprobs: of the prompt's tokens, None for the first; empty unless asked for.
         prompt_top: the same as `top` for the prompt, None for the first.
+        shared_tokens: how many of the prompt's tokens were not computed, since another text began with them, too.
         finish_reason: None while it waits or runs. "stop": an end token, or `stop` was called.
         end_token: the end token that the model chose; None if it chose none.
     """
@@ -54,6 +56,7 @@ class Request:
     top: list[Top] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)
     prompt_top: list[Top | None] = field(default_factory=list)
+    shared_tokens: int = 0
     finish_reason: FinishReason | None = None
     end_token: int | None = None
 
@@ -68,13 +71,20 @@ class _Running:
 
     Attributes:
         most_tokens: in its answer.
+        room: how many tokens the sequence can have.
         ready: how many of the prompt's tokens are computed.
+        computed: how many tokens the sequence has, with those of the answer.
     """
 
-    def __init__(self, request: Request, sequence: int, most_tokens: int) -> None:
-        self.request, self.sequence, self.most_tokens = request, sequence, most_tokens
-        self.ready = 0
+    def __init__(self, request: Request, sequence: int, room: int, most_tokens: int, ready: int) -> None:
+        self.request, self.sequence, self.room, self.most_tokens = request, sequence, room, most_tokens
+        self.ready = self.computed = ready
         self._choose = Chooser(request.sampling, request.prompt)
+
+    @property
+    def known(self) -> Known:
+        request = self.request
+        return Known(self.sequence, [*request.prompt, *request.tokens][: self.computed], self.room)
 
     def piece(self, most_prompt_tokens: int) -> Piece | None:
         """What to compute next; None where there is no room in the step."""
@@ -98,6 +108,7 @@ class _Running:
             else:
                 self._append(logits)
         self.ready = min(self.ready + len(piece.tokens), len(prompt))
+        self.computed += len(piece.tokens)
 
     def _score(self, token: int, logits: np.ndarray) -> None:
         request, scores = self.request, log_probabilities(logits)
@@ -125,6 +136,8 @@ class _Running:
 class Scheduler:
     """Continues requests on one engine. Use it as a context, which ends the engine's session.
 
+    What a prompt has in common with another one, or with a text that was written before, is not computed again.
+
     Of the ranks that hold a copy of the model together, the first leads; the others only call `follow`. It is not safe
     for several threads: one thread calls all methods.
 
@@ -142,6 +155,7 @@ class Scheduler:
         self._session = engine.session(default_room(engine, self.max_batch_size) if room is None else room)
         self._waiting: deque[Request] = deque()
         self._running: list[_Running] = []
+        self._ended = Ended(self._session, self.max_batch_size)
         self._in_step = False
 
     def __enter__(self) -> Scheduler:
@@ -271,19 +285,70 @@ class Scheduler:
         return min(request.sampling.max_new_tokens, most - len(request.prompt))
 
     def _admit(self) -> None:
+        """Begin requests, in their order. Those that wait for a common beginning let others pass."""
+        held = list[Request]()
         while self._waiting and len(self._running) < self.max_batch_size:
-            request = self._waiting[0]
-            most_tokens = self._most_tokens(request)
-            room = len(request.prompt) + max(0, most_tokens - 1)  # the last token is chosen, and not computed
-            if room > self._session.free:
-                return
-            self._waiting.popleft()
-            self._running.append(_Running(request, self._session.begin(room), most_tokens))
+            request = self._waiting.popleft()
+            if self._is_being_read(request):
+                held.append(request)
+            elif not self._begin(request):
+                held.append(request)
+                break
+        self._waiting.extendleft(reversed(held))
+
+    def _begin(self, request: Request) -> bool:
+        """Give a request a sequence. False where there is no room."""
+        room = self._room(request)
+        placed = self._ended.place(room, *self._longest_beginning(request))
+        if placed is None:
+            return False
+        sequence, ready = placed
+        request.shared_tokens = ready
+        self._running.append(_Running(request, sequence, room, self._most_tokens(request), ready))
+        return True
+
+    def _room(self, request: Request) -> int:
+        """Tokens of the prompt and the answer; the last one is chosen, and not computed."""
+        return len(request.prompt) + max(0, self._most_tokens(request) - 1)
+
+    def _longest_beginning(self, request: Request) -> tuple[Known | None, int]:
+        """What is known that begins as a prompt does, and how much of it; the prompt's last token is always computed.
+
+        None where that is too little, or where the request wants to know the log-probabilities of the prompt's tokens.
+        Ranks that share experts stay about equally busy: a copy is where its source is.
+        """
+        if request.wants_prompt_logprobs:
+            return None, 0
+        prompt, idle = request.prompt[:-1], self._ended.free() - self._room(request)
+        (common, _), best = max(
+            (
+                ((common_beginning(prompt, known.tokens), free), known)
+                for known in self._all_known()
+                if (free := self._ended.free(known)) >= idle
+            ),
+            key=lambda found: found[0],
+            default=((0, 0), None),
+        )
+        return (best, common) if common >= LEAST else (None, 0)
+
+    def _all_known(self) -> Iterator[Known]:
+        """Those that stay anyway come first."""
+        yield from (running.known for running in self._running)
+        yield from self._ended
+
+    def _is_being_read(self, request: Request) -> bool:
+        """Whether a prompt that is being computed begins as this one does, for longer than what is known so far."""
+        reading = [running.request.prompt for running in self._running if running.ready < len(running.request.prompt)]
+        if request.wants_prompt_logprobs or not reading:
+            return False
+        mine = request.prompt[:-1]
+        coming = max(common_beginning(mine, prompt) for prompt in reading)
+        return coming >= LEAST + self._longest_beginning(request)[1]
 
     def _retire(self) -> None:
-        """Free the places of requests that have ended."""
+        """Free the places of requests that have ended. What is known of them stays while there is room."""
         for running in [running for running in self._running if running.request.finish_reason is not None]:
-            self._session.end(running.sequence)
+            self._ended.add(running.known)
             self._running.remove(running)
         self._waiting = deque(request for request in self._waiting if request.finish_reason is None)
 

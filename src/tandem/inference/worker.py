@@ -45,6 +45,7 @@ class Update:
         tokens: of these, `logprobs` and `top` tell as `Request` does. Their text may be in a later update.
         finish_reason: why the answer ended; None while it goes on.
         prompt_logprobs, prompt_top: of the prompt, in the first update, if they were asked for.
+        shared_tokens: of the prompt, in the first update: those that were not computed for it.
         error: why there will be no more of it.
     """
 
@@ -55,6 +56,7 @@ class Update:
     finish_reason: FinishReason | None = None
     prompt_logprobs: Sequence[float | None] = ()
     prompt_top: Sequence[Top | None] = ()
+    shared_tokens: int = 0
     error: Exception | None = None
 
     @property
@@ -89,6 +91,7 @@ class Job:
             reason,
             request.prompt_logprobs if is_first else (),
             request.prompt_top if is_first else (),
+            request.shared_tokens if is_first else 0,
         )
 
 

@@ -91,6 +91,7 @@ class Asked:
     Attributes:
         questions: one for each choice, in order, with the `choices` that will show the answers.
         prompt_tokens: of all prompts.
+        answers: to each prompt; those to one prompt stand one after the other.
         include_usage: whether a stream ends with the numbers of tokens.
     """
 
@@ -99,6 +100,7 @@ class Asked:
     questions: Sequence[Query]
     choices: Sequence[Choice]
     prompt_tokens: int
+    answers: int
     stream: bool
     include_usage: bool
 
@@ -190,6 +192,7 @@ def _asked(
         [question(index) for index in numbers],
         [choice(index) for index in numbers],
         sum(lengths),
+        values["n"],
         values["stream"],
         options.get("include_usage", False),
     )

@@ -62,7 +62,7 @@ class Generation:
         self._id, self._created, self._start = f"{prefix}-{uuid.uuid4().hex}", int(time.time()), time.monotonic()
         self._news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._left = len(asked.questions)  # answers that are not finished
-        self._tokens = 0
+        self._tokens = self._shared = 0
         self._closed = False
         self._jobs: list[Job] = [self._ask(index) for index in range(self._left)]
 
@@ -98,6 +98,7 @@ class Generation:
             if update.error is not None:
                 raise ApiError(500, f"the answer failed: {type(update.error).__name__}") from None
             self._tokens += len(update.tokens)
+            self._shared += 0 if index % self.asked.answers else update.shared_tokens
             self._left -= update.is_last
             yield index, update
 
@@ -133,12 +134,13 @@ class Generation:
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.asked.model}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt = self.asked.prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self._tokens,
             "total_tokens": prompt + self._tokens,
+            "prompt_tokens_details": {"cached_tokens": self._shared},
         }
 
 
