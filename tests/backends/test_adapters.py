@@ -125,11 +125,11 @@ def test_all_gradients_equal_autograd(framework: str, tmp_path: Path, toy: str) 
         for name, weight in model.named_parameters()
         if weight.requires_grad
     }
-    assert {source.adapters._names[name] for name in gradients} == {
+    assert {source.adapters._stored[name].names[0] for name in gradients} == {
         name.removesuffix(".weight") if "magnitude" in name else name for name in saved
     }
     for name, gradient in gradients.items():
-        peft_name = source.adapters._names[name]
+        peft_name = source.adapters._stored[name].names[0]
         reference = saved.get(peft_name, saved.get(f"{peft_name}.weight"))
         np.testing.assert_allclose(gradient, reference, atol=2e-5 * max(1, np.abs(reference).max()), err_msg=name)
 

@@ -28,7 +28,9 @@ ALONE = {
     "mindspore/weight.py",  # parameters with gradient buffers, and pullbacks
     "torch/ahead.py",  # what passes wait for, asked for one pass early
     "torch/cpu.py",  # what a CPU computes with
+    "torch/cpu_experts.py",  # the same of experts
     "torch/cuda.py",  # what NVIDIA's devices compute with
+    "torch/cuda_experts.py",  # the same of experts
     "torch/fused.py",  # functions that are compiled
     "torch/inputs.py",  # a micro-batch on the device
     "torch/overlap.py",  # what data ranks send while passes compute

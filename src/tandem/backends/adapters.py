@@ -23,7 +23,7 @@ class LocalAdapter:
 
     Attributes:
         module: its name among the adapters of a linear layer.
-        ranges: the rows of the rank's slice of the weight that it adds to.
+        ranges: the rows of the rank's slice of the weight that it adds to; of experts, of the slice of each one.
         a, b, magnitude: the global names of its tensors.
     """
 
@@ -51,7 +51,8 @@ def local_adapters(shards: Mapping[str, Shard], config: ModelConfig) -> dict[str
     for name, shard in shards.items():
         adapter = shard.spec.adapter
         if adapter is not None and name == adapter.a:
-            ranges = adapter.ranges(shards[adapter.weight].shape[0], config)
+            matrices = shard.shape[0] // adapter.rank
+            ranges = adapter.ranges(shards[adapter.weight].shape[0] // matrices, config)
             names = (adapter.a, adapter.b, adapter.magnitude)
             local = LocalAdapter(adapter.module, adapter.rank, adapter.scale, ranges, *names)
             found.setdefault(adapter.weight, []).append(local)

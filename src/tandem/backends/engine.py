@@ -19,6 +19,7 @@ from tandem.backends.adapters import Switch, local_adapters
 from tandem.backends.experts import Balancing, Share, check_experts, sliced
 from tandem.backends.interface import EngineSettings, ExpertLoad, Session, StepResult
 from tandem.backends.loading import load_each, moment_dtypes, notices_of_dtypes, stream_fp32
+from tandem.backends.partial import partial_names
 from tandem.backends.passes import UNTRAINED, WeightedBatch, trained_rows
 from tandem.backends.session import Computes, EngineSession, check_layout, check_memory
 from tandem.backends.update import moments_that_stand_still
@@ -28,7 +29,6 @@ from tandem.errors import UserError
 from tandem.frameworks import Framework
 from tandem.machine import available_bytes
 from tandem.models.config import ModelConfig
-from tandem.models.families import ROUTER
 from tandem.models.tensors import EMBEDDING, is_trained, tensor_table
 from tandem.parallel.grid import counted_shards, held_shards, saved_shards
 from tandem.parallel.layout import Shard, even_rows, part_of
@@ -200,17 +200,8 @@ class BaseEngine(ABC, Generic[T]):
         return self._sum_of_squares(counted) + 0.0 * self._sum_of_squares(rest)
 
     def _partial_names(self, *, sequence_parallel: bool) -> list[str]:
-        """Replicated weights of which a tensor rank has only a part of the gradient.
-
-        These weights see only the rank's heads, or the rank's slices of experts, or are factors beside one that is cut;
-        where tokens are split, also those that see only the rank's tokens.
-        """
-        whole = {name: self._shards[name].spec for name in self._trained if self._shards[name].spec.split.dim is None}
-        return [
-            name
-            for name, spec in whole.items()
-            if sequence_parallel or spec.adapter is not None or "self_attention" in name or name.endswith(ROUTER)
-        ]
+        """Of the trained weights, those whose gradients are sums over the tensor ranks."""
+        return partial_names(self._shards, self._trained, self._grid.layout, sequence_parallel=sequence_parallel)
 
     # --- computing without a step
 

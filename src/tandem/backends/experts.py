@@ -20,6 +20,7 @@ from tandem.backends.passes import WeightedBatch
 from tandem.config.settings import RouterSettings
 from tandem.data.batch import MicroBatch
 from tandem.errors import UserError
+from tandem.models.adapters import check_dropout
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 from tandem.parallel.layout import Layout, even_rows
@@ -35,6 +36,8 @@ def check_experts(config: ModelConfig, settings: EngineSettings) -> None:
     """Raise UserError for what no engine can do with experts."""
     if config.experts is None:
         return
+    if settings.training:
+        check_dropout(config)
     layout, kind = settings.grid.layout, settings.moe_router_load_balancing_type
     shares = layout.expert_size > 1 or layout.expert_tensor_size != layout.tensor_model_parallel_size
     if shares and settings.use_torch_fsdp2:

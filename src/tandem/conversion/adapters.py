@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tandem.checkpoints.adapters.peft import write_peft
+from tandem.checkpoints.adapters.peft import unlike_over_transformers_5, write_peft
 from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.interface import TensorSource
 from tandem.conversion.result import Converted
 from tandem.errors import UserError
 from tandem.models.lora import Lora
-from tandem.models.tensors import tensor_table, trained_count
+from tandem.models.tensors import trained_count
 
 
 def export_adapters(source: TensorSource, folder: Path) -> Converted:
@@ -23,9 +23,13 @@ def export_adapters(source: TensorSource, folder: Path) -> Converted:
     if config.lora is None:
         raise UserError(f"--save-lora-to-hf: {source.location} has no adapters: give theirs with --lora-load")
     base = source.base.folder if isinstance(source, Adapted) else source.folder
-    write_peft(folder, source, str(base.resolve()) if base else source.location)
-    count = sum(spec.adapter is not None for spec in tensor_table(config).values())
-    return Converted(folder, None, count, trained_count(config), (describe(config.lora),))
+    count = write_peft(folder, source, str(base.resolve()) if base else source.location)
+    notices = [describe(config.lora)]
+    if (reason := unlike_over_transformers_5(config)) is not None:
+        notices.append(
+            f"peft over transformers 5 does not open this folder as it is: {reason}. Merged, it does not matter"
+        )
+    return Converted(folder, None, count, trained_count(config), tuple(notices))
 
 
 def describe_merge(source: TensorSource) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.families import LINEARS
-from tandem.models.lora import ALL_LINEAR
-from tandem.models.rows import Ranges, Row
+from tandem.models.families import ADAPTABLE, LINEARS, ROUTER
+from tandem.models.lora import ALL_LINEAR, Lora
+from tandem.models.rows import PerExpert, Ranges, Row
 
 # The adapter of a whole Megatron weight, named as by MindSpeed-LLM. Others are named as their Hugging Face module.
 WHOLE = "default"
@@ -19,13 +20,20 @@ WHOLE = "default"
 class Adapter:
     """Factors that are added to some rows of a weight.
 
+    A weight of experts has their matrices one below the other. Its adapter has a pair of factors for each expert, also
+    one below the other. All are of one rank and scale, and add to the same rows of their matrix.
+
     Attributes:
         linear: the Megatron path of the weight's module inside its layer, such as `self_attention.linear_qkv`.
         layer: its decoder layer.
-        module: the last name of its Hugging Face module, such as `q_proj`; `WHOLE` for all of the weight's rows.
-        path: the whole path of that module, under Hugging Face's name; for `WHOLE`, under Megatron's.
-        row: which rows of the weight it adds to.
-        part: its number among the modules of `row`; None for `WHOLE`.
+        module: the last name of its Hugging Face module or parameter, such as `q_proj`; `WHOLE` for all of the weight's
+            rows.
+        path: the whole path of that module, under Hugging Face's name, with {} for an expert's number; for `WHOLE`,
+            under Megatron's.
+        row: which rows of the weight it adds to. For experts, of the matrix of one of them.
+        part: its number among the modules of `row`; None for all rows.
+        experts: how many pairs of factors there are; 0 for a weight that is one matrix.
+        is_parameter: `path` is that of a parameter, as of transformers 5.
     """
 
     linear: str
@@ -37,6 +45,8 @@ class Adapter:
     scale: float
     row: Row
     part: int | None
+    experts: int = 0
+    is_parameter: bool = False
 
     @cached_property
     def prefix(self) -> str:
@@ -49,12 +59,12 @@ class Adapter:
 
     @property
     def a(self) -> str:
-        """The global name of A, [r, inputs]."""
+        """The global name of A, [r, inputs]; of experts, [experts r, inputs]."""
         return f"{self.prefix}lora_A.{self.module}.weight"
 
     @property
     def b(self) -> str:
-        """The global name of B, [outputs, r]."""
+        """The global name of B, [outputs, r]; of experts, [experts outputs, r]."""
         return f"{self.prefix}lora_B.{self.module}.weight"
 
     @property
@@ -62,8 +72,13 @@ class Adapter:
         """The global name of the rows' lengths, [outputs], which only DoRA has."""
         return f"{self.prefix}lora_magnitude_vector.{self.module}.weight"
 
+    @property
+    def matrices(self) -> int:
+        """How many matrices its weight is made of."""
+        return self.experts or 1
+
     def ranges(self, rows: int, config: ModelConfig) -> Ranges:
-        """Which of `rows` rows of the weight it adds to. With the sizes of a tensor rank's slice, which of the slice's.
+        """Which of `rows` rows of a matrix it adds to. With the sizes of a tensor rank's slice, which of the slice's.
 
         >>> from tandem.models.published import qwen3_config
         >>> from tandem.models.lora import Lora
@@ -74,41 +89,122 @@ class Adapter:
         """
         return ((0, rows),) if self.part is None else self.row.ranges(rows, config)[self.part]
 
+    def modules(self, rows: int, config: ModelConfig) -> list[tuple[str, Ranges]]:
+        """The Hugging Face modules that it is for, and which of the rows of its B belong to each.
+
+        Args:
+            rows: of B, for one matrix.
+        """
+        names = [f"model.layers.{self.layer}.{_module(name)}" for name in self.row.hf]
+        parts = [((0, rows),)] if self.part is not None else self.row.ranges(rows, config)
+        chosen = names if self.part is None else [names[self.part]]
+        return [
+            (path.format(expert), tuple((expert * rows + start, expert * rows + stop) for start, stop in ranges))
+            for expert in range(self.matrices)
+            for path, ranges in zip(chosen, parts, strict=True)
+        ]
+
 
 def adapters(config: ModelConfig, layer: int) -> list[Adapter]:
     """The adapters of a decoder layer, in the order of the weights' table.
 
     Raises:
-        UserError: a weight would get two adapters for the same rows.
+        UserError: a weight would get two adapters for the same rows, or experts would get different ones.
     """
     lora = config.lora
     if lora is None:
         return []
     found = []
-    for row in (row for row in config.layer_rows(layer) if row.mcore in LINEARS):
-        linear = row.mcore.removesuffix(".weight")
-        paths = {f"model.layers.{layer}.{name.removesuffix('.weight')}": part for part, name in enumerate(row.hf)}
-        whole = f"decoder.layers.{layer}.{linear}"
-        is_whole = lora.target_modules != ALL_LINEAR and lora.includes(whole, layer)
-        chosen: dict[str, int | None] = {path: part for path, part in paths.items() if lora.includes(path, layer)}
-        if is_whole and chosen:
+    for row in (row for row in config.layer_rows(layer) if row.mcore in ADAPTABLE):
+        of_row = [*_of_modules(lora, layer, row), *_of_weight(lora, layer, row), *_of_parameter(lora, layer, row)]
+        if len(of_row) > 1 and any(adapter.part is None or adapter.is_parameter for adapter in of_row):
+            names = ", ".join(dict.fromkeys(_last(adapter.path) for adapter in of_row))
             raise UserError(
-                f"lora_target_modules names {linear.rpartition('.')[2]} and "
-                f"{', '.join(path.rpartition('.')[2] for path in chosen)}, which are rows of it: give one or the other"
+                f"lora_target_modules names {names}, and the rows of one are rows of another: give one or the other"
             )
-        for path, part in (chosen or ({whole: None} if is_whole else {})).items():
-            module = WHOLE if part is None else path.rpartition(".")[2]
-            rank, alpha, scale = lora.rank_of(path), lora.alpha_of(path), lora.scale_of(path)
-            found.append(Adapter(linear, layer, module, path, rank, alpha, scale, row, part))
+        if of_row and lora.use_dora and row.mcore not in LINEARS:
+            raise UserError(
+                f"DoRA (use_dora) is not supported on {_last(of_row[0].path)}, which is of experts or their router: "
+                f"leave it out, or take other modules"
+            )
+        found += of_row
     return found
 
 
-def module_names(config: ModelConfig, weight: str) -> list[str]:
-    """What `target_modules` may call the modules of a weight: Hugging Face's names, then Megatron's.
+def check_dropout(config: ModelConfig) -> None:
+    """Raise UserError for adapters that would drop inputs of experts or routers, which is not supported."""
+    if config.lora is None or not config.lora.lora_dropout:
+        return
+    found = (adapter for layer in range(config.num_layers) for adapter in adapters(config, layer))
+    if adapter := next((adapter for adapter in found if f"{adapter.linear}.weight" not in LINEARS), None):
+        raise UserError(
+            f"lora_dropout {config.lora.lora_dropout:g} is not supported on {_last(adapter.path)}, which is of experts "
+            f"or their router: train with 0, or on other modules"
+        )
+
+
+def _of_modules(lora: Lora, layer: int, row: Row) -> Iterator[Adapter]:
+    """Adapters of the Hugging Face modules that a weight is made of."""
+    inner, experts = _matrix(row)
+    for part, name in enumerate(inner.hf):
+        path = f"model.layers.{layer}.{_module(name)}"
+        paths = [path.format(expert) for expert in range(experts)] or [path]
+        chosen = [path for path in paths if lora.includes(path, layer)]
+        if not chosen:
+            continue
+        settings = {(lora.rank_of(path), lora.alpha_of(path), lora.scale_of(path)) for path in chosen}
+        if len(chosen) < len(paths) or len(settings) > 1:
+            raise UserError(
+                f"lora: all experts of a layer get adapters of one rank and alpha, or none does; the settings give "
+                f"{len(chosen)} of {len(paths)} {_last(path)} of layer {layer} adapters, of {len(settings)} kinds"
+            )
+        yield Adapter(_linear(row), layer, _last(path), path, *settings.pop(), inner, part, experts)
+
+
+def _of_weight(lora: Lora, layer: int, row: Row) -> Iterator[Adapter]:
+    """The adapter of a whole weight under Megatron's name."""
+    path = f"decoder.layers.{layer}.{_linear(row)}"
+    if lora.target_modules != ALL_LINEAR and lora.includes(path, layer):
+        yield _whole(lora, layer, row, WHOLE, path, is_parameter=False)
+
+
+def _of_parameter(lora: Lora, layer: int, row: Row) -> Iterator[Adapter]:
+    """The adapter of a whole weight that is a parameter in transformers 5."""
+    name = row.parameter if isinstance(row, PerExpert) else row.hf[0] if row.mcore == ROUTER else None
+    if name is not None and lora.includes_parameter(path := f"model.layers.{layer}.{name}"):
+        yield _whole(lora, layer, row, _last(_module(path)), path, is_parameter=True)
+
+
+def _whole(lora: Lora, layer: int, row: Row, module: str, path: str, *, is_parameter: bool) -> Adapter:
+    inner, experts = _matrix(row)
+    settings = lora.rank_of(path), lora.alpha_of(path), lora.scale_of(path)
+    return Adapter(_linear(row), layer, module, path, *settings, inner, None, experts, is_parameter)
+
+
+def _matrix(row: Row) -> tuple[Row, int]:
+    """The rows of one matrix of a weight, and for how many experts there is one; 0 for a weight that is one matrix."""
+    return (row.of, row.experts) if isinstance(row, PerExpert) else (row, 0)
+
+
+def _linear(row: Row) -> str:
+    return row.mcore.removesuffix(".weight")
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _last(path: str) -> str:
+    return _module(path).rpartition(".")[2]
+
+
+def module_names(config: ModelConfig) -> list[str]:
+    """What `target_modules` may call a model's modules: Hugging Face's names, then Megatron's, weight by weight.
 
     >>> from tandem.models.published import qwen3_config
-    >>> module_names(qwen3_config("0.6B"), "mlp.linear_fc1.weight")
-    ['gate_proj', 'up_proj', 'linear_fc1']
+    >>> module_names(qwen3_config("0.6B"))[4:]
+    ['o_proj', 'linear_proj', 'gate_proj', 'up_proj', 'linear_fc1', 'down_proj', 'linear_fc2']
     """
-    (row,) = (row for row in config.family.layer if row.mcore == weight)
-    return [name.removesuffix(".weight").rpartition(".")[2] for name in (*row.hf, row.mcore)]
+    rows = [row for layer in range(config.num_layers) for row in config.layer_rows(layer) if row.mcore in ADAPTABLE]
+    names = (_last(name) for row in dict.fromkeys(rows) for name in (*_matrix(row)[0].hf, row.mcore))
+    return list(dict.fromkeys(names))

@@ -52,8 +52,9 @@ def sparse_layer(layer: tuple[Row, ...], experts: int) -> tuple[Row, ...]:
             EXPERTS_FC1,
             GateUp("", gate="mlp.experts.{}.gate_proj.weight", up="mlp.experts.{}.up_proj.weight"),
             experts,
+            "mlp.experts.gate_up_proj",
         ),
-        PerExpert(EXPERTS_FC2, Rename("", "mlp.experts.{}.down_proj.weight"), experts),
+        PerExpert(EXPERTS_FC2, Rename("", "mlp.experts.{}.down_proj.weight"), experts, "mlp.experts.down_proj"),
     )
 
 
@@ -64,6 +65,7 @@ LINEARS = (
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 )
+ADAPTABLE = (*LINEARS, ROUTER, EXPERTS_FC1, EXPERTS_FC2)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tandem.errors import UserError
@@ -33,6 +34,8 @@ class Lora:
         rank_pattern, alpha_pattern: exceptions, by regular expression for the end of a module path.
         layers_to_transform: numbers of the layers that get adapters; None for all.
         exclude_modules: modules that get none, in the form of `target_modules`; None for no exceptions.
+        target_parameters: ends of paths of parameters that are no module's `weight`, such as `experts.gate_up_proj` of
+            transformers 5: all experts of a layer in one tensor.
     """
 
     r: int = 16
@@ -45,6 +48,7 @@ class Lora:
     alpha_pattern: Pattern = ()
     layers_to_transform: tuple[int, ...] | None = None
     exclude_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for rank in (self.r, *(rank for _, rank in self.rank_pattern)):
@@ -57,7 +61,7 @@ class Lora:
             raise UserError(f"lora_dropout {self.lora_dropout}: expected at least 0 and below 1")
         if self.lora_dropout and self.use_dora:
             raise UserError(f"lora_dropout {self.lora_dropout} with DoRA (use_dora) is not supported: leave one out")
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise UserError("lora_target_modules is empty: expected names such as q_proj, or all-linear")
 
     @property
@@ -67,16 +71,28 @@ class Lora:
 
     @property
     def modules(self) -> str:
-        """`target_modules` as one text, as flags take them."""
-        return _words(self.target_modules)
+        """`target_modules` as one text, as flags take them, and `target_parameters`."""
+        return " ".join(filter(None, (_words(self.target_modules), _words(self.target_parameters))))
 
     def includes(self, path: str, layer: int) -> bool:
         """Whether the module at `path`, in decoder layer `layer`, gets an adapter."""
         if self.layers_to_transform is not None and layer not in self.layers_to_transform:
             return False
-        if self.exclude_modules is not None and _matches(self.exclude_modules, path):
+        if self.exclude_modules is not None and _matches(self.exclude_modules, self._excluded_ends, path):
             return False
-        return self.target_modules == ALL_LINEAR or _matches(self.target_modules, path)
+        return self.target_modules == ALL_LINEAR or _matches(self.target_modules, self._target_ends, path)
+
+    def includes_parameter(self, path: str) -> bool:
+        """Whether the parameter at `path` gets an adapter. As in PEFT, other settings choose modules only."""
+        return _matches(self.target_parameters, frozenset(self.target_parameters), path)
+
+    @cached_property
+    def _target_ends(self) -> frozenset[str]:
+        return frozenset(self.target_modules)
+
+    @cached_property
+    def _excluded_ends(self) -> frozenset[str]:
+        return frozenset(self.exclude_modules or ())
 
     def rank_of(self, path: str) -> int:
         return int(_exception(self.rank_pattern, path, self.r))
@@ -132,10 +148,11 @@ def _unordered(value: object) -> object:
     return set(value) if isinstance(value, tuple) else value
 
 
-def _matches(names: tuple[str, ...] | str, path: str) -> bool:
+def _matches(names: tuple[str, ...] | str, ends: frozenset[str], path: str) -> bool:
+    """Whether names match a path: as one regular expression for all of it, or as one of the `ends` that they are."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    return path in ends or any(path[dot + 1 :] in ends for dot, letter in enumerate(path) if letter == ".")
 
 
 def _exception(pattern: Iterable[tuple[str, float]], path: str, default: float) -> float:

@@ -84,9 +84,9 @@ class GroupedQKV:
 class PerExpert:
     """One mcore tensor that holds the tensors of all experts, one below the other.
 
-    Names of `of` have {} for the expert's number.
+    Names of `of` have {} for the expert's number. `parameter` is what transformers 5 calls all of them, as one tensor.
 
-    >>> row = PerExpert("linear_fc1", GateUp("", gate="{}.gate", up="{}.up"), experts=2)
+    >>> row = PerExpert("linear_fc1", GateUp("", gate="{}.gate", up="{}.up"), experts=2, parameter="gate_up")
     >>> row.hf, row.ranges(8, None)
     (('0.gate', '0.up', '1.gate', '1.up'), (((0, 2),), ((2, 4),), ((4, 6),), ((6, 8),)))
     """
@@ -94,6 +94,7 @@ class PerExpert:
     mcore: str
     of: Row
     experts: int
+    parameter: str
 
     @property
     def hf(self) -> tuple[str, ...]:

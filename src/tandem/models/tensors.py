@@ -26,7 +26,7 @@ class Split:
     gate and up in `linear_fc1`). Each part is cut among the ranks, and a rank stacks its cuts.
 
     With `experts`, the tensor holds those of so many experts, one below the other. Expert ranks share the experts, and
-    the ranks that share an expert cut its tensor so.
+    the ranks that share an expert cut its tensor so; with `dim` None, all of them hold it.
     """
 
     dim: int | None = None
@@ -135,14 +135,16 @@ def adapter_tensors(config: ModelConfig, adapter: Adapter, shape: tuple[int, ...
     """The tensors of an adapter to a weight of `shape` and `split`.
 
     A factor is cut where it shares a dimension with the weight that is cut. Ranks hold the other one whole, and each
-    computes a part of its gradient.
+    computes a part of its gradient. Experts are shared as those of the weight.
     """
-    outputs = sum(stop - start for start, stop in adapter.ranges(shape[0], config))
-    rows = split if adapter.part is None or split.dim != 0 else COLUMN  # of gate and up, each alone is one block
-    by_rows, by_columns = (rows, REPLICATED) if split.dim == 0 else (REPLICATED, split)
+    matrices, whole = adapter.matrices, Split(experts=split.experts)
+    outputs = sum(stop - start for start, stop in adapter.ranges(shape[0] // matrices, config))
+    # of gate and up, each alone is one block
+    rows = split if adapter.part is None or split.dim != 0 else replace(split, blocks=1)
+    by_rows, by_columns = (rows, whole) if split.dim == 0 else (whole, split)
     tensors: list[tuple[str, tuple[int, ...], Split]] = [
-        (adapter.a, (adapter.rank, shape[1]), by_columns),
-        (adapter.b, (outputs, adapter.rank), by_rows),
+        (adapter.a, (matrices * adapter.rank, shape[1]), by_columns),
+        (adapter.b, (matrices * outputs, adapter.rank), by_rows),
     ]
     if config.lora is not None and config.lora.use_dora:
         tensors.append((adapter.magnitude, (outputs,), by_rows))

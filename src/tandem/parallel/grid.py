@@ -103,6 +103,18 @@ class Grid:
             if replace(self.expert_place(other), **{axis: 0}) == replace(here, **{axis: 0})
         ]
 
+    def expert_holders(self, place: Place, *, whole: bool, by_rows: bool) -> list[int]:
+        """The ranks of the stage that have the experts of the rank at `place`.
+
+        Args:
+            whole: also those that have other slices of these.
+            by_rows: only the rank's own copy.
+        """
+        slices = self.expert_group("tensor", place) if whole else [self.rank(place)]
+        if by_rows:
+            return slices
+        return [rank for of_slice in slices for rank in self.expert_group("replica", self.place(of_slice))]
+
     def copies(self, spec: TensorSpec, place: Place) -> tuple[int, int]:
         """How many ranks of the stage hold the same part of a tensor and share its updates, and which one this is.
 
@@ -179,12 +191,14 @@ def held_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
 def counted_shards(config: ModelConfig, grid: Grid, place: Place) -> list[Shard]:
     """Those of the held shards that count on this rank: so tensor ranks and stages together count each number once.
 
-    Replicated tensors count on the first tensor rank, a tied embedding on the first stage.
+    Replicated tensors count on the first tensor rank, a tied embedding on the first stage. Of experts, a tensor that is
+    whole on the ranks that cut each expert counts on the first of these.
     """
+    first = {False: place.tensor == 0, True: grid.expert_place(place).tensor == 0}
     return [
         shard
         for shard in held_shards(config, grid, place)
-        if not shard.is_copy and (shard.spec.split.dim is not None or place.tensor == 0)  # experts are never whole
+        if not shard.is_copy and (shard.spec.split.dim is not None or first[bool(shard.spec.split.experts)])
     ]
 
 
@@ -203,7 +217,7 @@ def saved_shards(config: ModelConfig, grid: Grid, rank: int, *, by_rows: bool, f
         held = [replace(s, part=s.part.rows(*even_rows(s.shape[0], *grid.copies(s.spec, place)))) for s in held]
     saved = []
     for shard in held:
-        holders = [rank] if by_rows and shard.spec.split.experts else _holders(config, grid, shard, place, by_rows)
+        holders = _holders(config, grid, shard, place, by_rows)
         if rank == min(holder for holder in holders if holder >= first_rank) and 0 not in shard.shape:
             saved.append(shard)
     return saved
@@ -212,7 +226,7 @@ def saved_shards(config: ModelConfig, grid: Grid, rank: int, *, by_rows: bool, f
 def _holders(config: ModelConfig, grid: Grid, shard: Shard, place: Place, by_rows: bool) -> list[int]:
     """The ranks that keep the same part of a tensor as the rank at `place`."""
     if shard.spec.split.experts:
-        return grid.expert_group("replica", place)
+        return grid.expert_holders(place, whole=shard.spec.split.dim is None, by_rows=by_rows)
     tensor = range(grid.tensor_size) if shard.spec.split.dim is None else (place.tensor,)
     data = (place.data,) if by_rows else range(grid.data_size)
     is_tied = config.tied and shard.spec.name == EMBEDDING

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from tandem.models.config import ModelConfig
+from tandem.models.families import ROUTER
 from tandem.models.tensors import is_trained, tensor_table
 from tandem.parallel.layout import Layout, even_rows, shards
 from tandem.parallel.pipeline import one_forward_one_backward
@@ -220,13 +221,19 @@ def _mlp_width(config: ModelConfig) -> int:
 
 @lru_cache(maxsize=256)
 def _adapter_activations(config: ModelConfig) -> int:
-    """Numbers that the adapters of a layer keep of each token: the products with A; with DoRA, also those with W."""
+    """Numbers that the adapters of a layer keep of each token: the products with A; with DoRA, also those with W.
+
+    Those of experts keep a product for each of a token's experts. A router's keeps none.
+    """
     table = tensor_table(config)
     products = [spec.adapter for name, spec in table.items() if spec.adapter is not None and name == spec.adapter.a]
     if config.lora is None or not products:
         return 0
     layers = len({adapter.layer for adapter in products})
-    kept = sum(adapter.rank for adapter in products)
+    chosen = config.experts.moe_router_topk if config.experts else 0
+    kept = sum(
+        adapter.rank * (chosen if adapter.experts else 1) for adapter in products if not adapter.weight.endswith(ROUTER)
+    )
     if config.lora.use_dora:
         kept += sum(table[weight].shape[0] for weight in {adapter.weight for adapter in products})
     return kept // layers

@@ -11,7 +11,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.adapters import LocalAdapter
 from tandem.backends.engine import BaseEngine, ByRows
 from tandem.backends.experts import sliced
 from tandem.backends.interface import EngineSettings, StepResult
@@ -20,6 +19,7 @@ from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.compute.sets import kernels_for
 from tandem.backends.mindspore.data_parallel import DataParallel
 from tandem.backends.mindspore.device import device_name
+from tandem.backends.mindspore.expert_adapters import RouterWeight, Stack
 from tandem.backends.mindspore.experts import Mixture
 from tandem.backends.mindspore.model import Decoder
 from tandem.backends.mindspore.optimizer import AdamW
@@ -129,28 +129,23 @@ class MindSporeEngine(BaseEngine[Tensor]):
         experts = sliced(self.config.experts, self._grid.layout)
 
         def mixture(layer: int, experts: Experts) -> Mixture:
-            names = (ROUTER, EXPERTS_FC1, EXPERTS_FC2)
-            router, fc1, fc2 = (self._weights[layer_prefix(layer) + name] for name in names)
+            names = [layer_prefix(layer) + name for name in (ROUTER, EXPERTS_FC1, EXPERTS_FC2)]
+            shared = (self._kernels, self._adapters_switch)
+            of_router, *of_experts = ((self._weights[name], self._factors(name)) for name in names)
+            router = RouterWeight(*of_router, *shared) if of_router[1] else of_router[0]
+            fc1, fc2 = (Stack(*of_stack, *shared) for of_stack in of_experts)
             return Mixture(layer, experts, router, fc1, fc2, self._kernels, self._groups.experts, self._share)
 
         return {layer: mixture(layer, experts) for layer in layers if experts is not None and experts.are_in(layer)}
 
     def _make_linears(self) -> dict[str, Linear]:
         """The layers' linear layers. Ranks share the columns of those whose weight is cut along them."""
-
-        def factors(adapter: LocalAdapter) -> Factors:
-            names = (adapter.a, adapter.b, adapter.magnitude)
-            a, b, magnitude = (self._weights.get(name) for name in names)
-            assert a is not None
-            assert b is not None
-            return Factors(adapter, a, b, magnitude)
-
         return {
             name: Linear(
                 name,
                 weight,
                 self._weights.get(name.removesuffix("weight") + "bias"),
-                [factors(adapter) for adapter in self._adapters.get(name, [])],
+                self._factors(name),
                 self._groups.tensor if self._shards[name].spec.split == ROW else None,
                 self._kernels,
                 self._adapters_switch,
@@ -158,6 +153,13 @@ class MindSporeEngine(BaseEngine[Tensor]):
             for name, weight in self._weights.items()
             if name.endswith(LINEARS)
         }
+
+    def _factors(self, name: str) -> list[Factors]:
+        """The weights of the adapters of a weight."""
+        return [
+            Factors(adapter, self._weights[adapter.a], self._weights[adapter.b], self._weights.get(adapter.magnitude))
+            for adapter in self._adapters.get(name, [])
+        ]
 
     def _kept(self, kind: TensorKind) -> Mapping[str, Tensor]:
         if kind == "model":

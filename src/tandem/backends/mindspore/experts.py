@@ -16,6 +16,7 @@ from mindspore import Tensor
 
 from tandem.backends.experts import Dispatch, Routing, Share
 from tandem.backends.mindspore.communication import Ranks
+from tandem.backends.mindspore.expert_adapters import RouterWeight, Stack
 from tandem.backends.mindspore.kernels import Kernels
 from tandem.backends.mindspore.weight import Weight, single
 from tandem.models.experts import Experts
@@ -82,9 +83,9 @@ class Mixture:
 
     layer: int
     experts: Experts
-    router: Weight
-    fc1: Weight
-    fc2: Weight
+    router: Weight | RouterWeight
+    fc1: Stack
+    fc2: Stack
     kernels: Kernels
     ranks: Ranks = field(default_factory=Ranks)
     share: Share = field(default_factory=Share)

@@ -12,6 +12,7 @@ from mindspore import Tensor
 
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.weight import Pullback, Weight
+from tandem.models.rows import Ranges
 
 Differentiable = Callable[..., "tuple[Tensor, Pullback]"]
 
@@ -28,8 +29,8 @@ class Kernels:
         rows: some rows of a tensor. On CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
-        route, expert_mlp, sum_rows, exchange: of mixtures of experts.
-        side_by_side, block, row_squares, stretch, scale_columns, dot_columns: of adapters.
+        route, expert_mlp, grouped, grouped_backward, sum_rows, exchange: of mixtures of experts.
+        side_by_side, block, columns, add_columns, row_squares, stretch, scale_columns, dot_columns: of adapters.
         bf16: whether matrix products in bfloat16 exist.
         fp32_notice: a message for the user when computing in fp32.
     """
@@ -57,10 +58,14 @@ class Kernels:
     gather_rows: Callable[[Ranks, Sequence[Weight]], None]
     route: Callable[..., tuple[Tensor, np.ndarray, Callable[[Tensor, Tensor], Tensor]]]
     expert_mlp: Callable[..., tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]]
+    grouped: Callable[..., Tensor]
+    grouped_backward: Callable[[Tensor, Tensor, Weight, Any], Tensor]
     sum_rows: Callable[[Tensor, np.ndarray, int], Tensor]
     exchange: Callable[[Ranks, Tensor, np.ndarray], Tensor]
     side_by_side: Callable[..., Tensor]
     block: Callable[..., Tensor]
+    columns: Callable[[Tensor, Ranges], Tensor]
+    add_columns: Callable[[Tensor, Tensor, Ranges], Tensor]
     row_squares: Callable[[Tensor, Tensor], Tensor]
     stretch: Callable[..., Tensor]
     scale_columns: Callable[[Tensor, Tensor], Tensor]

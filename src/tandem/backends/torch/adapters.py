@@ -7,9 +7,9 @@ Sources: "LoRA" (arXiv 2106.09685); rows with trained lengths: "DoRA" (arXiv 240
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,16 +17,16 @@ from torch.autograd import Function
 
 from tandem.backends.adapters import Dropout, LocalAdapter
 from tandem.backends.torch.compute.cpu import PIECE
-from tandem.backends.torch.functional import Weight, matmul, new_weight
+from tandem.backends.torch.functional import Weight, matmul
 from tandem.backends.torch.tensor_parallel import TensorParallel
 
 
 class Factor(nn.Module):
-    """A weight, under its name in the layer's tables of factors."""
+    """A weight of the kind of `like`, under its name in the layer's tables of factors."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, *shape: int, like: Weight) -> None:
         super().__init__()
-        self.weight = new_weight(*shape, dtype=dtype, device=device)
+        self.weight = type(like)(torch.empty(shape, dtype=like.dtype, device=like.device))
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,42 @@ class Factors:
     a: Weight
     b: Weight
     magnitude: Weight | None
+
+
+def attach(
+    module: nn.Module, weight: Weight, adapters: Sequence[LocalAdapter], *, matrices: int = 1, dora: bool = False
+) -> None:
+    """Give a module the factors of its weight's adapters, under the names that the layout gives them.
+
+    Args:
+        matrices: how many the weight is made of, one below the other. Each has factors of its own.
+    """
+
+    def tables(shape: Callable[[LocalAdapter], tuple[int, ...]]) -> nn.ModuleDict:
+        return nn.ModuleDict({a.module: Factor(*shape(a), like=weight) for a in adapters})
+
+    module.lora_A = tables(lambda adapter: (matrices * adapter.rank, weight.shape[1]))
+    module.lora_B = tables(lambda adapter: (matrices * sum(adapter.sizes), adapter.rank))
+    if dora:
+        module.lora_magnitude_vector = tables(lambda adapter: (sum(adapter.sizes),))
+
+
+def factors_of(module: nn.Module, adapters: Sequence[LocalAdapter]) -> list[Factors]:
+    """The factors that `attach` made."""
+
+    def weight(table: str, adapter: LocalAdapter) -> Weight:
+        return cast(Factor, cast(nn.ModuleDict, getattr(module, table))[adapter.module]).weight
+
+    dora = hasattr(module, "lora_magnitude_vector")
+    return [
+        Factors(
+            adapter,
+            weight("lora_A", adapter),
+            weight("lora_B", adapter),
+            weight("lora_magnitude_vector", adapter) if dora else None,
+        )
+        for adapter in adapters
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Shapes: t tokens, h hidden size, E experts, k of them for a token, f inner width
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,13 +16,18 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
+from tandem.backends.adapters import LocalAdapter, Switch
 from tandem.backends.capacity import Capacity
 from tandem.backends.experts import Dispatch, Routing, Share
+from tandem.backends.torch.adapters import Factors, attach, factors_of
 from tandem.backends.torch.communication import Ranks, exchange, gather_counts
 from tandem.backends.torch.compute.sets import kernels_of
+from tandem.backends.torch.expert_adapters import RouterWeight, Stack
 from tandem.backends.torch.functional import Weight, matmul
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
+from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2, ROUTER
+from tandem.models.tensors import layer_prefix
 
 
 class HasRouting(Protocol):
@@ -44,21 +50,40 @@ class OfExperts(Weight):
 
 
 class _Weighted(nn.Module):
-    """A weight under its name in the layout."""
+    """A weight, and its adapters, under their names in the layout.
 
-    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device, kind: type[Weight] = Weight) -> None:
+    Args:
+        experts: how many matrices it is made of, where it is that of experts; 0 otherwise.
+    """
+
+    def __init__(
+        self,
+        *shape: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Sequence[LocalAdapter],
+        switch: Switch,
+        experts: int = 0,
+    ) -> None:
         super().__init__()
+        kind = OfExperts if experts else Weight
         self.weight = kind(torch.empty(shape, dtype=dtype, device=device))
+        self.adapters, self.switch = adapters, switch
+        if adapters:
+            attach(self, self.weight, adapters, matrices=experts or 1)
+
+    @property
+    def factors(self) -> list[Factors]:
+        """Of those adapters that take part."""
+        return factors_of(self, self.adapters) if self.adapters and self.switch.on else []
 
 
 class _Stacks(nn.Module):
     """Both weights of all experts, one expert below the other."""
 
-    def __init__(self, hidden: int, experts: Experts, held: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, linear_fc1: _Weighted, linear_fc2: _Weighted) -> None:
         super().__init__()
-        width = experts.moe_ffn_hidden_size
-        self.linear_fc1 = _Weighted(held * 2 * width, hidden, dtype=dtype, device=device, kind=OfExperts)
-        self.linear_fc2 = _Weighted(held * hidden, width, dtype=dtype, device=device, kind=OfExperts)
+        self.linear_fc1, self.linear_fc2 = linear_fc1, linear_fc2
 
 
 class MixtureOfExperts(nn.Module):
@@ -67,26 +92,46 @@ class MixtureOfExperts(nn.Module):
     Args:
         config: with this rank's width of an expert.
         layer: its number in the whole model.
+        adapters: this rank's, by the global name of the weight that they add to.
+        switch: turns them on and off.
     """
 
     enters = False
 
     def __init__(
-        self, config: ModelConfig, layer: int, ranks: ExpertRanks, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        layer: int,
+        ranks: ExpertRanks,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Mapping[str, Sequence[LocalAdapter]],
+        switch: Switch,
     ) -> None:
         super().__init__()
         assert config.experts is not None
         self.layer, self.choice, self.ranks = layer, config.experts, ranks
-        self.router = _Weighted(config.experts.num_experts, config.hidden_size, dtype=dtype, device=device)
-        held = config.experts.num_experts // ranks.experts.size
-        self.experts = _Stacks(config.hidden_size, config.experts, held, dtype, device)
+
+        def weighted(name: str, *shape: int, experts: int = 0) -> _Weighted:
+            of_weight = adapters.get(layer_prefix(layer) + name, ())
+            return _Weighted(*shape, dtype=dtype, device=device, adapters=of_weight, switch=switch, experts=experts)
+
+        held, width = config.experts.num_experts // ranks.experts.size, config.experts.moe_ffn_hidden_size
+        self.router = weighted(ROUTER, config.experts.num_experts, config.hidden_size)
+        self.experts = _Stacks(
+            weighted(EXPERTS_FC1, held * 2 * width, config.hidden_size, experts=held),
+            weighted(EXPERTS_FC2, held * config.hidden_size, width, experts=held),
+        )
 
     def forward(self, x: torch.Tensor, inputs: HasRouting) -> torch.Tensor:
-        factors, chosen = _Route.apply(x, self.router.weight, self.choice, inputs.routing, self.layer)
+        router = RouterWeight(self.router.weight, self.router.factors)
+        factors, chosen = _Route.apply(x, router, self.choice, inputs.routing, self.layer)
         assert inputs.routing is not None
         factors = _limited(factors, chosen, inputs.routing, self.layer)
         rows = _Rows.of(chosen, self.choice.num_experts, inputs.routing.tokens, self.ranks)
-        return _Mixture.apply(x, factors, self.experts.linear_fc1.weight, self.experts.linear_fc2.weight, rows)
+        weights = (self.experts.linear_fc1, self.experts.linear_fc2)
+        fc1, fc2 = (Stack(weight.weight, weight.factors) for weight in weights)
+        return _Mixture.apply(x, factors, fc1, fc2, rows, *fc1.weights, *fc2.weights)
 
 
 def likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
@@ -122,10 +167,11 @@ class _Route(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Weight, experts: Experts, routing: Routing, layer: int
+        ctx: Any, x: torch.Tensor, weight: RouterWeight, experts: Experts, routing: Routing, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = routing.settings.moe_router_dtype == "fp32"
-        logits = (matmul(x.float(), weight.float()) if exact else matmul(x, weight)).float()
+        values = weight.value(torch.float32 if exact else x.dtype)
+        logits = matmul(x.to(values.dtype), values).float()
         chosen = likeliest(logits, experts.moe_router_topk)
         factors, probabilities, total, counts, mass, squares = kernels_of(x.device).route(
             logits, chosen, routing.tokens, experts.norm_topk_prob
@@ -155,9 +201,8 @@ class _Route(Function):
             )
             .to(x.dtype)
         )
-        if weight.main_grad is not None:
-            weight.main_grad.add_product(d_logits, x)
-        return matmul(d_logits, weight.t()), None, None, None, None
+        weight.add_gradient(d_logits, x)
+        return matmul(d_logits, weight.value(x.dtype).t()), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -227,32 +272,32 @@ class _Mixture(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, factors: torch.Tensor, fc1: Weight, fc2: Weight, rows: _Rows
+        ctx: Any, x: torch.Tensor, factors: torch.Tensor, fc1: Stack, fc2: Stack, rows: _Rows, *_: Weight
     ) -> torch.Tensor:
-        kernels = kernels_of(x.device)
         taken, factor = rows.there(x[rows.owners]), rows.there(factors.flatten()[rows.slots, None])
-        gate_up = kernels.grouped_product(taken, fc1, rows.groups)
-        down = kernels.grouped_product(kernels.weighted_swiglu(gate_up, factor), fc2, rows.groups)
+        gate_up, of_fc1 = fc1.product(taken, rows.groups)
+        down, of_fc2 = fc2.product(kernels_of(x.device).weighted_swiglu(gate_up, factor), rows.groups)
         # What other ranks sent is kept. What this rank took itself is taken again.
         kept = (taken, factor) if rows.dispatch is not None else ()
-        ctx.save_for_backward(x, factors, gate_up, *kept)
+        ctx.save_for_backward(x, factors, gate_up, *of_fc1, *of_fc2, *kept)
         ctx.weights, ctx.rows = (fc1, fc2), rows
         return rows.sums(rows.back(down), len(x))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, factors, gate_up, *kept = ctx.saved_tensors
-        (fc1, fc2), rows, kernels = ctx.weights, ctx.rows, kernels_of(x.device)
+        x, factors, gate_up, *saved = ctx.saved_tensors
+        (fc1, fc2), rows = ctx.weights, ctx.rows
+        first, both = len(fc1.factors), len(fc1.factors) + len(fc2.factors)
+        of_fc1, of_fc2, kept = saved[:first], saved[first:both], saved[both:]
         d_down = rows.there(gradient[rows.owners])
         factor = kept[1] if kept else factors.flatten()[rows.slots, None]
-        d_weighted = kernels.grouped_product(d_down, fc2, rows.groups, transposed=True)
-        d_gate_up, d_factor, weighted = kernels.weighted_swiglu_backward(d_weighted, gate_up, factor)
-        if fc2.main_grad is not None:
-            fc2.main_grad.add_grouped_product(d_down, weighted, rows.groups)
+        d_weighted, d_of_fc2 = fc2.backward(d_down, rows.groups)
+        d_gate_up, d_factor, weighted = kernels_of(x.device).weighted_swiglu_backward(d_weighted, gate_up, factor)
+        fc2.add_gradients(d_down, weighted, of_fc2, d_of_fc2, rows.groups)
         del d_down, d_weighted, weighted
-        if fc1.main_grad is not None:
-            fc1.main_grad.add_grouped_product(d_gate_up, kept[0] if kept else x[rows.owners], rows.groups)
+        d_taken, d_of_fc1 = fc1.backward(d_gate_up, rows.groups)
+        fc1.add_gradients(d_gate_up, kept[0] if kept else x[rows.owners], of_fc1, d_of_fc1, rows.groups)
         d_factors = torch.zeros_like(factors)
         d_factors.view(-1)[rows.slots] = rows.back(d_factor.to(factors.dtype))[:, 0]
-        d_rows = rows.back(kernels.grouped_product(d_gate_up, fc1, rows.groups, transposed=True))
-        return rows.sums(d_rows, len(x)), d_factors, None, None, None
+        dx = rows.sums(rows.back(d_taken), len(x))
+        return (dx, d_factors, *[None] * (len(ctx.needs_input_grad) - 2))

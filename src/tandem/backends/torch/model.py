@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tandem.backends.adapters import LocalAdapter, Switch
-from tandem.backends.torch.adapters import Adapted, Factor, Factors, adapted_linear
+from tandem.backends.torch.adapters import Adapted, adapted_linear, attach, factors_of
 from tandem.backends.torch.experts import ExpertRanks, MixtureOfExperts
 from tandem.backends.torch.functional import (
     Weight,
@@ -135,35 +134,13 @@ class AdaptedLinear(Linear):
         nn.Module.__init__(self)
         self.weight, self.bias = layer.weight, layer.bias
         self.name, self.adapters, self.columns, self.switch = name, adapters, columns, switch
-        dtype, device = layer.weight.dtype, layer.weight.device
-
-        def factors(shape: Callable[[LocalAdapter], tuple[int, ...]]) -> nn.ModuleDict:
-            return nn.ModuleDict({a.module: Factor(*shape(a), dtype=dtype, device=device) for a in adapters})
-
-        self.lora_A = factors(lambda adapter: (adapter.rank, layer.weight.shape[1]))
-        self.lora_B = factors(lambda adapter: (sum(adapter.sizes), adapter.rank))
-        self.lora_magnitude_vector = factors(lambda adapter: (sum(adapter.sizes),)) if dora else None
+        attach(self, self.weight, adapters, dora=dora)
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         if not self.switch.on:
             return super().forward(x, inputs)
-        adapted = Adapted(self.name, self.weight, self.bias, self._factors(), self.columns, inputs.dropout)
-        return adapted_linear(x, adapted)
-
-    def _factors(self) -> list[Factors]:
-        def weight(factors: nn.ModuleDict, module: str) -> Weight:
-            return cast(Factor, factors[module]).weight
-
-        lengths = self.lora_magnitude_vector
-        return [
-            Factors(
-                adapter,
-                weight(self.lora_A, adapter.module),
-                weight(self.lora_B, adapter.module),
-                None if lengths is None else weight(lengths, adapter.module),
-            )
-            for adapter in self.adapters
-        ]
+        factors = factors_of(self, self.adapters)
+        return adapted_linear(x, Adapted(self.name, self.weight, self.bias, factors, self.columns, inputs.dropout))
 
 
 class RMSNorm(nn.Module):
@@ -248,7 +225,9 @@ class TransformerLayer(nn.Module):
         self.mlp: MLP | MixtureOfExperts = (
             MLP(build, f"{layer_prefix(layer)}mlp.")
             if build.config.experts_in(layer) is None
-            else MixtureOfExperts(build.config, layer, build.experts, build.dtype, build.device)
+            else MixtureOfExperts(
+                build.config, layer, build.experts, build.dtype, build.device, build.adapters, build.switch
+            )
         )
         self.tensor = build.tensor
         if build.shard is not None:

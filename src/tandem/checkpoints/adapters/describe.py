@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.checkpoints.adapters.peft import PREFIX, A, B, open_weights, read_lora
+from tandem.checkpoints.adapters.peft import open_weights, read_lora
+from tandem.checkpoints.adapters.peft_tensors import PREFIX, A, B, parameter_at
 from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError
 from tandem.models.adapters import adapters
@@ -35,7 +36,7 @@ class AdapterSummary:
 def summaries_of(source: TensorSource) -> list[AdapterSummary]:
     """The adapters of a source, by kind of module, in the order of the first layer that has them."""
     rows = [
-        (adapter.path.rpartition(".")[2], adapter.rank, adapter.alpha, not source.read(adapter.b).any())
+        (_last(adapter.path), adapter.rank, adapter.alpha, not source.read(adapter.b).any())
         for layer in range(source.config.num_layers)
         for adapter in adapters(source.config, layer)
     ]
@@ -56,9 +57,17 @@ def summaries_of_folder(folder: Path) -> tuple[Lora, list[AdapterSummary]]:
         path = name.removeprefix(PREFIX).removesuffix(f".{B}")
         if f"{PREFIX}{path}.{A}" not in file.entries:
             raise UserError(f"{file.path}: {name} has no {A} beside it")
-        rank = file.entries[f"{PREFIX}{path}.{A}"].shape[0]
-        rows.append((path.rpartition(".")[2], rank, lora.alpha_of(path), not file.read(name).any()))
+        unchanged = not file.read(name).any()
+        if parameter := parameter_at(path, file.entries, lora):
+            rows.append((_last(parameter), lora.rank_of(parameter), lora.alpha_of(parameter), unchanged))
+        else:
+            rank = file.entries[f"{PREFIX}{path}.{A}"].shape[0]
+            rows.append((_last(path), rank, lora.alpha_of(path), unchanged))
     return lora, _summaries(rows)
+
+
+def _last(path: str) -> str:
+    return path.removesuffix(".weight").rpartition(".")[2]
 
 
 def _summaries(rows: Iterable[tuple[str, int, float, bool]]) -> list[AdapterSummary]:

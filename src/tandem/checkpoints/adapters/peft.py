@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.adapters.peft_tensors import stored_in, to_store
 from tandem.checkpoints.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.hf.weights import TorchWeightFile, WeightFile
@@ -24,8 +26,9 @@ from tandem.checkpoints.interface import (
 from tandem.checkpoints.name_lists import check_names
 from tandem.errors import UserError
 from tandem.files.lock import publishing
-from tandem.models.adapters import Adapter, adapters
+from tandem.models.adapters import adapters
 from tandem.models.config import ModelConfig
+from tandem.models.families import DENSE_MLP
 from tandem.models.lora import Lora
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part, cut
@@ -33,8 +36,8 @@ from tandem.parallel.slices import Part, cut
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
-PREFIX = "base_model.model."
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+
+GATE_AND_UP = {"gate_proj", "up_proj"}
 
 # Fields that change what an adapter computes, with the values for which they change nothing.
 UNCHANGED: dict[str, tuple[Any, ...]] = {
@@ -42,7 +45,6 @@ UNCHANGED: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "use_qalora": (False, None),
@@ -74,17 +76,18 @@ class PeftSource(TensorSource):
         self.companions = Companions(files=[path for path in companion_files(folder) if path.name != CONFIG])
         self._file = open_weights(self.folder)
         self.config = dataclasses.replace(base, lora=read_lora(self.folder))
-        self._names = peft_names(self.config)
+        check_parameters(self.config, self.folder)
+        self._stored = stored_in(self.config)
         self._check()
 
     def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
     def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
-        return self._file.entries[self._names[name]].dtype
+        return self._file.entries[self._stored[name].names[0]].dtype
 
     def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
-        return self._file.read(self._names[name])
+        return self._stored[name].read(self._file)
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         return cut(self.read(name), part)
@@ -93,10 +96,13 @@ class PeftSource(TensorSource):
         yield self.read_part(name, part)
 
     def _check(self) -> None:
-        expected = {self._names[name]: spec for name, spec in tensor_table(self.config).items() if spec.adapter}
-        check_names(f"{self._file.path}, compared with {CONFIG}", set(self._file.entries), set(expected))
-        for name, spec in expected.items():
-            check_shape(str(self._file.path), name, self._file.entries[name].shape, spec.shape)
+        table = {name: spec for name, spec in tensor_table(self.config).items() if spec.adapter}
+        shapes = {
+            n: self._stored[name].shape(spec.shape) for name, spec in table.items() for n in self._stored[name].names
+        }
+        check_names(f"{self._file.path}, compared with {CONFIG}", set(self._file.entries), set(shapes))
+        for name, shape in shapes.items():
+            check_shape(str(self._file.path), name, self._file.entries[name].shape, shape)
 
 
 def open_weights(folder: Path) -> WeightFile:
@@ -134,14 +140,15 @@ def read_lora(folder: Path) -> Lora:
     ]
     if wrong:
         raise UserError(f"{path}: not supported: {', '.join(wrong)}")
-    if (modules := values.get("target_modules")) is None:
+    modules, parameters = values.get("target_modules"), tuple(sorted(values.get("target_parameters") or ()))
+    if modules is None and not parameters:
         raise UserError(f"{path}: target_modules is missing")
     layers = values.get("layers_to_transform")
     try:
         return Lora(
             r=values.get("r", 8),
             lora_alpha=values.get("lora_alpha", 8),
-            target_modules=modules if isinstance(modules, str) else tuple(sorted(modules)),
+            target_modules=modules if isinstance(modules, str) else tuple(sorted(modules or ())),
             use_rslora=bool(values.get("use_rslora")),
             use_dora=bool(values.get("use_dora")),
             lora_dropout=values.get("lora_dropout") or 0.0,
@@ -149,6 +156,7 @@ def read_lora(folder: Path) -> Lora:
             alpha_pattern=tuple((values.get("alpha_pattern") or {}).items()),
             layers_to_transform=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
             exclude_modules=_names(values.get("exclude_modules")),
+            target_parameters=parameters,
         )
     except (UserError, re.error) as error:
         raise UserError(f"{path}: {error}") from error
@@ -158,18 +166,21 @@ def _names(modules: Any) -> tuple[str, ...] | str | None:
     return modules if modules is None or isinstance(modules, str) else tuple(sorted(modules)) or None
 
 
-def peft_names(config: ModelConfig) -> dict[str, str]:
-    """The names in PEFT's file by global name, for adapters of Hugging Face modules."""
-    return {
-        name: f"{PREFIX}{adapter.path}.{suffix}"
-        for layer in range(config.num_layers)
-        for adapter in adapters(config, layer)
-        for name, suffix in ((adapter.a, A), (adapter.b, B), (adapter.magnitude, MAGNITUDE))
-    }
+def check_parameters(config: ModelConfig, folder: Path) -> None:
+    """Raise UserError when a name of `target_parameters` is no parameter that can have an adapter."""
+    lora = config.lora
+    assert lora is not None
+    reached = {adapter.path for layer in range(config.num_layers) for adapter in adapters(config, layer)}
+    for name in lora.target_parameters:
+        if not any(f".{path}".endswith(f".{name}") for path in reached):
+            raise UserError(
+                f"{folder / CONFIG}: target_parameters {name!r} is not supported: expected some of "
+                f"mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight, in a model with experts"
+            )
 
 
-def write_peft(folder: str | Path, source: TensorSource, base_model: str) -> None:
-    """Write the adapters of a source as a PEFT folder, which appears whole or not at all.
+def write_peft(folder: str | Path, source: TensorSource, base_model: str) -> int:
+    """Write the adapters of a source as a PEFT folder, which appears whole or not at all. Returns how many tensors.
 
     An adapter of a whole Megatron weight becomes one for each of its Hugging Face modules, with the same A.
 
@@ -192,27 +203,42 @@ def write_peft(folder: str | Path, source: TensorSource, base_model: str) -> Non
         for path in source.companions.files:
             if path.name not in ("generation_config.json", CONFIG):
                 (work / path.name).write_bytes(path.read_bytes())
+    return len(tensors)
+
+
+def unlike_over_transformers_5(config: ModelConfig) -> str | None:
+    """Why `peft` over transformers 5 does not open the folder of these adapters as they are; None where it does.
+
+    It makes adapters of parameters of those of experts' modules. Source: PEFT 0.21, `_convert_peft_config_moe` in
+    `utils/transformers_weight_conversion.py`.
+    """
+    lora = config.lora
+    assert lora is not None
+    of_layers = [adapters(config, layer) for layer in range(config.num_layers)]
+    modules = [adapter for of_layer in of_layers for adapter in of_layer if not adapter.is_parameter]
+    of_experts = [adapter for adapter in modules if adapter.experts]
+    names = {path.rpartition(".")[2] for adapter in of_experts for path, _ in adapter.modules(0, config)}
+    if not names:
+        return None
+    if len(names & GATE_AND_UP) == 1:
+        return "of gate_proj and up_proj it opens both, or none"
+    if lora.use_rslora and names & GATE_AND_UP:
+        return "with use_rslora it multiplies those of gate_proj and up_proj by sqrt(2) more"
+    if any((adapter.rank, adapter.alpha) != (lora.r, lora.lora_alpha) for adapter in of_experts):
+        return f"it takes the adapters of all experts as of rank {lora.r} and alpha {lora.lora_alpha:g}"
+    if any(f"{adapter.linear}.weight" in DENSE_MLP for adapter in modules):
+        return "it leaves out those of layers without experts"
+    return None
 
 
 def _tensors(source: TensorSource) -> Iterator[tuple[str, np.ndarray]]:
     table = tensor_table(source.config)
     for layer in range(source.config.num_layers):
-        for adapter in adapters(source.config, layer):
-            factor, rows = source.read(adapter.a), source.read(adapter.b)
+        of_layer = adapters(source.config, layer)
+        for adapter in of_layer:
             lengths = source.read(adapter.magnitude) if adapter.magnitude in table else None
-            for path, ranges in _modules(adapter, len(rows), source.config):
-                yield f"{PREFIX}{path}.{A}", factor
-                yield f"{PREFIX}{path}.{B}", np.concatenate([rows[start:stop] for start, stop in ranges])
-                if lengths is not None:
-                    yield f"{PREFIX}{path}.{MAGNITUDE}", np.concatenate([lengths[start:stop] for start, stop in ranges])
-
-
-def _modules(adapter: Adapter, rows: int, config: ModelConfig) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
-    """The Hugging Face modules of an adapter, and which rows of its B belong to each."""
-    if adapter.part is not None:
-        return [(adapter.path, ((0, rows),))]
-    paths = [f"model.layers.{adapter.layer}.{name.removesuffix('.weight')}" for name in adapter.row.hf]
-    return list(zip(paths, adapter.row.ranges(rows, config)))
+            factors = source.read(adapter.a), source.read(adapter.b)
+            yield from to_store(adapter, of_layer, *factors, lengths, source.config)
 
 
 def _config(config: ModelConfig, base_model: str) -> dict[str, Any]:
@@ -225,10 +251,11 @@ def _config(config: ModelConfig, base_model: str) -> dict[str, Any]:
     alphas: dict[str, float] = {}
     for layer in range(config.num_layers):
         for adapter in adapters(config, layer):
-            for path, _ in _modules(adapter, table[adapter.b].shape[0], config):
-                modules.add(path)
-                ranks |= {path: adapter.rank} if adapter.rank != lora.r else {}
-                alphas |= {path: adapter.alpha} if adapter.alpha != lora.lora_alpha else {}
+            of_adapter = [path for path, _ in adapter.modules(table[adapter.b].shape[0] // adapter.matrices, config)]
+            modules.update([] if adapter.is_parameter else of_adapter)
+            for key in [adapter.path] if adapter.is_parameter else dict.fromkeys(map(_any_expert, of_adapter)):
+                ranks |= {key: adapter.rank} if adapter.rank != lora.r else {}
+                alphas |= {key: adapter.alpha} if adapter.alpha != lora.lora_alpha else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -239,7 +266,8 @@ def _config(config: ModelConfig, base_model: str) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": _shortest(modules, config.num_layers),
+        "target_modules": _shortest(modules, config),
+        "target_parameters": list(lora.target_parameters) or None,
         "exclude_modules": None,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
@@ -254,9 +282,14 @@ def _config(config: ModelConfig, base_model: str) -> dict[str, Any]:
     }
 
 
-def _shortest(paths: set[str], num_layers: int) -> list[str]:
-    """The modules by their last names, where every layer has them; otherwise by their paths."""
-    counts: dict[str, int] = {}
-    for path in paths:
-        counts[path.rpartition(".")[2]] = counts.get(path.rpartition(".")[2], 0) + 1
-    return sorted({name if counts[name := path.rpartition(".")[2]] == num_layers else path for path in paths})
+def _any_expert(path: str) -> str:
+    """A regular expression for the modules at a path, of whichever expert."""
+    return re.sub(r"\.experts\.\d+\.", r".experts.\\d+.", path)
+
+
+def _shortest(paths: set[str], config: ModelConfig) -> list[str]:
+    """Modules by their last names, where all of the model with that name are among them; otherwise by their paths."""
+    there = (name for layer in range(config.num_layers) for row in config.layer_rows(layer) for name in row.hf)
+    counts = Counter(name.removesuffix(".weight").rpartition(".")[2] for name in there)
+    chosen = Counter(path.rpartition(".")[2] for path in paths)
+    return sorted({name if counts[name := path.rpartition(".")[2]] == chosen[name] else path for path in paths})

@@ -13,7 +13,7 @@ from tandem.checkpoints.views import View
 from tandem.errors import UserError
 from tandem.models.adapters import Adapter, adapters
 from tandem.models.tensors import tensor_table
-from tandem.parallel.slices import Part, cut
+from tandem.parallel.slices import Part, cut, cut_rows
 
 
 class Adapted(View):
@@ -116,6 +116,7 @@ class Merged(View):
         super().__init__(source)
         self.config = source.config.without_adapters
         self._lora = source.config.lora
+        self._table = tensor_table(self.config)
         self._added: dict[str, list[Adapter]] = {}
         for layer in range(source.config.num_layers):
             for adapter in adapters(source.config, layer):
@@ -131,28 +132,49 @@ class Merged(View):
         return ("model",)
 
     def read(self, name: str, kind: TensorKind = "model") -> np.ndarray:
-        weight = self._source.read(name)
         if name not in self._added:
-            return weight
-        merged = weight.astype(np.float32)
-        for adapter in self._added[name]:
-            change = np.float32(adapter.scale) * (self._fp32(adapter.b) @ self._fp32(adapter.a))
-            first = 0
-            for start, stop in adapter.ranges(len(weight), self.config):
-                merged[start:stop] += change[first : first + stop - start]
-                first += stop - start
-            if self._lora is not None and self._lora.use_dora:
-                self._stretch(merged, adapter.ranges(len(weight), self.config), self._fp32(adapter.magnitude))
-        return merged.astype(weight.dtype)
+            return self._source.read(name)
+        values, first = np.empty(self._table[name].shape, self._source.dtype(name)), 0
+        for matrix in self._merged(name):
+            values[first : first + len(matrix)] = matrix
+            first += len(matrix)
+        return values
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
         return cut(self.read(name), part) if name in self._added else self._source.read_part(name, part)
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
-        if name in self._added:
-            yield self.read_part(name, part)
-        else:
+        if name not in self._added:
             yield from self._source.stream(name, part)
+            return
+        first = 0
+        for matrix in self._merged(name):
+            if len(rows := cut_rows(matrix, first, part)):
+                yield rows
+            first += len(matrix)
+
+    def _merged(self, name: str) -> Iterator[np.ndarray]:
+        """A weight with its changes, matrix by matrix: there is one for each expert."""
+        added = [(adapter, self._fp32(adapter.a), self._fp32(adapter.b)) for adapter in self._added[name]]
+        rows, columns = self._table[name].shape
+        size = rows // added[0][0].matrices
+        for number in range(rows // size):
+            place = (number * size, (number + 1) * size)
+            weight = self._source.read_part(name, Part(((place, (0, columns)),)))
+            merged = weight.astype(np.float32)
+            for adapter, of_a, of_b in added:
+                a, b = (
+                    of_matrices.reshape(adapter.matrices, -1, of_matrices.shape[1])[number]
+                    for of_matrices in (of_a, of_b)
+                )
+                change = np.float32(adapter.scale) * (b @ a)
+                ranges, first = adapter.ranges(size, self.config), 0
+                for start, stop in ranges:
+                    merged[start:stop] += change[first : first + stop - start]
+                    first += stop - start
+                if self._lora is not None and self._lora.use_dora:
+                    self._stretch(merged, ranges, self._fp32(adapter.magnitude))
+            yield merged.astype(weight.dtype)
 
     def _fp32(self, name: str) -> np.ndarray:
         kind: TensorKind = "master" if "master" in self._source.kinds_of(name) else "model"

@@ -2,7 +2,8 @@
 
 A rank's part of a table's tensor is a stack: expert after expert, the rows that each has alone. The files hold
 
-- sequential: `mlp.experts.local_experts.J.linear_fc1.weight`, a tensor for each expert;
+- sequential: `mlp.experts.local_experts.J.linear_fc1.weight`, a tensor for each expert; so are its adapters,
+  `mlp.experts.local_experts.J.linear_fc1.lora_A.default.weight`;
 - Transformer Engine's: `mlp.experts.linear_fc1.weightJ`, the same under another name;
 - grouped: `mlp.experts.weight1`, all of them in one tensor. Its numbers are each expert's matrix, transposed, one after
   the other. The shape that Megatron gives it, [hidden, all columns], does not follow from that, and means nothing.
@@ -22,7 +23,7 @@ from tandem.errors import UserError
 from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2
 
 Form = Literal["sequential", "grouped", "transformer_engine"]
-SEQUENTIAL = re.compile(r"(.*)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")
+SEQUENTIAL = re.compile(r"(.*)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:lora_[AB]\.default\.)?weight)")
 GROUPED = {"weight1": "linear_fc1.weight", "weight2": "linear_fc2.weight"}
 TRANSFORMER_ENGINE = re.compile(r"(.*\.experts\.linear_fc[12]\.weight)(\d+)")
 

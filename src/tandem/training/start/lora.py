@@ -12,7 +12,6 @@ from tandem.config.settings import LoraSettings
 from tandem.errors import UserError
 from tandem.models.adapters import module_names
 from tandem.models.config import ModelConfig
-from tandem.models.families import LINEARS
 from tandem.models.lora import ALL_LINEAR, Lora, as_targets
 from tandem.options import flag_of
 
@@ -60,22 +59,13 @@ def new_lora(lora: LoraSettings) -> Lora:
 
 def check_targets(targets: tuple[str, ...], config: ModelConfig) -> None:
     """Raise UserError when a name of `--lora-target-modules` is no module that can have an adapter."""
-    if config.experts is not None and (targets == (ALL_LINEAR,) or not set(targets) <= set(_of_attention(config))):
-        raise UserError(
-            f"--lora-target-modules {' '.join(targets)}: adapters of experts are not supported; a model with experts "
-            f"can have them in its attention: {', '.join(_of_attention(config))}"
-        )
     if targets == (ALL_LINEAR,):
         return
-    known = [name for row in LINEARS for name in module_names(config, row)]
+    known = module_names(config)
     if unknown := [target for target in targets if target.rpartition(".")[2] not in known]:
         raise UserError(
             f"--lora-target-modules {' '.join(unknown)}: expected all-linear, or some of {', '.join(known)}"
         )
-
-
-def _of_attention(config: ModelConfig) -> list[str]:
-    return [name for row in LINEARS if row.startswith("self_attention") for name in module_names(config, row)]
 
 
 def _is_given(value: object) -> bool:

@@ -31,6 +31,14 @@ def block(x: Tensor, ranges: Ranges, columns: tuple[int, int], factor: float) ->
     return mint.index_select(x[:, slice(*columns)], 0, _numbers(ranges)).astype(ms.float32) * factor
 
 
+def columns(x: Tensor, ranges: Ranges) -> Tensor:
+    return mint.index_select(x, 1, _numbers(ranges))
+
+
+def add_columns(x: Tensor, change: Tensor, ranges: Ranges) -> Tensor:
+    return mint.index_add(x, 1, _numbers(ranges), change)
+
+
 def row_squares(x: Tensor, change: Tensor) -> Tensor:
     return mint.sum(mint.square(x.astype(ms.float32) + change.astype(ms.float32)), 1)
 

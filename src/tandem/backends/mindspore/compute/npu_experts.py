@@ -14,14 +14,18 @@ from mindspore import Tensor, mint, ops
 from tandem.backends.experts import Routing
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.compute.npu import product, weight_gradient
+from tandem.backends.mindspore.expert_adapters import RouterWeight, Stack
 from tandem.backends.mindspore.weight import Weight
 from tandem.models.experts import Experts
+
+# How many experts there are, and where the rows of each end.
+Groups = tuple[int, Tensor]
 
 _ROWS, _ONE_TENSOR = 0, 3  # of grouped_matmul: rows are in groups, and the result is one tensor
 
 
 def route(
-    x: Tensor, weight: Weight, experts: Experts, routing: Routing, layer: int
+    x: Tensor, weight: Weight | RouterWeight, experts: Experts, routing: Routing, layer: int
 ) -> tuple[Tensor, np.ndarray, Callable[[Tensor, Tensor], Tensor]]:
     """The probabilities are few numbers. They are computed on the host, so that ties break as on CPU."""
     exact = routing.settings.moe_router_dtype == "fp32"
@@ -59,18 +63,18 @@ def route(
 
 
 def expert_mlp(
-    x: Tensor, factors: Tensor, fc1: Weight, fc2: Weight, counts: Sequence[int]
+    x: Tensor, factors: Tensor, fc1: Stack, fc2: Stack, counts: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    ends = Tensor(np.cumsum(counts), ms.int64)
-    gate_up = _grouped(x, _stack(fc1, counts), ends)
-    down = _grouped(ops.swiglu(gate_up, -1) * factors, _stack(fc2, counts), ends)
+    groups = (len(counts), Tensor(np.cumsum(counts), ms.int64))
+    gate_up, of_fc1 = fc1.product(x, groups)
+    down, of_fc2 = fc2.product(ops.swiglu(gate_up, -1) * factors, groups)
 
     def backward(gradient: Tensor, x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
         active = ops.swiglu(gate_up, -1)
-        d_weighted = _grouped_backward(gradient, active * factors, fc2, _stack(fc2, counts), ends)
+        d_weighted = fc2.backward(gradient, active * factors, of_fc2, groups)
         dots = mint.sum(d_weighted.astype(ms.float32) * active.astype(ms.float32), 1, keepdim=True)
         d_gate_up = ops.auto_generate.swiglu_grad(d_weighted * factors, gate_up, -1)
-        return _grouped_backward(d_gate_up, x, fc1, _stack(fc1, counts), ends), dots.astype(factors.dtype)
+        return fc1.backward(d_gate_up, x, of_fc1, groups), dots.astype(factors.dtype)
 
     return down, backward
 
@@ -87,8 +91,12 @@ def exchange(ranks: Ranks, x: Tensor, between: np.ndarray) -> Tensor:
     return received
 
 
-def _stack(weight: Weight, counts: Sequence[int]) -> Tensor:
-    return weight.value.reshape(len(counts), -1, weight.value.shape[1])
+def grouped(x: Tensor, weight: Weight, groups: Groups) -> Tensor:
+    return _grouped(x, _stack(weight, groups), groups[1])
+
+
+def _stack(weight: Weight, groups: Groups) -> Tensor:
+    return weight.value.reshape(groups[0], -1, weight.value.shape[1])
 
 
 def _grouped(x: Tensor, stack: Tensor, ends: Tensor, *, transposed: bool = True) -> Tensor:
@@ -99,12 +107,12 @@ def _grouped(x: Tensor, stack: Tensor, ends: Tensor, *, transposed: bool = True)
     return result
 
 
-def _grouped_backward(gradient: Tensor, x: Tensor, weight: Weight, stack: Tensor, ends: Tensor) -> Tensor:
-    """The gradient of x. Adds that of the weight.
+def grouped_backward(gradient: Tensor, x: Tensor, weight: Weight, groups: Groups) -> Tensor:
+    """MindSpore documents no grouped product that gives a weight's gradient, but that it differentiates the one above.
 
-    MindSpore documents no grouped product that gives a weight's gradient, but that it differentiates the one above. So
-    that runs once more.
+    So that runs once more.
     """
+    stack, ends = _stack(weight, groups), groups[1]
     if not weight.trained:
         return _grouped(gradient, stack, ends, transposed=False)
     _, pull = ms.vjp(lambda x, stack: _grouped(x, stack, ends), x, stack)

@@ -33,6 +33,22 @@ def block(x: Tensor, ranges: Ranges, columns: tuple[int, int], factor: float) ->
     return Tensor.from_numpy(np.concatenate([values[start:stop] for start, stop in ranges]) * np.float32(factor))
 
 
+def columns(x: Tensor, ranges: Ranges) -> Tensor:
+    """The columns of x [n, o] at ranges, side by side."""
+    result, values = empty(x.shape[0], sum(stop - start for start, stop in ranges), dtype=x.dtype)
+    np.concatenate([x.asnumpy()[:, start:stop] for start, stop in ranges], axis=1, out=values)
+    return result
+
+
+def add_columns(x: Tensor, change: Tensor, ranges: Ranges) -> Tensor:
+    """x [n, o], which may be changed, with `change` added to its columns at ranges."""
+    values, changes, first = x.asnumpy(), change.asnumpy(), 0
+    for start, stop in ranges:
+        values[:, start:stop] += changes[:, first : first + stop - start]
+        first += stop - start
+    return x
+
+
 def row_squares(x: Tensor, change: Tensor) -> Tensor:
     """The sums of squares of the rows of x + change, both [n, k]: fp32 [n]."""
     rows, changes = x.asnumpy(), change.asnumpy()

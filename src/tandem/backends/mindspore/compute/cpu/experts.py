@@ -15,12 +15,13 @@ from tandem.backends.experts import Routing
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.compute.cpu import products
 from tandem.backends.mindspore.compute.cpu.functional import product, swiglu, weight_gradient
+from tandem.backends.mindspore.expert_adapters import RouterWeight, Stack
 from tandem.backends.mindspore.weight import Weight, empty, single
 from tandem.models.experts import Experts
 
 
 def route(
-    x: Tensor, weight: Weight, experts: Experts, routing: Routing, layer: int
+    x: Tensor, weight: Weight | RouterWeight, experts: Experts, routing: Routing, layer: int
 ) -> tuple[Tensor, np.ndarray, Callable[[Tensor, Tensor], Tensor]]:
     """The factors of each token's experts [t, k], their numbers [t, k], and a pullback.
 
@@ -66,7 +67,7 @@ def route(
 
 
 def expert_mlp(
-    x: Tensor, factors: Tensor, fc1: Weight, fc2: Weight, counts: Sequence[int]
+    x: Tensor, factors: Tensor, fc1: Stack, fc2: Stack, counts: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """W2 (factor * silu(gate) * up), with (gate, up) = W1 x: x [n, h], factors [n, 1] -> [n, h]; and a pullback.
 
@@ -76,17 +77,15 @@ def expert_mlp(
         fc1, fc2: of all experts, one below the other: [E 2f, h] and [E h, f].
         counts: rows of each expert.
     """
-    gate_up = grouped(x, fc1, counts)
-    down = grouped(_times(swiglu(gate_up)[0], factors), fc2, counts)
+    gate_up, of_fc1 = fc1.product(x, counts)
+    down, of_fc2 = fc2.product(_times(swiglu(gate_up)[0], factors), counts)
 
     def backward(gradient: Tensor, x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
         active, pull = swiglu(gate_up)
-        add_grouped_gradient(fc2, gradient, _times(active, factors), counts)
-        d_weighted = grouped(gradient, fc2, counts, transposed=True)
+        d_weighted = fc2.backward(gradient, _times(active, factors), of_fc2, counts)
         dots = np.einsum("nf,nf->n", single(d_weighted.asnumpy()), single(active.asnumpy()))
         d_gate_up = pull(_times(d_weighted, factors))
-        add_grouped_gradient(fc1, d_gate_up, x, counts)
-        return grouped(d_gate_up, fc1, counts, transposed=True), Tensor(dots[:, None]).astype(factors.dtype)
+        return fc1.backward(d_gate_up, x, of_fc1, counts), Tensor(dots[:, None]).astype(factors.dtype)
 
     return down, backward
 
@@ -141,6 +140,12 @@ def grouped(x: Tensor, weight: Weight, counts: Sequence[int], *, transposed: boo
             first += count
     products.seconds[products.LINEAR] += time.perf_counter() - start
     return result
+
+
+def grouped_backward(gradient: Tensor, x: Tensor, weight: Weight, counts: Sequence[int]) -> Tensor:
+    """The gradient of x from that of `grouped`. Adds that of the weight."""
+    add_grouped_gradient(weight, gradient, x, counts)
+    return grouped(gradient, weight, counts, transposed=True)
 
 
 def add_grouped_gradient(weight: Weight, gradient: Tensor, x: Tensor, counts: Sequence[int]) -> None:
