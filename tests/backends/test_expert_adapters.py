@@ -146,6 +146,21 @@ def test_what_tandem_trains_opens_over_transformers_5(framework: str, tmp_path: 
         assert engine.evaluate(steps[0])[0] == pytest.approx(loss, rel=1e-5)
 
 
+def test_without_adapters_the_weights_alone_compute(framework: str, tmp_path: Path) -> None:
+    base = open_source(write_model(tmp_path / "hf", CONFIG))
+    config = dataclasses.replace(CONFIG, lora=Lora(r=3, lora_alpha=6))
+    engine = engine_of(framework, Adapted(FreshAdapters(base, config, 3), base, base))
+    steps = batches(CONFIG, 3)
+    train(engine, steps, lr=3e-3)
+    with engine.without_adapters():
+        off = engine.log_probabilities(steps[0])
+    plain = create_engine(framework, CONFIG, EngineSettings(training=False))
+    plain.load_weights(base)
+    for values, expected in zip(off, plain.log_probabilities(steps[0]), strict=True):
+        np.testing.assert_array_equal(values, expected)
+    assert np.abs(np.concatenate(engine.log_probabilities(steps[0])) - np.concatenate(off)).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("lora", "words"),
     [

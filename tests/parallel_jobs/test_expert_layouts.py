@@ -45,6 +45,28 @@ MORE = {
 }
 
 
+ADAPTED = {
+    2: [
+        moe(adapters="lora", dp=2, ep=2, packed=True, idle=True, use_distributed_optimizer=True),
+        moe(adapters="lora", tp=2, packed=True, sequence_parallel=True),
+        moe(adapters="shared A", tp=2, packed=True),
+        moe(adapters="shared A", tp=2, etp=1, packed=True, use_distributed_optimizer=True),
+        moe(adapters="lora", tp=2, ep=2, etp=1, packed=True, sequence_parallel=True, recompute_layers=2),
+        moe(adapters="lora", pp=2, packed=True),
+    ],
+    4: [
+        moe(adapters="lora", tp=2, dp=2, ep=2, packed=True, sequence_parallel=True, use_distributed_optimizer=True),
+        moe(adapters="shared A", tp=2, dp=2, ep=4, etp=1, packed=True, sequence_parallel=True),
+        moe(adapters="lora", tp=2, dp=2, ep=2, extend=True, packed=True, use_distributed_optimizer=True),
+    ],
+}
+ADAPTED_OF_PYTORCH = [
+    moe(adapters="lora", dp=2, use_torch_fsdp2=True, packed=True, idle=True),
+    moe(adapters="lora", dp=2, ep=2, packed=True, fp16=True),
+    moe(adapters="lora", pp=2, vpp=1, packed=True),
+]
+
+
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_shared_experts_equal_one_process(framework: str, tmp_path: Path) -> None:
     check(require_framework(framework), 2, SHORT, tmp_path)
@@ -60,6 +82,14 @@ def test_experts_in_more_layouts_equal_one_process(framework: str, processes: in
 @pytest.mark.slow("layouts")
 def test_experts_in_layouts_that_only_pytorch_has(tmp_path: Path) -> None:
     check(require_framework("torch"), 2, OF_PYTORCH, tmp_path)
+
+
+@pytest.mark.slow("layouts")
+@pytest.mark.parametrize("processes", list(ADAPTED))
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_adapters_of_experts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
+    cases = ADAPTED[processes] + (ADAPTED_OF_PYTORCH if (framework, processes) == ("torch", 2) else [])
+    check(require_framework(framework), processes, cases, tmp_path)
 
 
 def check(framework: str, processes: int, cases: list[Case], folder: Path) -> None:

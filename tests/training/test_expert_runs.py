@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import shutil
@@ -10,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from runs import run
+from runs import assert_same_weights, run
+from tandem.checkpoints.detect import open_source
+from tandem.conversion.as_trained import export
+from tandem.conversion.options import ExportOptions
+from tandem.errors import UserError
 from tandem.models.experts import Experts
 from tandem.models.hf_config import from_hf, to_hf
 from tandem.report.page import render
 from tandem.report.run_folder import read_runs
+from tandem.training.evaluate import evaluate_weights
 from tandem.training.logs.events import read_events
 from tandem.training.logs.expert_loads import EXPERT_LOADS, read_expert_loads
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
@@ -67,3 +73,59 @@ def test_logged_steps_tell_how_busy_experts_are(
     assert all(of.sum() == steps[0]["tokens"] for of_step in loads for of in of_step.counts.values())
     assert (loads[0].counts[0] == 0).sum() > 0
     assert "Load of the 64 experts of layer 0" in page
+
+
+LORA = {"lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8}
+SHORT = {"instructions": True, "train_iters": 4, "lr": 3e-3, "lr_warmup_iters": 0, "finetune": True}
+
+
+def test_adapters_of_experts_go_on_and_come_out(
+    workspace: Workspace, framework: str, small_mixture: Path, tmp_path: Path
+) -> None:
+    """Resumed bit for bit, on the other framework as on this one; merged, and beside their weights, the same."""
+    settings = {"load": str(small_mixture), **SHORT, **LORA, "finetune": False}
+    whole = run(workspace, framework, save=str(tmp_path / "a"), **settings)
+    first = run(workspace, framework, save=str(tmp_path / "b"), exit_interval=2, **settings)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    assert [*first, *run(workspace, framework, save=str(tmp_path / "b"), **settings)] == whole
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    (other,) = {"torch", "mindspore"} - {framework}
+    if importlib.util.find_spec(other):
+        rest = run(workspace, other, save=str(tmp_path / "c"), **settings)
+        assert [*first, *rest] == pytest.approx(whole, rel=1e-5)
+
+    export(ExportOptions(str(tmp_path / "a"), str(tmp_path / "merged")))
+    done = export(ExportOptions(str(tmp_path / "a"), str(tmp_path / "peft"), save_lora_to_hf=True))
+    assert done.tensors == 2 * 2 * (5 + 3 * 4)  # A and B of two layers: q, k, v, o, router, and three of each expert
+    data = {"valid_data_path": str(workspace.instructions), "instructions": True, "eval_iters": "full"}
+    losses = []
+    for places in (
+        {"load": str(small_mixture), "lora_load": str(tmp_path / "peft")},
+        {"load": str(tmp_path / "merged")},
+    ):
+        (result,) = evaluate_weights(workspace.settings(framework, **data, **places))[0].values()
+        losses.append(result.loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] < whole[0] - 0.05
+
+
+def test_what_adapters_of_experts_cannot_have_is_said(
+    workspace: Workspace, small_mixture: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    for changes, words in (
+        ({"lora_dropout": 0.1}, "lora_dropout 0.1 is not supported on gate"),
+        ({"lora_use_dora": True}, "DoRA .* is not supported on gate"),
+        (
+            {"lora_target_modules": "gate_up_proj"},
+            "--lora-target-modules gate_up_proj: expected all-linear, or some of",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(workspace, "torch", load=str(small_mixture), **SHORT, **{**LORA, **changes})
+    folder = tmp_path / "run"
+    targets = {"lora_target_modules": ["up_proj"]}
+    run(workspace, "torch", load=str(small_mixture), save=str(folder), **{**SHORT, **LORA, **targets, "train_iters": 1})
+    done = export(ExportOptions(str(folder), str(tmp_path / "peft"), save_lora_to_hf=True))
+    assert "of gate_proj and up_proj it opens both, or none" in done.notices[-1]
+    assert open_source(folder).config.lora is not None

@@ -164,25 +164,44 @@ def test_the_layout_changes_nothing(
 ) -> None:
     if layout in OF_TORCH and framework != "torch":
         pytest.skip("PyTorch's alone")
+    compare_with_one_process(workspace, pairs, framework, stage, (LAYOUTS | OF_TORCH)[layout], workspace.hf, tmp_path)
+
+
+@pytest.mark.slow("layouts")
+@pytest.mark.parametrize("stage", ["dpo", "simpo"])
+def test_shared_experts_change_nothing(
+    workspace: Workspace, pairs: Path, small_mixture: Path, framework: str, stage: str, tmp_path: Path
+) -> None:
+    layout = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer", "--moe-aux-loss-coeff", "0.01"]
+    compare_with_one_process(workspace, pairs, framework, stage, layout, small_mixture, tmp_path)
+
+
+def compare_with_one_process(
+    workspace: Workspace, pairs: Path, framework: str, stage: str, layout: list[str], model: Path, tmp_path: Path
+) -> None:
+    """Adapters of two processes have the losses, norms and log-probabilities of one."""
     data = copy_of(pairs, tmp_path)
     path = str(data / ("answers-data" if stage == "kto" else "pairs-data"))
-    values = {"data_path": path, "stage": stage, "micro_batch_size": 1, "train_iters": 3, **LORA}
+    values = {"data_path": path, "stage": stage, "micro_batch_size": 1, "train_iters": 3, "load": str(model), **LORA}
+    if "--moe-aux-loss-coeff" in layout:
+        values["moe_aux_loss_coeff"] = float(layout[-1])
     train(workspace, data, framework, save=str(tmp_path / "one"), **values)
     for file in data.glob("*.npy"):
         file.unlink()  # each layout computes its own
     settings = workspace.settings(framework, **{**DPO, **values, "save": str(tmp_path / "two")})
     words = [
-        *("--stage", stage, "--load", str(workspace.hf), "--data-path", path, "--save", str(tmp_path / "two")),
+        *("--stage", stage, "--load", str(model), "--data-path", path, "--save", str(tmp_path / "two")),
         *("--seq-length", "96", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "3"),
         *("--lr", "1e-3", "--lr-decay-style", settings.optimizer.lr_decay_style, "--split", "100,0,0"),
         *("--eval-iters", "0", "--lora-target-modules", "all-linear", "--lora-r", "4", "--nproc-per-node", "2"),
-        *("--ai-framework", framework, *(LAYOUTS | OF_TORCH)[layout]),
+        *("--ai-framework", framework, *layout),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "tandem", "finetune", *words], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    names = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins")
+    names = ["loss", "grad_norm", "logps/chosen", "logps/rejected"]
+    names += ["rewards/margins"] if stage != "simpo" else []
     one, two = ([[line[name] for name in names] for line in metrics(tmp_path / run)] for run in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-4)
 

@@ -14,11 +14,13 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.files.publish import check_writable
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
+from tandem.models.adapters import check_dropout
 from tandem.parallel.grid import Grid
 from tandem.training.logs.log import log_notice
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.start.base import check_save_beside_base
 from tandem.training.start.data import Data, open_data, open_tokenizer
+from tandem.training.start.datasets import KIND_OF_STAGE
 from tandem.training.start.engine import engine_settings, make_grid
 from tandem.training.start.epochs import check_epochs, with_epochs
 from tandem.training.start.raw_data import check_ready, with_preprocessed
@@ -113,6 +115,8 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     noop_layers = len(settings.parallel.layout.noop_layers)
     check_model_flags(settings.model, settings.experts, data.seq_length, source.config, noop_layers)
     check_save_beside_base(source, checkpoint)
+    if data.stage not in KIND_OF_STAGE:  # others train without dropout
+        check_dropout(source.config)
     open_reference(settings.preferences, source.config)  # its checks
     check_disk(settings, source)
     state = state_to_continue(source, loading)
