@@ -18,7 +18,8 @@ from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
 from tandem.parallel.layout import Layout
-from toys import TOYS
+from tandem.parallel.slices import Part
+from toys import TOYS, moe_config
 
 torch = pytest.importorskip("torch")
 
@@ -130,3 +131,37 @@ def test_peft_computes_the_same_from_the_folder_that_is_written(tmp_path: Path) 
         expected = load(tmp_path / "merged", dtype=torch.float32)(tokens).logits
         model = peft.PeftModel.from_pretrained(load(folder, dtype=torch.float32), tmp_path / "peft")
         torch.testing.assert_close(model(tokens).logits, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_adapters_of_experts_are_read_and_merged(tmp_path: Path) -> None:
+    """Two ranks share the experts of a layer, each a linear layer of its own: what is not grouped."""
+    config = moe_config({"num_layers": 1})
+    experts, layout = config.experts, Layout(expert_model_parallel_size=2)
+    assert experts is not None
+    copy(RandomSource(config, 5), MegatronSink(tmp_path, config, layout, "float32", 3, Companions(), 212))
+    random, prefix = np.random.default_rng(0), "decoder.layers.0.mlp.experts."
+    width, hidden = experts.moe_ffn_hidden_size, config.hidden_size
+    shapes = {"linear_fc1": (2 * width, hidden), "linear_fc2": (hidden, width)}
+    factors = {
+        name: (random.normal(size=(8, rows, RANK)), random.normal(size=(8, RANK, columns)))
+        for name, (rows, columns) in shapes.items()
+    }
+    for rank in range(2):
+        path = tmp_path / f"iter_0000003/mp_rank_00_{rank:03d}/model_optim_rng.pt"
+        content = torch.load(path, weights_only=False)
+        model = content["model"]
+        for name, (b, a) in factors.items():
+            for local in range(4):
+                key = f"{prefix}local_experts.{local}.{name}"
+                model[f"{key}.base_layer.weight"] = model.pop(f"{key}.weight")
+                model[f"{key}.lora_A.default.weight"] = torch.from_numpy(a[rank * 4 + local].astype(np.float32))
+                model[f"{key}.lora_B.default.weight"] = torch.from_numpy(b[rank * 4 + local].astype(np.float32))
+        content["args"].lora_alpha = ALPHA
+        torch.save(content, path)
+    source, base = merged(open_source(tmp_path)), RandomSource(config, 5)
+    for name, (b, a) in factors.items():
+        expected = base.read(f"{prefix}{name}.weight") + ALPHA / RANK * (b @ a).reshape(-1, shapes[name][1])
+        np.testing.assert_allclose(source.read(f"{prefix}{name}.weight"), expected, atol=1e-5)
+        half = Part((((4 * shapes[name][0], 8 * shapes[name][0]), (0, shapes[name][1])),))
+        streamed = np.concatenate(list(source.stream(f"{prefix}{name}.weight", half)))
+        np.testing.assert_array_equal(streamed, np.split(source.read(f"{prefix}{name}.weight"), 2)[1])
