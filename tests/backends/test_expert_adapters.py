@@ -164,9 +164,12 @@ def test_without_adapters_the_weights_alone_compute(framework: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
-        (Lora(use_dora=True), "DoRA .* q_proj|DoRA .* gate"),
-        (Lora(target_modules=("experts.3.up_proj",)), "1 of 8 up_proj of layer 0"),
-        (Lora(rank_pattern=(("experts.3.up_proj", 2),)), "8 of 8 up_proj of layer 0 adapters, of 2 kinds"),
+        (Lora(use_dora=True), "DoRA .* not supported on gate"),
+        (Lora(target_modules=("experts.3.up_proj",)), "1 of 8 experts of layer 0 would get adapters of up_proj"),
+        (
+            Lora(rank_pattern=(("experts.3.up_proj", 2),)),
+            "experts of layer 0 .* up_proj of rank 2, alpha 32 and rank 16, alpha 32",
+        ),
         (Lora(target_modules=("up_proj", "linear_fc1")), "up_proj, linear_fc1"),
         (Lora(target_modules=("down_proj",), target_parameters=("down_proj",)), "down_proj"),
     ],

@@ -153,10 +153,16 @@ def _of_modules(lora: Lora, layer: int, row: Row) -> Iterator[Adapter]:
         if not chosen:
             continue
         settings = {(lora.rank_of(path), lora.alpha_of(path), lora.scale_of(path)) for path in chosen}
-        if len(chosen) < len(paths) or len(settings) > 1:
+        if len(chosen) < len(paths):
             raise UserError(
-                f"lora: all experts of a layer get adapters of one rank and alpha, or none does; the settings give "
-                f"{len(chosen)} of {len(paths)} {_last(path)} of layer {layer} adapters, of {len(settings)} kinds"
+                f"lora: {len(chosen)} of {len(paths)} experts of layer {layer} would get adapters of {_last(path)}: "
+                f"choose all experts of a layer, or none"
+            )
+        if len(settings) > 1:
+            kinds = " and ".join(f"rank {rank}, alpha {alpha:g}" for rank, alpha, _ in sorted(settings)[:2])
+            raise UserError(
+                f"lora: experts of layer {layer} would get adapters of {_last(path)} of {kinds}: give all experts of "
+                f"a layer the same"
             )
         yield Adapter(_linear(row), layer, _last(path), path, *settings.pop(), inner, part, experts)
 

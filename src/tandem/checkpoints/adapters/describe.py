@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.checkpoints.adapters.peft import open_weights, read_lora
-from tandem.checkpoints.adapters.peft_tensors import PREFIX, A, B, parameter_at
+from tandem.checkpoints.adapters.peft_tensors import PREFIX, A, B, any_expert, parameter_at
 from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError
 from tandem.models.adapters import adapters
@@ -50,7 +50,7 @@ def summaries_of_folder(folder: Path) -> tuple[Lora, list[AdapterSummary]]:
         UserError: a file is missing or damaged, or a B has no A.
     """
     lora, file = read_lora(folder), open_weights(folder)
-    rows = []
+    rows: dict[str, tuple[str, int, float, bool]] = {}
     for name in sorted(file.entries):
         if not name.endswith(f".{B}"):
             continue
@@ -59,11 +59,12 @@ def summaries_of_folder(folder: Path) -> tuple[Lora, list[AdapterSummary]]:
             raise UserError(f"{file.path}: {name} has no {A} beside it")
         unchanged = not file.read(name).any()
         if parameter := parameter_at(path, file.entries, lora):
-            rows.append((_last(parameter), lora.rank_of(parameter), lora.alpha_of(parameter), unchanged))
+            rows[path] = (_last(parameter), lora.rank_of(parameter), lora.alpha_of(parameter), unchanged)
         else:
-            rank = file.entries[f"{PREFIX}{path}.{A}"].shape[0]
-            rows.append((_last(path), rank, lora.alpha_of(path), unchanged))
-    return lora, _summaries(rows)
+            rank, of_experts = file.entries[f"{PREFIX}{path}.{A}"].shape[0], any_expert(path)
+            before = rows[of_experts][3] if of_experts in rows else True
+            rows[of_experts] = (_last(path), rank, lora.alpha_of(path), unchanged and before)
+    return lora, _summaries(rows.values())
 
 
 def _last(path: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.checkpoints.adapters.peft_tensors import stored_in, to_store
+from tandem.checkpoints.adapters.peft_tensors import any_expert, stored_in, to_store
 from tandem.checkpoints.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from tandem.checkpoints.hf.companions import companion_files
 from tandem.checkpoints.hf.weights import TorchWeightFile, WeightFile
@@ -253,7 +253,7 @@ def _config(config: ModelConfig, base_model: str) -> dict[str, Any]:
         for adapter in adapters(config, layer):
             of_adapter = [path for path, _ in adapter.modules(table[adapter.b].shape[0] // adapter.matrices, config)]
             modules.update([] if adapter.is_parameter else of_adapter)
-            for key in [adapter.path] if adapter.is_parameter else dict.fromkeys(map(_any_expert, of_adapter)):
+            for key in [adapter.path] if adapter.is_parameter else dict.fromkeys(map(any_expert, of_adapter)):
                 ranks |= {key: adapter.rank} if adapter.rank != lora.r else {}
                 alphas |= {key: adapter.alpha} if adapter.alpha != lora.lora_alpha else {}
     return {
@@ -280,11 +280,6 @@ def _config(config: ModelConfig, base_model: str) -> dict[str, Any]:
         "layers_pattern": None,
         "modules_to_save": None,
     }
-
-
-def _any_expert(path: str) -> str:
-    """A regular expression for the modules at a path, of whichever expert."""
-    return re.sub(r"\.experts\.\d+\.", r".experts.\\d+.", path)
 
 
 def _shortest(paths: set[str], config: ModelConfig) -> list[str]:

@@ -13,6 +13,7 @@ Source: PEFT 0.21, `tuners/lora/layer.py` (`ParamWrapper.get_delta_weight`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,6 +81,15 @@ def _paths(adapter: Adapter, of_layer: Sequence[Adapter]) -> list[str]:
     module = adapter.path.rpartition(".")[0]
     wrapped = [other.path for other in of_layer if other.is_parameter and other.path.rpartition(".")[0] == module]
     return [module + WRAPPED * (len(wrapped) - 1 - wrapped.index(adapter.path))]
+
+
+def any_expert(path: str) -> str:
+    r"""A regular expression for the modules at a path, of whichever expert.
+
+    >>> any_expert("layers.0.mlp.experts.3.up_proj")
+    'layers.0.mlp.experts.\\d+.up_proj'
+    """
+    return re.sub(r"\.experts\.\d+\.", r".experts.\\d+.", path)
 
 
 def parameter_at(path: str, names: Container[str], lora: Lora) -> str | None:
