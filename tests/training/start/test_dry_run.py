@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -12,7 +13,10 @@ from frameworks import require_framework
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
-from tandem.training.start.dry_run import dry_run
+from tandem.models.published import qwen3_config
+from tandem.parallel.grid import Grid, held_shards
+from tandem.parallel.layout import Layout
+from tandem.training.start.dry_run import dry_run, parameters_held
 from workspace import Workspace
 
 Usage = namedtuple("Usage", "total used free")
@@ -56,19 +60,27 @@ def test_what_cannot_run_is_said(
         dry_run(workspace.settings("torch", **values), processes)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"num_layers_per_virtual_pipeline_stage": 1, "pipeline_model_parallel_size": 2},
-        {"use_torch_fsdp2": True},
-    ],
-)
-def test_what_a_framework_does_not_do_is_said_before_a_device_is_needed(
-    workspace: Workspace, values: dict[str, object]
-) -> None:
+def test_what_a_framework_does_not_do_is_said_before_a_device_is_needed(workspace: Workspace) -> None:
     require_framework("mindspore")
     with pytest.raises(UserError, match="not mindspore: leave it out, or use --ai-framework torch"):
-        dry_run(workspace.settings("mindspore", **values), 2)
+        dry_run(workspace.settings("mindspore", use_torch_fsdp2=True), 2)
+
+
+def test_interleaved_stages_can_start(workspace: Workspace, framework: str) -> None:
+    stages = {"num_layers_per_virtual_pipeline_stage": 1, "pipeline_model_parallel_size": 2}
+    dry_run(workspace.settings(framework, **stages), 2)
+
+
+def test_each_rank_holds_what_the_layout_gives_it() -> None:
+    config = qwen3_config("30B-A3B")
+    for layout, processes in (
+        (Layout(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1), 4),
+        (Layout(tensor_model_parallel_size=2, expert_model_parallel_size=4, expert_tensor_parallel_size=1), 8),
+        (Layout(pipeline_model_parallel_size=2, expert_model_parallel_size=2, moe_tp_extend_ep=True), 8),
+    ):
+        grid = Grid(layout, processes)
+        held = [held_shards(config, grid, grid.place(rank)) for rank in range(processes)]
+        assert parameters_held(config, grid) == [sum(math.prod(shard.shape) for shard in of_rank) for of_rank in held]
 
 
 def test_a_disk_too_small_for_one_checkpoint_is_said(
