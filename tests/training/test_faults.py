@@ -319,7 +319,7 @@ def test_a_rank_that_saves_slowly_times_no_other_out(
     framework = require_framework(backend)
     words = ("--train-iters", "1", "--tensor-model-parallel-size", "2", *flags)
     job = Job(workspace, tmp_path, framework, processes=2, flags=words)
-    output = job.succeed("a", rank=0, slow_save=0.15, timeout=0.1)
+    output = job.succeed("a", rank=0, slow_save=0.25, timeout=0.1)
     seconds = float(re.findall(r"MB in ([\d.]+) s", output)[0])
     assert seconds > 10
     assert NativeSource(tmp_path / "a").iteration == 1
