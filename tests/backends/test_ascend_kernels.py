@@ -25,6 +25,7 @@ from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.interface import TensorSource
 from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
 from tandem.training.objectives import MeanLoss, RankBatch
 from toys import TOYS
@@ -74,6 +75,17 @@ def on_pytorch(source: TensorSource, **settings: Any) -> Any:
 def test_they_give_pytorchs_gradients(toy: str, ascend: fake_mindspore.Record) -> None:
     source = toy_weights(TOYS[toy])
     batches = [toy_batch(source.config, RAGGED), toy_batch(source.config, (9, 4), seed=2)]
+    expected_loss, expected = mean_gradients(on_pytorch(source), batches)
+    loss, gradients = mean_gradients(build(source), batches)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_gradients(gradients, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-moe"])
+def test_adapters_have_pytorchs_gradients(toy: str, ascend: fake_mindspore.Record) -> None:
+    lora = Lora(r=3, lora_alpha=6)
+    source = toy_weights(dataclasses.replace(TOYS[toy], lora=lora))
+    batches = [toy_batch(source.config, RAGGED)]
     expected_loss, expected = mean_gradients(on_pytorch(source), batches)
     loss, gradients = mean_gradients(build(source), batches)
     assert loss == pytest.approx(expected_loss, rel=1e-5)

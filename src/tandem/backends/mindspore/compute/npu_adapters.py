@@ -32,11 +32,21 @@ def block(x: Tensor, ranges: Ranges, columns: tuple[int, int], factor: float) ->
 
 
 def columns(x: Tensor, ranges: Ranges) -> Tensor:
-    return mint.index_select(x, 1, _numbers(ranges))
+    if ranges == ((0, x.shape[1]),):
+        return x
+    pieces = [x[:, start:stop] for start, stop in ranges]
+    return mint.cat(pieces, 1) if len(pieces) > 1 else pieces[0].contiguous()
 
 
 def add_columns(x: Tensor, change: Tensor, ranges: Ranges) -> Tensor:
-    return mint.index_add(x, 1, _numbers(ranges), change)
+    if ranges == ((0, x.shape[1]),):
+        return x + change
+    pieces, before, first = [], 0, 0
+    for start, stop in ranges:
+        added = x[:, start:stop] + change[:, first : first + stop - start]
+        pieces += [x[:, before:start], added] if before < start else [added]
+        before, first = stop, first + stop - start
+    return mint.cat([*pieces, x[:, before:]] if before < x.shape[1] else pieces, 1)
 
 
 def row_squares(x: Tensor, change: Tensor) -> Tensor:
