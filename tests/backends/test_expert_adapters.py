@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ import pytest
 import torch
 import transformers
 from peft_model import peft  # skips this file where it is not installed
+from reference import MemorySource, Reference, toy_weights
 from safetensors.numpy import load_file
 from test_adapters import batches, engine_of, train, trained_adapters, write_model
 
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
+from tandem.checkpoints.adapters.describe import summaries_of, summaries_of_folder
 from tandem.checkpoints.adapters.fresh import FreshAdapters
-from tandem.checkpoints.adapters.peft import PeftSource, write_peft
+from tandem.checkpoints.adapters.peft import PeftSource, unlike_over_transformers_5, write_peft
 from tandem.checkpoints.adapters.views import Adapted, Merged
+from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_adapters, open_source
+from tandem.checkpoints.hf.sink import HFSink
+from tandem.checkpoints.interface import Companions
 from tandem.errors import UserError
 from tandem.models.adapters import check_dropout
 from tandem.models.lora import Lora
@@ -70,7 +76,10 @@ def test_steps_equal_peft(framework: str, kind: str, tmp_path: Path) -> None:
 def test_a_peft_folder_comes_back_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
     model = peft_model.peft_model(write_model(tmp_path / "hf", CONFIG), **KINDS[kind])
     before = peft_model.saved(model, tmp_path / "before")
-    write_peft(tmp_path / "after", open_adapters(before, open_source(tmp_path / "hf")), str(tmp_path / "hf"))
+    source = open_adapters(before, open_source(tmp_path / "hf"))
+    write_peft(tmp_path / "after", source, str(tmp_path / "hf"))
+    described = summaries_of_folder(before)[1]  # as `tandem inspect` has it, without the model
+    assert sorted(described, key=str) == sorted(summaries_of(source), key=str)
     write_peft(
         tmp_path / "again", open_adapters(tmp_path / "after", open_source(tmp_path / "hf")), str(tmp_path / "hf")
     )
@@ -144,6 +153,35 @@ def test_what_tandem_trains_opens_over_transformers_5(framework: str, tmp_path: 
         )
         loss = sum(peft_model.sum_of_losses(opened(tmp_path / "hf", folder), batch) for batch in steps[0]).item()
         assert engine.evaluate(steps[0])[0] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        (Lora(target_modules=r".*experts\.\d+\.\w+_proj"), None),
+        (Lora(target_modules=r".*experts\.\d+\.down_proj"), None),
+        (Lora(target_modules=r".*experts\.\d+\.(gate|up)_proj"), "without those of down_proj"),
+        (Lora(target_modules=r".*experts\.\d+\.gate_proj"), "both, or none"),
+        (Lora(target_modules=r".*experts\.\d+\.\w+_proj", use_rslora=True), r"sqrt\(2\) more"),
+        (Lora(target_modules="all-linear", rank_pattern=(("up_proj", 2),)), "rank 16 and alpha 32"),
+        (Lora(target_modules="all-linear"), "layers without experts"),
+    ],
+)
+def test_what_peft_does_not_open_as_it_is_is_said(lora: Lora, reason: str | None, tmp_path: Path) -> None:
+    source = toy_weights(dataclasses.replace(CONFIG, lora=lora))
+    weights = {name: source.read(name) for name in tensor_table(CONFIG)}
+    copy(MemorySource(CONFIG, {"model": weights}), HFSink(tmp_path / "hf", CONFIG, "float32", Companions()))
+    write_peft(tmp_path / "peft", source, str(tmp_path / "hf"))
+    tokens = torch.arange(1, 12)[None]
+    merged = Reference(Merged(source)).model(tokens).logits
+    said = unlike_over_transformers_5(source.config)
+    try:
+        same = torch.allclose(opened(tmp_path / "hf", tmp_path / "peft")(tokens).logits, merged, atol=1e-4)
+    except (ValueError, RuntimeError):
+        same = False
+    assert same == (said is None)
+    assert (said is None) == (reason is None)
+    assert reason is None or re.search(reason, said or "")
 
 
 def test_without_adapters_the_weights_alone_compute(framework: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from tandem.backends.interface import Engine, StepResult
-from tandem.checkpoints.interface import Companions, TensorKind, TensorSource
+from tandem.checkpoints.interface import RANDOM, Companions, TensorKind, TensorSource
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig
@@ -19,7 +19,7 @@ from tandem.training.objectives import MeanLoss, RankBatch
 class MemorySource(TensorSource):
     """Global tensors held in memory, by kind and name."""
 
-    location = "memory"
+    location, format = "memory", RANDOM
 
     def __init__(self, config: ModelConfig, tensors: dict[TensorKind, dict[str, np.ndarray]]) -> None:
         self.config = config

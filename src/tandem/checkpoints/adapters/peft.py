@@ -222,6 +222,8 @@ def unlike_over_transformers_5(config: ModelConfig) -> str | None:
         return None
     if len(names & GATE_AND_UP) == 1:
         return "of gate_proj and up_proj it opens both, or none"
+    if names == GATE_AND_UP:
+        return "it does not find those of gate_proj and up_proj without those of down_proj"
     if lora.use_rslora and names & GATE_AND_UP:
         return "with use_rslora it multiplies those of gate_proj and up_proj by sqrt(2) more"
     if any((adapter.rank, adapter.alpha) != (lora.r, lora.lora_alpha) for adapter in of_experts):
