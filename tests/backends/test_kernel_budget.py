@@ -24,10 +24,11 @@ from tandem.backends.torch import passes
 from tandem.backends.torch.compute import sets
 from tandem.backends.torch.compute.fused import Fused
 from tandem.backends.torch.engine import TorchEngine
-from tandem.backends.torch.optimizer import Decision
+from tandem.backends.torch.optimizer import WIDENED, Decision
 from tandem.data.batch import IGNORE, Sample, collate
 from tandem.models.config import ModelConfig
 from tandem.models.published import qwen3_config
+from tandem.models.tensors import parameter_count
 from tandem.training.objectives import MeanLoss, RankBatch
 
 TOKENS = 4096
@@ -230,6 +231,16 @@ def test_nothing_is_read_in_a_step_and_each_micro_batch_is_one_copy(counted: Cou
 def test_a_step_of_0_6b_launches_few_kernels(counted: Counted) -> None:
     kernels = count(counted, shape("0.6B", 28))
     assert sum(kernels.values()) <= 28 * 68 + 60 + 100, kernels  # layers, head and loss, and all the rest
+
+
+def test_moments_in_bf16_add_few_kernels_and_no_reads(counted: Counted) -> None:
+    config = shape("0.6B", 2)
+    narrow = count(counted, config, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+    assert counted.reads == 1
+    groups = parameter_count(config) // WIDENED + 2  # of matrices, and one of vectors
+    # Each group has two copies to fp32, two back, and an update of its own: five kernels with its scalars.
+    added = sum(narrow.values()) - sum(count(counted, config).values())
+    assert 0 < added <= 9 * groups, narrow
 
 
 # --- Ascend, through torch_npu

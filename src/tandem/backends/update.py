@@ -41,5 +41,5 @@ def moments_that_stand_still(settings: AdamSettings) -> Iterator[str]:
         if dtype == "bf16" and 1 - beta < SMALLEST_CHANGE:
             yield (
                 f"{flag} {beta}: a moment in bf16 hardly decays, because rounding takes changes below "
-                f"{SMALLEST_CHANGE:.2%} away; take {1 - 2 * SMALLEST_CHANGE:.2f} or less, or fp32"
+                f"{SMALLEST_CHANGE:.2%} away; take {1 - 2 * SMALLEST_CHANGE:.2f} or less, or fp32 for the moment"
             )

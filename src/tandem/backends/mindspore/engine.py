@@ -60,6 +60,9 @@ class MindSporeEngine(BaseEngine[Tensor]):
         super().__init__(config, settings)
         if notice := self.framework.version_notice():
             self.notices.append(notice)
+        asked = {"--overlap-grad-reduce": settings.overlap_grad_reduce}
+        asked["--overlap-param-gather"] = settings.overlap_param_gather
+        self.notices += [f"{flag}: without effect on MindSpore" for flag, given in asked.items() if given]
         self._kernels = kernels_for(settings.device)
         self.device_name = device_name()
         self.param_dtype = self._choose_dtype(

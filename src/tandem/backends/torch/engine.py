@@ -96,6 +96,10 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         self._sharing.prepare(list(self._weights.values()), training=settings.training)
         if settings.training:
             self._sharing.overlap(parts_of(models))
+            if settings.overlap_param_gather and not self._sharing.by_rows:
+                self.notices.append(
+                    "--overlap-param-gather: without effect, as there is no --use-distributed-optimizer"
+                )
         self._adamw = self._make_adamw() if settings.training else None
 
     def _replicated(self, *, by_rows: bool) -> Sharing:

@@ -155,8 +155,11 @@ def _groups(tensors: Sequence[tuple[torch.Tensor, ...]]) -> Iterator[list[tuple[
 @contextmanager
 def _in_fp32(moments: Sequence[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
     """The same lists of tensors in fp32. What becomes of them is rounded to where they came from."""
-    wide = [[tensor.float() for tensor in tensors] for tensors in moments]
-    yield wide
-    for tensors, results in zip(moments, wide):
-        if tensors[0] is not results[0]:
-            torch._foreach_copy_(tensors, results)
+    narrow = [tensors for tensors in moments if tensors[0].dtype != torch.float32]
+    copies = [[torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors] for tensors in narrow]
+    for wide, tensors in zip(copies, narrow):
+        torch._foreach_copy_(wide, tensors)
+    rest = iter(copies)
+    yield [tensors if tensors[0].dtype == torch.float32 else next(rest) for tensors in moments]
+    for wide, tensors in zip(copies, narrow):
+        torch._foreach_copy_(tensors, wide)
