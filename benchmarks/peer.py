@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,14 +14,26 @@ from tandem.models.hf_config import to_hf
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
 
+OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
 
 class HuggingFaceTrainer:
-    """sdpa attention, the loss that the model computes from labels, clip_grad_norm_ and AdamW(fused=True)."""
+    """sdpa attention, the loss that the model computes from labels, clip_grad_norm_ and AdamW(fused=True).
+
+    Args:
+        experts_implementation: transformers' name of how experts are computed, for a model that has some.
+    """
 
     def __init__(
-        self, source: TensorSource, lr: float, weight_decay: float, clip_grad: float, betas: tuple[float, float]
+        self,
+        source: TensorSource,
+        lr: float,
+        weight_decay: float,
+        clip_grad: float,
+        betas: tuple[float, float],
+        experts_implementation: str = "eager",
     ) -> None:
-        self._model = model_of(source)
+        self._model = model_of(source, experts_implementation)
         self._clip_grad = clip_grad
         parameters = list(self._model.parameters())
         groups = [
@@ -43,13 +56,25 @@ class HuggingFaceTrainer:
         return total
 
 
-def model_of(source: TensorSource) -> torch.nn.Module:
+def model_of(source: TensorSource, experts_implementation: str = "eager") -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(**to_hf(source.config, dtype="float32"))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    ways = {"attn_implementation": "sdpa", "experts_implementation": experts_implementation}
+    model = transformers.AutoModelForCausalLM.from_config(config, **ways, dtype=torch.float32)
     parameters = dict(model.named_parameters())
     weight_map = WeightMap(source.config)
     for name in tensor_table(source.config):
         for part, array in weight_map.to_hf(name, source.read(name)).items():
-            parameters[part].data.copy_(torch.from_numpy(array))
+            _place_of(part, parameters).copy_(torch.from_numpy(np.ascontiguousarray(array)))
     model.train()
     return model
+
+
+def _place_of(name: str, parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+    """Where a tensor of a file is in a model: transformers has all experts of a layer in one, gate above up."""
+    match = OF_EXPERT.fullmatch(name)
+    if match is None:
+        return parameters[name].data
+    stem, expert, kind = match[1], int(match[2]), match[3]
+    if kind == "down":
+        return parameters[f"{stem}.down_proj"].data[expert]
+    return parameters[f"{stem}.gate_up_proj"].data[expert].chunk(2)[kind == "up"]
