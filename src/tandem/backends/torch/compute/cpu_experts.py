@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tandem.backends.torch.compute.cpu import add_product, product, swiglu, swiglu_backward
+from tandem.backends.torch.compute.cpu import FEW_ROWS, add_product, product, swiglu, swiglu_backward
 
 
 def groups(counts: torch.Tensor) -> list[int]:
@@ -32,9 +32,17 @@ def grouped_product(
     for expert, count in enumerate(groups):
         if count:
             part = weight[expert * size : (expert + 1) * size]
-            result[first : first + count] = product(x[first : first + count], part.t() if transposed else part)
+            _multiply(x[first : first + count], part if transposed else part.t(), result[first : first + count])
             first += count
     return result
+
+
+def _multiply(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    """x times w. oneDNN packs w anew for each product, which takes long next to the products of a few hundred rows."""
+    if x.dtype == torch.float32 and len(x) <= FEW_ROWS:
+        out.copy_(product(x, w.t()))
+    else:
+        torch.mm(x, w, out=out)
 
 
 def add_grouped_product(
@@ -43,8 +51,11 @@ def add_grouped_product(
     """Add each expert's gradient^T x to its part of target [E o, i]; `first` overwrites. gradient [n, o], x [n, i]."""
     row = 0
     for block, count in zip(target.chunk(len(groups)), groups):
-        if count:
-            add_product(block, first, gradient[row : row + count], x[row : row + count], 1.0)
+        rows = slice(row, row + count)
+        if count and x.dtype == torch.float32:  # in place: with few rows, a copy takes as long as the product
+            torch.addmm(block, gradient[rows].t(), x[rows], beta=0.0 if first else 1.0, out=block)
+        elif count:
+            add_product(block, first, gradient[rows], x[rows], 1.0)
         elif first:
             block.zero_()
         row += count
