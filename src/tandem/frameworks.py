@@ -33,6 +33,8 @@ class Framework:
             logits and their gradient in the weights' dtype, or two tensors in fp32.
         adds_gradients_in_place: new gradients of a weight are added to the old ones directly, without a new tensor.
         narrow_moments: can keep Adam's moments in bfloat16.
+        few_shapes: environment variables with which it keeps kernels for a few shapes only, read when it is imported.
+            Each number of tokens has shapes of its own, and answers come to thousands.
         device_plugin: how to fix it when the framework does not see Ascend devices.
     """
 
@@ -48,6 +50,12 @@ class Framework:
     adds_gradients_in_place: bool
     narrow_moments: bool
     device_plugin: str
+    few_shapes: tuple[tuple[str, str], ...] = ()
+
+    def keep_few_shapes(self) -> None:
+        """Let it keep little for shapes that came once, unless the user's environment says how much."""
+        for name, value in self.few_shapes:
+            os.environ.setdefault(name, value)
 
     @property
     def is_installed(self) -> bool:
@@ -115,6 +123,7 @@ TORCH = Framework(
     adds_gradients_in_place=True,
     narrow_moments=True,
     device_plugin="pip install torch_npu",
+    few_shapes=(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16"), ("LRU_CACHE_CAPACITY", "16")),
 )
 MINDSPORE = Framework(
     name="mindspore",

@@ -25,6 +25,7 @@ from tandem.inference.sampling import Sampling
 from tandem.inference.scheduler import Request, Scheduler
 from tandem.models.config import ModelConfig
 from toys import TOYS
+from workspace import Workspace
 
 PROMPTS = [[5, 9, 3], [17], list(range(100, 140)), [8, 8, 8, 8, 8, 8, 8], [200, 1]]
 
@@ -229,3 +230,31 @@ def test_answers_take_no_more_memory(tied: Path, framework: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 4_000
+
+
+# Prompts of many lengths, and the bytes of the process.
+LENGTHS = """
+import sys
+import tandem
+from tandem.inference.sampling import Sampling
+from tandem.inference.scheduler import Scheduler
+
+model = tandem.load(sys.argv[2], ai_framework=sys.argv[1])
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+with Scheduler(model.engine, 1, room=500) as scheduler:
+    for length in range(1, 161):
+        if length == 41:
+            before = resident()
+        scheduler.submit([length % 7 + 1] * length, Sampling(max_new_tokens=1), ())
+        scheduler.run()
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow("jobs")
+def test_new_lengths_take_no_more_memory(workspace: Workspace, framework: str) -> None:
+    """PyTorch on CPU would keep 2.5 MB for each."""
+    words = [sys.executable, "-c", LENGTHS, framework, str(workspace.hf)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 120 * 100_000

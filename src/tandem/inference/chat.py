@@ -16,6 +16,7 @@ from tandem.data.templates.catalog import get_template, template_from_entry
 from tandem.data.templates.messages import Message, Template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.frameworks import check_framework
 from tandem.inference.conversation import Prompter
 from tandem.inference.defaults import Defaults, SamplingOptions
 from tandem.inference.options import LoadOptions
@@ -144,6 +145,7 @@ def open_model(options: LoadOptions) -> Model:
     defaults = Defaults.of(source.companions)
     world = World.from_environment()
     grid = Grid(options.layout.balanced(source.config.num_layers), world.size)
+    check_framework(options.ai_framework).keep_few_shapes()
     communicator = connect(options.ai_framework, world, options.device, WAIT_MINUTES)
     settings = EngineSettings(
         training=False, device=options.device, bf16=options.bf16, fp16=options.fp16, grid=grid, rank=world.rank
