@@ -104,8 +104,8 @@ class Session(Protocol):
 
     Attributes:
         leads: whether this rank leads.
-        room: how many tokens all sequences together may have.
-        free: how many of them no sequence has reserved.
+        room: how many tokens all sequences together may have; where data ranks share experts, those of each.
+        free: how many of them no sequence has reserved; where data ranks share experts, on the one with most.
     """
 
     room: int

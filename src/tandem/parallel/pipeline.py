@@ -57,6 +57,14 @@ def _position(step: int, stages: int, chunks: int) -> tuple[int, int]:
     return within // stages, round_ * stages + within % stages
 
 
+def most_on_the_way(stages: int) -> int:
+    """How many activations, or gradients, a stage can have sent that have not arrived, at most.
+
+    It goes on only with what depends on those before. The test runs every schedule with receivers as late as possible.
+    """
+    return 2 * stages
+
+
 @dataclass(frozen=True)
 class Link:
     """Where a chunk's output goes, or its input comes from: another stage's chunk."""
