@@ -135,7 +135,8 @@ def not_implemented(model: ModelSettings, parallel: ParallelSettings, data: Data
 def _wrong_dropout(model: ModelSettings) -> Iterator[str]:
     for name in ("attention_dropout", "hidden_dropout"):
         if value := getattr(model, name):
-            yield f"--{name.replace('_', '-')} {value}: only 0 is supported"
+            flag = f"--{name.replace('_', '-')}"
+            yield f"{flag} {value}: only 0 is supported, as no layer drops anything here; give {flag} 0"
 
 
 def _wrong_length(training: TrainingSettings, optimizer: OptimizerSettings) -> Iterator[str]:
