@@ -23,13 +23,13 @@ CHOSEN = [
     name
     for name in ACCEPTED
     if (parallel := settings_of(name)[0].parallel).num_layers_per_virtual_pipeline_stage
-    or parallel.expert_model_parallel_size > 1
+    or qwen3_config(size_of(name)).experts is not None
 ]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict[str, str]:
-    """Prefixes of a long text and of a few questions, also packed."""
+    """Prefixes of a long text and of a few questions, also packed, and with two answers each."""
     root, tokenizer = tmp_path_factory.mktemp("data"), str(shared_data / "qwen3-0.6b")
     with (shared_data / "text/free.jsonl").open(encoding="utf-8") as lines:
         long_text = " ".join(json.loads(line)["text"] for line in islice(lines, 50))
@@ -43,12 +43,20 @@ def data(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict[st
         chat, str(root / "packed"), tokenizer, prompt_type="qwen3", pack=True, neat_pack=True, seq_length=4096
     )
     preprocess(packed)
-    names = {"pretrain": "text_text_document", "tune": "chat", "pack": "packed"}
+    pairs = [
+        {"instruction": one["instruction"], "input": "", "chosen": one["output"], "rejected": "?"}
+        for one in questions[:20]
+    ]
+    (root / "two_answers.json").write_text(json.dumps(pairs), encoding="utf-8")
+    preprocess(
+        PreprocessOptions((str(root / "two_answers.json"),), str(root / "pairs"), tokenizer, prompt_type="qwen3")
+    )
+    names = {"pretrain": "text_text_document", "dpo": "pairs", "pack": "packed", "tune": "chat"}
     return {kind: str(root / name) for kind, name in names.items()}
 
 
 def test_how_many_are_chosen() -> None:
-    assert len(CHOSEN) == 15
+    assert len(CHOSEN) == 17
 
 
 @pytest.mark.slow("sizes")
@@ -67,7 +75,7 @@ def test_it_could_start(
     (tmp_path / "config.json").write_text(json.dumps(to_hf(qwen3_config(size_of(name)))), encoding="utf-8")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).symlink_to(shared_data / "qwen3-0.6b" / file)
-    kind = next(kind for kind in ("pretrain", "pack", "tune") if kind in name)
+    kind = next(kind for kind in data if kind in name)
     ours = ["--init", "random", "--dry-run", "--device", "npu", "--ai-framework", framework]
     paths = ["--tokenizer-name-or-path", str(tmp_path), "--data-path", data[kind], "--save", str(tmp_path / "run")]
     assert main([PROGRAMS[program], *words, *paths, *ours]) == 0
