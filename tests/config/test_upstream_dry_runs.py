@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from test_upstream_scripts import ACCEPTED, PROGRAMS, SCRIPTS, settings_of, size_of
+from test_upstream_scripts import ACCEPTED, PROGRAMS, SCRIPTS, size_of
 
 from frameworks import require_framework
 from tandem.__main__ import main
@@ -19,12 +19,8 @@ from tandem.models.hf_config import to_hf
 from tandem.models.published import qwen3_config
 
 Usage = namedtuple("Usage", "total used free")
-CHOSEN = [
-    name
-    for name in ACCEPTED
-    if (parallel := settings_of(name)[0].parallel).num_layers_per_virtual_pipeline_stage
-    or qwen3_config(size_of(name)).experts is not None
-]
+FLAGS = {"--num-experts", "--num-layers-per-virtual-pipeline-stage"}
+CHOSEN = [name for name in ACCEPTED if FLAGS.intersection(SCRIPTS[name])]
 
 
 @pytest.fixture(scope="module")
