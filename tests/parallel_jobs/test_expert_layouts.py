@@ -52,7 +52,7 @@ ADAPTED = {
         moe(adapters="shared A", tp=2, packed=True),
         moe(adapters="shared A", tp=2, etp=1, packed=True, use_distributed_optimizer=True),
         moe(adapters="lora", tp=2, ep=2, etp=1, packed=True, sequence_parallel=True, recompute_layers=2),
-        moe(adapters="lora", pp=2, packed=True),
+        moe(adapters="lora", pp=2, vpp=1, packed=True),
     ],
     4: [
         moe(adapters="lora", tp=2, dp=2, ep=2, packed=True, sequence_parallel=True, use_distributed_optimizer=True),
@@ -63,7 +63,6 @@ ADAPTED = {
 ADAPTED_OF_PYTORCH = [
     moe(adapters="lora", dp=2, use_torch_fsdp2=True, packed=True, idle=True),
     moe(adapters="lora", dp=2, ep=2, packed=True, fp16=True),
-    moe(adapters="lora", pp=2, vpp=1, packed=True),
 ]
 
 
