@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
@@ -111,10 +111,12 @@ def adapters(config: ModelConfig, layer: int) -> list[Adapter]:
     Raises:
         UserError: a weight would get two adapters for the same rows, or experts would get different ones.
     """
-    lora = config.lora
-    if lora is None:
-        return []
-    found = []
+    return [] if config.lora is None else list(_adapters(config, config.lora, layer))
+
+
+@lru_cache(maxsize=4096)  # of hundreds of experts, each is asked for its settings
+def _adapters(config: ModelConfig, lora: Lora, layer: int) -> tuple[Adapter, ...]:
+    found: list[Adapter] = []
     for row in (row for row in config.layer_rows(layer) if row.mcore in ADAPTABLE):
         of_row = [*_of_modules(lora, layer, row), *_of_weight(lora, layer, row), *_of_parameter(lora, layer, row)]
         if len(of_row) > 1 and any(adapter.part is None or adapter.is_parameter for adapter in of_row):
@@ -128,7 +130,7 @@ def adapters(config: ModelConfig, layer: int) -> list[Adapter]:
                 f"leave it out, or take other modules"
             )
         found += of_row
-    return found
+    return tuple(found)
 
 
 def check_dropout(config: ModelConfig) -> None:
