@@ -186,7 +186,7 @@ def test_interleaving_does_not_depend_on_being_interrupted(folder: Path, monkeyp
         ("three", {}, r"no dataset 'three'; the file has \['both', 'few', 'hub', "),
         (",", {}, "--input names no dataset"),
         ("hub", {}, "dataset 'hub': file_name is missing, and only local files are read"),
-        ("pairs", {}, r"one\.jsonl:1: field 'rejected' \(map_keys 'rejected'\) is missing"),
+        ("pairs", {}, r"one\.jsonl:1: field 'rejected' \(--map-keys 'rejected'\) is missing"),
         (
             "one,pairs",
             {},
