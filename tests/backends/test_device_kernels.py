@@ -64,6 +64,7 @@ def test_npu_kernels_give_the_cpus_gradients(
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close_gradients(gradients, expected, rtol=1e-5)
     assert fake.calls["npu_fusion_attention"] == len(batches) * source.config.num_layers
+    assert fake.calls["npu_swiglu_backward"] == len(batches) * source.config.num_layers  # of MLPs and of experts
 
 
 def test_an_optimizer_that_ignores_scales_still_clips(

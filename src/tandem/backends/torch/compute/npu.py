@@ -58,6 +58,19 @@ def swiglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return _operators().npu_swiglu_backward(gradient, x, dim=-1)
 
 
+def weighted_swiglu(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return (swiglu(x) * factors).to(x.dtype)
+
+
+def weighted_swiglu_backward(
+    gradient: torch.Tensor, x: torch.Tensor, factors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    active = swiglu(x)
+    d_factors = (gradient * active).sum(1, keepdim=True, dtype=torch.float32)
+    dx = swiglu_backward((gradient * factors).to(x.dtype), x)
+    return dx, d_factors, (active * factors).to(x.dtype)
+
+
 def rotary_heads(
     qkv: torch.Tensor,
     q_weight: torch.Tensor | None,
