@@ -78,7 +78,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         )
         by_rows = self._data.by_rows or self._copies.by_rows
         self.by_rows = ByRows(weights=False, gradients=False, optimizer_state=by_rows)
-        self._tensor = make_tensor_parallel(
+        self._tensor = _tensor_parallel_of(
             settings, self._groups, self._vocabulary_rows(0), self._vocabulary_rows(self._place.tensor)
         )
         self._weights = {
@@ -305,7 +305,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return int(ms.runtime.max_memory_allocated())
 
 
-def make_tensor_parallel(
+def _tensor_parallel_of(
     settings: EngineSettings, groups: Groups, vocabulary_rows: int, own_rows: int
 ) -> TensorParallel:
     ranks = groups.tensor
