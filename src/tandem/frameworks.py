@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tandem.errors import UserError, nearest
 
 FIRST_TRANSFORMERS = (4, 51)  # the first version that has Qwen3
+GRADIENT_PIECE = 2**20  # numbers of a weight's gradient that PyTorch's backend forms at a time, on a CPU
 ANY_VERSION = "TANDEM_ANY_VERSION"  # environment variable: accept versions that Tandem was not tested with
 
 

@@ -19,10 +19,13 @@ import numpy as np
 class DType(NamedTuple):
     name: str
     kind: str
+    size: int
 
 
-float32, float16, bfloat16 = (DType(name, "f") for name in ("float32", "float16", "bfloat16"))
-int32, int64, uint8, bool_ = (DType(name, "i") for name in ("int32", "int64", "uint8", "bool"))
+float32, float16, bfloat16 = DType("float32", "f", 4), DType("float16", "f", 2), DType("bfloat16", "f", 2)
+int32, int64 = DType("int32", "i", 4), DType("int64", "i", 8)
+uint8, bool_ = DType("uint8", "i", 1), DType("bool", "i", 1)
+PRODUCTS = ("matmul", "FlashAttentionScore", "FlashAttentionScoreGrad", "grouped_matmul")
 DTYPES = {dtype.name: dtype for dtype in (float32, float16, bfloat16, int32, int64, uint8, bool_)}
 HALF = (float16, bfloat16)
 MASK = (2048, 2048)
@@ -37,6 +40,7 @@ class Record:
         documents: of each call of flash attention.
         copies, reads: to the device, and from it.
         memoryless: tensors have shapes alone.
+        moved: bytes that kernels read and write, except products and attention.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
@@ -44,10 +48,15 @@ class Record:
     copies: int = 0
     reads: int = 0
     memoryless: bool = False
+    moved: int = 0
 
     def clear(self) -> None:
         self.kernels.clear(), self.documents.clear()
-        self.copies = self.reads = 0
+        self.copies = self.reads = self.moved = 0
+
+    def move(self, name: str, *tensors: Tensor) -> None:
+        if name not in PRODUCTS:
+            self.moved += sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in tensors)
 
 
 RECORD = Record()
@@ -65,7 +74,9 @@ def made(
         )
         assert values.shape == tuple(shape), (name, values.shape, shape)
         values = values if values.flags.owndata and values.flags.writeable else values.copy()
-    return Tensor._of(values, tuple(shape), dtype)
+    result = Tensor._of(values, tuple(shape), dtype)
+    RECORD.move(name, *inputs, result)
+    return result
 
 
 class Tensor:
@@ -497,6 +508,7 @@ class AdamW:
         assert {tensor.dtype for tensor in (var, m, v, gradient)} == {float32}
         assert var.shape == m.shape == v.shape == gradient.shape
         RECORD.kernels["AdamW"] += 1
+        RECORD.move("AdamW", var, m, v, gradient, var, m, v)
         if var.values is None:
             return
         number = float(step.values[0]) + 1

@@ -17,6 +17,7 @@ from typing import Any
 import fake_mindspore
 import numpy as np
 import pytest
+from counted_steps import check
 from toy_work import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
 from frameworks import require_framework
@@ -27,6 +28,7 @@ from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
 from tandem.models.config import ModelConfig
 from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
+from tandem.planning.counted import COUNTED
 from tandem.training.objectives import MeanLoss, RankBatch
 from toys import TOYS
 
@@ -144,11 +146,15 @@ def step(engine: Any, lengths: tuple[int, ...], micro_batches: int = 1) -> None:
 
 
 def count(
-    record: fake_mindspore.Record, config: ModelConfig, lengths: tuple[int, ...] = (TOKENS,), micro_batches: int = 1
+    record: fake_mindspore.Record,
+    config: ModelConfig,
+    lengths: tuple[int, ...] = (TOKENS,),
+    micro_batches: int = 1,
+    **settings: Any,
 ) -> Counter[str]:
     """Operators of a step after the first one, in which tables are made. Tensors have no memory."""
     record.memoryless = True
-    engine = create(config, bf16=True)
+    engine = create(config, bf16=True, **settings)
     step(engine, lengths)
     record.clear()
     step(engine, lengths, micro_batches)
@@ -233,3 +239,12 @@ def test_the_stand_ins_functions_are_in_mint(name: str) -> None:
     for part in name.split("."):
         found = getattr(found, part)
     assert callable(found)
+
+
+@pytest.mark.parametrize("size", ["0.6B", "8B"])
+def test_a_plan_knows_the_counts(size: str, ascend: fake_mindspore.Record) -> None:
+    def counts(size: str, layers: int, tokens: int, micro_batches: int, again: int) -> tuple[int, int]:
+        kernels = count(ascend, shape(size, layers), (tokens,), micro_batches, recompute_layers=again)
+        return sum(kernels.values()), ascend.moved
+
+    check(COUNTED["mindspore", "ascend"], size, counts, "mindspore")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counted_steps import check
 from device_toys import FakeNpu, copy_at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +30,7 @@ from tandem.data.batch import IGNORE, Sample, collate
 from tandem.models.config import ModelConfig
 from tandem.models.published import qwen3_config
 from tandem.models.tensors import parameter_count
+from tandem.planning.counted import COUNTED
 from tandem.training.objectives import MeanLoss, RankBatch
 
 TOKENS = 4096
@@ -41,6 +43,11 @@ FREE = set(
 )
 
 
+PRODUCTS = set(
+    """mm addmm bmm _flash_attention_forward _flash_attention_backward npu_fusion_attention""".split()  # noqa: SIM905
+)
+
+
 class Counted(TorchDispatchMode):
     """Counts what PyTorch is asked to do.
 
@@ -49,13 +56,14 @@ class Counted(TorchDispatchMode):
         copies: from the host, by whether the host waits.
         reads: by the host.
         doubles: kernels that have to do with float64.
+        moved: bytes that kernels read and write, except products and attention.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
-        self.reads = self.doubles = 0
+        self.reads = self.doubles = self.moved = 0
         self.in_fused = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +88,13 @@ class Counted(TorchDispatchMode):
         if any(tensor.device == META for tensor in touched):
             self.kernels[name] += 1
             self.doubles += any(tensor.dtype == torch.float64 for tensor in touched)
+            self.move(name, *touched)
         return result
+
+    def move(self, name: str, *values: Any) -> None:
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if name not in PRODUCTS:
+            self.moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @pytest.fixture
@@ -92,9 +106,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
         mode.kernels[self.function.__name__] += self.kernels
         mode.in_fused = True
         try:
-            return self.function(*arguments)
+            results = self.function(*arguments)
         finally:
             mode.in_fused = False
+        mode.move("fused", *arguments, *(results if isinstance(results, tuple) else (results,)))
+        return results
 
     def read(decision: Decision) -> StepResult:
         mode.reads += 1
@@ -118,9 +134,11 @@ def counted_npu(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> Counted:
             counted.kernels[name] += 1
             counted.in_fused = True
             try:
-                return operator(*arguments, **named)
+                results = operator(*arguments, **named)
             finally:
                 counted.in_fused = False
+            counted.move(name, *arguments, *(results if isinstance(results, tuple) else (results,)))
+            return results
 
         return call
 
@@ -174,7 +192,7 @@ def count(
     engine = engine_module.create(config, EngineSettings(bf16=True, **settings))
     step(engine, lengths)
     counted.kernels.clear(), counted.copies.clear()
-    counted.reads = 0
+    counted.reads = counted.doubles = counted.moved = 0
     with counted:
         step(engine, lengths, micro_batches)
     return Counter(counted.kernels)
@@ -268,3 +286,16 @@ def test_a_step_of_torch_npu_waits_once_and_needs_no_float64(counted_npu: Counte
     assert counted_npu.reads == 1  # before the update, which cannot skip itself
     assert counted_npu.copies == {"the host goes on": 3}
     assert counted_npu.doubles == 0
+
+
+@pytest.mark.slow("jobs")
+@pytest.mark.parametrize("size", ["0.6B", "8B"])
+@pytest.mark.parametrize("maker", ["nvidia", "ascend"])
+def test_a_plan_knows_the_counts(maker: str, size: str, request: pytest.FixtureRequest) -> None:
+    mode: Counted = request.getfixturevalue({"nvidia": "counted", "ascend": "counted_npu"}[maker])
+
+    def counts(size: str, layers: int, tokens: int, micro_batches: int, again: int) -> tuple[int, int]:
+        kernels = count(mode, shape(size, layers), (tokens,), micro_batches, recompute_layers=again)
+        return sum(kernels.values()), mode.moved
+
+    check(COUNTED["torch", maker], size, counts, "torch")

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.bench import run
 from tandem.bench.options import BenchOptions
@@ -75,6 +77,26 @@ def test_no_other_file_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "mine.html").read_text() == "my own page"
 
 
+def test_kernels_copies_and_waits_are_counted() -> None:
+    require_framework("torch")
+    from torch.autograd import DeviceType
+
+    from tandem.backends.torch.profiling import count
+
+    def event(name: str, device: DeviceType = DeviceType.CPU, parent: SimpleNamespace | None = None) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, cpu_parent=parent)
+
+    outer = event("aten::linear")
+    events = [
+        *(outer, event("aten::mm", parent=outer), event("_Linear"), event("aten::add")),
+        *(event("cudaLaunchKernel"), event("cudaStreamSynchronize"), event("cudaDeviceSynchronize")),
+        *(event("sm90_gemm", DeviceType.CUDA), event("triton_red_fused", DeviceType.CUDA)),
+        *(event("Memcpy HtoD (Pinned -> Device)", DeviceType.CUDA), event("Memset (Device)", DeviceType.CUDA)),
+    ]
+    assert count(events, on_device=True) == {"kernels": 2, "copies to the device": 1, "waits": 2}
+    assert count(events, on_device=False) == {"operators": 2}  # linear and add
+
+
 WITHOUT_PACKAGES = """
 import sys
 
@@ -112,3 +134,5 @@ def test_all_stages_on_the_cpu(framework: str, tmp_path: Path, capsys: pytest.Ca
     assert stages["clipping"]["skips"] is True
     assert stages["transformers"]["the same in fp32"] is True
     assert stages["0.6B, packed"]["tokens/s"] > 0
+    assert stages["0.6B, profile"]["operators"] > 10
+    assert stages["0.6B, profile"]["planned kernels"] > 10

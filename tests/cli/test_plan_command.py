@@ -56,7 +56,7 @@ def test_nothing_is_cut_at_80_columns(
 
 
 @pytest.mark.parametrize(
-    ("size", "hardware", "precision", "fully_sharded"), [("4B", "a3", "fp16", False), ("32B", "h100", "bf16", True)]
+    ("size", "hardware", "precision", "fully_sharded"), [("0.6B", "a3", "fp16", False), ("32B", "h100", "bf16", True)]
 )
 def test_suggestions_end_in_a_command_that_works(
     size: str, hardware: str, precision: str, fully_sharded: bool, capsys: pytest.CaptureFixture[str]

@@ -23,7 +23,7 @@ from tandem.moments import MomentSettings
 from tandem.parallel.layout import Layout
 from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
-from tandem.planning.memory import PIECE, Gathered, layer_activations, stage_memories
+from tandem.planning.memory import Gathered, layer_activations, stage_memories
 from toys import TOYS, toy_config
 
 CPU = HARDWARE["cpu"]
@@ -107,13 +107,6 @@ def test_recomputed_layers_keep_their_input() -> None:
     (memory,) = stage_memories(job, CPU)
     residual = 100 * config.hidden_size * 4
     assert memory.activations == 3 * residual + layer_activations(job) + residual + 2 * residual
-
-
-def test_constants_are_the_backends() -> None:
-    require_framework("torch")
-    from tandem.backends.torch.compute import cpu
-
-    assert PIECE == cpu.PIECE
 
 
 @pytest.mark.parametrize(

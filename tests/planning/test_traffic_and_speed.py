@@ -10,8 +10,10 @@ from tandem.errors import UserError
 from tandem.models.flops import training_flops
 from tandem.models.tensors import parameter_count
 from tandem.parallel.layout import Layout
+from tandem.planning.counted import COUNTED
 from tandem.planning.hardware import GB, HARDWARE
 from tandem.planning.job import Job
+from tandem.planning.memory import layer_activations
 from tandem.planning.speed import bubble_share, estimate
 from tandem.planning.traffic import stage_traffic
 from toys import toy_config
@@ -84,13 +86,36 @@ def test_bubble() -> None:
 
 
 def test_speed_of_one_device_is_bounded_by_its_peak() -> None:
-    hardware = dataclasses.replace(HARDWARE["h100"], memory_bandwidth=1e30, efficiency=0.5)
+    hardware = dataclasses.replace(HARDWARE["h100"], memory_bandwidth=1e30, efficiency=0.5, launch_seconds=0)
     speed = estimate(Job(config=CONFIG, half=True, global_batch_size=2, seq_length=512), hardware)
     flops = 2 * training_flops(CONFIG, [512])
     assert speed.step == pytest.approx(flops / (0.5 * hardware.half_flops))
     assert speed.mfu == pytest.approx(0.5)
     recomputed = estimate(Job(config=CONFIG, half=True, seq_length=512, recompute_layers=4), hardware)
     assert 0.5 * 3 / 4 < recomputed.mfu < 0.5  # a fourth pass, but not of the head
+
+
+def test_a_step_takes_at_least_as_long_as_its_launches() -> None:
+    """Kernels of one 4-layer stage, by hand: layers, recomputed ones, chunks of the loss, and the rest."""
+    hardware = dataclasses.replace(HARDWARE["h100"], memory_bandwidth=1e30, half_flops=1e30, launch_seconds=1e-3)
+    counts = COUNTED["torch", "nvidia"]
+    job = Job(config=CONFIG, half=True, global_batch_size=3, seq_length=512, recompute_layers=2)
+    speed = estimate(job, hardware)
+    kernels = 3 * (4 * counts.layer + 2 * counts.again + counts.chunk + counts.micro_batch)
+    assert speed.compute == pytest.approx(1e-3 * kernels)
+    assert speed.optimizer == pytest.approx(1e-3 * (4 * counts.update + counts.step))
+    slower = estimate(dataclasses.replace(job, ai_framework="mindspore"), dataclasses.replace(hardware, maker="ascend"))
+    assert slower.compute > speed.compute
+
+
+def test_a_step_moves_what_was_counted() -> None:
+    hardware = dataclasses.replace(HARDWARE["910b"], half_flops=1e30, launch_seconds=0)
+    counts = COUNTED["torch", "ascend"]
+    job = Job(config=CONFIG, half=True, global_batch_size=2, seq_length=512)
+    weights = parameter_count(CONFIG) - 211 * 48 - 48  # those in layers
+    moved = 4 * counts.passes * layer_activations(job) + counts.gradient_bytes * weights
+    moved += (counts.logit_bytes * 512 + counts.head_bytes * CONFIG.hidden_size) * CONFIG.vocab_size
+    assert estimate(job, hardware).compute == pytest.approx(2 * moved / hardware.memory_bandwidth)
 
 
 def test_bandwidth_of_groups() -> None:

@@ -320,3 +320,7 @@ class Profiler(Protocol):
     def stop(self) -> tuple[dict[str, float], str]:
         """Stop profiling. Returns seconds by module, and the path of the framework's trace."""
         ...
+
+    def counts(self) -> dict[str, int]:
+        """After `stop`: what was launched, and how often the host waited for the device, by name."""
+        ...

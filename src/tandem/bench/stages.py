@@ -19,12 +19,14 @@ from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import IGNORE, MicroBatch, Sample, collate
+from tandem.frameworks import TORCH
 from tandem.models.config import ModelConfig
 from tandem.models.flops import training_flops
 from tandem.models.published import qwen3_config
 from tandem.planning.hardware import HARDWARE, peak_flops
 from tandem.planning.job import Job
 from tandem.planning.memory import peak_memory
+from tandem.planning.speed import kernels
 from tandem.training.objectives import MeanLoss, RankBatch
 
 Figures = dict[str, Any]
@@ -193,7 +195,7 @@ def _planned(options: BenchOptions, config: ModelConfig, samples: int, engine: E
 
 
 def profiled(options: BenchOptions, size: str) -> Figures:
-    """Where the time of one step goes."""
+    """What one step launches, how often the host waits, and where the time goes."""
     config = _config(options, size)
     engine = engine_of(options, config, device=options.device, bf16=options.bf16)
     batches = [batch_of(config, (options.seq_length,))]
@@ -203,7 +205,14 @@ def profiled(options: BenchOptions, size: str) -> Figures:
         profiler = start_profiler(options.ai_framework, Path(folder))
         engine.train_step(batches, weights_of(batches), 1e-5, 0.1)
         seconds, _ = profiler.stop()
-    return {"seconds by module": dict(sorted(seconds.items(), key=lambda item: -item[1]))}
+    ordered = dict(sorted(seconds.items(), key=lambda item: -item[1]))
+    return {**profiler.counts(), "planned kernels": _planned_kernels(options, config), "seconds by module": ordered}
+
+
+def _planned_kernels(options: BenchOptions, config: ModelConfig) -> int:
+    """What a plan expects an NVIDIA device to launch, or, with MindSpore, an Ascend."""
+    job = Job(config=config, seq_length=options.seq_length, half=True, ai_framework=options.ai_framework)
+    return sum(kernels(job, HARDWARE["h100" if job.framework is TORCH else "910b"]))
 
 
 def _config(options: BenchOptions, size: str) -> ModelConfig:
@@ -226,7 +235,7 @@ def stages(options: BenchOptions) -> list[Stage]:
         made.append(
             _of_size(f"{size}, packed", f"{options.documents} documents in a row, of new lengths", packed, size)
         )
-        made.append(_of_size(f"{size}, profile", "where the time goes", profiled, size))
+        made.append(_of_size(f"{size}, profile", "kernels, waits, and where the time goes", profiled, size))
     return made
 
 

@@ -62,7 +62,8 @@ def run(argv: Sequence[str]) -> None:
     else:
         show_suggestions(console, options, planned)
     console.print(
-        f"Assumed: products and attention run at {planned.hardware.efficiency:.0%} of the peak; {ASSUMPTIONS}."
+        f"Assumed: products and attention run at {planned.hardware.efficiency:.0%} of the peak; "
+        f"the host launches a kernel in {planned.hardware.launch_seconds * 1e6:.0f} microseconds; {ASSUMPTIONS}."
     )
     console.print(f"Figures of {options.hardware}: {planned.hardware.source}.")
 

@@ -18,7 +18,8 @@ class Hardware:
         usable: share of it that a plan may fill; the rest is for the framework's context, communication buffers and
             fragmentation. Assumed, not measured.
         retained: freed bytes that the allocator keeps.
-        is_cpu: kernels are the CPU's, which form logits and weight gradients in small pieces.
+        maker: whose kernels it runs: "nvidia", "ascend" or "cpu".
+        launch_seconds: what the host takes to launch a kernel. Assumed, not measured.
         half_flops, fp32_flops: peak FLOP/s of dense matrix products, in bf16 or fp16, and in fp32; `half_flops` is None
             where half precision is no faster.
         efficiency: share of the peak that matrix products and attention reach. Assumed.
@@ -33,7 +34,8 @@ class Hardware:
     memory: float
     usable: float = 0.9
     retained: float = 0
-    is_cpu: bool = False
+    maker: str = "nvidia"
+    launch_seconds: float = 8e-6
     half_flops: float | None = None
     fp32_flops: float
     efficiency: float = 0.6
@@ -43,6 +45,11 @@ class Hardware:
     mesh: bool = False
     network_bandwidth: float
     source: str
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether kernels are the CPU's, which form logits and weight gradients in small pieces."""
+        return self.maker == "cpu"
 
     @property
     def capacity(self) -> float:
@@ -85,14 +92,13 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     989.4
     """
     parts = [part for part in DEVICE_NAMES if part in device_name]
-    if not parts:
-        return None
-    return HARDWARE[DEVICE_NAMES[max(parts, key=len)]].flops(half=dtype != "float32")
+    key = DEVICE_NAMES[max(parts, key=len)] if parts else None
+    return None if key is None else HARDWARE[key].flops(half=dtype != "float32")
 
 
-# Part of a framework's device name -> key of HARDWARE; the longest part that fits counts. A CPU's peak depends on its
-# cores.
-DEVICE_NAMES = {
+# Part of a framework's device name -> key of HARDWARE, or None for a device with another peak than a shorter part says.
+# The longest part that fits counts. A CPU's peak depends on its cores.
+DEVICE_NAMES: dict[str, str | None] = {
     "H100 80GB HBM3": "h100",
     "H100 PCIe": "h100-pcie",
     "H100 NVL": "h100-nvl",
@@ -103,8 +109,13 @@ DEVICE_NAMES = {
     "A100-SXM4-40GB": "a100",
     "A100-PCIE-40GB": "a100",
     "A100 80GB PCIe": "a100",
+    "H800": "h100",  # as H100 and A100, with slower links
+    "A800": "a100",
     "B200": "b200",
+    "GB200": None,
     "RTX 4090": "rtx4090",
+    "RTX 4090 D": None,
+    "RTX 4090 Laptop": None,
     "Ascend910B1": "910b1",
     "Ascend910B2": "910b",
     "Ascend910B3": "910b3",
@@ -113,6 +124,8 @@ DEVICE_NAMES = {
 }
 
 _910B2 = Hardware(
+    maker="ascend",
+    launch_seconds=15e-6,
     memory=64 * GIB,
     half_flops=376 * TERA,
     fp32_flops=94 * TERA,
@@ -229,6 +242,8 @@ HARDWARE = {
         source="as 910b, with 280 TFLOP/s in fp16 and 32 GB as commonly reported; no document of the maker was at hand",
     ),
     "a3": Hardware(
+        maker="ascend",
+        launch_seconds=15e-6,
         memory=64 * GIB,
         half_flops=376 * TERA,
         fp32_flops=94 * TERA,
@@ -242,7 +257,8 @@ HARDWARE = {
     "cpu": Hardware(
         memory=24 * GIB,
         retained=64 * 2**20,
-        is_cpu=True,
+        maker="cpu",
+        launch_seconds=0,
         fp32_flops=0.46 * TERA,
         memory_bandwidth=40 * GB,
         devices_per_node=1,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+from tandem.frameworks import GRADIENT_PIECE
 from tandem.models.config import ModelConfig
 from tandem.models.families import ROUTER
 from tandem.models.tensors import is_trained, tensor_table
@@ -20,9 +21,6 @@ from tandem.parallel.layout import Layout, even_rows, shards
 from tandem.parallel.pipeline import one_forward_one_backward
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
-
-# Numbers of a weight gradient that PyTorch forms at a time: `PIECE` of `backends/torch/compute/cpu.py`.
-PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -239,16 +237,30 @@ def _adapter_activations(config: ModelConfig) -> int:
     return kept // layers
 
 
+def loss_chunks(job: Job, hardware: Hardware) -> int:
+    """Chunks of rows in the loss of a micro-batch."""
+    return -(-job.tokens // _chunk_rows(job, hardware))
+
+
+def _chunk_rows(job: Job, hardware: Hardware) -> int:
+    framework = job.framework
+    most = framework.logits_chunk_bytes if hardware.is_cpu else framework.device_logits_chunk_bytes
+    return max(1, most // (4 * _vocabulary(job)))
+
+
+def _vocabulary(job: Job) -> int:
+    """Rows of the head on the first tensor rank."""
+    return -(-job.config.vocab_size // job.tensor_size)
+
+
 def _logits(job: Job, hardware: Hardware) -> float:
     """A chunk of rows in the loss: its logits, their gradient, and on a CPU the head's gradient in pieces."""
-    vocabulary = -(-job.config.vocab_size // job.tensor_size)
+    vocabulary, rows = _vocabulary(job), min(job.tokens, _chunk_rows(job, hardware))
     if not hardware.is_cpu:
-        rows = min(job.tokens, max(1, job.framework.device_logits_chunk_bytes // (4 * vocabulary)))
         return rows * vocabulary * (job.framework.device_logits_bytes if job.half else 8)
-    rows = min(job.tokens, max(1, job.framework.logits_chunk_bytes // (4 * vocabulary)))
     # The product for a piece, and both its factors, which are copied into oneDNN's layout.
     hidden = job.config.hidden_size
-    piece = min(vocabulary, max(1, PIECE // hidden))
+    piece = min(vocabulary, max(1, GRADIENT_PIECE // hidden))
     pieces = 4 * piece * hidden + rows * (piece + hidden) * job.element_bytes
     return rows * vocabulary * (8 if job.half else 4) + pieces
 

@@ -1,4 +1,11 @@
-"""An estimate of a step's time, from peak rates and stated assumptions. It ranks layouts; it is no measurement."""
+"""An estimate of a step's time, from peak rates, counted kernels and stated assumptions. It is no measurement.
+
+A device computes products and attention at a share of its peak, and moves the bytes that all other kernels were counted
+to read and write (`counted`) at its memory's rate. Meanwhile the host launches the counted kernels. The slower of the
+two is the time:
+
+    compute = max(FLOPs / (peak x efficiency) + bytes / bandwidth, kernels x seconds of a launch)
+"""
 
 from __future__ import annotations
 
@@ -7,18 +14,13 @@ from dataclasses import dataclass
 
 from tandem.models.config import ModelConfig
 from tandem.models.flops import training_flops
+from tandem.planning.counted import counted
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
-from tandem.planning.memory import layer_activations, stage_memories
+from tandem.planning.memory import layer_activations, loss_chunks, stage_memories, stage_weights
 from tandem.planning.traffic import stage_traffic
 
-# How often a step moves a layer's kept activations between memory and cores, outside of matrix products. Assumed.
-ACTIVATION_PASSES = 6
-
-ASSUMPTIONS = (
-    f"element-wise work moves a layer's kept activations {ACTIVATION_PASSES} times; "
-    "no communication overlaps with computation; every stage takes as long as the slowest"
-)
+ASSUMPTIONS = "no communication overlaps with computation; every stage takes as long as the slowest"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
         pipeline=pipeline,
         bubble=passes * bubble_share(job),
         data=data,
-        optimizer=optimizer / hardware.memory_bandwidth,
+        optimizer=max(optimizer / hardware.memory_bandwidth, kernels(job, hardware)[1] * hardware.launch_seconds),
         tokens_per_second=0.0,
         mfu=0.0,
         experts=experts,
@@ -105,8 +107,33 @@ def _compute(job: Job, hardware: Hardware, stage: int) -> float:
     if job.config.lora is not None:
         flops *= 2 / 3  # of three products with a weight, that for its gradient is left out
     flops += job.scored_documents * sequences * (layers * layer + last) / 3
-    moved = job.micro_batches * ACTIVATION_PASSES * (layers + repeated) * layer_activations(job)
-    return flops / (hardware.flops(job.half) * hardware.efficiency) + moved / hardware.memory_bandwidth
+    products = flops / (hardware.flops(job.half) * hardware.efficiency)
+    moved = job.micro_batches * _moved(job, hardware, stage)
+    launched = kernels(job, hardware, stage)[0] * hardware.launch_seconds
+    return max(products + moved / hardware.memory_bandwidth, launched)
+
+
+def _moved(job: Job, hardware: Hardware, stage: int) -> float:
+    """Bytes that a micro-batch moves besides those of products and attention."""
+    counts, layers = counted(job.framework.name, hardware.maker), job.layers_of_stages[stage]
+    passes = layers * counts.passes + min(job.recompute_layers, layers) * counts.passes_again
+    moved = passes * layer_activations(job)
+    moved += counts.gradient_bytes * stage_weights(job, stage, trained=True).inside
+    if stage == job.pipeline_size - 1:
+        of_weight = counts.head_bytes * job.config.hidden_size * loss_chunks(job, hardware)
+        moved += (counts.logit_bytes * job.tokens + of_weight) * job.config.vocab_size / job.tensor_size
+    return moved
+
+
+def kernels(job: Job, hardware: Hardware, stage: int = 0) -> tuple[int, int]:
+    """Kernels of a step's passes, and of its update. Those of communication are not counted."""
+    counts, layers = counted(job.framework.name, hardware.maker), job.layers_of_stages[stage]
+    of_micro_batch = layers * counts.layer + min(job.recompute_layers, layers) * counts.again + counts.micro_batch
+    if job.scored_documents:
+        of_micro_batch += layers * counts.again
+    if stage == job.pipeline_size - 1:
+        of_micro_batch += counts.chunk * loss_chunks(job, hardware)
+    return job.micro_batches * of_micro_batch, layers * counts.update + counts.step
 
 
 def _flops(config: ModelConfig, seq_length: int) -> tuple[float, float]:

@@ -40,6 +40,14 @@ def test_peaks_are_those_of_the_named_devices() -> None:
 
 def test_the_longest_name_that_fits_counts() -> None:
     assert peak_flops("NVIDIA H20", "bfloat16") == 148e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "bfloat16") == 312e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA B200", "bfloat16") == 2250e12
+    assert peak_flops("NVIDIA GeForce RTX 4090", "bfloat16") == 165.2e12
+    for other in ("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GB200"):
+        assert peak_flops(other, "bfloat16") is None  # other chips, or other clocks
+    assert peak_flops("Ascend910B4-1", "bfloat16") == 280e12
+    assert peak_flops("Ascend910_9391", "bfloat16") == 376e12
     assert peak_flops("NVIDIA H200", "bfloat16") == 989.4e12
     assert peak_flops("NVIDIA H200 NVL", "bfloat16") == 835e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12

@@ -54,7 +54,11 @@ class MindSporeProfiler:
         self._profile.stop()
         (made,) = set(self._folder.iterdir()) - self._before
         counted = {name: total - self._products[name] for name, total in products.seconds.items()}
-        return by_operator(made / "ASCEND_PROFILER_OUTPUT" / "trace_view.json", spent, counted), str(made)
+        self._trace = made / "ASCEND_PROFILER_OUTPUT" / "trace_view.json"
+        return by_operator(self._trace, spent, counted), str(made)
+
+    def counts(self) -> dict[str, int]:
+        return {"operators": len(_operators(self._trace))}
 
 
 def by_operator(trace: Path, spent: float, counted: dict[str, float]) -> dict[str, float]:
@@ -63,12 +67,19 @@ def by_operator(trace: Path, spent: float, counted: dict[str, float]) -> dict[st
     The rest of `spent` seconds is the time outside both.
     """
     seconds = {name: value for name, value in counted.items() if value > 0}
-    for event in json.loads(trace.read_text()):
-        if event["ph"] == "X" and event.get("args", {}).get("type") == "HostCpuOps":
-            operator = event["name"].rpartition("/")[2].partition("-op")[0]  # "Default/Adam-op5"
-            name = OPERATORS.get(operator, operator)
-            seconds[name] = seconds.get(name, 0.0) + float(event["dur"]) / 1e6
+    for operator, spent_there in _operators(trace):
+        name = OPERATORS.get(operator, operator)
+        seconds[name] = seconds.get(name, 0.0) + spent_there
     if not seconds:
         return {}
     outside = spent - sum(seconds.values())
     return {**seconds, OUTSIDE: outside} if outside > 0 else seconds
+
+
+def _operators(trace: Path) -> list[tuple[str, float]]:
+    """The operators of a trace, each with its seconds."""
+    return [
+        (event["name"].rpartition("/")[2].partition("-op")[0], float(event["dur"]) / 1e6)  # "Default/Adam-op5"
+        for event in json.loads(trace.read_text())
+        if event["ph"] == "X" and event.get("args", {}).get("type") == "HostCpuOps"
+    ]

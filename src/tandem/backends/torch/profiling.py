@@ -45,8 +45,38 @@ class TorchProfiler:
     def stop(self) -> tuple[dict[str, float], str]:
         self._profile.stop()
         self._profile.export_chrome_trace(str(self._trace))
-        on_device = any(activity != ProfilerActivity.CPU for activity in supported_activities())
-        return by_module(self._profile.events() or [], on_device), str(self._trace)
+        return by_module(self._profile.events() or [], _on_device()), str(self._trace)
+
+    def counts(self) -> dict[str, int]:
+        return count(self._profile.events() or [], _on_device())
+
+
+def _on_device() -> bool:
+    return any(activity != ProfilerActivity.CPU for activity in supported_activities())
+
+
+def count(events: Any, on_device: bool) -> dict[str, int]:
+    """Kernels, copies to the device, and calls in which the host waits for it; on a CPU, operators that are no part of
+    another one.
+    """
+    if not on_device:
+        of_host = [event for event in events if event.name.startswith("aten::")]
+        return {"operators": sum(event.cpu_parent is None or not _is_operator(event.cpu_parent) for event in of_host)}
+    there = [event.name for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+    copies = [name for name in there if name.startswith(("Memcpy", "Memset"))]
+    return {
+        "kernels": len(there) - len(copies),
+        "copies to the device": sum("HtoD" in name for name in copies),
+        "waits": sum("Synchronize" in event.name for event in events),
+    }
+
+
+def _is_operator(event: Any) -> bool:
+    while event is not None:
+        if event.name.startswith("aten::"):
+            return True
+        event = event.cpu_parent
+    return False
 
 
 def by_module(events: Any, on_device: bool) -> dict[str, float]:

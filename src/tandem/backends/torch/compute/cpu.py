@@ -12,12 +12,13 @@ import torch
 from torch.nn.functional import silu
 
 from tandem.backends.torch.attention import Run, runs
+from tandem.frameworks import GRADIENT_PIECE
 from tandem.models.config import ModelConfig
 from tandem.models.rotary import cos_sin
 
 # A product for a weight gradient is formed in pieces of at most this many numbers, which are added while in cache.
 # glibc reuses blocks of this size; blocks above 32 MiB are new pages from the kernel each time.
-PIECE = 2**20
+PIECE = GRADIENT_PIECE
 
 # A transposed view whose rows lie further apart than this in memory takes oneDNN two to three times as long.
 _FAR = 2048
