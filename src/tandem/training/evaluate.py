@@ -29,6 +29,7 @@ from tandem.training.start.datasets import Datasets, stages_of_kind
 from tandem.training.start.for_evaluation import Weights
 from tandem.training.start.reference import reference_to_evaluate
 from tandem.training.start.reference_tables import ReferenceTables
+from tandem.training.start.weights import open_reference
 
 Result = Evaluation | Choices
 
@@ -81,6 +82,7 @@ def _evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]
     stages = {place: _stage_of(place, data) for place in places.values()}
     raise_all(list(wrong_preferences(settings, tuple(stages.values()))))
     weights = Weights.of(settings, data.seq_length)
+    open_reference(settings.preferences, weights.source.config)  # its checks, before weights are loaded
     sets = {name: _open(place, stages[place], settings, weights.tokenizer) for name, place in places.items()}
     communicator, engine = weights.load()
     _fill_references(sets, weights, engine, communicator)
