@@ -205,8 +205,9 @@ def profiled(options: BenchOptions, size: str) -> Figures:
         profiler = start_profiler(options.ai_framework, Path(folder))
         engine.train_step(batches, weights_of(batches), 1e-5, 0.1)
         seconds, _ = profiler.stop()
+        counts = profiler.counts()
     ordered = dict(sorted(seconds.items(), key=lambda item: -item[1]))
-    return {**profiler.counts(), "planned kernels": _planned_kernels(options, config), "seconds by module": ordered}
+    return {**counts, "planned kernels": _planned_kernels(options, config), "seconds by module": ordered}
 
 
 def _planned_kernels(options: BenchOptions, config: ModelConfig) -> int:
