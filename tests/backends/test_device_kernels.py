@@ -244,7 +244,7 @@ def test_compiled_functions_give_what_they_give_step_by_step(name: str, dtype: t
 
 def _cut(value: Any, tokens: int, dtype: torch.dtype) -> Any:
     """The first tokens of an argument. Tensors of T rows are of tokens; numbers stay."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or not value.dim():
         return value
     value = value.to(dtype) if value.dtype == torch.float32 and value.shape[-1] != 1 else value
     return value[:tokens] if len(value) == T else value
