@@ -378,7 +378,7 @@ class ProcessOptions(LoadOptions):
 def load(options: ProcessOptions) -> Model | ModelOfProcesses:
     """Open a Hugging Face folder or a checkpoint to ask questions.
 
-    `nproc_per_node` starts that many processes for each call, which open the model anew: give all prompts in one call.
+    `nproc_per_node` starts that many processes for each call, which open the model again: give all prompts in one call.
 
     Examples:
         >>> model = tandem.load("run/exported")  # doctest: +SKIP

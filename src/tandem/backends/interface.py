@@ -124,7 +124,7 @@ class Session(Protocol):
         """
         ...
 
-    def free_beside(self, sequence: int) -> int:
+    def free_next_to(self, sequence: int) -> int:
         """How many tokens a copy of this sequence could have. Ranks that share experts have memory of their own."""
         ...
 

@@ -14,7 +14,7 @@ def partial_names(
 ) -> list[str]:
     """Weights that all tensor ranks hold whole, and of which each has only a part of the gradient.
 
-    These weights see only the rank's heads, or the rank's slices of experts, or are factors beside one that is cut;
+    These weights see only the rank's heads, or the rank's slices of experts, or are factors next to one that is cut;
     where tokens are split, also those that see only the rank's tokens.
     """
     whole = {name: shards[name].spec for name in trained if shards[name].spec.split.dim is None}

@@ -153,7 +153,7 @@ class EngineSession(Generic[Cache]):
         self._tell("begin", room)
         return self._begin(room)
 
-    def free_beside(self, sequence: int) -> int:
+    def free_next_to(self, sequence: int) -> int:
         return self.room - self._reserved(self._sequences[sequence].sharer)
 
     def copy(self, sequence: int, room: int | None = None, tokens: int | None = None) -> int:

@@ -117,7 +117,7 @@ def with_integrity(description: Description, progress: Progress | None = None) -
 
 
 def stored_part(source: TensorSource) -> TensorSource:
-    """What the folder itself holds: of adapters beside their weights, the adapters."""
+    """What the folder itself holds: of adapters with their weights, the adapters."""
     return source.adapters if isinstance(source, Adapted) else source
 
 

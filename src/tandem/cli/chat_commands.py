@@ -22,7 +22,7 @@ class Outcome:
 
     Attributes:
         said: for the user.
-        answers: the last question is to be answered anew.
+        answers: the last question is to be answered again.
         ends: the conversation ends.
     """
 

@@ -63,7 +63,7 @@ def train_as_processes(settings: Settings, write: Callable[[str], None]) -> Trai
 
 @dataclass(frozen=True)
 class ModelOfProcesses:
-    """A model that several processes answer for. They are started for each call, and open it anew."""
+    """A model that several processes answer for. They are started for each call, and open it again."""
 
     options: LoadOptions
     processes: int

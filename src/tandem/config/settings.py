@@ -446,7 +446,7 @@ class PreferenceSettings:
     pref_ftx: float = 0.0
     """With --stage dpo: how much of the chosen answer's mean loss per token is added."""
     orpo_beta: float = 0.1
-    """With --stage orpo: weight of the odds ratio, beside the chosen answer's mean loss per token."""
+    """With --stage orpo: weight of the odds ratio, next to the chosen answer's mean loss per token."""
     simpo_beta: float = 2.5
     """With --stage simpo: scale of the mean log-probability per token."""
     gamma_beta_ratio: float = 1.4

@@ -40,7 +40,7 @@ class Ended:
 
     def free(self, source: Known | None = None) -> int:
         """How many tokens a new sequence could have, or one that begins as `source`."""
-        return self._session.free if source is None else self._session.free_beside(source.sequence)
+        return self._session.free if source is None else self._session.free_next_to(source.sequence)
 
     def place(self, room: int, source: Known | None, common: int) -> tuple[int, int] | None:
         """A new sequence with the first `common` tokens of `source`, or with none.

@@ -45,7 +45,7 @@ class Dialogue:
         messages: questions and answers, without the system message. Answers have their thoughts.
         system: the system message; None without one.
         thinking: `enable_thinking` of the template; None leaves it to the template.
-        sampling: how tokens are chosen. Each answer that is written anew draws from the next seed.
+        sampling: how tokens are chosen. Each answer that is written again draws from the next seed.
         speed: of the last answer.
         cut: why the last answer is not whole; "" when it is.
     """
@@ -57,7 +57,7 @@ class Dialogue:
         self.thinking: bool | None = None
         self.speed, self.cut = Speed(), ""
         self._continuing = Continuing(model.engine)
-        self._again = 0  # times that the last question was answered anew
+        self._again = 0  # times that the last question was answered again
 
     def close(self) -> None:
         self._continuing.close()

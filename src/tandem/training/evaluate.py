@@ -1,6 +1,6 @@
 """`tandem evaluate`: evaluates weights on data, with one result for each set. Nothing is trained.
 
-Of preferences, the log-probabilities of the reference are kept beside the data, as in training.
+Of preferences, the log-probabilities of the reference are kept next to the data, as in training.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def gather_counts(counts: torch.Tensor, ranks: Ranks) -> np.ndarray:
 
 
 def most_sums(device: torch.device) -> int | None:
-    """How many parts of a model may be summed at the same time, beside passes; None for any number."""
+    """How many parts of a model may be summed at the same time, while passes compute; None for any number."""
     return 2 if device.type == "cpu" else None  # gloo copies what it sends
 
 

@@ -109,14 +109,14 @@ class Replicated:
     everything.
 
     Args:
-        beside: what runs while passes compute. Else all gradients are summed after the last backward pass, and all
+        overlap: what runs while passes compute. Else all gradients are summed after the last backward pass, and all
             weights are sent before the next step. The collectives are the same, and so are the numbers.
     """
 
     weights_by_rows = False
 
-    def __init__(self, ranks: Ranks, *, by_rows: bool, beside: Overlap | None = None) -> None:
-        self.ranks, self.by_rows, self._beside = ranks, by_rows, beside or Overlap()
+    def __init__(self, ranks: Ranks, *, by_rows: bool, overlap: Overlap | None = None) -> None:
+        self.ranks, self.by_rows, self._overlap = ranks, by_rows, overlap or Overlap()
         self._buffers: dict[nn.Parameter, GradientBuffer] = {}
         self._sums, self._gathers = InOrder(self._sum, ()), InOrder(self._gather, ())
         self._last_backward = False
@@ -141,12 +141,12 @@ class Replicated:
         if self.ranks.group is None or not self._buffers:
             return
         groups = [[weight for weight in part.weights if weight in self._buffers] for part in parts]
-        if self._beside.grad_reduce:
+        if self._overlap.grad_reduce:
             device = next(iter(self._buffers)).device
             self._sums = InOrder(self._sum, groups[::-1], most_sums(device))
             for number, part in enumerate(reversed(parts)):
                 part.module.register_forward_pre_hook(partial(self._watch, number))
-        if self._beside.param_gather and self.by_rows:
+        if self._overlap.param_gather and self.by_rows:
             self._gathers = InOrder(self._gather, groups)
             for number, part in enumerate(parts):
                 part.module.register_forward_pre_hook(partial(self._wait_for_weights, number))
@@ -170,7 +170,7 @@ class Replicated:
 
     def share(self) -> None:
         self._gathers.start_rest()
-        if not self._beside.param_gather:
+        if not self._overlap.param_gather:
             self._gathers.settle()
 
     def kept(self, weight: nn.Parameter) -> torch.Tensor:

@@ -104,11 +104,11 @@ class TorchEngine(BaseEngine[torch.Tensor]):
 
     def _replicated(self, *, by_rows: bool) -> Sharing:
         data, copies = self._groups.data, self._groups.copies
-        beside = Overlap(self._settings.overlap_grad_reduce, self._settings.overlap_param_gather)
-        rest = Replicated(data, by_rows=by_rows, beside=beside)
+        overlap = Overlap(self._settings.overlap_grad_reduce, self._settings.overlap_param_gather)
+        rest = Replicated(data, by_rows=by_rows, overlap=overlap)
         if copies is data:
             return rest
-        experts = Replicated(copies, by_rows=by_rows, beside=beside)
+        experts = Replicated(copies, by_rows=by_rows, overlap=overlap)
         return Apart(rest, experts, lambda weight: isinstance(weight, OfExperts))
 
     def _name_weights(self, models: Sequence[GPTModel]) -> dict[str, nn.Parameter]:

@@ -76,7 +76,7 @@ class InOrder:
         self._under_way: dict[int, list[dist.Work]] = {}
 
     def settle(self) -> None:
-        """Wait for all that is under way. Then the order begins anew, and no group is ready."""
+        """Wait for all that is under way. Then the order starts from the first group, and no group is ready."""
         for group in list(self._under_way):
             self.wait(group)
         self._ready.clear()

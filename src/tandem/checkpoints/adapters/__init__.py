@@ -1,1 +1,1 @@
-"""Adapters: drawn anew, from and to PEFT's folders, beside the weights that they change, and merged into them."""
+"""Adapters: newly drawn, from and to PEFT's folders, next to the weights that they change, and merged into them."""

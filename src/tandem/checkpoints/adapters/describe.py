@@ -56,7 +56,7 @@ def summaries_of_folder(folder: Path) -> tuple[Lora, list[AdapterSummary]]:
             continue
         path = name.removeprefix(PREFIX).removesuffix(f".{B}")
         if f"{PREFIX}{path}.{A}" not in file.entries:
-            raise UserError(f"{file.path}: {name} has no {A} beside it")
+            raise UserError(f"{file.path}: {name} has no {A} next to it")
         unchanged = not file.read(name).any()
         if parameter := parameter_at(path, file.entries, lora):
             rows[path] = (_last(parameter), lora.rank_of(parameter), lora.alpha_of(parameter), unchanged)

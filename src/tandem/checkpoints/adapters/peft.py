@@ -58,7 +58,7 @@ def is_peft(folder: Path) -> bool:
 
 
 class PeftSource(TensorSource):
-    """The adapters of a PEFT folder, beside the model that they are for.
+    """The adapters of a PEFT folder, next to the model that they are for.
 
     Args:
         base: the config of the model.

@@ -1,4 +1,4 @@
-"""Weights with adapters beside them, and with adapters merged into them."""
+"""Weights with adapters next to them, and with adapters merged into them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def certify(
     """Compute a certificate.
 
     Args:
-        trained: the model as it was trained, with its adapters beside its weights.
+        trained: the model as it was trained, with its adapters next to its weights.
         written: what is written.
         companions: those that are written. Their tokenizer is the one of training.
         ends: the tokens that end an answer.

@@ -16,7 +16,7 @@ CHINESE = ("gaokao", "jec-qa", "logiqa-zh")
 
 
 def gsm8k(folder: Path, *, chain_of_thought: bool) -> list[Spec]:
-    """The solved examples are from a train file beside; without one, those of lm-evaluation-harness's `gsm8k_cot`."""
+    """The solved examples are from a train file there; without one, those of lm-evaluation-harness's `gsm8k_cot`."""
     files = sorted(folder.glob("*.jsonl"))
     test = [path for path in files if not path.name.startswith("train")]
     train = [path for path in (*files, *sorted(folder.parent.glob("train*.jsonl"))) if path.name.startswith("train")]

@@ -21,7 +21,7 @@ class Exam:
     Attributes:
         base: lm-evaluation-harness's task of a subject.
         suffix: of the files that hold questions; the rest of a file's name is the subject.
-        dev: the same subject's file in the folder `dev` beside, which holds solved examples.
+        dev: the same subject's file in the folder `dev` next to it, which holds solved examples.
         split: what lm-evaluation-harness calls the questions.
     """
 

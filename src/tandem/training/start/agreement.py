@@ -149,7 +149,7 @@ def _files(prefix: str) -> dict[str, str]:
 def weights_identity(source: TensorSource) -> Any:
     """What an index says of the weights, or hashes of the files that hold them; None for random weights.
 
-    JSON can hold it. Of weights with adapters beside them, both.
+    JSON can hold it. Of weights with adapters, both.
     """
     if isinstance(source, Adapted):
         return {"weights": weights_identity(source.base), "adapters": weights_identity(source.adapters)}

@@ -1,4 +1,4 @@
-"""Puts adapters beside the initial weights of a run: those of `--lora-load`, or new ones."""
+"""Puts adapters next to the initial weights of a run: those of `--lora-load`, or new ones."""
 
 from __future__ import annotations
 

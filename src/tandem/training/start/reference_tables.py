@@ -1,4 +1,4 @@
-"""Computes the log-probabilities of a reference, and keeps them in a file beside the data, which later runs share.
+"""Computes the log-probabilities of a reference, and keeps them in a file next to the data, which later runs share.
 
 The file's name holds a hash of all that the numbers depend on: weights, data, template, length and dtype. A file may
 lack samples that nobody has needed yet; they are NaN in it.
