@@ -58,7 +58,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["modules", "some modules", "parameters", "both parameters"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "modules",
+        "parameters",
+        *(pytest.param(kind, marks=pytest.mark.slow("jobs")) for kind in ("some modules", "both parameters")),
+    ],
+)
 def test_steps_equal_peft(framework: str, kind: str, tmp_path: Path) -> None:
     model = peft_model.peft_model(write_model(tmp_path / "hf", CONFIG), **KINDS[kind])
     source = open_adapters(peft_model.saved(model, tmp_path / "start"), open_source(tmp_path / "hf"))
