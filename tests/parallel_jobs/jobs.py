@@ -60,6 +60,7 @@ class Case:
         steps, micro_batches: how many steps, of so many micro-batches over all data ranks.
         balance: the coefficient of the load-balancing loss, and of the z-loss.
         overlap: data ranks communicate while passes compute.
+        capacity: how much more than its even share an expert takes; None for all.
     """
 
     tp: int = 1
@@ -89,6 +90,7 @@ class Case:
     extend: bool = False
     balance: float = 0.0
     overlap: bool = False
+    capacity: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
@@ -129,7 +131,7 @@ class Case:
     def work(self) -> Case:
         """What must not depend on the layout: the same in one process."""
         names = ("family", "tied", "packed", "idle", "num_layers", "lr", "spoiled", "fp16", "weighted", "adapters")
-        names += ("steps", "micro_batches", "balance")
+        names += ("steps", "micro_batches", "balance", "capacity")
         return Case(**{name: getattr(self, name) for name in names})
 
 
@@ -162,6 +164,7 @@ def engine_settings(case: Case, grid: Grid, rank: int) -> EngineSettings:
         fp16=case.fp16,
         moe_aux_loss_coeff=case.balance,
         moe_z_loss_coeff=case.balance,
+        moe_expert_capacity_factor=case.capacity,
     )
 
 

@@ -31,6 +31,8 @@ MORE = {
         moe(dp=2, ep=2, packed=True, recompute_layers=2),
         moe(pp=2, packed=True),
         moe(pp=2, vpp=1, packed=True, idle=True),
+        moe(dp=2, ep=2, packed=True, capacity=0.75),
+        moe(tp=2, etp=1, packed=True, capacity=0.75),
     ],
     4: [
         moe(dp=4, ep=2, packed=True, use_distributed_optimizer=True, idle=True),
