@@ -62,35 +62,6 @@ def _counts(groups: torch.Tensor) -> list[int]:
     return groups.diff(prepend=groups.new_zeros(1)).tolist()
 
 
-def weighted_swiglu(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return WEIGHTED_SWIGLU(x, factors)
-
-
-def weighted_swiglu_backward(
-    gradient: torch.Tensor, x: torch.Tensor, factors: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return WEIGHTED_SWIGLU_BACKWARD(gradient, x, factors)
-
-
-def route(
-    logits: torch.Tensor, chosen: torch.Tensor, tokens: int, normalise: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return ROUTE(logits, chosen, tokens, normalise)
-
-
-def route_backward(
-    gradient: torch.Tensor,
-    probabilities: torch.Tensor,
-    total: torch.Tensor,
-    chosen: torch.Tensor,
-    slopes: torch.Tensor,
-    slope_of_z: torch.Tensor,
-    tokens: int,
-    normalise: bool,
-) -> torch.Tensor:
-    return ROUTE_BACKWARD(gradient, probabilities, total, chosen, slopes, slope_of_z, tokens, normalise)
-
-
 def sum_rows(x: torch.Tensor, owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int) -> torch.Tensor:
     """Without atomic additions: the order is the same each time, and sums are fp32."""
     sums = SUM_ROWS(x, places)
