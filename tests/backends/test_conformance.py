@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from parts import import_part
 
 import tandem.backends
@@ -61,14 +62,15 @@ def test_the_same_files(both_frameworks: tuple[str, str]) -> None:
     assert torch_files == mindspore_files
 
 
-def test_functions_of_engines_take_the_same(both_frameworks: tuple[str, str]) -> None:
-    """Losses do not: MindSpore's get labels and weights prepared for its kernels."""
-    first, second = (public(import_part(name, "engine")) for name in both_frameworks)
-    assert "create" in first.keys() & second.keys()
+@pytest.mark.parametrize("module", ["engine", "loss"])
+def test_functions_of_the_same_name_take_the_same(module: str, both_frameworks: tuple[str, str]) -> None:
+    first, second = (public(import_part(name, module)) for name in both_frameworks)
     for name in first.keys() & second.keys():
         if inspect.isfunction(first[name]) and inspect.isfunction(second[name]):
             actual, expected = (list(inspect.signature(value).parameters) for value in (second[name], first[name]))
-            assert actual == expected, name
+            assert actual == expected, f"{module}.{name}"
+    if module == "engine":
+        assert "create" in first.keys() & second.keys()
 
 
 def test_the_engine_has_the_interface(framework: str) -> None:

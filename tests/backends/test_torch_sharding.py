@@ -20,7 +20,7 @@ from tandem.backends.torch.data_parallel import Replicated, Sharing
 from tandem.backends.torch.fully_sharded import FullySharded
 from tandem.backends.torch.functional import Gradient
 from tandem.backends.torch.inputs import arrive, send
-from tandem.backends.torch.loss import RowWeights, cross_entropy_and_gradient
+from tandem.backends.torch.loss import Targets, cross_entropy_and_gradient
 from tandem.backends.torch.model import Build, Chunk, GPTModel
 from tandem.parallel.layout import Slot
 from toys import toy_config
@@ -63,8 +63,8 @@ def step(model: GPTModel, sharing: Sharing, dtype: torch.dtype) -> None:
         hidden = model(arrive(CONFIG, send(batch, CPU, None), dtype, CPU), None)
         labels = torch.from_numpy(batch.tokens.astype(np.int64))
         same = torch.ones(len(labels), 1, dtype=torch.float64)
-        weights = RowWeights(same / 24, 1 / 24, same)
-        _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, labels, weights)
+        targets = Targets(labels, same / 24, 1 / 24, same)
+        _, gradient = cross_entropy_and_gradient(hidden.detach(), model.head, targets)
         sharing.before_backward(model, last=bool(last))
         hidden.backward(gradient)
     sharing.end()

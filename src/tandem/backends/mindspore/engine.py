@@ -78,9 +78,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         )
         by_rows = self._data.by_rows or self._copies.by_rows
         self.by_rows = ByRows(weights=False, gradients=False, optimizer_state=by_rows)
-        self._tensor = _tensor_parallel_of(
-            settings, self._groups, self._vocabulary_rows(0), self._vocabulary_rows(self._place.tensor)
-        )
+        self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows)
         self._weights = {
             name: self._new_weight(shard.shape, self._data_of(name), trained=name in self._trained)
             for name, shard in self._shards.items()
@@ -305,12 +303,13 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return int(ms.runtime.max_memory_allocated())
 
 
-def _tensor_parallel_of(
-    settings: EngineSettings, groups: Groups, vocabulary_rows: int, own_rows: int
+def make_tensor_parallel(
+    settings: EngineSettings, groups: Groups, vocabulary_rows: Callable[[int], int]
 ) -> TensorParallel:
     ranks = groups.tensor
     sequence = settings.sequence_parallel and ranks.group is not None
-    return TensorParallel(ranks, sequence, vocabulary_rows, own_rows, kernels_for(settings.device))
+    rows = (vocabulary_rows(0), vocabulary_rows(ranks.rank))
+    return TensorParallel(ranks, sequence, *rows, kernels_for(settings.device))
 
 
 def _number(value: Any) -> float:

@@ -59,7 +59,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         )
         self._dtype: torch.dtype = getattr(torch, self.param_dtype)
         self._groups = make_groups(self._grid, settings.rank, interleaved=len(self._stage) > 1)
-        self._tensor = _tensor_parallel_of(settings, self._groups, self._vocabulary_rows(0))
+        self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows)
         self._sharing: Sharing
         if settings.use_torch_fsdp2 and self._grid.data_size > 1:
             from tandem.backends.torch.fully_sharded import (
@@ -267,8 +267,10 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         return int(getattr(torch, self._device.type).max_memory_allocated(self._device))
 
 
-def _tensor_parallel_of(settings: EngineSettings, groups: Groups, vocabulary_rows: int) -> TensorParallel | None:
+def make_tensor_parallel(
+    settings: EngineSettings, groups: Groups, vocabulary_rows: Callable[[int], int]
+) -> TensorParallel | None:
     ranks = groups.tensor
     if ranks.group is None:
         return None
-    return TensorParallel(ranks.group, ranks.rank, ranks.size, settings.sequence_parallel, vocabulary_rows)
+    return TensorParallel(ranks.group, ranks.rank, ranks.size, settings.sequence_parallel, vocabulary_rows(0))

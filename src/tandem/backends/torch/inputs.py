@@ -14,7 +14,7 @@ from tandem.backends.loss import split_scale
 from tandem.backends.passes import WeightedBatch
 from tandem.backends.torch.attention import Attention
 from tandem.backends.torch.compute.sets import kernels_of
-from tandem.backends.torch.loss import RowWeights
+from tandem.backends.torch.loss import Targets
 from tandem.backends.torch.tensor_parallel import TensorParallel
 from tandem.data.batch import MicroBatch, padded
 from tandem.models.config import ModelConfig
@@ -30,8 +30,7 @@ class Inputs:
         attention: how they attend.
         real: how many tokens are of the batch; the rest is padding.
         rows: the positions whose labels count, None for all in order.
-        labels: their labels.
-        weights: of these rows in the loss; None where the batch has none.
+        targets: of these rows.
         dropout: of adapters' inputs.
         routing: of tokens to experts; None in a model without.
     """
@@ -42,8 +41,7 @@ class Inputs:
     attention: Attention
     real: int
     rows: torch.Tensor | None
-    labels: torch.Tensor
-    weights: RowWeights | None
+    targets: Targets
     dropout: Dropout | None = None
     routing: Routing | None = None
 
@@ -54,7 +52,7 @@ class Sent:
 
     Attributes:
         longer: the batch with its padding.
-        rows, scale: of `Inputs.rows` and `RowWeights.scale`, on the host.
+        rows, scale: of `Inputs.rows` and `Targets.scale`, on the host.
         arrived: waits for the tensors that `arrive` takes.
     """
 
@@ -107,8 +105,7 @@ def arrive(
         attention,
         len(batch.tokens),
         None if np.array_equal(sent.rows, np.arange(len(batch.labels))) else rows,
-        labels,
-        RowWeights(column.to(kernels.sums), sent.scale, shares) if isinstance(batch, WeightedBatch) else None,
+        Targets(labels, column.to(kernels.sums), sent.scale, shares),
         Dropout.of(config.lora, batch),
         routing,
     )

@@ -15,14 +15,16 @@ from tandem.backends.torch.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
-class RowWeights:
-    """The weights of a batch's trained rows in the loss.
+class Targets:
+    """What the loss needs besides logits, of the rows that count.
 
     Attributes:
-        weights: [t, 1], in the dtype of long sums.
+        labels: [t].
+        weights: in the loss, [t, 1], in the dtype of long sums; empty in evaluation.
         scale, shares: the same as one factor times shares between -1 and 1, [t, 1] (`split_scale`).
     """
 
+    labels: torch.Tensor
     weights: torch.Tensor
     scale: float
     shares: torch.Tensor
@@ -32,11 +34,11 @@ class RowWeights:
 def token_losses(
     hidden: torch.Tensor,
     head: Weight,
-    labels: torch.Tensor,
+    targets: Targets,
     tensor: TensorParallel | None = None,
     most_likely: np.ndarray | None = None,
 ) -> np.ndarray:
-    """-log softmax(hidden head^T)[label] of each row, fp32 [t]: hidden [t, h], head [vocabulary, h], labels [t].
+    """-log softmax(hidden head^T)[label] of each row, fp32 [t]: hidden [t, h], head [vocabulary, h].
 
     With `tensor`, `head` is this rank's slice of the vocabulary, and all tensor ranks get the losses. `most_likely`,
     int64 [t], gets the most likely token of each row; of equally likely ones the first.
@@ -46,7 +48,7 @@ def token_losses(
         logits = matmul(hidden[rows], head)
         if most_likely is not None:
             most_likely[rows] = _largest(logits, tensor).cpu().numpy()
-        losses.append(_losses_and_gradient(logits, labels[rows], tensor)[0])
+        losses.append(_losses_and_gradient(logits, targets.labels[rows], tensor)[0])
     return torch.cat(losses)[:, 0].cpu().numpy()
 
 
@@ -55,24 +57,23 @@ def token_losses(
 def cross_entropy_and_gradient(
     hidden: torch.Tensor,
     head: Weight,
-    labels: torch.Tensor,
-    weights: RowWeights,
+    targets: Targets,
     tensor: TensorParallel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the rows' losses times `weights`, and its gradient with respect to `hidden`, [t, h].
+    """The sum of the rows' losses times their weights, and its gradient with respect to `hidden`, [t, h].
 
     With `tensor`, the gradient is this rank's part of a sum over ranks. The head's gradient is added to
     `head.main_grad`. Nothing is read back from the device.
     """
     dhidden = torch.empty_like(hidden)
-    column, shares = weights.weights, weights.shares.to(hidden.dtype)
+    column, shares = targets.weights, targets.shares.to(hidden.dtype)
 
     def run(rows: slice) -> torch.Tensor:
-        losses, dlogits = _losses_and_gradient(matmul(hidden[rows], head), labels[rows], tensor)
+        losses, dlogits = _losses_and_gradient(matmul(hidden[rows], head), targets.labels[rows], tensor)
         dlogits = dlogits.to(hidden.dtype)
         # Weights are applied to the head's input and output, whose rows are shorter than logits.
         if head.main_grad is not None:
-            head.main_grad.add_product(dlogits, hidden[rows] * shares[rows], weights.scale)
+            head.main_grad.add_product(dlogits, hidden[rows] * shares[rows], targets.scale)
         torch.mul(matmul(dlogits, head.t()), column[rows].float(), out=dhidden[rows])
         return torch.sum(losses.to(column.dtype) * column[rows])
 

@@ -97,7 +97,7 @@ class Passes:
                 output = self.chunks[number](inputs, self._receive(number, inputs), inputs.rows)
                 if (target := self.pipeline.target(number)) is None:
                     tokens = None if most_likely is None else most_likely[place]
-                    losses.append(token_losses(output, chunk.head, inputs.labels, chunk.tensor, tokens))
+                    losses.append(token_losses(output, chunk.head, inputs.targets, chunk.tensor, tokens))
                 else:
                     self.pipeline.send(target, True, output)
         self.pipeline.finish()
@@ -136,10 +136,7 @@ class Passes:
         output = chunk(inputs, x, inputs.rows)
         loss, gradient = None, None
         if target is None:
-            assert inputs.weights is not None
-            loss, gradient = cross_entropy_and_gradient(
-                output.detach(), chunk.head, inputs.labels, inputs.weights, chunk.tensor
-            )
+            loss, gradient = cross_entropy_and_gradient(output.detach(), chunk.head, inputs.targets, chunk.tensor)
         else:
             self.pipeline.send(target, True, output.detach())
         return 0.0 if loss is None else loss, _InFlight(x, output, gradient)
