@@ -23,7 +23,7 @@ class Framework:
     Attributes:
         name: on PyPI, under `tandem.backends`, and for `--ai-framework`.
         first_version: the first version that works, as in pyproject.toml.
-        tested_version: the first version that all tests run with. Older ones are accepted with a notice.
+        tested_version: the first version without a notice. With older ones only parts of the tests ran.
         untested_version: the first version that Tandem was not tested with, as in pyproject.toml.
         launcher: the program that starts its processes.
         shards_weights: supports `--use-torch-fsdp2`.
@@ -100,7 +100,7 @@ class Framework:
         if version is None or not self.first_version <= numbers < self.tested_version:
             return None
         tested = ".".join(map(str, self.tested_version))
-        return f"{self.name} {version}: Tandem is tested with {tested} and newer; with this one only in parts"
+        return f"{self.name} {version}: Tandem is made for {tested} and newer; with this one only parts of its tests ran"
 
     def _installed(self) -> tuple[str | None, tuple[int, ...]]:
         """The installed version and its first two numbers; None where it is not known, as when built from source."""

@@ -106,7 +106,7 @@ def test_older_versions_of_mindspore_are_accepted_with_a_notice(version: str, mo
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "mindspore" else real(name))
     assert check_framework("mindspore").version_notice() == (
-        f"mindspore {version}: Tandem is tested with 2.9 and newer; with this one only in parts"
+        f"mindspore {version}: Tandem is made for 2.9 and newer; with this one only parts of its tests ran"
     )
     monkeypatch.setattr(doctor, "probe", lambda name: {"version": version, "devices": "cpu", "dtypes": "fp32"})
     finding = next(iter(doctor.examine_framework(SPELLINGS["mindspore"])))
