@@ -100,7 +100,9 @@ class Framework:
         if version is None or not self.first_version <= numbers < self.tested_version:
             return None
         tested = ".".join(map(str, self.tested_version))
-        return f"{self.name} {version}: Tandem is made for {tested} and newer; with this one only parts of its tests ran"
+        return (
+            f"{self.name} {version}: Tandem is made for {tested} and newer; with this one only parts of its tests ran"
+        )
 
     def _installed(self) -> tuple[str | None, tuple[int, ...]]:
         """The installed version and its first two numbers; None where it is not known, as when built from source."""
