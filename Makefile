@@ -16,9 +16,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(RUN) pytest -n 3 --dist worksteal -m "not slow"
 
-# All parts, or the one named: make test-slow PART=kills (tests/slow_parts.py)
+# All parts, or the one named: make test-slow PART=kills (tests/slow_parts.py). Two workers, as there are two cores.
 test-slow: $(VENV)/.installed-dev
-	$(RUN) pytest -m slow $(if $(PART),--part $(PART))
+	$(RUN) pytest -n 2 --dist worksteal -m slow $(if $(PART),--part $(PART))
 
 test-numpy2: $(NUMPY2)/.installed
 	$(NUMPY2)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(NUMPY2_TESTS)

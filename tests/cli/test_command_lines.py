@@ -127,7 +127,16 @@ def test_folders_and_prompts_need_no_flag(
     assert main(["generate", str(tmp_path / "hf"), "hi", "you", "--max-new-tokens", "2"]) == 0
     out = capsys.readouterr().out
     assert out.index("> hi") < out.index("> you")
-    with pytest.raises(UserError, match="give one of them"):
+
+
+@pytest.mark.parametrize("words", [["--load", "m", "hi", "you"], ["hi", "you", "--load=m"], ["m", "hi", "you"]])
+def test_what_a_flag_gives_takes_no_word(words: list[str]) -> None:
+    read = parse(GenerateOptions, "generate", "", words)
+    assert (read.model.load, [*read.prompt]) == ("m", ["hi", "you"])
+
+
+def test_a_word_more_than_flags_have_left_room_for_is_named() -> None:
+    with pytest.raises(UserError, match=r"^b: .*--save-dir gives TARGET already"):
         parse(ConvertOptions, "convert", "", ["a", "b", "--save-dir", "c"])
 
 

@@ -128,16 +128,20 @@ def _take_positionals(
     given: dict[str, Any],
     stray: Callable[[str], str],
 ) -> list[str]:
-    """Add the words without a flag to `given`, in order of the options. Returns what is wrong."""
-    words_left, problems = list(words), []
-    for name, title in positionals.items():
-        values = words_left if options[name].takes is None else words_left[:1]
-        if values and name in given:
-            problems.append(f"{title} {' '.join(values)} and {flag_of(name)}: give one of them")
-        elif values:
-            given[name] = list(values) if options[name].takes is None else values[0]
-        words_left = words_left[len(values) :]
-    return [*problems, *(f"{word}: {stray(word)}" for word in words_left)]
+    """Add the words without a flag to `given`, in order of the options. Returns what is wrong.
+
+    A positional that its flag has given takes no word: in `generate --load M hi`, `hi` is the prompt.
+    """
+    words_left = list(words)
+    by_flag = [f"{flag_of(name)} gives {title} already" for name, title in positionals.items() if name in given]
+    for name in positionals:
+        if not words_left or name in given:
+            continue
+        if options[name].takes is None:
+            given[name], words_left = words_left, []
+        else:
+            given[name] = words_left.pop(0)
+    return [f"{word}: {'; '.join([stray(word), *by_flag])}" for word in words_left]
 
 
 def _hyphened(word: str) -> str:
