@@ -153,6 +153,29 @@ class Options:
         return iter(())
 
 
+def as_words(options: Any) -> list[str]:
+    """The command line that gives these options: what has no flag, and each flag whose value is not the default.
+
+    >>> @dataclass(frozen=True)
+    ... class Example:
+    ...     steps: int = 1
+    ...     bf16: bool = False
+    >>> as_words(Example(steps=3, bf16=True))
+    ['--steps', '3', '--bf16']
+    """
+    words: list[str] = []
+    for name, option in options_of(type(options)).items():
+        value = getattr(options, name)
+        if value is None or value == option.default:
+            continue
+        if option.is_switch:
+            words.append(option.flag if value else opposite(option.flag))
+        else:
+            values = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
+            words += values if option.positional else [option.flag, *values]
+    return words
+
+
 Describe = Callable[[str, Any], str]  # how an error shows a name and its value (None: the name alone)
 
 

@@ -71,6 +71,27 @@ def test_suggestions_end_in_a_command_that_works(
     assert f"on 8 x {hardware}: {precision}" in capsys.readouterr().out
 
 
+def test_the_suggested_command_keeps_what_was_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tandem.cli.plan.PLAIN_WIDTH", 80)
+    asked = ["--stage dpo", "--lora-target-modules all-linear", "--lora-r 8", "--seq-length 512", "--hardware 910b"]
+    words = f"plan qwen3-30b-a3b --devices 2 --global-batch-size 16 --bf16 {' '.join(asked)}"
+    assert main(words.split()) == 0
+    suggested = capsys.readouterr().out
+    assert "…" not in suggested
+    rows = [line.split() for line in suggested.splitlines()]
+    titles = next(row for row in rows if row[:1] == ["TP"])
+    first = dict(zip(titles, rows[rows.index(titles) + 2]))
+    command = re.search(r"The first one: tandem (.*)", suggested)
+    assert command
+    assert all(flags in command[1] for flags in asked)
+    assert ("--expert-model-parallel-size" in command[1]) is (first["EP"] != "1")
+    assert main(shlex.split(command[1])) == 0
+    tokens_per_second = rows[rows.index(titles) + 2][-2]
+    assert f"{tokens_per_second} tokens/s" in capsys.readouterr().out
+
+
 def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(to_hf(toy_config())))
     assert main(["plan", str(tmp_path), "--hardware", "cpu", "--seq-length", "128"]) == 0

@@ -72,3 +72,8 @@ def test_the_plan_of_a_layout_with_experts(capsys: pytest.CaptureFixture[str]) -
     assert "num_experts 128 is not a multiple of expert_model_parallel_size 3" in capsys.readouterr().err
     assert main([*words, "--expert-model-parallel-size", "8"]) == 2
     assert "--expert-model-parallel-size 8: the 4 processes of a pipeline stage" in capsys.readouterr().err
+    assert main([*words, "--expert-model-parallel-size", "4", "--use-torch-fsdp2", "--ai-framework", "torch"]) == 2
+    assert "--use-torch-fsdp2 shards experts" in capsys.readouterr().err
+    alone = ["plan", "qwen3-30b-a3b", "--bf16", "--hardware", "910b", "--tensor-model-parallel-size", "4"]
+    assert main([*alone, "--expert-tensor-parallel-size", "1"]) == 0  # gradients travel, though one data rank is there
+    assert "gradients" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tandem.models.published import qwen3_config
@@ -9,6 +11,7 @@ from tandem.planning.hardware import HARDWARE
 from tandem.planning.job import Job
 from tandem.planning.memory import peak_memory
 from tandem.planning.search import suggest
+from tandem.planning.speed import estimate
 
 
 def test_suggestions_fit_and_are_ordered() -> None:
@@ -61,3 +64,22 @@ def test_stages_are_interleaved_where_that_is_faster(framework: str) -> None:
     job = Job(config=qwen3_config("4B"), global_batch_size=64, half=True, ai_framework=framework)
     plans, _ = suggest(job, HARDWARE["a3"], 8)
     assert any(plan.job.chunks > 1 for plan in plans)
+
+
+def test_ranks_share_experts_where_that_is_faster_or_the_only_way() -> None:
+    config = dataclasses.replace(qwen3_config("30B-A3B"), num_layers=12)
+    base = Job(config=config, global_batch_size=64, half=True)
+    plans, _ = suggest(base, HARDWARE["910b"], 4)
+    shared = [plan for plan in plans if plan.job.layout.expert_size > 1]
+    assert shared
+    for plan in shared:
+        plan.job.check()
+        layout = plan.job.layout
+        alone = dataclasses.replace(layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None)
+        whole = dataclasses.replace(plan.job, layout=alone)
+        assert (
+            peak_memory(whole, HARDWARE["910b"]) > HARDWARE["910b"].capacity
+            or estimate(whole, HARDWARE["910b"]).step >= plan.speed.step
+        )
+    dense, _ = suggest(dataclasses.replace(base, config=qwen3_config("4B")), HARDWARE["910b"], 4)
+    assert all(plan.job.layout.expert_size == 1 for plan in dense)

@@ -39,12 +39,7 @@ def check_experts(config: ModelConfig, settings: EngineSettings) -> None:
     if settings.training:
         check_dropout(config)
     layout, kind = settings.grid.layout, settings.moe_router_load_balancing_type
-    shares = layout.expert_size > 1 or layout.expert_tensor_size != layout.tensor_model_parallel_size
-    if shares and settings.use_torch_fsdp2:
-        raise UserError(
-            "--use-torch-fsdp2 shards experts as it shards all else: leave out --expert-model-parallel-size, "
-            "--expert-tensor-parallel-size and --moe-tp-extend-ep"
-        )
+    layout.check_expert_sharding(settings.use_torch_fsdp2)
     if kind == "pooled_aux_loss" and settings.moe_aux_loss_coeff and layout.pipeline_model_parallel_size > 1:
         raise UserError(
             "--moe-router-load-balancing-type pooled_aux_loss needs all layers on one pipeline stage: give aux_loss, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +14,8 @@ from rich.table import Column, Table
 from tandem.cli.arguments import parse
 from tandem.errors import UserError
 from tandem.models.tensors import parameter_count
+from tandem.options import as_words
+from tandem.parallel.layout import Layout
 from tandem.planning.hardware import GIB
 from tandem.planning.job import Job
 from tandem.planning.memory import StageMemory
@@ -27,7 +31,7 @@ DESCRIPTION = (
 )
 PLAIN_WIDTH = 140  # columns when the output is not a terminal
 PLAN_COLUMNS = (
-    *("TP", "PP", "layers/chunk", "DP", "FSDP2", "micro-batch", "recompute"),
+    *("TP", "PP", "layers/chunk", "EP", "DP", "FSDP2", "micro-batch", "recompute"),
     *("peak GiB", "step s", "tokens/s", "MFU"),
 )
 SHORT = {"layers/chunk": "chunk", "micro-batch": "micro", "peak GiB": "GiB"}  # so that 80 columns hold them
@@ -157,7 +161,8 @@ def show_suggestions(console: Console, options: PlanOptions, suggestions: Sugges
 
 
 def plans_table(plans: Sequence[Plan]) -> Table:
-    columns = [Column(SHORT.get(title, title), justify="right", no_wrap=True) for title in PLAN_COLUMNS]
+    titles = [title for title in PLAN_COLUMNS if title != "EP" or plans[0].job.config.experts]
+    columns = [Column(SHORT.get(title, title), justify="right", no_wrap=True) for title in titles]
     table = Table(
         *columns, title="Layouts that fit, fastest first", caption=PLAN_CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -170,7 +175,8 @@ def plan_cells(plan: Plan) -> list[str]:
     job, speed = plan.job, plan.speed
     chunk = job.layout.num_layers_per_virtual_pipeline_stage
     data = (job.data_parallel_size, "yes" if job.fully_sharded else "-")
-    sizes = (job.tensor_size, job.pipeline_size, chunk or "-", *data, job.micro_batch_size)
+    experts = (expert_ranks(job.layout),) if job.config.experts else ()
+    sizes = (job.tensor_size, job.pipeline_size, chunk or "-", *experts, *data, job.micro_batch_size)
     return [
         *map(str, sizes),
         f"{job.recompute_layers} of {max(job.layers_of_stages)}",
@@ -179,6 +185,12 @@ def plan_cells(plan: Plan) -> list[str]:
         f"{speed.tokens_per_second:,.0f}",
         f"{speed.mfu:.1%}",
     ]
+
+
+def expert_ranks(layout: Layout) -> str:
+    """`4`; `4 x 1` where tensor ranks hold whole experts, in place of slices of them."""
+    cut = layout.expert_tensor_parallel_size
+    return str(layout.expert_model_parallel_size) + ("" if cut is None else f" x {cut}")
 
 
 def rejected_table(rejected: dict[str, list[tuple[int, int]]]) -> Table:
@@ -191,30 +203,24 @@ def rejected_table(rejected: dict[str, list[tuple[int, int]]]) -> Table:
 
 def command(options: PlanOptions, job: Job) -> str:
     """The command that shows one suggested layout in full."""
-    words = ["tandem plan", options.model, "--hardware", options.hardware]
-    values = {
-        "tensor-model-parallel-size": job.tensor_size,
-        "pipeline-model-parallel-size": job.pipeline_size,
-        "num-layers-per-virtual-pipeline-stage": job.layout.num_layers_per_virtual_pipeline_stage,
-        "num-layer-list": ",".join(map(str, job.layout.num_layer_list or ())),
-        "data-parallel-size": job.data_parallel_size,
-        "micro-batch-size": job.micro_batch_size,
-        "recompute-num-layers": job.recompute_layers,
-        "global-batch-size": job.global_batch_size,
-        "seq-length": job.seq_length,
-        "ai-framework": job.ai_framework,
-    }
-    words += [f"--{name} {value}" for name, value in values.items() if value]
-    words += [f"{flag} {dtype}" for flag, dtype in options.narrow_moments.items()]
-    switches = {
-        "sequence-parallel": job.sequence_parallel,
-        "use-distributed-optimizer": job.use_distributed_optimizer,
-        "use-torch-fsdp2": job.use_torch_fsdp2,
-        "bf16": options.bf16,
-        "fp16": options.fp16,
-        "use-precision-aware-optimizer": options.use_precision_aware_optimizer,
-    }
-    return " ".join([*words, *(f"--{name}" for name, given in switches.items() if given)])
+    layout = job.layout
+    chosen = dataclasses.replace(
+        options,
+        devices=None,
+        tensor_model_parallel_size=job.tensor_size,
+        pipeline_model_parallel_size=job.pipeline_size,
+        num_layers_per_virtual_pipeline_stage=layout.num_layers_per_virtual_pipeline_stage,
+        num_layer_list=",".join(map(str, layout.num_layer_list or ())) or None,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        data_parallel_size=job.data_parallel_size,
+        sequence_parallel=job.sequence_parallel,
+        use_distributed_optimizer=job.use_distributed_optimizer,
+        use_torch_fsdp2=job.use_torch_fsdp2,
+        micro_batch_size=job.micro_batch_size,
+        recompute_num_layers=job.recompute_layers,
+    )
+    return shlex.join(["tandem", "plan", *as_words(chosen)])
 
 
 def gib(size: float) -> str:

@@ -164,6 +164,15 @@ class Layout:
         self._check_experts(config.experts)
         self.stages(config.num_layers)
 
+    def check_expert_sharding(self, use_torch_fsdp2: bool) -> None:
+        """Raise UserError where ranks are to share experts, and fully sharded weights do that already."""
+        shares = self.expert_size > 1 or self.expert_tensor_size != self.tensor_model_parallel_size
+        if shares and use_torch_fsdp2:
+            raise UserError(
+                "--use-torch-fsdp2 shards experts as it shards all else: leave out --expert-model-parallel-size, "
+                "--expert-tensor-parallel-size and --moe-tp-extend-ep"
+            )
+
     def _check_experts(self, experts: Experts | None) -> None:
         ep, tp = self.expert_model_parallel_size, self.tensor_model_parallel_size
         if ep < 1:
@@ -301,8 +310,8 @@ def parse_layers(flag: str, text: str | None) -> tuple[int, ...] | None:
         raise UserError(f"{flag} {text!r}: expected numbers separated by commas, such as 4,4") from None
 
 
-def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool) -> list[Shard]:
-    """Every shard of every rank, in the tensor table's order.
+def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool, first_ranks_only: bool = False) -> list[Shard]:
+    """Every shard of every rank, in the tensor table's order; or only those of the first rank of each stage.
 
     With `tied_head_copy`, tied embeddings and several stages, the last stage also gets its copy of the embedding, named
     `output_layer.weight`, as Megatron stores it.
@@ -326,13 +335,13 @@ def shards(config: ModelConfig, layout: Layout, *, tied_head_copy: bool) -> list
         if spec.name == EMBEDDING and config.tied and tied_head_copy and len(stages) > 1:
             homes.append((*last, OUTPUT))
         for stage, chunk, local_name in homes:
-            for rank, expert_rank, part in _parts(spec, layout):
+            for rank, expert_rank, part in itertools.islice(_parts(spec, layout), 1 if first_ranks_only else None):
                 result.append(Shard(spec, local_name, rank, stage, chunk, part, expert_rank))
     return result
 
 
 def _parts(spec: TensorSpec, layout: Layout) -> Iterator[tuple[int, int, Part]]:
-    """Tensor rank, expert rank and part, of all ranks of a stage that hold different ones."""
+    """Tensor rank, expert rank and part, of all ranks of a stage that hold different ones, from the first rank on."""
     if not spec.split.experts:
         for rank in range(layout.tensor_model_parallel_size):
             yield rank, 0, part_of(spec, layout.tensor_model_parallel_size, rank)

@@ -110,6 +110,7 @@ class Job:
     def check(self) -> None:
         """Raise UserError when sizes do not divide, or exceed what the model has."""
         self.layout.check(self.config)
+        self.layout.check_expert_sharding(self.use_torch_fsdp2)
         Grid(self.layout, self.devices)  # raises where ranks cannot share experts so
         whole = self.micro_batch_size * self.data_parallel_size
         if self.global_batch_size % whole:

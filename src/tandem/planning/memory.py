@@ -16,7 +16,7 @@ from itertools import accumulate
 from tandem.frameworks import GRADIENT_PIECE
 from tandem.models.config import ModelConfig
 from tandem.models.families import ROUTER
-from tandem.models.tensors import is_trained, tensor_table
+from tandem.models.tensors import TensorSpec, is_trained, tensor_table
 from tandem.parallel.layout import Layout, even_rows, shards
 from tandem.parallel.pipeline import one_forward_one_backward
 from tandem.planning.hardware import Hardware
@@ -119,21 +119,27 @@ def stage_weights(job: Job, stage: int, ranks: int = 1, *, trained: bool = False
 @lru_cache(maxsize=256)
 def _stage_weights(config: ModelConfig, layout: Layout, ranks: int, trained: bool) -> list[StageWeights]:
     weights = [StageWeights(0, 0, 0)] * layout.pipeline_model_parallel_size
-    for shard in shards(config, layout, tied_head_copy=True):
-        if (shard.tensor_rank, shard.expert_rank) == (0, 0) and (is_trained(config, shard.spec) or not trained):
-            rows, *rest = shard.shape
-            of_experts = bool(shard.spec.split.experts)
+    for stage, spec, (rows, *rest) in _first_shapes(config, layout):
+        if is_trained(config, spec) or not trained:
+            of_experts = bool(spec.split.experts)
             copies = expert_copies(layout, ranks) if of_experts and ranks > 1 else ranks
             numbers = even_rows(rows, copies, 0)[1] * math.prod(rest)
-            inside, outside = (0, numbers) if shard.spec.layer is None else (numbers, 0)
-            so_far = weights[shard.pipeline_rank]
-            weights[shard.pipeline_rank] = StageWeights(
+            inside, outside = (0, numbers) if spec.layer is None else (numbers, 0)
+            so_far = weights[stage]
+            weights[stage] = StageWeights(
                 so_far.inside + inside,
                 so_far.outside + outside,
                 max(so_far.largest, numbers),
                 so_far.experts + numbers * of_experts,
             )
     return weights
+
+
+@lru_cache(maxsize=8)
+def _first_shapes(config: ModelConfig, layout: Layout) -> list[tuple[int, TensorSpec, tuple[int, ...]]]:
+    """Stage, tensor and shape of all that the first rank of each stage holds."""
+    held = shards(config, layout, tied_head_copy=True, first_ranks_only=True)
+    return [(shard.pipeline_rank, shard.spec, shard.shape) for shard in held]
 
 
 def expert_copies(layout: Layout, data_ranks: int) -> int:
@@ -210,6 +216,7 @@ def layer_activations(job: Job) -> float:
     return kept + _adapter_activations(config) * job.tokens * job.element_bytes
 
 
+@lru_cache(maxsize=8)
 def _mlp_width(config: ModelConfig) -> int:
     """The inner numbers of a token in a layer's MLP, or in all of its experts; the larger where a model has both."""
     dense = config.ffn_hidden_size if config.dense_layers or config.experts is None else 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from tandem.errors import UserError
+from tandem.models.experts import Experts
 from tandem.parallel.layout import Layout
 from tandem.planning.hardware import GIB, Hardware
 from tandem.planning.job import Job
@@ -31,8 +32,8 @@ def suggest(base: Job, hardware: Hardware, devices: int) -> tuple[list[Plan], di
     """The fastest plan of each tensor and pipeline size, fastest first; and reason -> the sizes that have no plan.
 
     The model, the global batch and the precision come from `base`. The search tries layouts, micro-batch sizes,
-    recomputation and, where the backend has them, fully sharded weights. Sequence parallelism and the distributed
-    optimizer are always on.
+    recomputation and, where the backend has them, fully sharded weights; with experts also how ranks share them.
+    Sequence parallelism and the distributed optimizer are always on.
     """
     plans: list[Plan] = []
     rejected: dict[str, list[tuple[int, int]]] = {}
@@ -82,7 +83,7 @@ def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> 
     layers = -(-base.config.num_layers // pipeline_size)
     data_size = devices // (tensor_size * pipeline_size)
     choices = product(
-        _layouts(base, tensor_size, pipeline_size),
+        _layouts(base, tensor_size, pipeline_size, data_size),
         (False, True) if data_size > 1 and base.framework.shards_weights else (False,),
         MICRO_BATCH_SIZES,
         sorted({0, layers // 2, layers}),
@@ -100,11 +101,33 @@ def _variants(base: Job, devices: int, tensor_size: int, pipeline_size: int) -> 
         )
 
 
-def _layouts(base: Job, tensor_size: int, pipeline_size: int) -> Iterator[Layout]:
-    plain = Layout(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
+def _layouts(base: Job, tensor_size: int, pipeline_size: int, data_size: int) -> Iterator[Layout]:
     layers, rest = divmod(base.config.num_layers, pipeline_size)
-    yield plain.balanced(base.config.num_layers)
-    if pipeline_size > 1 and not rest:
-        for chunks in CHUNKS:
-            if layers % chunks == 0:
-                yield dataclasses.replace(plain, num_layers_per_virtual_pipeline_stage=layers // chunks)
+    for shared, cut in _shared_experts(base.config.experts, tensor_size, data_size):
+        plain = Layout(
+            tensor_model_parallel_size=tensor_size,
+            pipeline_model_parallel_size=pipeline_size,
+            expert_model_parallel_size=shared,
+            expert_tensor_parallel_size=cut,
+        )
+        yield plain.balanced(base.config.num_layers)
+        if pipeline_size > 1 and not rest:
+            for chunks in CHUNKS:
+                if layers % chunks == 0:
+                    yield dataclasses.replace(plain, num_layers_per_virtual_pipeline_stage=layers // chunks)
+
+
+def _shared_experts(experts: Experts | None, tensor_size: int, data_size: int) -> Iterator[tuple[int, int | None]]:
+    """How the ranks of a stage may share experts: how many do, a power of two, and how many cut each.
+
+    None stands for all tensor ranks. Where they hold whole experts instead (1), they share them, too.
+    """
+    yield 1, None
+    if experts is None:
+        return
+    for cut in (None, 1) if tensor_size > 1 else (None,):
+        ranks = data_size * (tensor_size if cut else 1)
+        shared = 1 if cut else 2
+        while ranks % shared == 0 and experts.num_experts % shared == 0:
+            yield shared, cut
+            shared *= 2

@@ -17,7 +17,7 @@ from tandem.models.flops import training_flops
 from tandem.planning.counted import counted
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
-from tandem.planning.memory import layer_activations, loss_chunks, stage_memories, stage_weights
+from tandem.planning.memory import expert_copies, layer_activations, loss_chunks, stage_memories, stage_weights
 from tandem.planning.traffic import stage_traffic
 
 ASSUMPTIONS = "no communication overlaps with computation; every stage takes as long as the slowest"
@@ -64,7 +64,7 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
     tensor_bandwidth = hardware.bandwidth(job.tensor_size, 1)
     pipeline_bandwidth = hardware.bandwidth(job.pipeline_size, job.devices // job.pipeline_size)
     expert_bandwidth = hardware.bandwidth(job.layout.expert_size, job.layout.expert_tensor_size)
-    data_bandwidth = hardware.bandwidth(job.data_parallel_size, job.tensor_size)
+    data_bandwidth = hardware.bandwidth(*_ranks_of_gradients(job))
 
     def parts(stage: int) -> tuple[float, float, float, float]:
         sent = traffic[stage]
@@ -94,6 +94,13 @@ def estimate(job: Job, hardware: Hardware) -> Speed:
     flops = job.global_batch_size * job.documents * training_flops(job.config, [job.seq_length])
     rate = flops / speed.step / job.devices
     return dataclasses.replace(speed, tokens_per_second=tokens / speed.step, mfu=rate / hardware.flops(job.half))
+
+
+def _ranks_of_gradients(job: Job) -> tuple[int, int]:
+    """How many ranks exchange gradients, and how far apart: data ranks, or tensor ranks that hold the same experts."""
+    if job.data_parallel_size > 1:
+        return job.data_parallel_size, job.tensor_size
+    return expert_copies(job.layout, 1), 1
 
 
 def _compute(job: Job, hardware: Hardware, stage: int) -> float:
