@@ -121,6 +121,48 @@ class FakeNpu:
             )
         return (torch.cat(outputs),)
 
+    def npu_grouped_matmul(
+        self,
+        x: list[torch.Tensor],
+        weight: list[torch.Tensor],
+        *,
+        group_list: torch.Tensor,
+        split_item: int,
+        group_type: int,
+        group_list_type: int,
+    ) -> list[torch.Tensor]:
+        """Along rows (`group_type` 0), or along what is summed (2): an expert without rows gets zeros then."""
+        (left,), (right,) = x, weight
+        check_grouped(left, right, group_list, split_item, group_type, group_list_type)
+        ends = group_list.tolist()
+        assert ends[-1] == left.shape[1 if group_type else 0]
+        ranges = [slice(start, stop) for start, stop in zip([0, *ends], ends)]
+        if group_type:
+            return [torch.stack([left[:, part] @ right[part] for part in ranges])]
+        return [torch.cat([left[part] @ of_group for part, of_group in zip(ranges, right)])]
+
+
+def check_grouped(
+    left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor, split_item: int, group_type: int, group_list_type: int
+) -> None:
+    """What CANN's documents ask of `aclnnGroupedMatmulV4` with single tensors: groups of rows, or of what is summed."""
+    assert (split_item, group_list_type) == (3, 0)
+    assert left.dtype == right.dtype
+    assert (ends.dtype, ends.ndim) == (torch.int64, 1)
+    assert len(ends) <= 1024
+    assert left.ndim == 2
+    assert left.numel(), "the operator takes no tensor without numbers"
+    assert max(left.shape[-1], right.shape[-1]) < 65536
+    if group_type == 0:
+        assert left.is_contiguous(), "the left matrix may not be transposed"
+        assert right.is_contiguous() or right.transpose(1, 2).is_contiguous()
+        assert right.shape[:2] == (len(ends), left.shape[1])
+    else:
+        assert group_type == 2
+        assert left.t().is_contiguous(), "the left matrix must be transposed"
+        assert right.is_contiguous(), "the right matrix may not be transposed"
+        assert left.shape[1] == right.shape[0]
+
 
 def ignore_scales(monkeypatch: Any) -> None:
     """PyTorch's fused AdamW, without `grad_scale` and `found_inf`, as torch_npu has it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from device_toys import FakeNpu, compute_with, ignore_scales, run_step_by_step
 from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
 from tandem.backends.interface import EngineSettings
-from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, pure, sets
+from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, npu_experts, pure, sets
 from tandem.backends.torch.engine import TorchEngine, create
 from tandem.backends.torch.optimizer import Decision
 from tandem.backends.update import clip_coefficient, is_trusted
@@ -65,6 +65,9 @@ def test_npu_kernels_give_the_cpus_gradients(
     assert_close_gradients(gradients, expected, rtol=1e-5)
     assert fake.calls["npu_fusion_attention"] == len(batches) * source.config.num_layers
     assert fake.calls["npu_swiglu_backward"] == len(batches) * source.config.num_layers  # of MLPs and of experts
+    with_experts = source.config.num_layers - source.config.dense_layers
+    # Of two weights of a layer's experts: the product, its input's gradient, its own gradient.
+    assert fake.calls.get("npu_grouped_matmul", 0) == 6 * len(batches) * with_experts
 
 
 def test_an_optimizer_that_ignores_scales_still_clips(
@@ -114,14 +117,17 @@ def test_one_transfer_keeps_every_array(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts", [(3, 0, 5, 1, 4), (0, 0, 13, 0, 0), (0, 6, 0, 0, 7), (0,) * 5], ids=str)
-def test_grouped_products_are_those_of_one_expert_after_the_other(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("counts", [(3, 0, 5, 1, 4), (0, 0, 13, 0, 0), (0, 6, 0, 0, 7), (0,) * 5, (4,)], ids=str)
+@pytest.mark.parametrize("grouped", [cuda_experts, npu_experts], ids=["nvidia", "ascend"])
+def test_grouped_products_are_those_of_one_expert_after_the_other(
+    grouped: ModuleType, counts: tuple[int, ...], dtype: torch.dtype, npu: FakeNpu
+) -> None:
     """Forward, the inputs' gradient, and weights' gradients: the first one overwrites, others add. Rows are ragged."""
     rows, outputs, inputs, of_experts = sum(counts), 16, 24, torch.tensor(counts)
     x, gradient = numbers(rows, inputs).to(dtype), numbers(rows, outputs, seed=1).to(dtype)
     weight = numbers(len(counts) * outputs, inputs, seed=2).to(dtype)
     results = []
-    for kernels in (cpu_experts, cuda_experts):
+    for kernels in (cpu_experts, grouped):
         groups, target = kernels.groups(of_experts), torch.full((len(counts) * outputs, inputs), torch.nan)
         forward = kernels.grouped_product(x, weight, groups)
         back = kernels.grouped_product(gradient, weight, groups, transposed=True)
@@ -146,14 +152,17 @@ def test_matrices_that_grouped_products_do_not_take_are_multiplied_all_the_same(
 
 
 @pytest.mark.parametrize(("first", "tokens"), [(0, 4), (3, 9)])
-def test_rows_are_summed_as_the_cpu_sums_them(first: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [cuda_experts, npu_experts], ids=["nvidia", "ascend"])
+def test_rows_are_summed_as_the_cpu_sums_them(
+    kernels: ModuleType, first: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a rank sends a part of the tokens, and others are padding."""
     run_step_by_step(monkeypatch)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     places = torch.empty_like(order)
     places[order] = torch.arange(8)
     given = (numbers(8, 5), (order + 2 * first) // 2, places.view(4, 2), first, tokens)
-    torch.testing.assert_close(cuda_experts.sum_rows(*given), cpu_experts.sum_rows(*given))
+    torch.testing.assert_close(kernels.sum_rows(*given), cpu_experts.sum_rows(*given))
 
 
 T, G, D, N = 13, 2, 8, 24

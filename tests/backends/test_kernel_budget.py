@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from counted_steps import check
-from device_toys import FakeNpu, copy_at_once
+from device_toys import FakeNpu, check_grouped, copy_at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.backends.interface import EngineSettings, StepResult
@@ -44,7 +44,8 @@ FREE = set(
 
 
 PRODUCTS = set(
-    """mm addmm bmm _flash_attention_forward _flash_attention_backward npu_fusion_attention""".split()  # noqa: SIM905
+    """mm addmm bmm _flash_attention_forward _flash_attention_backward npu_fusion_attention _grouped_mm
+    npu_grouped_matmul""".split()  # noqa: SIM905
 )
 
 
@@ -155,7 +156,16 @@ def counted_npu(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> Counted:
             counted.kernels["npu_fusion_attention_grad"] += 1
             return tuple(map(torch.empty_like, ctx.saved_tensors))
 
+    def grouped(
+        self: FakeNpu, x: list[torch.Tensor], weight: list[torch.Tensor], *, group_list: torch.Tensor, **settings: int
+    ) -> list[torch.Tensor]:
+        (left,), (right,) = x, weight
+        check_grouped(left, right, group_list, **settings)
+        batch = (len(group_list),) if settings["group_type"] else ()
+        return [left.new_empty(*batch, len(left), right.shape[-1])]
+
     monkeypatch.setattr(FakeNpu, "npu_fusion_attention", lambda self, q, k, v, *_, **__: (Attention.apply(q, k, v),))
+    monkeypatch.setattr(FakeNpu, "npu_grouped_matmul", grouped)
     operators = {name: one_kernel(name, operator) for name, operator in vars(FakeNpu().module()).items()}
     monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(**operators))
     monkeypatch.setitem(sets.KERNELS, "meta", sets.NPU)
@@ -269,6 +279,17 @@ def test_a_layer_of_8b_launches_few_operators_of_torch_npu(counted_npu: Counted)
     difference.subtract(count(counted_npu, shape("8B", 1)))
     weights = 4
     assert sum(difference.values()) <= 60 + 2 * weights, difference
+
+
+def test_a_layer_with_experts_calls_as_many_operators_of_torch_npu_for_128_as_for_16(counted_npu: Counted) -> None:
+    losses = {"moe_aux_loss_coeff": 1e-3, "moe_z_loss_coeff": 1e-3}
+    one, few, both = (count(counted_npu, sparse(*size), **losses) for size in ((1, 128), (1, 16), (2, 128)))
+    assert counted_npu.reads == 1  # before the update: no layer asks how many rows an expert has
+    assert counted_npu.copies == {"the host goes on": 1}
+    assert one == few
+    layer = both - one
+    assert layer["npu_grouped_matmul"] == 6
+    assert sum(layer.values()) <= 140, layer
 
 
 def test_head_and_loss_launch_few_operators_of_torch_npu(counted_npu: Counted) -> None:

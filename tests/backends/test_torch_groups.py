@@ -1,4 +1,4 @@
-"""Groups of ranks on NVIDIA devices: what is sent between devices makes no sockets of the host's."""
+"""Groups of ranks: what is sent between devices makes no sockets of the host's; how rows travel between experts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from tandem.backends.experts import Dispatch
 from tandem.backends.torch import communication
 from tandem.backends.torch.communication import connect, make_groups
+from tandem.backends.torch.experts import dispatch_of
 from tandem.launch.world import World
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout
@@ -55,3 +58,18 @@ def test_only_the_group_of_all_ranks_joins_hosts(
     assert [1, 3] in members  # data ranks
     assert members.count([3, 7]) == 4  # stages: activations and gradients, in a row and around
     assert groups.everyone.group is world
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_rows_travel_as_numpy_says(rank: int) -> None:
+    """With experts without rows, and ranks that send nothing to each other."""
+    rows = np.random.default_rng(1).integers(0, 4, (3, 12))
+    rows[0], rows[2, 4:8] = 0, 0
+    expected, actual = Dispatch.of(rows, rank), dispatch_of(torch.from_numpy(rows), rank)
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(actual, name), value, err_msg=name)
+
+
+def test_no_rows_travel() -> None:
+    dispatch = dispatch_of(torch.zeros(2, 4, dtype=torch.int64), 1)
+    assert (dispatch.receive, len(dispatch.order), dispatch.counts.tolist()) == ([0, 0], 0, [0, 0])

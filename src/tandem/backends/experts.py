@@ -201,13 +201,13 @@ class Dispatch:
         send, receive: rows to and from each rank.
         order: of the received rows, sorted by this rank's experts: the number of each among those that came.
         counts: received rows of each of this rank's experts.
-        between: rows from each rank to each.
+        between: rows from each rank to each, on the host.
     """
 
     send: list[int]
     receive: list[int]
-    order: np.ndarray
-    counts: list[int]
+    order: Array
+    counts: Array
     between: np.ndarray
 
     @classmethod
@@ -216,7 +216,7 @@ class Dispatch:
 
         >>> dispatch = Dispatch.of(np.array([[2, 1, 0, 3], [1, 1, 4, 0]]), rank=0)
         >>> dispatch.send, dispatch.receive, dispatch.order.tolist(), dispatch.counts
-        ([3, 3], [3, 2], [0, 1, 3, 2, 4], [3, 2])
+        ([3, 3], [3, 2], [0, 1, 3, 2, 4], array([3, 2]))
         """
         ranks, experts = rows.shape
         held = experts // ranks
@@ -224,4 +224,4 @@ class Dispatch:
         of_rows = np.concatenate([np.repeat(np.arange(held), of_rank) for of_rank in here])
         order = np.argsort(of_rows, kind="stable")
         between = rows.reshape(ranks, ranks, held).sum(2)
-        return cls(between[rank].tolist(), between[:, rank].tolist(), order, here.sum(0).tolist(), between)
+        return cls(between[rank].tolist(), between[:, rank].tolist(), order, here.sum(0), between)

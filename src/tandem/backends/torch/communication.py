@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,11 +199,11 @@ def exchange(x: torch.Tensor, send: list[int], receive: list[int], ranks: Ranks)
     return received
 
 
-def gather_counts(counts: torch.Tensor, ranks: Ranks) -> np.ndarray:
-    """Every rank's counts [n], [ranks, n], on the host."""
+def gather_counts(counts: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Every rank's counts [n], [ranks, n]."""
     gathered = counts.new_empty(ranks.size * len(counts))
     all_gather(gathered, counts, ranks.group).wait()
-    return gathered.view(ranks.size, -1).cpu().numpy()
+    return gathered.view(ranks.size, -1)
 
 
 def most_sums(device: torch.device) -> int | None:

@@ -215,7 +215,7 @@ class _Rows:
         places: of each token that this rank sends, its rows, [tokens, k].
         first: the first token that this rank sends.
         groups: how the rows that come to this rank belong to its experts, in the device's form.
-        dispatch, order: how rows travel; None where this rank has all experts.
+        dispatch: how rows travel; None where this rank has all experts.
     """
 
     slots: torch.Tensor
@@ -225,7 +225,6 @@ class _Rows:
     groups: Any
     ranks: Ranks
     dispatch: Dispatch | None = None
-    order: torch.Tensor | None = None
 
     @classmethod
     def of(cls, chosen: torch.Tensor, experts: int, tokens: int, ranks: ExpertRanks) -> _Rows:
@@ -241,9 +240,8 @@ class _Rows:
         counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
         if ranks.experts.group is None:
             return cls(*rows, kernels_of(device).groups(counts), ranks.experts)
-        dispatch = Dispatch.of(gather_counts(counts, ranks.experts), ranks.experts.rank)
-        groups = kernels_of(device).groups(torch.tensor(dispatch.counts, device=device))
-        return cls(*rows, groups, ranks.experts, dispatch, torch.from_numpy(dispatch.order).to(device))
+        dispatch = dispatch_of(gather_counts(counts, ranks.experts), ranks.experts.rank)
+        return cls(*rows, kernels_of(device).groups(dispatch.counts), ranks.experts, dispatch)
 
     def sums(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         """The sum of each token's rows of x [n, h]: [tokens, h]."""
@@ -253,15 +251,29 @@ class _Rows:
         """Rows of this rank's tokens -> the rows that come to its experts, sorted by these."""
         if self.dispatch is None:
             return x
-        return exchange(x, self.dispatch.send, self.dispatch.receive, self.ranks)[self.order]
+        return exchange(x, self.dispatch.send, self.dispatch.receive, self.ranks)[self.dispatch.order]
 
     def back(self, x: torch.Tensor) -> torch.Tensor:
         """The reverse of `there`."""
         if self.dispatch is None:
             return x
         as_they_came = torch.empty_like(x)
-        as_they_came[self.order] = x
+        as_they_came[self.dispatch.order] = x
         return exchange(as_they_came, self.dispatch.receive, self.dispatch.send, self.ranks)
+
+
+def dispatch_of(rows: torch.Tensor, rank: int) -> Dispatch:
+    """`Dispatch.of`, on the device. Only how many rows go between ranks is read: the exchange wants to know."""
+    ranks, held = len(rows), rows.shape[1] // len(rows)
+    here = rows[:, rank * held : (rank + 1) * held]
+    between = rows.view(ranks, ranks, held).sum(2).cpu().numpy()
+    received = between[:, rank]
+    # Of each rank's rows for each expert, one after the other: where they end.
+    ends = here.flatten().cumsum(0)
+    numbers = torch.arange(int(received.sum()), device=rows.device)
+    experts = torch.searchsorted(ends, numbers, right=True) % held
+    order = torch.sort(experts, stable=True).indices
+    return Dispatch(between[rank].tolist(), received.tolist(), order, here.sum(0), between)
 
 
 class _Mixture(Function):

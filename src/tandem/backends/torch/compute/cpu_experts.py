@@ -93,7 +93,9 @@ def route(
     factors = probabilities.gather(1, chosen)
     if normalise:
         factors = factors / factors.sum(1, keepdim=True)
-    counts = torch.bincount(chosen[:tokens].flatten(), minlength=logits.shape[1]).float()
+    flat = chosen[:tokens].flatten()
+    # Not `bincount`, for which Ascend's devices would wait.
+    counts = logits.new_zeros(logits.shape[1]).scatter_add_(0, flat, logits.new_ones(len(flat)))
     return factors, probabilities, total, counts, probabilities[:tokens].sum(0), total[:tokens].square().sum()
 
 

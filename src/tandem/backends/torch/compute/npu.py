@@ -22,7 +22,7 @@ MASK_SIZE = 2048  # of the compressed causal mask that it wants, whatever the le
 ANY_NUMBER = 2**31 - 1
 
 
-def _operators() -> Any:
+def operators() -> Any:
     import torch_npu  # type: ignore[import-not-found]
 
     return torch_npu
@@ -41,21 +41,21 @@ def add_product(target: torch.Tensor, first: bool, gradient: torch.Tensor, x: to
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return _operators().npu_rms_norm(x, weight, eps)
+    return operators().npu_rms_norm(x, weight, eps)
 
 
 def rms_norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, trained: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return _operators().npu_rms_norm_backward(gradient, x, weight, scale)
+    return operators().npu_rms_norm_backward(gradient, x, weight, scale)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    return _operators().npu_swiglu(x, dim=-1)
+    return operators().npu_swiglu(x, dim=-1)
 
 
 def swiglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _operators().npu_swiglu_backward(gradient, x, dim=-1)
+    return operators().npu_swiglu_backward(gradient, x, dim=-1)
 
 
 def weighted_swiglu(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ def _contiguous_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [t, g, a, d] rotated by `angles`: the operator takes [1, t, heads, d]."""
-    return _operators().npu_rotary_mul(x.flatten(1, 2)[None], cos[None], sin[None])[0].view_as(x)
+    return operators().npu_rotary_mul(x.flatten(1, 2)[None], cos[None], sin[None])[0].view_as(x)
 
 
 def angles(
@@ -155,7 +155,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Documen
 
 
 def _within(ends: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return _operators().npu_fusion_attention(
+    return operators().npu_fusion_attention(
         q,
         k,
         v,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tandem.backends.torch.attention import attention
-from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, npu
+from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, npu, npu_experts
 from tandem.backends.torch.kernels import Kernels
 from tandem.frameworks import TORCH
 
@@ -72,14 +72,14 @@ CUDA = Kernels(
 NPU = Kernels(
     product=npu.product,
     add_product=npu.add_product,
-    groups=cpu_experts.groups,
-    grouped_product=cpu_experts.grouped_product,
-    add_grouped_product=cpu_experts.add_grouped_product,
+    groups=npu_experts.groups,
+    grouped_product=npu_experts.grouped_product,
+    add_grouped_product=npu_experts.add_grouped_product,
     weighted_swiglu=npu.weighted_swiglu,
     weighted_swiglu_backward=npu.weighted_swiglu_backward,
     route=cpu_experts.route,
     route_backward=cpu_experts.route_backward,
-    sum_rows=cpu_experts.sum_rows,
+    sum_rows=npu_experts.sum_rows,
     rms_norm=npu.rms_norm,
     rms_norm_backward=npu.rms_norm_backward,
     swiglu=npu.swiglu,

@@ -1,0 +1,53 @@
+"""What Ascend's devices compute layers of experts with: as many operators for 128 experts as for one.
+
+How many rows an expert has is known on the device alone: `npu_grouped_matmul` takes it as a tensor, from CANN 8.0.RC3
+on. It gives zeros as the gradient of an expert without rows. Shapes are documented in `cpu_experts.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from tandem.backends.torch.compute.npu import operators
+
+ROWS, SUMMED = 0, 2  # group_type: what the groups divide, of a product [m, k] [k, n]: m or k
+ONE_TENSOR = 3  # split_item: the result is one tensor
+
+
+def groups(counts: torch.Tensor) -> torch.Tensor:
+    """Where each expert's rows end, int64 [E], on the device."""
+    return counts.cumsum(0)
+
+
+def grouped_product(
+    x: torch.Tensor, weight: torch.Tensor, groups: torch.Tensor, *, transposed: bool = False
+) -> torch.Tensor:
+    stack = weight.view(len(groups), -1, weight.shape[1])
+    if not transposed:
+        stack = stack.transpose(1, 2)
+    return _grouped(x, stack, groups, ROWS) if len(x) else x.new_empty(0, stack.shape[2])
+
+
+def add_grouped_product(
+    target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, groups: torch.Tensor
+) -> None:
+    """The products are rounded to the dtype of x before they are added in fp32: the operator gives no other."""
+    if len(x):
+        products = _grouped(gradient.t(), x, groups, SUMMED).view_as(target)
+        target.copy_(products) if first else target.add_(products)
+    elif first:
+        target.zero_()
+
+
+def _grouped(x: torch.Tensor, weight: torch.Tensor, groups: torch.Tensor, group_type: int) -> torch.Tensor:
+    (result,) = operators().npu_grouped_matmul(
+        [x], [weight], group_list=groups, split_item=ONE_TENSOR, group_type=group_type, group_list_type=0
+    )
+    return result
+
+
+def sum_rows(x: torch.Tensor, owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int) -> torch.Tensor:
+    """Without atomic additions: the order is the same each time, and sums are fp32."""
+    sums = x[places.flatten()].unflatten(0, places.shape).sum(1, dtype=torch.float32).to(x.dtype)
+    return sums if len(sums) == tokens else pad(sums, (0, 0, first, tokens - first - len(sums)))
