@@ -31,7 +31,7 @@ COMMANDS = {
     "evaluate": "Measure a model: its loss on data, or benchmarks of lm-evaluation-harness.",
     "inspect": "Show the contents of a checkpoint or of data, and check for damage.",
     "plan": "Estimate memory, traffic and speed of a run; find layouts that fit your devices.",
-    "bench": "Check and measure this device, without data or weights.",
+    "bench": "Check and measure devices, without data or weights.",
     "report": "Write an HTML page about one or several runs.",
     "rerun": "Repeat a recorded training and compare the losses.",
     "quickstart": "Try everything on a toy model, with one framework or both.",

@@ -129,7 +129,7 @@ def examine_cann(name: str, version: str, accepted: list[str]) -> Finding:
 
 
 def probe(name: str) -> dict[str, Any]:
-    """What a framework reports about itself: `version`, `devices`, `dtypes`, and `cann` where it names some.
+    """What a framework reports about itself: `version`, `count` of `devices`, `dtypes`, and `cann` where it names some.
 
     Raises:
         RuntimeError: the framework cannot be imported, crashes or hangs. The message is its last line of output.

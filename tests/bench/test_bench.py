@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from faulty_stages import STAGES
 
 from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.bench import run
 from tandem.bench.options import BenchOptions
 from tandem.bench.run import StageResult, bench
+from tandem.bench.stages import Stage, stages
 from tandem.errors import UserError
+from tandem.launch.machines import Machines
 
 
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def result(options: BenchOptions, name: str, shows: str) -> StageResult:
-        if name == "clipping":
-            return StageResult(name, shows, None, "RuntimeError: <no kernel>", 1.0)
-        return StageResult(name, shows, {"tokens/s": 12345.6, "memory": 2**31}, "", 1.0)
+    def result(options: BenchOptions, stage: Stage) -> StageResult:
+        if stage.name == "clipping":
+            return StageResult(stage.name, stage.shows, None, "RuntimeError: <no kernel>", 1.0)
+        return StageResult(stage.name, stage.shows, {"tokens/s": 12345.6, "memory": 2**31}, "", 1.0)
 
     monkeypatch.setattr(run, "_run", result)
     output = tmp_path / "bench.json"
-    results = bench(BenchOptions(output=str(output), sizes=("0.6B",), micro_batch_sizes=(1,)))
+    results = bench(BenchOptions(output=str(output), sizes=("0.6B",), micro_batch_sizes=(1,), device="cpu"))
     names = ["parity", "clipping", "transformers", "0.6B, micro-batch 1", "0.6B, packed", "0.6B, profile"]
     assert [one.name for one in results] == names
     assert [stage["name"] for stage in json.loads(output.read_text())["stages"]] == names
@@ -41,7 +47,7 @@ def test_what_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_pat
     sleeper.write_text("#!/bin/sh\nsleep 60\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(sleeper))
-    result = run._run(BenchOptions(stage_seconds=1), "parity", "")
+    result = run._run(BenchOptions(stage_seconds=1), stages(BenchOptions())[0])
     assert result.figures is None
     assert result.error == "stopped after 1 s"
 
@@ -51,7 +57,7 @@ def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     killed.write_text("#!/bin/sh\necho out of memory >&2\nexit 9\n")
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
-    result = run._run(BenchOptions(), "parity", "")
+    result = run._run(BenchOptions(), stages(BenchOptions())[0])
     assert result.figures is None
     assert result.error == "ended with code 9: out of memory"
 
@@ -63,11 +69,73 @@ def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (["--output", "bench.txt"], "--output bench.txt"),
         (["--documents", "9", "--seq-length", "8"], "--documents 9"),
         (["--sizes", "5B"], "5B"),
+        (["--layouts", "tp2-dp0"], "--layouts tp2-dp0: 'dp0' is unknown"),
+        (["--layouts", "dp2-dp4"], "'dp4' is unknown, or there twice"),
+        (["--layouts", "tp2-distopt"], "distopt has no effect without dp2 or more"),
+        (["--layouts", "dp2", "dp2"], "dp2 given twice"),
+        (["--layouts", "dp2", "tp3", "--sizes", "8B"], "--layouts tp3, 8B: num_query_groups 8 is not a multiple"),
+        (["--layouts", "pp4", "--num-layers", "2"], "--layouts pp4, 0.6B: 2 layers"),
+        (["--layouts", "dp2-ep2"], "the model has no experts"),
+        (["--layouts", "dp2-fsdp2", "--ai-framework", "mindspore"], "--use-torch-fsdp2 needs torch"),
     ],
 )
 def test_wrong_options_are_refused(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *words]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_layouts_fit_the_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_framework("torch")
+    monkeypatch.setattr(run, "probe", lambda name: {"count": 8, "devices": "8 x NVIDIA H200"})
+    options = BenchOptions(ai_framework="torch", output=str(tmp_path / "bench.json"))
+    chosen = run.choose_layouts(options)
+    assert chosen.layouts == ("dp1", "dp8-distopt-overlap", "tp8-sp", "tp2-dp4-sp-distopt-overlap")
+    names = [stage.name for stage in stages(chosen)]
+    assert names[3:6] == ["dp8-distopt-overlap, parity", "tp8-sp, parity", "tp2-dp4-sp-distopt-overlap, parity"]
+    assert "0.6B, tp8-sp, micro-batch 4" in names
+    # 30B-A3B has four key/value heads, and so no eight tensor ranks.
+    with_experts = run.choose_layouts(dataclasses.replace(options, sizes=("0.6B", "30B-A3B")))
+    assert with_experts.layouts == ("dp1", "dp8-distopt-overlap", "tp2-dp4-sp-distopt-overlap")
+    with pytest.raises(UserError, match=r"--layouts tp4-dp4: has 16 processes, and this machine 8 x NVIDIA H200"):
+        bench(dataclasses.replace(options, layouts=("dp8", "tp4-dp4")))
+    assert not (tmp_path / "bench.json").exists()
+    on_cpu = dataclasses.replace(options, layouts=("tp4-dp4",), device="cpu")
+    assert run.choose_layouts(on_cpu) == on_cpu
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("killed", "rank 1 of 2 was killed, or crashed"),
+        pytest.param(
+            *("error", "rank 1 of 2 failed: RuntimeError: no kernel for this"), marks=pytest.mark.slow("kills")
+        ),
+        ("hang", "stopped after 5 s"),
+    ],
+)
+def test_a_rank_that_ends_or_hangs_is_said_and_the_next_stage_runs(
+    fault: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).with_name("faulty_stages.py")
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setattr(run, "worker", lambda file: [str(script), file])
+    monkeypatch.setattr(run, "stages", lambda options: STAGES)
+    monkeypatch.setattr(run, "launcher_of", lambda framework: plain_launcher)
+    output = tmp_path / "bench.json"
+    assert main(["bench", "--device", "cpu", "--stage-seconds", "5", "--output", str(output)]) == 2
+    printed = capsys.readouterr()
+    assert f"faulty, dp2: failed: {reason}\n" in printed.out
+    assert "stages that failed: faulty, dp2." in printed.err
+    faulty, after = json.loads(output.read_text())["stages"]
+    assert faulty["figures"] is None
+    assert after["figures"] == {"layout": "tp2", "largest": 1.0}
+    assert reason in output.with_suffix(".html").read_text()
+
+
+def plain_launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Two ranks of a shell, without a framework."""
+    rank = shlex.join([sys.executable, *words])
+    return ["sh", "-c", f"RANK=0 LOCAL_RANK=0 {rank} & RANK=1 LOCAL_RANK=1 {rank} & wait"], {"WORLD_SIZE": "2"}
 
 
 def test_no_other_file_is_replaced(tmp_path: Path) -> None:
@@ -136,3 +204,24 @@ def test_all_stages_on_the_cpu(framework: str, tmp_path: Path, capsys: pytest.Ca
     assert stages["0.6B, packed"]["tokens/s"] > 0
     assert stages["0.6B, profile"]["operators"] > 10
     assert stages["0.6B, profile"]["planned kernels"] > 10
+
+
+@pytest.mark.slow("jobs")
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_layouts_of_two_processes(framework: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is compared with one process, trained and profiled."""
+    output = tmp_path / "bench.json"
+    short = ["--num-layers", "1", "--seq-length", "16", "--micro-batch-sizes", "1", "--documents", "2", "--steps", "1"]
+    words = ["--layouts", "dp2-distopt-overlap", "tp2-sp", "--device", "cpu", *short, "--output", str(output)]
+    assert main(["bench", "--ai-framework", framework, *words]) == 0, capsys.readouterr()
+    figures = {stage["name"]: stage["figures"] for stage in json.loads(output.read_text())["stages"]}
+    for layout in ("dp2-distopt-overlap", "tp2-sp"):
+        assert figures[f"{layout}, parity"]["the same in fp32"] is True
+        assert 0 < figures[f"{layout}, parity"]["fp32 gradient difference"] < 1e-4
+        measured = figures[f"0.6B, {layout}, micro-batch 1"]
+        assert (measured["layout"], measured["processes"]) == (layout, 2)
+        assert measured["tokens/s"] == pytest.approx(2 * measured["tokens/s of a process"])
+        assert measured["memory"] > measured["planned memory"] / 2
+        assert figures[f"0.6B, {layout}, packed"]["layers"] == 1
+        assert figures[f"0.6B, {layout}, profile"]["operators"] > 10
+    assert "dp2-distopt-overlap" in output.with_suffix(".html").read_text()

@@ -1,1 +1,1 @@
-"""`tandem bench`: does this device compute what a CPU computes, and how fast?"""
+"""`tandem bench`: do these devices compute what a CPU computes, and how fast?"""

@@ -1,4 +1,4 @@
-"""`tandem bench`: is this device right, and how fast is it?"""
+"""`tandem bench`: are these devices right, and how fast are they?"""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tandem.cli.arguments import parse
 from tandem.errors import UserError
 
 DESCRIPTION = (
-    "Measure one device, without data or weights: whether it computes what a CPU computes, then speed and memory of "
-    "training. Writes one JSON file and one HTML page that can be sent."
+    "Measure the devices of this machine, without data or weights: whether they compute what a CPU computes, then "
+    "speed and memory of training, on one device and in layouts of several. Writes one JSON file and one HTML page "
+    "that can be sent."
 )
 SHOWN = (
     *("device", "dtype"),  # bf16 falls back to fp32 where the device has none

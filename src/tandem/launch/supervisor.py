@@ -6,6 +6,7 @@ passes signals on. When a rank fails, it ends the job and prints the reason last
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -51,6 +52,7 @@ SECONDS_TO_END = 60.0
 SECONDS_UNNOTICED = 0.3
 CRASHED = 1
 USER_ERROR = 2
+TIMED_OUT = 124  # as the program `timeout` says it
 LINES_OF_LOG = 30
 
 
@@ -65,7 +67,8 @@ class JobEnd:
 
     Attributes:
         code: the exit code of the first rank that failed. 128 + the signal's number when a signal ended the job.
-            USER_ERROR when other machines did not come. CRASHED when the launcher failed. Otherwise 0.
+            USER_ERROR when other machines did not come. TIMED_OUT when the job took too long. CRASHED when the
+            launcher failed. Otherwise 0.
         text: why the job failed; empty when it did not fail.
     """
 
@@ -85,12 +88,14 @@ def launch(
     words: Sequence[str],
     log_dir: str | None = None,
     show: Callable[[str], None] = show_at_once,
+    seconds: float = math.inf,
 ) -> JobEnd:
     """Run `python WORDS` as every rank of this machine, and wait.
 
     Args:
         log_dir: folder that keeps the output of each rank.
         show: called with each new piece of the first rank's output.
+        seconds: a job that takes longer is ended, with no time to save.
 
     Raises:
         UserError: as in `Machines.checked`, or `log_dir` cannot be written. Nothing was started then.
@@ -108,7 +113,7 @@ def launch(
         NODE: str(machines.node_rank),
         "PYTHONUNBUFFERED": "1",
     }
-    end = _Job(machines, folder, command, environment, show).run()
+    end = _Job(machines, folder, command, environment, show, seconds).run()
     if end.code != CRASHED:
         shutil.rmtree(folder)
     return end
@@ -121,6 +126,7 @@ class _Job:
     command: list[str]
     environment: dict[str, str]
     show: Callable[[str], None]
+    seconds: float = math.inf  # the most that the job may take
     signals: list[int] = field(default_factory=list)  # received signals, in order
     signal_times: dict[int, float] = field(default_factory=dict)  # signal -> when it last came
     is_impatient: bool = False  # whether a signal came twice
@@ -130,9 +136,11 @@ class _Job:
     waiting_since: float | None = None  # since when this machine has waited for others
     has_said_so: bool = False
     is_late: bool = False  # whether the others did not come in time
+    took_too_long: bool = False
 
     def run(self) -> JobEnd:
         self.kills_before = out_of_memory.kills()
+        self.last_moment = time.monotonic() + self.seconds
         with stopping_signals(self._remember), (self.folder / "launcher.log").open("wb") as output:
             self.launcher = subprocess.Popen(
                 self.command,
@@ -170,6 +178,9 @@ class _Job:
                 self._set_deadline(SECONDS_TO_SAVE)
                 self._pass_on(self.signals[0])
             if self._waits_in_vain():
+                return
+            if time.monotonic() > self.last_moment and not self._have_ended():
+                self.took_too_long = True
                 return
             if self._failures():
                 self._set_deadline(SECONDS_TO_END if self.signals else SECONDS_FOR_OTHERS)
@@ -257,6 +268,8 @@ class _Job:
             return JobEnd(128 + self.signals[0], self._unbegun())
         if self.is_late:
             return JobEnd(USER_ERROR, self._missing_machines())
+        if self.took_too_long and not failures:
+            return JobEnd(TIMED_OUT, f"stopped after {self.seconds:g} s")
         if failures and failures[0].code != CRASHED:
             return JobEnd(failures[0].code)
         if failures:

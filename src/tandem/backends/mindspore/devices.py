@@ -13,10 +13,11 @@ import mindspore as ms
 def describe() -> dict[str, object]:
     """MindSpore's version, the device that a run would take, its dtypes, and the CANN that it goes with."""
     if ms.device_context.ascend.is_available():
-        devices, dtypes = f"{ms.device_context.ascend.device_count()} x {ms.hal.get_device_name(0)}", "bf16 and fp32"
+        count, name, dtypes = ms.device_context.ascend.device_count(), ms.hal.get_device_name(0), "bf16 and fp32"
     else:
-        devices, dtypes = "1 x cpu", "fp32; --bf16 computes in fp32"
-    return {"version": ms.__version__, "devices": devices, "dtypes": dtypes, "cann": cann_versions()}
+        count, name, dtypes = 1, "cpu", "fp32; --bf16 computes in fp32"
+    devices = {"count": count, "devices": f"{count} x {name}"}
+    return {"version": ms.__version__, **devices, "dtypes": dtypes, "cann": cann_versions()}
 
 
 def cann_versions() -> list[str]:

@@ -14,7 +14,8 @@ def describe() -> dict[str, object]:
     device = choose_device(None)
     count = 1 if device.type == "cpu" else getattr(torch, device.type).device_count()
     dtypes = "bf16 and fp32" if has_native_bf16(device) else "fp32; --bf16 computes in fp32"
-    return {"version": torch.__version__, "devices": f"{count} x {device_name(device)}", "dtypes": dtypes}
+    devices = f"{count} x {device_name(device)}"
+    return {"version": torch.__version__, "count": count, "devices": devices, "dtypes": dtypes}
 
 
 if __name__ == "__main__":
