@@ -55,7 +55,7 @@ class BaseEngine(ABC, Generic[T]):
     Attributes:
         framework: the engine's framework.
         readers: how many threads load tensors into it at the same time.
-        by_rows: set by the framework's engine, like the interface's `device_name` and `param_dtype`.
+        by_rows: set by the framework's engine, like the interface's `device_name`, `param_dtype` and `reads_ahead`.
     """
 
     framework: ClassVar[Framework]
@@ -63,6 +63,7 @@ class BaseEngine(ABC, Generic[T]):
 
     device_name: str
     param_dtype: str
+    reads_ahead: bool
     by_rows: ByRows
 
     def __init__(self, config: ModelConfig, settings: EngineSettings) -> None:

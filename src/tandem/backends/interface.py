@@ -187,6 +187,7 @@ class Engine(Protocol):
     param_dtype: str  # dtype of the "model" kind, a key of tandem.checkpoints.interface.DTYPES
     moment_dtypes: Mapping[TensorKind, str]  # of "exp_avg" and "exp_avg_sq", likewise
     optimizer_step: int  # updates applied so far (Adam's t)
+    reads_ahead: bool  # whether the host is free for the next step's batches while the device computes
 
     def load_weights(self, source: TensorSource) -> None:
         """Load this rank's slice of every weight, and its masters, from the kinds that `kinds_to_load` names."""

@@ -24,6 +24,7 @@ from tandem.planning.hardware import peak_flops
 from tandem.training.diagnosis import dump, first_bad
 from tandem.training.evaluation import Share, Validation, evaluate
 from tandem.training.expert_load import ExpertWatch, from_json, to_json
+from tandem.training.feed import Feed
 from tandem.training.guard import Guard
 from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line, tasks_line
 from tandem.training.loss_scale import LossScale
@@ -109,6 +110,7 @@ class Trainer:
         self._all_written = True  # whether no rank is still writing a checkpoint
         self._started, self._out_of_time = time.monotonic(), False
         self._samples_per_epoch = max(1, self.train_data.describe()["samples_per_epoch"])
+        self._feed = Feed(self.train_data, self.share, ahead=self.engine.reads_ahead)
         self._total = over_data_ranks(self.communicator, self.grid)
         self._peak_flops = peak_flops(self.engine.device_name, self.engine.param_dtype)
 
@@ -118,6 +120,10 @@ class Trainer:
         Raises:
             UserError: a step failed and the run must stop. The newest checkpoint stays as it is.
         """
+        with self._feed:
+            self._run()
+
+    def _run(self) -> None:
         started_at = saved_at = self.progress.iteration
         applied = False  # whether any step was
         self._note_signals(self.communicator.all_gather(self.signals.received))  # those of the start
@@ -172,7 +178,10 @@ class Trainer:
         batch = self.length.batch_sizes.at(progress.consumed_train_samples)
         lr = self.schedule.lr(progress.applied_train_samples)
         weight_decay = self.schedule.weight_decay(progress.applied_train_samples)
-        micro_batches = list(self.share.micro_batches(self.train_data, progress.consumed_train_samples, batch))
+        micro_batches = self._feed.take(progress.consumed_train_samples, batch)
+        if progress.iteration + 1 < self.train_iters:
+            following = progress.consumed_train_samples + batch
+            self._feed.begin(following, self.length.batch_sizes.at(following))
         weighed = self._weigh(micro_batches, batch)
         run, weights = micro_batches, weighed.weights
         if self.objective.needs_log_probabilities:
@@ -236,7 +245,7 @@ class Trainer:
         consumed = self.progress.consumed_train_samples
         return (
             f"iteration {self.progress.iteration + 1}: none of the {batch} samples has a trained token, so there is no "
-            f"loss; the first sample is {self.train_data.origin(consumed)}. Preprocess again: `tandem preprocess` "
+            f"loss; the first sample is {self._feed.origin(consumed)}. Preprocess again: `tandem preprocess` "
             f"leaves out such samples. A smaller --seq-length in training may also cut all trained tokens"
         )
 
@@ -266,7 +275,7 @@ class Trainer:
             "loss": str(result.loss),
             "grad_norm": str(result.grad_norm),
             "global_batch": [consumed, consumed + batch],
-            "samples": {number: self.train_data.origin(number) for number in samples},
+            "samples": {number: self._feed.origin(number) for number in samples},
         }
         is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         first = None if is_finite else first_bad(self.engine, micro_batches, weights)

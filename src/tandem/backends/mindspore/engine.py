@@ -65,6 +65,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         self.notices += [f"{flag}: without effect on MindSpore" for flag, given in asked.items() if given]
         self._kernels = kernels_for(settings.device)
         self.device_name = device_name()
+        self.reads_ahead = self._kernels.reads_ahead
         self.param_dtype = self._choose_dtype(
             has_bf16=self._kernels.bf16, without_bf16="MindSpore multiplies no bf16 matrices on CPU"
         )

@@ -32,6 +32,7 @@ class Kernels:
         route, expert_mlp, grouped, grouped_backward, sum_rows, exchange: of mixtures of experts.
         side_by_side, block, columns, add_columns, row_squares, stretch, scale_columns, dot_columns: of adapters.
         bf16: whether matrix products in bfloat16 exist.
+        reads_ahead: whether the host is free for the next step's batches while the device computes.
         fp32_notice: a message for the user when computing in fp32.
     """
 
@@ -71,4 +72,5 @@ class Kernels:
     scale_columns: Callable[[Tensor, Tensor], Tensor]
     dot_columns: Callable[[Tensor, Tensor], Tensor]
     bf16: bool
+    reads_ahead: bool
     fp32_notice: str = ""

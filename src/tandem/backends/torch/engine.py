@@ -53,6 +53,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         super().__init__(config, settings)
         self._device = choose_device(settings.device)
         self.device_name = device_name(self._device)
+        self.reads_ahead = kernels_of(self._device).reads_ahead
         self.param_dtype = self._choose_dtype(
             has_bf16=has_native_bf16(self._device),
             without_bf16=f"{self._device.type} does not compute in bfloat16 natively",

@@ -37,6 +37,7 @@ class Kernels:
         adamw: updates several weights.
         update_skips: whether `adamw` itself leaves out what is skipped; otherwise the host must know before.
         sums: the dtype that long sums of fp32 numbers are kept in.
+        reads_ahead: whether the host is free for the next step's batches while the device computes.
     """
 
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -66,3 +67,4 @@ class Kernels:
     adamw: Callable[..., None]
     update_skips: bool
     sums: torch.dtype
+    reads_ahead: bool

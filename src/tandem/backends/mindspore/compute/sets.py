@@ -61,6 +61,7 @@ CPU = Kernels(
     scale_columns=adapters.scale_columns,
     dot_columns=adapters.dot_columns,
     bf16=False,
+    reads_ahead=False,
 )
 
 
@@ -101,6 +102,7 @@ NPU = Kernels(
     scale_columns=npu_adapters.scale_columns,
     dot_columns=npu_adapters.dot_columns,
     bf16=True,
+    reads_ahead=True,
     fp32_notice="fp32: flash attention on Ascend computes in bf16; the rest computes in fp32",
 )
 

@@ -37,6 +37,7 @@ CPU = Kernels(
     adamw=cpu.adamw,
     update_skips=True,
     sums=torch.float64,
+    reads_ahead=False,
 )
 
 CUDA = Kernels(
@@ -67,6 +68,7 @@ CUDA = Kernels(
     adamw=cuda.adamw,
     update_skips=True,
     sums=torch.float64,
+    reads_ahead=True,
 )
 
 NPU = Kernels(
@@ -97,6 +99,7 @@ NPU = Kernels(
     adamw=npu.adamw,
     update_skips=False,
     sums=torch.float32,
+    reads_ahead=True,
 )
 
 KERNELS = {"cpu": CPU, "cuda": CUDA, "npu": NPU}  # by type of device
