@@ -11,7 +11,8 @@ PARTS = {
     "sizes": "real sizes and whole ways: conversions, scripts, quickstart, guide, processes as large as planned",
     "layouts": "PyTorch's layouts of two and four processes, and a NaN in them",
     "eight": "layouts of eight processes",
-    "jobs": "other jobs: fp16, MindSpore's layouts, resuming elsewhere, launchers, Megatron",
+    "matrix": "MindSpore's layouts of two and four processes, and fp16 on both",
+    "jobs": "other jobs: sessions, benchmarks of models, resuming elsewhere, launchers, Megatron",
     "signals": "signals at any time, and launchers that end",
     "kills": "kills, hangs and NaN, and going on after them",
 }

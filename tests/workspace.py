@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.checkpoints.copy import copy
+from tandem.checkpoints.hf.companions import companions_of
+from tandem.checkpoints.hf.sink import HFSink
+from tandem.checkpoints.random_init import RandomSource
 from tandem.config.parsing import from_dict
 from tandem.config.settings import Settings
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
+from tandem.models.experts import Experts
+from tandem.models.hf_config import from_hf
 from tandem.quickstart.tasks import make_world, write_world
 from tandem.quickstart.toy_model import write_toy_model
 
@@ -56,3 +64,13 @@ def make_workspace(root: Path, num_layers: int = 4) -> Workspace:
     preprocess(PreprocessOptions((str(corpus),), str(root / "text"), tokenizer, append_eod=True))
     preprocess(PreprocessOptions((str(questions),), str(root / "chat"), tokenizer, prompt_type="qwen3"))
     return Workspace(root, root / "hf", corpus, questions, root / "text", root / "chat")
+
+
+def make_mixture(hf: Path, folder: Path) -> Path:
+    """A toy's folder with 4 experts a layer, two for each token, and random weights."""
+    config = from_hf(json.loads((hf / "config.json").read_text()), "test")
+    experts = Experts(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16, norm_topk_prob=True)
+    mixture = dataclasses.replace(config, model_type="qwen3_moe", experts=experts)
+    companions = dataclasses.replace(companions_of(hf), hf_config=None)
+    copy(RandomSource(mixture, 5), HFSink(folder, mixture, "float32", companions))
+    return folder

@@ -15,7 +15,7 @@ import pytest
 from frameworks import require_framework
 from launchers import launcher
 from tandem.__main__ import main
-from workspace import Workspace
+from workspace import Workspace, make_mixture
 
 LAYOUTS = {
     "plain": ({}, 1),
@@ -23,6 +23,17 @@ LAYOUTS = {
     "fsdp2": ({"use-torch-fsdp2": None}, 2),
     "dp2": ({"use-distributed-optimizer": None}, 2),
     "vpp": ({"pipeline-model-parallel-size": 2, "num-layers-per-virtual-pipeline-stage": 1}, 2),
+    "ep2": ({"expert-model-parallel-size": 2, "use-distributed-optimizer": None}, 2),
+    "tp2ep2": (
+        {
+            "tensor-model-parallel-size": 2,
+            "expert-tensor-parallel-size": 1,
+            "expert-model-parallel-size": 2,
+            "sequence-parallel": None,
+        },
+        2,
+    ),
+    "pp2ep2": ({"pipeline-model-parallel-size": 2, "expert-model-parallel-size": 2}, 4),
     "tp2pp2": ({"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2}, 4),
 }
 # (backend, layout) of the iterations up to 4, 8, and 12
@@ -52,6 +63,29 @@ def test_any_layout_of_any_backend_goes_on(
     expected, found = losses(tmp_path / "unbroken"), losses(tmp_path / "road")
     assert (len(expected), len(found)) == (12, 4 * len(road))
     np.testing.assert_allclose(found, expected[: len(found)], rtol=1e-5)
+
+
+BALANCE = {"moe-aux-loss-coeff": 0.01, "lr": 2e-4}
+
+
+@pytest.mark.slow("jobs")
+@pytest.mark.parametrize(
+    "road",
+    [
+        [("torch", "pp2ep2"), ("mindspore", "tp2ep2"), ("torch", "plain")],
+        [("mindspore", "ep2"), ("torch", "tp2ep2"), ("mindspore", "vpp")],
+    ],
+)
+def test_experts_go_on_however_ranks_share_them(
+    workspace: Workspace, road: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    require_framework("torch")
+    require_framework("mindspore")
+    settings = {"load": make_mixture(workspace.hf, tmp_path / "moe"), **BALANCE}
+    train(workspace, True, "torch", "plain", 12, tmp_path / "unbroken", settings)
+    for leg, (framework, layout) in enumerate(road, 1):
+        train(workspace, True, framework, layout, 4 * leg, tmp_path / "road", settings)
+    np.testing.assert_allclose(losses(tmp_path / "road"), losses(tmp_path / "unbroken"), rtol=1e-5)
 
 
 FP16 = {"fp16": None, "initial-loss-scale": 2**20, "loss-scale-window": 4, "hysteresis": 1}

@@ -47,6 +47,32 @@ MORE = {
 }
 
 
+def eight(tensor: int, stages: int, shared: int, **values: Any) -> Case:
+    """A layout of eight processes. Every second size of the group of experts has the distributed optimizer."""
+    data = 8 // (tensor * stages)
+    flags = {"packed": True, "sequence_parallel": tensor > 1, "use_distributed_optimizer": shared != 2}
+    return moe(tp=tensor, pp=stages, dp=data, ep=shared, **flags, **values)
+
+
+# All of EP 1, 2 and 4, TP 1 and 2, PP 1 and 2; tensor ranks cut experts, or hold whole ones.
+EIGHT = [
+    *(eight(1, 1, shared) for shared in (2, 4)),
+    *(eight(1, 2, shared) for shared in (1, 2, 4)),
+    *(eight(2, 1, shared) for shared in (1, 2, 4)),
+    *(eight(2, 1, shared, etp=1) for shared in (1, 2, 4)),
+    *(eight(2, 2, shared) for shared in (1, 2)),
+    *(eight(2, 2, shared, etp=1) for shared in (1, 2, 4)),
+]
+EIGHT_ON_MINDSPORE = [
+    eight(1, 1, 4),
+    eight(1, 2, 2),
+    eight(2, 1, 2),
+    eight(2, 1, 4, etp=1),
+    eight(2, 2, 2),
+    eight(2, 2, 4, etp=1),
+]
+
+
 ADAPTED = {
     2: [
         moe(adapters="lora", dp=2, ep=2, packed=True, idle=True, use_distributed_optimizer=True),
@@ -80,6 +106,12 @@ def test_experts_in_more_layouts_equal_one_process(framework: str, processes: in
     check(require_framework(framework), processes, MORE[processes], tmp_path)
 
 
+@pytest.mark.slow("eight")
+@pytest.mark.parametrize(("framework", "cases"), [("torch", EIGHT), ("mindspore", EIGHT_ON_MINDSPORE)])
+def test_experts_in_layouts_of_eight_equal_one_process(framework: str, cases: list[Case], tmp_path: Path) -> None:
+    check(require_framework(framework), 8, cases, tmp_path, timeout=1200)
+
+
 @pytest.mark.slow("layouts")
 def test_experts_in_layouts_that_only_pytorch_has(tmp_path: Path) -> None:
     check(require_framework("torch"), 2, OF_PYTORCH, tmp_path)
@@ -93,9 +125,9 @@ def test_adapters_of_experts_equal_one_process(framework: str, processes: int, t
     check(require_framework(framework), processes, cases, tmp_path)
 
 
-def check(framework: str, processes: int, cases: list[Case], folder: Path) -> None:
+def check(framework: str, processes: int, cases: list[Case], folder: Path, timeout: float = 300) -> None:
     for case in cases:
         assert case.processes == processes, case.name
-    outcomes = run_job(framework, processes, cases, folder)
+    outcomes = run_job(framework, processes, cases, folder, timeout)
     for case in cases:
         assert_equal_to_one_process(case, outcomes[case.name], framework)

@@ -155,7 +155,7 @@ FP16 = {
 }
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("matrix")
 @pytest.mark.parametrize("processes", list(FP16))
 def test_layouts_in_fp16_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
     check(framework, processes, FP16[processes], tmp_path)
@@ -235,7 +235,7 @@ def test_the_layout_matrix_equals_one_process_on_pytorch(processes: int, tmp_pat
     check(require_framework("torch"), processes, matrix(processes, switches), tmp_path, timeout=1200)
 
 
-@pytest.mark.parametrize("processes", sizes_of_the_matrix("jobs"))
+@pytest.mark.parametrize("processes", sizes_of_the_matrix("matrix"))
 def test_the_layout_matrix_equals_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
     rest = [
         case for case in [*SHORT.get(processes, []), *MORE] if case.processes == processes and not case.use_torch_fsdp2

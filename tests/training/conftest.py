@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from tandem.checkpoints.copy import copy
-from tandem.checkpoints.hf.companions import companions_of
-from tandem.checkpoints.hf.sink import HFSink
-from tandem.checkpoints.random_init import RandomSource
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
-from tandem.models.experts import Experts
-from tandem.models.hf_config import from_hf
-from workspace import Workspace, make_workspace
+from workspace import Workspace, make_mixture, make_workspace
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +43,4 @@ def pairs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def small_mixture(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy's folder with 4 experts a layer, two for each token, and random weights."""
-    config = from_hf(json.loads((workspace.hf / "config.json").read_text()), "test")
-    experts = Experts(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16, norm_topk_prob=True)
-    mixture = dataclasses.replace(config, model_type="qwen3_moe", experts=experts)
-    companions = dataclasses.replace(companions_of(workspace.hf), hf_config=None)
-    folder = tmp_path_factory.mktemp("mixture") / "hf"
-    copy(RandomSource(mixture, 5), HFSink(folder, mixture, "float32", companions))
-    return folder
+    return make_mixture(workspace.hf, tmp_path_factory.mktemp("mixture") / "hf")
