@@ -15,7 +15,9 @@ from tandem.files.publish import final_place
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part
 
-AHEAD = 8  # blocks that may be read before they are written: reading goes on while a write waits for the disk
+# Blocks, and their bytes, that may be read before they are written: reading goes on while a write waits for the disk.
+AHEAD = 8
+AHEAD_BYTES = 32 << 20
 
 # called after each block with the bytes read so far and in all
 Progress = Callable[[int, int], None]
@@ -62,9 +64,12 @@ def _checked(source: TensorSource, items: Sequence[tuple[TensorKind, str]]) -> I
 
 
 def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Read and check blocks while earlier ones are written."""
+    """Read and check blocks while earlier ones are written. Those of a source of whole tensors may be large."""
+    largest = 1
     with ThreadPoolExecutor(1) as reader:
-        ahead = deque(reader.submit(next, blocks, None) for _ in range(AHEAD))
+        ahead = deque([reader.submit(next, blocks, None)])
         while block := ahead.popleft().result():
-            ahead.append(reader.submit(next, blocks, None))
+            largest = max(largest, block[2].nbytes)
+            while len(ahead) < max(min(AHEAD, AHEAD_BYTES // largest), 1):
+                ahead.append(reader.submit(next, blocks, None))
             yield block

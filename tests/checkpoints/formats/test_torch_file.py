@@ -385,6 +385,28 @@ def test_a_flipped_bit_is_noticed_and_the_tensor_named(tmp_path: Path) -> None:
         load(path)
 
 
+def test_rows_in_any_order_are_those_of_the_file_and_checked(tmp_path: Path) -> None:
+    array = np.arange(40, dtype=np.float32).reshape(8, 5)
+    pending = PendingTensor(array.dtype, array.shape)
+    with TorchFileWriter(tmp_path / "x.pt", {"w": pending}) as writer:
+        writer.write(pending, array)
+    stored = load(tmp_path / "x.pt")["w"]
+
+    def read(*places: tuple[int, int]) -> None:
+        rows = stored.rows("w")
+        for first, last in places:
+            np.testing.assert_array_equal(rows.read(first, last), array[first:last])
+        rows.close()
+
+    for places in ([(0, 8)], [(2, 3), (6, 7)], [(5, 8), (0, 1)], []):
+        read(*places)
+    damaged = (tmp_path / "x.pt").read_bytes().replace(array[3].tobytes(), array[4].tobytes())
+    (tmp_path / "x.pt").write_bytes(damaged)
+    for places in ([(0, 2)], [(6, 7)], [(5, 8), (0, 1)], []):
+        with pytest.raises(UserError, match="tensor w is damaged: its CRC"):
+            read(*places)
+
+
 def test_a_file_cut_after_loading_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     write_example(path)

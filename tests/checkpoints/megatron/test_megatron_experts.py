@@ -10,11 +10,15 @@ import torch
 
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
+from tandem.checkpoints.interface import Companions
+from tandem.checkpoints.megatron.names import shards_of
 from tandem.checkpoints.megatron.sink import MegatronSink
+from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
+from tandem.parallel.slices import Part, cut
 from toys import moe_config
 
 CONFIG = moe_config({"vocab_size": 212}, mlp_only_layers=(0,))
@@ -58,6 +62,43 @@ def test_experts_return_bit_identical(form: str, layout: str, tmp_path: Path) ->
     assert back.config == CONFIG
     for name in tensor_table(CONFIG):
         assert np.array_equal(back.read(name), source.read(name)), name
+
+
+@pytest.mark.parametrize("form", [*FORMS, "native"])
+def test_any_part_of_experts_is_that_of_the_whole(form: str, tmp_path: Path) -> None:
+    """Also where it begins and ends within an expert, and as ranks of other layouts ask for it."""
+    layout, source = LAYOUTS["tp2 pp2 ep2"], RandomSource(CONFIG, 3)
+    if form == "native":
+        copy(source, NativeSink(tmp_path, CONFIG, layout, {"model": "float32"}, 1, Companions()))
+    else:
+        write(tmp_path, layout, **FORMS[form])
+    back, random = open_source(tmp_path), np.random.default_rng(0)
+    for name in ("decoder.layers.2.mlp.experts.linear_fc1.weight", "decoder.layers.2.mlp.experts.linear_fc2.weight"):
+        whole = source.read(name)
+        bounds = np.sort([[random.integers(0, size + 1, 2) for size in whole.shape] for _ in range(10)]).tolist()
+        parts = [Part(((tuple(rows), tuple(columns)),)) for rows, columns in bounds]
+        for other in ("one", "tp2", "ep4", "tp2 ep2 extended"):
+            parts += [shard.part for shard in shards_of(CONFIG, LAYOUTS[other])[name]]
+        for part in parts:
+            assert np.array_equal(back.read_part(name, part), cut(whole, part)), (name, part)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_expert_is_found_after_its_last_block(form: str, tmp_path: Path) -> None:
+    write(tmp_path, LAYOUTS["ep4"], **FORMS[form])
+    name = "decoder.layers.1.mlp.experts.linear_fc1.weight"
+    expert = RandomSource(CONFIG, 3).read(name).reshape(8, -1, 48)[5]
+    path = next(tmp_path.rglob("mp_rank_00_002/model_optim_rng.pt"))
+    content = path.read_bytes()
+    number = (expert.T if form == "grouped" else expert).tobytes()[-4:]
+    assert content.count(number) == 1
+    path.write_bytes(content.replace(number, number[::-1]))
+    source, damaged = open_source(tmp_path), Part((((5 * 48, 6 * 48), (0, 48)),))
+    for part in (damaged, Part.whole((8 * 48, 48))):
+        with pytest.raises(UserError, match=r"mp_rank_00_002/.*weight is damaged: its CRC"):
+            source.read_part(name, part)
+    others = Part((((0, 4 * 48), (0, 48)),))  # of other ranks
+    assert np.array_equal(source.read_part(name, others), RandomSource(CONFIG, 3).read(name)[: 4 * 48])
 
 
 def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

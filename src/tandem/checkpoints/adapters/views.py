@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tandem.checkpoints.adapters.base import BaseRecord
+from tandem.checkpoints.formats.rows import of_rows
 from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.checkpoints.views import View
 from tandem.errors import UserError
@@ -158,9 +159,8 @@ class Merged(View):
         added = [(adapter, self._fp32(adapter.a), self._fp32(adapter.b)) for adapter in self._added[name]]
         rows, columns = self._table[name].shape
         size = rows // added[0][0].matrices
-        for number in range(rows // size):
-            place = (number * size, (number + 1) * size)
-            weight = self._source.read_part(name, Part(((place, (0, columns)),)))
+        blocks = self._source.stream(name, Part.whole((rows, columns)))
+        for number, weight in enumerate(of_rows(blocks, size)):
             merged = weight.astype(np.float32)
             for adapter, of_a, of_b in added:
                 a, b = (

@@ -13,6 +13,7 @@ from tandem.parallel.slices import Box
 
 PIECE = 1 << 17  # numbers at a time
 BLOCK = 1 << 20  # bytes of a tensor that are copied at a time: they stay in a core's cache
+STRIPE = 32  # rows of a matrix that are transposed at a time: twice as fast as all at once
 # dtype -> the integer type of its bits, and the exponent's bits: only NaN and infinity have all of them set
 EXPONENTS = {
     "float32": (np.uint32, 0x7F800000),
@@ -72,6 +73,19 @@ def _fill(target: memoryview, descriptor: int, position: int) -> bool:
             return False
         target, position = target[done:], position + done
     return True
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """The transposed matrix, contiguous.
+
+    >>> transposed(np.array([[1, 2], [3, 4]]))
+    array([[1, 3],
+           [2, 4]])
+    """
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for first in range(0, len(matrix), STRIPE):
+        result[:, first : first + STRIPE] = matrix[first : first + STRIPE].T
+    return result
 
 
 def is_finite(tensor: np.ndarray) -> bool:

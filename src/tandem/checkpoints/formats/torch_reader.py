@@ -8,6 +8,7 @@ caffe2/serialize/inline_container.h.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import struct
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from tandem.checkpoints.formats.arrays import read_array
+from tandem.checkpoints.formats.rows import CheckedRows, Rows, WholeRows
 from tandem.checkpoints.formats.torch_names import LOCAL_HEADER, STORAGES, ZIP_MAGIC, contiguous_strides
 from tandem.checkpoints.formats.unpickler import unpickle
 from tandem.errors import UserError
@@ -55,12 +57,22 @@ class Storage:
 
     def read(self, first: int, count: int, name: str) -> np.ndarray:
         """`count` numbers from number `first`. A storage that is read whole is checked against its CRC."""
+        flat = self.load(first, count, name)
+        if count == self.numel:
+            self.check(zlib.crc32(flat.view(np.uint8).data), name)
+        return flat
+
+    def load(self, first: int, count: int, name: str) -> np.ndarray:
+        """The same, unchecked."""
         flat = read_array(self.path, self.dtype, count, self.start + first * self.dtype.itemsize)
         if flat is None:
             raise UserError(f"{self.path}: tensor {name} is cut short")
-        if count == self.numel and self.crc not in (0, zlib.crc32(flat.view(np.uint8).data)):
-            raise UserError(f"{self.path}: tensor {name} is damaged: its CRC differs from the one in the file")
         return flat
+
+    def check(self, crc: int, name: str) -> None:
+        """Raise UserError unless `crc`, that of all its bytes, is the one in the file."""
+        if self.crc not in (0, crc):
+            raise UserError(f"{self.path}: tensor {name} is damaged: its CRC differs from the one in the file")
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,15 @@ class LazyTensor:
         strides = [stride * self.dtype.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides).copy()
 
+    def rows(self, name: str, shape: tuple[int, ...] | None = None) -> Rows:
+        """Its rows, as they are asked for; with `shape`, those of its numbers in another shape.
+
+        A tensor that is not contiguous is read whole.
+        """
+        if not self._contiguous:
+            return WholeRows(self.read(name).reshape(shape or self.shape))
+        return _TensorRows(self, name, shape or self.shape)
+
     @property
     def _span(self) -> int:
         """Elements of the storage from the tensor's first to its last."""
@@ -104,6 +125,29 @@ class LazyTensor:
         return 0 in self.shape or all(
             size == 1 or stride == contiguous for size, stride, contiguous in zip(self.shape, self.strides, expected)
         )
+
+
+class _TensorRows(CheckedRows):
+    """Rows of a contiguous tensor, in any shape. One that fills its storage is checked against the CRC."""
+
+    def __init__(self, tensor: LazyTensor, name: str, shape: tuple[int, ...]) -> None:
+        self._storage, self._offset, self._name = tensor.storage, tensor.offset, name
+        self._row, self._crc = math.prod(shape[1:]), 0
+        fills = math.prod(shape) == tensor.storage.numel
+        super().__init__(shape, tensor.dtype, is_checked=fills and tensor.storage.crc != 0)
+
+    def _load(self, first: int, last: int) -> np.ndarray:
+        numbers = self._storage.load(self._offset + first * self._row, (last - first) * self._row, self._name)
+        return numbers.reshape(last - first, *self._shape[1:])
+
+    def _begin(self) -> None:
+        self._crc = 0
+
+    def _add(self, data: memoryview) -> None:
+        self._crc = zlib.crc32(data, self._crc)
+
+    def _check(self) -> None:
+        self._storage.check(self._crc, self._name)
 
 
 def load(path: str | Path) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,17 @@ from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, Tensor
 from tandem.errors import UserError
 from tandem.files.publish import Publication, check_free_space
 from tandem.models.config import ModelConfig
-from tandem.models.rows import Ranges
 from tandem.models.tensors import tensor_table
 from tandem.models.weight_map import WeightMap
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Rows `start` to `stop` of a tensor of the table, which belong to one Hugging Face tensor."""
+
+    hf_name: str
+    start: int
+    stop: int
 
 
 class HFSink:
@@ -46,40 +55,42 @@ class HFSink:
         self._open: SafetensorsWriter | None = None
         self._table = tensor_table(config)
         self._names, self._written = list(self._table), 0
-        self._rows, self._blocks = RowsWritten(), list[np.ndarray]()
-        self._due: list[tuple[str, Ranges]] = []  # what is still to come of the tensor that is being written
-        self._first = 0  # the number of the first row in the blocks
+        self._rows = RowsWritten()
+        # Of the tensor that is being written: what is still to come, as runs of rows of a Hugging Face tensor, and
+        # the blocks of rows that some of it needs, each with the number of its first row.
+        self._due = self._runs_of(self._names[0])
+        self._blocks: list[tuple[int, np.ndarray]] = []
         self._file_of = {hf_name: file for file, names in self._shards.items() for hf_name in names}
 
     def write(self, name: str, rows: np.ndarray, kind: TensorKind = "model") -> None:
         assert kind == "model", f"a Hugging Face folder holds no {kind}"
         assert name == self._names[self._written], f"{name} written where {self._names[self._written]} was due"
         written = self._rows.add(name, rows, self._table[name].shape)
-        self._blocks.append(rows)  # rows of several Hugging Face tensors may take turns in it
-        for hf_name, ranges in self._unwritten(name):
-            if ranges[-1][1] > written.stop:
-                return
-            self._write(hf_name, ranges)
-        self._blocks.clear()
-        self._due, self._first, self._written = [], 0, self._written + 1
+        self._blocks.append((written.start, rows))
+        while self._due and self._due[0].start < written.stop:
+            run = self._due.popleft()
+            there = min(run.stop, written.stop)
+            for first, block in self._blocks:
+                if len(piece := block[max(run.start - first, 0) : max(there - first, 0)]):
+                    self._writer_for(run.hf_name).write(run.hf_name, piece)
+            if there < run.stop:
+                self._due.appendleft(_Run(run.hf_name, there, run.stop))
+        if self._due:
+            self._forget()
+        else:
+            self._blocks.clear()
+            self._written += 1
+            self._due = self._runs_of(self._names[self._written]) if self._written < len(self._names) else deque()
 
-    def _unwritten(self, name: str) -> Iterator[tuple[str, Ranges]]:
-        """The Hugging Face tensors of the tensor that is being written, in order, as they are taken."""
-        self._due = self._due or list(self._map.rows[name].items())
-        while self._due:
-            yield self._due[0]
-            self._due.pop(0)
+    def _runs_of(self, name: str) -> deque[_Run]:
+        return deque(
+            _Run(hf_name, start, stop) for hf_name, ranges in self._map.rows[name].items() for start, stop in ranges
+        )
 
-    def _write(self, hf_name: str, ranges: Ranges) -> None:
-        """Write a Hugging Face tensor whose rows have all come. Rows before it are let go where it is one of many."""
-        if len(self._blocks) > 1:
-            self._blocks = [np.concatenate(self._blocks)]
-        rows = self._blocks[0]
-        pieces = [rows[start - self._first : stop - self._first] for start, stop in ranges]
-        self._writer_for(hf_name).write(hf_name, pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
-        first = min((start for _, later in self._due[1:] for start, _ in later), default=self._first)
-        if first > self._first:
-            self._blocks, self._first = [rows[first - self._first :]], first
+    def _forget(self) -> None:
+        """Let go of the blocks that nothing needs any more. Rows of several Hugging Face tensors may take turns."""
+        needed = min(run.start for run in self._due)
+        self._blocks = [(first, block) for first, block in self._blocks if first + len(block) > needed]
 
     def close(self) -> None:
         if self._written != len(self._names):

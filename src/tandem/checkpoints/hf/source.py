@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +69,13 @@ class HFSource(TensorSource):
         return boxes[0] if len(boxes) == 1 else np.concatenate(boxes, axis=part.dim)
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
-        """Blocks stay in the processor's cache, where the files allow to read parts."""
+        """Blocks stay in the processor's cache, where the files allow to read parts. Else they are whole tensors."""
         if all(self._stored[hf].file.partial for hf in self._map.rows[name]):
             for first, last in row_blocks(part.shape, self.dtype(name)):
                 yield self.read_part(name, part.rows(first, last), kind)
         else:
-            yield self.read_part(name, part, kind)
+            for piece in _pieces(part, self._map.rows[name].values()):
+                yield self.read_part(name, piece, kind)
 
     def _read_box(self, name: str, box: Box) -> np.ndarray:
         shape = tuple(stop - start for start, stop in box)
@@ -126,6 +127,25 @@ class HFSource(TensorSource):
                 f"{self._stored[LM_HEAD].file.path}: config.json sets tie_word_embeddings, but {LM_HEAD} differs from "
                 f"{HF_EMBEDDING}: set tie_word_embeddings to false if the model has a separate head"
             )
+
+
+def _pieces(part: Part, tensors: Iterable[Ranges]) -> Iterator[Part]:
+    """`part` of an mcore tensor, cut between the Hugging Face tensors that it is made of.
+
+    Those whose rows take turns stay together.
+
+    >>> [piece.boxes for piece in _pieces(Part.whole((6,)), [((0, 2),), ((2, 3), (4, 6)), ((3, 4),)])]
+    [(((0, 2),),), (((2, 6),),)]
+    """
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted((ranges[0][0], ranges[-1][1]) for ranges in tensors):
+        if spans and start < spans[-1][1]:
+            start, stop = spans[-1][0], max(stop, spans.pop()[1])
+        spans.append((start, stop))
+    for start, stop in spans:
+        boxes = [((max(box[0][0], start), min(box[0][1], stop)), *box[1:]) for box in part.boxes]
+        if there := tuple(box for box in boxes if box[0][0] < box[0][1]):
+            yield Part(there, part.dim)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ A rank's part of a table's tensor is a stack: expert after expert, the rows that
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from tandem.checkpoints.formats.arrays import transposed
+from tandem.checkpoints.formats.rows import Rows
 from tandem.checkpoints.formats.torch_reader import LazyTensor
 from tandem.errors import UserError
 from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2
@@ -57,11 +59,72 @@ class Stack:
             return total // self.columns, self.columns
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
-    def read(self, name: str) -> np.ndarray:
+    def rows(self, name: str) -> Rows:
+        """Its rows, as they are asked for. One expert at a time is in memory."""
         if self.columns is None:
-            return np.concatenate([part.read(name) for part in self.parts])
-        values = self.parts[0].read(name).reshape(self.experts, self.columns, -1)
-        return np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(self.shape)
+            return _RowsOfEach(self, name)
+        return _RowsOfAll(self, name)
+
+
+class _RowsOfEach:
+    """Rows of experts that are tensors of their own. Those of which nothing is asked for are not read."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        self._parts, self._name = stack.parts, name
+        self._size = stack.shape[0] // stack.experts
+        self._open: tuple[int, Rows] | None = None  # the number of the expert that is read, and its rows
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        pieces = [self._rows(expert).read(low, high) for expert, low, high in _of_experts(first, last, self._size)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def _rows(self, expert: int) -> Rows:
+        if self._open is None or self._open[0] != expert:
+            self.close()
+            self._open = expert, self._parts[expert].rows(self._name)
+        return self._open[1]
+
+
+class _RowsOfAll:
+    """Rows of experts that are one tensor, in which the matrix of each is transposed."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        assert stack.columns is not None
+        self._size, self._columns = stack.shape[0] // stack.experts, stack.columns
+        self._stored = stack.parts[0].rows(name, (stack.experts, stack.columns, self._size))
+        self._open: tuple[int, np.ndarray] | None = None  # the number of the expert that is read, and its matrix
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        pieces = [self._matrix(expert)[low:high] for expert, low, high in _of_experts(first, last, self._size)]
+        if last % self._size == 0:
+            self._open = None  # there may be a hundred ranks, each with an expert that was read to its end
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def close(self) -> None:
+        self._open = None
+        self._stored.close()
+
+    def _matrix(self, expert: int) -> np.ndarray:
+        if self._open is None or self._open[0] != expert:
+            self._open = None
+            self._open = expert, transposed(self._stored.read(expert, expert + 1)[0])
+        return self._open[1]
+
+
+def _of_experts(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Of rows `first` to `last` of a stack, with `size` rows an expert: each expert, and its own rows.
+
+    >>> list(_of_experts(1, 6, 4))
+    [(0, 1, 4), (1, 0, 2)]
+    """
+    for expert in range(first // size, -(-last // size)):
+        start = expert * size
+        yield expert, max(first - start, 0), min(last - start, size)
 
 
 def stacked(chunk: dict[str, LazyTensor | Stack], hidden: int, held: int, where: str) -> dict[str, LazyTensor | Stack]:

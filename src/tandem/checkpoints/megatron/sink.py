@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tandem.checkpoints.folders import COMPANIONS, TRACKER, iteration_folder, rank_folder
+from tandem.checkpoints.formats.arrays import transposed
 from tandem.checkpoints.formats.torch_writer import PendingTensor, TorchFileWriter
 from tandem.checkpoints.hf.companions import original_dtype, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, RowsWritten, TensorKind
@@ -102,15 +103,16 @@ class MegatronSink:
     def _write_experts(self, shard: Shard, rows: np.ndarray) -> None:
         """Write each expert when its rows have all come."""
         size = shard.shape[0] // self._held
-        waiting = self._experts.setdefault(shard, [])
-        waiting.append(rows)
+        waiting = [*self._experts.pop(shard, []), rows]
         while sum(map(len, waiting)) >= size:
             together = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
-            waiting[:] = [together[size:]]
+            waiting = [together[size:]] if len(together) > size else []
             if self._form == "grouped":
-                self._writer_of(shard).write_numbers(self._pending[shard][0], together[:size].T)
+                self._writer_of(shard).write_numbers(self._pending[shard][0], transposed(together[:size]))
             else:
                 self._writer_of(shard).write(self._pending[shard].pop(0), together[:size])
+        if waiting:
+            self._experts[shard] = waiting
 
     def _writer_of(self, shard: Shard) -> TorchFileWriter:
         return self._writers[shard.tensor_rank, shard.pipeline_rank, shard.expert_rank]

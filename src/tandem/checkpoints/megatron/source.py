@@ -23,6 +23,7 @@ import numpy as np
 
 from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, rank_folder
 from tandem.checkpoints.formats.arrays import same_bits
+from tandem.checkpoints.formats.rows import Rows, StoredSlice, blocks, joined
 from tandem.checkpoints.formats.torch_reader import LazyTensor, load
 from tandem.checkpoints.hf.companions import companions_in
 from tandem.checkpoints.interface import (
@@ -58,7 +59,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.lora import Lora
 from tandem.models.tensors import EMBEDDING
 from tandem.parallel.layout import Layout, Shard, rank_files
-from tandem.parallel.slices import Part, overlaps, transfer
+from tandem.parallel.slices import Part, overlaps
 
 
 class MegatronSource(TensorSource):
@@ -125,21 +126,20 @@ class MegatronSource(TensorSource):
         return tensor[: self.config.vocab_size] if name in VOCABULARY else tensor
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
-        """Only the ranks' slices that overlap `part` are read: whole, to check their CRC, and with their copies."""
+        return joined(self.stream(name, part, kind), part.shape, self.dtype(name))
+
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
+        """Only the ranks' slices that overlap `part` are read: whole, to check their CRC, and with their copies.
+
+        Of experts that are tensors of their own, only those that overlap it.
+        """
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
         needed: dict[Part, list[Shard]] = {}
         for shard in self._shards[name]:
             if overlaps(shard.part, part):
                 needed.setdefault(shard.part, []).append(shard)
-        if [slice_.shape for slice_ in needed] == [part.shape]:  # the part is one slice
-            return self._read_equal(*needed.values())
-        values = np.empty(part.shape, self.dtype(name))
-        for slice_, copies in needed.items():
-            transfer(self._read_equal(copies), slice_, values, part)
-        return values
-
-    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
-        yield self.read_part(name, part, kind)
+        slices = [StoredSlice(slice_, self._equal_rows(copies)) for slice_, copies in needed.items()]
+        yield from blocks(part, self.dtype(name), slices)
 
     def trainer_state(self) -> tuple[str, ...]:
         return self._ranks[0, 0, 0].trainer_state
@@ -149,19 +149,11 @@ class MegatronSource(TensorSource):
         sharded = any(self.folder.glob(f"mp_rank_*/{DISTRIBUTED_OPTIMIZER}"))
         return (*in_model_file, DISTRIBUTED_OPTIMIZER) if sharded else in_model_file
 
-    def _read_equal(self, copies: Sequence[Shard]) -> np.ndarray:
-        """Read a slice that several ranks hold, such as norms. Raises UserError when the copies differ."""
-        tensor = self._read(copies[0])
-        for copy in copies[1:]:
-            self._check_equal(copies[0], tensor, copy)
-        return tensor
-
-    def _check_equal(self, shard: Shard, tensor: np.ndarray, copy: Shard) -> None:
-        if not same_bits(tensor, self._read(copy)):
-            raise UserError(
-                f"{self._file(copy)}: {copy.local_name} differs from {shard.local_name} in {self._file(shard)}; "
-                f"they are copies of one tensor and must be equal"
-            )
+    def _equal_rows(self, copies: Sequence[Shard]) -> Rows:
+        """The rows of a slice that several ranks may hold, such as norms."""
+        rows = [self._tensor(shard).rows(shard.local_name) for shard in copies]
+        places = [(self._file(shard), shard.local_name) for shard in copies]
+        return rows[0] if len(rows) == 1 else _EqualRows(rows, places)
 
     def _tensor(self, shard: Shard) -> LazyTensor | Stack:
         return self._rank_of(shard).chunks[shard.chunk][shard.local_name]
@@ -178,9 +170,6 @@ class MegatronSource(TensorSource):
                 tensors = stacked(chunk, self.config.hidden_size, held, str(rank.path))
                 chunk.clear()
                 chunk.update(tensors)
-
-    def _read(self, shard: Shard) -> np.ndarray:
-        return self._tensor(shard).read(shard.local_name)
 
     def _file(self, shard: Shard) -> Path:
         return self._rank_of(shard).path
@@ -270,6 +259,33 @@ class _Rank:
 
     def name_of(self, chunk: int, name: str) -> str:
         return f"{self.path.parent.name}/{model_key(chunk, len(self.chunks))}/{name}"
+
+
+class _EqualRows:
+    """Rows that several files hold. They must be equal.
+
+    Args:
+        places: the file of each copy, and its name there.
+    """
+
+    def __init__(self, copies: Sequence[Rows], places: Sequence[tuple[Path, str]]) -> None:
+        self._copies, self._places = copies, places
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        rows = self._copies[0].read(first, last)
+        for copy, (path, name) in zip(self._copies[1:], self._places[1:]):
+            if not same_bits(rows, copy.read(first, last)):
+                self.close()  # damage is the better answer
+                first_path, first_name = self._places[0]
+                raise UserError(
+                    f"{path}: {name} differs from {first_name} in {first_path}; "
+                    f"they are copies of one tensor and must be equal"
+                )
+        return rows
+
+    def close(self) -> None:
+        for copy in self._copies:
+            copy.close()
 
 
 def _count_layers(chunk: Chunk) -> int:

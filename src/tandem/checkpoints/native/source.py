@@ -24,7 +24,7 @@ import numpy as np
 
 from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.folders import COMPANIONS, find_iteration, saved_iterations
-from tandem.checkpoints.formats.arrays import row_blocks
+from tandem.checkpoints.formats.rows import CheckedRows, StoredSlice, blocks, joined
 from tandem.checkpoints.formats.safetensors import SafetensorsFile
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import (
@@ -35,12 +35,12 @@ from tandem.checkpoints.interface import (
     check_shape,
 )
 from tandem.checkpoints.name_lists import check_names
-from tandem.checkpoints.native.format import FORMAT, INDEX, VERSION, in_words, key_of, slice_bytes, stored_names
+from tandem.checkpoints.native.format import FORMAT, INDEX, VERSION, in_words, key_of, stored_names
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.layout import Layout
-from tandem.parallel.slices import Part, overlaps, tiles, transfer
+from tandem.parallel.slices import Part, overlaps, tiles
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,17 @@ class NativeSource(TensorSource):
         return self.read_part(name, Part.whole(self._table[name].shape), kind)
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
-        """Only slices that overlap `part` are read: whole, to check their sha256."""
-        values = np.empty(part.shape, self._dtypes[kind])
-        for entry in self._overlapping(name, kind, part):
-            first = 0
-            for rows in self._stream_slice(name, kind, entry):
-                transfer(rows, entry.part.rows(first, first + len(rows)), values, part)
-                first += len(rows)
-        return values
+        return joined(self.stream(name, part, kind), part.shape, self._dtypes[kind])
 
     def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
-        needed = self._overlapping(name, kind, part)
-        if [entry.part.shape for entry in needed] == [part.shape]:  # the part is one slice
-            yield from self._stream_slice(name, kind, needed[0])
-        else:
-            yield self.read_part(name, part, kind)
+        """Only slices that overlap `part` are read: whole, to check their sha256."""
+        key = key_of(name, kind)
+        needed = [entry for entry in self._slices[key] if overlaps(entry.part, part)]
+        slices = [
+            StoredSlice(entry.part, _SliceRows(self._file_of(key, entry, self._dtypes[kind]), key, entry.sha256))
+            for entry in needed
+        ]
+        yield from blocks(part, self._dtypes[kind], slices)
 
     def document(self, name: str) -> str | None:
         path = self.folder / name
@@ -180,21 +176,6 @@ class NativeSource(TensorSource):
         paths = {entry.file: self.folder / entry.file for entries in self._slices.values() for entry in entries}
         return {name: SafetensorsFile(path) for name, path in paths.items() if not elsewhere or path.exists()}
 
-    def _overlapping(self, name: str, kind: TensorKind, part: Part) -> list[_Slice]:
-        return [entry for entry in self._slices[key_of(name, kind)] if overlaps(entry.part, part)]
-
-    def _stream_slice(self, name: str, kind: TensorKind, entry: _Slice) -> Iterator[np.ndarray]:
-        """A slice in blocks of rows. Its sha256 is checked after the last block."""
-        key, digest = key_of(name, kind), hashlib.sha256()
-        file = self._file_of(key, entry, self._dtypes[kind])
-        shape = entry.part.shape
-        for first, last in row_blocks(shape, self._dtypes[kind]):
-            rows = file.read(key, ((first, last), *((0, size) for size in shape[1:])))
-            digest.update(slice_bytes(rows))
-            yield rows
-        if digest.hexdigest() != entry.sha256:
-            raise UserError(f"{file.path}: tensor {key} is damaged: its sha256 differs from the one in {INDEX}")
-
     def _file_of(self, key: str, entry: _Slice, dtype: np.dtype) -> SafetensorsFile:
         """The file that holds a slice. Its header is compared with the index first."""
         if entry.file not in self._files:
@@ -209,6 +190,30 @@ class NativeSource(TensorSource):
         if (stored := file.entries[key].dtype) != dtype:
             raise UserError(f"{file.path}: tensor {key} is {stored}; {INDEX} says {dtype}")
         return file
+
+
+class _SliceRows(CheckedRows):
+    """Rows of a slice, whose sha256 the index records."""
+
+    def __init__(self, file: SafetensorsFile, key: str, sha256: str) -> None:
+        self._file, self._key, self._sha256 = file, key, sha256
+        self._digest = hashlib.sha256()
+        super().__init__(file.entries[key].shape, file.entries[key].dtype)
+
+    def _load(self, first: int, last: int) -> np.ndarray:
+        return self._file.read(self._key, ((first, last), *((0, size) for size in self._shape[1:])))
+
+    def _begin(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def _add(self, data: memoryview) -> None:
+        self._digest.update(data)
+
+    def _check(self) -> None:
+        if self._digest.hexdigest() != self._sha256:
+            raise UserError(
+                f"{self._file.path}: tensor {self._key} is damaged: its sha256 differs from the one in {INDEX}"
+            )
 
 
 def _slices(entry: dict[str, Any]) -> list[_Slice]:
