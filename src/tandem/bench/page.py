@@ -53,7 +53,7 @@ def shown(name: str, value: Any) -> str:
         return f"{value / 2**30:.2f} GiB"
     if name == "MFU":
         return f"{value:.1%}"
-    if name == "tokens/s":
+    if name.startswith("tokens/s"):
         return f"{value:,.0f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {shown('', part)}" for key, part in value.items())
