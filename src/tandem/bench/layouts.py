@@ -125,8 +125,6 @@ class Spread:
         """Raise UserError where a model of this size cannot be laid out so."""
         try:
             self.job(config, micro_batch_size=1, seq_length=1, half=False, framework=framework).check()
-            if self.size("ep") > 1 and "fsdp2" in self.switches:
-                raise UserError("fsdp2 shards experts as it shards all else: leave out ep")
         except UserError as error:
             raise UserError(f"--layouts {self.name}, {size}: {error}") from None
 
