@@ -11,10 +11,10 @@ from typing import Any
 
 import fake_tensor as tensors
 import numpy as np
-from fake_operators import OPERATORS, MatMul, swiglu, vjp
+from fake_operators import OPERATORS, MatMul, gmm, swiglu
 from fake_tensor import DTYPES, RECORD, DType, Record, Tensor, log_softmax, vector_norm
 
-__all__ = ["MINT", "OPERATORS", "RECORD", "Record", "modules"]
+__all__ = ["MINT", "OPERATORS", "RECORD", "Record", "gmm", "modules"]
 
 MINT = {
     "zeros": tensors.zeros,
@@ -27,6 +27,18 @@ MINT = {
     "triu": tensors.triu,
     "gather": tensors.gather,
     "sum": tensors.mint_sum,
+    "softmax": tensors.softmax,
+    "logsumexp": tensors.logsumexp,
+    "transpose": tensors.transpose,
+    "arange": tensors.arange,
+    "topk": tensors.topk,
+    "sort": tensors.sort,
+    "searchsorted": tensors.searchsorted,
+    "cumsum": tensors.cumsum,
+    "floor_divide": tensors.floor_divide,
+    "remainder": tensors.remainder,
+    "less": tensors.less,
+    "scatter": tensors.scatter,
     "max": tensors.mint_max,
     "log": tensors.elementwise("log", np.log),
     "square": tensors.elementwise("square", np.square),
@@ -59,6 +71,7 @@ def modules() -> dict[str, ModuleType]:
     ops = module(
         "mindspore.ops",
         auto_generate=SimpleNamespace(**OPERATORS),
+        function=SimpleNamespace(math_func=SimpleNamespace(gmm=gmm)),
         swiglu=swiglu,
         MatMul=MatMul,
         Primitive=object,
@@ -73,7 +86,6 @@ def modules() -> dict[str, ModuleType]:
         Type=DType,
         mint=mint,
         ops=ops,
-        vjp=vjp,
         communication=communication,
         set_context=_nothing,
         set_device=_nothing,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -232,68 +232,42 @@ class AdamW:
         var.values[...] = var.values * (1 - lr * decay) - lr * m.values / (1 - beta1**number) / root
 
 
-@dataclass
-class GroupedProduct:
-    """What `vjp` needs of a call."""
-
-    x: Tensor
-    stack: Tensor
-    ends: np.ndarray
-    transposed: bool
-
-
-_calls: list[GroupedProduct] = []
-
-
-def grouped_matmul(
+def gmm(
     x: list[Tensor],
     weight: list[Tensor],
     bias: None = None,
-    scale: None = None,
-    offset: None = None,
-    antiquant_scale: None = None,
-    antiquant_offset: None = None,
     group_list: Any = None,
-    split_item: int = 0,
-    group_type: int = -1,
-    transpose_a: bool = False,
-    transpose_b: bool = False,
+    group_type: int = 0,
+    group_list_type: int = 0,
 ) -> tuple[Tensor]:
-    (rows,), (stack,) = x, weight
-    assert (split_item, group_type, transpose_a) == (3, 0, False)
-    assert rows.dtype == stack.dtype
-    assert (group_list.dtype, group_list.shape) == (int64, stack.shape[:1])
-    columns = stack.shape[1 if transpose_b else 2]
-    assert rows.shape[1] == stack.shape[2 if transpose_b else 1]
-    ends = group_list.values
-    _calls.append(GroupedProduct(rows, stack, ends, transpose_b))
+    """Groups of rows (`group_type` 0), or of what is summed (2): a group without any gives zeros then."""
+    (left,), (right,) = x, weight
+    assert group_list_type == 0
+    assert left.dtype == right.dtype
+    assert group_list.dtype == int64
+    assert len(group_list.shape) == 1
+    assert group_list.shape[0] <= 1024
+    assert 0 not in left.shape
+    ranges = () if group_list.values is None else [slice(*ends) for ends in pairwise([0, *group_list.values])]
+    if group_type == 0:
+        assert left.is_contiguous
+        assert right.is_contiguous or right.is_transposed
+        assert right.shape[:2] == (group_list.shape[0], left.shape[1])
+        shape: tuple[int, ...] = (left.shape[0], right.shape[2])
+    else:
+        assert group_type == 2
+        assert left.is_transposed, "MindSpore documents: non-contiguous tensors which have been transposed"
+        assert right.is_contiguous
+        assert left.shape[1] == right.shape[0]
+        shape = (group_list.shape[0], left.shape[0], right.shape[1])
 
-    def compute(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        parts = np.split(values, ends[:-1])
-        return np.concatenate([part @ (w.T if transpose_b else w) for part, w in zip(parts, weights)])
+    def compute(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        assert ranges[-1].stop == left.shape[1 if group_type else 0]
+        if group_type:
+            return np.stack([left[:, part] @ right[part] for part in ranges])
+        return np.concatenate([left[part] @ matrix for part, matrix in zip(ranges, right)])
 
-    return (made("grouped_matmul", (rows.shape[0], columns), rows.dtype, [rows, stack], compute),)
-
-
-def vjp(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """MindSpore's, of a function that is one grouped product."""
-    _calls.clear()
-    result = function(*inputs)
-    (call,) = _calls
-
-    def pull(gradient: Tensor) -> tuple[Tensor, Tensor]:
-        def of_x(g: np.ndarray, weights: np.ndarray) -> np.ndarray:
-            parts = np.split(g, call.ends[:-1])
-            return np.concatenate([part @ (w if call.transposed else w.T) for part, w in zip(parts, weights)])
-
-        def of_stack(g: np.ndarray, x: np.ndarray) -> np.ndarray:
-            pairs = zip(np.split(g, call.ends[:-1]), np.split(x, call.ends[:-1]))
-            return np.stack([a.T @ b if call.transposed else b.T @ a for a, b in pairs])
-
-        d_x = made("grouped_matmul", call.x.shape, call.x.dtype, [gradient, call.stack], of_x)
-        return d_x, made("grouped_matmul", call.stack.shape, call.stack.dtype, [gradient, call.x], of_stack)
-
-    return result, pull
+    return (made("gmm", shape, left.dtype, [left, right], compute),)
 
 
 OPERATORS = {
@@ -304,5 +278,4 @@ OPERATORS = {
     "FlashAttentionScore": FlashAttentionScore,
     "FlashAttentionScoreGrad": FlashAttentionScoreGrad,
     "AdamW": AdamW,
-    "grouped_matmul": grouped_matmul,
 }

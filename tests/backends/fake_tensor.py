@@ -23,7 +23,7 @@ class DType(NamedTuple):
 float32, float16, bfloat16 = DType("float32", "f", 4), DType("float16", "f", 2), DType("bfloat16", "f", 2)
 int32, int64 = DType("int32", "i", 4), DType("int64", "i", 8)
 uint8, bool_ = DType("uint8", "i", 1), DType("bool", "i", 1)
-PRODUCTS = ("matmul", "FlashAttentionScore", "FlashAttentionScoreGrad", "grouped_matmul")
+PRODUCTS = ("matmul", "FlashAttentionScore", "FlashAttentionScoreGrad", "gmm")
 DTYPES = {dtype.name: dtype for dtype in (float32, float16, bfloat16, int32, int64, uint8, bool_)}
 
 
@@ -82,7 +82,7 @@ class Tensor:
         array = np.asarray(array)
         RECORD.copies += 1
         self.shape, self.dtype = array.shape, dtype or DTYPES[array.dtype.name]
-        self.is_contiguous = True
+        self.is_contiguous, self.is_transposed = True, False
         self.values = None
         if not RECORD.memoryless:
             self.values = array.astype(np.float32 if self.dtype.kind == "f" else np.int64)
@@ -91,6 +91,7 @@ class Tensor:
     def _of(cls, values: np.ndarray | None, shape: tuple[int, ...], dtype: DType, contiguous: bool = True) -> Tensor:
         new = cls.__new__(cls)
         new.values, new.shape, new.dtype, new.is_contiguous = values, shape, dtype, contiguous
+        new.is_transposed = False
         return new
 
     @classmethod
@@ -173,7 +174,7 @@ class Tensor:
         return self._changed("exp_", np.exp)
 
     def scatter_add_(self, dim: int, index: Tensor, src: Tensor) -> Tensor:
-        assert (dim, index.shape[1], src.dtype) == (1, 1, self.dtype)
+        assert (dim, index.shape, src.dtype) == (len(self.shape) - 1, src.shape, self.dtype)
         assert index.dtype in (int32, int64)
         return self._changed("scatter_add_", _scatter_add, index, src)
 
@@ -191,7 +192,7 @@ class Tensor:
 
 def _scatter_add(x: np.ndarray, index: np.ndarray, source: np.ndarray) -> np.ndarray:
     result = x.copy()
-    np.put_along_axis(result, index, np.take_along_axis(x, index, 1) + source, 1)
+    np.add.at(result, (*np.indices(index.shape, sparse=True)[:-1], index), source)
     return result
 
 
@@ -221,7 +222,8 @@ def full(size: Sequence[int], fill_value: float, *, dtype: DType) -> Tensor:
 
 
 def empty(size: Sequence[int], *, dtype: DType) -> Tensor:
-    return Tensor._of(None if RECORD.memoryless else np.full(size, np.nan, np.float32), tuple(size), dtype)
+    values = np.full(size, np.nan, np.float32) if dtype.kind == "f" else np.full(size, -1, np.int64)
+    return Tensor._of(None if RECORD.memoryless else values, tuple(size), dtype)
 
 
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -232,13 +234,15 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
-    assert (dim, index.dtype) == (0, int32)
+    assert dim == 0
+    assert index.dtype in (int32, int64)
     shape = (*index.shape, *input.shape[1:])
     return made("index_select", shape, input.dtype, [input, index], lambda values, places: values[places])
 
 
 def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    assert (dim, index.dtype, source.dtype) == (0, int32, input.dtype)
+    assert (dim, source.dtype) == (0, input.dtype)
+    assert index.dtype in (int32, int64)
     return made("index_add", input.shape, input.dtype, [input, index, source], _index_add)
 
 
@@ -257,11 +261,10 @@ def _reduced(shape: tuple[int, ...], dim: int | None, keepdim: bool) -> tuple[in
     return shape[:dim] + ((1,) if keepdim else ()) + shape[dim + 1 :]
 
 
-def mint_sum(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+def mint_sum(input: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: DType | None = None) -> Tensor:
     shape = _reduced(input.shape, dim, keepdim)
-    return made(
-        "sum", shape, input.dtype, [input], lambda values: values.sum(axis=dim, keepdims=keepdim and dim is not None)
-    )
+    compute = lambda values: values.sum(axis=dim, keepdims=keepdim and dim is not None)  # noqa: E731
+    return made("sum", shape, dtype or input.dtype, [input], compute)
 
 
 def mint_max(input: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -283,6 +286,95 @@ def log_softmax(input: Tensor, dim: int | None = None) -> Tensor:
         return shifted - np.log(np.exp(shifted).sum(dim, keepdims=True))
 
     return made("log_softmax", input.shape, input.dtype, [input], compute)
+
+
+def softmax(input: Tensor, dim: int) -> Tensor:
+    def compute(values: np.ndarray) -> np.ndarray:
+        exponentials = np.exp(values - values.max(dim, keepdims=True))
+        return exponentials / exponentials.sum(dim, keepdims=True)
+
+    return made("softmax", input.shape, input.dtype, [input], compute)
+
+
+def logsumexp(input: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    def compute(values: np.ndarray) -> np.ndarray:
+        largest = values.max(dim, keepdims=True)
+        return (largest + np.log(np.exp(values - largest).sum(dim, keepdims=True))).reshape(shape)
+
+    shape = _reduced(input.shape, dim, keepdim)
+    return made("logsumexp", shape, input.dtype, [input], compute)
+
+
+def transpose(input: Tensor, dim0: int, dim1: int) -> Tensor:
+    assert input.is_contiguous, "a view of a view: the stand-in does not say how its numbers lie"
+    shape = list(input.shape)
+    shape[dim0], shape[dim1] = shape[dim1], shape[dim0]
+    values = None if input.values is None else input.values.swapaxes(dim0, dim1)
+    view = Tensor._of(values, tuple(shape), input.dtype, contiguous=False)
+    view.is_transposed = {dim0, dim1} == {len(shape) - 2, len(shape) - 1}
+    return view
+
+
+# --- of whole numbers
+
+
+def arange(end: int) -> Tensor:
+    assert end > 0, "MindSpore's arange takes no 0"
+    return made("arange", (end,), int64, [], lambda: np.arange(end))
+
+
+def _ordered(name: str, input: Tensor, count: int, indices: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+    """Values of the last dimension in an order, and their places: one kernel."""
+    shape = (*input.shape[:-1], count)
+    places = None if input.values is None else indices(input.values)[..., :count]
+    values = made(name, shape, input.dtype, [input], lambda values: np.take_along_axis(values, places, -1))
+    return values, Tensor._of(None if values.values is None else places, shape, int64)
+
+
+def topk(input: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Of equal numbers, those with smaller places."""
+    assert dim == -1
+    return _ordered("topk", input, k, lambda values: np.argsort(-values, -1, kind="stable"))
+
+
+def sort(input: Tensor, *, stable: bool = False) -> tuple[Tensor, Tensor]:
+    assert input.dtype in (int32, int64), "MindSpore warns of sorting fp32"
+    assert stable
+    return _ordered("sort", input, input.shape[-1], lambda values: np.argsort(values, -1, kind="stable"))
+
+
+def searchsorted(sorted_sequence: Tensor, values: Tensor, *, right: bool = False) -> Tensor:
+    assert sorted_sequence.dtype == values.dtype == int64
+    compute = lambda ends, numbers: np.searchsorted(ends, numbers, "right" if right else "left")  # noqa: E731
+    return made("searchsorted", values.shape, int64, [sorted_sequence, values], compute)
+
+
+def cumsum(input: Tensor, dim: int) -> Tensor:
+    return made("cumsum", input.shape, input.dtype, [input], lambda values: np.cumsum(values, dim))
+
+
+def floor_divide(input: Tensor, other: int) -> Tensor:
+    return made("floor_divide", input.shape, input.dtype, [input], lambda values: values // other)
+
+
+def remainder(input: Tensor, other: int) -> Tensor:
+    return made("remainder", input.shape, input.dtype, [input], lambda values: values % other)
+
+
+def less(input: Tensor, other: int) -> Tensor:
+    return made("less", input.shape, bool_, [input], lambda values: values < other)
+
+
+def scatter(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    assert (dim, src.dtype, src.shape) == (len(input.shape) - 1, input.dtype, index.shape)
+    assert index.dtype in (int32, int64)
+
+    def compute(x: np.ndarray, places: np.ndarray, source: np.ndarray) -> np.ndarray:
+        result = x.copy()
+        np.put_along_axis(result, places, source, dim)
+        return result
+
+    return made("scatter", input.shape, input.dtype, [input, index, src], compute)
 
 
 def vector_norm(x: Tensor, ord: float = 2, dim: int | None = None) -> Tensor:

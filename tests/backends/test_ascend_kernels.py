@@ -94,6 +94,20 @@ def test_adapters_have_pytorchs_gradients(toy: str, ascend: fake_mindspore.Recor
     assert_close_gradients(gradients, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_experts_with_a_capacity_drop_pytorchs_choices(policy: str, ascend: fake_mindspore.Record) -> None:
+    source = toy_weights(TOYS["qwen3-moe"])
+    batches = [toy_batch(source.config, RAGGED)]
+    settings = {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": policy, "moe_aux_loss_coeff": 0.1}
+    one, other = on_pytorch(source, **settings), build(source, **settings)
+    (expected_loss, expected), (loss, gradients) = (mean_gradients(engine, batches) for engine in (one, other))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_gradients(gradients, expected, rtol=1e-4)
+    loads = [engine.expert_load() for engine in (one, other)]
+    assert loads[0].dropped == loads[1].dropped > 0
+    assert loads[0].counts == loads[1].counts
+
+
 def test_they_update_as_pytorch(ascend: fake_mindspore.Record) -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     batches = [toy_batch(source.config, RAGGED)]
@@ -214,6 +228,23 @@ def test_a_step_is_read_once_and_each_micro_batch_is_one_copy(ascend: fake_minds
     assert ascend.copies == 3
 
 
+def sparse(layers: int, experts: int) -> ModelConfig:
+    config = shape("30B-A3B", layers)
+    assert config.experts is not None
+    return dataclasses.replace(config, experts=dataclasses.replace(config.experts, num_experts=experts))
+
+
+def test_a_layer_with_experts_calls_as_many_operators_for_128_as_for_16(ascend: fake_mindspore.Record) -> None:
+    """A layer of 30B-A3B's widths, with all the losses that balance its router."""
+    losses = {"moe_aux_loss_coeff": 1e-3, "moe_z_loss_coeff": 1e-3}
+    one, few, both = (count(ascend, sparse(*size), **losses) for size in ((1, 128), (1, 16), (2, 128)))
+    assert (ascend.reads, ascend.copies) == (1, 1)  # no layer asks how many rows an expert has
+    assert one == few
+    layer = both - one
+    assert layer["gmm"] == 6  # of two weights: the product, its own gradient, its input's gradient
+    assert sum(layer.values()) <= 150, layer
+
+
 def test_a_step_of_0_6b_calls_few_operators(ascend: fake_mindspore.Record) -> None:
     operators = count(ascend, shape("0.6B", 28))
     assert sum(operators.values()) <= 28 * 100 + 60 + 60, (
@@ -239,6 +270,16 @@ def test_the_stand_ins_functions_are_in_mint(name: str) -> None:
     for part in name.split("."):
         found = getattr(found, part)
     assert callable(found)
+    names = [set(inspect.signature(one).parameters) for one in (fake_mindspore.MINT.get(name, found), found)]
+    assert names[0] <= names[1] or "args" in names[1] or names[0] == {"x"}, names
+
+
+def test_the_stand_ins_grouped_product_is_mindspores() -> None:
+    require_framework("mindspore")
+    real: Any = importlib.import_module("mindspore").ops.function.math_func.gmm
+    fake = inspect.signature(fake_mindspore.gmm)
+    parameters = [parameter.replace(annotation=parameter.empty) for parameter in fake.parameters.values()]
+    assert f"gmm{inspect.Signature(parameters)} ->" in real.__doc__
 
 
 @pytest.mark.parametrize("size", ["0.6B", "8B"])

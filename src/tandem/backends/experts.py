@@ -192,6 +192,27 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Sorted:
+    """The choices of a rank's tokens, sorted by expert, and each expert's in the order of their tokens.
+
+    Arrays are the framework's, where its kernels want them.
+
+    Attributes:
+        slots: of each row, which of the t k choices it is: token times k, plus the place among the token's experts.
+        tokens: of each row, the number of its token.
+        places: of each token that this rank sends, its rows, [tokens, k]; None where no kernel asks for them.
+        first: the first token that this rank sends.
+        counts: rows of each expert, [E].
+    """
+
+    slots: Array
+    tokens: Array
+    places: Array
+    first: int
+    counts: Array
+
+
+@dataclass(frozen=True)
 class Dispatch:
     """How rows of tokens travel between the ranks that share a layer's experts.
 

@@ -187,8 +187,8 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return tensor.asnumpy()
 
     @staticmethod
-    def _on_host(values: np.ndarray) -> np.ndarray:
-        return values
+    def _on_host(values: Any) -> np.ndarray:
+        return values.asnumpy() if isinstance(values, Tensor) else np.asarray(values)
 
     def _sum_over_ranks(self, *values: Any) -> list[float]:
         return self._groups.everyone.sum_values(*map(_number, values))

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.experts import Dispatch, Routing, Share
+from tandem.backends.experts import Dispatch, Routing, Share, Sorted
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.expert_adapters import RouterWeight, Stack
 from tandem.backends.mindspore.kernels import Kernels
-from tandem.backends.mindspore.weight import Weight, single
+from tandem.backends.mindspore.weight import Weight
 from tandem.models.experts import Experts
 
 
@@ -27,29 +27,23 @@ class Rows:
     """Tokens sorted by expert: expert after expert, and each expert's tokens in their order.
 
     Attributes:
-        slots: of each row, which of the t k choices it is: token times k, plus the place among the token's experts.
-        tokens: of each row, the number of its token.
-        counts: rows that come to each of this rank's experts.
+        sent: those of this rank's tokens.
+        groups: how the rows that come to this rank belong to its experts, in the device's form.
         dispatch: how rows travel; None where this rank has all experts.
     """
 
-    slots: np.ndarray
-    tokens: np.ndarray
-    counts: list[int]
+    sent: Sorted
+    groups: Any
     dispatch: Dispatch | None = None
 
     @classmethod
-    def of(cls, chosen: np.ndarray, experts: int, tokens: int, share: Share, ranks: Ranks) -> Rows:
+    def of(cls, chosen: Any, experts: int, tokens: int, share: Share, ranks: Ranks, kernels: Kernels) -> Rows:
         """Of the experts of each token, [t, k]: those of this rank's share of the first `tokens` tokens."""
-        first, last = share.rows(tokens)
-        flat, width = chosen[first:last].reshape(-1), chosen.shape[1]
-        slots = np.argsort(flat, kind="stable") + first * width
-        counts = np.bincount(flat, minlength=experts)
+        sent = kernels.sort_choices(chosen, experts, *share.rows(tokens))
         if ranks.group is None:
-            return cls(slots, slots // width, counts.tolist())
-        gathered = ranks.gather(Tensor(counts.astype(np.float32)))
-        dispatch = Dispatch.of(np.stack([of_rank.asnumpy() for of_rank in gathered]).astype(np.int64), ranks.rank)
-        return cls(slots, slots // width, dispatch.counts, dispatch)
+            return cls(sent, kernels.groups(sent.counts))
+        dispatch = kernels.dispatch(ranks, sent.counts)
+        return cls(sent, kernels.groups(dispatch.counts), dispatch)
 
 
 @dataclass(frozen=True)
@@ -57,13 +51,13 @@ class Kept:
     """What a forward pass keeps for its backward pass, besides its input.
 
     `taken`: what other ranks sent; None for what this rank takes itself, again. `choices`: those that experts with a
-    capacity take, [t, k].
+    capacity take, [t, k]; None for all.
     """
 
     rows: Rows
     factors: Tensor
     taken: tuple[Tensor, Tensor] | None
-    choices: np.ndarray | None
+    choices: Any
     pull_route: Callable[[Tensor, Tensor], Tensor]
     pull_experts: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -93,40 +87,36 @@ class Mixture:
     def forward(self, x: Tensor, routing: Routing) -> tuple[Tensor, Kept]:
         """x [t, h] -> [t, h], and what `backward` needs besides x."""
         factors, chosen, pull_route = self.kernels.route(x, self.router, self.experts, routing, self.layer)
-        taken_choices = None
+        choices = None
         if routing.capacity is not None:
-            taken_choices = routing.capacity.taken(chosen, single(factors.asnumpy()), routing.tokens)
-            routing.taken[self.layer] = taken_choices.sum()
-            factors = self._limited(factors, taken_choices)
-        rows = Rows.of(chosen, self.experts.num_experts, routing.tokens, self.share, self.ranks)
+            choices, routing.taken[self.layer] = self.kernels.taken_choices(
+                routing.capacity, chosen, factors, routing.tokens
+            )
+            factors = self.kernels.limited(factors, choices)
+        rows = Rows.of(chosen, self.experts.num_experts, routing.tokens, self.share, self.ranks, self.kernels)
         taken = self._take(x, factors, rows)
-        down, pull_experts = self.kernels.expert_mlp(*taken, self.fc1, self.fc2, rows.counts)
-        output = self.kernels.sum_rows(self._back(down, rows), rows.tokens, x.shape[0])
-        return output, Kept(rows, factors, taken if rows.dispatch else None, taken_choices, pull_route, pull_experts)
+        down, pull_experts = self.kernels.expert_mlp(*taken, self.fc1, self.fc2, rows.groups)
+        output = self.kernels.sum_rows(self._back(down, rows), rows.sent, x.shape[0])
+        return output, Kept(rows, factors, taken if rows.dispatch else None, choices, pull_route, pull_experts)
 
     def backward(self, gradient: Tensor, x: Tensor, kept: Kept) -> Tensor:
         """The gradient of x from that of the result. Adds the gradients of the weights."""
         rows, factors = kept.rows, kept.factors
-        d_down = self._there(self.kernels.select_rows(gradient, rows.tokens)[0], rows)
+        d_down = self._there(self.kernels.select_rows(gradient, rows.sent.tokens)[0], rows)
         d_taken, d_taken_factors = kept.pull_experts(d_down, *(kept.taken or self._take(x, factors, rows)))
         d_slots = self._back(d_taken_factors, rows)
-        d_factors = self.kernels.place_rows(d_slots, rows.slots, factors.shape[0] * factors.shape[1])
-        d_rows = self.kernels.sum_rows(self._back(d_taken, rows), rows.tokens, x.shape[0])
+        d_factors = self.kernels.place_rows(d_slots, rows.sent.slots, factors.shape[0] * factors.shape[1])
+        d_rows = self.kernels.sum_rows(self._back(d_taken, rows), rows.sent, x.shape[0])
         d_factors = d_factors.reshape(factors.shape)
         if kept.choices is not None:
-            d_factors = self._limited(d_factors, kept.choices)
+            d_factors = self.kernels.limited(d_factors, kept.choices)
         return kept.pull_route(d_factors, x) + d_rows
-
-    def _limited(self, factors: Tensor, taken: np.ndarray) -> Tensor:
-        """Zeros for the choices [t, k] that experts do not take."""
-        values = np.where(taken, single(factors.asnumpy()), np.float32(0))
-        return Tensor(values).astype(factors.dtype)
 
     def _take(self, x: Tensor, factors: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The rows that come to this rank's experts: tokens [n, h] and their factors [n, 1]."""
         return (
-            self._there(self.kernels.select_rows(x, rows.tokens)[0], rows),
-            self._there(self.kernels.select_rows(factors.reshape(-1, 1), rows.slots)[0], rows),
+            self._there(self.kernels.select_rows(x, rows.sent.tokens)[0], rows),
+            self._there(self.kernels.select_rows(factors.reshape(-1, 1), rows.sent.slots)[0], rows),
         )
 
     def _there(self, x: Tensor, rows: Rows) -> Tensor:

@@ -10,6 +10,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from tandem.backends.capacity import Capacity
+from tandem.backends.experts import Dispatch, Sorted
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.weight import Pullback, Weight
 from tandem.models.rows import Ranges
@@ -29,7 +31,9 @@ class Kernels:
         rows: some rows of a tensor. On CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
-        route, expert_mlp, grouped, grouped_backward, sum_rows, exchange: of mixtures of experts.
+        route, taken_choices, limited, sort_choices, groups, dispatch, expert_mlp, grouped, grouped_backward, sum_rows,
+            exchange: of mixtures of experts. Numbers of experts, and what is sorted by them, are where the device wants
+            them.
         side_by_side, block, columns, add_columns, row_squares, stretch, scale_columns, dot_columns: of adapters.
         bf16: whether matrix products in bfloat16 exist.
         reads_ahead: whether the host is free for the next step's batches while the device computes.
@@ -57,11 +61,16 @@ class Kernels:
     adamw: Callable[..., None]
     sum_over: Callable[[Ranks, Sequence[Tensor]], None]
     gather_rows: Callable[[Ranks, Sequence[Weight]], None]
-    route: Callable[..., tuple[Tensor, np.ndarray, Callable[[Tensor, Tensor], Tensor]]]
+    route: Callable[..., tuple[Tensor, Any, Callable[[Tensor, Tensor], Tensor]]]
+    taken_choices: Callable[[Capacity, Any, Tensor, int], tuple[Any, Any]]
+    limited: Callable[[Tensor, Any], Tensor]
+    sort_choices: Callable[[Any, int, int, int], Sorted]
+    groups: Callable[[Any], Any]
+    dispatch: Callable[[Ranks, Any], Dispatch]
     expert_mlp: Callable[..., tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]]
     grouped: Callable[..., Tensor]
     grouped_backward: Callable[[Tensor, Tensor, Weight, Any], Tensor]
-    sum_rows: Callable[[Tensor, np.ndarray, int], Tensor]
+    sum_rows: Callable[[Tensor, Sorted, int], Tensor]
     exchange: Callable[[Ranks, Tensor, np.ndarray], Tensor]
     side_by_side: Callable[..., Tensor]
     block: Callable[..., Tensor]

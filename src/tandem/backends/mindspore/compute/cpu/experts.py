@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from tandem.backends.experts import Routing
+from tandem.backends.capacity import Capacity
+from tandem.backends.experts import Dispatch, Routing, Sorted
 from tandem.backends.mindspore.communication import Ranks
 from tandem.backends.mindspore.compute.cpu import products
 from tandem.backends.mindspore.compute.cpu.functional import product, swiglu, weight_gradient
@@ -66,6 +67,35 @@ def route(
     return Tensor(picked / norms).astype(x.dtype), chosen, backward
 
 
+def taken_choices(capacity: Capacity, chosen: np.ndarray, factors: Tensor, tokens: int) -> tuple[np.ndarray, int]:
+    """Which of the choices [t, k] experts with a capacity take, and how many that are. `factors`: of the choices."""
+    taken = capacity.taken(chosen, single(factors.asnumpy()), tokens)
+    return taken, int(taken.sum())
+
+
+def limited(factors: Tensor, taken: np.ndarray) -> Tensor:
+    """Factors of choices [t, k], with zeros for those that experts do not take."""
+    return Tensor(np.where(taken, single(factors.asnumpy()), np.float32(0))).astype(factors.dtype)
+
+
+def sort_choices(chosen: np.ndarray, experts: int, first: int, last: int) -> Sorted:
+    """The choices [t, k] of the tokens from `first` to `last`, sorted by expert."""
+    flat, width = chosen[first:last].reshape(-1), chosen.shape[1]
+    slots = np.argsort(flat, kind="stable") + first * width
+    return Sorted(slots, slots // width, None, first, np.bincount(flat, minlength=experts))
+
+
+def groups(counts: np.ndarray) -> list[int]:
+    """What the products of experts need to know, from the number of rows of each [E]."""
+    return counts.tolist()
+
+
+def dispatch(ranks: Ranks, counts: np.ndarray) -> Dispatch:
+    """How rows travel between ranks, from those that this rank has for each expert, [E]."""
+    gathered = ranks.gather(Tensor(counts.astype(np.float32)))
+    return Dispatch.of(np.stack([of_rank.asnumpy() for of_rank in gathered]).astype(np.int64), ranks.rank)
+
+
 def expert_mlp(
     x: Tensor, factors: Tensor, fc1: Stack, fc2: Stack, counts: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
@@ -90,9 +120,9 @@ def expert_mlp(
     return down, backward
 
 
-def sum_rows(x: Tensor, tokens: np.ndarray, count: int) -> Tensor:
+def sum_rows(x: Tensor, sent: Sorted, count: int) -> Tensor:
     """[count, h] with the sum of those rows of x [n, h] that belong to each token; zeros for a token without any."""
-    sums = np.zeros((count, x.shape[1]), np.float32)
+    sums, tokens = np.zeros((count, x.shape[1]), np.float32), sent.tokens
     rows = x.asnumpy()
     # An expert's tokens are in order, and each is there once.
     ends = [*(np.flatnonzero(np.diff(tokens) <= 0) + 1).tolist(), len(tokens)]
