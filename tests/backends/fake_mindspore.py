@@ -11,6 +11,7 @@ from typing import Any
 
 import fake_tensor as tensors
 import numpy as np
+from fake_collectives import FUNCTIONS, JOB, WORLD, AllReduce
 from fake_operators import OPERATORS, MatMul, gmm, swiglu
 from fake_tensor import DTYPES, RECORD, DType, Record, Tensor, log_softmax, vector_norm
 
@@ -58,7 +59,8 @@ def modules() -> dict[str, ModuleType]:
         return new
 
     distributed = module("mindspore.mint.distributed.distributed", get_cache_group_rank=_nothing)
-    collectives = module("mindspore.mint.distributed", distributed=distributed)
+    of_ranks = {function.__name__: function for function in FUNCTIONS}
+    collectives = module("mindspore.mint.distributed", distributed=distributed, **of_ranks)
     functional = SimpleNamespace(log_softmax=log_softmax)
     mint = module(
         "mindspore.mint",
@@ -67,18 +69,19 @@ def modules() -> dict[str, ModuleType]:
         linalg=SimpleNamespace(vector_norm=vector_norm),
         distributed=collectives,
     )
-    primitives = {name: lambda *_, **__: _nothing for name in ("Adam", "AllReduce", "BatchMatMul")}
+    primitives = {name: lambda *_, **__: _nothing for name in ("Adam", "BatchMatMul")}
     ops = module(
         "mindspore.ops",
         auto_generate=SimpleNamespace(**OPERATORS),
         function=SimpleNamespace(math_func=SimpleNamespace(gmm=gmm)),
         swiglu=swiglu,
+        AllReduce=AllReduce,
         MatMul=MatMul,
         Primitive=object,
         **primitives,
     )
     communication = module(
-        "mindspore.communication", GlobalComm=SimpleNamespace(WORLD_COMM_GROUP="hccl"), create_group=_nothing
+        "mindspore.communication", GlobalComm=SimpleNamespace(WORLD_COMM_GROUP=WORLD), create_group=JOB.create_group
     )
     whole = module(
         "mindspore",

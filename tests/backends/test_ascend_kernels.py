@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -37,9 +38,9 @@ TOKENS = 4096
 OURS, THEIRS = "tandem.backends.mindspore", "mindspore"
 
 
-@pytest.fixture
-def ascend() -> Iterator[fake_mindspore.Record]:
-    """The MindSpore backend sees an Ascend device."""
+@contextmanager
+def on_ascend() -> Iterator[fake_mindspore.Record]:
+    """Inside, the MindSpore backend sees an Ascend device."""
 
     def of_both(name: str) -> bool:
         return any(name == package or name.startswith(f"{package}.") for package in (OURS, THEIRS))
@@ -53,6 +54,12 @@ def ascend() -> Iterator[fake_mindspore.Record]:
     for name in [name for name in sys.modules if of_both(name)]:
         del sys.modules[name]
     sys.modules.update(before)
+
+
+@pytest.fixture
+def ascend() -> Iterator[fake_mindspore.Record]:
+    with on_ascend() as record:
+        yield record
 
 
 def create(config: ModelConfig, **settings: Any) -> Any:

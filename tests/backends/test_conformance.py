@@ -22,7 +22,6 @@ ALONE = {
     "mindspore/documents.py",  # what attention is given of a batch
     "mindspore/memory.py",  # tensors with undefined contents
     "mindspore/npu_adapters.py",  # what adapters compute on NPUs
-    "mindspore/npu_experts.py",  # what mixtures of experts compute on NPUs
     "mindspore/npu_feeding.py",  # what NPUs get from the host, and give back
     "mindspore/npu_loss.py",  # the head and its loss on NPUs
     "mindspore/npu_optimizer.py",  # the norm and AdamW on NPUs

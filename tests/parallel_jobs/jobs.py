@@ -273,6 +273,16 @@ def run_job(
     return {case.name: gather(case, folder) for case in cases}
 
 
+def leave(outcome: dict[str, Any], engine: Engine, case: Case, rank: int, folder: Path) -> None:
+    """Write a rank's outcome, and its part of every tensor, for `gather`."""
+    arrays, parts = {}, []
+    for number, (kind, shard, array) in enumerate(engine.tensors()):
+        arrays[str(number)] = array.copy()
+        parts.append([kind, shard.spec.name, shard.part.boxes, shard.part.dim])
+    np.savez(folder / f"{case.name}-{rank}.npz", **arrays)
+    (folder / f"{case.name}-{rank}.json").write_text(json.dumps({**outcome, "parts": parts}), encoding="utf-8")
+
+
 def gather(case: Case, folder: Path) -> Outcome:
     """Put the ranks' parts together; every number of every tensor must come from exactly one rank."""
     table = tensor_table(toy_source(case).config)

@@ -9,11 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "backends")]
 
-from jobs import Case, engine_settings, toy_source, train  # noqa: E402
+from jobs import Case, engine_settings, leave, toy_source, train  # noqa: E402
 
 from tandem.backends import connect, create_engine  # noqa: E402
 from tandem.launch.member import Member, exit_with  # noqa: E402
@@ -29,15 +27,7 @@ def main(framework: str, cases: str, folder: str) -> None:
         grid = Grid(case.layout, world.size)
         engine = create_engine(framework, toy_source(case).config, engine_settings(case, grid, world.rank))
         data = slice(grid.place(world.rank).data, None, grid.data_size)
-        outcome = train(framework, engine, case, world.rank, data)
-        arrays, parts = {}, []
-        for number, (kind, shard, array) in enumerate(engine.tensors()):
-            arrays[str(number)] = array.copy()
-            parts.append([kind, shard.spec.name, shard.part.boxes, shard.part.dim])
-        np.savez(Path(folder) / f"{case.name}-{world.rank}.npz", **arrays)
-        (Path(folder) / f"{case.name}-{world.rank}.json").write_text(
-            json.dumps({**outcome, "parts": parts}), encoding="utf-8"
-        )
+        leave(train(framework, engine, case, world.rank, data), engine, case, world.rank, Path(folder))
         communicator.barrier()
     communicator.close()
 

@@ -29,6 +29,7 @@ from tandem.errors import UserError
 from tandem.launch.member import NODE
 from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid, Place
+from tandem.parallel.layout import even_rows
 
 Result = TypeVar("Result")
 
@@ -113,6 +114,19 @@ class Ranks:
         """The sum of the ranks' x, in the dtype of x, which is unchanged."""
         return _guarded("AllReduce", lambda: _all_reduce(self.group)(x))
 
+    def sum_rows(self, x: Tensor) -> Tensor:
+        """This rank's rows (`even_rows`) of the sum of the ranks' x [n, ...]; not on CPU."""
+        step = -(-x.shape[0] // self.size)
+        first, last = even_rows(x.shape[0], self.size, self.rank)
+        rows, whole = undefined((step, *x.shape[1:]), x.dtype), _padded(x, step * self.size)
+        _guarded("ReduceScatter", lambda: dist.reduce_scatter_tensor(rows, whole, group=self.group))
+        return rows if last - first == step else rows[: last - first]
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        """All `count` rows of a tensor, from those of each rank (`even_rows`)."""
+        whole = mint.cat(self.gather(_padded(rows, -(-count // self.size))), 0)
+        return whole if whole.shape[0] == count else whole[:count]
+
     def maximum(self, x: Tensor) -> Tensor:
         """The largest of the ranks' x, in place; a NaN may be lost."""
         _guarded("AllReduce", lambda: dist.all_reduce(x, op="max", group=self.group))
@@ -177,6 +191,12 @@ def make_groups(grid: Grid, rank: int, *, tied: bool, chunks: int) -> Groups:
         _ranks(ends, rank) if has_tied else Ranks(),
         _channels(Stage(grid, place, chunks)),
     )
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """x, with zeros below it."""
+    missing = rows - x.shape[0]
+    return mint.cat((x, mint.zeros((missing, *x.shape[1:]), dtype=x.dtype)), 0) if missing else x
 
 
 def send(x: Tensor, rank: int, channel: str) -> Any:

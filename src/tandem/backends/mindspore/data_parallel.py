@@ -37,10 +37,28 @@ class DataParallel:
         """The rows that this rank updates, of a weight or of another tensor of its shape."""
         return self.kernels.rows(tensor, *self.own_rows(tensor.shape[0])) if self.by_rows else tensor
 
-    def reduce(self, gradients: Sequence[Tensor]) -> None:
-        """Sum over the ranks, in place. MindSpore has no ReduceScatter on CPU, so every rank gets all rows."""
-        if self.ranks.group is not None:
-            self.kernels.sum_over(self.ranks, gradients)
+    @property
+    def scatters(self) -> bool:
+        """Whether each rank has only its own rows of gradients, once they are summed."""
+        return self.by_rows and self.kernels.scatters_gradients
+
+    def reduce(self, weights: Sequence[Weight]) -> None:
+        """Sum the gradients of weights, which all have one, over the ranks."""
+        if self.scatters:
+            for weight in weights:
+                weight.gradient = self.kernels.scatter_rows(self.ranks, _gradient(weight))
+        elif self.ranks.group is not None:
+            self.kernels.sum_over(self.ranks, [_gradient(weight) for weight in weights])
+
+    def own_gradient(self, weight: Weight) -> Tensor:
+        """After `reduce`: the rows that this rank updates with."""
+        return _gradient(weight) if self.scatters else self.own_rows_of(_gradient(weight))
+
+    def whole_gradient(self, weight: Weight) -> Tensor:
+        """After `reduce`: all rows, on every rank."""
+        if not self.scatters:
+            return _gradient(weight)
+        return self.ranks.gather_rows(_gradient(weight), weight.value.shape[0])
 
     def share(self, weights: Sequence[Weight]) -> None:
         """Update the weights' values from the masters, on whichever ranks these are."""
@@ -49,3 +67,8 @@ class DataParallel:
         else:
             for weight in weights:
                 weight.refresh()
+
+
+def _gradient(weight: Weight) -> Tensor:
+    assert weight.gradient is not None
+    return weight.gradient

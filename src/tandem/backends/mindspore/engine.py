@@ -38,7 +38,7 @@ from tandem.frameworks import MINDSPORE
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2, LINEARS, ROUTER
-from tandem.models.tensors import EMBEDDING, FINAL_NORM, ROW, layer_prefix
+from tandem.models.tensors import EMBEDDING, ROW, layer_prefix
 
 
 def create(config: ModelConfig, settings: EngineSettings) -> MindSporeEngine:
@@ -77,8 +77,9 @@ class MindSporeEngine(BaseEngine[Tensor]):
             DataParallel(ranks, settings.use_distributed_optimizer and ranks.group is not None, self._kernels)
             for ranks in (self._groups.data, self._groups.copies)
         )
-        by_rows = self._data.by_rows or self._copies.by_rows
-        self.by_rows = ByRows(weights=False, gradients=False, optimizer_state=by_rows)
+        both = (self._data, self._copies)
+        by_rows, scatters = any(data.by_rows for data in both), any(data.scatters for data in both)
+        self.by_rows = ByRows(weights=False, gradients=scatters, optimizer_state=by_rows)
         self._tensor = make_tensor_parallel(settings, self._groups, self._vocabulary_rows)
         self._weights = {
             name: self._new_weight(shard.shape, self._data_of(name), trained=name in self._trained)
@@ -218,15 +219,12 @@ class MindSporeEngine(BaseEngine[Tensor]):
             return
         gradients = {name: self._gradient(weight) for name, weight in self._trained_weights.items()}
         if self._groups.tensor.group is not None:
-            # All ranks compute the final norm alike, of all tokens.
-            partial = [
-                name for name in self._partial_names(sequence_parallel=self._tensor.sequence) if name != FINAL_NORM
-            ]
+            partial = self._partial_names(sequence_parallel=self._tensor.sequence)
             self._kernels.sum_over(self._groups.tensor, [gradients[name] for name in partial])
         for data in (self._data, self._copies):
-            data.reduce([gradient for name, gradient in gradients.items() if self._data_of(name) is data])
+            data.reduce([weight for name, weight in self._trained_weights.items() if self._data_of(name) is data])
         if self._groups.tied.group is not None and EMBEDDING in gradients:
-            self._kernels.sum_over(self._groups.tied, [gradients[EMBEDDING]])
+            self._kernels.sum_over(self._groups.tied, [self._gradient(self._weights[EMBEDDING])])
 
     def _gradient(self, weight: Weight) -> Tensor:
         """A weight's gradient, zeros where this rank had nothing to train."""
@@ -263,7 +261,10 @@ class MindSporeEngine(BaseEngine[Tensor]):
             data.share([weight for name, weight in self._trained_weights.items() if self._data_of(name) is data])
 
     def _gradients(self) -> dict[str, np.ndarray]:
-        gradients = {name: self._gradient(weight).asnumpy() for name, weight in self._trained_weights.items()}
+        gradients = {}
+        for name, weight in self._trained_weights.items():
+            self._gradient(weight)  # zeros where this rank had nothing to train
+            gradients[name] = self._data_of(name).whole_gradient(weight).asnumpy()
         for weight in self._trained_weights.values():
             weight.gradient = None  # it is the caller's now
         return gradients

@@ -31,6 +31,8 @@ class Kernels:
         rows: some rows of a tensor. On CPU they share its memory.
         place_rows: the transpose of `select_rows`, without a pullback.
         sum_over, gather_rows: collectives over many tensors.
+        scatter_rows: this rank's rows (`even_rows`) of a sum over ranks.
+        scatters_gradients: whether ranks get their rows of gradients in that way. Else they get all of them.
         route, taken_choices, limited, sort_choices, groups, dispatch, expert_mlp, grouped, grouped_backward, sum_rows,
             exchange: of mixtures of experts. Numbers of experts, and what is sorted by them, are where the device wants
             them.
@@ -61,6 +63,8 @@ class Kernels:
     adamw: Callable[..., None]
     sum_over: Callable[[Ranks, Sequence[Tensor]], None]
     gather_rows: Callable[[Ranks, Sequence[Weight]], None]
+    scatter_rows: Callable[[Ranks, Tensor], Tensor]
+    scatters_gradients: bool
     route: Callable[..., tuple[Tensor, Any, Callable[[Tensor, Tensor], Tensor]]]
     taken_choices: Callable[[Capacity, Any, Tensor, int], tuple[Any, Any]]
     limited: Callable[[Tensor, Any], Tensor]

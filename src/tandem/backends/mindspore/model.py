@@ -142,7 +142,8 @@ class Decoder:
         if self.last:
             norm = self._watched(FINAL_NORM, self._norm(FINAL_NORM))
             select = [] if inputs.rows is None else [functools.partial(self.kernels.select_rows, rows=inputs.rows)]
-            steps += [self.tensor.join, *select, norm, self.tensor.enter_joined]
+            # Where each rank has its own tokens, it normalises these. Otherwise only those that count are normalised.
+            steps += [norm, self.tensor.enter, *select] if self.tensor.sequence else [*select, norm, self.tensor.enter]
         return chained(steps, x, differentiable)
 
     def _watched(self, name: str, step: Layer) -> Layer:

@@ -76,7 +76,7 @@ class AdamW:
                 weight.master,
                 self.exp_avg[name],
                 self.exp_avg_sq[name],
-                self.data(name).own_rows_of(weight.gradient),
+                self.data(name).own_gradient(weight),
                 decays=len(weight.value.shape) > 1,
             )
             for name, weight in self.weights.items()

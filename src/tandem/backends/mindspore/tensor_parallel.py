@@ -45,14 +45,6 @@ class TensorParallel:
         """After a row-split product: the sum of the ranks' x [t, h], of this rank's tokens if they are split."""
         return (self._scatter(x), self._gather) if self.sequence else (self._sum(x), _same)
 
-    def join(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """All tokens' x, before a step that all ranks repeat. Backward takes this rank's tokens of the gradient."""
-        return (self._gather(x), self._own_tokens) if self.sequence else (x, _same)
-
-    def enter_joined(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """`enter` for an x that already holds all tokens."""
-        return x, self._sum
-
     def embedding(self, lookup: Lookup, weight: Weight) -> tuple[Tensor, Pullback]:
         """This rank's part of the vectors of tokens [t], ready to `leave`. The pullback's result must not be used."""
         vectors, pull = self.kernels.embedding(lookup.tokens, weight)
@@ -123,12 +115,7 @@ class TensorParallel:
         return mint.cat(self.ranks.gather(x), 0)
 
     def _scatter(self, x: Tensor) -> Tensor:
-        # MindSpore has no ReduceScatter on CPU.
-        return self._own_tokens(self.ranks.sum(x))
-
-    def _own_tokens(self, x: Tensor) -> Tensor:
-        size = x.shape[0] // self.ranks.size
-        return self.kernels.rows(x, self.ranks.rank * size, (self.ranks.rank + 1) * size)
+        return self.kernels.scatter_rows(self.ranks, x)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -217,7 +217,8 @@ def sum_over(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
 
 def gather_rows(ranks: Ranks, weights: Sequence[Weight]) -> None:
     for weight in weights:
-        count, step = weight.value.shape[0], -(-weight.value.shape[0] // ranks.size)
-        rows = weight.master.astype(weight.value.dtype)
-        padding = mint.zeros((step - rows.shape[0], *rows.shape[1:]), dtype=rows.dtype)
-        weight.value.copy_(mint.cat(ranks.gather(mint.cat((rows, padding), 0)), 0)[:count])
+        weight.value.copy_(ranks.gather_rows(weight.master.astype(weight.value.dtype), weight.value.shape[0]))
+
+
+def scatter_rows(ranks: Ranks, x: Tensor) -> Tensor:
+    return ranks.sum_rows(x)

@@ -8,7 +8,9 @@ import numpy as np
 from mindspore import Tensor
 
 from tandem.backends.mindspore.communication import Ranks
+from tandem.backends.mindspore.compute.cpu.functional import rows
 from tandem.backends.mindspore.weight import Weight, empty
+from tandem.parallel.layout import even_rows
 
 # Elements of a message: large enough to be fast, small enough for the five copies that a gathering needs.
 BUCKET = 2**22
@@ -36,11 +38,16 @@ def gather_rows(ranks: Ranks, weights: Sequence[Weight]) -> None:
             _unpack(rank_message.asnumpy(), [piece[rank] for piece in bucket], sizes)
 
 
+def scatter_rows(ranks: Ranks, x: Tensor) -> Tensor:
+    """This rank's rows (`even_rows`) of the sum of the ranks' x. MindSpore has no ReduceScatter on CPU."""
+    return rows(ranks.sum(x), *even_rows(x.shape[0], ranks.size, ranks.rank))
+
+
 def _pieces(weight: Weight, size: int) -> Iterator[tuple[np.ndarray, ...]]:
     """Flat pieces of a bucket's size: of the value, a piece of each rank's rows; last, that of this rank's master."""
-    rows = weight.value.asnumpy()
-    step = -(-len(rows) // size)
-    chunks = [rows[rank * step : (rank + 1) * step].reshape(-1) for rank in range(size)]
+    values = weight.value.asnumpy()
+    step = -(-len(values) // size)
+    chunks = [values[rank * step : (rank + 1) * step].reshape(-1) for rank in range(size)]
     chunks.append(weight.master.asnumpy().reshape(-1))
     for start in range(0, len(chunks[0]), BUCKET):
         yield tuple(chunk[start : start + BUCKET] for chunk in chunks)
