@@ -24,7 +24,7 @@ def export_adapters(source: TensorSource, folder: Path) -> Converted:
         raise UserError(f"--save-lora-to-hf: {source.location} has no adapters: give theirs with --lora-load")
     base = source.base.folder if isinstance(source, Adapted) else source.folder
     count = write_peft(folder, source, str(base.resolve()) if base else source.location)
-    notices = [describe(config.lora)]
+    notices = [*source.notices, describe(config.lora)]
     if (reason := unlike_over_transformers_5(config)) is not None:
         notices.append(
             f"peft over transformers 5 does not open this folder as it is: {reason}. Merged, it does not matter"

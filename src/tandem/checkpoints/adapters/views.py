@@ -44,6 +44,7 @@ class Adapted(View):
         self.config = adapters.config
         self.companions = follows.companions if follows.companions.hf_config else base.companions
         self.base, self.adapters = base, adapters
+        self.notices = tuple(dict.fromkeys((*base.notices, *adapters.notices)))
         self._is_run = follows is adapters
         self._table = tensor_table(self.config)
         self.record, self._is_checked, self._checking = record, record is None, threading.Lock()

@@ -111,7 +111,7 @@ class StoredSlice:
 
 
 def blocks(part: Part, dtype: np.dtype, slices: Sequence[StoredSlice]) -> Iterator[np.ndarray]:
-    """`part` of a global tensor, in blocks of consecutive rows. `slices` must cover it.
+    """`part` of a global tensor, in blocks of consecutive rows. What no slice has is zero.
 
     Raises:
         UserError: a slice is damaged. This may be known after the last block only.
@@ -148,7 +148,7 @@ def of_rows(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def _block(wanted: Part, dtype: np.dtype, places: _Places) -> np.ndarray:
-    values = np.empty(wanted.shape, dtype)
+    values = np.zeros(wanted.shape, dtype)
     for start, stop in dict.fromkeys(box[0] for box in wanted.boxes):
         for place in places.near(start, stop):
             piece, rows = place.read(start, stop)

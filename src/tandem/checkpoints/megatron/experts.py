@@ -7,6 +7,7 @@ A rank's part of a table's tensor is a stack: expert after expert, the rows that
 - Transformer Engine's: `mlp.experts.linear_fc1.weightJ`, the same under another name;
 - grouped: `mlp.experts.weight1`, all of them in one tensor. Its numbers are each expert's matrix, transposed, one after
   the other. The shape that Megatron gives it, [hidden, all columns], does not follow from that, and means nothing.
+  MindSpeed-LLM holds their adapters alike: `mlp.experts.weight1_lora_a`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from tandem.models.families import EXPERTS_FC1, EXPERTS_FC2
 
 Form = Literal["sequential", "grouped", "transformer_engine"]
 SEQUENTIAL = re.compile(r"(.*)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:lora_[AB]\.default\.)?weight)")
-GROUPED = {"weight1": "linear_fc1.weight", "weight2": "linear_fc2.weight"}
+GROUPED = {
+    "weight1": "linear_fc1.weight",
+    "weight2": "linear_fc2.weight",
+    "weight1_lora_a": "linear_fc1.lora_A.default.weight",
+    "weight1_lora_b": "linear_fc1.lora_B.default.weight",
+    "weight2_lora_a": "linear_fc2.lora_A.default.weight",
+    "weight2_lora_b": "linear_fc2.lora_B.default.weight",
+}
 TRANSFORMER_ENGINE = re.compile(r"(.*\.experts\.linear_fc[12]\.weight)(\d+)")
 
 
@@ -143,7 +151,7 @@ def stacked(chunk: dict[str, LazyTensor | Stack], hidden: int, held: int, where:
         assert isinstance(tensor, LazyTensor)
         stem, _, last = name.rpartition(".experts.")
         if stem and last in GROUPED:
-            rest[f"{stem}.experts.{GROUPED[last]}"] = _grouped(tensor, last, hidden, held)
+            rest[f"{stem}.experts.{GROUPED[last]}"] = _grouped(tensor, name, hidden, held, where)
         elif match := SEQUENTIAL.fullmatch(name):
             single.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
         elif match := TRANSFORMER_ENGINE.fullmatch(name):
@@ -160,10 +168,26 @@ def stacked(chunk: dict[str, LazyTensor | Stack], hidden: int, held: int, where:
     return rest
 
 
-def _grouped(tensor: LazyTensor, name: str, hidden: int, held: int) -> Stack:
-    """`weight1` is made of [hidden, 2 width] for each expert, `weight2` of [width, hidden]."""
-    numbers = tensor.shape[0] * tensor.shape[1]
-    return Stack((tensor,), held, hidden if name == "weight1" else numbers // (held * hidden))
+def _grouped(tensor: LazyTensor, name: str, hidden: int, held: int, where: str) -> Stack:
+    """The experts of one tensor. Each has numbers of a matrix that is transposed in the stack.
+
+    `weight1` is made of [hidden, 2 width], and `weight2` of [width, hidden]. The first factors of their adapters are
+    made of [inputs, rank], and the second ones of [rank, outputs].
+    """
+    if len(tensor.shape) != 2:
+        raise UserError(f"{where}: {name} has shape {list(tensor.shape)}; expected two dimensions")
+    rows, last = tensor.shape[0], name.rpartition(".")[2]
+    columns = {
+        "weight1": hidden,
+        "weight2": rows * tensor.shape[1] // (held * hidden),
+        "weight1_lora_a": hidden,
+        "weight1_lora_b": rows,
+        "weight2_lora_a": rows // held,
+        "weight2_lora_b": rows // held,
+    }[last]
+    if not columns or rows * tensor.shape[1] % (columns * held):
+        raise UserError(f"{where}: {name} has shape {list(tensor.shape)}, which {held} experts cannot share evenly")
+    return Stack((tensor,), held, columns)
 
 
 def names_of(name: str, form: Form, held: int) -> list[str]:

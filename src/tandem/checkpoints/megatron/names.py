@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from tandem.checkpoints.formats.torch_reader import LazyTensor
 from tandem.checkpoints.megatron.experts import Stack
+from tandem.checkpoints.megatron.grouped_adapters import part_of_own_factor
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, OUTPUT, tensor_table
 from tandem.parallel.layout import Layout, Shard, rank_files, shards
@@ -38,16 +39,21 @@ def model_key(chunk: int, chunks: int) -> str:
     return "model" if chunks == 1 else f"model{chunk}"
 
 
-def shards_of(config: ModelConfig, layout: Layout) -> dict[str, list[Shard]]:
+def shards_of(config: ModelConfig, layout: Layout, *, own_factors: bool = False) -> dict[str, list[Shard]]:
     """Global name -> its shards in all files, including the copies of a tied head.
 
-    `tensor_rank` and `expert_rank` are the numbers in the name of the file's folder.
+    `tensor_rank` and `expert_rank` are the numbers in the name of the file's folder. With `own_factors`, the ranks that
+    cut an expert have adapters of their own: see `part_of_own_factor`.
     """
     by_name: dict[str, list[Shard]] = {name: [] for name in tensor_table(config)}
     files = rank_files(layout)
     for shard in shards(config, layout, tied_head_copy=True):
+        is_own = own_factors and shard.spec.adapter is not None and shard.spec.split.experts > 0
+        part = part_of_own_factor(shard, layout.expert_tensor_size) if is_own else shard.part
         by_name[shard.spec.name] += [
-            replace(shard, tensor_rank=file.tensor, expert_rank=file.expert) for file in files if file.holds(shard)
+            replace(shard, tensor_rank=file.tensor, expert_rank=file.expert, part=part)
+            for file in files
+            if file.holds(shard)
         ]
     return by_name
 

@@ -36,6 +36,7 @@ from tandem.checkpoints.interface import (
 )
 from tandem.checkpoints.megatron.args import described_model, number_of_experts, numbers
 from tandem.checkpoints.megatron.experts import Stack, stacked
+from tandem.checkpoints.megatron.grouped_adapters import have_own_factors, notice_of, target_modules, widened
 from tandem.checkpoints.megatron.names import (
     ADAPTER,
     BASE_LAYER,
@@ -103,11 +104,16 @@ class MegatronSource(TensorSource):
             check_recorded("noop_layers", noop_layers, recorded, self.location)
         noop = noop_layers or recorded
         self.companions = companions_in(self.folder)
-        model = described_model(first.args, str(first.path), config, self.companions, noop)
-        self.config = replace(model, lora=self._lora(lora_alpha))
+        self.config = described_model(first.args, str(first.path), config, self.companions, noop)
         self.layout = self._layout(noop, num_layer_list or numbers(first.args.get("num_layer_list")))
-        self._shards = shards_of(replace(self.config, vocab_size=self._stored_rows()), self.layout)
         self._stack_experts()
+        factors = self._first_factors()
+        own_factors = have_own_factors(factors, self.layout.expert_tensor_size)
+        self.config = replace(self.config, lora=self._lora(factors, lora_alpha, own_factors=own_factors))
+        if own_factors:
+            self.notices = (notice_of(self.location, self.layout.expert_tensor_size),)
+        stored = replace(self.config, vocab_size=self._stored_rows())
+        self._shards = shards_of(stored, self.layout, own_factors=own_factors)
         names = {name for rank in self._ranks.values() for chunk in rank.chunks for name in chunk}
         self.holds_adapters_only = all(ADAPTER in name for name in names)
         if self.holds_adapters_only:
@@ -174,22 +180,28 @@ class MegatronSource(TensorSource):
     def _file(self, shard: Shard) -> Path:
         return self._rank_of(shard).path
 
-    def _lora(self, alpha: float | None) -> Lora | None:
+    def _first_factors(self) -> Chunk:
+        """The first factor, A, of every adapter, by its name on any rank."""
+        chunks = [chunk for rank in self._ranks.values() for chunk in rank.chunks]
+        return {name: tensor for chunk in chunks for name, tensor in chunk.items() if name.endswith(LORA_A)}
+
+    def _lora(self, factors: Chunk, alpha: float | None, *, own_factors: bool) -> Lora | None:
         """The adapters that MindSpeed-LLM trains: one for a whole weight. Their rank is that of the tensors."""
-        first = self._ranks[0, 0, 0]
-        factors = {name: t for chunk in first.chunks for name, t in chunk.items() if name.endswith(LORA_A)}
         if not factors:
             return None
+        first = self._ranks[0, 0, 0]
         recorded = first.args.get("lora_alpha")
         if alpha is not None and recorded is not None and alpha != recorded:
             raise UserError(f"lora_alpha {alpha:g} contradicts {first.path}, which records {recorded}")
         if (alpha := recorded if alpha is None else alpha) is None:
             raise UserError(f"{first.path} holds adapters, and does not record their lora_alpha: give --lora-alpha")
-        ranks = {tensor.shape[0] for tensor in factors.values()}
+        ranks = {t.shape[0] // (t.experts if isinstance(t, Stack) else 1) for t in factors.values()}
         if len(ranks) > 1:
             raise UserError(f"{first.path}: adapters of ranks {', '.join(map(str, sorted(ranks)))}; expected one rank")
-        modules = sorted({name.removesuffix(LORA_A).rpartition(".")[2] for name in factors})
-        return Lora(r=ranks.pop(), lora_alpha=float(alpha), target_modules=tuple(modules))
+        paths = [name.removesuffix(LORA_A) for name in factors]
+        modules = target_modules(paths, has_dense_layers=bool(self.config.dense_layers))
+        lora = Lora(r=ranks.pop(), lora_alpha=float(alpha), target_modules=modules)
+        return widened(lora, self.layout.expert_tensor_size) if own_factors else lora
 
     def _layout(self, noop_layers: tuple[int, ...], num_layer_list: tuple[int, ...]) -> Layout:
         stages = 1 + max(pipeline_rank for _, pipeline_rank, _ in self._ranks)
