@@ -10,18 +10,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from faulty_stages import STAGES
 
 from frameworks import require_framework
 from tandem.__main__ import main
+from tandem.backends.interface import Engine
 from tandem.bench import run
 from tandem.bench.options import BenchOptions
+from tandem.bench.parity import layout_parity
 from tandem.bench.run import StageResult, bench
 from tandem.bench.stages import Stage, stages
+from tandem.bench.team import ALONE, Team
 from tandem.errors import UserError
 from tandem.launch.machines import Machines
+from tandem.models.tensors import FINAL_NORM
 
 
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +138,31 @@ def test_a_rank_that_ends_or_hangs_is_said_and_the_next_stage_runs(
     assert reason in output.with_suffix(".html").read_text()
 
 
+def test_a_layout_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second engine, that of the layout, has one gradient that is a thousandth too large."""
+    require_framework("torch")
+    options, build, built = BenchOptions(ai_framework="torch", device="cpu"), Team.engine, []
+    assert layout_parity(options, ALONE)["the same in fp32"] is True
+
+    def engine(*arguments: Any, **settings: Any) -> Engine:
+        made = build(*arguments, **settings)
+        built.append(made)
+        compute = made.loss_and_gradients
+
+        def changed(*batches: Any) -> tuple[float, dict[str, np.ndarray]]:
+            loss, gradients = compute(*batches)
+            return loss, {**gradients, FINAL_NORM: gradients[FINAL_NORM] * 1.001}
+
+        if len(built) == 2:
+            monkeypatch.setattr(made, "loss_and_gradients", changed)
+        return made
+
+    monkeypatch.setattr(Team, "engine", engine)
+    found = layout_parity(options, ALONE)
+    assert found["fp32 gradient difference"] == pytest.approx(1e-3, rel=1e-3)
+    assert found["the same in fp32"] is False
+
+
 def plain_launcher(machines: Machines, folder: Path, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Two ranks of a shell, without a framework."""
     rank = shlex.join([sys.executable, *words])
@@ -176,6 +207,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import tandem.bench.worker
 from tandem.__main__ import main
+from tandem.backends.interface import Engine
 main(["bench", "--help"])
 """
 
