@@ -57,6 +57,6 @@ def shown(name: str, value: Any) -> str:
         return f"{value:,.0f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {shown('', part)}" for key, part in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(shown("", part) for part in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
