@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tandem.files import large_file
-from tandem.files.large_file import CHUNK, CHUNKS, LargeFile
+from tandem.files.large_file import CHUNK, CHUNKS, TOGETHER, LargeFile, chunk_for
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, CHUNK - 1, CHUNK, CHUNK + 1, (CHUNKS + 2) * CHUNK + 4097])
@@ -20,6 +20,18 @@ def test_holds_what_was_written(tmp_path: Path, size: int) -> None:
     assert file.tell() == size
     file.close()
     assert (tmp_path / "folder" / "file").read_bytes() == data
+
+
+def test_many_files_share_their_memory(tmp_path: Path) -> None:
+    assert chunk_for(100) * CHUNKS * 100 <= TOGETHER
+    data = os.urandom(CHUNK + 12345)
+    files = [LargeFile(tmp_path / str(number), chunk_for(1000)) for number in range(3)]
+    for start in range(0, len(data), 50_001):
+        for file in files:
+            file.write(data[start : start + 50_001])
+    for file in files:
+        file.close()
+        assert file.path.read_bytes() == data
 
 
 def test_replaces_a_longer_file(tmp_path: Path) -> None:

@@ -18,21 +18,37 @@ import numpy as np
 
 CHUNK = 2 << 20  # bytes that are written at a time; a multiple of every disk's block
 CHUNKS = 4  # some wait for the disk while one is filled
+SMALLEST = 64 << 10  # the same for one of hundreds of files
+TOGETHER = 64 << 20  # bytes that chunks of all files take, until they are that small
 DIRECT = getattr(os, "O_DIRECT", 0)  # Linux's flag
+
+
+def chunk_for(files: int) -> int:
+    """How many bytes each of so many files, open at once, writes at a time.
+
+    >>> [chunk_for(files) >> 10 for files in (1, 8, 9, 64, 1000)]
+    [2048, 2048, 1792, 256, 64]
+    """
+    share = TOGETHER // (CHUNKS * max(files, 1))
+    return max(min(share - share % SMALLEST, CHUNK), SMALLEST)
 
 
 class LargeFile:
     """A file that a thread writes. `write` copies its data; `close` returns when all of it is on the disk.
 
+    Args:
+        chunk: bytes that are written at a time. Memory is taken for CHUNKS times as many.
+
     Raises:
         OSError: with the file's name. When a write fails, a later `write` or `close` may be the one that raises.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, chunk: int = CHUNK) -> None:
         self.path = Path(path)
+        self._chunk = chunk
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = _open(self.path)
-        self._chunks = deque(np.frombuffer(mmap.mmap(-1, CHUNK), np.uint8) for _ in range(CHUNKS))  # aligned to pages
+        self._chunks = deque(np.frombuffer(mmap.mmap(-1, chunk), np.uint8) for _ in range(CHUNKS))  # aligned to pages
         self._filled = self._position = 0  # bytes in the first chunk, and before it
         self._thread = ThreadPoolExecutor(1)
         self._writing: deque[Future[None]] = deque()
@@ -48,7 +64,7 @@ class LargeFile:
             count = min(room.size, remaining.size)
             room[:count], remaining = remaining[:count], remaining[count:]
             self._filled += count
-            if self._filled == CHUNK:
+            if self._filled == self._chunk:
                 self._send()
         return len(data)
 
@@ -73,7 +89,7 @@ class LargeFile:
 
     def _send(self) -> None:
         self._writing.append(self._thread.submit(self._put, self._chunks[0], self._position))
-        self._position, self._filled = self._position + CHUNK, 0
+        self._position, self._filled = self._position + self._chunk, 0
         self._chunks.rotate(-1)
         self._wait(CHUNKS - 1)
 

@@ -19,7 +19,7 @@ import numpy as np
 from tandem.checkpoints.formats.arrays import read_box
 from tandem.checkpoints.interface import DTYPES, dtype_name
 from tandem.errors import UserError
-from tandem.files.large_file import LargeFile
+from tandem.files.large_file import CHUNK, LargeFile
 from tandem.files.real import check_real
 from tandem.parallel.slices import Box, Part
 
@@ -104,7 +104,7 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """Write tensors in the order of `entries`, each whole or in blocks of rows.
 
-    The caller must write every entry, in order, and then call `close()`.
+    The caller must write every entry, in order, and then call `close()`. `chunk` is that of `LargeFile`.
     """
 
     def __init__(
@@ -112,11 +112,12 @@ class SafetensorsWriter:
         path: str | Path,
         entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         self.path = Path(path)
         self._pending = [(name, np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in entries.items()]
         self._next = self._rows = 0  # the number of the entry that comes next, and how many of its rows are written
-        self._file = LargeFile(self.path)
+        self._file = LargeFile(self.path, chunk)
         self._file.write(self._header(dict(metadata or {})))
 
     def write(self, name: str, rows: np.ndarray) -> bool:

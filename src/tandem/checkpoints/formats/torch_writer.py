@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from tandem.checkpoints.formats.torch_names import LOCAL_HEADER, STORAGE_NAMES, contiguous_strides
-from tandem.files.large_file import LargeFile
+from tandem.files.large_file import CHUNK, LargeFile
 
 ALIGNMENT = 64  # torch's: tensors begin at a multiple of this
 ZIP64_FROM = 1 << 30  # entries from this size get 64-bit sizes; zip needs them from 4 GB
@@ -39,10 +39,11 @@ class TorchFileWriter:
 
     `content` is made of dict, OrderedDict, `argparse.Namespace`, list, tuple, str, int, float, bool, None and
     `PendingTensor`. The caller writes every pending tensor, in any order, each whole or in blocks of rows, and then
-    calls `close()`. A file is fastest to read when tensors are written in their order in `content`.
+    calls `close()`. A file is fastest to read when tensors are written in their order in `content`. `chunk` is that of
+    `LargeFile`.
     """
 
-    def __init__(self, path: str | Path, content: Any) -> None:
+    def __init__(self, path: str | Path, content: Any, chunk: int = CHUNK) -> None:
         self.path = Path(path)
         emitter = _Emitter()
         description = emitter.pickle(content)
@@ -50,7 +51,7 @@ class TorchFileWriter:
         self._written: set[PendingTensor] = set()
         self._entry: IO[bytes] | None = None  # of the tensor that is being written
         self._remaining = 0  # bytes of it
-        self._file = LargeFile(self.path)
+        self._file = LargeFile(self.path, chunk)
         self._zip = zipfile.ZipFile(self._file, "w")
         self._add("data.pkl", description)
         self._add(".format_version", b"1")

@@ -18,6 +18,7 @@ from tandem.checkpoints.megatron.args import to_args
 from tandem.checkpoints.megatron.experts import Form, names_of, shapes_of
 from tandem.checkpoints.megatron.names import CHECKPOINT_VERSION, FILE, FUSED_NORMS, model_key, renamed, shards_of
 from tandem.errors import UserError
+from tandem.files.large_file import chunk_for
 from tandem.files.publish import Publication, check_free_space, write_text_atomically
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
@@ -172,7 +173,7 @@ class MegatronSink:
             **{model_key(chunk, chunks): model for chunk, model in enumerate(models)},
         }
         folder = self._publication.work / rank_folder(self._layout, tensor_rank, pipeline_rank, expert_rank)
-        return TorchFileWriter(folder / FILE, content)
+        return TorchFileWriter(folder / FILE, content, chunk_for(len(self._ranks())))
 
     def _names_and_shapes(self, shard: Shard) -> tuple[list[str], list[tuple[int, ...]]]:
         """What a shard is in its file. Transformer Engine folds the norm before an MLP into it, not that of experts."""

@@ -18,6 +18,7 @@ from tandem.checkpoints.hf.companions import original_dtype, write_companions
 from tandem.checkpoints.interface import DTYPES, Companions, TensorKind, dtype_name
 from tandem.errors import UserError
 from tandem.files.digests import Digest, Hashing
+from tandem.files.large_file import chunk_for
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import is_trained, tensor_table
 from tandem.parallel.layout import Layout, Shard
@@ -83,7 +84,9 @@ class SliceFiles:
     def write(self, item: PlannedSlice, rows: np.ndarray, dtype: np.dtype) -> None:
         """Append the next rows of a slice. The rows must not change before `close`."""
         if item.file not in self._writers:
-            self._writers[item.file] = SafetensorsWriter(self._work / item.file, self._entries[item.file])
+            self._writers[item.file] = SafetensorsWriter(
+                self._work / item.file, self._entries[item.file], chunk=chunk_for(len(self._entries))
+            )
         if item not in self._digests:
             self._digests[item] = self._hashing.digest()
         digest = self._digests[item]
