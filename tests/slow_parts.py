@@ -9,9 +9,9 @@ import pytest
 
 PARTS = {
     "sizes": "real sizes and whole ways: conversions, scripts, quickstart, guide, processes as large as planned",
-    "layouts": "PyTorch's layouts of two and four processes, and a NaN in them",
+    "layouts": "layouts of two and four processes: adapters, experts, preferences, and a NaN in them",
     "eight": "layouts of eight processes",
-    "matrix": "MindSpore's layouts of two and four processes, and fp16 on both",
+    "matrix": "all combinations of layouts of two and four processes, and fp16",
     "jobs": "other jobs: sessions, benchmarks of models, resuming elsewhere, launchers, Megatron",
     "signals": "signals at any time, and launchers that end",
     "kills": "kills, hangs and NaN, and going on after them",

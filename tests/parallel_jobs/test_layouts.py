@@ -224,18 +224,17 @@ def matrix(processes: int, switches: list[Switches]) -> list[Case]:
     return cases
 
 
-def sizes_of_the_matrix(part: str) -> list[Any]:
-    """Numbers of processes, of which eight are a part of the slow tests by themselves."""
-    return [pytest.param(n, marks=pytest.mark.slow("eight" if n == 8 else part)) for n in (2, 4, 8)]
+# Numbers of processes, of which eight are a part of the slow tests by themselves.
+SIZES_OF_THE_MATRIX = [pytest.param(n, marks=pytest.mark.slow("eight" if n == 8 else "matrix")) for n in (2, 4, 8)]
 
 
-@pytest.mark.parametrize("processes", sizes_of_the_matrix("layouts"))
+@pytest.mark.parametrize("processes", SIZES_OF_THE_MATRIX)
 def test_the_layout_matrix_equals_one_process_on_pytorch(processes: int, tmp_path: Path) -> None:
     switches = PAIRS if processes == 8 else ALL
     check(require_framework("torch"), processes, matrix(processes, switches), tmp_path, timeout=1200)
 
 
-@pytest.mark.parametrize("processes", sizes_of_the_matrix("matrix"))
+@pytest.mark.parametrize("processes", SIZES_OF_THE_MATRIX)
 def test_the_layout_matrix_equals_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
     rest = [
         case for case in [*SHORT.get(processes, []), *MORE] if case.processes == processes and not case.use_torch_fsdp2
