@@ -26,7 +26,7 @@ SHORT = Case(steps=3, micro_batches=4)
 EXPERTS = dataclasses.replace(SHORT, family="qwen3_moe", balance=0.02, packed=True)
 CASES = [
     dataclasses.replace(SHORT, tp=2, dp=2, sequence_parallel=True, use_distributed_optimizer=True, recompute_layers=2),
-    dataclasses.replace(EXPERTS, dp=2, ep=2, use_distributed_optimizer=True),
+    dataclasses.replace(EXPERTS, dp=2, ep=2, use_distributed_optimizer=True, idle=True),
 ]
 MORE = [
     dataclasses.replace(SHORT, tp=2, tied=False),
@@ -34,7 +34,7 @@ MORE = [
     dataclasses.replace(SHORT, dp=2),
     dataclasses.replace(SHORT, dp=4, use_distributed_optimizer=True, idle=True),
     dataclasses.replace(SHORT, pp=2, dp=2, use_distributed_optimizer=True),
-    dataclasses.replace(EXPERTS, tp=2, ep=2, etp=1, sequence_parallel=True),
+    dataclasses.replace(EXPERTS, tp=2, dp=2, ep=4, etp=1, sequence_parallel=True, idle=True),
     dataclasses.replace(EXPERTS, tp=2, dp=2, ep=2, capacity=0.7),
     dataclasses.replace(EXPERTS, dp=4, ep=2, use_distributed_optimizer=True),
 ]

@@ -91,7 +91,7 @@ def taken_choices(capacity: Capacity, chosen: Tensor, factors: Tensor, tokens: i
         slots = order if numbers is None else mint.index_select(numbers, 0, order)
         is_taken = mint.less(places, limit).astype(ms.float32)
         of_part = mint.scatter(mint.zeros((count,), dtype=ms.float32), 0, slots, is_taken)
-        parts.append(of_part.reshape(last - first, -1))
+        parts.append(of_part.reshape(last - first, chosen.shape[1]))
     taken = _padded(mint.cat(parts, 0), chosen.shape[0])
     return taken.astype(factors.dtype), mint.sum(taken)
 
@@ -106,7 +106,7 @@ def sort_choices(chosen: Tensor, experts: int, first: int, last: int) -> Sorted:
     places = mint.scatter(mint.zeros(flat.shape, dtype=ms.int64), 0, order, _numbers(flat.shape[0]))
     slots = order + first * width if first else order
     counts = _counts(flat, experts).astype(ms.int64)
-    return Sorted(slots, mint.floor_divide(slots, width), places.reshape(-1, width), first, counts)
+    return Sorted(slots, mint.floor_divide(slots, width), places.reshape(last - first, width), first, counts)
 
 
 def groups(counts: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def expert_mlp(
 def sum_rows(x: Tensor, sent: Sorted, count: int) -> Tensor:
     """Without additions of any order: sums are fp32, and the same each time."""
     tokens, width = sent.places.shape
-    rows = mint.index_select(x, 0, sent.places.reshape(-1)).reshape(tokens, width, -1)
+    rows = mint.index_select(x, 0, sent.places.reshape(-1)).reshape(tokens, width, x.shape[1])
     return _padded(mint.sum(rows, 1, dtype=ms.float32).astype(x.dtype), count, sent.first)
 
 

@@ -48,7 +48,7 @@ def cross_entropy_and_gradient(
         if head.trained:
             weighted = part * of_chunk.shares.astype(hidden.dtype)
             head.add_gradient(weight_gradient(d_logits, weighted).astype(ms.float32) * targets.scale)
-    return total * targets.scale, mint.cat(gradients, 0)
+    return total * targets.scale, mint.cat(gradients, 0) if gradients else hidden  # without rows, as the gradient
 
 
 def _chunks(hidden: Tensor, tensor: TensorParallel) -> Iterator[slice]:
