@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,15 @@ import torch.distributed as dist
 from toy_work import mean_gradients, mean_step, snapshot, toy_batch, toy_weights
 
 from tandem.backends.interface import EngineSettings
-from tandem.backends.torch import data_parallel
+from tandem.backends.torch import data_parallel, overlap
 from tandem.backends.torch import engine as engine_module
 from tandem.backends.torch.communication import Groups, Ranks
 from tandem.backends.torch.engine import TorchEngine
 from tandem.backends.torch.functional import Gradient
-from tandem.backends.torch.overlap import InOrder
+from tandem.backends.torch.overlap import Bundle, InOrder
 from toys import TOYS
 
 BATCHES = 2
-
-
-class Finished:
-    def __init__(self, done: Callable[[], None]) -> None:
-        self.wait = done
 
 
 @pytest.fixture
@@ -62,35 +59,29 @@ class Recorded:
             contribute(gradient, *values)
 
         monkeypatch.setattr(Gradient, "add_product", noted)
-        for what, function in (("sum", "reduce_scatter"), ("sum", "all_reduce"), ("gather", "all_gather")):
-            monkeypatch.setattr(data_parallel, function, self._recorder(what, getattr(data_parallel, function)))
+        for what, order in (("sum", engine._sharing._sums), ("gather", engine._sharing._gathers)):  # type: ignore[attr-defined]
+            monkeypatch.setattr(order, "_start", self._recorder(what, order._start))
         for chunk in engine._passes.chunks:
             for number, layer in chunk.decoder.layers.items():
                 layer.self_attention.register_forward_pre_hook(
                     lambda *_, number=number: self.events.append(("forward", f"decoder.layers.{number}"))
                 )
 
-    def _recorder(self, what: str, collective: Callable[..., dist.Work]) -> Callable[..., Any]:
-        def launch(target: torch.Tensor, *arguments: Any) -> Any:
-            name = part(self._name(target))
+    def _recorder(self, what: str, start: Callable[..., Any]) -> Callable[..., Any]:
+        names = {id(weight): name for name, weight in self._weights.items()}
+
+        def launch(bundle: Bundle) -> Callable[[], None]:
+            name = part(names[id(bundle[0])])  # the final norm's and the head's are one
             self.events.append((what, name))
-            work = collective(target, *arguments)
+            wait_for_it = start(bundle)
 
             def wait() -> None:
                 self.events.append((f"wait for {what}", name))
-                work.wait()
+                wait_for_it()
 
-            return Finished(wait)
+            return wait
 
         return launch
-
-    def _name(self, tensor: torch.Tensor) -> str:
-        memory = tensor.untyped_storage().data_ptr()
-        for name, weight in self._weights.items():
-            gradient = weight.main_grad._storage  # type: ignore[attr-defined]
-            if memory in (weight.untyped_storage().data_ptr(), gradient.untyped_storage().data_ptr()):
-                return name
-        raise AssertionError("a tensor that is neither a weight nor its gradient")
 
     def take(self) -> list[tuple[str, str]]:
         """The events since the last call; the same one many times in a row is one."""
@@ -123,7 +114,7 @@ def test_a_layers_gradients_leave_before_the_layer_before_it_computes(
     layers = [f"decoder.layers.{number}" for number in (2, 1, 0)]
     # The untied head's gradient comes with the loss. Nothing leaves in the first micro-batch.
     first = [("backward", "output_layer"), *(("backward", layer) for layer in layers)]
-    last = [("backward", "output_layer"), ("sum", "decoder"), ("sum", "output_layer")]
+    last = [("backward", "output_layer"), ("sum", "decoder")]
     last += [event for layer in layers for event in (("backward", layer), ("sum", layer))]
     assert events == [*first, *last, ("sum", "embedding")]
 
@@ -143,12 +134,12 @@ def test_new_weights_are_awaited_when_their_layer_computes(alone: None, monkeypa
     recorded = Recorded(engine, monkeypatch)
     mean_step(engine, batches(toy), 1e-2, 0.1)
     of_gathers = [event for event in recorded.take() if "gather" in event[0]]
-    parts = ["embedding", *(f"decoder.layers.{number}" for number in range(3)), "decoder", "output_layer"]
+    parts = ["embedding", *(f"decoder.layers.{number}" for number in range(3)), "decoder"]
     assert of_gathers == [("gather", name) for name in parts]  # and none was awaited
     engine.evaluate(batches(toy)[:1])
     waits = [event for event in recorded.take() if event[0] in ("forward", "wait for gather")]
     layers = [(kind, name) for name in parts[1:4] for kind in ("wait for gather", "forward")]
-    assert waits == [("wait for gather", "embedding"), *layers, *(("wait for gather", name) for name in parts[4:])]
+    assert waits == [("wait for gather", "embedding"), *layers, ("wait for gather", "decoder")]
 
 
 def test_weights_are_whole_when_they_are_read(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +155,39 @@ def test_weights_are_whole_when_they_are_read(alone: None, monkeypatch: pytest.M
     }
 
 
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("small", "messages"),
+    [
+        (2**20, 5),  # of embedding, three layers, final norm with head
+        (1000, 1 + 3 * (4 + 1) + 2),  # four matrices of a layer by themselves, its norms together
+    ],
+)
+def test_small_weights_of_a_layer_share_a_collective(
+    alone: None, small: int, messages: int, sharded: bool, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "SMALL", small)
+    toy = "qwen3-untied"
+    flags = {"overlap_grad_reduce": beside, "overlap_param_gather": beside}
+    engine = engine_of(toy, use_distributed_optimizer=sharded, **flags)
+    calls: Counter[str] = Counter()
+    for name in ("reduce_scatter", "all_reduce", "all_gather"):
+        collective = getattr(data_parallel, name)
+        monkeypatch.setattr(data_parallel, name, partial(counted, calls, name, collective))
+    mean_step(engine, batches(toy), 1e-2, 0.1)
+    assert calls == ({"reduce_scatter": messages, "all_gather": messages} if sharded else {"all_reduce": messages})
+
+
+def counted(calls: Counter[str], name: str, collective: Callable[..., Any], *arguments: Any) -> Any:
+    calls[name] += 1
+    return collective(*arguments)
+
+
+@pytest.mark.parametrize("small", [2**20, 1000])
 @pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-moe"])
-def test_bits_are_those_of_one_process(alone: None, toy: str) -> None:
+def test_bits_are_those_of_one_process(alone: None, toy: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "SMALL", small)
     beside = engine_of(toy, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
     after = engine_of(toy)
     for _ in range(2):
@@ -180,11 +202,12 @@ def test_groups_start_in_one_order_whatever_the_order_they_are_ready_in() -> Non
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(4)]
     numbers = {id(weight): number for number, weight in enumerate(weights)}
 
-    def start(weight: torch.nn.Parameter) -> Any:
+    def start(bundle: Bundle) -> Callable[[], None]:
+        (weight,) = bundle
         started.append(numbers[id(weight)])
-        return Finished(lambda: done.append(numbers[id(weight)]))
+        return lambda: done.append(numbers[id(weight)])
 
-    order = InOrder(start, [[weights[0]], [], [weights[1], weights[2]], [weights[3]]], most=2)
+    order = InOrder(start, [[weights[:1]], [], [weights[1:2], weights[2:3]], [weights[3:]]], most=2)
     order.ready(2)
     assert started == []
     order.ready(0)

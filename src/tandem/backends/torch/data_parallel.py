@@ -16,10 +16,10 @@ from torch import nn
 
 from tandem.backends.torch.communication import Ranks, all_gather, all_reduce, most_sums, reduce_scatter
 from tandem.backends.torch.functional import GradientBuffer, Weight
-from tandem.backends.torch.overlap import InOrder, Overlap, Part
+from tandem.backends.torch.overlap import Bundle, InOrder, Overlap, Part, bundles
 from tandem.parallel.layout import even_rows
 
-AT_A_TIME = 2  # weights whose collectives are under way after the passes: gloo copies what it sends
+AT_A_TIME = 2  # collectives that are under way after the passes: gloo copies what it sends
 
 
 class Sharing(Protocol):
@@ -42,7 +42,7 @@ class Sharing(Protocol):
         ...
 
     def overlap(self, parts: Sequence[Part]) -> None:
-        """After `prepare`, for training: communicate part by part while passes compute, where that was asked for."""
+        """After `prepare`, for training: communicate part by part, while passes compute where that was asked for."""
         ...
 
     def begin(self, *, gradients: bool) -> None:
@@ -132,15 +132,15 @@ class Replicated:
             if room > len(weight):
                 weight.data = weight.data.new_zeros(room, *weight.shape[1:])[: len(weight)]
             self._buffers[weight] = weight.main_grad = GradientBuffer(weight, room)
-        if self.ranks.group is not None:
-            one_by_one = [[weight] for weight in self._buffers]
-            self._sums = InOrder(self._sum, one_by_one, AT_A_TIME)
-            self._gathers = InOrder(self._gather, one_by_one if self.by_rows else (), AT_A_TIME)
 
     def overlap(self, parts: Sequence[Part]) -> None:
         if self.ranks.group is None or not self._buffers:
             return
-        groups = [[weight for weight in part.weights if weight in self._buffers] for part in parts]
+        groups = [bundles([weight for weight in part.weights if weight in self._buffers]) for part in parts]
+        one_by_one = [[bundle] for group in groups for bundle in group]
+        assert sum(len(bundle) for (bundle,) in one_by_one) == len(self._buffers), "each weight is in one part"
+        self._sums = InOrder(self._sum, one_by_one, AT_A_TIME)
+        self._gathers = InOrder(self._gather, one_by_one if self.by_rows else (), AT_A_TIME)
         if self._overlap.grad_reduce:
             device = next(iter(self._buffers)).device
             self._sums = InOrder(self._sum, groups[::-1], most_sums(device))
@@ -196,15 +196,30 @@ class Replicated:
         start, stop = own_rows(self.ranks, len(tensor), by_rows=self.by_rows)
         return tensor[start:stop]
 
-    def _sum(self, weight: nn.Parameter) -> dist.Work:
-        whole = self._buffers[weight].whole
-        if self.by_rows:
-            return reduce_scatter(chunk(self.ranks, whole), whole, self.ranks.group)
-        return all_reduce(whole, self.ranks.group)
+    def _sum(self, bundle: Bundle) -> Callable[[], object]:
+        wholes = [self._buffers[weight].whole for weight in bundle]
+        if len(bundle) == 1:
+            (whole,) = wholes
+            if self.by_rows:
+                return reduce_scatter(chunk(self.ranks, whole), whole, self.ranks.group).wait
+            return all_reduce(whole, self.ranks.group).wait
+        if not self.by_rows:
+            message = torch.cat([whole.view(-1) for whole in wholes])
+            return partial(_unpack, all_reduce(message, self.ranks.group), message, wholes)
+        message = torch.cat([whole.view(self.ranks.size, -1) for whole in wholes], 1)  # of each rank, its rows
+        own = message.new_empty(message.shape[1])
+        work = reduce_scatter(own, message.view(-1), self.ranks.group)
+        return partial(_unpack, work, own, [chunk(self.ranks, whole) for whole in wholes], message)
 
-    def _gather(self, weight: nn.Parameter) -> dist.Work:
-        whole = weight.data.as_strided((self._room(weight), *weight.shape[1:]), weight.stride())
-        return all_gather(whole, chunk(self.ranks, whole), self.ranks.group)
+    def _gather(self, bundle: Bundle) -> Callable[[], object]:
+        wholes = [weight.data.as_strided((self._room(weight), *weight.shape[1:]), weight.stride()) for weight in bundle]
+        if len(bundle) == 1:
+            (whole,) = wholes
+            return all_gather(whole, chunk(self.ranks, whole), self.ranks.group).wait
+        own = torch.cat([chunk(self.ranks, whole).view(-1) for whole in wholes])
+        message = own.new_empty(self.ranks.size, len(own))
+        work = all_gather(message.view(-1), own, self.ranks.group)
+        return partial(_unpack, work, message, [whole.view(self.ranks.size, -1) for whole in wholes], own)
 
     def _wait_for_weights(self, number: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         self._gathers.wait(number)
@@ -214,6 +229,13 @@ class Replicated:
         x = arguments[0]
         if x.requires_grad:
             x.register_hook(lambda _: self._sums.ready(number) if self._last_backward else None)
+
+
+def _unpack(work: dist.Work, message: torch.Tensor, targets: Sequence[torch.Tensor], *sent: torch.Tensor) -> None:
+    """Wait for a collective, and write its message to where its parts belong. `sent` stays in memory until then."""
+    work.wait()
+    parts = message.split([target.numel() // message[..., 0].numel() for target in targets], -1)
+    torch._foreach_copy_(list(targets), [part.view_as(target) for part, target in zip(parts, targets)])
 
 
 class Apart:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch import nn
 
 from tandem.backends.torch.model import GPTModel
@@ -52,6 +51,20 @@ def _part(*modules: nn.Module) -> Part:
     return Part(modules[0], [weight for module in modules for weight in module.parameters()])
 
 
+SMALL = 2**20  # numbers of a weight that travels with others
+Bundle = Sequence[nn.Parameter]
+
+
+def bundles(weights: Sequence[nn.Parameter]) -> list[Bundle]:
+    """Weights in the collectives that they travel with: small ones in one, and others each in its own.
+
+    A message of several weights is packed and unpacked, which takes longer for large ones than a message of their own.
+    """
+    small = [weight for weight in weights if weight.numel() < SMALL]
+    large = [[weight] for weight in weights if weight.numel() >= SMALL]
+    return [small, *large] if small else [*large]
+
+
 class InOrder:
     """Collectives of groups of weights, started in the order of the groups.
 
@@ -59,21 +72,21 @@ class InOrder:
     ready before its turn waits for the groups before it.
 
     Args:
-        start: starts the collective of a weight.
-        groups: the weights of each.
+        start: starts a collective, and returns what waits for it.
+        groups: of each, the weights of its collectives.
         most: how many groups may be under way; None for any number.
     """
 
     def __init__(
         self,
-        start: Callable[[nn.Parameter], dist.Work],
-        groups: Sequence[Sequence[nn.Parameter]],
+        start: Callable[[Bundle], Callable[[], object]],
+        groups: Sequence[Sequence[Bundle]],
         most: int | None = None,
     ) -> None:
         self._start, self._groups, self._most = start, groups, most
         self._ready: set[int] = set()
         self._started = 0
-        self._under_way: dict[int, list[dist.Work]] = {}
+        self._under_way: dict[int, list[Callable[[], object]]] = {}
 
     def settle(self) -> None:
         """Wait for all that is under way. Then the order starts from the first group, and no group is ready."""
@@ -88,9 +101,9 @@ class InOrder:
         while self._started in self._ready:
             if self._most is not None and len(self._under_way) >= self._most:
                 self.wait(min(self._under_way))
-            works = [self._start(weight) for weight in self._groups[self._started]]
-            if works:
-                self._under_way[self._started] = works
+            waits = [self._start(bundle) for bundle in self._groups[self._started]]
+            if waits:
+                self._under_way[self._started] = waits
             self._started += 1
 
     def start_rest(self) -> None:
@@ -100,5 +113,5 @@ class InOrder:
 
     def wait(self, group: int) -> None:
         """Wait for the collectives of a group, if they are under way."""
-        for work in self._under_way.pop(group, ()):
-            work.wait()
+        for wait in self._under_way.pop(group, ()):
+            wait()
