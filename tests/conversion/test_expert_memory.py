@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import distributed_toys
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
@@ -25,24 +26,21 @@ MIB = 1 << 20
 PER_FILE = 8 * MIB  # what waits to be written
 BOUND = 24 * MIB  # besides: what was read ahead, and a few experts
 
-THERE_AND_BACK = """
+CONVERT = """
 import json, sys, tandem
 
 def memory(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) << 10
 
-def growth(*arguments, **settings):
+def growth(source, target, settings):
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM begins again
     before = memory("VmRSS")
-    tandem.convert(*arguments, no_verify=True, **settings)
+    tandem.convert(source, target, no_verify=True, **settings)
     return memory("VmHWM") - before
 
-settings = json.loads(sys.argv[1])
-for model in sys.argv[2:]:
-    there = growth(f"{model}/hf", f"{model}/mg", **settings)
-    back = growth(f"{model}/mg", f"{model}/back", load_model_type="mg", save_model_type="hf")
-print(json.dumps([there, back]))
+print(json.dumps([growth(*conversion) for conversion in json.loads(sys.argv[1])]))
 """
+BACK = {"load_model_type": "mg", "save_model_type": "hf"}
 FORMS: dict[str, dict[str, object]] = {
     "native": {"ckpt_format": "native"},
     "sequential": {"ckpt_format": "torch"},
@@ -62,18 +60,34 @@ def sized(num_experts: int, width: int = 512) -> ModelConfig:
     return moe_config(sizes, num_experts=num_experts, moe_ffn_hidden_size=width)
 
 
+def growths(*conversions: tuple[Path, Path, dict[str, object]]) -> list[int]:
+    """By how many bytes each of some conversions, in one process, makes it grow."""
+    given = json.dumps([(str(source), str(target), settings) for source, target, settings in conversions])
+    done = subprocess.run([sys.executable, "-c", CONVERT, given], capture_output=True, text=True, check=True)
+    grown: list[int] = json.loads(done.stdout)
+    print(f"grew by {', '.join(f'{size / MIB:.1f}' for size in grown)} MiB")
+    return grown
+
+
+def written(root: Path, num_experts: int) -> tuple[Path, Path]:
+    """Hugging Face folders of a toy, and of a model with so many experts."""
+    for name, config in (("toy", sized(64, 2)), ("model", sized(num_experts))):
+        copy(RandomSource(config, 0, "bfloat16"), HFSink(root / name / "hf", config, "bfloat16", Companions()))
+    return root / "toy", root / "model"
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    return (left / "model.safetensors").read_bytes() == (right / "model.safetensors").read_bytes()
+
+
 def check_bound(root: Path, num_experts: int, files: int, settings: dict[str, object]) -> None:
     """Memory stays a fraction of a layer of experts in both directions, and what returns are the same bits."""
     bound = BOUND + min(files * PER_FILE, TOGETHER)
     assert num_experts * 0.75 * MIB >= 3 * bound
-    for name, config in (("toy", sized(64, 2)), ("model", sized(num_experts))):
-        copy(RandomSource(config, 0, "bfloat16"), HFSink(root / name / "hf", config, "bfloat16", Companions()))
-    command = [sys.executable, "-c", THERE_AND_BACK, json.dumps(settings), str(root / "toy"), str(root / "model")]
-    grown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(f"grew by {', '.join(f'{bytes / MIB:.1f}' for bytes in grown)} MiB")
-    assert max(grown) < bound
-    there, back = (root / "model" / side / "model.safetensors" for side in ("hf", "back"))
-    assert there.read_bytes() == back.read_bytes()
+    toy, model = written(root, num_experts)
+    ways = [((at / "hf", at / "mg", settings), (at / "mg", at / "back", BACK)) for at in (toy, model)]
+    assert max(growths(*ways[0], *ways[1])[2:]) < bound
+    assert same_weights(model / "hf", model / "back")
 
 
 def test_a_layer_of_experts_is_never_in_memory(tmp_path: Path) -> None:
@@ -88,3 +102,15 @@ def test_experts_of_many_times_the_bound(form: str, layout: str, tmp_path: Path)
     """The layer is 288 MiB large."""
     files, ranks = LAYOUTS[layout]
     check_bound(tmp_path, 384, files, {**FORMS[form], **ranks})
+
+
+@pytest.mark.slow("sizes")
+def test_distributed_checkpoints_of_many_times_the_bound(tmp_path: Path) -> None:
+    """torch writes all experts of a layer as one tensor."""
+    pytest.importorskip("torch")
+    toy, model = written(tmp_path, 384)
+    for folder, config in ((toy, sized(64, 2)), (model, sized(384))):
+        source = RandomSource(config, 0, "bfloat16")
+        distributed_toys.write(folder / "mg", distributed_toys.by_layer(source), source, params_dtype="bfloat16")
+    assert growths(*((at / "mg", at / "back", BACK) for at in (toy, model)))[1] < BOUND + PER_FILE
+    assert same_weights(model / "hf", model / "back")

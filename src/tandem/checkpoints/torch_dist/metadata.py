@@ -60,11 +60,11 @@ class StoredTensor:
     dtype: np.dtype | None
     chunks: tuple[Chunk, ...]
 
-    def read(self, chunk: Chunk) -> np.ndarray:
-        """The numbers of a chunk, checked against the CRC that its file records.
+    def open(self, chunk: Chunk) -> LazyTensor:
+        """The numbers of a chunk, still on disk. Its file records their CRC.
 
         Raises:
-            UserError: they are damaged, or are not what `.metadata` says.
+            UserError: they are not what `.metadata` says.
         """
         tensor = load_extent(chunk.extent)
         where = f"{chunk.extent.path}, byte {chunk.extent.start}"
@@ -72,7 +72,7 @@ class StoredTensor:
             found = tensor.dtype if isinstance(tensor, LazyTensor) else type(tensor).__name__
             raise UserError(f"{where}: {self.name} is {found}; {METADATA} says {self.dtype}")
         check_shape(where, self.name, tensor.shape, tuple(stop - start for start, stop in chunk.box))
-        return tensor.read(self.name)
+        return tensor
 
 
 @dataclass(frozen=True)

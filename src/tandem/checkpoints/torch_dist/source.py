@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of
+from tandem.checkpoints.formats.rows import Rows, StoredSlice, blocks, joined
 from tandem.checkpoints.formats.torch_reader import load, load_extent
 from tandem.checkpoints.hf.companions import companions_in
 from tandem.checkpoints.interface import (
@@ -36,11 +38,11 @@ from tandem.checkpoints.megatron.args import described_model, numbers
 from tandem.checkpoints.megatron.names import EXTRA_STATE
 from tandem.checkpoints.name_lists import check_names
 from tandem.checkpoints.torch_dist.metadata import METADATA, read_metadata
-from tandem.checkpoints.torch_dist.names import OPTIMIZER, Home, find, model_names, prefix_of
+from tandem.checkpoints.torch_dist.names import OPTIMIZER, Home, Piece, find, model_names, prefix_of
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import EMBEDDING, tensor_table
-from tandem.parallel.slices import Part, overlaps, transfer
+from tandem.parallel.slices import Part, overlaps
 
 COMMON = "common.pt"
 CONFIG = "metadata.json"
@@ -104,21 +106,18 @@ class TorchDistSource(TensorSource):
         return self.read_part(name, Part.whole(tensor_table(self.config)[name].shape), kind)
 
     def read_part(self, name: str, part: Part, kind: TensorKind = "model") -> np.ndarray:
+        return joined(self.stream(name, part, kind), part.shape, self.dtype(name))
+
+    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
         """Only the chunks that overlap `part` are read: whole, to check their CRC."""
         assert kind == "model", f"no {kind} is read from a Megatron checkpoint"
         needed = [piece for piece in self._homes[name].pieces if overlaps(Part((piece.box,)), part)]
-        if len(needed) == 1 and part.boxes == (needed[0].box,):  # the part is one chunk, or one of those in it
-            return needed[0].tensor.read(needed[0].chunk)[needed[0].index]
-        values = np.empty(part.shape, self.dtype(name))
-        for _, of_chunk in groupby(needed, lambda piece: piece.chunk):
-            pieces = list(of_chunk)
-            chunk = pieces[0].tensor.read(pieces[0].chunk)
-            for piece in pieces:
-                transfer(chunk[piece.index], Part((piece.box,)), values, part)
-        return values
-
-    def stream(self, name: str, part: Part, kind: TensorKind = "model") -> Iterator[np.ndarray]:
-        yield self.read_part(name, part, kind)
+        slices = [
+            StoredSlice(Part((piece.box,)), rows)
+            for _, of_chunk in groupby(needed, lambda piece: piece.chunk)
+            for piece, rows in _rows_of_pieces(list(of_chunk))
+        ]
+        yield from blocks(part, self.dtype(name), slices)
 
     def trainer_state(self) -> tuple[str, ...]:
         common = {str(key) for key in self._common} - {"checkpoint_version", "iteration"}
@@ -165,6 +164,30 @@ class TorchDistSource(TensorSource):
         """[layer] -> its number in the stack, in which noop layers count."""
         total = self.config.num_layers + len(self._noop_layers)
         return [slot for slot in range(total) if slot not in self._noop_layers]
+
+
+class _RowsFrom:
+    """Rows of an array, from row `first` on."""
+
+    def __init__(self, rows: Rows, first: int) -> None:
+        self._rows, self._first = rows, first
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        return self._rows.read(self._first + first, self._first + last)
+
+    def close(self) -> None:
+        self._rows.close()
+
+
+def _rows_of_pieces(pieces: list[Piece]) -> Iterator[tuple[Piece, Rows]]:
+    """The rows of each of several pieces of one chunk. The chunk stacks them: they are read as one after the other."""
+    tensor = pieces[0].tensor.open(pieces[0].chunk)
+    stacked = len(pieces[0].index)
+    sizes, (size, *rest) = tensor.shape[:stacked], tensor.shape[stacked:]
+    rows = tensor.rows(pieces[0].tensor.name, (math.prod(sizes) * size, *rest))
+    for piece in pieces:
+        number = int(np.ravel_multi_index(piece.index, sizes)) if sizes else 0
+        yield piece, _RowsFrom(rows, number * size)
 
 
 def _check_backend(folder: Path) -> None:
