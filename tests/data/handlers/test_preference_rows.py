@@ -44,6 +44,9 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("PreferenceHandler", {"chosen": [Q, A], "rejected": [Q, B]}),  # the prompt is implicit
     ("PreferenceHandler", {"prompt": "Q", "chosen": [Q, A], "rejected": [Q, B]}),  # as ultrafeedback_binarized
     ("PreferenceHandler", {"prompt": [Q], "chosen": [Q, A], "rejected": [Q, B]}),
+    # as the file of ultrafeedback_binarized has it: the chosen conversation once more
+    ("PreferenceHandler", {"prompt": "Q", "messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}),
+    ("PreferenceHandler", {"conversations": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}),
 ]
 
 

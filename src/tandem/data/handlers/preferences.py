@@ -19,6 +19,7 @@ from tandem.data.templates.messages import Message
 from tandem.errors import UserError
 
 KTO_TAG = "kto_tag"  # what LLaMA-Factory calls the label
+SIDES = ("chosen", "rejected")
 _LABELS = {"true": True, "false": False, "1": True, "0": False}  # as tables have them, in small letters
 
 # "messages"; "texts": a prompt and answers without roles; "split texts": the same, where the prompt is what the answers
@@ -59,6 +60,13 @@ class PairwiseHandler(AnswersHandler):
     """Two answers: a chosen one and a rejected one."""
 
     kind: ClassVar[Kind] = PREFERENCES
+
+    @classmethod
+    def fits(cls, record: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+        """Answers that are whole conversations are TRL's, whatever else a record holds: ultrafeedback has `messages`."""
+        return super().fits(record, columns) and (
+            "messages" not in cls.needed or not all(map(_begins_with_prompt, (record[columns[name]] for name in SIDES)))
+        )
 
     def _pair(self, prompt: list[Message], sides: Mapping[str, list[Message]], form: Form = "messages") -> Answers:
         """The answers by the name of their field."""
@@ -340,6 +348,12 @@ def _end_of_prompt(first: str, second: str) -> int:
     before_space = first.rfind(" ", 0, length)
     after_line = first.rfind("\n", 0, length) + 1
     return max(before_space, after_line, 0)
+
+
+def _begins_with_prompt(value: Any) -> bool:
+    """Whether a field is a list of messages, of which the first is not the assistant's."""
+    first = value[0] if isinstance(value, list) and len(value) > 1 else None
+    return isinstance(first, dict) and first.get("role", "assistant") != "assistant"
 
 
 def _holds_messages(value: Any) -> bool:

@@ -30,7 +30,10 @@ _IN_WORDS = {
     "undesirable": "undesirable answers",
 }
 _ONLY_TEXTS = "only texts are trained on, so answers about it are trained without it"
-_FALSE_LABELS = "rows with a false label are trained like the others; leave them out of the data"
+_FALSE_LABELS = (
+    "rows with a false label are trained like the others; leave them out of the data, or train on them as preferences "
+    "(a --handler-name of unpaired ones, and --stage kto)"
+)
 # What it means that a column is not read, where that is more than its name says.
 _COLUMNS = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _ONLY_TEXTS),
