@@ -71,6 +71,19 @@ def test_resuming_is_bitwise(workspace: Workspace, framework: str, changes: dict
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+def test_adapters_that_are_kept_are_no_changed_settings(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(workspace, "torch", save=str(tmp_path), **{**SHORT, "train_iters": 1})
+    capsys.readouterr()
+    run(workspace, "torch", save=str(tmp_path), **COMMON, train_iters=2)
+    out = capsys.readouterr().out
+    assert "> LoRA: r 4, alpha 8, on all-linear\n" in out
+    table = out[out.index("> setting") :].splitlines()[1:]
+    assert table[0].split()[1:] == ["train_iters", "1", "2"]
+    assert not any("lora_" in line for line in table)
+
+
 def test_a_run_goes_on_on_the_other_backend(workspace: Workspace, trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("mindspore")
     settings = {**SHORT, "train_iters": 9}

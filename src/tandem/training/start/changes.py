@@ -12,10 +12,13 @@ from tandem.config.settings import GROUPS, DataSettings
 from tandem.files.places import same_place
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.start.datasets import kind_to_train
+from tandem.training.start.lora import OF_ADAPTERS
 from tandem.training.start.state import SETTINGS_FILE, TrainerState, saved_settings
 
 # Settings that say where things are, or that are for one start, and may differ between two starts of a run.
 FOR_ONE_START = {"load", "save", "init", "ckpt_step", "finetune", "no_load_optim", "no_load_rng"}
+# Settings that a run with adapters keeps when they are not given again.
+OF_KEPT_ADAPTERS = {*OF_ADAPTERS, "lora_target_modules", "lora_load"}
 SAME_RATE = 0.01  # learning rates that differ by less than this fraction do not jump
 
 
@@ -59,7 +62,10 @@ def changes(source: TensorSource, now: dict[str, dict[str, Any]]) -> list[str]:
         (name, str(saved.get(group, {}).get(name)), str(value))
         for group, values in now.items()
         for name, value in values.items()
-        if name not in FOR_ONE_START and name in saved.get(group, {}) and not _same_value(saved[group][name], value)
+        if name not in FOR_ONE_START
+        and not (name in OF_KEPT_ADAPTERS and not value)
+        and name in saved.get(group, {})
+        and not _same_value(saved[group][name], value)
     ]
     if not rows:
         return []

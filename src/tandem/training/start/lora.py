@@ -14,6 +14,7 @@ from tandem.models.adapters import module_names
 from tandem.models.config import ModelConfig
 from tandem.models.lora import ALL_LINEAR, Lora, as_targets
 from tandem.options import flag_of
+from tandem.training.logs.log import log_notice
 
 # Settings that say nothing without adapters.
 OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_use_rslora", "lora_use_dora")
@@ -31,7 +32,11 @@ def with_adapters(base: TensorSource, lora: LoraSettings, seed: int, *, resumes:
         UserError: `--lora-load` holds no adapters for this model, or a setting contradicts the adapters that are there.
     """
     if lora.lora_load is not None and not (resumes and base.config.lora is not None):
+        told = base.notices
         base = open_adapters(lora.lora_load, base)
+        for notice in base.notices:
+            if notice not in told:
+                log_notice(notice)
     if base.config.lora is not None:
         values = {name: getattr(lora, name) for name in (*OF_ADAPTERS, "lora_target_modules")}
         base.config.lora.check_flags(values, lora.lora_load or base.location)
