@@ -81,6 +81,12 @@ def adapter(root: Path) -> Path:
     return touch(root / "lora/adapter_config.json", json.dumps({"base_model_name_or_path": "Qwen/Qwen3-0.6B"})).parent
 
 
+def adapters_of_a_trainer(root: Path) -> Path:
+    for number in (5, 20):
+        touch(root / f"out/checkpoint-{number}/adapter_config.json")
+    return root / "out"
+
+
 def deepspeed(root: Path) -> Path:
     touch(root / "ds/zero_to_fp32.py")
     touch(root / "ds/config.json")
@@ -130,6 +136,10 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no tracker": (without_tracker, rf"iterations 3, 6, but no {TRACKER}.*--ckpt-step 6 takes"),
     "a run's parent": (parent, r"no model itself; give one of .*runs/a, .*runs/b$"),
     "a Trainer's output": (trainer_output, r"output folder of a Trainer, .* 500, 1000, .*give \S*out/checkpoint-1000$"),
+    "a Trainer's adapters": (
+        adapters_of_a_trainer,
+        r"output folder of a Trainer, .* 5, 20, .*give \S*out/checkpoint-20$",
+    ),
     "a model in the hub's cache": (hub_model, r"of the hub's cache.* give \S*snapshots/c1899de$"),
     "its snapshots": (lambda root: hub_model(root) / "snapshots", r"of the hub's cache.* give \S*snapshots/c1899de$"),
     "the hub's cache": (lambda root: hub_model(root).parent, "the hub's cache, with models--Qwen--Qwen3-0.6B"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.checkpoints.adapters.base import BaseRecord
-from tandem.checkpoints.adapters.peft import PeftSource, is_peft, read_config
+from tandem.checkpoints.adapters.peft import PeftSource, is_peft
+from tandem.checkpoints.adapters.peft_config import BASE, is_for, read_config
 from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations, iteration_of, saved_iterations
 from tandem.checkpoints.hf.source import HFSource
@@ -15,7 +16,7 @@ from tandem.checkpoints.megatron.names import FILE
 from tandem.checkpoints.megatron.source import MegatronSource
 from tandem.checkpoints.native.format import INDEX
 from tandem.checkpoints.native.source import NativeSource
-from tandem.checkpoints.recognise import is_model_folder, unusable
+from tandem.checkpoints.recognise import is_model_folder, no_adapter, unusable
 from tandem.checkpoints.torch_dist.metadata import METADATA
 from tandem.checkpoints.torch_dist.source import TorchDistSource, is_torch_dist
 from tandem.errors import UserError
@@ -110,7 +111,7 @@ def open_iteration(
 
 def open_named_base(folder: Path) -> TensorSource:
     """The model that a PEFT folder names, where that is a folder here."""
-    name = read_config(folder).get("base_model_name_or_path")
+    name = read_config(folder).get(BASE)
     if not isinstance(name, str) or not Path(name).is_dir():
         raise unusable(folder)
     return open_source(name)
@@ -157,14 +158,17 @@ def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | No
             f"those first with tandem export"
         )
     if is_peft(folder):
-        return Adapted(PeftSource(folder, base.config.without_adapters), base, base)
-    if not folder.exists():
-        raise UserError(f"--lora-load {folder} does not exist: expected a PEFT folder, or a run that trained adapters")
+        source = PeftSource(folder, base.config.without_adapters)
+        if base.folder is not None and not is_for(folder, base.folder):
+            source.notices = (*source.notices, _other_model(folder, base))
+        return Adapted(source, base, base)
+    if not folder.is_dir():
+        raise no_adapter(folder)
     iteration = iteration_of(folder)
     if iteration is not None:
         folder = folder.parent
     elif not holds_iterations(folder):
-        raise UserError(f"--lora-load {folder}: expected a PEFT folder, or a run that trained adapters")
+        raise no_adapter(folder)
     form = _form_of(find_iteration(folder, iteration))
     if form == TORCH_SIGN:
         config = base.config.without_adapters
@@ -176,6 +180,12 @@ def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | No
     native = NativeSource(folder, iteration)
     check_adapters(native, folder)
     return Adapted(native, base, native, native.base)
+
+
+def _other_model(folder: Path, base: TensorSource) -> str:
+    """A notice about a PEFT folder that names another model."""
+    name = read_config(folder)[BASE]
+    return f"{folder}: names {name} as its model, and is put on {base.location}: whether they are the same is not known"
 
 
 def check_adapters(source: TensorSource, folder: Path) -> None:

@@ -16,6 +16,7 @@ from tandem.files.text import read_json
 
 MOST_NAMES = 4  # of a list in a message
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 GGUF, NEMO = ".gguf", ".nemo"
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", f"*{GGUF}", f"*{NEMO}")
@@ -32,6 +33,20 @@ def unusable(path: Path) -> UserError:
     texts = (describe(path) for describe in kinds)
     text = next((text for text in texts if text), "expected a Hugging Face folder or a checkpoint folder")
     return UserError(f"{path} {text}")
+
+
+def no_adapter(path: Path) -> UserError:
+    """The error for a path of `--lora-load` that holds no adapters."""
+    expected = "expected a PEFT folder, or a run that trained adapters"
+    if not path.exists():
+        return UserError(f"--lora-load {path} does not exist: {expected}")
+    if path.is_file():
+        step = f"is a file: give the folder, {path.parent}" if (path.parent / ADAPTER).exists() else expected
+    elif is_model_folder(path):
+        step = f"holds a whole model: give it with --load; {expected}"
+    else:
+        step = _trainer_output(path) or expected
+    return UserError(f"--lora-load {path}: {step}")
 
 
 # Each of the functions below says what `path` is, and what helps; None when it is something else.
@@ -90,13 +105,15 @@ def _without_tracker(path: Path) -> str | None:
 
 
 def _trainer_output(path: Path) -> str | None:
-    folders = [folder for folder in path.glob("checkpoint-*") if (folder / CONFIG).exists()]
+    folders = [
+        folder for folder in path.glob("checkpoint-*") if any((folder / name).exists() for name in (CONFIG, ADAPTER))
+    ]
     numbers = {int(folder.name.split("-")[-1]): folder for folder in folders if folder.name[11:].isdigit()}
     if not numbers:
         return None
     return (
-        f"is the output folder of a Trainer, with the checkpoints {_numbers(sorted(numbers))}, and holds no model of "
-        f"its own: give {numbers[max(numbers)]}"
+        f"is the output folder of a Trainer, with the checkpoints {_numbers(sorted(numbers))}, and holds none itself: "
+        f"give {numbers[max(numbers)]}"
     )
 
 
@@ -110,7 +127,7 @@ def _hub_cache(path: Path) -> str | None:
 
 
 def _adapter(path: Path) -> str | None:
-    config = path / "adapter_config.json"
+    config = path / ADAPTER
     if not config.exists():
         return None
     base = _json(config).get("base_model_name_or_path")

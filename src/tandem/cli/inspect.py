@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tandem.checkpoints.adapters.describe import AdapterSummary, summaries_of, summaries_of_folder
-from tandem.checkpoints.adapters.peft import is_peft
+from tandem.checkpoints.adapters.peft import is_peft, notices_of
 from tandem.checkpoints.describe import Description, describe, with_integrity
 from tandem.checkpoints.hf.record import resizes_of
 from tandem.cli import inspect_data
@@ -56,6 +56,8 @@ def run(argv: Sequence[str]) -> None:
     if is_peft(Path(options.path)):
         lora, summaries = summaries_of_folder(Path(options.path))
         console.print(adapters_table(lora, summaries))
+        for notice in notices_of(Path(options.path)):
+            print(f"> {notice}")
         return
     description = describe(options.path, options.ckpt_step)
     if not options.quick:

@@ -29,7 +29,7 @@ def export_adapters(source: TensorSource, folder: Path) -> Converted:
         notices.append(
             f"peft over transformers 5 does not open this folder as it is: {reason}. Merged, it does not matter"
         )
-    return Converted(folder, None, count, trained_count(config), tuple(notices))
+    return Converted(folder, None, count, trained_count(config), tuple(notices), what="PEFT folder")
 
 
 def describe_merge(source: TensorSource) -> list[str]:

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.families import ADAPTABLE, LINEARS, ROUTER
-from tandem.models.lora import ALL_LINEAR, Lora
+from tandem.models.lora import Lora
 from tandem.models.rows import PerExpert, Ranges, Row
 
 # The adapter of a whole Megatron weight, named as by MindSpeed-LLM. Others are named as their Hugging Face module.
@@ -170,9 +170,9 @@ def _of_modules(lora: Lora, layer: int, row: Row) -> Iterator[Adapter]:
 
 
 def _of_weight(lora: Lora, layer: int, row: Row) -> Iterator[Adapter]:
-    """The adapter of a whole weight under Megatron's name."""
+    """The adapter of a whole weight under Megatron's name. A regular expression is PEFT's: of Hugging Face's paths."""
     path = f"decoder.layers.{layer}.{_linear(row)}"
-    if lora.target_modules != ALL_LINEAR and lora.includes(path, layer):
+    if not isinstance(lora.target_modules, str) and lora.includes(path, layer):
         yield _whole(lora, layer, row, WHOLE, path, is_parameter=False)
 
 

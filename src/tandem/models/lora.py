@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,12 +57,25 @@ class Lora:
         for alpha in (self.lora_alpha, *(alpha for _, alpha in self.alpha_pattern)):
             if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
                 raise UserError(f"lora_alpha {alpha!r}: expected a number above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout {self.lora_dropout}: expected at least 0 and below 1")
+        if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout {self.lora_dropout!r}: expected at least 0 and below 1")
+        for name, texts in self._expressions():
+            try:
+                re.compile(texts)
+            except re.error as error:
+                raise UserError(f"{name} {texts!r} is no regular expression: {error}") from None
         if self.lora_dropout and self.use_dora:
             raise UserError(f"lora_dropout {self.lora_dropout} with DoRA (use_dora) is not supported: leave one out")
         if not self.target_modules and not self.target_parameters:
             raise UserError("lora_target_modules is empty: expected names such as q_proj, or all-linear")
+
+    def _expressions(self) -> Iterator[tuple[str, str]]:
+        """The regular expressions, each with the name of its setting."""
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                yield name, value
+        for name in ("rank_pattern", "alpha_pattern"):
+            yield from ((name, key) for key, _ in getattr(self, name))
 
     @property
     def kind(self) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.checkpoints.adapters.peft import open_weights, read_lora
+from tandem.checkpoints.adapters.peft import open_weights
+from tandem.checkpoints.adapters.peft_config import read_lora
 from tandem.checkpoints.adapters.peft_tensors import PREFIX, A, B, any_expert, parameter_at
 from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError

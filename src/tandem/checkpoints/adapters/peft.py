@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.adapters.peft_config import CONFIG, MERGE, read_lora, unknown_fields
 from tandem.checkpoints.adapters.peft_tensors import any_expert, stored_in, to_store
 from tandem.checkpoints.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from tandem.checkpoints.hf.companions import companion_files
@@ -23,34 +23,20 @@ from tandem.checkpoints.interface import (
     TensorSource,
     check_shape,
 )
-from tandem.checkpoints.name_lists import check_names
+from tandem.checkpoints.name_lists import check_names, in_a_line
 from tandem.errors import UserError
 from tandem.files.lock import publishing
 from tandem.models.adapters import adapters
 from tandem.models.config import ModelConfig
 from tandem.models.families import DENSE_MLP
-from tandem.models.lora import Lora
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part, cut
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 
+OF_VOCABULARY = ("embed_tokens.", "lm_head.")
 GATE_AND_UP = {"gate_proj", "up_proj"}
-
-# Fields that change what an adapter computes, with the values for which they change nothing.
-UNCHANGED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "loftq"),  # others change the model's weights
-}
 
 
 def is_peft(folder: Path) -> bool:
@@ -76,6 +62,7 @@ class PeftSource(TensorSource):
         self.companions = Companions(files=[path for path in companion_files(folder) if path.name != CONFIG])
         self._file = open_weights(self.folder)
         self.config = dataclasses.replace(base, lora=read_lora(self.folder))
+        self.notices = tuple(notices_of(self.folder))
         check_parameters(self.config, self.folder)
         self._stored = stored_in(self.config)
         self._check()
@@ -100,6 +87,11 @@ class PeftSource(TensorSource):
         shapes = {
             n: self._stored[name].shape(spec.shape) for name, spec in table.items() for n in self._stored[name].names
         }
+        if others := [name for name in self._file.entries if any(part in name for part in OF_VOCABULARY)]:
+            raise UserError(
+                f"{self._file.path}: not supported: weights or adapters of the embeddings or the head: "
+                f"{in_a_line(others)}: {MERGE}"
+            )
         check_names(f"{self._file.path}, compared with {CONFIG}", set(self._file.entries), set(shapes))
         for name, shape in shapes.items():
             check_shape(str(self._file.path), name, self._file.entries[name].shape, shape)
@@ -111,59 +103,14 @@ def open_weights(folder: Path) -> WeightFile:
         return SafetensorsFile(folder / WEIGHTS)
     if (folder / TORCH_WEIGHTS).exists():
         return TorchWeightFile(folder / TORCH_WEIGHTS)
-    raise UserError(f"{folder} has a {CONFIG}, but neither {WEIGHTS} nor {TORCH_WEIGHTS}")
+    raise UserError(f"{folder} has an {CONFIG}, but neither {WEIGHTS} nor {TORCH_WEIGHTS}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`."""
-    path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, not a JSON object")
-    return values
-
-
-def read_lora(folder: Path) -> Lora:
-    """The adapters that a folder's config describes.
-
-    Raises:
-        UserError: it describes what Tandem does not compute. Every such field is named.
-    """
-    values, path = read_config(folder), folder / CONFIG
-    if values.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {values.get('peft_type')!r}; expected 'LORA'")
-    wrong = [
-        f"{name} {values[name]!r}" for name, same in UNCHANGED.items() if name in values and values[name] not in same
-    ]
-    if wrong:
-        raise UserError(f"{path}: not supported: {', '.join(wrong)}")
-    modules, parameters = values.get("target_modules"), tuple(sorted(values.get("target_parameters") or ()))
-    if modules is None and not parameters:
-        raise UserError(f"{path}: target_modules is missing")
-    layers = values.get("layers_to_transform")
-    try:
-        return Lora(
-            r=values.get("r", 8),
-            lora_alpha=values.get("lora_alpha", 8),
-            target_modules=modules if isinstance(modules, str) else tuple(sorted(modules or ())),
-            use_rslora=bool(values.get("use_rslora")),
-            use_dora=bool(values.get("use_dora")),
-            lora_dropout=values.get("lora_dropout") or 0.0,
-            rank_pattern=tuple((values.get("rank_pattern") or {}).items()),
-            alpha_pattern=tuple((values.get("alpha_pattern") or {}).items()),
-            layers_to_transform=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
-            exclude_modules=_names(values.get("exclude_modules")),
-            target_parameters=parameters,
-        )
-    except (UserError, re.error) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _names(modules: Any) -> tuple[str, ...] | str | None:
-    return modules if modules is None or isinstance(modules, str) else tuple(sorted(modules)) or None
+def notices_of(folder: Path) -> Iterator[str]:
+    """What a user should know of how a folder is read. Of two files of tensors `peft` reads the same one."""
+    yield from unknown_fields(folder)
+    if (folder / WEIGHTS).exists() and (folder / TORCH_WEIGHTS).exists():
+        yield f"{folder}: {WEIGHTS} is read; {TORCH_WEIGHTS} is there, too, and is left out"
 
 
 def check_parameters(config: ModelConfig, folder: Path) -> None:
