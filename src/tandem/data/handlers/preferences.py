@@ -63,7 +63,7 @@ class PairwiseHandler(AnswersHandler):
 
     @classmethod
     def fits(cls, record: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
-        """Answers that are whole conversations are TRL's, whatever else a record holds: ultrafeedback has `messages`."""
+        """Answers that are whole conversations are TRL's, also next to `messages`, as in ultrafeedback_binarized."""
         return super().fits(record, columns) and (
             "messages" not in cls.needed or not all(map(_begins_with_prompt, (record[columns[name]] for name in SIDES)))
         )
