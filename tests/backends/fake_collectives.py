@@ -34,7 +34,9 @@ class Job:
         self._lock = threading.Lock()
 
     def begin(self, size: int) -> None:
-        self._groups.clear(), self.calls.clear(), self.messages.clear()
+        """Groups stay as they are named: the backend creates each but once."""
+        self.calls.clear(), self.messages.clear()
+        self._groups = {name: Meeting(group.members) for name, group in self._groups.items()}
         self._groups[WORLD] = Meeting(range(size))
 
     def create_group(self, name: str, members: list[int]) -> None:

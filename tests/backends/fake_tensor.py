@@ -6,6 +6,7 @@ Numbers of 16 bits keep the digits of fp32.
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Record:
     reads: int = 0
     memoryless: bool = False
     moved: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)  # ranks may be threads
 
     def clear(self) -> None:
         self.kernels.clear(), self.documents.clear()
@@ -80,7 +82,8 @@ class Tensor:
 
     def __init__(self, array: Any, dtype: DType | None = None) -> None:
         array = np.asarray(array)
-        RECORD.copies += 1
+        with RECORD.lock:
+            RECORD.copies += 1
         self.shape, self.dtype = array.shape, dtype or DTYPES[array.dtype.name]
         self.is_contiguous, self.is_transposed = True, False
         self.values = None
@@ -99,7 +102,8 @@ class Tensor:
         return cls(array)
 
     def asnumpy(self) -> np.ndarray:
-        RECORD.reads += 1
+        with RECORD.lock:
+            RECORD.reads += 1
         name = "float32" if self.dtype.kind == "f" else self.dtype.name
         return np.ones(self.shape, name) if self.values is None else self.values.astype(name)
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fake_mindspore
+import numpy as np
 import pytest
-from fake_collectives import JOB
+from fake_collectives import FUNCTIONS, JOB
 from jobs import Case, assert_equal_to_one_process, engine_settings, gather, leave, micro_batches, toy_source, train
 from test_ascend_kernels import OURS, on_ascend
 from thread_ranks import run_ranks
@@ -120,3 +122,23 @@ def test_split_tokens_are_scattered(ascend: fake_mindspore.Record) -> None:
     blocks = 2 * case.num_layers
     assert scattered == [("ReduceScatter", "0-1", (tokens, hidden), (tokens // 2, hidden))] * (2 * blocks + 2)
     assert not [call for call in calls if call[0] == "AllReduce" and call[2] == (tokens, hidden)]
+
+
+def test_where_ranks_share_experts_a_layer_is_read_once(ascend: fake_mindspore.Record) -> None:
+    """How many rows go between ranks. Nothing is copied to the device but each micro-batch."""
+    case = dataclasses.replace(EXPERTS, dp=2, ep=2)
+    counts = []
+    for number in (2, 2, 4):  # the first makes the table of rotary angles
+        ascend.clear()
+        one_step(dataclasses.replace(case, micro_batches=number))
+        counts.append((ascend.reads, ascend.copies))
+    layers = case.num_layers - toy_source(case).config.dense_layers
+    assert np.subtract(counts[2], counts[1]).tolist() == [2 * layers, 2]  # of one more micro-batch on each of two ranks
+
+
+def test_the_stand_ins_collectives_are_mindspores() -> None:
+    require_framework("mindspore")
+    real = importlib.import_module("mindspore.mint.distributed")
+    for function in FUNCTIONS:
+        names = [list(inspect.signature(one).parameters) for one in (function, getattr(real, function.__name__))]
+        assert set(names[0]) <= set(names[1]), function.__name__
