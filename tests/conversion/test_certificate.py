@@ -6,7 +6,9 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -218,6 +220,45 @@ def test_what_a_server_cannot_tell_is_said(places: Path, capsys: pytest.CaptureF
         code, printed = verify(capsys, "--url", url)
         assert code == 0
         assert "> not compared: log-probabilities: the server gives none for prompts" in printed
+
+
+@pytest.mark.parametrize(("answer", "told"), [(None, "no answer"), (b"{}", "nothing could be compared")])
+def test_a_server_that_answers_nothing_is_not_right(
+    places: Path, answer: bytes | None, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It lists its model, and then closes the connection, or gives no answer that can be read."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.say(b'{"data": [{"id": "out"}]}')
+
+        def do_POST(self) -> None:
+            if answer is not None:
+                self.say(answer)
+
+        def say(self, content: bytes) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *words: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert main(["verify", str(places / "out"), "--url", f"http://127.0.0.1:{server.server_port}"]) == 2
+        server.shutdown()
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_without_end_tokens_is_not_said_to_stop(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base has one in the tokenizer's files alone, where transformers' `generate` does not look."""
+    assert main(["export", str(places / "base"), str(places / "endless"), "--no-verify"]) == 0
+    assert "states an end token: transformers ends no answer by itself" in capsys.readouterr().out
+    code, printed = verify(capsys, str(places / "endless"))
+    assert code == 0
+    assert "> not compared: the end token: neither generation_config.json nor config.json" in printed
+    assert "stops" not in printed
 
 
 def test_rounding_at_export_is_said_and_can_be_avoided(places: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,9 @@ CAUSES = {
     NO_SCALING: (ROPE, "the numbers are those of the model without its rotary scaling"),
     ROUNDED: (ROUNDING, "the numbers are those of weights rounded to bfloat16: export or merge in float32"),
 }
+NO_STATED_END = (
+    "the end token: neither generation_config.json nor config.json stated an eos_token_id when the model was exported"
+)
 CLOSER = 0.25  # a fault is named when the numbers are so much closer to it than to training, on average
 SMALL = 0.05  # rounding in 16 bits moves log-probabilities by less, on average
 FACTOR = 4.0  # computing in bfloat16 moves them by so many times more than rounding the weights does, at most

@@ -48,7 +48,7 @@ def add_certificate(
         f"{CERTIFICATE}: {len(certificate.probes)} prompts, {certificate.token_count} tokens as in training; "
         f"`tandem verify` compares others with it"
     )
-    return said, [*_of_rounding(certificate), *_of_template(work, certificate)]
+    return said, [*_of_rounding(certificate), *_of_template(work, certificate), *_of_ends(work, certificate)]
 
 
 def stated_ends(companions: Companions) -> tuple[int, ...]:
@@ -84,3 +84,16 @@ def _of_template(work: Path, certificate: Certificate) -> list[str]:
             ids = None
         found.append(None if ids is None else tuple(ids))
     return [f"the folder's chat template: {difference.text}" for difference in of_prompts(chats, found)]
+
+
+def _of_ends(work: Path, certificate: Certificate) -> list[str]:
+    """A notice when a model that answers states no end token where transformers looks for it."""
+    if certificate.end_ids or not (work / "tokenizer.json").exists():
+        return []
+    end = Tokenizer(work).eos_id
+    if end is None or not any(probe.messages for probe in certificate.probes):
+        return []
+    return [
+        f"neither {GENERATION_CONFIG} nor {CONFIG} states an end token: transformers ends no answer by itself. Write "
+        f'{{"eos_token_id": {end}}} into {GENERATION_CONFIG} if answers shall end where the tokenizer\'s files say'
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 from tandem.backends import read_folder
 from tandem.conversion.certificate.compare import (
     CONFIG,
+    NO_STATED_END,
     Difference,
     of_config,
     of_end_ids,
@@ -38,15 +39,17 @@ def verify_folder(folder: Path, certificate: Certificate, tolerance: float) -> V
         *of_prompts(probes, reading.prompts),
         *of_end_ids(certificate, reading.end_ids, str(folder)),
     ]
+    asks = any(probe.messages for probe in probes)
+    skipped = (NO_STATED_END,) if asks and not certificate.end_ids and not reading.end_ids else ()
     if not fits:
         differences += _facts(certificate, hf, reading.missing, reading.unexpected)
-        return Verified(str(folder), reading.reader, certificate, tuple(differences))
+        return Verified(str(folder), reading.reader, certificate, tuple(differences), not_compared=skipped)
     pairs = zip(reading.logits, probes, strict=True)
     found = Computed(tuple(log_probabilities(logits, probe) for logits, probe in pairs))
     numbers = of_numbers(certificate, found, tolerance, hf_dtype(hf))
     if numbers.difference is not None:
         differences += _facts(certificate, hf, reading.missing, reading.unexpected) or [numbers.difference]
-    return Verified(str(folder), reading.reader, certificate, tuple(differences), numbers)
+    return Verified(str(folder), reading.reader, certificate, tuple(differences), numbers, skipped)
 
 
 def _facts(

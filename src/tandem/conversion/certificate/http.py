@@ -26,11 +26,15 @@ class Refused(Exception):
         self.status = status
 
 
+class Lost(Exception):
+    """Nobody answers, or the key is refused. No `UserError`: that is a ValueError, as a malformed answer gives."""
+
+
 class Server:
     """A server, by its address with or without `/v1`.
 
     Raises:
-        UserError: the address is none, or nobody answers there.
+        UserError: the address is none.
     """
 
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
@@ -50,7 +54,7 @@ class Server:
 
         Raises:
             Refused: the server answers with an error, or not with JSON.
-            UserError: nobody answers, or the key is refused.
+            Lost: nobody answers, or the key is refused.
         """
         return self._send(path, json.dumps(body).encode())
 
@@ -65,13 +69,13 @@ class Server:
         except urllib.error.HTTPError as error:
             text = error.read(MOST_BYTES).decode("utf-8", "replace")
             if error.code in (401, 403):
-                raise UserError(
-                    f"{self.root}: the server refuses the key (HTTP {error.code}): give --api-key"
+                raise Lost(
+                    f"--url {self.root}: the server refuses the key (HTTP {error.code}): give --api-key"
                 ) from None
             raise Refused(error.code, text) from None
         except (OSError, ValueError) as error:  # ValueError: an answer that is no HTTP
             reason = getattr(error, "reason", error)
-            raise UserError(f"--url {self.root}: no answer: {reason}. Is the server running?") from None
+            raise Lost(f"--url {self.root}: no answer: {reason}. Is the server running?") from None
         try:
             return json.loads(content)
         except ValueError:

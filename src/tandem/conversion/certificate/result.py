@@ -47,5 +47,6 @@ class Verified:
         lines += [f"> not compared: {text}" for text in self.not_compared]
         lines += [f"DIFFERENT: {difference}" for difference in self.differences]
         if self.passed:
-            lines.append(f"{self.subject} asks, stops and computes as training does")
+            whole = f"{self.subject} asks, stops and computes as training does"
+            lines.append(f"what was compared of {self.subject} is as in training" if self.not_compared else whole)
         return lines

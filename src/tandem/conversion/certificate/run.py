@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tandem.conversion.certificate.content import read_certificate
 from tandem.conversion.certificate.folder import verify_folder
-from tandem.conversion.certificate.http import Server
+from tandem.conversion.certificate.http import Lost, Server
 from tandem.conversion.certificate.options import VerifyOptions
 from tandem.conversion.certificate.result import Verified
 from tandem.conversion.certificate.server import folder_of, served_model, verify_server
@@ -23,7 +23,13 @@ def run_verify(options: VerifyOptions) -> Verified:
         assert options.folder is not None, "the options ask for one of both"
         place = Path(options.folder)
         return verify_folder(place if place.is_dir() else place.parent, read_certificate(place), options.tolerance)
-    server = Server(options.url, options.api_key, options.timeout)
+    try:
+        return _verify_url(Server(options.url, options.api_key, options.timeout), options)
+    except Lost as error:
+        raise UserError(str(error)) from None
+
+
+def _verify_url(server: Server, options: VerifyOptions) -> Verified:
     entry = served_model(server, options.model)
     found = Path(options.folder) if options.folder else folder_of(entry)
     if found is None:

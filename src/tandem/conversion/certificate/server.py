@@ -10,6 +10,7 @@ import numpy as np
 from tandem.checkpoints.hf.record import CERTIFICATE
 from tandem.conversion.certificate.compare import (
     END_TOKEN,
+    NO_STATED_END,
     ROUNDING,
     TEMPLATE,
     Difference,
@@ -32,6 +33,7 @@ def served_model(server: Server, name: str | None) -> dict[str, Any]:
 
     Raises:
         UserError: the server has no such list, or the model cannot be told.
+        Lost: the server does not answer.
     """
     try:
         models = {str(entry["id"]): dict(entry) for entry in server.get("/v1/models")["data"]}
@@ -60,7 +62,8 @@ def verify_server(server: Server, model: str, certificate: Certificate, toleranc
     """Compare prompts, ends of answers and log-probabilities.
 
     Raises:
-        UserError: the server stops answering.
+        UserError: the server answers nothing that can be compared.
+        Lost: it stops answering.
     """
     asking = _Asking(server, model, certificate)
     differences, skipped = [], []
@@ -75,9 +78,12 @@ def verify_server(server: Server, model: str, certificate: Certificate, toleranc
         skipped.append("log-probabilities: the server gives none for prompts (neither `echo` nor `prompt_logprobs`)")
     is_same_model = numbers is not None and (numbers.difference is None or numbers.difference.cause == ROUNDING)
     allowed = max(tolerance, ALLOWED * numbers.largest) if numbers and is_same_model else None
-    for found_differences, reason in (asking.template(allowed), asking.end_tokens(is_same_model)):
+    parts = (asking.template(allowed), asking.end_tokens(is_same_model))
+    for found_differences, reason in parts:
         differences += found_differences
         skipped += [reason] if reason else []
+    if numbers is None and (not asking.chats or all(reason for _, reason in parts)):
+        raise UserError(f"--url {server.root}: nothing could be compared. {'; '.join(skipped)}")
     return Verified(f"{server.root} ({model})", "the server", certificate, tuple(differences), numbers, tuple(skipped))
 
 
@@ -86,7 +92,7 @@ class _Asking:
 
     def __init__(self, server: Server, model: str, certificate: Certificate) -> None:
         self._server, self._model, self._certificate = server, model, certificate
-        self._chats = [(probe, number) for number, probe in enumerate(certificate.probes) if probe.messages]
+        self.chats = [(probe, number) for number, probe in enumerate(certificate.probes) if probe.messages]
 
     def log_probabilities(self, probe: Probe) -> np.ndarray | None:
         """Of a probe's tokens after the first, float64; None where the server gives none."""
@@ -106,13 +112,13 @@ class _Asking:
         Args:
             allowed: how far the log-probability of the next token may be from training's; None when it does not count.
         """
-        if not self._chats:
+        if not self.chats:
             return [], ""
-        tokens = [self._tokens_of(probe) for probe, _ in self._chats]
+        tokens = [self._tokens_of(probe) for probe, _ in self.chats]
         if all(ids is not None for ids in tokens):
-            return of_prompts([probe for probe, _ in self._chats], tokens), ""
+            return of_prompts([probe for probe, _ in self.chats], tokens), ""
         wrong, compared = [], 0
-        for probe, number in self._chats:
+        for probe, number in self.chats:
             try:
                 count, first = self._chat(probe)
             except Refused as error:
@@ -134,12 +140,14 @@ class _Asking:
     def end_tokens(self, is_same_model: bool) -> tuple[list[Difference], str]:
         """A difference when answers do not end where they should, or why that cannot be compared."""
         certificate = self._certificate
-        if not certificate.end_ids or not self._chats:
+        if not self.chats:
             return [], ""
-        natural = [probe for probe, number in self._chats if certificate.stops[number]]
+        if not certificate.end_ids:
+            return [], NO_STATED_END
+        natural = [probe for probe, number in self.chats if certificate.stops[number]]
         try:
             if not natural or not is_same_model:
-                return self._forced_end(self._chats[0][0])
+                return self._forced_end(self.chats[0][0])
             goes_on = [probe for probe in natural if self._after(probe, {})[1]]
         except (Refused, *MALFORMED):
             return [], NO_END
