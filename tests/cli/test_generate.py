@@ -13,9 +13,13 @@ import pytest
 import tandem
 from frameworks import require_framework
 from tandem.__main__ import main
+from tandem.cli.chat_input import line_editing, read_message
+from tandem.cli.given_input import lines_of, open_input
 from tandem.data.tokens.tokenizer import Tokenizer
-from tandem.inference.chat import Model
-from tandem.inference.prompts import read_prompts
+from tandem.errors import UserError
+from tandem.inference.chat import Model, open_model
+from tandem.inference.options import LoadOptions
+from tandem.inference.prompts import notices, read_prompts
 from tandem.inference.sampling import Sampling
 from workspace import Workspace
 
@@ -118,6 +122,31 @@ def test_a_line_that_cannot_be_used_is_named(
     assert main(["generate", str(workspace.hf), "--prompts-file", file, "--output", str(out), *SHORT]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_what_is_not_taken_from_a_line_is_said(workspace: Workspace, tmp_path: Path) -> None:
+    """A byte order mark is none of the first prompt."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "hi", "stop": ["a"], "text": "x", "seed": 1}\n', encoding="utf-8-sig")
+    model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch"))
+    lines = read_prompts(file, model, Sampling(), (), raw=False)
+    assert [list(lines[0].question.tokens), lines[0].question.sampling.seed] == [model.prompt_ids("hi"), 1]
+    unread, replaced = notices(lines)
+    assert "not read from the prompts: stop. " in unread
+    assert replaced.endswith("those of the answers: text")
+
+
+def test_each_line_of_an_input_is_judged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python decodes many lines at once; one that is no text costs a conversation that line, and is named elsewhere."""
+    content = "\ufeffone\r\n".encode() + b"t\xffo\nthree\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    lines = lines_of(open_input())
+    assert next(lines) == "one"
+    with pytest.raises(UserError, match=r"standard input, line 2: b't\\xffo' is not UTF-8"):
+        next(lines)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    with line_editing(None, ()):
+        assert [read_message() for _ in range(4)] == ["one", "", "three", None]
 
 
 def test_what_contradicts_itself_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

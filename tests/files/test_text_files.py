@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.errors import UserError
-from tandem.files.text import read_json, read_text
+from tandem.files.text import read_json, read_lines, read_text
 from workspace import Workspace
 
 CHINESE = '{"text": "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"}\n'
@@ -31,6 +32,15 @@ def test_text_of_the_west_is_not_taken_for_chinese(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not UTF-8") as error:
         read_text(tmp_path / "x")
     assert "looks like" not in str(error.value)
+
+
+def test_only_ends_of_lines_divide_a_file(tmp_path: Path) -> None:
+    """U+2028 and U+0085 may stand in a JSON text as they are."""
+    (tmp_path / "x.jsonl").write_bytes('\ufeff"a\u2028b\x85"\r\n \r\n\r\n"c"'.encode())
+    assert [(number, json.loads(line)) for number, line in read_lines(tmp_path / "x.jsonl")] == [
+        (1, "a\u2028b\x85"),
+        (4, "c"),
+    ]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

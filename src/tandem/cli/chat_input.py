@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tandem.cli.given_input import BYTE_ORDER_MARK, is_text, open_input
+
 BLOCK = '"""'
 MOST_LINES = 1000  # of the history
 PROMPT, MORE = ">>> ", "... "
@@ -50,12 +52,13 @@ def _block(first: str) -> str:
 
 def _line(prompt: str) -> str | None:
     try:
-        return input(prompt if sys.stdin.isatty() else "")
+        line = input(prompt if sys.stdin.isatty() else "").removeprefix(BYTE_ORDER_MARK)
     except EOFError:
         return None
-    except UnicodeDecodeError:
-        print("> this line is not UTF-8 text: it is left out", file=sys.stderr)
-        return ""
+    if is_text(line):
+        return line
+    print("> this line is not UTF-8 text: it is left out", file=sys.stderr)
+    return ""
 
 
 @contextmanager
@@ -65,6 +68,7 @@ def line_editing(history: Path | None, words: Sequence[str]) -> Iterator[None]:
     Args:
         history: None keeps none.
     """
+    open_input()
     readline = _readline()
     if readline is None:
         yield

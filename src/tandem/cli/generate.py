@@ -14,7 +14,7 @@ import orjson
 
 from tandem.cli import generate_tasks
 from tandem.cli.arguments import parse
-from tandem.cli.given_input import handed_on, is_handed_on, is_typed, open_input
+from tandem.cli.given_input import handed_on, is_handed_on, is_typed, lines_of, open_input
 from tandem.cli.processes import run_as_processes
 from tandem.config.settings import ExpertSettings, LaunchSettings, ModelSettings, Settings
 from tandem.config.upstream.flags import GENERATE_IGNORED, split_ignored
@@ -24,7 +24,7 @@ from tandem.files.publish import write_lines_atomically
 from tandem.inference.chat import Model, open_model
 from tandem.inference.defaults import SamplingOptions
 from tandem.inference.options import LoadOptions
-from tandem.inference.prompts import Line, read_prompts
+from tandem.inference.prompts import Line, notices, read_prompts
 from tandem.inference.replies import Question, Reply
 from tandem.logs import log
 from tandem.options import Options, PathText, positional
@@ -81,6 +81,8 @@ class GenerateOptions(Options):
             yield f"--batch-size {self.batch_size}: expected 1 or more"
         if self.history_turns < 0:
             yield f"--history-turns {self.history_turns}: expected 0 or more"
+        if "" in self.stop:
+            yield "--stop '': expected a text that is not empty"
         if self.output and Path(self.output).is_dir():
             yield f"--output {self.output}: is a folder; expected the name of a file"
         if self.launch.dry_run:
@@ -198,10 +200,13 @@ def _ignore(number: int, text: str) -> None:
 def _lines(model: Model, options: GenerateOptions) -> list[Line]:
     sampling = model.defaults.sampling(options.sampling)
     if options.prompts_file:
-        return read_prompts(Path(options.prompts_file), model, sampling, options.stop, raw=options.model.raw)
+        lines = read_prompts(Path(options.prompts_file), model, sampling, options.stop, raw=options.model.raw)
+        for notice in notices(lines):
+            _say(model, notice)
+        return lines
     prompts: Sequence[str] = options.prompt
     if not prompts:
-        own = [line.rstrip("\n") for line in open_input() if line.strip()] if _is_first(model) else []
+        own = [line for line in lines_of(open_input()) if line.strip()] if _is_first(model) else []
         prompts = _on_first(model, own)
         if not prompts:
             raise UserError("no prompt: give PROMPT, --prompts-file FILE.jsonl, or lines on standard input")
@@ -254,17 +259,18 @@ def typed_prompts() -> Iterator[str]:
     """Each prompt that is typed at a terminal, until Ctrl-D."""
     print("Type a prompt, and Enter. Each prompt is a new question. Ctrl-D ends.")
     source = open_input()
+    others = lines_of(source)
     while True:
         if source is sys.stdin:
             try:
-                prompt = input("> ")
+                prompt: str | None = input("> ")
             except EOFError:
-                print()
-                return
+                prompt = None
         else:
             print("> ", end="", flush=True)
-            if not (prompt := source.readline()):
-                print()
-                return
+            prompt = next(others, None)
+        if prompt is None:
+            print()
+            return
         if prompt.strip():
-            yield prompt.rstrip("\n")
+            yield prompt

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TextIO
 
+from tandem.cli.given_input import lines_of
 from tandem.data.templates.messages import Message
 from tandem.inference.beams import beam_search
 from tandem.inference.chat import Model
@@ -92,10 +93,11 @@ def _chat(model: Model, sampling: Sampling, history_turns: int, open_input: Call
 
 
 def _typed(source: TextIO) -> Iterator[str]:
+    lines = lines_of(source)
     while True:
         print("\n\nYou >> ", end="", flush=True)
-        line = source.readline()
-        if not line or line.strip() in END:
+        line = next(lines, None)
+        if line is None or line.strip() in END:
             print(flush=True)
             return
         if line.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
@@ -11,7 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from tandem.errors import UserError
+
 INPUT, IS_TYPED = "TANDEM_INPUT", "TANDEM_INPUT_IS_TYPED"  # variables for the processes of the job
+BYTE_ORDER_MARK = "\ufeff"
+KEEP_BYTES = "surrogateescape"
 
 
 @contextmanager
@@ -39,8 +44,39 @@ def is_typed() -> bool:
 
 
 def open_input() -> TextIO:
-    """This process's standard input, or that of the process which started the job."""
-    return open(os.environ[INPUT], encoding="utf-8") if is_handed_on() else sys.stdin
+    """This process's standard input, or that of the process which started the job.
+
+    Bytes that are no text become halves of surrogate pairs, so `is_text` can tell which line has them: Python decodes
+    many lines at once, and would lose all of them.
+    """
+    if is_handed_on():
+        return open(os.environ[INPUT], encoding="utf-8", errors=KEEP_BYTES)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with suppress(io.UnsupportedOperation):  # something was read already
+            sys.stdin.reconfigure(errors=KEEP_BYTES)
+    return sys.stdin
+
+
+def is_text(line: str) -> bool:
+    """Whether a line of `open_input` was text."""
+    return not any("\ud800" <= character <= "\udfff" for character in line)
+
+
+def lines_of(source: TextIO) -> Iterator[str]:
+    """Each line of an input, without its end and without a byte order mark.
+
+    Raises:
+        UserError: a line is not text.
+    """
+    for number, line in enumerate(iter(source.readline, ""), 1):
+        if not is_text(line):
+            encoding = source.encoding or "utf-8"
+            content = line.encode(encoding, KEEP_BYTES).strip()[:60]
+            raise UserError(
+                f"standard input, line {number}: {content!r} is not {encoding.upper()} text: convert it, as with "
+                f"iconv -f GBK -t UTF-8"
+            )
+        yield line.removeprefix(BYTE_ORDER_MARK if number == 1 else "").rstrip("\n")
 
 
 def _copy(path: str) -> None:

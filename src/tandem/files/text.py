@@ -35,6 +35,17 @@ def read_text(path: str | Path, flag: str = "") -> str:
         raise UserError(f"{flag} {path}: {not_utf8(content, error, path)}".lstrip()) from None
 
 
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file that hold something, with their numbers from 1, without a byte order mark.
+
+    Only ends of lines divide them: a JSON text may hold other characters that Python takes for such, as U+2028.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    return [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a UTF-8 file of JSON.
 

@@ -15,7 +15,7 @@ from tandem.data.batch import IGNORE, Sample
 from tandem.data.handlers.fields import described, field, string
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
-from tandem.files.text import not_utf8
+from tandem.files.text import read_lines
 
 SUFFIX = ".jsonl"
 _FIELDS = "a question is {context: text, choices: [text, ...], answer: number of the right choice, from 0}"
@@ -49,9 +49,7 @@ def read_questions(path: str | Path, tokenizer: Tokenizer, seq_length: int) -> l
         UserError: a line is not a question, or is longer than `seq_length` tokens, or the file has no question.
     """
     questions = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
             questions.append(_question(line, tokenizer, seq_length))
         except UserError as error:
@@ -61,11 +59,9 @@ def read_questions(path: str | Path, tokenizer: Tokenizer, seq_length: int) -> l
     return questions
 
 
-def _question(line: bytes, tokenizer: Tokenizer, seq_length: int) -> Question:
+def _question(line: str, tokenizer: Tokenizer, seq_length: int) -> Question:
     try:
-        record = orjson.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(not_utf8(line, error)) from None
+        record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error}; {_FIELDS}") from None
     if not isinstance(record, dict):

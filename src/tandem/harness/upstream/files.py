@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.files.text import read_text
+from tandem.files import text
 
 Row = dict[str, Any]
 
@@ -23,7 +24,7 @@ def read_table(path: Path, columns: Sequence[str], *, has_header: bool) -> list[
     Raises:
         UserError: the file cannot be read, or a row or the header has no such columns.
     """
-    lines = list(csv.reader(read_text(path).splitlines(keepends=True)))
+    lines = list(csv.reader(io.StringIO(text.read_text(path), newline="")))
     if has_header and lines:
         header = [name.strip() for name in lines.pop(0)]
         if missing := [name for name in columns if name not in header]:
@@ -48,9 +49,7 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[Row]:
         UserError: the file cannot be read, or a line is no object with these fields.
     """
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in text.read_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
