@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import os
 import textwrap
 import types
@@ -267,8 +268,8 @@ def _coerce_one(value: Any, kind: Any) -> Any:
         if isinstance(value, float) and value.is_integer():
             return int(value)
     elif kind is float:
-        if not isinstance(value, bool):
-            return float(value)
+        if not isinstance(value, bool) and not math.isnan(number := float(value)):  # no option means "not a number"
+            return number
     elif kind == JSON_OBJECT:
         return _json_object(value)
     elif isinstance(kind, type) and isinstance(value, kind):

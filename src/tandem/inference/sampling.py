@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Sampling(Options):
     def problems(self) -> Iterator[str]:
         if self.max_new_tokens < 0:
             yield f"--max-new-tokens {self.max_new_tokens}: expected 0 or more"
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             yield f"--temperature {self.temperature}: expected 0 or more"
         if self.top_k < 0:
             yield f"--top-k {self.top_k}: expected 0 or more"
@@ -41,7 +42,7 @@ class Sampling(Options):
             yield f"--top-p {self.top_p}: expected more than 0, and at most 1"
         if not 0 <= self.min_p <= 1:
             yield f"--min-p {self.min_p}: expected 0 to 1"
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < math.inf:
             yield f"--repetition-penalty {self.repetition_penalty}: expected more than 0"
         if self.seed < 0:
             yield f"--seed {self.seed}: expected 0 or more"
@@ -94,8 +95,9 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
         least = np.partition(logits, -sampling.top_k)[-sampling.top_k]
         tokens = np.flatnonzero(logits >= least)
         logits = logits[tokens]
-    scores = logits.astype(np.float64) / sampling.temperature
-    scores -= scores.max()
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # near 0 all tokens but the most likely one are infinitely far
+        scores = (scores - scores.max()) / sampling.temperature
     probabilities = np.exp(scores)
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:
