@@ -51,6 +51,8 @@ def body(**fields: Any) -> dict[str, Any]:
         (CHAT, body(temperature=True), 400, "temperature", "found bool"),
         (CHAT, body(top_p=1.5), 400, "top_p", "from 0 to 1"),
         (CHAT, body(max_tokens=2.5), 400, "max_tokens", "whole number"),
+        (CHAT, body(repetition_penalty=0), 400, "repetition_penalty", "above 0; found int 0"),
+        (CHAT, body(audio={}), 400, "audio", "unknown field 'audio'"),
         (CHAT, body(n=0), 400, "n", "from 1 to 128"),
         (CHAT, body(n=129), 400, "n", "from 1 to 128"),
         (CHAT, body(stop=[1]), 400, "stop", "a list of at most 64 texts"),

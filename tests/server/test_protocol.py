@@ -146,6 +146,16 @@ def test_prompts_are_scored_as_lm_eval_asks(either: Server) -> None:
     assert made.usage.completion_tokens == 2
 
 
+def test_offsets_are_those_of_characters_that_several_tokens_make(server: Server) -> None:
+    """And null asks for nothing, whatever the field."""
+    made = server.client.completions.create(
+        model="toy", prompt="é世 a", max_tokens=0, echo=True, logprobs=0, extra_body={"unheard_of": None}
+    )
+    told = made.choices[0].logprobs
+    assert told
+    assert (made.choices[0].text, told.text_offset) == ("é世 a", [0, 0, 1, 1, 1, 2, 3])
+
+
 def test_prompts_are_only_scored_with_no_new_tokens(server: Server) -> None:
     made = server.client.completions.create(model="toy", prompt="Sort 312.", max_tokens=0, echo=True, logprobs=0)
     choice = made.choices[0]

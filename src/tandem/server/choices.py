@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -120,6 +121,8 @@ class CompletionChoice:
         self._index, self._tokenizer, self._prompt, self._echo = index, tokenizer, prompt, echo
         self._logprobs = logprobs
         self._offset = 0  # of the next token, in characters
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")  # some tokens end inside of one
+        self._begins = echo or ""
 
     def opening(self) -> list[dict[str, Any]]:
         return []
@@ -158,7 +161,8 @@ class CompletionChoice:
         for number, token in enumerate(tokens):
             offsets.append(self._offset)
             in_answer = number >= len(update.prompt_logprobs)  # whose text has no special tokens
-            self._offset += len(self._tokenizer.decode([token], skip_special_tokens=in_answer))
+            added = number == 0 and not in_answer and not self._begins.startswith(words[0])  # as <s> by a tokenizer
+            self._offset += self._length(token, without_special=in_answer or added)
         return {
             "tokens": words,
             "token_logprobs": [None if score is None else max(score, LEAST_LOGPROB) for score in scores],
@@ -168,6 +172,12 @@ class CompletionChoice:
             ],
             "text_offset": offsets,
         }
+
+    def _length(self, token: int, without_special: bool) -> int:
+        """How many characters are whole with a token."""
+        if not self._tokenizer.decode([token], skip_special_tokens=without_special):
+            return 0
+        return len(self._characters.decode(self._tokenizer.token_bytes(token)))
 
     def _most_likely(self, word: str, score: float, top: Top) -> dict[str, float]:
         """The most likely tokens, and the one that is there."""

@@ -31,6 +31,10 @@ def number(low: float, high: float = float("inf")) -> Field:
     return Field(lambda value: _is_number(value) and low <= value <= high, f"a number {_between(low, high)}")
 
 
+def above(low: float) -> Field:
+    return Field(lambda value: _is_number(value) and value > low, f"a number above {low:g}")
+
+
 def whole(low: int, high: float = float("inf"), default: int | None = None) -> Field:
     return Field(
         lambda value: type(value) is int and low <= value <= high, f"a whole number {_between(low, high)}", default
@@ -83,8 +87,8 @@ def read(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
     """
     if not isinstance(body, dict):
         raise bad_request(f"the body is {described(body)}; expected a JSON object")
-    for name in body:
-        if name not in fields:
+    for name, value in body.items():
+        if name not in fields and value is not None:  # clients write null for what they do not ask
             raise bad_request(f"unknown field {name!r}{nearest(name, list(fields))}", name)
     values = {}
     for name, field in fields.items():

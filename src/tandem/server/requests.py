@@ -18,6 +18,7 @@ from tandem.server.choices import ChatChoice, Choice, CompletionChoice
 from tandem.server.errors import ApiError, bad_request, too_long
 from tandem.server.fields import (
     Field,
+    above,
     an_object,
     anything,
     flag,
@@ -46,7 +47,7 @@ COMMON: dict[str, Field] = {
     "top_p": number(0, 1),
     "top_k": whole(-1),
     "min_p": number(0, 1),
-    "repetition_penalty": number(0),
+    "repetition_penalty": above(0),
     "frequency_penalty": only(0, because=f"{NOT_HERE}; there is repetition_penalty"),
     "presence_penalty": only(0, because=f"{NOT_HERE}; there is repetition_penalty"),
     "logit_bias": only({}, because=NOT_HERE),
