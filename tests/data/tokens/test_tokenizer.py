@@ -14,6 +14,7 @@ import tokenizers
 from data_toys import byte_tokenizer
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from workspace import Workspace
 
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hi"}],
@@ -135,3 +136,19 @@ def test_a_copy_spells_special_tokens_out_too(tmp_path: Path) -> None:
     assert len(spelled[0]) == 11
     assert pickle.loads(pickle.dumps(tokenizer)).encode_spelled(["a<|im_end|>"]) == spelled
     assert tokenizer.encode("a<|im_end|>") == [*tokenizer.encode("a"), 258]
+
+
+def test_named_templates_are_chosen_as_transformers_chooses(workspace: Workspace, tmp_path: Path) -> None:
+    """Both in the form of older folders and in that of transformers 5."""
+    shutil.copytree(workspace.hf, tmp_path / "old")
+    path = tmp_path / "old" / "tokenizer_config.json"
+    named = [{"name": "default", "template": "D{{ tools }}"}, {"name": "tool_use", "template": "T{{ tools | length }}"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": named}))
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "old")
+    theirs.save_pretrained(tmp_path / "new")
+    messages = [{"role": "user", "content": "x"}]
+    for tools in (None, [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        for folder in ("old", "new"):
+            assert Tokenizer(tmp_path / folder).apply_chat_template(messages, tools=tools) == expected

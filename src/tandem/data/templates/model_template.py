@@ -61,7 +61,7 @@ class ModelTemplate:
                 f"in config.json or generation_config.json); choose a named --prompt-type"
             )
         self.enable_thinking = enable_thinking
-        self.sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        self.sha256 = hashlib.sha256((tokenizer.chat_template + (tokenizer.tool_template or "")).encode()).hexdigest()
         self.stop_word = _stop_word(tokenizer)
         self._has_tags = _GENERATION_TAG.search(tokenizer.chat_template) is not None
         self._tokenizer = tokenizer

@@ -19,6 +19,8 @@ from tandem.files.text import read_json, read_text
 from tandem.models.end_tokens import end_ids_in
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # where transformers 5 writes the others, each under its name
+TOOL_USE = "tool_use"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 
 
@@ -33,6 +35,7 @@ class Tokenizer:
         pad_id, bos_id: ids of other special tokens; None when the folder does not name them.
         sha256: hash of `tokenizer.json`; data and checkpoints record it.
         chat_template: Jinja source, or None.
+        tool_template: that of conversations with tools, where the folder has another one for them; or None.
 
     Raises:
         UserError: a file is missing or malformed, or a special token is not in the vocabulary.
@@ -64,6 +67,7 @@ class Tokenizer:
         self.pad_id = self._special_id(config, "pad_token")
         self.bos_id = self._special_id(config, "bos_token")
         self.chat_template = _read_chat_template(self.folder, config)
+        self.tool_template = _read_tool_template(self.folder, config)
         self._special_tokens = {name: _token_text(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
 
     def __len__(self) -> int:
@@ -179,7 +183,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError(f"{self.folder}: has no chat template (chat_template.jinja or in tokenizer_config.json)")
         return render_chat_template(
-            self.chat_template,
+            self.tool_template if variables.get("tools") and self.tool_template else self.chat_template,
             messages=list(messages),
             add_generation_prompt=add_generation_prompt,
             **{**self.chat_variables, **variables},
@@ -263,6 +267,19 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        template = _named(template).get("default")
     return template
+
+
+def _read_tool_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template named `tool_use`, which transformers takes where tools are offered."""
+    path = folder / MORE_TEMPLATES / f"{TOOL_USE}.jinja"
+    if path.is_file():
+        return read_text(path)
+    template = config.get("chat_template")
+    one_file = (folder / CHAT_TEMPLATE_FILE).is_file()
+    return _named(template).get(TOOL_USE) if isinstance(template, list) and not one_file else None
+
+
+def _named(templates: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    return {entry["name"]: entry["template"] for entry in templates}
