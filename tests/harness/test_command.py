@@ -119,6 +119,7 @@ def other_model(workspace: Workspace, tmp_path: Path) -> Path:
         (["--tasks", "toy_choice"], "--tasks toy_choice: no such task; did you mean 'toy_choices'?"),
         (["--tasks", "no.yaml"], "--tasks no.yaml: no such file"),
         (["--tasks", "toys", "--log-samples"], "--log-samples: give --output"),
+        (["--tasks", "toys", "--output", "."], "--output .: is a folder; expected the name of a file"),
         (["--tasks", "toys", "--limit", "1.5"], "--limit 1.5: expected a number of questions, or a share"),
         (["--tasks", "toys", "--enable-thinking", "false"], "--enable-thinking false: also give --apply-chat-template"),
         (["DATA", "--limit", "3"], "--include-path --limit: belongs to --tasks or --task, which are not given"),

@@ -108,6 +108,8 @@ def _wrong(settings: Settings) -> list[str]:
         problems.append("--eval-tasks belongs to training: give --tasks")
     if given.log_samples and given.output is None:
         problems.append("--log-samples: give --output FILE.json, next to which the samples are written")
+    if given.output is not None and Path(given.output).is_dir():
+        problems.append(f"--output {given.output}: is a folder; expected the name of a file")
     if given.tasks and given.task:
         problems.append("--tasks and --task: give one of them")
     names = ("task_data_path", "max_new_tokens", "chain_of_thought")
