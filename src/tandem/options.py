@@ -144,7 +144,10 @@ class Options:
                 continue
             value = getattr(self, name)
             try:
-                object.__setattr__(self, name, coerce(value, option.hint))
+                read = coerce(value, option.hint)
+                if isinstance(read, float) and math.isnan(read):  # comparisons let it pass
+                    raise ValueError("expected a number")
+                object.__setattr__(self, name, read)
             except ValueError as error:
                 wrong_types.append(f"{option.flag} {value}: {error}")
         raise_all(wrong_types or self.problems())
@@ -268,8 +271,8 @@ def _coerce_one(value: Any, kind: Any) -> Any:
         if isinstance(value, float) and value.is_integer():
             return int(value)
     elif kind is float:
-        if not isinstance(value, bool) and not math.isnan(number := float(value)):  # no option means "not a number"
-            return number
+        if not isinstance(value, bool):
+            return float(value)
     elif kind == JSON_OBJECT:
         return _json_object(value)
     elif isinstance(kind, type) and isinstance(value, kind):
