@@ -269,6 +269,7 @@ def test_pairs_that_are_cut_are_counted(
     [
         ({"dpo_beta": 0.3, "stage": "sft"}, r"--dpo-beta 0.3: is for --stage dpo, and this is --stage sft"),
         ({"kto_beta": 0.3, "stage": "dpo"}, r"--kto-beta 0.3: is for --stage kto"),
+        ({"desirable_weight": 0, "undesirable_weight": 0, "stage": "kto"}, "nothing would be trained"),
         ({"ref_model": "x", "stage": "orpo"}, r"--ref-model x: is for --stage dpo or kto"),
         ({"dpo_label_smoothing": 0.1, "dpo_loss_type": "ipo", "stage": "dpo"}, "ipo does not use it"),
         ({"dpo_label_smoothing": 0.5, "dpo_loss_type": "robust", "stage": "dpo"}, "expected less than 0.5"),

@@ -270,6 +270,8 @@ def wrong_preferences(settings: Settings, stages: Sequence[str | None]) -> Itera
             yield f"{flag}-label-smoothing {smoothing}: {flag}-loss-type {loss_type} does not use it: leave it out"
         elif smoothing >= 0.5:
             yield f"{flag}-label-smoothing {smoothing}: expected less than 0.5"
+    if "kto" in stages and not (given.desirable_weight or given.undesirable_weight):
+        yield "--desirable-weight 0 and --undesirable-weight 0: nothing would be trained; one must be above 0"
     if set(stages) & set(OF_STAGES) and settings.lora.lora_dropout:
         yield (
             f"--lora-dropout {settings.lora.lora_dropout}: answers are compared without dropout with --stage {here}, "
