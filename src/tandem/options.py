@@ -160,12 +160,7 @@ class Options:
 def as_words(options: Any) -> list[str]:
     """The command line that gives these options: what has no flag, and each flag whose value is not the default.
 
-    >>> @dataclass(frozen=True)
-    ... class Example:
-    ...     steps: int = 1
-    ...     bf16: bool = False
-    >>> as_words(Example(steps=3, bf16=True))
-    ['--steps', '3', '--bf16']
+    `PlanOptions("qwen3-8B", bf16=True)` becomes `["qwen3-8B", "--bf16"]`.
     """
     words: list[str] = []
     for name, option in options_of(type(options)).items():

@@ -117,6 +117,7 @@ def test_a_tokenizer_of_another_folder_comes_whole(hf: Path, tmp_path: Path) -> 
 def without_tokenizer(hf: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (hf / name).unlink()
+    change(hf / "config.json", eos_token_id=None)
 
 
 def without_ends_and_template(hf: Path) -> None:

@@ -31,7 +31,7 @@ DESCRIPTION = (
 )
 PLAIN_WIDTH = 140  # columns when the output is not a terminal
 PLAN_COLUMNS = (
-    *("TP", "PP", "layers/chunk", "EP", "DP", "FSDP2", "micro-batch", "recompute"),
+    *("TP", "PP", "layers/chunk", "DP", "FSDP2", "micro-batch", "recompute"),
     *("peak GiB", "step s", "tokens/s", "MFU"),
 )
 SHORT = {"layers/chunk": "chunk", "micro-batch": "micro", "peak GiB": "GiB"}  # so that 80 columns hold them
@@ -161,7 +161,9 @@ def show_suggestions(console: Console, options: PlanOptions, suggestions: Sugges
 
 
 def plans_table(plans: Sequence[Plan]) -> Table:
-    titles = [title for title in PLAN_COLUMNS if title != "EP" or plans[0].job.config.experts]
+    titles = list(PLAN_COLUMNS)
+    if plans[0].job.config.experts:
+        titles.insert(titles.index("DP"), "EP")
     columns = [Column(SHORT.get(title, title), justify="right", no_wrap=True) for title in titles]
     table = Table(
         *columns, title="Layouts that fit, fastest first", caption=PLAN_CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)

@@ -25,10 +25,7 @@ def read_text(path: str | Path, flag: str = "") -> str:
     Raises:
         UserError: the file cannot be read, or is not UTF-8.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{flag} {unreadable(path, error)}".lstrip()) from None
+    content = _read_bytes(path, flag)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -41,9 +38,24 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
     Only ends of lines divide them: a JSON text may hold other characters that Python takes for such, as U+2028.
 
     Raises:
-        UserError: the file cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, or a line is not UTF-8.
     """
-    return [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    found = []
+    for number, content in enumerate(_read_bytes(path).split(b"\n"), 1):
+        try:
+            line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: {not_utf8(content, error, path)}") from None
+        if line.strip():
+            found.append((number, line))
+    return found
+
+
+def _read_bytes(path: str | Path, flag: str = "") -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {unreadable(path, error)}".lstrip()) from None
 
 
 def read_json(path: str | Path) -> Any:

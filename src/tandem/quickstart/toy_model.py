@@ -18,7 +18,8 @@ from tandem.files.lock import publishing
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import to_hf
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END = "<|im_end|>"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", END)
 THINK = ("<think>", "</think>")
 # How Qwen splits text before BPE: words with their space, single digits, punctuation, line ends.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +51,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
+        "eos_token": END,
         "pad_token": "<|endoftext|>",
         "model_max_length": 4096,
         "clean_up_tokenization_spaces": False,
@@ -90,6 +91,8 @@ def write_toy_model(
     with publishing(folder.with_name(f"{folder.name}-tokenizer"), replace=True) as work:
         config = toy_config(write_tokenizer(work, texts, vocab_size), num_layers)
     tokenizer_folder = folder.with_name(f"{folder.name}-tokenizer")
-    companions = Companions(to_hf(config, dtype="float32"), companion_files(tokenizer_folder))
+    end = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")).token_to_id(END)
+    hf_config = {**to_hf(config, dtype="float32"), "eos_token_id": end}
+    companions = Companions(hf_config, companion_files(tokenizer_folder))
     copy(RandomSource(config, seed), HFSink(folder, config, "float32", companions))
     return config
