@@ -148,13 +148,13 @@ def of_rows(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def _block(wanted: Part, dtype: np.dtype, places: _Places) -> np.ndarray:
+    ranges = dict.fromkeys(box[0] for box in wanted.boxes)
+    found = [place.read(start, stop) for start, stop in ranges for place in places.near(start, stop)]
+    if len(found) == 1 and found[0][0].boxes == wanted.boxes:  # as most blocks: nothing is put together
+        return found[0][1]
     values = np.zeros(wanted.shape, dtype)
-    for start, stop in dict.fromkeys(box[0] for box in wanted.boxes):
-        for place in places.near(start, stop):
-            piece, rows = place.read(start, stop)
-            if piece.boxes == wanted.boxes:  # as most blocks: nothing is put together
-                return rows
-            transfer(rows, piece, values, wanted)
+    for piece, rows in found:
+        transfer(rows, piece, values, wanted)
     return values
 
 
