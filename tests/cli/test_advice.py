@@ -80,6 +80,7 @@ def make_folders(workspace: Workspace, root: Path) -> None:
     shutil.copytree(workspace.hf, root / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
     shutil.copytree(workspace.hf, root / "no_end")
     change(root / "no_end" / "tokenizer_config.json", eos_token=None)
+    change(root / "no_end" / "config.json", eos_token_id=None)
     with_tensor(workspace.hf, root / "large", MATRIX, lambda tensor: tensor * np.float32(1e7))
     with_tensor(workspace.hf, root / "fewer_rows", EMBEDDING, lambda tensor: tensor[:200].copy())
     change(root / "fewer_rows" / "config.json", vocab_size=200)
