@@ -11,10 +11,10 @@ from jobs import Case, assert_equal_to_one_process, run_job
 from frameworks import require_framework
 
 
-def moe(**values: Any) -> Case:
+def moe(micro_batches: int = 4, **values: Any) -> Case:
     """Routing is not continuous: a token whose two experts are nearly equal may go to another. A small rate keeps the
     weights of both runs, and so their routes, together."""
-    return Case(family="qwen3_moe", lr=2e-4, balance=0.05, steps=5, micro_batches=4, **values)
+    return Case(family="qwen3_moe", lr=2e-4, balance=0.05, steps=5, micro_batches=micro_batches, **values)
 
 
 SHORT = [moe(dp=2, ep=2, packed=True, idle=True, use_distributed_optimizer=True)]
@@ -48,10 +48,13 @@ MORE = {
 
 
 def eight(tensor: int, stages: int, shared: int, **values: Any) -> Case:
-    """A layout of eight processes. Every second size of the group of experts has the distributed optimizer."""
+    """A layout of eight processes, with a micro-batch or more for each data rank.
+
+    Every second size of the group of experts has the distributed optimizer.
+    """
     data = 8 // (tensor * stages)
     flags = {"packed": True, "sequence_parallel": tensor > 1, "use_distributed_optimizer": shared != 2}
-    return moe(tp=tensor, pp=stages, dp=data, ep=shared, **flags, **values)
+    return moe(max(4, data), tp=tensor, pp=stages, dp=data, ep=shared, **flags, **values)
 
 
 # All of EP 1, 2 and 4, TP 1 and 2, PP 1 and 2; tensor ranks cut experts, or hold whole ones.
