@@ -22,7 +22,6 @@ PIECE = GRADIENT_PIECE
 
 # A transposed view whose rows lie further apart than this in memory takes oneDNN two to three times as long.
 _FAR = 2048
-FEW_ROWS = 8  # of a product that is as fast as its weight can be read
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -32,13 +31,8 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
     In fp32 this uses oneDNN, which takes the widest vectors of every x86 processor. The MKL behind
     `torch.nn.functional.linear` takes half their width on AMD's. oneDNN does not accept empty matrices, and wide
-    transposed ones slow it down.
-
-    With a few rows, reading w takes the time. MKL does so at the memory's speed when w is its left matrix.
+    transposed ones slow it down. With a few rows it reads w with all threads, where MKL takes one.
     """
-    if x.dtype == torch.float32 and 0 < len(x) <= FEW_ROWS:
-        # A copy also of one row, whose transpose is contiguous: autograd lets no view be changed in place.
-        return torch.mm(w, x.t()).t().clone(memory_format=torch.contiguous_format)
     is_far = w.stride(0) == 1 and w.stride(1) > _FAR
     if x.dtype == torch.float32 and _HAS_ONEDNN and x.numel() and not is_far:
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tandem.backends.torch.compute.cpu import FEW_ROWS, add_product, product, swiglu, swiglu_backward
+from tandem.backends.torch.compute.cpu import add_product, product, swiglu, swiglu_backward
+
+FEW_ROWS = 8  # of a product that takes as long as its weight takes to be read
 
 
 def groups(counts: torch.Tensor) -> list[int]:
