@@ -239,6 +239,13 @@ def test_the_error_that_a_rank_records_wins(tmp_path: Path) -> None:
     assert (code, err) == (2, "tandem wait: error: this cannot be\n")
 
 
+def test_a_rank_that_its_launcher_ends_is_not_the_cause(tmp_path: Path) -> None:
+    """Launchers send SIGTERM as soon as a rank has failed. Another one, that was only gone, looked like the first."""
+    code, _, err = finish(supervised("plain", "error, and SIGTERM for the others", tmp_path), str(tmp_path))
+    assert code == 1
+    assert err.splitlines()[-1] == "rank 1 of 2 failed in iteration 2: RuntimeError: rank 1 does not like iteration 2"
+
+
 def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     code, _, err = finish(supervised("plain", "killed", tmp_path), str(tmp_path))
     assert code == 1

@@ -18,7 +18,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from tandem.launch.world import World, is_one_of_several, is_scheduler
@@ -28,6 +30,8 @@ SUPERVISOR = "TANDEM_SUPERVISOR"  # pid of the supervisor
 NODE = "TANDEM_NODE"  # number of this machine in the job
 # How far a rank has come: it waits for the other ranks, or all have met. Only then can it have anything to save.
 JOINING, JOINED = "joining", "joined"
+# The exit code of a rank that SIGTERM ended before it could save or had an error to tell.
+TERMINATED = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = ("MS_ROLE", "TORCHELASTIC_RUN_ID")  # msrun and torchrun set these for the processes that they start
 
@@ -71,7 +75,10 @@ class Member:
         _leave_if_alone()
         if not is_scheduler():
             _publish(pid_file(folder, world.rank), str(os.getpid()))
-        return cls(world, folder)
+        member = cls(world, folder)
+        if not is_scheduler() and _is_main_thread():
+            signal.signal(signal.SIGTERM, partial(member._terminated, os.getpid()))
+        return member
 
     def ended(self, code: int, text: str = "") -> int:
         """Tell the supervisor how this process ended, or print the text when there is none. Returns the code.
@@ -87,11 +94,28 @@ class Member:
 
     def crashed(self, error: Exception) -> None:
         """Tell the supervisor about an error that nothing will catch."""
+        self._obey_no_more()
         place = f" in {place}" if (place := getattr(error, "place", None)) else ""
         text = f"rank {self.world.rank} of {self.world.size} failed{place}: {type(error).__name__}: {error}"
         self._record(1, text, "".join(traceback.format_exception(type(error), error, error.__traceback__)))
 
+    def _terminated(self, pid: int, number: int, frame: FrameType | None) -> None:
+        """Tell the supervisor that SIGTERM ended this process.
+
+        A launcher sends it when another rank has failed. Without a record this rank might be taken for the cause. A
+        process that this one has forked inherits the handler, and has nothing to tell.
+        """
+        if os.getpid() == pid:
+            self._record(TERMINATED, f"rank {self.world.rank} of {self.world.size} was ended by SIGTERM")
+        os._exit(TERMINATED)
+
+    def _obey_no_more(self) -> None:
+        """Let no SIGTERM end this process between an error and its record."""
+        if self.folder is not None and not is_scheduler() and _is_main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def _record(self, code: int, text: str, trace: str = "") -> None:
+        self._obey_no_more()
         if self.folder is not None and not is_scheduler():
             ended = Ended(self.world.rank, code, text, time.time(), trace)
             _publish(record_file(self.folder, self.world.rank), json.dumps(asdict(ended)))
@@ -144,6 +168,11 @@ def _exit_code(main: Callable[[], int | None]) -> int:
         return code or 0
     print(code, file=sys.stderr)
     return 1
+
+
+def _is_main_thread() -> bool:
+    """Whether Python can handle signals here."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:

@@ -29,6 +29,7 @@ from tandem.launch.member import (
     JOINING,
     NODE,
     SUPERVISOR,
+    TERMINATED,
     Ended,
     die_with_parent,
     log_file,
@@ -233,8 +234,8 @@ class _Job:
         """Ranks that ended with a code other than 0, the cause first. Killed ranks have no text."""
         endings = [self._ended(rank) for rank in self.machines.ranks]
         failures = [end for end in endings if end and end.code]
-        # A rank that refused its input comes first: no other rank caused that, and the launcher then kills the others.
-        return sorted(failures, key=lambda end: (end.code == CRASHED, end.time))
+        # A rank that refused its input comes first: no other rank caused that, and the launcher then ends the others.
+        return sorted(failures, key=lambda end: (end.code == TERMINATED, end.code == CRASHED, end.time))
 
     def _ended(self, rank: int) -> Ended | None:
         """How a rank ended; None when it has not ended, or not started."""
@@ -262,7 +263,8 @@ class _Job:
 
     def _explain(self, failures: list[Ended], launcher_code: int | None) -> JobEnd:
         """How the job ended, and why it failed."""
-        if failures and failures[0].text:
+        obeyed = self.signals and failures and failures[0].code == TERMINATED  # this job's ranks got the signal, too
+        if failures and failures[0].text and not obeyed:
             return self._quote(failures[0])
         if self.signals:
             return JobEnd(128 + self.signals[0], self._unbegun())
