@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_a_run_tells_where_the_time_of_its_profiled_steps_went(
     # Several threads may be busy at once, and steps are not all that happens.
     assert 0.2 * sum(seconds[2:4]) < sum(profile["seconds"].values()) < 4 * sum(seconds[2:4]) + 1
     assert "profile of iterations 3 to 4" in capsys.readouterr().out
+
+
+def test_the_start_of_a_profiler_belongs_to_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the start of MindSpore's took two seconds: twenty times as long as the step."""
+    profiling = pytest.importorskip("tandem.backends.mindspore.profiling")
+    start = profiling.profile.start
+
+    def slow(self: object) -> None:
+        start(self)
+        time.sleep(1)
+
+    monkeypatch.setattr(profiling.profile, "start", slow)
+    profiler = profiling.start(tmp_path / "profile")
+    ms = profiling.ms
+    ms.ops.matmul(ms.ops.ones((8, 8)), ms.ops.ones((8, 8))).asnumpy()
+    seconds, _ = profiler.stop()
+    assert 0 < sum(seconds.values()) < 1
 
 
 def test_a_profile_that_is_not_whole_is_said(

@@ -37,7 +37,7 @@ class MindSporeProfiler:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._begin = folder, time.perf_counter()
+        self._folder = folder
         activities = [ProfilerActivity.CPU]
         if ms.get_context("device_target") != "CPU":
             activities.append(ProfilerActivity.NPU)
@@ -46,8 +46,8 @@ class MindSporeProfiler:
             activities=activities,
             on_trace_ready=tensorboard_trace_handler(str(folder)),
         )
-        self._products = dict(products.seconds)
-        self._profile.start()
+        self._profile.start()  # takes up to seconds, which belong to no step
+        self._begin, self._products = time.perf_counter(), dict(products.seconds)
 
     def stop(self) -> tuple[dict[str, float], str]:
         spent = time.perf_counter() - self._begin
