@@ -150,21 +150,27 @@ def test_a_peft_folder_comes_back_with_the_same_bytes(kind: str, tmp_path: Path)
     assert torch.equal(reloaded(tokens).logits, peft.PeftModel.from_pretrained(base, before)(tokens).logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_equals_unmerged_and_peft(framework: str, kind: str, tmp_path: Path) -> None:
-    config = TOYS["qwen3-tied"]
-    model = peft_model.peft_model(write_model(tmp_path / "hf", config), **KINDS[kind])
-    source = open_adapters(peft_model.saved(model, tmp_path / "adapter"), open_source(tmp_path / "hf"))
-    ((batch, _),) = batches(config, 1)
+def assert_logits_equal_peft(framework: str, source: Adapted, model: Any) -> None:
+    """Merged as well as unmerged."""
+    ((batch, _),) = batches(source.config, 1)
     unmerged = engine_of(framework, source, training=False).logits(batch)
-    plain = create_engine(framework, config, EngineSettings(training=False))
-    plain.load_weights(Merged(source))
+    merged = Merged(source)
+    plain = create_engine(framework, merged.config, EngineSettings(training=False))
+    plain.load_weights(merged)
     np.testing.assert_allclose(plain.logits(batch), unmerged, atol=1e-5)
     with torch.no_grad():
         spans = zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
         documents = [torch.from_numpy(batch.tokens[start:stop].astype(np.int64)) for start, stop in spans]
         expected = torch.cat([model(tokens[None]).logits[0] for tokens in documents]).numpy()
     np.testing.assert_allclose(unmerged, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_equals_unmerged_and_peft(framework: str, kind: str, tmp_path: Path) -> None:
+    config = TOYS["qwen3-tied"]
+    model = peft_model.peft_model(write_model(tmp_path / "hf", config), **KINDS[kind])
+    source = open_adapters(peft_model.saved(model, tmp_path / "adapter"), open_source(tmp_path / "hf"))
+    assert_logits_equal_peft(framework, source, model)
 
     merged = model.merge_and_unload()
     for name in tensor_table(config):

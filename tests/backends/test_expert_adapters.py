@@ -16,7 +16,7 @@ import transformers
 from peft_model import peft  # skips this file where it is not installed
 from reference import MemorySource, Reference, toy_weights
 from safetensors.numpy import load_file
-from test_adapters import batches, engine_of, train, trained_adapters, write_model
+from test_adapters import assert_logits_equal_peft, batches, engine_of, train, trained_adapters, write_model
 
 from tandem.backends import create_engine
 from tandem.backends.interface import EngineSettings
@@ -115,16 +115,7 @@ def opened(model: Path, folder: Path) -> Any:
 def test_merged_equals_unmerged_and_peft(framework: str, kind: str, tmp_path: Path) -> None:
     model = peft_model.peft_model(write_model(tmp_path / "hf", CONFIG), **KINDS[kind])
     source = open_adapters(peft_model.saved(model, tmp_path / "adapter"), open_source(tmp_path / "hf"))
-    ((batch, _),) = batches(CONFIG, 1)
-    unmerged = engine_of(framework, source, training=False).logits(batch)
-    plain = create_engine(framework, CONFIG, EngineSettings(training=False))
-    plain.load_weights(Merged(source))
-    np.testing.assert_allclose(plain.logits(batch), unmerged, atol=1e-5)
-    with torch.no_grad():
-        spans = zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
-        documents = [torch.from_numpy(batch.tokens[start:stop].astype(np.int64)) for start, stop in spans]
-        expected = torch.cat([model(tokens[None]).logits[0] for tokens in documents]).numpy()
-    np.testing.assert_allclose(unmerged, expected, atol=1e-5)
+    assert_logits_equal_peft(framework, source, model)
     state = model.merge_and_unload().state_dict()
     merged, names = Merged(source), WeightMap(CONFIG)
     for name, spec in tensor_table(CONFIG).items():
