@@ -12,6 +12,7 @@ import pytest
 from tandem.cli.processes import machines_to_start
 from tandem.config.settings import Settings
 from tandem.errors import UserError
+from tandem.launch.member import JOB, JOINED, tell_stage
 from tandem.launch.world import World, forget_launchers, is_scheduler
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
@@ -57,6 +58,19 @@ def test_a_process_of_such_a_job_starts_none(variables: dict[str, str], monkeypa
         monkeypatch.setenv(name, value)
     assert machines_to_start(Settings(nproc_per_node=2)) is None
     assert World.from_environment() == World(rank=1, size=2, local_rank=1)
+
+
+def test_the_scheduler_of_msrun_is_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files were those of rank 0. When both wrote one at a time, one of them failed."""
+    monkeypatch.setenv(JOB, str(tmp_path))
+    for name, value in {**MSRUN, "MS_ROLE": "MS_SCHED"}.items():
+        monkeypatch.setenv(name, value)
+    assert World.from_environment() == World(rank=-1, size=2)
+    tell_stage(JOINED)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    tell_stage(JOINED)
+    assert [path.name for path in tmp_path.iterdir()] == ["rank_1.stage"]
 
 
 def test_another_number_than_torchruns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

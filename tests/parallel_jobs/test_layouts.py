@@ -102,13 +102,13 @@ def test_more_layouts_equal_one_process_on_mindspore(processes: int, tmp_path: P
 ADAPTED = {
     ("torch", 2): [
         Case(tp=2, sequence_parallel=True, packed=True, adapters="dora"),
-        Case(tp=2, tied=False, family="qwen2", adapters="shared A", recompute_layers=2),
         Case(dp=2, use_torch_fsdp2=True, packed=True, idle=True, adapters="dora", recompute_layers=2),
     ],
     ("mindspore", 2): [Case(tp=2, sequence_parallel=True, packed=True, adapters="dora")],
 }
 MORE_ADAPTED = {
     ("torch", 2): [
+        Case(tp=2, tied=False, family="qwen2", adapters="shared A", recompute_layers=2),
         Case(pp=2, packed=True, adapters="some"),
         Case(dp=2, use_distributed_optimizer=True, adapters="dropout"),
         Case(tp=2, adapters="dropout", sequence_parallel=True),

@@ -28,8 +28,7 @@ def at(iteration: int, number: signal.Signals) -> Callable[[StepRecord], None]:
     return lambda record: os.kill(os.getpid(), number) if record.iteration == iteration else None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("instructions", [False, True])
+@pytest.mark.parametrize(("number", "instructions"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_saves_and_the_same_command_goes_on(
     workspace: Workspace, framework: str, number: signal.Signals, instructions: bool, tmp_path: Path
 ) -> None:

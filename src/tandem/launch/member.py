@@ -122,8 +122,11 @@ class Member:
 
 
 def tell_stage(stage: str) -> None:
-    """Tell the supervisor, if there is one, how far this rank has come: JOINING or JOINED."""
-    if JOB in os.environ:
+    """Tell the supervisor, if there is one, how far this rank has come: JOINING or JOINED.
+
+    msrun's scheduler goes the same way, and is no rank.
+    """
+    if JOB in os.environ and not is_scheduler():
         _publish(stage_file(Path(os.environ[JOB]), World.from_environment().rank), stage)
 
 
@@ -220,6 +223,6 @@ def read_record(folder: Path, rank: int) -> Ended | None:
 
 def _publish(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: a reader never sees an unfinished file."""
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(path)

@@ -44,7 +44,7 @@ class World:
             UserError: the variables name several processes, but not the rank of this one.
         """
         if is_scheduler(environment):
-            return cls(size=int(environment["MS_WORKER_NUM"]))
+            return cls(rank=-1, size=int(environment["MS_WORKER_NUM"]))
         for size, rank, local_rank in _variables(environment):
             if environment.get(size, "1") != "1":
                 names = (rank, size, local_rank)

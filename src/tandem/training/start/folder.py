@@ -14,7 +14,7 @@ from tandem.config.settings import CheckpointSettings
 from tandem.errors import UserError
 from tandem.files.lock import locked
 from tandem.files.publish import write_text_atomically
-from tandem.launch.world import Communicator, World, is_scheduler
+from tandem.launch.world import Communicator, World
 from tandem.training.logs.log import log_notice
 
 TOKEN = ".seen-"  # prefix of a file that a machine writes for the others to see
@@ -27,7 +27,7 @@ def lock_folder(checkpoint: CheckpointSettings, world: World, held: ExitStack) -
     Raises:
         UserError: another run uses the folder, or it cannot be written to.
     """
-    if checkpoint.save is not None and world.rank == 0 and not is_scheduler():
+    if checkpoint.save is not None and world.rank == 0:
         held.enter_context(locked(checkpoint.save, f"--save {checkpoint.save}"))
 
 
