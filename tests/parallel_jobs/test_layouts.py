@@ -52,7 +52,8 @@ def brief(cases: list[Case]) -> list[Case]:
 
 
 def test_some_layouts_equal_one_process_on_pytorch(tmp_path: Path) -> None:
-    check(require_framework("torch"), 2, brief(SHORT[2]), tmp_path)
+    """Every second of them. Sequence parallelism and FSDP2 come below, with adapters."""
+    check(require_framework("torch"), 2, brief(SHORT[2][1::2]), tmp_path)
 
 
 @pytest.mark.parametrize(
