@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if part is not None:
         config.hook.pytest_deselected(items=[item for item in items if part not in parts_of(item)])
         items[:] = [item for item in items if part in parts_of(item)]
+
+
+def pytest_collection_finish() -> None:
+    """Python searches what tests leave for garbage, and not all of the frameworks again: a seventh of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

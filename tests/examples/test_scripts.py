@@ -132,6 +132,7 @@ def test_a_missing_checkpoint_is_an_error(site: Site, script: str) -> None:
     assert not (site.root / "ckpt/never").exists()
 
 
+@pytest.mark.slow("sizes")
 def test_the_documented_command_for_random_weights(site: Site) -> None:
     """Config and tokenizer alone become a model folder that every later step takes."""
     only_config = site.root / "config_dir"

@@ -97,7 +97,7 @@ ADAPTED_OF_PYTORCH = [
 ]
 
 
-@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+@pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("layouts"))])
 def test_shared_experts_equal_one_process(framework: str, tmp_path: Path) -> None:
     check(require_framework(framework), 2, SHORT, tmp_path)
 

@@ -52,13 +52,13 @@ def case(
 CASES: dict[str, dict[str, Case]] = {
     "2": {
         "tp2": case(2, 1),
+        "pp2": case(1, 2),
         "ep2": case(1, 1, ep=2, config=moe_config(mlp_only_layers=(0,))),
-        "pp2-virtual-uneven": case(1, 2, chunks=(1, 2, 1, 2)),
     },
     "2-more": {
-        "pp2": case(1, 2),
         "pp2-virtual": case(1, 2, vpp=1, **UNTIED),
         "tp2-experts": case(2, 1, config=moe_config()),
+        "pp2-virtual-uneven": case(1, 2, chunks=(1, 2, 1, 2)),
     },
     "4": {
         "tp4": case(4, 1, model_type="qwen2"),
