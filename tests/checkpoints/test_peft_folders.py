@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -106,6 +107,20 @@ def test_saved_embeddings_are_refused_by_name(toy: Path, tmp_path: Path) -> None
     save_file({**tensors, name: open_source(toy / "hf").read("embedding.word_embeddings.weight")}, folder / WEIGHTS)
     with pytest.raises(UserError, match=rf"embeddings or the head: {re.escape(name)}: merge the adapter with peft"):
         open_adapters(folder, open_source(toy / "hf"))
+
+
+def test_a_spoiled_adapter_is_named(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The merged weight holds NaN, too, and the base does not."""
+    folder = changed(toy, tmp_path / "lora")
+    tensors = load_file(folder / WEIGHTS)
+    next(values for name, values in tensors.items() if "layers.1.self_attn.v_proj.lora_B" in name)[0, 0] = np.nan
+    save_file(tensors, folder / WEIGHTS)
+    assert main(["export", str(toy / "hf"), str(tmp_path / "merged"), "--lora-load", str(folder)]) == 2
+    assert (
+        "its adapter decoder.layers.1.self_attention.linear_qkv.lora_B.v_proj.weight holds NaN"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_regular_expression_is_of_hugging_faces_paths() -> None:

@@ -194,7 +194,7 @@ def test_a_seed_says_what_is_drawn_and_n_draws_several(server: Server) -> None:
     for chunk in server.client.chat.completions.create(**drawn, seed=7, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert list(streamed.values()) == texts
-    made = server.client.completions.create(model="toy", prompt=["Sort", "Sort"], n=2, seed=7, temperature=1)
+    made = server.client.completions.create(model="toy", prompt=["Sort", "Sort"], n=2, best_of=2, seed=7, temperature=1)
     assert [choice.text for choice in made.choices[:2]] == [choice.text for choice in made.choices[2:]]
 
 

@@ -68,15 +68,13 @@ def only(*values: Any, because: str) -> Field:
 
 
 def texts(most: int) -> Field:
-    """A text, or a list of them."""
-    return Field(
-        lambda value: (
-            isinstance(value, str)
-            or (isinstance(value, list) and len(value) <= most and all(isinstance(item, str) for item in value))
-        ),
-        f"a text, or a list of at most {most} texts",
-        (),
-    )
+    """A text, or a list of them; none of them empty."""
+
+    def is_right(value: Any) -> bool:
+        items = value if isinstance(value, list) else [value]
+        return len(items) <= most and all(isinstance(item, str) and item for item in items)
+
+    return Field(is_right, f"a text that is not empty, or a list of at most {most} of them", ())
 
 
 def read(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:

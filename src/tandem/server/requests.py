@@ -80,7 +80,7 @@ COMPLETION: dict[str, Field] = {
     "prompt": anything(),
     "echo": flag(),
     "logprobs": whole(0, MOST_TOP),
-    "best_of": only(1, because=NOT_HERE),
+    "best_of": whole(1),
     "suffix": only("", because=NOT_HERE),
 }
 
@@ -151,6 +151,10 @@ def read_completion(body: Any, models: Mapping[str, Served]) -> Asked:
     """
     values = read(body, COMPLETION)
     served, count = _served(values["model"], models), values["n"]
+    if values["best_of"] not in (None, count):
+        raise bad_request(
+            f"best_of {values['best_of']} with n {count}: every answer is sent, so both are the same", "best_of"
+        )
     prompts = _prompts(values["prompt"], served)
     if len(prompts) * count > MOST_CHOICES:
         raise bad_request(f"{len(prompts)} prompts with n {count}: expected at most {MOST_CHOICES} answers", "prompt")

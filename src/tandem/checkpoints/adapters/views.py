@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tandem.checkpoints.adapters.base import BaseRecord
+from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.formats.rows import of_rows
 from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.checkpoints.views import View
@@ -179,7 +180,10 @@ class Merged(View):
 
     def _fp32(self, name: str) -> np.ndarray:
         kind: TensorKind = "master" if "master" in self._source.kinds_of(name) else "model"
-        return self._source.read(name, kind).astype(np.float32)
+        values = self._source.read(name, kind)
+        if not is_finite(values):
+            raise UserError(f"{self.location}: its adapter {name} holds NaN or infinity, so nothing can be merged")
+        return values.astype(np.float32)
 
     @staticmethod
     def _stretch(merged: np.ndarray, ranges: tuple[tuple[int, int], ...], magnitude: np.ndarray) -> None:
