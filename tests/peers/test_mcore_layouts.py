@@ -48,19 +48,17 @@ def case(
     return config or toy_config(**sizes, **changes), layout
 
 
-# One job of two or four ranks serves all cases of a set.
-CASES: dict[str, dict[str, Case]] = {
-    "2": {
+# By the number of ranks: one job serves all of a number.
+CASES: dict[int, dict[str, Case]] = {
+    2: {
         "tp2": case(2, 1),
         "pp2": case(1, 2),
         "ep2": case(1, 1, ep=2, config=moe_config(mlp_only_layers=(0,))),
-    },
-    "2-more": {
         "pp2-virtual": case(1, 2, vpp=1, **UNTIED),
         "tp2-experts": case(2, 1, config=moe_config()),
         "pp2-virtual-uneven": case(1, 2, chunks=(1, 2, 1, 2)),
     },
-    "4": {
+    4: {
         "tp4": case(4, 1, model_type="qwen2"),
         "pp4": case(1, 4, **UNTIED),
         "tp2-pp2": case(2, 2),
@@ -74,20 +72,19 @@ CASES: dict[str, dict[str, Case]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "cases", ["2", *(pytest.param(name, marks=pytest.mark.slow("jobs")) for name in ("2-more", "4"))]
-)
-def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, cases: str, tmp_path: Path) -> None:
+@pytest.mark.slow("jobs")
+@pytest.mark.parametrize("ranks", list(CASES))
+def test_every_rank_loads_its_file_and_all_compute_the_model(megatron: object, ranks: int, tmp_path: Path) -> None:
     """Logits as in one process here, and what the ranks save again, in either format, holds the same bits."""
     batch = toy_batch(toy_config(), (40,))
     np.save(tmp_path / "tokens.npy", batch.tokens.astype(np.int64))
-    for name, (config, layout) in CASES[cases].items():
+    for name, (config, layout) in CASES[ranks].items():
         rows = pad_vocab_size(config.vocab_size, 16, layout.tensor_model_parallel_size)
         copy(toy_weights(config), MegatronSink(tmp_path / name, config, layout, "float32", padded_vocab_size=rows))
-    words = [str(JOB), str(tmp_path / "tokens.npy"), *(str(tmp_path / name) for name in CASES[cases])]
+    words = [str(JOB), str(tmp_path / "tokens.npy"), *(str(tmp_path / name) for name in CASES[ranks])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher("torch", int(cases[0]), forked=True), *words], check=True, timeout=600, env=environment)
-    for name, (config, layout) in CASES[cases].items():
+    subprocess.run([*launcher("torch", ranks, forked=True), *words], check=True, timeout=600, env=environment)
+    for name, (config, layout) in CASES[ranks].items():
         shares = [np.load(tmp_path / name / f"logits_{rank}.npy") for rank in range(layout.tensor_model_parallel_size)]
         logits = np.concatenate(shares, axis=1)[:, : config.vocab_size]
         source = toy_weights(config)

@@ -32,7 +32,7 @@ def plan_parallel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     [
         (2, 1, 1, True, "nothing", 2, 2),
         pytest.param((1, 2, 2, False, "optimizer", 4, 0), marks=pytest.mark.slow("jobs")),
-        (1, 2, 2, False, "all", 6, 0),
+        pytest.param((1, 2, 2, False, "all", 6, 0), marks=pytest.mark.slow("jobs")),
     ],
     ids=["tensor, sequence, recomputed", "pipeline, data, distributed optimizer", "pipeline, data, fully sharded"],
 )

@@ -117,7 +117,8 @@ def kill_while_saving(job: Job, kills: int, seed: int) -> None:
     assert_same_weights(job.folder / "a", job.folder / "b")
 
 
-@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=pytest.mark.slow("kills"))])
+@pytest.mark.slow("kills")
+@pytest.mark.parametrize("async_save", [False, True])
 def test_kills_while_saving(workspace: Workspace, async_save: bool, tmp_path: Path) -> None:
     require_framework("torch")
     flags = ("--train-iters", "12", "--save-interval", "1", "--keep-last", "2")
@@ -284,6 +285,7 @@ def read_if_there(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+@pytest.mark.slow("kills")
 def test_data_that_vanish_are_named_and_the_run_goes_on_when_they_are_back(
     workspace: Workspace, tmp_path: Path
 ) -> None:
