@@ -165,10 +165,9 @@ def test_several_processes_give_the_same_losses(
     np.testing.assert_allclose(done.losses, pretrained.losses, rtol=BF16)
 
 
-@pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("sizes"))])
+@pytest.mark.slow("sizes")
 def test_two_machines(site: Site, pretrained: Finished, framework: str) -> None:
     """Two launchers on loopback, each in a folder of its own: two nodes without shared storage."""
-    require_framework(framework)
     port = free_port()
     other = Site(site.root.parent / f"{site.root.name}-{framework}-node1")
     shutil.copytree(site.root, other.root)
