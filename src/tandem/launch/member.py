@@ -73,12 +73,17 @@ class Member:
         _write_to(log_file(folder, world.rank))
         die_with_parent()
         _leave_if_alone()
-        if not is_scheduler():
-            _publish(pid_file(folder, world.rank), str(os.getpid()))
         member = cls(world, folder)
-        if not is_scheduler() and _is_main_thread():
-            signal.signal(signal.SIGTERM, partial(member._terminated, os.getpid()))
+        if member._reports:
+            _publish(pid_file(folder, world.rank), str(os.getpid()))
+            if _is_main_thread():
+                signal.signal(signal.SIGTERM, partial(member._terminated, os.getpid()))
         return member
+
+    @property
+    def _reports(self) -> bool:
+        """Whether a supervisor waits for word of this process. It does not for msrun's scheduler."""
+        return self.folder is not None and self.world.rank >= 0
 
     def ended(self, code: int, text: str = "") -> int:
         """Tell the supervisor how this process ended, or print the text when there is none. Returns the code.
@@ -111,12 +116,12 @@ class Member:
 
     def _obey_no_more(self) -> None:
         """Let no SIGTERM end this process between an error and its record."""
-        if self.folder is not None and not is_scheduler() and _is_main_thread():
+        if self._reports and _is_main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _record(self, code: int, text: str, trace: str = "") -> None:
         self._obey_no_more()
-        if self.folder is not None and not is_scheduler():
+        if self.folder is not None and self._reports:
             ended = Ended(self.world.rank, code, text, time.time(), trace)
             _publish(record_file(self.folder, self.world.rank), json.dumps(asdict(ended)))
 
