@@ -90,6 +90,7 @@ MORE_OF_MINDSPORE = {
 
 
 def test_some_layouts_equal_one_process_on_mindspore(tmp_path: Path) -> None:
+    """Those of stages are with interleaved ones here."""
     some = [case for case in SHORTER if not case.num_layer_list]
     check(require_framework("mindspore"), 2, brief(some), tmp_path)
 

@@ -153,7 +153,7 @@ def read_completion(body: Any, models: Mapping[str, Served]) -> Asked:
     served, count = _served(values["model"], models), values["n"]
     if values["best_of"] not in (None, count):
         raise bad_request(
-            f"best_of {values['best_of']} with n {count}: every answer is sent, so both are the same", "best_of"
+            f"best_of {values['best_of']} with n {count}: expected the same number, as every answer is sent", "best_of"
         )
     prompts = _prompts(values["prompt"], served)
     if len(prompts) * count > MOST_CHOICES:
