@@ -12,7 +12,8 @@ PARTS = {
     "layouts": "layouts of two and four processes: adapters, experts, preferences, and a NaN in them",
     "eight": "layouts of eight processes",
     "matrix": "all combinations of layouts of two and four processes, and fp16",
-    "jobs": "other jobs: sessions, benchmarks of models, resuming elsewhere, launchers, Megatron",
+    "jobs": "other jobs: resuming elsewhere, launchers, Megatron, kernels",
+    "answers": "what uses a model: generation, sessions, servers, evaluation, benchmarks of models and of devices",
     "signals": "signals at any time, and launchers that end",
     "kills": "kills, hangs and NaN, and going on after them",
 }

@@ -221,7 +221,7 @@ def test_it_needs_the_framework_and_numpy_alone() -> None:
     assert "--micro-batch-sizes" in done.stdout
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_all_stages_on_the_cpu(framework: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bench.json"
@@ -238,7 +238,7 @@ def test_all_stages_on_the_cpu(framework: str, tmp_path: Path, capsys: pytest.Ca
     assert stages["0.6B, profile"]["planned kernels"] > 10
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 @pytest.mark.parametrize(("framework", "layout"), [("torch", "dp2-distopt-overlap"), ("mindspore", "tp2-sp")])
 def test_a_layout_of_two_processes(
     framework: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -141,7 +141,7 @@ def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
     assert history.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_two_models_side_by_side(workspace: Workspace, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.symlink_to(workspace.hf)

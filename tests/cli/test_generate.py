@@ -187,7 +187,7 @@ def test_tasks_ask_and_then_chat(
     assert "--num-layers 3 contradicts" in capsys.readouterr().err
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 @pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size", None])
 def test_several_processes_answer_a_pipe_as_one_does(workspace: Workspace, framework: str, layout: str | None) -> None:
     """Tensor ranks, stages, and two copies of the model."""
@@ -202,7 +202,7 @@ def test_several_processes_answer_a_pipe_as_one_does(workspace: Workspace, frame
     assert answered("--nproc-per-node", "2", *([layout, "2"] if layout else [])) == answered()
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_python_asks_several_processes(workspace: Workspace) -> None:
     require_framework("torch")
     asked = {"ai_framework": "torch", "device": "cpu"}

@@ -68,7 +68,7 @@ def close(values: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow("jobs")) for case in CASES]
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow("answers")) for case in CASES]
 )
 def test_every_sample_is_that_of_lm_eval(
     workspace: Workspace,
@@ -115,7 +115,7 @@ def test_adapters_beside_the_weights(
     assert plain["toy_choices"][0]["resps"] != found["toy_choices"][0]["resps"]
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_toy_with_qwen3s_tokenizer_and_template(
     shared_data: Path, task_folder: Path, peer: Callable[..., Samples], framework: str, tmp_path: Path, chat: bool

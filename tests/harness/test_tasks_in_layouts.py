@@ -36,7 +36,7 @@ def samples_of(model: Path, task_folder: Path, output: Path, framework: str, *wo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_two_processes_answer_as_one(
     workspace: Workspace, task_folder: Path, framework: str, tmp_path: Path, layout: str
 ) -> None:
@@ -44,7 +44,7 @@ def test_two_processes_answer_as_one(
 
 
 @pytest.mark.parametrize("processes", ["2", "4"])
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_ranks_that_share_experts_answer_as_one(
     workspace: Workspace, task_folder: Path, tmp_path: Path, processes: str
 ) -> None:

@@ -133,7 +133,7 @@ QUICK = ("mmlu", "gsm8k", "human_eval")
 
 @pytest.mark.parametrize(
     ("name", "task", "parts", "target"),
-    [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow("jobs")) for case in CASES],
+    [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow("answers")) for case in CASES],
 )
 def test_questions_are_put_as_lm_eval_puts_them(
     workspace: Workspace, data: Path, name: str, task: str, parts: list[str], target: Any

@@ -223,7 +223,7 @@ print((resident() - before) // 60)
 """
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_answers_take_no_more_memory(tied: Path, framework: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SOAK, framework, str(tied)], capture_output=True, text=True, check=False
@@ -251,7 +251,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_new_lengths_take_no_more_memory(workspace: Workspace, framework: str) -> None:
     """PyTorch on CPU would keep 2.5 MB for each."""
     words = [sys.executable, "-c", LENGTHS, framework, str(workspace.hf)]

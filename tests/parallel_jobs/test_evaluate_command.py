@@ -16,8 +16,8 @@ from workspace import Workspace
 
 LAYOUTS = [
     ("--tensor-model-parallel-size 2", 2),
-    pytest.param("--pipeline-model-parallel-size 2", 2, marks=pytest.mark.slow("jobs")),
-    pytest.param("--pipeline-model-parallel-size 3", 3, marks=pytest.mark.slow("jobs")),  # of four layers
+    pytest.param("--pipeline-model-parallel-size 2", 2, marks=pytest.mark.slow("answers")),
+    pytest.param("--pipeline-model-parallel-size 3", 3, marks=pytest.mark.slow("answers")),  # of four layers
     ("", 2),
 ]
 

@@ -80,12 +80,12 @@ def test_two_processes_answer_as_one_on_pytorch(tmp_path: Path) -> None:
     check(require_framework("torch"), 2, [*TWO, OF_EXPERTS[-1]], tmp_path)
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_two_processes_answer_as_one_on_mindspore(tmp_path: Path) -> None:
     check(require_framework("mindspore"), 2, [*TWO, *OF_EXPERTS], tmp_path)
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_four_processes_answer_as_one(tmp_path: Path, framework: str) -> None:
     check(framework, 4, [*FOUR, *OF_MORE_EXPERTS], tmp_path)
 

@@ -14,7 +14,7 @@ TASKS = Path(__file__).parents[1] / "harness" / "tasks"
 NAMES = ["toy_choices", "toy_letters", "toy_continues", "toy_rolling", "toy_answers"]
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_every_sample_through_the_server_is_that_of_lm_evals_model(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,7 @@ def test_sigterm_finishes_what_runs_and_what_waits(workspace: Workspace) -> None
     assert len([line for line in lines if line.startswith("hf: ")]) == 2
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_base_and_tuned_are_two_models(workspace: Workspace, tmp_path: Path) -> None:
     """The same weights with adapters and without: `--lora-load` belongs to the first only."""
     lora = {"lora_target_modules": ["linear_qkv"], "lora_r": 4, "lr": 0.5, "lr_warmup_iters": 0}
@@ -91,7 +91,7 @@ def test_base_and_tuned_are_two_models(workspace: Workspace, tmp_path: Path) -> 
         assert model.generate("Sort 312.", temperature=0.0, max_new_tokens=12) == text
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_two_processes_serve_one_model(workspace: Workspace) -> None:
     """The answer is that of one process, and SIGTERM finishes it."""
     split = ("--tensor-model-parallel-size", "2", "--nproc-per-node", "2")
@@ -126,7 +126,7 @@ def test_what_cannot_be_served_is_said_at_once(
     assert "tandem serve needs starlette and uvicorn: pip install 'tandem-llm[serve]'" in error("A")
 
 
-@pytest.mark.slow("jobs")
+@pytest.mark.slow("answers")
 def test_memory_does_not_grow(workspace: Workspace) -> None:
     """1,000 requests of all kinds and lengths, many given up or wrong, after 150 that fill what is kept once."""
     with served(str(workspace.hf), "--max-batch-size", "1") as (url, process, _):

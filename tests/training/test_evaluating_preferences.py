@@ -72,7 +72,7 @@ def sums_of_transformers(folder: Path, prefix: str, name: str) -> np.ndarray:
     return np.array(sums)
 
 
-@pytest.mark.parametrize("of_framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("jobs"))])
+@pytest.mark.parametrize("of_framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("answers"))])
 def test_pairs_as_transformers_and_the_formula_of_dpo(
     workspace: Workspace, pairs: Path, other: Path, of_framework: str, tmp_path: Path
 ) -> None:
@@ -100,7 +100,7 @@ def test_pairs_as_transformers_and_the_formula_of_dpo(
 
 @pytest.mark.parametrize(
     ("of_framework", "stage"),
-    [("torch", "dpo"), *(pytest.param(*one, marks=pytest.mark.slow("jobs")) for one in SLOW_ONES)],
+    [("torch", "dpo"), *(pytest.param(*one, marks=pytest.mark.slow("answers")) for one in SLOW_ONES)],
 )
 def test_evaluation_equals_that_in_training(
     workspace: Workspace, pairs: Path, other: Path, of_framework: str, stage: str, tmp_path: Path
