@@ -203,3 +203,21 @@ def test_a_name_that_is_too_long_and_a_file_that_cannot_be_read(
     (tmp_path / "config.json").write_text("{}")
     assert main(["plan", str(tmp_path)]) == 2
     assert "chmod" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["finetune", "--dpo-beta", "0.1"], "--dpo-beta 0.1: is for --stage dpo, and this is --stage sft"),
+        (
+            ["finetune", "--stage", "simpo", "--dpo_beta=0.1"],
+            "--dpo-beta 0.1: is for --stage dpo, and this is --stage simpo",
+        ),
+        (["evaluate", "--stage", "dpo", "--orpo-beta", "0.1", "M", "D"], "--orpo-beta 0.1: is for --stage orpo"),
+    ],
+)
+def test_a_flag_of_another_stage_is_refused_even_with_its_default(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err

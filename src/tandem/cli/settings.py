@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tandem.cli.arguments import parse
-from tandem.config.checks import check_ranges
+from tandem.config.checks import check_ranges, of_other_stages
 from tandem.config.parsing import flat, from_yaml, read_yaml
 from tandem.config.settings import Settings
 from tandem.config.upstream.flags import IGNORED, Ignored, split_ignored
 from tandem.config.upstream.msrun import as_torchrun
-from tandem.errors import UserError
+from tandem.errors import UserError, raise_all
 from tandem.options import expand
 
 CONFIG_FLAG = "--config"
@@ -34,7 +34,7 @@ def parse_settings(
         ignored: flags of other tools' scripts that are accepted, and have no effect here.
 
     Raises:
-        UserError: a name is unknown, or a value is of the wrong type or out of range.
+        UserError: a name is unknown, a value is of the wrong type or out of range, or a flag belongs to another stage.
     """
     config_file, rest = _take_config(list(argv))
     rest, notices = split_ignored(as_torchrun(rest), ignored)
@@ -53,6 +53,9 @@ def parse_settings(
         stray=_stray,
     )
     check_ranges(settings.to_dict())
+    if settings.data.stage or command != "evaluate":  # which takes the stage from the data
+        typed = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest]
+        raise_all(of_other_stages(settings.preferences, typed, (settings.data.stage,)))
     return settings, notices
 
 

@@ -6,7 +6,8 @@ Every check yields what is wrong, as text, so that one error lists everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from tandem.config.settings import (
@@ -16,6 +17,7 @@ from tandem.config.settings import (
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
+    PreferenceSettings,
     Settings,
     TaskSettings,
     TrainingSettings,
@@ -251,15 +253,22 @@ OF_STAGES = {
 PAIRED = ("dpo", "orpo", "simpo")
 
 
+def of_other_stages(values: PreferenceSettings, given: Collection[str], stages: Sequence[str | None]) -> Iterator[str]:
+    """Those of the settings in `given` that none of the stages takes, as texts. The default counts if it was given."""
+    here = _in_words(stages)
+    for name in dict.fromkeys(name for names in OF_STAGES.values() for name in names if name in given):
+        takers = [stage for stage, names in OF_STAGES.items() if name in names]
+        if not set(takers) & set(stages):
+            value = getattr(values, name)
+            yield f"{flag_of(name)} {value}: is for --stage {' or '.join(takers)}, and this is --stage {here}"
+
+
 def wrong_preferences(settings: Settings, stages: Sequence[str | None]) -> Iterator[str]:
     """What contradicts in the settings of preferences, as texts. `stages`: those whose loss is computed."""
     given = settings.preferences
-    default, here = type(given)(), " and ".join(dict.fromkeys(stage or "sft" for stage in stages))
-    for name in dict.fromkeys(name for names in OF_STAGES.values() for name in names):
-        value = getattr(given, name)
-        if value != getattr(default, name) and not any(name in OF_STAGES.get(stage or "", ()) for stage in stages):
-            takers = " or ".join(other for other, names in OF_STAGES.items() if name in names)
-            yield f"{flag_of(name)} {value}: is for --stage {takers}, and this is --stage {here}"
+    default, here = type(given)(), _in_words(stages)
+    changed = [field.name for field in fields(given) if getattr(given, field.name) != getattr(default, field.name)]
+    yield from of_other_stages(given, changed, stages)
     if settings.data.is_pairwise_dataset and not set(stages) <= set(PAIRED):
         yield f"--is-pairwise-dataset needs --stage {', '.join(PAIRED)}, which train on pairs; this is --stage {here}"
     for flag, loss_type, smoothing, users in (
@@ -277,6 +286,10 @@ def wrong_preferences(settings: Settings, stages: Sequence[str | None]) -> Itera
             f"--lora-dropout {settings.lora.lora_dropout}: answers are compared without dropout with --stage {here}, "
             f"as in TRL: leave it out"
         )
+
+
+def _in_words(stages: Sequence[str | None]) -> str:
+    return " and ".join(dict.fromkeys(stage or "sft" for stage in stages))
 
 
 def _expected(name: str, number: float) -> str | None:
