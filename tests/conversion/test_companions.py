@@ -63,6 +63,22 @@ def test_only_a_models_files_travel(hf: Path, tmp_path: Path, capsys: pytest.Cap
     AutoTokenizer.from_pretrained(tmp_path / "back")
 
 
+def test_named_templates_travel(hf: Path, tmp_path: Path) -> None:
+    """As transformers writes them: the default in its file, the others in a folder of their own."""
+    from transformers import AutoTokenizer
+
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    assert AutoTokenizer.from_pretrained(hf).chat_template == templates
+    assert convert(hf, tmp_path / "m", "hf-mg") == 0
+    assert convert(tmp_path / "m", tmp_path / "back", "mg-hf") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == templates
+    without = with_tokenizer(companions_of(tmp_path / "back"), shutil.copytree(hf, tmp_path / "other"))
+    assert [path.parent.parent for path in without.files if path.name == "tool_use.jinja"] == [tmp_path / "other"]
+
+
 def dangle(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.symlink_to("../../blobs/aeb1307")

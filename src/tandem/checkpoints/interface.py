@@ -43,6 +43,9 @@ def dtype_name(dtype: np.dtype) -> str:
     raise UserError(f"dtype {dtype} is not supported in checkpoints; supported: {', '.join(DTYPES)}")
 
 
+TEMPLATE_FOLDER = "additional_chat_templates"  # in a model's folder: the templates that are not its default
+
+
 @dataclass
 class Companions:
     """The small files that travel with weights: Hugging Face's config, and tokenizer and template files.
@@ -59,8 +62,16 @@ class Companions:
 
     def text_of(self, name: str) -> str | None:
         """The content of one of the files, as it will be written; None when there is no such file."""
-        paths = [path for path in self.files if path.name == name]
-        return self.texts.get(name) or (paths[0].read_text(encoding="utf-8") if paths else None)
+        path = self.places.get(name)
+        return self.texts.get(name) or (path.read_text(encoding="utf-8") if path else None)
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """The files that are copied, by the name in the folder of a model."""
+        return {
+            f"{TEMPLATE_FOLDER}/{path.name}" if path.parent.name == TEMPLATE_FOLDER else path.name: path
+            for path in self.files
+        }
 
     @property
     def tokenizer_folder(self) -> Path | None:

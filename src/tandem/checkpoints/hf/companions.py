@@ -10,7 +10,7 @@ from typing import Any
 from tandem.checkpoints.folders import COMPANIONS, TRACKER
 from tandem.checkpoints.hf.record import CERTIFICATE, RECORD
 from tandem.checkpoints.hf.weights import INDEX, TORCH_INDEX
-from tandem.checkpoints.interface import Companions
+from tandem.checkpoints.interface import TEMPLATE_FOLDER, Companions
 from tandem.checkpoints.recognise import unusable
 from tandem.errors import UserError
 from tandem.files.real import check_real
@@ -38,6 +38,7 @@ def companion_files(folder: str | Path) -> list[Path]:
         UserError: one of them is a dangling link, a Git-LFS pointer, or JSON that is cut short.
     """
     files = [Path(folder) / name for name in (*TOKENIZER_FILES, *MODEL_FILES)]
+    files += (Path(folder) / TEMPLATE_FOLDER).glob("*.jinja")
     for path in files:
         check_real(path)
     found = sorted(path for path in files if path.is_file())
@@ -64,7 +65,7 @@ def with_tokenizer(companions: Companions, folder: str | Path | None) -> Compani
         return companions
     given = companion_files(folder)
     names = {*TOKENIZER_FILES, *(path.name for path in given)}
-    kept = [path for path in companions.files if path.name not in names]
+    kept = [path for path in companions.files if path.name not in names and path.parent.name != TEMPLATE_FOLDER]
     return Companions(companions.hf_config, sorted([*kept, *given], key=lambda path: path.name))
 
 
@@ -104,8 +105,9 @@ def write_companions(folder: Path, companions: Companions, config: ModelConfig, 
     folder.mkdir(parents=True, exist_ok=True)
     hf = to_hf(config, companions.hf_config, dtype)
     (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-    for path in companions.files:
-        shutil.copyfile(path, folder / path.name)
+    for name, path in companions.places.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
     tokenizer = companion_json(companions, TOKENIZER_CONFIG)
     older = for_transformers_4(tokenizer)
     changed = {TOKENIZER_CONFIG: json.dumps(older, indent=2, ensure_ascii=False) + "\n"} if older != tokenizer else {}
