@@ -22,7 +22,7 @@ from tandem.backends.torch.device import choose_device
 from tandem.backends.torch.engine import TorchEngine, create
 from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError
-from toys import TOYS, toy_config
+from toys import TOYS, moe_config, toy_config
 
 RAGGED = (7, 1, 19, 12, 12, 5)
 
@@ -69,6 +69,15 @@ def test_attention_forms_no_matrix_of_scores() -> None:
     with LargestTensor() as largest:
         mean_step(engine, [toy_batch(source.config, (length,))], 1e-3, 0.1)
     assert largest.numel < length * length * source.config.num_attention_heads / 4
+
+
+def test_experts_are_computed_one_at_a_time() -> None:
+    """No operation sees the rows of all experts: eight for each token."""
+    source, tokens = toy_weights(moe_config(moe_router_topk=8)), 600
+    engine = build(source)
+    with LargestTensor() as largest:
+        mean_step(engine, [toy_batch(source.config, (tokens // 2, tokens // 2))], 1e-3, 0.1)
+    assert largest.numel < 8 * tokens * source.config.hidden_size
 
 
 def test_equal_neighbours_share_a_call() -> None:

@@ -7,7 +7,7 @@ adapter is added to it, W + scale B A, and the sum computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,22 @@ class Stack:
     @property
     def weights(self) -> list[Weight]:
         return [self.weight, *(weight for f in self.factors for weight in (f.a, f.b))]
+
+    def blocks(self, count: int) -> list[Stack]:
+        """This stack cut into `count` equal ones. See `Gradient.blocks` for those that are trained."""
+        if count == 1:
+            return [self]
+        of_weights = [_blocks(self.weight, count)]
+        of_factors = [
+            [replace(f, a=a, b=b) for a, b in zip(_blocks(f.a, count), _blocks(f.b, count))] for f in self.factors
+        ]
+        return [Stack(weight, factors) for weight, *factors in zip(*of_weights, *of_factors)]
+
+    def add_nothing(self) -> None:
+        """Let the gradients of what is trained be zeros, where nothing else is added."""
+        for weight in self.weights:
+            if weight.main_grad is not None:
+                weight.main_grad.add_nothing()
 
     def product(self, x: torch.Tensor, groups: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Each expert's rows of x [n, i] times its weight: [n, o]. And scale times those with each adapter's A."""
@@ -69,6 +85,15 @@ class Stack:
                 f.b.main_grad.add_grouped_product(_columns(gradient, f), low, groups)
             if f.a.main_grad is not None:
                 f.a.main_grad.add_grouped_product(d_low, x, groups)
+
+
+def _blocks(weight: Weight, count: int) -> list[Weight]:
+    """Equal blocks of rows, in the memory of the whole."""
+    parts = [Weight(part, requires_grad=False) for part in weight.detach().chunk(count)]
+    if weight.main_grad is not None:
+        for part, gradient in zip(parts, weight.main_grad.blocks(count)):
+            part.main_grad = gradient
+    return parts
 
 
 def _columns(x: torch.Tensor, factors: Factors) -> torch.Tensor:

@@ -8,9 +8,10 @@ Shapes: t tokens, h hidden size, E experts, k of them for a token, f inner width
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -205,6 +206,20 @@ class _Route(Function):
         return matmul(d_logits, weight.value(x.dtype).t()), None, None, None, None
 
 
+class _Part(NamedTuple):
+    """Some experts, which are computed together.
+
+    Attributes:
+        number: of the part.
+        rows: theirs, of those that come to this rank.
+        groups: as of `_Rows`.
+    """
+
+    number: int
+    rows: slice
+    groups: Any
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Tokens sorted by expert: expert after expert, and each expert's tokens in their order.
@@ -243,9 +258,24 @@ class _Rows:
         dispatch = dispatch_of(gather_counts(counts, ranks.experts), ranks.experts.rank)
         return cls(*rows, kernels_of(device).groups(dispatch.counts), ranks.experts, dispatch)
 
-    def sums(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The sum of each token's rows of x [n, h]: [tokens, h]."""
-        return kernels_of(x.device).sum_rows(x, self.owners, self.places, self.first, tokens)
+    def parts(self) -> tuple[int, list[_Part]]:
+        """How many parts the experts are computed in, and those of them that have rows, or one."""
+        parts = kernels_of(self.slots.device).parts(self.groups)
+        if len(parts) == 1:
+            return 1, [_Part(0, slice(None), self.groups)]
+        ends = list(accumulate(map(sum, parts)))
+        found = [
+            _Part(number, slice(end - sum(groups), end), groups)
+            for number, (groups, end) in enumerate(zip(parts, ends))
+            if sum(groups)
+        ]
+        return len(parts), found or [_Part(0, slice(0, 0), parts[0])]
+
+    def sums(self, blocks: Iterable[torch.Tensor], tokens: int) -> torch.Tensor:
+        """The sum of each token's rows [n, h], which come in blocks from the experts: [tokens, h]."""
+        if self.dispatch is not None:
+            blocks = [self.back(_joined(list(blocks)))]
+        return kernels_of(self.slots.device).sum_rows(blocks, self.owners, self.places, self.first, tokens)
 
     def there(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of this rank's tokens -> the rows that come to its experts, sorted by these."""
@@ -286,30 +316,67 @@ class _Mixture(Function):
     def forward(
         ctx: Any, x: torch.Tensor, factors: torch.Tensor, fc1: Stack, fc2: Stack, rows: _Rows, *_: Weight
     ) -> torch.Tensor:
-        taken, factor = rows.there(x[rows.owners]), rows.there(factors.flatten()[rows.slots, None])
-        gate_up, of_fc1 = fc1.product(taken, rows.groups)
-        down, of_fc2 = fc2.product(kernels_of(x.device).weighted_swiglu(gate_up, factor), rows.groups)
         # What other ranks sent is kept. What this rank took itself is taken again.
-        kept = (taken, factor) if rows.dispatch is not None else ()
-        ctx.save_for_backward(x, factors, gate_up, *of_fc1, *of_fc2, *kept)
+        sent = () if rows.dispatch is None else (rows.there(x[rows.owners]), rows.there(_column(factors, rows.slots)))
+        count, parts = rows.parts()
+        first, second, kept = fc1.blocks(count), fc2.blocks(count), list[torch.Tensor]()
+
+        def outputs() -> Iterator[torch.Tensor]:
+            for part in parts:
+                taken = sent[0][part.rows] if sent else x[rows.owners[part.rows]]
+                factor = sent[1][part.rows] if sent else _column(factors, rows.slots[part.rows])
+                gate_up, of_fc1 = first[part.number].product(taken, part.groups)
+                weighted = kernels_of(x.device).weighted_swiglu(gate_up, factor)
+                down, of_fc2 = second[part.number].product(weighted, part.groups)
+                kept.extend([gate_up, *of_fc1, *of_fc2])
+                yield down
+
+        result = rows.sums(outputs(), len(x))
+        ctx.save_for_backward(x, factors, *sent, *kept)
         ctx.weights, ctx.rows = (fc1, fc2), rows
-        return rows.sums(rows.back(down), len(x))
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, factors, gate_up, *saved = ctx.saved_tensors
-        (fc1, fc2), rows = ctx.weights, ctx.rows
-        first, both = len(fc1.factors), len(fc1.factors) + len(fc2.factors)
-        of_fc1, of_fc2, kept = saved[:first], saved[first:both], saved[both:]
-        d_down = rows.there(gradient[rows.owners])
-        factor = kept[1] if kept else factors.flatten()[rows.slots, None]
-        d_weighted, d_of_fc2 = fc2.backward(d_down, rows.groups)
-        d_gate_up, d_factor, weighted = kernels_of(x.device).weighted_swiglu_backward(d_weighted, gate_up, factor)
-        fc2.add_gradients(d_down, weighted, of_fc2, d_of_fc2, rows.groups)
-        del d_down, d_weighted, weighted
-        d_taken, d_of_fc1 = fc1.backward(d_gate_up, rows.groups)
-        fc1.add_gradients(d_gate_up, kept[0] if kept else x[rows.owners], of_fc1, d_of_fc1, rows.groups)
+        (fc1, fc2), rows, kernels = ctx.weights, ctx.rows, kernels_of(gradient.device)
+        x, factors, *saved = ctx.saved_tensors
+        sent, kept = ((), saved) if rows.dispatch is None else (saved[:2], saved[2:])
+        came = None if rows.dispatch is None else rows.there(gradient[rows.owners])
+        count, parts = rows.parts()
+        first, second = fc1.blocks(count), fc2.blocks(count)
+        size = len(kept) // len(parts)
+        of_parts = [kept[start : start + size] for start in range(0, len(kept), size)]
+        slopes = list[torch.Tensor]()
+
+        def inputs() -> Iterator[torch.Tensor]:
+            for part, (gate_up, *lows) in zip(parts, of_parts, strict=True):
+                one, two = first[part.number], second[part.number]
+                of_fc1, of_fc2 = lows[: len(fc1.factors)], lows[len(fc1.factors) :]
+                d_down = gradient[rows.owners[part.rows]] if came is None else came[part.rows]
+                factor = sent[1][part.rows] if sent else _column(factors, rows.slots[part.rows])
+                d_weighted, d_of_fc2 = two.backward(d_down, part.groups)
+                d_gate_up, d_factor, weighted = kernels.weighted_swiglu_backward(d_weighted, gate_up, factor)
+                two.add_gradients(d_down, weighted, of_fc2, d_of_fc2, part.groups)
+                del d_down, d_weighted, weighted
+                d_taken, d_of_fc1 = one.backward(d_gate_up, part.groups)
+                taken = sent[0][part.rows] if sent else x[rows.owners[part.rows]]
+                one.add_gradients(d_gate_up, taken, of_fc1, d_of_fc1, part.groups)
+                slopes.append(d_factor.to(factors.dtype))
+                yield d_taken
+
+        dx = rows.sums(inputs(), len(x))
+        for block in (*first, *second):
+            block.add_nothing()
         d_factors = torch.zeros_like(factors)
-        d_factors.view(-1)[rows.slots] = rows.back(d_factor.to(factors.dtype))[:, 0]
-        dx = rows.sums(rows.back(d_taken), len(x))
+        d_factors.view(-1)[rows.slots] = rows.back(_joined(slopes))[:, 0]
         return (dx, d_factors, *[None] * (len(ctx.needs_input_grad) - 2))
+
+
+def _joined(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all blocks. A single block is not copied."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
+
+
+def _column(factors: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The factors [t, k] of some choices, [n, 1]."""
+    return factors.flatten()[slots, None]

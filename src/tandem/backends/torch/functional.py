@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +53,29 @@ class Gradient(ABC):
     def add_rows(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add gradients [t, k] to the rows [t] of this one; rows may repeat."""
         self.value.index_add_(0, rows, gradients.float())
+
+    def blocks(self, count: int) -> list[Gradient]:
+        """The gradients of `count` equal blocks of rows. Once one of them is used, all others must be, too."""
+        opened = cache(self._open)
+        return [_Block(opened, number, count) for number in range(count)]
+
+
+class _Block(Gradient):
+    """The gradient of one block of rows.
+
+    Args:
+        opened: the whole gradient, and whether nothing was added to it before.
+    """
+
+    def __init__(self, opened: Callable[[], tuple[torch.Tensor, bool]], number: int, count: int) -> None:
+        self._opened, self._number, self._count = opened, number, count
+        self._is_new = True
+
+    def _open(self) -> tuple[torch.Tensor, bool]:
+        whole, first = self._opened()
+        first, self._is_new = first and self._is_new, False
+        size = len(whole) // self._count
+        return whole[self._number * size : (self._number + 1) * size], first
 
 
 class GradientBuffer(Gradient):

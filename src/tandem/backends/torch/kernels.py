@@ -20,7 +20,8 @@ class Kernels:
     Attributes:
         product: of x and a transposed weight.
         add_product: adds a product to the gradient of a weight.
-        groups: what the next two need to know, from the number of rows of each expert [E].
+        groups: what the next three need to know, from the number of rows of each expert [E].
+        parts: the groups of as many experts as are computed at a time, as many in each part.
         grouped_product: of each expert's rows and its weight.
         add_grouped_product: adds each expert's product to the gradient of a stack of weights.
         weighted_swiglu: of rows with factors, with its backward pass.
@@ -43,6 +44,7 @@ class Kernels:
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     add_product: Callable[[torch.Tensor, bool, torch.Tensor, torch.Tensor, float], None]
     groups: Callable[[torch.Tensor], Any]
+    parts: Callable[[Any], list[Any]]
     grouped_product: Callable[..., torch.Tensor]
     add_grouped_product: Callable[[torch.Tensor, bool, torch.Tensor, torch.Tensor, Any], None]
     weighted_swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

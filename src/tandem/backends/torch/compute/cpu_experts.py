@@ -5,7 +5,7 @@ Shapes: t tokens, h hidden size, E experts, k of them for a token, f inner width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,6 +17,11 @@ FEW_ROWS = 8  # of a product that takes as long as its weight takes to be read
 def groups(counts: torch.Tensor) -> list[int]:
     """What the products need to know, from the number of rows of each expert [E]."""
     return counts.tolist()
+
+
+def parts(groups: Sequence[int]) -> list[list[int]]:
+    """One expert at a time: its rows stay in the caches from one product to the next, and need little memory."""
+    return [[count] for count in groups]
 
 
 def grouped_product(
@@ -130,12 +135,22 @@ def route_backward(
     return d_logits
 
 
-def sum_rows(x: torch.Tensor, owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int) -> torch.Tensor:
-    """The sum of each token's rows of x [n, h]: [tokens, h]; zeros for a token without any.
+def sum_rows(
+    blocks: Iterable[torch.Tensor], owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int
+) -> torch.Tensor:
+    """The sum of each token's rows [n, h]: [tokens, h]; zeros for a token without any.
 
     Args:
+        blocks: the rows, some at a time.
         owners: the token of each row, [n].
         places: the rows of each token that has any, [n / k, k].
         first: the first token that has any; those after it follow.
     """
-    return x.new_zeros(tokens, x.shape[1]).index_add_(0, owners, x)
+    result, row = None, 0
+    for x in blocks:
+        if result is None:
+            result = x.new_zeros(tokens, x.shape[1])
+        result.index_add_(0, owners[row : row + len(x)], x)
+        row += len(x)
+    assert result is not None, "no blocks"
+    return result

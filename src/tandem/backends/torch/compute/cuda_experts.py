@@ -5,6 +5,8 @@ How many rows an expert has is known on the device alone. Shapes are documented 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn.functional import grouped_mm, pad
 
@@ -25,6 +27,11 @@ FUSED = (WEIGHTED_SWIGLU, WEIGHTED_SWIGLU_BACKWARD, ROUTE, ROUTE_BACKWARD, SUM_R
 def groups(counts: torch.Tensor) -> torch.Tensor:
     """Where each expert's rows end, int32 [E], on the device."""
     return counts.cumsum(0, dtype=torch.int32)
+
+
+def parts(groups: torch.Tensor) -> list[torch.Tensor]:
+    """All experts at once."""
+    return [groups]
 
 
 def grouped_product(
@@ -62,7 +69,10 @@ def _counts(groups: torch.Tensor) -> list[int]:
     return groups.diff(prepend=groups.new_zeros(1)).tolist()
 
 
-def sum_rows(x: torch.Tensor, owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int) -> torch.Tensor:
+def sum_rows(
+    blocks: Iterable[torch.Tensor], owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int
+) -> torch.Tensor:
     """Without atomic additions: the order is the same each time, and sums are fp32."""
+    (x,) = blocks
     sums = SUM_ROWS(x, places)
     return sums if len(sums) == tokens else pad(sums, (0, 0, first, tokens - first - len(sums)))

@@ -6,6 +6,8 @@ on. It gives zeros as the gradient of an expert without rows. Shapes are documen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn.functional import pad
 
@@ -18,6 +20,11 @@ ONE_TENSOR = 3  # split_item: the result is one tensor
 def groups(counts: torch.Tensor) -> torch.Tensor:
     """Where each expert's rows end, int64 [E], on the device."""
     return counts.cumsum(0)
+
+
+def parts(groups: torch.Tensor) -> list[torch.Tensor]:
+    """All experts at once."""
+    return [groups]
 
 
 def grouped_product(
@@ -47,7 +54,10 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, groups: torch.Tensor, group_
     return result
 
 
-def sum_rows(x: torch.Tensor, owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int) -> torch.Tensor:
+def sum_rows(
+    blocks: Iterable[torch.Tensor], owners: torch.Tensor, places: torch.Tensor, first: int, tokens: int
+) -> torch.Tensor:
     """Without atomic additions: the order is the same each time, and sums are fp32."""
+    (x,) = blocks
     sums = x[places.flatten()].unflatten(0, places.shape).sum(1, dtype=torch.float32).to(x.dtype)
     return sums if len(sums) == tokens else pad(sums, (0, 0, first, tokens - first - len(sums)))
