@@ -120,7 +120,8 @@ OTHERS = (
     *("--recompute-activation-function", "--recompute-activation-function-num-layers 2", "--recompute-norm"),
     *("--recompute-norm-num-layers 2", "--enable-recompute-layers-per-pp-rank", "--moe-permutation-async-comm"),
     *("--moe-permute-fusion", "--moe-alltoall-overlap-comm", "--moe-fb-overlap", "--moe-zero-memory level1"),
-    *("--moe-token-dispatcher-type alltoall_seq", "--moe-grouped-gemm", "--moe-layer-freq -1"),
+    *("--moe-token-dispatcher-type alltoall_seq", "--moe-token-dispatcher-type flex", "--moe-grouped-gemm"),
+    *("--moe-router-topk-scaling-factor 1.0", "--moe-layer-freq -1"),
     *("--first-k-dense-replace -1", "--moe-router-score-function softmax", "--topk-softmax-in-fp32"),
     *("--moe-alltoall-mc2", "--moe-allgather-overlap-comm", "--enable-a2avc 1"),
     *("--moe-pad-expert-input-to-capacity", "--max-new-tokens 256"),
@@ -187,6 +188,10 @@ def test_the_flag_is_refused_with_its_name(line: str) -> None:
 
 def test_a_checkpoints_schedule_is_asked_for_in_megatrons_spelling() -> None:
     assert value_of(["--use-checkpoint-opt_param-scheduler"], "optimizer.use_checkpoint_opt_param_scheduler") is True
+
+
+def test_a_router_in_fp32_is_asked_for_in_upstreams_spelling() -> None:
+    assert value_of(["--router-gating-in-fp32"], "experts.moe_router_dtype") == "fp32"
 
 
 def test_all_of_them_at_once_are_one_command_line() -> None:

@@ -9,7 +9,7 @@ from tandem.cli.arguments import parse
 from tandem.config.checks import check_ranges, of_other_stages
 from tandem.config.parsing import flat, from_yaml, read_yaml
 from tandem.config.settings import Settings
-from tandem.config.upstream.flags import IGNORED, Ignored, split_ignored
+from tandem.config.upstream.flags import IGNORED, Ignored, split_ignored, with_own_flags
 from tandem.config.upstream.msrun import as_torchrun
 from tandem.errors import UserError, raise_all
 from tandem.options import expand
@@ -37,7 +37,7 @@ def parse_settings(
         UserError: a name is unknown, a value is of the wrong type or out of range, or a flag belongs to another stage.
     """
     config_file, rest = _take_config(list(argv))
-    rest, notices = split_ignored(as_torchrun(rest), ignored)
+    rest, notices = split_ignored(with_own_flags(as_torchrun(rest)), ignored)
     if config_file:
         from_yaml(config_file)  # checked first, so that errors in the file name the file
         values = {**(values or {}), **flat(read_yaml(config_file), config_file)}

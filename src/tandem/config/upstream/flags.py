@@ -88,7 +88,7 @@ IGNORED: dict[str, Ignored] = {
     "--moe-alltoall-overlap-comm": ALWAYS_ON,
     "--moe-fb-overlap": ALWAYS_ON,
     "--moe-zero-memory": Ignored(1),
-    "--moe-token-dispatcher-type": Ignored(1, ("allgather", "alltoall", "alltoall_seq")),  # how rows travel
+    "--moe-token-dispatcher-type": Ignored(1, ("allgather", "alltoall", "alltoall_seq", "flex")),  # how rows travel
     "--moe-allgather-overlap-comm": ALWAYS_ON,
     "--moe-alltoall-mc2": ALWAYS_ON,
     "--enable-a2avc": Ignored(1),
@@ -99,7 +99,7 @@ IGNORED: dict[str, Ignored] = {
     "--topk-softmax-in-fp32": ALWAYS_ON,
     "--moe-pad-expert-input-to-capacity": ALWAYS_ON,  # with rows whose factor is 0
     "--fix-router": Ignored(refusal="tokens always go where the router sends them"),
-    "--moe-router-topk-scaling-factor": Ignored(refusal="factors of experts are not scaled"),
+    "--moe-router-topk-scaling-factor": Ignored(1, ("1", "1.0")),
     "--max-new-tokens": Ignored(1),  # upstream's tests pass it to pretraining
     "--o2-optimizer": BF16_STATE,
     "--o2-gradient": BF16_STATE,
@@ -116,6 +116,9 @@ IGNORED: dict[str, Ignored] = {
     "--join": Ignored(1, ("True",)),  # this flag and the next belong to msrun
     "--cluster-time-out": Ignored(1),
 }
+
+# Flags of upstream that are said with another flag and its value here.
+SAID_OTHERWISE = {"--router-gating-in-fp32": ("--moe-router-dtype", "fp32")}
 
 LOCAL_FILES = Ignored(refusal="not supported; data are read from the local files of --input")
 NO_OBFUSCATION = Ignored(refusal="obfuscated data are not supported")
@@ -215,6 +218,15 @@ CONVERT_IGNORED: dict[str, Ignored] = {
     "--load-from-legacy": NO_LEGACY,
     "--save-to-legacy": NO_LEGACY,
 }
+
+
+def with_own_flags(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, with the flags of `SAID_OTHERWISE` replaced.
+
+    >>> with_own_flags(["--router-gating-in-fp32", "--lr", "1"])
+    ['--moe-router-dtype', 'fp32', '--lr', '1']
+    """
+    return [own for word in argv for own in SAID_OTHERWISE.get(word.replace("_", "-"), (word,))]
 
 
 def split_ignored(argv: Sequence[str], table: Mapping[str, Ignored] = IGNORED) -> tuple[list[str], list[str]]:
