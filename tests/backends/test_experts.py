@@ -146,7 +146,7 @@ def test_experts_with_a_capacity_drop_tokens(framework: str, policy: str, monkey
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["megatron", "hugging-face"])
-def test_the_load_is_that_of_transformers(framework: str, pooled: bool) -> None:
+def test_the_load_is_that_of_transformers(framework: str, pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of each expert, and both losses summed, also where they are no part of the gradient."""
     source = toy_weights(moe_config(mlp_only_layers=(2,)))
     reference, topk = Reference(source), 2
@@ -164,7 +164,10 @@ def test_the_load_is_that_of_transformers(framework: str, pooled: bool) -> None:
     kind = "pooled_aux_loss" if pooled else "none"
     engine = build(framework, source, recompute_layers=2, moe_router_load_balancing_type=kind)
     mean_gradients(engine, batches)
+    reads, join = [], engine._joined_on_host
+    monkeypatch.setattr(engine, "_joined_on_host", lambda values: reads.append(len(values)) or join(values))
     load = engine.expert_load()
+    assert reads == [3 * len(layers) * len(batches)]  # the host waits once
     assert load.counts == dict(zip(layers, counts.tolist()))
     terms = len(layers) * len(batches)
     assert (load.terms, load.balanced) == (terms, len(batches) if pooled else terms)

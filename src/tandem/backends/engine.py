@@ -356,10 +356,19 @@ class BaseEngine(ABC, Generic[T]):
     def _to_numpy(self, kind: TensorKind, tensor: T) -> np.ndarray:
         """A kept tensor as a checkpoint stores it."""
 
+    def _on_host(self, values: Sequence[Any]) -> list[np.ndarray]:
+        """Arrays of fp32 numbers, or numbers, which the framework's experts noted. They are read once."""
+        if not values:
+            return []
+        shapes = [np.shape(value) for value in values]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        parts = np.split(self._joined_on_host(values), ends[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes)]
+
     @staticmethod
     @abstractmethod
-    def _on_host(values: Any) -> np.ndarray:
-        """Numbers that the framework's experts noted."""
+    def _joined_on_host(values: Sequence[Any]) -> np.ndarray:
+        """All of these numbers, fp32, one after the other."""
 
     @abstractmethod
     def _sum_over_ranks(self, *values: Any) -> list[float]:

@@ -8,7 +8,7 @@ Sources: load balancing: "Switch Transformers" (arXiv 2101.03961), section 2.2, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,14 +105,14 @@ class Balancing:
             self.of_step.append(routing)
         return routing
 
-    def load(self, on_host: Callable[[Array], np.ndarray]) -> ExpertLoad:
-        """How the tokens of a step were routed. `on_host` brings an array to the host."""
+    def load(self, on_host: Callable[[Sequence[Array]], list[np.ndarray]]) -> ExpertLoad:
+        """How the tokens of a step were routed. `on_host` brings arrays to the host, all at once."""
         load = ExpertLoad()
+        tables = [table for routing in self.of_step for table in routing.tables]
+        values = iter(on_host([value for table in tables for value in table.values()]))
+        read = iter([{layer: next(values).astype(np.float64) for layer in table} for table in tables])
         for routing in self.of_step:
-            counts, mass, squares = (
-                {layer: on_host(noted).astype(np.float64) for layer, noted in of_layers.items()}
-                for of_layers in (routing.counts, routing.mass, routing.squares)
-            )
+            counts, mass, squares, taken = (next(read) for _ in routing.tables)
             for layer, of_experts in counts.items():
                 before = np.asarray(load.counts.get(layer, 0))
                 load.counts[layer] = (before + of_experts).astype(np.int64).tolist()
@@ -121,8 +121,8 @@ class Balancing:
             load.balanced += len(losses)
             load.z += float(sum(squares.values())) / routing.tokens
             load.terms += len(squares)
-            for layer, taken in routing.taken.items():
-                load.dropped = (load.dropped or 0) + int(counts[layer].sum() - on_host(taken))
+            for layer, count in taken.items():
+                load.dropped = (load.dropped or 0) + int(counts[layer].sum() - count)
         return load
 
 
@@ -156,6 +156,11 @@ class Routing:
     mass: dict[int, Array] = field(default_factory=dict)
     squares: dict[int, Array] = field(default_factory=dict)
     taken: dict[int, Array] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> tuple[dict[int, Array], ...]:
+        """What the forward pass noted: counts, mass, squares, taken."""
+        return self.counts, self.mass, self.squares, self.taken
 
     @property
     def slope_of_z(self) -> float:

@@ -188,8 +188,10 @@ class MindSporeEngine(BaseEngine[Tensor]):
         return tensor.asnumpy()
 
     @staticmethod
-    def _on_host(values: Any) -> np.ndarray:
-        return values.asnumpy() if isinstance(values, Tensor) else np.asarray(values)
+    def _joined_on_host(values: Sequence[Any]) -> np.ndarray:
+        if not isinstance(values[0], Tensor):
+            return np.concatenate([np.ravel(value) for value in values])
+        return ms.mint.cat([value.astype(ms.float32).reshape(-1) for value in values]).asnumpy()
 
     def _sum_over_ranks(self, *values: Any) -> list[float]:
         return self._groups.everyone.sum_values(*map(_number, values))

@@ -156,8 +156,8 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         return host.numpy()
 
     @staticmethod
-    def _on_host(values: torch.Tensor) -> np.ndarray:
-        return values.cpu().numpy()
+    def _joined_on_host(values: Sequence[torch.Tensor]) -> np.ndarray:
+        return torch.cat([value.flatten().float() for value in values]).cpu().numpy()
 
     def _sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
         return self._totals(*values).tolist()
