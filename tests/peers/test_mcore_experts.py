@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from ours import our_logits
-from toy_work import toy_batch
+from test_mcore_model import MODELS, convert
+from toy_work import toy_batch, toy_weights
 
+from tandem.backends import transformers_logits
 from tandem.backends.capacity import Capacity
 from tandem.backends.torch.experts import taken_choices
+from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_source
-from tandem.checkpoints.interface import TORCH_DIST
+from tandem.checkpoints.hf.sink import HFSink
+from tandem.checkpoints.interface import TORCH_DIST, Companions
 from tandem.checkpoints.megatron.args import to_args
 from tandem.config.settings import RouterSettings
 from tandem.models.experts import Experts
@@ -106,3 +110,25 @@ def test_experts_of_distributed_checkpoints_are_read(
         for shard in held_shards(config, grid, grid.place(rank)):
             values = source.read_part(shard.spec.name, shard.part)
             np.testing.assert_array_equal(values, cut(source.read(shard.spec.name), shard.part))
+
+
+@pytest.mark.parametrize("model", ["qwen3-moe", "qwen3-moe-raw"])
+def test_files_of_grouped_experts_are_megatrons(mcore: ModuleType, grouped: None, model: str, tmp_path: Path) -> None:
+    """Megatron opens ours, strictly, and computes what transformers computes of the model. What it saves is read."""
+    config = MODELS[model]
+    copy(toy_weights(config), HFSink(tmp_path / "hf", config, "float32", Companions()))
+    batch = toy_batch(config, (60,))
+    tokens = torch.from_numpy(batch.tokens).long()
+    converted = convert(
+        *(tmp_path / "hf", tmp_path / "mg", "--load-model-type", "hf", "--ckpt-format", "torch", "--moe-grouped-gemm")
+    )
+    chunks = mcore.load(converted)
+    layer = chunks[0].decoder.layers[1].mlp.experts
+    assert type(layer).__name__ == "GroupedMLP"
+    chunks[0].config.bf16 = layer.config.bf16 = True  # it insists on that, whatever its weights are
+    logits = mcore.logits(chunks, tokens).numpy()
+    np.testing.assert_allclose(logits, transformers_logits(tmp_path / "hf", "float32", batch), atol=1e-4, rtol=0)
+    args = to_args(config, Layout(), "float32", config.vocab_size)
+    args.moe_grouped_gemm = True
+    mcore.save(tmp_path / "saved", chunks, args)
+    np.testing.assert_allclose(our_logits(open_source(tmp_path / "saved"), batch), logits, atol=1e-4, rtol=0)
