@@ -20,6 +20,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
+from tandem.config.checks import check_stage
 from tandem.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -98,7 +99,9 @@ def _takes_settings(
         def call(*words: Any, **keywords: Any) -> ResultT:
             if len(words) == 1 and not keywords and isinstance(words[0], Settings):
                 return function(words[0])
-            return function(Settings(**vars(_options(AllSettings, function.__name__, words, keywords))))
+            settings = Settings(**vars(_options(AllSettings, function.__name__, words, keywords)))
+            check_stage(settings, keywords, function.__name__)
+            return function(settings)
 
         call.__signature__ = signatures.signature(kind)  # type: ignore[attr-defined]
         return cast("Trains[P, ResultT]", call)

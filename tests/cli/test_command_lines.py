@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import tandem
 from tandem import other_names
 from tandem.__main__ import main
 from tandem.cli.arguments import _given as given
@@ -20,6 +21,7 @@ from tandem.cli.arguments import parse
 from tandem.cli.generate import GenerateOptions
 from tandem.cli.preprocess import PreprocessFlags
 from tandem.cli.settings import parse_settings
+from tandem.config.parsing import to_yaml
 from tandem.config.settings import Settings
 from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.errors import UserError
@@ -221,3 +223,20 @@ def test_a_flag_of_another_stage_is_refused_even_with_its_default(
 ) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_setting_of_another_stage_is_refused_in_files_and_python_too(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("stage: simpo\ndpo_beta: 0.1\n")
+    message = "--dpo-beta 0.1: is for --stage dpo, and this is --stage simpo"
+    with pytest.raises(UserError, match=message):
+        settings("--config", str(own))
+    with pytest.raises(UserError, match=message):
+        tandem.train(stage="simpo", dpo_beta=0.1)
+    record = tmp_path / "record.yaml"
+    record.write_text(to_yaml(Settings(stage="simpo")))
+    assert settings("--config", str(record)).preferences.dpo_beta == 0.1
+
+
+def test_a_folder_with_the_name_of_a_setting_is_no_flag() -> None:
+    assert settings("--save", "ref-model", "--lr", "1").checkpoint.save == "ref-model"

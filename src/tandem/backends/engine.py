@@ -183,7 +183,7 @@ class BaseEngine(ABC, Generic[T]):
 
     def expert_load(self) -> ExpertLoad:
         # Tensor ranks route the same tokens.
-        return self._balancing.load(self._on_host) if self._place.tensor == 0 else ExpertLoad()
+        return self._balancing.load(self._joined_on_host) if self._place.tensor == 0 else ExpertLoad()
 
     def _squares(self) -> Any:
         """This rank's part of the square of the gradient's L2 norm, in which each number of the model counts once.
@@ -356,19 +356,10 @@ class BaseEngine(ABC, Generic[T]):
     def _to_numpy(self, kind: TensorKind, tensor: T) -> np.ndarray:
         """A kept tensor as a checkpoint stores it."""
 
-    def _on_host(self, values: Sequence[Any]) -> list[np.ndarray]:
-        """Arrays of fp32 numbers, or numbers, which the framework's experts noted. They are read once."""
-        if not values:
-            return []
-        shapes = [np.shape(value) for value in values]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])
-        parts = np.split(self._joined_on_host(values), ends[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, shapes)]
-
     @staticmethod
     @abstractmethod
     def _joined_on_host(values: Sequence[Any]) -> np.ndarray:
-        """All of these numbers, fp32, one after the other."""
+        """The numbers of these arrays that experts noted, one after the other."""
 
     @abstractmethod
     def _sum_over_ranks(self, *values: Any) -> list[float]:

@@ -8,6 +8,7 @@ Sources: load balancing: "Switch Transformers" (arXiv 2101.03961), section 2.2, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -105,12 +106,12 @@ class Balancing:
             self.of_step.append(routing)
         return routing
 
-    def load(self, on_host: Callable[[Sequence[Array]], list[np.ndarray]]) -> ExpertLoad:
-        """How the tokens of a step were routed. `on_host` brings arrays to the host, all at once."""
+    def load(self, joined_on_host: Callable[[Sequence[Array]], np.ndarray]) -> ExpertLoad:
+        """How the tokens of a step were routed. `joined_on_host` brings the numbers of arrays to the host, at once."""
         load = ExpertLoad()
         tables = [table for routing in self.of_step for table in routing.tables]
-        values = iter(on_host([value for table in tables for value in table.values()]))
-        read = iter([{layer: next(values).astype(np.float64) for layer in table} for table in tables])
+        values = iter(_read([value for table in tables for value in table.values()], joined_on_host))
+        read = iter([{layer: next(values) for layer in table} for table in tables])
         for routing in self.of_step:
             counts, mass, squares, taken = (next(read) for _ in routing.tables)
             for layer, of_experts in counts.items():
@@ -124,6 +125,16 @@ class Balancing:
             for layer, count in taken.items():
                 load.dropped = (load.dropped or 0) + int(counts[layer].sum() - count)
         return load
+
+
+def _read(arrays: Sequence[Array], joined_on_host: Callable[[Sequence[Array]], np.ndarray]) -> list[np.ndarray]:
+    """The arrays on the host, fp64."""
+    if not arrays:
+        return []
+    shapes = [np.shape(array) for array in arrays]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = np.split(joined_on_host(arrays).astype(np.float64), ends[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes)]
 
 
 @dataclass

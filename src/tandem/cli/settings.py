@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tandem.cli.arguments import parse
-from tandem.config.checks import check_ranges, of_other_stages
+from tandem.config.checks import check_ranges, check_stage
 from tandem.config.parsing import flat, from_yaml, read_yaml
 from tandem.config.settings import Settings
 from tandem.config.upstream.flags import IGNORED, Ignored, split_ignored, with_own_flags
 from tandem.config.upstream.msrun import as_torchrun
-from tandem.errors import UserError, raise_all
+from tandem.errors import UserError
 from tandem.options import expand
 
 CONFIG_FLAG = "--config"
@@ -37,10 +37,13 @@ def parse_settings(
         UserError: a name is unknown, a value is of the wrong type or out of range, or a flag belongs to another stage.
     """
     config_file, rest = _take_config(list(argv))
+    given = [_name(word) for word in rest if word.startswith("--")]
     rest, notices = split_ignored(with_own_flags(as_torchrun(rest)), ignored)
     if config_file:
         from_yaml(config_file)  # checked first, so that errors in the file name the file
-        values = {**(values or {}), **flat(read_yaml(config_file), config_file)}
+        of_file = flat(read_yaml(config_file), config_file)
+        given += of_file
+        values = {**(values or {}), **of_file}
     settings = parse(
         Settings,
         command,
@@ -53,10 +56,13 @@ def parse_settings(
         stray=_stray,
     )
     check_ranges(settings.to_dict())
-    if settings.data.stage or command != "evaluate":  # which takes the stage from the data
-        typed = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest]
-        raise_all(of_other_stages(settings.preferences, typed, (settings.data.stage,)))
+    check_stage(settings, given, command)
     return settings, notices
+
+
+def _name(flag: str) -> str:
+    """`--dpo-beta=0.1` -> dpo_beta"""
+    return flag[2:].partition("=")[0].replace("-", "_")
 
 
 def _stray(word: str) -> str:
