@@ -24,7 +24,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.hf_config import from_hf, to_hf
 from tandem.models.rotary import inverse_frequencies
-from toys import toy_config
+from toys import moe_config, toy_config
 
 LONGEST = 131072
 # Qwen3's README: factor 4 of 32768, where max_position_embeddings stays 40960
@@ -42,9 +42,12 @@ ROPES = {
 }
 
 
-def hf_config(rope: dict[str, object], spelling: str = "rope_scaling", **changes: object) -> dict[str, object]:
+def hf_config(
+    rope: dict[str, object], spelling: str = "rope_scaling", sparse: bool = False, **changes: object
+) -> dict[str, object]:
     """A toy's config.json as transformers 4 or 5 writes it."""
-    hf = to_hf(toy_config(max_position_embeddings=40960, **changes), dtype="float32")
+    changes = {"max_position_embeddings": 40960, **changes}
+    hf = to_hf(moe_config(changes) if sparse else toy_config(**changes), dtype="float32")
     theta = hf["rope_theta"]
     for name in ("rope_theta", "rope_scaling", "rope_parameters"):
         del hf[name]
@@ -81,10 +84,11 @@ def test_frequencies_are_those_of_transformers(name: str, spelling: str, tmp_pat
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("name", ["qwen", "bounds", "mscale"])
-def test_logits_equal_transformers_at_far_positions(framework: str, name: str, tmp_path: Path) -> None:
-    """And the exported folder, opened by transformers, gives them, too."""
-    source = toy_weights(from_hf(hf_config(ROPES[name], num_layers=2)))
+@pytest.mark.parametrize(("name", "sparse"), [("qwen", False), ("bounds", False), ("mscale", False), ("qwen", True)])
+def test_logits_equal_transformers_at_far_positions(framework: str, name: str, sparse: bool, tmp_path: Path) -> None:
+    """And the exported folder, opened by transformers, gives them, too. `sparse`: a model with experts."""
+    source = toy_weights(from_hf(hf_config(ROPES[name], sparse=sparse, num_layers=2)))
+    assert (source.config.experts is not None) == sparse
     batch = far_batch(source.config)
     expected = Reference(source).logits(batch).detach().numpy()
     engine = create_engine(framework, source.config, EngineSettings(device="cpu", training=False))

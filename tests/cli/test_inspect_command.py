@@ -16,7 +16,7 @@ from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.random_init import RandomSource
 from tandem.models.tensors import parameter_count, tensor_table
 from tandem.parallel.layout import Layout
-from toys import toy_config
+from toys import moe_config, toy_config
 
 CONFIG = toy_config(num_layers=4, vocab_size=212)
 LAYOUT = Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, noop_layers=(0, 5))
@@ -44,6 +44,15 @@ def write_native(folder: Path, iteration: int = 1) -> Path:
 
 
 WRITERS = {"Hugging Face": write_hf, "Megatron torch": write_megatron, "native": write_native}
+
+
+def test_experts_are_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, layout = moe_config(), Layout(expert_model_parallel_size=2)
+    copy(RandomSource(config, 3), MegatronSink(tmp_path / "c", config, layout, "bfloat16", moe_grouped_gemm=True))
+    assert main(["inspect", "checkpoint", str(tmp_path / "c")]) == 0
+    output = capsys.readouterr().out
+    for expected in ("qwen3_moe", "expert_model_parallel_size 2", "mp_rank_00_001", f"{parameter_count(config):,}"):
+        assert expected in output
 
 
 @pytest.mark.parametrize("form", WRITERS)
