@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tandem.errors import UserError
+from tandem.files.text import likely_encoding
 
 INPUT, IS_TYPED = "TANDEM_INPUT", "TANDEM_INPUT_IS_TYPED"  # variables for the processes of the job
 BYTE_ORDER_MARK = "\ufeff"
@@ -71,10 +72,10 @@ def lines_of(source: TextIO) -> Iterator[str]:
     for number, line in enumerate(iter(source.readline, ""), 1):
         if not is_text(line):
             encoding = source.encoding or "utf-8"
-            content = line.encode(encoding, KEEP_BYTES).strip()[:60]
+            content = line.encode(encoding, KEEP_BYTES).strip()
             raise UserError(
-                f"standard input, line {number}: {content!r} is not {encoding.upper()} text: convert it, as with "
-                f"iconv -f GBK -t UTF-8"
+                f"standard input, line {number}: {content[:60]!r} is not {encoding.upper()} text: convert it, as with "
+                f"iconv -f {likely_encoding(content) or 'GBK'} -t UTF-8"
             )
         yield line.removeprefix(BYTE_ORDER_MARK if number == 1 else "").rstrip("\n")
 

@@ -14,6 +14,7 @@ from tandem.errors import UserError
 _SAMPLE_BYTES = 1 << 16
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CHINESE = ("\u4e00", "\u9fff")  # first and last of the common characters
+_PROGRAMS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}  # what reads and writes files with such names
 
 
 def read_text(path: str | Path, flag: str = "") -> str:
@@ -79,26 +80,37 @@ def unreadable(path: str | Path, error: OSError) -> str:
     return f"{path}: {error.strerror}"
 
 
-def not_utf8(content: bytes, error: UnicodeDecodeError, path: str | Path | None = None) -> str:
-    """What is wrong with bytes that are not UTF-8, which encoding they look like, and the command that converts them.
-
-    Args:
-        path: the file; None when the message already names it.
-    """
+def not_utf8(content: bytes, error: UnicodeDecodeError, path: str | Path) -> str:
+    """What is wrong with bytes of a file that are not UTF-8, which encoding they look like, and how to convert it."""
     where = f"not UTF-8: byte {content[error.start]:#04x} at position {error.start + 1}"
-    encoding = _likely_encoding(content[:_SAMPLE_BYTES])
+    encoding = likely_encoding(content)
     if encoding is None:
-        return f"{where}; convert the file, for example with iconv"
-    file = "FILE" if path is None else shlex.quote(str(path))
-    return f"{where}. It looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8 {file} > {file}.utf8"
+        return f"{where}. Convert it from the ENCODING that it was written in: {conversion(path, 'ENCODING')}"
+    return f"{where}. It looks like {encoding}; convert it: {conversion(path, encoding)}"
 
 
-def _likely_encoding(sample: bytes) -> str | None:
+def conversion(path: str | Path, encoding: str) -> str:
+    """The shell's command that puts a file in UTF-8 in the place of one in another encoding, which it keeps.
+
+    What named the file then finds it converted: a flag, a folder, a pattern. Given twice, it does no harm.
+
+    >>> conversion("my data.json", "GBK")
+    "mv -n 'my data.json' 'my data.json.gbk' && iconv -f GBK -t UTF-8 'my data.json.gbk' > 'my data.json'"
+    """
+    new, old = shlex.quote(str(path)), shlex.quote(f"{path}.{encoding.lower()}")
+    program = _PROGRAMS.get(Path(path).suffix.lower())
+    convert = f"iconv -f {encoding} -t UTF-8"
+    convert = f"{program} -dc < {old} | {convert} | {program}" if program else f"{convert} {old}"
+    return f"mv -n {new} {old} && {convert} > {new}"
+
+
+def likely_encoding(content: bytes) -> str | None:
     """The encoding that bytes look like; None for one that is not recognised.
 
-    >>> _likely_encoding("中文".encode("gbk")), _likely_encoding("text".encode("utf-16"))
+    >>> likely_encoding("中文".encode("gbk")), likely_encoding("text".encode("utf-16"))
     ('GBK', 'UTF-16')
     """
+    sample = content[:_SAMPLE_BYTES]
     if sample.startswith(_BYTE_ORDER_MARKS) or sample.count(0) > len(sample) // 4:
         return "UTF-16"
     for encoding in ("gbk", "gb18030"):

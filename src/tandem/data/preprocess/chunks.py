@@ -100,7 +100,7 @@ class ChunkTokenizer:
         records, documents, places = [], [], []
         for index, row in enumerate(rows):
             try:
-                record, document = self.read_row(row, block.source)
+                record, document = self.read_row(row, block.source, block.file)
                 records.append(record)
                 documents.append(document)
                 places.append(index)
@@ -114,10 +114,10 @@ class ChunkTokenizer:
             raise UserError(f"{block.place(places[error.document])}: {error}") from None
         return chunk
 
-    def read_row(self, row: Any, source: int) -> tuple[dict[str, Any], Any]:
-        """The record of a row, and its document. Raises UserError without the place of the row."""
+    def read_row(self, row: Any, source: int, file: str) -> tuple[dict[str, Any], Any]:
+        """The record of a row of a file, and its document. Raises UserError without the place of the row."""
         try:
-            record = parse_row(row)
+            record = parse_row(row, file)
             return record, self.read(record, source)
         except RecursionError:
             raise UserError("nested too deeply") from None

@@ -258,7 +258,8 @@ def _sample(job: ChunkTokenizer, sources: Sequence[Source]) -> list[str]:
         size = 0
         for row in (row for block in islice(iter_blocks([file]), 1) for row in block.rows()):
             try:
-                texts_of_row = [text[:_SAMPLED_CHARACTERS] for text in job.texts(job.read_row(row, number)[1])]
+                _, document = job.read_row(row, number, str(file))
+                texts_of_row = [text[:_SAMPLED_CHARACTERS] for text in job.texts(document)]
             except UserError:
                 continue  # reported later, when the row is tokenised
             texts += texts_of_row

@@ -69,21 +69,24 @@ class _TextLine(bytes):
     """A line of a text file: a record whose only field is `text`."""
 
 
-def parse_row(row: Any) -> dict[str, Any]:
+def parse_row(row: Any, file: str = "FILE") -> dict[str, Any]:
     """The record of a row.
+
+    Args:
+        file: the row's file, for the command that an error advises.
 
     Raises:
         UserError: the line is empty, truncated, not UTF-8, not JSON or not an object. Or a CSV row has too many or too
             few values. The message does not name the place.
     """
     if isinstance(row, _TextLine):
-        return {"text": _decode(row.rstrip(b"\r\n"))}
+        return {"text": _decode(row.rstrip(b"\r\n"), file)}
     if isinstance(row, UnevenRow):
         raise UserError(row.reason)
     try:
         value = _value_of(row) if isinstance(row, bytes) else row
     except orjson.JSONDecodeError as error:
-        raise _json_error(row, error) from None
+        raise _json_error(row, error, file) from None
     if not isinstance(value, dict):
         raise UserError(f"expected an object with named fields, found {type(value).__name__}")
     return value
@@ -200,17 +203,17 @@ def _size(row: Any) -> int:
     return sum(len(value) for value in values if isinstance(value, str))
 
 
-def _json_error(line: bytes, error: orjson.JSONDecodeError) -> UserError:
+def _json_error(line: bytes, error: orjson.JSONDecodeError, file: str) -> UserError:
     if not line.strip():
         return UserError("empty line, or nothing between two commas of an array; expected a JSON object")
-    _decode(line)
+    _decode(line, file)
     ends_early = error.pos >= len(error.doc.rstrip())
     hint = "; the line is truncated, or a value takes several lines, which only an array may do" if ends_early else ""
     return UserError(f"not valid JSON: {error}{hint}")
 
 
-def _decode(line: bytes) -> str:
+def _decode(line: bytes, file: str) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise UserError(not_utf8(line, error)) from None
+        raise UserError(not_utf8(line, error, file)) from None

@@ -101,7 +101,7 @@ def _detect(
         for index, row in enumerate(block.rows()):
             is_readable = False
             try:
-                record = parse_row(row)
+                record = parse_row(row, block.file)
                 is_readable = True
                 return detect_handler(record, json_keys, map_keys)
             except UserError as error:

@@ -79,7 +79,8 @@ def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
                     yield {column: _without_nulls(value) for column, value in row.items()}
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after row {number}; convert the file"
+            f"{file}: not UTF-8: byte {error.object[error.start]:#04x} after row {number}; "
+            f"write the file again with texts in UTF-8"
         ) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file}: cannot be read after row {number}: {error}; the file is damaged") from None
