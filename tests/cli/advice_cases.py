@@ -34,14 +34,20 @@ DPO = changed(TRAIN, "--data-path", "{pairs}").replace("pretrain", "finetune", 1
 
 @dataclass(frozen=True)
 class Case:
-    """A command, what its error must advise (a pattern), and the commands that follow the advice.
+    """A command, what it must advise (a pattern), and the commands that follow the advice.
 
     `follow` takes the command and the match of the pattern. Names in braces are those of `places`.
+
+    Attributes:
+        ends: the exit code of the command that advises.
+        says: what the last of the commands that follow must say.
     """
 
     line: str
     advice: str
     follow: Callable[[str, re.Match[str]], str | list[str]]
+    ends: int = 2
+    says: str = ""
 
 
 def leave_out(flag: str, values: int = 1) -> Callable[[str, re.Match[str]], str]:
@@ -313,6 +319,24 @@ CASES = {
         .replace(" --prompt-type qwen3", ""),
         "give --eod-token",
         add("--eod-token '<|im_end|>'"),
+    ),
+    "a pretraining that ended, fine-tuned": Case(
+        RUN,
+        r"or tandem (finetune --load \S+ --finetune --save) NEW_RUN \.\.\.",
+        lambda line, found: changed(without(without(line, "--load"), "--save"), "--data-path", "{chat}").replace(
+            "pretrain", f"{found[1]} {{new}}_tuned", 1
+        ),
+        ends=0,
+        says="successfully saved checkpoint from iteration       2 to",
+    ),
+    "a pretraining that ended, exported": Case(
+        RUN, r"next: tandem (export \S+) NEW_FOLDER,", lambda _, found: f"{found[1]} {{new}}_hf --no-verify", ends=0
+    ),
+    "a fine-tuning that ended": Case(
+        changed(RUN, "--data-path", "{chat}").replace("pretrain", "finetune", 1),
+        r"next: tandem (generate \S+)",
+        lambda _, found: f"{found[1]} hello --max-new-tokens 1 --device cpu",
+        ends=0,
     ),
     "no run to report": Case(
         "report", "is required: The --save folder of each run", lambda line, _: "report {counted}"

@@ -80,4 +80,7 @@ class RunSummary:
             return f"saved in {folder}; the same command trains the other {left:,} steps"
         if self.answers:
             return f"saved in {folder}; next: tandem generate {folder}"
-        return f"saved in {folder}; next: tandem export {folder} NEW_FOLDER, or tandem finetune --load {folder}"
+        return (
+            f"saved in {folder}; next: tandem export {folder} NEW_FOLDER, or "
+            f"tandem finetune --load {folder} --finetune --save NEW_RUN ..."
+        )
