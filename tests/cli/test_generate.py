@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,20 @@ def test_a_stop_text_ends_an_answer(workspace: Workspace, tmp_path: Path, capsys
     stop = text[2]
     assert main(["generate", str(workspace.hf), "Reverse 123.", "--temperature", "1", "--stop", stop, *SHORT]) == 0
     assert capsys.readouterr().out == f"> Reverse 123.\n{text.partition(stop)[0]}\n"
+
+
+def test_a_prompt_that_is_continued_for_want_of_a_template(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The prompt is then what --raw asks for. A template, or --raw, leaves nothing to say."""
+    shutil.copytree(workspace.hf, tmp_path / "hf")
+    config = tmp_path / "hf" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
+    for more, is_said in (([], True), (["--raw"], False), (["--prompt-type", "qwen3"], False)):
+        assert main(["generate", str(tmp_path / "hf"), "hi", *more, *SHORT]) == 0
+        assert ("no chat template" in capsys.readouterr().err) == is_said
+    assert main(["generate", str(workspace.hf), "hi", *SHORT]) == 0
+    assert "no chat template" not in capsys.readouterr().err
 
 
 def test_tasks_ask_and_then_chat(

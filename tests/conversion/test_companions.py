@@ -13,6 +13,7 @@ import pytest
 from tandem.__main__ import main
 from tandem.checkpoints.hf.companions import companion_files, companions_of, with_tokenizer
 from tandem.checkpoints.hf.record import RECORD
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from workspace import Workspace
 
@@ -141,12 +142,33 @@ def without_ends_and_template(hf: Path) -> None:
     change(hf / "config.json", eos_token_id=None)
 
 
+def only_a_processors_template(hf: Path) -> None:
+    change(hf / "tokenizer_config.json", chat_template=None)
+    (hf / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+
+
+def only_a_template_for_tools(hf: Path) -> None:
+    change(hf / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "{{ messages }}"}])
+
+
+@pytest.mark.parametrize("spoil", [only_a_processors_template, only_a_template_for_tools])
+def test_transformers_finds_no_template_either(spoil: Callable[[Path], Any], hf: Path) -> None:
+    spoil(hf)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(hf)
+    for tokenizer in (theirs, Tokenizer(hf)):
+        with pytest.raises((ValueError, UserError)):
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
         (without_tokenizer, "the model has no tokenizer and no end token (eos_token_id) and no chat template: "),
         (without_ends_and_template, "the model has no end token (eos_token_id) and no chat template: "),
         (lambda hf: change(hf / "tokenizer_config.json", chat_template=None), "the model has no chat template: "),
+        (only_a_processors_template, "the model has no chat template: "),
+        (only_a_processors_template, "chat_template.json: processors of transformers read it"),
+        (only_a_template_for_tools, "the model has no chat template: "),
         (lambda hf: (hf / "tokenizer.json").rename(hf / "vocab.json"), "no tokenizer.json (only vocab.json)"),
         (lambda hf: (hf / "tokenizer_config.json").unlink(), "tokenizer_config.json: no such file"),
         (lambda hf: None, None),

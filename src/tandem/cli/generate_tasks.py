@@ -70,12 +70,11 @@ def _chat(model: Model, sampling: Sampling, history_turns: int, open_input: Call
     """A conversation over standard input. Without a template, the model sees the texts one after the other."""
     turns: list[tuple[str, str]] = []
     typed = _typed(open_input()) if _is_first(model) else iter(())
-    has_template = model.template is not None or model.tokenizer.chat_template is not None
     while (question := model.communicator.all_gather(next(typed, None))[0]) is not None:
         if question in CLEAR:
             turns.clear()
             continue
-        if has_template:
+        if model.has_template:
             said = [(Message("user", asked), Message("assistant", answered)) for asked, answered in turns]
             tokens = model.prompter.prompt([*chain.from_iterable(said), Message("user", question)]).ids
         else:

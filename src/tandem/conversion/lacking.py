@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from tandem.checkpoints.hf.companions import companion_json, end_ids_of
 from tandem.checkpoints.interface import Companions
-from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.data.tokens.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, template_in
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 
+PROCESSORS_TEMPLATE = "chat_template.json"  # that of models which also see or hear
 OLDER_TOKENIZERS = {"vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 
 
@@ -19,7 +20,13 @@ def what_lacks(companions: Companions, config: ModelConfig) -> list[str]:
         config: the model that is written.
     """
     notices = [f"not copied, as not a model's files: {', '.join(companions.left_out)}"] if companions.left_out else []
-    missing = _missing(companions)
+    has_template = _has_template(companions)
+    if not has_template and PROCESSORS_TEMPLATE in companions.places:
+        notices.append(
+            f"{PROCESSORS_TEMPLATE}: processors of transformers read it, and tokenizers do not. To use its "
+            f"template, put the text of it into {CHAT_TEMPLATE_FILE}"
+        )
+    missing = _missing(companions, has_template)
     if missing:
         notices.append(
             f"the model has no {' and no '.join(missing)}: --hf-cfg-dir FOLDER takes them from another model"
@@ -34,7 +41,14 @@ def what_lacks(companions: Companions, config: ModelConfig) -> list[str]:
     return notices
 
 
-def _missing(companions: Companions) -> list[str]:
+def _has_template(companions: Companions) -> bool:
+    """Whether a tokenizer finds a chat template. It does not look into `chat_template.json`."""
+    if companions.text_of(CHAT_TEMPLATE_FILE) is not None:
+        return True
+    return bool(template_in(companion_json(companions, "tokenizer_config.json")))
+
+
+def _missing(companions: Companions, has_template: bool) -> list[str]:
     """In words, what the companions do not have."""
     names = {path.name for path in companions.files} | set(companions.texts)
     tokenizer = companion_json(companions, "tokenizer_config.json")
@@ -43,6 +57,6 @@ def _missing(companions: Companions) -> list[str]:
     in_words = {
         f"tokenizer.json (only {', '.join(older)})" if older else "tokenizer": "tokenizer.json" in names,
         "end token (eos_token_id)": bool(ends),
-        "chat template": bool(names & {"chat_template.jinja", "chat_template.json"} or tokenizer.get("chat_template")),
+        "chat template": has_template,
     }
     return [words for words, is_there in in_words.items() if not is_there]

@@ -27,6 +27,7 @@ from tandem.logs import log
 from tandem.options import build
 from tandem.parallel.grid import Grid, Place
 
+ONLY_TEXTS = "prompts are continued as texts. --prompt-type names a template, and --raw says that none is wanted"
 WAIT_MINUTES = 7 * 24 * 60.0  # how long processes wait for the first one, which may wait for somebody to type
 
 
@@ -108,9 +109,14 @@ class Model:
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of a question, in the chat template of training; without a template, of a text to continue."""
-        if self.template is None and self.tokenizer.chat_template is None:
+        if not self.has_template:
             return self.tokenizer.encode_prompt(question)
         return self.prompter.prompt([Message("user", question)]).ids
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a template to ask with. Without one, prompts are continued as texts."""
+        return self.template is not None or self.tokenizer.chat_template is not None
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -142,6 +148,8 @@ def open_model(options: LoadOptions) -> Model:
     if options.raw:
         tokenizer.chat_template = None
     template = _template(options, tokenizer, prompt_entry(source))
+    if template is None and tokenizer.chat_template is None and not options.raw:
+        log.warning("> no chat template, neither in %s nor from fine-tuning: %s", folder, ONLY_TEXTS)
     defaults = Defaults.of(source.companions)
     world = World.from_environment()
     grid = Grid(options.layout.balanced(source.config.num_layers), world.size)

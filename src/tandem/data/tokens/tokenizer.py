@@ -265,10 +265,13 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
         return read_text(path)
+    return template_in(config)
+
+
+def template_in(config: Mapping[str, Any]) -> str | None:
+    """The chat template in a `tokenizer_config.json`; of several named ones, the default."""
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = _named(template).get("default")
-    return template
+    return _named(template).get("default") if isinstance(template, list) else template
 
 
 def _read_tool_template(folder: Path, config: Mapping[str, Any]) -> str | None:
