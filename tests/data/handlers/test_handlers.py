@@ -208,11 +208,7 @@ def test_the_names_that_sharegpt_also_has() -> None:
         *(Message("tool", '{"a": 1}'), Message("assistant", "A")),
     ]
     assert list(handler.unread({"conversations": turns, "tools": [TOOL]})) == ["tools", "conversations[].emotion"]
-    assert (handler.reader_of("tools"), handler.reader_of("system"), handler.reader_of("id")) == (
-        "tools",
-        "system",
-        None,
-    )
+    assert [handler.reader_of(column, ()) for column in ("tools", "system", "id")] == ["tools", "system", None]
 
 
 def test_prompt_and_completion() -> None:

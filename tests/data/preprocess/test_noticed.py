@@ -98,6 +98,22 @@ def test_columns_of_dataset_info_are_advised_where_they_stand(tmp_path: Path, to
     assert named.readers == {"system": """--map-keys '{"history": "history", "system": "system"}'"""}
 
 
+def test_a_column_under_another_name_is_advised_unless_the_usual_one_is_there(tmp_path: Path, tokenizer: Path) -> None:
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    offered = {**chat("1", "A"), "tools": [], "functions": [tool]}
+    summary = made(tmp_path, tokenizer, offered, prompt_type="qwen3")
+    assert summary.readers == {"functions": """--map-keys '{"tools": "functions"}'"""}
+    followed = made(tmp_path, tokenizer, offered, map_keys={"tools": "functions"}, prompt_type="qwen3")
+    assert (followed.unread, followed.readers) == ({}, {})
+    assert followed.tokens > summary.tokens  # the model is told of the tool
+    both = made(tmp_path, tokenizer, offered, {**chat("2", "A"), "tools": [tool]})
+    assert (both.unread, both.readers) == ({"functions": 1}, {})  # to read one would leave out the other
+
+    asked = {"instruction": "I", "context": "C", "output": "O"}
+    assert made(tmp_path, tokenizer, asked).readers == {"context": """--map-keys '{"query": "context"}'"""}
+    assert made(tmp_path, tokenizer, {**asked, "input": "I"}).readers == {}
+
+
 def test_a_column_that_is_mapped_may_be_absent_but_not_everywhere(tmp_path: Path, tokenizer: Path) -> None:
     records = [{"instruction": "I", "output": "O"}, {"instruction": "I", "output": "O", "system": "S"}]
     summary = made(tmp_path, tokenizer, *records, map_keys={"system": "system"})

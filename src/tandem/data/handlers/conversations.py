@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cached_property
@@ -14,8 +14,9 @@ from tandem.data.kinds import CONVERSATIONS, Kind
 from tandem.data.templates.messages import Message
 from tandem.errors import UserError, nearest
 
-# A field that handlers do not read unless `map_keys` names it -> the columns that usually hold it.
+# A field that a record need not have -> the columns that usually hold it. Handlers read one of them, or none.
 _USUAL_COLUMNS = {
+    "query": ("input", "query", "context"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "tools": ("tools", "functions"),
@@ -88,10 +89,23 @@ class InstructionHandler:
         named = {name: column for name, column in self.map_keys.items() if name in self.defaults and column}
         return tuple(column for name, column in named.items() if name not in self.needed)
 
-    def reader_of(self, column: str) -> str | None:
-        """The key of `map_keys` that would read a column under its usual name; None where there is none."""
+    def held(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """The columns that hold something and that data may have under another name, too."""
+        return (column for column in self._usual_columns if not is_empty(record.get(column)))
+
+    @cached_property
+    def _usual_columns(self) -> tuple[str, ...]:
+        return tuple(column for name in _USUAL_COLUMNS if (column := self._columns.get(name)))
+
+    def reader_of(self, column: str, held: Collection[str]) -> str | None:
+        """The key of `map_keys` that would read a column under its usual name; None where there is none.
+
+        Args:
+            held: columns of `held` of any row. What reads one of them is not to read another one in its place.
+        """
         for name, usual in _USUAL_COLUMNS.items():
-            if column in usual and self._columns.get(name) == "":
+            read = self._columns.get(name)
+            if column in usual and read not in (None, column) and read not in held:
                 return name
         return None
 

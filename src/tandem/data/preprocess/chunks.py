@@ -38,6 +38,7 @@ class TokenizedChunk:
         dropped: documents left out, by reason.
         unread: rows by the name of a column that holds something and is not read. Of plain text one row of a block
             counts.
+        held: rows by the name of a column that is read, holds something, and often has another name.
         mapped: rows by the source and the name of a column that `map_keys` names.
         noticed: what `noticed.py` counts.
         rejects: rows that could not be used, in order.
@@ -49,6 +50,7 @@ class TokenizedChunk:
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    held: Counter[str] = field(default_factory=Counter)
     mapped: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
@@ -56,7 +58,7 @@ class TokenizedChunk:
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
-COUNTERS = ("counts", "dropped", "unread", "mapped", "noticed")  # the counters of a chunk
+COUNTERS = ("counts", "dropped", "unread", "held", "mapped", "noticed")  # the counters of a chunk
 
 
 def mapped_key(source: int, column: str) -> str:

@@ -36,10 +36,11 @@ class MessagesTokenizer(ChunkTokenizer):
         raise NotImplementedError
 
     def _look(self, records: Sequence[dict[str, Any]], source: int, chunk: TokenizedChunk) -> None:
-        """Also count the columns that `map_keys` names."""
+        """Also count the columns that `map_keys` names, or that often have other names."""
         super()._look(records, source, chunk)
         handler = self._handler_of(source)
         for record in records:
+            chunk.held.update(handler.held(record))
             chunk.mapped.update(mapped_key(source, column) for column in handler.mapped(record))
 
     def _template_for(self, handler: InstructionHandler, record: dict[str, Any]) -> Template:

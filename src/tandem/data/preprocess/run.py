@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -153,13 +153,15 @@ def kind_of_input(options: PreprocessOptions) -> Kind:
     return _open(options)[0].handler.kind
 
 
-def readers_of(unread: Iterable[str], sources: Sequence[Source], options: PreprocessOptions) -> dict[str, str]:
-    """By column that is not read, the option that would read it."""
+def readers_of(
+    unread: Iterable[str], held: Collection[str], sources: Sequence[Source], options: PreprocessOptions
+) -> dict[str, str]:
+    """By column that is not read, the option that would read it. `held` are columns as in `TokenizedChunk`."""
     readers = {}
     handlers = [source.handler for source in sources if isinstance(source.handler, InstructionHandler)]
     for handler in handlers:
         for column in unread:
-            if key := handler.reader_of(column):
+            if key := handler.reader_of(column, held):
                 names = json.dumps({**(options.map_keys or {}), key: column}, ensure_ascii=False)
                 is_listed = options.handler_name == LLAMA_FACTORY
                 readers[column] = f'"columns": {names} in {DATASET_INFO}' if is_listed else f"--map-keys '{names}'"
@@ -226,7 +228,7 @@ def _preprocess(
         trimmed_prompts=counts["trimmed_prompts"],
         dropped=dict(spool.dropped),
         unread=dict(spool.counters["unread"]),
-        readers=readers_of(spool.counters["unread"], sources, options),
+        readers=readers_of(spool.counters["unread"], spool.counters["held"], sources, options),
         noticed={name: count for name, count in noticed.items() if count},
         sequences=len(IndexedDataset(prefixes[job.output_keys[0]])),
         tokens=counts["tokens"],

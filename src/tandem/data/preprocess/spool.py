@@ -74,7 +74,7 @@ class Spool:
         names = [f"{key}.{suffix}" for key in self.keys for suffix in ("bin", "lengths")]
         progress = self._read_progress([*names, _REJECTS, _HASHES])
         self.blocks: int = progress["blocks"]
-        self.counters = {name: Counter(progress[name]) for name in COUNTERS}
+        self.counters = {name: Counter(progress.get(name, {})) for name in COUNTERS}
         self.counts, self.dropped = self.counters["counts"], self.counters["dropped"]
         self.kept_of = Counter(progress["kept_of"])
         self.rejected: int = progress["rejected"]

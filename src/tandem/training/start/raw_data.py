@@ -83,7 +83,7 @@ def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
             f"{path} is raw and is preprocessed before training; of the first {counts['documents']:,} documents "
             f"{counts['kept']:,} are kept, {counts['tokens']:,} tokens, read with {source.handler_name}"
         )
-        readers = readers_of(chunk.unread, [source], options)
+        readers = readers_of(chunk.unread, chunk.held, [source], options)
         lines += [f"{path}: {line}" for line in told(chunk.unread, readers, chunk.noticed)]
     return lines
 
