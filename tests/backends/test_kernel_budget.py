@@ -28,6 +28,7 @@ from tandem.backends.torch.engine import TorchEngine
 from tandem.backends.torch.optimizer import WIDENED, Decision
 from tandem.data.batch import IGNORE, Sample, collate
 from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
 from tandem.models.tensors import parameter_count
 from tandem.planning.counted import COUNTED
@@ -214,6 +215,15 @@ def test_a_layer_of_8b_launches_few_kernels(counted: Counted) -> None:
     weights = 4  # with a product for a gradient: linear_qkv, linear_proj, linear_fc1, linear_fc2
     assert sum(difference.values()) <= 60 + 2 * weights, difference
     assert difference["addmm"] == weights  # one product, which adds to the fp32 gradient itself
+
+
+@pytest.mark.parametrize(("dora", "most"), [(False, 125), (True, 290)])
+def test_adapters_of_a_layer_of_8b_launch_few_kernels(counted: Counted, dora: bool, most: int) -> None:
+    """Of all its linear layers; in linear_qkv, rows of q, k and v take turns."""
+    adapters = Lora(r=16, lora_alpha=32, use_dora=dora)
+    two, one = (count(counted, dataclasses.replace(shape("8B", layers), lora=adapters)) for layers in (2, 1))
+    layer = two - one
+    assert sum(layer.values()) <= most, (sum(layer.values()), layer)
 
 
 def test_a_layer_with_experts_launches_as_many_kernels_for_128_as_for_16(counted: Counted) -> None:

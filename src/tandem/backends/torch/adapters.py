@@ -7,7 +7,7 @@ Sources: "LoRA" (arXiv 2106.09685); rows with trained lengths: "DoRA" (arXiv 240
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
-from tandem.backends.adapters import Dropout, LocalAdapter
-from tandem.backends.torch.compute.cpu import PIECE
+from tandem.backends.adapters import Dropout, LocalAdapter, Ranges
+from tandem.backends.torch.compute.sets import kernels_of
 from tandem.backends.torch.functional import Weight, matmul
 from tandem.backends.torch.tensor_parallel import TensorParallel
 
@@ -152,8 +152,8 @@ def _stacked(factors: Sequence[Factors], rows: int) -> tuple[torch.Tensor, torch
         a = torch.cat([f.a for f in factors])
         b = a.new_zeros(rows, len(a))
         for f, columns in zip(factors, _columns(factors)):
-            for (start, stop), piece in zip(f.adapter.ranges, f.b.split(f.adapter.sizes)):
-                torch.mul(piece, f.adapter.scale, out=b[start:stop, columns])
+            for rows_of_b, view in _pairs(f.b, b[:, columns], f.adapter.ranges):
+                torch.mul(rows_of_b, f.adapter.scale, out=view)
         return a, b
 
 
@@ -169,15 +169,14 @@ def _add_factors(factors: Sequence[Factors], da: torch.Tensor, db: torch.Tensor)
         if f.a.main_grad is not None:
             f.a.main_grad.add(da[columns])
         if f.b.main_grad is not None:
-            rows = torch.cat([db[start:stop, columns] for start, stop in f.adapter.ranges])
-            f.b.main_grad.add(rows.float().mul_(f.adapter.scale))
+            f.b.main_grad.add(_at(db[:, columns], f.adapter.ranges).float().mul_(f.adapter.scale))
 
 
 def _lengths(adapted: Adapted, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The lengths of the rows of W + B A, fp32 [rows]. No gradient follows them, as in the paper."""
     weight = adapted.weight
     squares = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    step = max(1, PIECE // weight.shape[1])
+    step = max(1, kernels_of(weight.device).weight_piece // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         squares[rows] = torch.addmm(weight[rows].float(), b[rows].float(), a.float()).square_().sum(1)
@@ -189,8 +188,8 @@ def _stretch(factors: Sequence[Factors], lengths: torch.Tensor) -> torch.Tensor:
     stretch = torch.ones_like(lengths)
     for f in factors:
         assert f.magnitude is not None
-        for (start, stop), piece in zip(f.adapter.ranges, f.magnitude.split(f.adapter.sizes)):
-            stretch[start:stop] = piece.float() / lengths[start:stop]
+        for magnitude, view in _pairs(f.magnitude, stretch, f.adapter.ranges):
+            view.copy_(magnitude.float() / _at(lengths, f.adapter.ranges).view(view.shape))
     return stretch
 
 
@@ -198,4 +197,30 @@ def _add_magnitudes(factors: Sequence[Factors], gradient: torch.Tensor) -> None:
     for f in factors:
         assert f.magnitude is not None
         if f.magnitude.main_grad is not None:
-            f.magnitude.main_grad.add(torch.cat([gradient[start:stop] for start, stop in f.adapter.ranges]))
+            f.magnitude.main_grad.add(_at(gradient, f.adapter.ranges))
+
+
+def _views(x: torch.Tensor, ranges: Ranges) -> list[torch.Tensor]:
+    """The rows of x [rows, ...] at ranges, as few views of x, each [some ranges, rows of one, ...].
+
+    Ranges of one size at one distance, such as the queries of each group, are one view: a kernel takes them at once.
+    """
+    (first, stop), *others = ranges
+    size, step = stop - first, others[0][0] - first if others else stop - first
+    if all(place == (first + number * step, first + number * step + size) for number, place in enumerate(ranges)):
+        shape, strides = (len(ranges), size, *x.shape[1:]), (step * x.stride(0), *x.stride())
+        return [x.as_strided(shape, strides, x.storage_offset() + first * x.stride(0))]
+    return [x[start:stop][None] for start, stop in ranges]
+
+
+def _pairs(x: torch.Tensor, whole: torch.Tensor, ranges: Ranges) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The rows of x and their places at ranges of `whole`, in the same shape."""
+    views = _views(whole, ranges)
+    parts = x.split([view.shape[0] * view.shape[1] for view in views])
+    return ((part.view(view.shape), view) for part, view in zip(parts, views))
+
+
+def _at(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
+    """The rows of x at ranges, one below the other. It may share the memory of x."""
+    views = [view.flatten(0, 1) for view in _views(x, ranges)]
+    return views[0] if len(views) == 1 else torch.cat(views)

@@ -34,6 +34,7 @@ class Kernels:
         documents: what `attention` needs to know of the documents that a batch is made of.
         losses_and_gradient: of the logits of a chunk of rows.
         logits_chunk_bytes: largest size of the fp32 logits of a chunk.
+        weight_piece: numbers of a weight that are computed with in fp32 at a time.
         norm: over several tensors, a tensor of no dimensions.
         adamw: updates several weights.
         update_skips: whether `adamw` itself leaves out what is skipped; otherwise the host must know before.
@@ -65,6 +66,7 @@ class Kernels:
     attention: Callable[..., torch.Tensor]
     losses_and_gradient: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     logits_chunk_bytes: int
+    weight_piece: int
     norm: Callable[[Sequence[torch.Tensor]], torch.Tensor]
     adamw: Callable[..., None]
     update_skips: bool
