@@ -26,6 +26,7 @@ class Framework:
         tested_version: the first version without a notice. With older ones only parts of the tests ran.
         untested_version: the first version that Tandem was not tested with, as in pyproject.toml.
         launcher: the program that starts its processes.
+        devices: what `--device` may name, best first.
         shards_weights: supports `--use-torch-fsdp2`.
         logits_chunk_bytes: largest size of the fp32 logits of one chunk of rows in the loss, on a CPU.
         device_logits_chunk_bytes: the same on an accelerator. Where few large products matter, it is 2,208 rows of
@@ -44,6 +45,7 @@ class Framework:
     tested_version: tuple[int, ...]
     untested_version: tuple[int, ...]
     launcher: str
+    devices: tuple[str, ...]
     shards_weights: bool
     logits_chunk_bytes: int
     device_logits_chunk_bytes: int
@@ -85,6 +87,16 @@ class Framework:
                     f"{supporting[0]}"
                 )
 
+    def check_device(self, device: str | None) -> None:
+        """Raise UserError when the backend of this framework never computes on such a device; None is the best one."""
+        if device is None or device in self.devices:
+            return
+        others = [f"--ai-framework {one.name}" for one in FRAMEWORKS if device in one.devices]
+        raise UserError(
+            f"--device {device}: {self.name} computes on {', '.join(self.devices)}: give one of them"
+            f"{''.join(f', or {other}' for other in others)}"
+        )
+
     def version_remedy(self) -> str | None:
         """What to do about an installed version that Tandem was not tested with; None when there is nothing to do."""
         version, numbers = self._installed()
@@ -119,6 +131,7 @@ TORCH = Framework(
     tested_version=(2, 6),
     untested_version=(3,),
     launcher="torchrun",
+    devices=("npu", "cuda", "cpu"),
     shards_weights=True,
     logits_chunk_bytes=64 * 2**20,
     device_logits_chunk_bytes=5 * 2**28,
@@ -134,6 +147,7 @@ MINDSPORE = Framework(
     tested_version=(2, 9),
     untested_version=(2, 11),
     launcher="msrun",
+    devices=("npu", "cpu"),
     shards_weights=False,
     logits_chunk_bytes=128 * 2**20,
     device_logits_chunk_bytes=5 * 2**28,

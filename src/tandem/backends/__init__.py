@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tandem.backends import checks
 from tandem.backends.folder_reading import FolderReading
 from tandem.backends.interface import Engine, EngineSettings, Profiler
 from tandem.data.batch import MicroBatch
-from tandem.frameworks import check_framework
+from tandem.frameworks import check_framework, named_framework
 from tandem.launch.member import JOINED, JOINING, tell_stage
 from tandem.launch.supervisor import Launcher
 from tandem.launch.world import Communicator, SingleProcess, World
@@ -95,6 +96,11 @@ def start_profiler(ai_framework: str, folder: Path) -> Profiler:
     module = importlib.import_module(f"tandem.backends.{check_framework(ai_framework).name}.profiling")
     profiler: Profiler = module.start(folder)
     return profiler
+
+
+def check_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> None:
+    """Raise UserError for what `create_engine` would refuse wherever it is called. Imports no framework."""
+    checks.check_engine(named_framework(ai_framework), config, settings)
 
 
 def create_engine(ai_framework: str, config: ModelConfig, settings: EngineSettings) -> Engine:

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from tandem.backends.adapters import Switch, local_adapters
-from tandem.backends.experts import Balancing, Share, check_experts, sliced
+from tandem.backends.checks import check_engine
+from tandem.backends.experts import Balancing, Share, sliced
 from tandem.backends.interface import EngineSettings, ExpertLoad, Session, StepResult
 from tandem.backends.loading import load_each, moment_dtypes, notices_of_dtypes, stream_fp32
 from tandem.backends.partial import partial_names
@@ -68,9 +69,7 @@ class BaseEngine(ABC, Generic[T]):
 
     def __init__(self, config: ModelConfig, settings: EngineSettings) -> None:
         layout = settings.grid.layout
-        self.framework.check(shards_weights=settings.use_torch_fsdp2, narrow_moments=settings.narrow_moments)
-        layout.check(config)
-        check_experts(config, settings)
+        check_engine(self.framework, config, settings)
         self.config = config
         self.notices = list(moments_that_stand_still(settings)) if settings.training else []
         self.moment_dtypes = moment_dtypes(settings)

@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 
 from tandem.backends.capacity import Capacity
-from tandem.backends.interface import EngineSettings, ExpertLoad
+from tandem.backends.interface import ExpertLoad
 from tandem.backends.passes import WeightedBatch
 from tandem.config.settings import RouterSettings
 from tandem.data.batch import MicroBatch
-from tandem.errors import UserError
-from tandem.models.adapters import check_dropout
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 from tandem.parallel.layout import Layout, even_rows
@@ -31,21 +29,6 @@ UNBALANCED = ("none", "softmax_topk")
 
 # The framework's array: of numbers per expert, or of one number.
 Array = Any
-
-
-def check_experts(config: ModelConfig, settings: EngineSettings) -> None:
-    """Raise UserError for what no engine can do with experts."""
-    if config.experts is None:
-        return
-    if settings.training:
-        check_dropout(config)
-    layout, kind = settings.grid.layout, settings.moe_router_load_balancing_type
-    layout.check_expert_sharding(settings.use_torch_fsdp2)
-    if kind == "pooled_aux_loss" and settings.moe_aux_loss_coeff and layout.pipeline_model_parallel_size > 1:
-        raise UserError(
-            "--moe-router-load-balancing-type pooled_aux_loss needs all layers on one pipeline stage: give aux_loss, "
-            "or --pipeline-model-parallel-size 1"
-        )
 
 
 def sliced(experts: Experts | None, layout: Layout) -> Experts | None:

@@ -181,13 +181,17 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(root))
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise UserError when `folder` is not there and cannot be made, or cannot be written to. Nothing is made."""
-    place = nearest_folder(folder)
+def check_writable(folder: str | Path, flag: str | None = None) -> None:
+    """Raise UserError when `folder` is not there and cannot be made, or cannot be written to. Nothing is made.
+
+    Args:
+        flag: that names the folder.
+    """
+    place, given = nearest_folder(folder), f"{flag} {folder}" if flag else folder
     if not place.is_dir():
-        raise UserError(f"{folder}: {place} is a file, where a folder is expected: choose another folder")
+        raise UserError(f"{given}: {place} is a file, where a folder is expected: choose another folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: {place} cannot be written to: choose another folder, or have it made writable")
+        raise UserError(f"{given}: {place} cannot be written to: choose another folder, or have it made writable")
 
 
 def check_free_space(folder: str | Path, needed: int) -> None:

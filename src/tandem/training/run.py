@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 
 from tandem.backends import connect, create_engine, make_deterministic
 from tandem.backends.interface import Engine
@@ -18,13 +17,12 @@ from tandem.files.publish import write_text_atomically
 from tandem.launch.member import placing
 from tandem.launch.world import Communicator, World
 from tandem.logs import log
-from tandem.models.config import ModelConfig
 from tandem.training.evaluation import Share, Validation
 from tandem.training.expert_load import ExpertWatch
 from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
 from tandem.training.logs.expert_loads import EXPERT_LOADS, ExpertLoadsFile
-from tandem.training.logs.log import IterationLog, StepRecord, log_notice
+from tandem.training.logs.log import IterationLog, StepRecord
 from tandem.training.logs.loggers import LoggedRun, OnStep, step_loggers
 from tandem.training.logs.summary import RunSummary
 from tandem.training.loss_scale import LossScale
@@ -39,8 +37,8 @@ from tandem.training.signals import StopSignals
 from tandem.training.start.agreement import agree_on_start, agree_on_weights
 from tandem.training.start.banner import print_banner
 from tandem.training.start.base import base_record, check_base
-from tandem.training.start.datasets import KIND_OF_STAGE
 from tandem.training.start.folder import lock_folder, lock_other_folders, settle_storage
+from tandem.training.start.lora import config_to_train
 from tandem.training.start.prepare import PreparedRun, prepare
 from tandem.training.start.reference import with_reference
 from tandem.training.start.resume import origin_of, origin_of_saved, restore_newest
@@ -66,7 +64,7 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         agree_on_start(communicator, run.settings, run.framework, run.source.config, run.tokenizer)
         run = run.with_storage(settle_storage(run.settings.checkpoint, communicator))
         lock_other_folders(run.settings.checkpoint, communicator, held)
-        engine = create_engine(run.framework, config_to_train(run), run.engine)
+        engine = create_engine(run.framework, config_to_train(run.source.config, run.settings.data.stage), run.engine)
         check_base(run.source, communicator)
         source, progress = restore_newest(engine, run.source, run.loading, communicator)
         agree_on_weights(communicator, engine, source)
@@ -101,15 +99,6 @@ def train(settings: Settings, on_step: Callable[[StepRecord], None] | None = Non
         if first:
             log.info("[after training is done] datetime: %s", time.strftime("%Y-%m-%d %H:%M:%S"))
         return trainer
-
-
-def config_to_train(run: PreparedRun) -> ModelConfig:
-    """The model's config. Adapters of other kinds of training may have dropout, and answers are compared without."""
-    config, stage = run.source.config, run.settings.data.stage
-    if stage not in KIND_OF_STAGE or config.lora is None or not config.lora.lora_dropout:
-        return config
-    log_notice(f"--stage {stage}: the adapters' dropout of {config.lora.lora_dropout:g} is off, as in TRL")
-    return replace(config, lora=replace(config.lora, lora_dropout=0.0))
 
 
 def connect_processes(run: PreparedRun) -> Communicator:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tandem.backends.interface import Engine
-from tandem.config.settings import Settings
 from tandem.data.templates.catalog import template_from_entry
 from tandem.errors import UserError
 from tandem.harness.benchmark import Benchmark, numbers
@@ -75,22 +75,23 @@ def open_tasks(run: PreparedRun, engine: Engine, communicator: Communicator) -> 
         return None
     check_tokenizer(run)
     assert run.tokenizer is not None
-    chat = chat_of_run(run)
+    chat = chat_of_run(run, run.data.template)
     ends = Ends(run.tokenizer, end_ids(run.source, run.tokenizer, chat))
     keeps = has_sessions(run.grid, run.engine)
     team = Team(engine, communicator, run.grid, ends, keeps, given.tokens_per_batch)
-    benchmark = check_tasks(run) if run.world.rank == 0 else None
+    benchmark = benchmark_of(given, given.eval_tasks) if run.world.rank == 0 else None
     interval = given.eval_tasks_interval or run.settings.training.eval_interval
     return RunTasks(run, team, benchmark, chat, interval)
 
 
-def check_tasks(start: ModelAndProcesses) -> Benchmark | None:
-    """The tasks of `--eval-tasks`; None when there are none. Raises as `open_tasks`."""
+def check_tasks(start: ModelAndProcesses, template: dict[str, Any] | None) -> None:
+    """Raise as `open_tasks`. `template`: that of the data."""
     given = start.settings.evaluation
-    if not given.eval_tasks:
-        return None
-    check_tokenizer(start)
-    return benchmark_of(given, given.eval_tasks)
+    if given.eval_tasks:
+        check_tokenizer(start)
+        assert start.tokenizer is not None
+        end_ids(start.source, start.tokenizer, chat_of_run(start, template))
+        benchmark_of(given, given.eval_tasks)
 
 
 def check_tokenizer(start: ModelAndProcesses) -> None:
@@ -98,13 +99,17 @@ def check_tokenizer(start: ModelAndProcesses) -> None:
         raise UserError("--eval-tasks needs a tokenizer: give its folder with --tokenizer-name-or-path")
 
 
-def chat_of_run(run: PreparedRun) -> Chat | None:
-    """The template that the run trains with, or that of its weights; None without `--apply-chat-template`."""
-    settings: Settings = run.settings
+def chat_of_run(start: ModelAndProcesses, entry: dict[str, Any] | None) -> Chat | None:
+    """The template that the run trains with, or that of its weights; None without `--apply-chat-template`.
+
+    Args:
+        entry: the template of the data.
+    """
+    settings = start.settings
     if not settings.evaluation.apply_chat_template:
         return None
-    assert run.tokenizer is not None
-    template = template_from_entry(run.data.template, run.tokenizer)
+    assert start.tokenizer is not None
+    template = template_from_entry(entry, start.tokenizer)
     if template is not None:
-        return Chat(run.tokenizer, template, template.enable_thinking)
-    return chat_of(settings.evaluation, settings.data, run.source, run.tokenizer)
+        return Chat(start.tokenizer, template, template.enable_thinking)
+    return chat_of(settings.evaluation, settings.data, start.source, start.tokenizer)

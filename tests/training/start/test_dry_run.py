@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from frameworks import require_framework
+from tandem.config.settings import Settings
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
 from tandem.errors import UserError
 from tandem.models.published import qwen3_config
 from tandem.parallel.grid import Grid, held_shards
 from tandem.parallel.layout import Layout
+from tandem.training.run import train
 from tandem.training.start.dry_run import dry_run, parameters_held
-from workspace import Workspace
+from workspace import Workspace, make_mixture
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -147,3 +152,115 @@ def test_a_folder_that_cannot_be_written_is_said(
     monkeypatch.setattr("os.access", lambda *_: False)  # as root, nothing else refuses
     with pytest.raises(UserError, match="cannot be written to: choose another folder"):
         dry_run(workspace.settings("torch", save=str(tmp_path / "run")), 1)
+
+
+def test_what_an_engine_refuses_is_said(workspace: Workspace, tmp_path: Path) -> None:
+    experts = {"load": str(make_mixture(workspace.hf, tmp_path / "moe"))}
+    pooled = {"moe_router_load_balancing_type": "pooled_aux_loss", "moe_aux_loss_coeff": 0.01}
+    for values, expected in (
+        ({**experts, **pooled, "pipeline_model_parallel_size": 2}, "needs all layers on one pipeline stage"),
+        ({**experts, "expert_model_parallel_size": 2, "use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"device": "gpu"}, "--device gpu: torch computes on npu, cuda, cpu: give one of them$"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            dry_run(workspace.settings("torch", **values), 2)
+
+
+def test_a_device_of_the_other_framework_is_said(workspace: Workspace) -> None:
+    require_framework("mindspore")
+    with pytest.raises(UserError, match="computes on npu, cpu: give one of them, or --ai-framework torch"):
+        dry_run(workspace.settings("mindspore", device="cuda"), 1)
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one step: `plain`, `bare` without an optimizer, and `adapters`, whose weights are in `weights`."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(workspace.hf, folder / "weights")
+    for name, values in (
+        ("plain", {}),
+        ("bare", {"no_save_optim": True}),
+        ("adapters", {"lora_target_modules": "all-linear", "load": str(folder / "weights")}),
+    ):
+        train(workspace.settings("torch", train_iters=1, lr_warmup_iters=0, save=str(folder / name), **values))
+    return folder
+
+
+def refused_by_both(settings: Settings) -> str:
+    """What a dry run says, which the run itself must say, too."""
+    texts = []
+    for start in (lambda: dry_run(settings, 1), lambda: train(settings)):
+        with pytest.raises(UserError) as refusal:
+            start()
+        texts.append(str(refusal.value))
+    assert texts[0] == texts[1]
+    return texts[0]
+
+
+def test_what_stops_a_run_after_its_processes_have_met_is_said(workspace: Workspace, trained: Path) -> None:
+    text = refused_by_both(workspace.settings("torch", load=str(trained / "bare")))
+    assert "contains no optimizer" in text
+    weights = trained / "weights" / "model.safetensors"
+    values = {"load": str(trained / "adapters"), "lr_warmup_iters": 0}
+    dry_run(workspace.settings("torch", **values), 1)
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    try:
+        assert "are others" in refused_by_both(workspace.settings("torch", **values))
+    finally:
+        weights.write_bytes(before)
+
+
+def test_another_reference_is_said(workspace: Workspace, trained: Path, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": row["instruction"], "input": "", "chosen": row["output"], "rejected": row["output"][:1] + "07"}
+        for row in json.loads(workspace.questions.read_text(encoding="utf-8"))[:8]
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    preprocess(
+        PreprocessOptions(
+            (str(tmp_path / "pairs.json"),), str(tmp_path / "data"), str(workspace.hf), prompt_type="qwen3"
+        )
+    )
+    values = {"stage": "dpo", "instructions": True, "seq_length": 96, "lr_warmup_iters": 0}
+    values |= {"data_path": str(tmp_path / "data"), "save": str(tmp_path / "run")}
+    train(workspace.settings("torch", train_iters=1, **values))
+    dry_run(workspace.settings("torch", train_iters=2, ref_model=str(workspace.hf), **values), 1)
+    text = refused_by_both(workspace.settings("torch", train_iters=2, ref_model=str(trained / "plain"), **values))
+    assert "is compared with other weights" in text
+
+
+def test_a_logger_that_cannot_start_is_said(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for flag, values in (
+        ("--tensorboard-dir", {"tensorboard_dir": str(file)}),
+        ("--profile-save-path", {"profile_save_path": str(file), "profile": True}),
+    ):
+        text = refused_by_both(workspace.settings("torch", **values))
+        assert text.startswith(f"{flag} {file}: {file} is a file")
+    without_login = {"WANDB_MODE": "online", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    for name, value in without_login.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install 'tandem-llm[wandb]'")
+    settings = workspace.settings("torch", wandb_project="p")
+    assert "--wandb-project p: No API key" in refused_by_both(settings)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    dry_run(settings, 1)
+    wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("package", "values"), [("tensorboard", {"tensorboard_dir": "x"}), ("wandb", {"wandb_project": "p"})]
+)
+def test_a_missing_logger_is_said(
+    workspace: Workspace, package: str, values: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert f"pip install 'tandem-llm[{package}]'" in refused_by_both(workspace.settings("torch", **values))

@@ -8,6 +8,7 @@ import os
 import mindspore as ms
 
 from tandem.errors import UserError
+from tandem.frameworks import MINDSPORE
 
 # device -> MindSpore's name for it, and its library of collectives
 DEVICES = {"cpu": ("CPU", "mccl"), "npu": ("Ascend", "hccl")}
@@ -25,10 +26,9 @@ def prepare(device: str | None) -> str:
     """
     if device is None:
         device = "npu" if ms.device_context.ascend.is_available() else "cpu"
-    if device not in DEVICES:
-        raise UserError(f"device {device!r}: the MindSpore backend runs on {' or '.join(DEVICES)}")
+    MINDSPORE.check_device(device)
     if device == "npu" and not ms.device_context.ascend.is_available():
-        raise UserError("device 'npu': this MindSpore finds no Ascend NPU; use device 'cpu', or install CANN")
+        raise UserError("--device npu: this MindSpore finds no Ascend NPU: give --device cpu, or install CANN")
     _prepare(device)
     return device
 

@@ -7,17 +7,16 @@ from pathlib import Path
 import torch
 
 from tandem.errors import UserError
-
-DEVICES = ("npu", "cuda", "cpu")  # best first
+from tandem.frameworks import TORCH
 
 
 def choose_device(name: str | None) -> torch.device:
     """The named device, or the best one present."""
-    present = [device for device in DEVICES if _is_present(device)]
+    present = [device for device in TORCH.devices if _is_present(device)]
     if name is None:
         return torch.device(present[0])
     if name not in present:
-        raise UserError(f"device {name!r} is not available to PyTorch here; available: {', '.join(present)}")
+        raise UserError(f"--device {name}: PyTorch does not see such a device here: give {' or '.join(present)}")
     return torch.device(name)
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tandem.config.settings import LoggingSettings
+from tandem.files.publish import check_writable
 from tandem.logs import log
 from tandem.training.logs.live import LiveView
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, MetricsFile
 from tandem.training.logs.profiling import StepProfiler
-from tandem.training.logs.tensorboard import TensorBoardWriter
-from tandem.training.logs.wandb import WandbRun
+from tandem.training.logs.tensorboard import TensorBoardWriter, check_tensorboard
+from tandem.training.logs.wandb import WandbRun, check_wandb
 
 OnStep = Callable[[StepRecord], None]
 
@@ -66,6 +67,16 @@ def step_loggers(logging: LoggingSettings, run: LoggedRun, others: Sequence[OnSt
                 listener(record)
 
         yield log_step
+
+
+def check_loggers(logging: LoggingSettings) -> None:
+    """Raise UserError when a logger of these settings could not be opened. Nothing is written, and nothing is sent."""
+    if logging.tensorboard_dir is not None:
+        check_tensorboard(logging.tensorboard_dir)
+    if logging.wandb_project is not None:
+        check_wandb(logging)
+    if logging.profile and logging.profile_save_path is not None:
+        check_writable(logging.profile_save_path, "--profile-save-path")
 
 
 def _open(logging: LoggingSettings, run: LoggedRun) -> Iterator[StepLogger]:

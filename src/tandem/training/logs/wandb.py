@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tandem.config.settings import LoggingSettings
 from tandem.errors import UserError
+from tandem.files.publish import check_writable
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.scalars import scalars
+
+WITHOUT_KEY = ("offline", "dryrun", "disabled")  # values of WANDB_MODE
+
+
+def check_wandb(logging: LoggingSettings) -> None:
+    """Raise UserError when the library is not installed, has no key where it needs one, or cannot write its files.
+
+    On a terminal it asks for a key when the run starts.
+    """
+    wandb = _library(logging)
+    if logging.wandb_save_dir is not None:
+        check_writable(logging.wandb_save_dir, "--wandb-save-dir")
+    if wandb.setup().settings.mode not in WITHOUT_KEY and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        with _refusals(wandb, logging):
+            wandb.login()
 
 
 class WandbRun:
@@ -26,15 +44,11 @@ class WandbRun:
     """
 
     def __init__(self, logging: LoggingSettings, save: Path | None, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            flag = f"--wandb-project {logging.wandb_project}"
-            raise UserError(f"{flag}: {error}; pip install 'tandem-llm[wandb]'") from error
+        wandb = _library(logging)
         folder = Path(logging.wandb_save_dir) if logging.wandb_save_dir is not None else save and save / "wandb"
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with _refusals(wandb, logging):
             self._run: Any = wandb.init(
                 project=logging.wandb_project,
                 name=logging.wandb_exp_name,
@@ -43,8 +57,6 @@ class WandbRun:
                 dir=str(folder) if folder is not None else None,
                 config=config,
             )
-        except wandb.Error as error:
-            raise UserError(f"--wandb-project {logging.wandb_project}: {error}") from error
 
     def on_step(self, record: StepRecord) -> None:
         self._run.log(scalars(record), step=record.iteration)
@@ -52,3 +64,21 @@ class WandbRun:
     def close(self) -> None:
         # A run that ended with an error must not look successful on W&B.
         self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+
+
+def _library(logging: LoggingSettings) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        flag = f"--wandb-project {logging.wandb_project}"
+        raise UserError(f"{flag}: {error}; pip install 'tandem-llm[wandb]'") from error
+    return wandb
+
+
+@contextmanager
+def _refusals(wandb: Any, logging: LoggingSettings) -> Iterator[None]:
+    """What the library refuses becomes a UserError."""
+    try:
+        yield
+    except wandb.Error as error:
+        raise UserError(f"--wandb-project {logging.wandb_project}: {error}") from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings, TrainingSettings
 from tandem.files.lock import check_unlocked
-from tandem.launch.world import World
+from tandem.launch.world import SingleProcess, World
 from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count
@@ -18,12 +19,14 @@ from tandem.parallel.layout import shards
 from tandem.training.run_tasks import check_tasks
 from tandem.training.schedule import schedule_from
 from tandem.training.start.banner import describe_adapters, describe_objective, saving_notice, size_of_samples
+from tandem.training.start.base import check_base
 from tandem.training.start.data import common_template, open_data
 from tandem.training.start.data_checks import check_data
 from tandem.training.start.data_paths import all_prefixes
 from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.prepare import ModelAndProcesses, check_model_and_processes, settle
 from tandem.training.start.raw_data import describe_raw, raw_options, raw_templates
+from tandem.training.start.reference import check_same_reference
 from tandem.training.start.room import check_memory, checkpoint_bytes, notices_of_disk
 from tandem.training.start.state import TrainerState
 
@@ -39,7 +42,10 @@ def dry_run(settings: Settings, processes: int) -> None:
     if save := settings.checkpoint.save:
         check_unlocked(save, f"--save {save}")
     start = check_model_and_processes(settings, World(size=processes))
-    check_tasks(start)
+    check_base(start.source, SingleProcess())
+    check_same_reference(settings, start.source, start.state)
+    data_lines, template = look_at_data(start)
+    check_tasks(start, template)
     grid, config = start.grid, start.source.config
     held = parameters_held(config, grid)
     batch, micro_batch = settings.training.final_batch_size, settings.training.micro_batch_size
@@ -56,21 +62,24 @@ def dry_run(settings: Settings, processes: int) -> None:
         f"{batch // grid.data_size // micro_batch} micro-batches x {micro_batch} samples "
         f"of at most {size_of_samples(settings.data)}",
         *check_memory(settings, config, grid),
-        *describe_data(start),
+        *data_lines,
         *describe_checkpoints(settings, start.source),
         "dry run: all of this can start; nothing was trained",
     ]
     log.info("\n".join(f"> {line}" for line in lines))
 
 
-def describe_data(start: ModelAndProcesses) -> list[str]:
-    """Lines about steps, samples and data. Of raw files, the first rows are tried instead."""
+def look_at_data(start: ModelAndProcesses) -> tuple[list[str], dict[str, Any] | None]:
+    """Lines about steps, samples and data, and the template of the data.
+
+    Of raw files, the first rows are tried instead.
+    """
     data = start.settings.data
     if raw := raw_options(data, start.tokenizer):
         kind, ready = kind_to_train(data), [path for path in all_prefixes(data) if path not in raw]
         checks = {path: check_data(path, kind, data, start.tokenizer) for path in ready}
-        common_template({path: template for path, (_, template) in checks.items()} | raw_templates(raw))
-        return [*describe_raw(raw), *(notice for notices, _ in checks.values() for notice in notices)]
+        template = common_template({path: template for path, (_, template) in checks.items()} | raw_templates(raw))
+        return [*describe_raw(raw), *(notice for notices, _ in checks.values() for notice in notices)], template
     settings = settle(start)
     schedule_from(settings.optimizer, settings.training)  # its checks
     length = settings.training.length
@@ -79,11 +88,12 @@ def describe_data(start: ModelAndProcesses) -> list[str]:
     counts = {name: value for name, value in opened.train.describe().items() if name not in ("samples", "epochs")}
     count_texts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items())
     epochs = length.samples / max(1, counts["samples_per_epoch"])
-    return [
+    lines = [
         f"{length.iterations:,} steps over {length.samples:,} samples ({epochs:,.2f} epochs); data: {count_texts}",
         *opened.notices,
         *notices_of_disk(settings, start.source, start.state.iteration if start.state else 0),
     ]
+    return lines, opened.template
 
 
 def shortened(training: TrainingSettings, state: TrainerState | None) -> tuple[TrainingSettings, TrainerState | None]:

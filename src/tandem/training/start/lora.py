@@ -15,6 +15,7 @@ from tandem.models.config import ModelConfig
 from tandem.models.lora import ALL_LINEAR, Lora, as_targets
 from tandem.options import flag_of
 from tandem.training.logs.log import log_notice
+from tandem.training.start.datasets import KIND_OF_STAGE
 
 # Settings that say nothing without adapters.
 OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_use_rslora", "lora_use_dora")
@@ -48,6 +49,13 @@ def with_adapters(base: TensorSource, lora: LoraSettings, seed: int, *, resumes:
     config = dataclasses.replace(base.config, lora=new_lora(lora))
     check_targets(lora.lora_target_modules, config)
     return Adapted(FreshAdapters(base, config, seed), base, base)
+
+
+def config_to_train(config: ModelConfig, stage: str | None) -> ModelConfig:
+    """The model as it is trained. Adapters of other runs may have dropout, and answers are compared without."""
+    if stage not in KIND_OF_STAGE or config.lora is None or not config.lora.lora_dropout:
+        return config
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, lora_dropout=0.0))
 
 
 def new_lora(lora: LoraSettings) -> Lora:

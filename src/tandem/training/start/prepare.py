@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tandem.backends import check_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.checks import check_batch_sizes, check_settings
@@ -14,21 +15,21 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.files.publish import check_writable
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
-from tandem.models.adapters import check_dropout
 from tandem.parallel.grid import Grid
 from tandem.training.logs.log import log_notice
+from tandem.training.logs.loggers import check_loggers
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.start.base import check_save_beside_base
 from tandem.training.start.data import Data, open_data, open_tokenizer
-from tandem.training.start.datasets import KIND_OF_STAGE
 from tandem.training.start.engine import engine_settings, make_grid
 from tandem.training.start.epochs import check_epochs, with_epochs
+from tandem.training.start.lora import config_to_train
 from tandem.training.start.raw_data import check_ready, with_preprocessed
 from tandem.training.start.resume import check_new_run, check_same_data, continued
 from tandem.training.start.room import check_disk
 from tandem.training.start.saved import check_place
 from tandem.training.start.saved_schedule import with_saved_schedule
-from tandem.training.start.state import TrainerState, state_to_continue
+from tandem.training.start.state import TrainerState, check_optimizer, state_to_continue
 from tandem.training.start.weights import check_model_flags, open_reference, open_weights
 
 
@@ -50,6 +51,7 @@ class ModelAndProcesses:
     framework: str
     world: World
     grid: Grid
+    engine: EngineSettings
     source: TensorSource
     loading: CheckpointSettings
     state: TrainerState | None
@@ -60,7 +62,6 @@ class ModelAndProcesses:
 class PreparedRun(ModelAndProcesses):
     """Everything that a run starts with."""
 
-    engine: EngineSettings
     schedule: Schedule
     data: Data
 
@@ -103,31 +104,40 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     training, data, checkpoint = settings.training, settings.data, settings.checkpoint
     framework = check_framework(training.ai_framework)
     check_settings(settings)
-    framework.check(shards_weights=settings.parallel.use_torch_fsdp2, narrow_moments=settings.optimizer.narrow_moments)
     check_epochs(data, training)
     check_ready(data)
     check_batch_sizes(training, Grid(settings.parallel.layout, world.size))
     if checkpoint.save is not None:
-        check_writable(checkpoint.save)
+        check_writable(checkpoint.save, "--save")
         check_place(checkpoint.save)
     loading = continued(checkpoint)
     source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
     noop_layers = len(settings.parallel.layout.noop_layers)
     check_model_flags(settings.model, settings.experts, data.seq_length, source.config, noop_layers)
     check_save_beside_base(source, checkpoint)
-    if data.stage not in KIND_OF_STAGE:  # others train without dropout
-        check_dropout(source.config)
+    grid = make_grid(settings.parallel, source.config, world.size)
+    engine = engine_settings(
+        training, settings.optimizer, settings.parallel, settings.experts, source.config, grid, world.rank
+    )
+    trained = config_to_train(source.config, data.stage)
+    check_engine(framework.name, trained, engine)
+    if trained != source.config:
+        log_notice(f"--stage {data.stage}: the adapters' dropout is off, as in TRL")
     open_reference(settings.preferences, source.config)  # its checks
     check_disk(settings, source)
+    check_optimizer(source, loading)
     state = state_to_continue(source, loading)
     check_new_run(state, checkpoint.save)
+    if world.rank == 0:
+        check_loggers(settings.logging)
     if state is not None and settings.optimizer.use_checkpoint_opt_param_scheduler:
         settings = with_saved_schedule(settings, source)
     return ModelAndProcesses(
         settings=settings,
         framework=framework.name,
         world=world,
-        grid=make_grid(settings.parallel, source.config, world.size),
+        grid=grid,
+        engine=engine,
         source=source,
         loading=loading,
         state=state,
@@ -138,14 +148,10 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
 def with_data(start: ModelAndProcesses) -> PreparedRun:
     """Preprocess raw data, and open everything that depends on the data."""
     settings = settle(start)
-    training, config = settings.training, start.source.config
     return PreparedRun(
         **{**vars(start), "settings": settings},
-        engine=engine_settings(
-            training, settings.optimizer, settings.parallel, settings.experts, config, start.grid, rank=start.world.rank
-        ),
-        schedule=schedule_from(settings.optimizer, training),
-        data=open_data(settings.data, training, start.tokenizer, start.state),
+        schedule=schedule_from(settings.optimizer, settings.training),
+        data=open_data(settings.data, settings.training, start.tokenizer, start.state),
     )
 
 

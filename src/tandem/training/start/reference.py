@@ -18,7 +18,7 @@ from tandem.checkpoints.adapters.fresh import FreshAdapters
 from tandem.checkpoints.adapters.views import Adapted, Merged
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.parsing import from_dict
-from tandem.config.settings import Settings
+from tandem.config.settings import PreferenceSettings, Settings
 from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
 from tandem.files.sha256 import sha256
@@ -71,12 +71,25 @@ def _agreed_identity(find: Finder, model: TensorSource | None, recorded: dict[st
     if model is None and recorded is not None:
         return recorded
     digest = find.agreed_digest(model or find.source)
-    if recorded is not None and digest != recorded["sha256"]:
-        raise UserError(
-            f"--ref-model {find.settings.preferences.ref_model}: the run in {find.source.location} is compared with "
-            f"other weights (their sha256 differs): give those, or leave it out"
-        )
+    if recorded is not None:
+        _require_same(digest, recorded, find.settings.preferences, find.source)
     return {"sha256": digest, "under_adapters": model is None and _begins_with_nothing(find.source)}
+
+
+def check_same_reference(settings: Settings, source: TensorSource, state: TrainerState | None) -> None:
+    """Raise UserError when `--ref-model` names other weights than the run that goes on is compared with."""
+    model = open_reference(settings.preferences, source.config)
+    recorded = state.data.get("reference") if state else None
+    if model is not None and recorded is not None:
+        _require_same(weights_digest(model, settings.training.seed), recorded, settings.preferences, source)
+
+
+def _require_same(digest: str, recorded: dict[str, Any], preferences: PreferenceSettings, source: TensorSource) -> None:
+    if digest != recorded["sha256"]:
+        raise UserError(
+            f"--ref-model {preferences.ref_model}: the run in {source.location} is compared with other weights (their "
+            f"sha256 differs): give those, or leave it out"
+        )
 
 
 def _needed(run: PreparedRun, progress: Progress) -> list[tuple[Dataset, range]]:
