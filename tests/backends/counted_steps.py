@@ -8,6 +8,8 @@ from itertools import product
 
 import pytest
 
+from tandem.models.config import ModelConfig
+from tandem.models.lora import Lora
 from tandem.models.published import qwen3_config
 from tandem.planning.counted import Counted
 from tandem.planning.hardware import HARDWARE
@@ -54,3 +56,21 @@ def check(counted: Counted, size: str, step: Step, framework: str) -> None:
     of_logit = counted.logit_bytes + counted.head_bytes * job.config.hidden_size / (MANY - FEW)
     expected = counted.passes, counted.passes_again, counted.gradient_bytes, of_logit
     assert actual == pytest.approx(expected, rel=0.1, abs=0.01), f"counted {actual}, in the table {expected}"
+
+
+def check_kinds(counted: Counted, kernels: Callable[[ModelConfig, int], int]) -> None:
+    """Whether a table agrees with counted layers that have experts, and that have adapters on all linear layers.
+
+    `kernels`: of a step, for a model and a number of micro-batches.
+    """
+    mixture = qwen3_config("30B-A3B")
+    assert mixture.experts is not None
+    mixture = dataclasses.replace(mixture, experts=dataclasses.replace(mixture.experts, num_experts=16))
+    adapted = dataclasses.replace(qwen3_config("0.6B"), lora=Lora())
+
+    def of_layer(config: ModelConfig) -> int:
+        one, two = (dataclasses.replace(config, num_layers=layers) for layers in (1, 2))
+        return (kernels(two, 2) - kernels(two, 1)) - (kernels(one, 2) - kernels(one, 1))
+
+    found = of_layer(mixture) - counted.layer, of_layer(adapted) - counted.layer
+    assert found == (counted.experts, counted.adapters), f"counted {found}"

@@ -18,7 +18,7 @@ from typing import Any
 import fake_mindspore
 import numpy as np
 import pytest
-from counted_steps import check
+from counted_steps import check, check_kinds
 from toy_work import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
 from frameworks import require_framework
@@ -296,3 +296,10 @@ def test_a_plan_knows_the_counts(size: str, ascend: fake_mindspore.Record) -> No
         return sum(kernels.values()), ascend.moved
 
     check(COUNTED["mindspore", "ascend"], size, counts, "mindspore")
+
+
+def test_a_plan_knows_the_counts_of_experts_and_adapters(ascend: fake_mindspore.Record) -> None:
+    def kernels(config: ModelConfig, micro_batches: int) -> int:
+        return sum(count(ascend, config, (TOKENS,), micro_batches).values())
+
+    check_kinds(COUNTED["mindspore", "ascend"], kernels)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counted_steps import check
+from counted_steps import check, check_kinds
 from device_toys import FakeNpu, check_grouped, copy_at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -330,3 +330,13 @@ def test_a_plan_knows_the_counts(maker: str, size: str, request: pytest.FixtureR
         return sum(kernels.values()), mode.moved
 
     check(COUNTED["torch", maker], size, counts, "torch")
+
+
+@pytest.mark.parametrize("maker", ["nvidia", "ascend"])
+def test_a_plan_knows_the_counts_of_experts_and_adapters(maker: str, request: pytest.FixtureRequest) -> None:
+    mode: Counted = request.getfixturevalue({"nvidia": "counted", "ascend": "counted_npu"}[maker])
+
+    def kernels(config: ModelConfig, micro_batches: int) -> int:
+        return sum(count(mode, config, (TOKENS,), micro_batches).values())
+
+    check_kinds(COUNTED["torch", maker], kernels)

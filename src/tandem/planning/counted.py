@@ -15,6 +15,8 @@ class Counted:
 
     Attributes:
         layer: kernels of a layer in a micro-batch, forward and backward.
+        experts: more of them where the layer has experts in place of an MLP.
+        adapters: more of them where all its linear layers have adapters.
         again: more of them where the layer is recomputed, which are also those of a forward pass alone.
         chunk: kernels of a chunk of rows in head and loss.
         micro_batch: kernels of a micro-batch outside of layers and chunks.
@@ -28,6 +30,8 @@ class Counted:
     """
 
     layer: int
+    experts: int
+    adapters: int
     again: int
     chunk: int
     micro_batch: int
@@ -44,6 +48,8 @@ class Counted:
 COUNTED = {
     ("torch", "nvidia"): Counted(
         layer=46,
+        experts=44,
+        adapters=69,
         again=12,
         chunk=12,
         micro_batch=18,
@@ -57,6 +63,8 @@ COUNTED = {
     ),
     ("torch", "ascend"): Counted(
         layer=61,
+        experts=73,
+        adapters=65,
         again=16,
         chunk=20,
         micro_batch=18,
@@ -70,6 +78,8 @@ COUNTED = {
     ),
     ("mindspore", "ascend"): Counted(
         layer=58,
+        experts=64,
+        adapters=116,
         again=17,
         chunk=22,
         micro_batch=21,
@@ -85,6 +95,8 @@ COUNTED = {
 # On a CPU, where the work is what takes time, and not its start. Assumed, not counted.
 ON_CPU = Counted(
     layer=0,
+    experts=0,
+    adapters=0,
     again=0,
     chunk=0,
     micro_batch=0,

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 from tandem.models.config import ModelConfig
 from tandem.models.flops import training_flops
-from tandem.planning.counted import counted
+from tandem.models.tensors import tensor_table
+from tandem.planning.counted import Counted, counted
 from tandem.planning.hardware import Hardware
 from tandem.planning.job import Job
 from tandem.planning.memory import expert_copies, layer_activations, loss_chunks, stage_memories, stage_weights
 from tandem.planning.traffic import stage_traffic
 
+LINEAR_LAYERS = 7  # of a layer, under Hugging Face's names: each can have an adapter
 ASSUMPTIONS = "no communication overlaps with computation; every stage takes as long as the slowest"
 
 
@@ -135,12 +137,24 @@ def _moved(job: Job, hardware: Hardware, stage: int) -> float:
 def kernels(job: Job, hardware: Hardware, stage: int = 0) -> tuple[int, int]:
     """Kernels of a step's passes, and of its update. Those of communication are not counted."""
     counts, layers = counted(job.framework.name, hardware.maker), job.layers_of_stages[stage]
-    of_micro_batch = layers * counts.layer + min(job.recompute_layers, layers) * counts.again + counts.micro_batch
+    of_micro_batch = (
+        layers * _of_layer(job.config, counts) + min(job.recompute_layers, layers) * counts.again + counts.micro_batch
+    )
     if job.scored_documents:
         of_micro_batch += layers * counts.again
     if stage == job.pipeline_size - 1:
         of_micro_batch += counts.chunk * loss_chunks(job, hardware)
-    return job.micro_batches * of_micro_batch, layers * counts.update + counts.step
+    return round(job.micro_batches * of_micro_batch), layers * counts.update + counts.step
+
+
+def _of_layer(config: ModelConfig, counts: Counted) -> float:
+    """Kernels of a layer in a micro-batch: the mean over those with and without experts and adapters."""
+    sparse = 0.0 if config.experts is None else 1 - config.dense_layers / config.num_layers
+    adapted = 0.0
+    if config.lora is not None:
+        adapters = {spec.adapter.a for spec in tensor_table(config).values() if spec.adapter is not None}
+        adapted = len(adapters) / (LINEAR_LAYERS * config.num_layers)
+    return counts.layer + sparse * counts.experts + adapted * counts.adapters
 
 
 def _flops(config: ModelConfig, seq_length: int) -> tuple[float, float]:
