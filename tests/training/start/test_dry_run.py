@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from frameworks import require_framework
+from tandem.checkpoints.hf.source import HFSource
 from tandem.config.settings import Settings
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import preprocess
@@ -264,3 +265,73 @@ def test_a_missing_logger_is_said(
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     assert f"pip install 'tandem-llm[{package}]'" in refused_by_both(workspace.settings("torch", **values))
+
+
+def test_a_run_that_goes_on_is_described_as_it_describes_itself(
+    workspace: Workspace, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, run = str(trained / "plain"), str(shutil.copytree(trained / "plain", tmp_path / "run"))
+    steps = {"lr_warmup_iters": 0}
+    for values, expected in (
+        (
+            {"save": run, "train_iters": 1, "dry_run": True},
+            ["nothing is left to train", "resuming at iteration 1, 4 samples consumed"],
+        ),
+        (
+            {"save": run, "train_iters": 2, "lr": 9e-3},
+            ["resuming at iteration 1", "the learning rate of the next step is", "setting", "lr ", "train_iters"],
+        ),
+        (
+            {"load": plain, "instructions": True, "train_iters": 2, "ckpt_format": "torch", "save": f"{run}2"},
+            ["--ckpt-format torch: training saves native", "resuming", "the checkpoint is of training on plain text"],
+        ),
+    ):
+        settings = workspace.settings("torch", **steps, **values)
+        dry_run(settings, 1)
+        said = capsys.readouterr().out.splitlines()
+        train(settings)
+        banner = [line for line in capsys.readouterr().out.splitlines() if line.startswith("> ")]
+        shared = [line for line in said if line in banner]
+        for text in expected:
+            assert [line for line in shared if line.startswith(f"> {text}")], text
+        at_once = expected[0].startswith("nothing")
+        assert not [line for line in said if "dry_run" in line]
+        assert ("the run would end at once" in said[-1], "all of this can start" in said[-1]) == (at_once, not at_once)
+
+
+def test_an_optimizer_that_is_not_read_is_said(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(HFSource, "unread_optimizer", lambda _: ("optimizer.pt",))
+    dry_run(workspace.settings("torch"), 1)
+    assert "(optimizer.pt) is not read: this run starts at iteration 0" in capsys.readouterr().out
+
+
+def test_raw_data_have_steps_a_disk_and_a_prompt_type(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = shutil.copy(workspace.questions, tmp_path / "questions.json")
+    values = {"instructions": True, "data_path": str(raw), "lr_warmup_iters": 0}
+    values |= {"train_iters": 3, "save_interval": 1, "save": str(tmp_path / "run")}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 25_000_000))
+        dry_run(workspace.settings("torch", **values), 1)
+    text = capsys.readouterr().out
+    assert "3 steps over 12 samples" in text
+    assert "and the disk has 0.03 GB free: it is full after" in text
+    assert "written with --prompt-type chat_template" in text
+    dry_run(workspace.settings("torch", **{**values, "train_iters": None, "epochs": 2}), 1)
+    assert "--epochs 2: the number of steps is known when the data are preprocessed" in capsys.readouterr().out
+
+    train(workspace.settings("torch", **values))
+    capsys.readouterr()
+    dry_run(workspace.settings("torch", **{**values, "train_iters": None, "epochs": 2}), 1)
+    text = capsys.readouterr().out
+    assert "is raw and was preprocessed before, into" in text
+    assert "(2.00 epochs)" in text
+    assert "resuming at iteration 3" in text
+    assert "data_path" not in text  # the table of changes
+    rows = json.loads(raw.read_text(encoding="utf-8"))
+    raw.write_text(json.dumps(rows[1:]), encoding="utf-8")
+    settings = workspace.settings("torch", **{**values, "train_iters": 4})
+    assert "since its raw data, or the flags for reading them, have changed" in refused_by_both(settings)

@@ -113,7 +113,12 @@ def test_a_dry_run_names_the_handler_and_what_it_does_not_read(
 ) -> None:
     raw = tmp_path / "x.jsonl"
     raw.write_text(json.dumps({"instruction": "I", "output": "O", "history": [["a", "b"]], "images": ["x.png"]}) + "\n")
-    dry_run(settings_for(workspace, raw, tmp_path, instructions=True, prompt_type="qwen3", train_iters=1), 1)
+    dry_run(
+        settings_for(
+            workspace, raw, tmp_path, instructions=True, prompt_type="qwen3", train_iters=1, lr_warmup_iters=0
+        ),
+        1,
+    )
     out = capsys.readouterr().out
     assert "read with AlpacaStyleInstructionHandler" in out
     assert "not read: history, images" in out

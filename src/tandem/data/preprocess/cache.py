@@ -52,6 +52,25 @@ def wait_for(record: Path) -> None:
         time.sleep(_SECONDS_BETWEEN_CHECKS)
 
 
+def folder_in_cache(raw: str, cache: str | None) -> Path:
+    """The folder with all results of a raw data path, each under its key. It need not be there."""
+    path = Path(os.path.abspath(raw))
+    name = re.sub(r"[*?[\]]", "_", path.name)
+    nearest = next(parent for parent in path.parents if not glob.has_magic(str(parent)) or parent.exists())
+    return Path(cache or nearest) / f"{name}.preprocessed"
+
+
+def prefix_in_cache(options: PreprocessOptions, cache: str | None) -> str:
+    """The output prefix of a raw data path. To find its key, all its files are hashed."""
+    (raw,) = options.input
+    return str(folder_in_cache(raw, cache) / _key(options) / "data")
+
+
+def is_in_cache(prefix: str) -> bool:
+    """Whether the result with this output prefix is there, with all its files."""
+    return _is_whole(record_path(prefix))
+
+
 def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool = True, wait: Wait = wait_for) -> str:
     """Preprocess one raw data path into `{cache}/{name}.preprocessed/{key}`, unless that was done before.
 
@@ -72,12 +91,9 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
         UserError: as `preprocess`; or the cache cannot be written.
     """
     (raw,) = options.input
-    path = Path(os.path.abspath(raw))
-    name = re.sub(r"[*?[\]]", "_", path.name)
-    nearest = next(parent for parent in path.parents if not glob.has_magic(str(parent)) or parent.exists())
-    folder = Path(cache or nearest) / f"{name}.preprocessed" / _key(options)
-    options = replace(options, output_prefix=str(folder / "data"))
+    options = replace(options, output_prefix=prefix_in_cache(options, cache))
     record = record_path(options.output_prefix)
+    folder = record.parent
     if leader and not _is_whole(record):
         log.info("> preprocessing %s into %s", raw, folder)
         try:

@@ -9,10 +9,12 @@ from tandem.config.settings import CheckpointSettings, DataSettings, Settings, T
 from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count, trained_count
+from tandem.training.schedule import schedule_from
 from tandem.training.start.changes import changes, other_kind, other_rate
 from tandem.training.start.datasets import kind_to_train
 from tandem.training.start.prepare import PreparedRun
 from tandem.training.start.room import notices_of_disk
+from tandem.training.start.state import TrainerState
 from tandem.training.trainer import Trainer
 
 
@@ -56,23 +58,46 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
         f"batch {batch} x {size_of_samples(settings.data)}, "
         f"{-(-counts['samples_per_epoch'] // batch):,} steps per epoch",
         *changed,
-        *unread_notice(run.source, settings.checkpoint),
         *engine.notices,
         *run.data.notices,
-        *saving_notice(settings.checkpoint),
-        *notices_of_disk(settings, run.source, trainer.progress.iteration),
+        *describe_beginning(settings, run.source, state),
     ]
-    if trainer.progress.iteration >= trainer.train_iters:
-        lines.append(
-            f"nothing is left to train: the weights are from iteration {trainer.progress.iteration:,} of "
-            f"{trainer.train_iters:,}. Give {_longer(settings.training)} to go on, or another --save to begin a new run"
-        )
-    if state is not None:
-        lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
-        lines += other_kind(state, settings.data)
-        lines += other_rate(run.source, state, run.schedule)
-        lines += changes(run.source, settings.to_dict())
     log.info("\n".join(f"> {line}" for line in lines))
+
+
+def describe_beginning(settings: Settings, source: TensorSource, state: TrainerState | None) -> list[str]:
+    """Lines about what a run goes on from, and what it will save, as `--dry-run` says it, too.
+
+    Args:
+        settings: as the run records them. Where `epochs` stands in them, the number of steps is not known yet.
+        state: that the run continues from; None when it starts at iteration 0.
+    """
+    iteration = state.iteration if state else 0
+    lines = [*unread_notice(source, settings.checkpoint), *saving_notice(settings.checkpoint)]
+    knows_length = settings.training.epochs is None
+    if knows_length:
+        lines += notices_of_disk(settings, source, iteration)
+    if state is None:
+        return lines
+    lines += nothing_left(settings.training, state)
+    lines.append(f"resuming at iteration {state.iteration}, {state.consumed_train_samples:,} samples consumed")
+    lines += other_kind(state, settings.data)
+    if knows_length:
+        lines += other_rate(source, state, schedule_from(settings.optimizer, settings.training))
+    return [*lines, *changes(source, settings.to_dict())]
+
+
+def nothing_left(training: TrainingSettings, state: TrainerState | None) -> list[str]:
+    """A notice when a run that goes on from `state` ends at once."""
+    if state is None or training.epochs is not None:
+        return []
+    last = training.length.iterations_from(state.iteration, state.consumed_train_samples)
+    if state.iteration < last:
+        return []
+    return [
+        f"nothing is left to train: the weights are from iteration {state.iteration:,} of {last:,}. Give "
+        f"{_longer(training)} to go on, or another --save to begin a new run"
+    ]
 
 
 def size_of_samples(data: DataSettings) -> str:

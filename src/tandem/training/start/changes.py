@@ -16,7 +16,7 @@ from tandem.training.start.lora import OF_ADAPTERS
 from tandem.training.start.state import SETTINGS_FILE, TrainerState, saved_settings
 
 # Settings that say where things are, or that are for one start, and may differ between two starts of a run.
-FOR_ONE_START = {"load", "save", "init", "ckpt_step", "finetune", "no_load_optim", "no_load_rng"}
+FOR_ONE_START = {"load", "save", "init", "ckpt_step", "finetune", "no_load_optim", "no_load_rng", "dry_run"}
 # Settings that a run with adapters keeps when they are not given again.
 OF_KEPT_ADAPTERS = {*OF_ADAPTERS, "lora_target_modules", "lora_load"}
 SAME_RATE = 0.01  # learning rates that differ by less than this fraction do not jump

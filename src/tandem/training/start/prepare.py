@@ -9,7 +9,7 @@ from tandem.backends import check_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.checks import check_batch_sizes, check_settings
-from tandem.config.settings import CheckpointSettings, Settings
+from tandem.config.settings import CheckpointSettings, DataSettings, Settings, TrainingSettings
 from tandem.data.datasets.blend import plain_paths
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.files.publish import check_writable
@@ -166,13 +166,26 @@ def settle(start: ModelAndProcesses) -> Settings:
     Raises:
         UserError: the checkpoint that is resumed was trained on other data; or as in preprocessing.
     """
-    settings = start.settings
-    data = replace(settings.data, data_path=plain_paths(settings.data.data_path))
+    data = with_plain_paths(start.settings.data)
     data = with_preprocessed(data, start.tokenizer, leader=start.world.local_rank == 0)
-    training = with_epochs(data, settings.training, start.state)
-    check_same_data(data, settings.checkpoint, start.loading)
+    return settled(start, data, with_epochs(data, start.settings.training, start.state))
+
+
+def with_plain_paths(data: DataSettings) -> DataSettings:
+    """Each data path in its shortest form."""
+    return replace(data, data_path=plain_paths(data.data_path))
+
+
+def settled(start: ModelAndProcesses, data: DataSettings, training: TrainingSettings) -> Settings:
+    """The settings that a run records, with its seed. Raises as `settle`.
+
+    Args:
+        data: with the prefixes of preprocessed files.
+        training: with the number of steps.
+    """
+    check_same_data(data, start.settings.checkpoint, start.loading)
     seed = settled_seed(training.seed, start.loading, start.state)
-    return replace(settings, data=data, training=replace(training, seed=seed))
+    return replace(start.settings, data=data, training=replace(training, seed=seed))
 
 
 def settled_seed(seed: int, loading: CheckpointSettings, state: TrainerState | None) -> int:

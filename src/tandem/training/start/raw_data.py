@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tandem.config.settings import DataSettings
 from tandem.data.kinds import CONVERSATIONS, TEXT, UNPAIRED, Kind
-from tandem.data.preprocess.cache import Wait, is_raw, preprocess_once, template_of_raw, wait_for
+from tandem.data.preprocess.cache import (
+    Wait,
+    folder_in_cache,
+    is_in_cache,
+    is_raw,
+    prefix_in_cache,
+    preprocess_once,
+    template_of_raw,
+    wait_for,
+)
 from tandem.data.preprocess.noticed import told
 from tandem.data.preprocess.options import PreprocessOptions
 from tandem.data.preprocess.run import kind_of_input, readers_of, try_first_rows
@@ -55,6 +64,31 @@ def with_preprocessed(
     def ready(path: str) -> str:
         return preprocess_once(options[path], data.data_cache_path, leader, wait) if path in options else path
 
+    return _replaced(data, ready)
+
+
+def as_in_cache(
+    data: DataSettings, raw: Mapping[str, PreprocessOptions]
+) -> tuple[DataSettings, dict[str, PreprocessOptions], dict[str, PreprocessOptions]]:
+    """Replace raw files by the prefixes that they get or have got. Nothing is preprocessed; all files are hashed.
+
+    Returns:
+        The settings, and options by prefix: of raw files that are preprocessed already, and of the others.
+    """
+    prefixes = {path: prefix_in_cache(options, data.data_cache_path) for path, options in raw.items()}
+    paths = {path: kind_to_train(data).data_paths(prefix, data.json_keys)[0] for path, prefix in prefixes.items()}
+    is_ready = {path: is_in_cache(prefix) for path, prefix in prefixes.items()}
+    ready, missing = ({paths[path]: raw[path] for path in raw if is_ready[path] is there} for there in (True, False))
+    return _replaced(data, lambda path: paths.get(path, path)), ready, missing
+
+
+def was_preprocessed(raw: Mapping[str, PreprocessOptions], cache: str | None) -> bool:
+    """Whether a raw path was preprocessed before, perhaps with other files or flags."""
+    return any(folder_in_cache(path, cache).is_dir() for path in raw)
+
+
+def _replaced(data: DataSettings, ready: Callable[[str], str]) -> DataSettings:
+    """The settings with what `ready` gives for each path."""
     paths = tuple(map(ready, data.data_path))
     valid = tuple(
         ready(path) if name is None else f"{name}={ready(path)}" for name, path in map(split_name, data.valid_data_path)
@@ -69,23 +103,34 @@ def check_ready(data: DataSettings) -> None:
             check_files(prefix, kind_to_train(data))
 
 
-def describe_raw(raw: Mapping[str, PreprocessOptions]) -> list[str]:
-    """Try to preprocess the first rows of each raw path, and describe the result. Nothing is written.
+def describe_raw(raw: Iterable[PreprocessOptions]) -> list[str]:
+    """Try to preprocess the first rows of raw paths, and describe the result. Nothing is written.
 
     Raises:
         UserError: as in preprocessing.
     """
     lines = []
-    for path, options in raw.items():
+    for options in raw:
+        (path,) = options.input
         chunk, source = try_first_rows(options)
         counts = chunk.counts
         lines.append(
             f"{path} is raw and is preprocessed before training; of the first {counts['documents']:,} documents "
             f"{counts['kept']:,} are kept, {counts['tokens']:,} tokens, read with {source.handler_name}"
+            f"{_as_written(options)}"
         )
         readers = readers_of(chunk.unread, chunk.held, [source], options)
         lines += [f"{path}: {line}" for line in told(chunk.unread, readers, chunk.noticed)]
     return lines
+
+
+def describe_ready(prefix: str, options: PreprocessOptions) -> str:
+    """A line about raw files that were preprocessed before."""
+    return f"{options.input[0]} is raw and was preprocessed before, into {prefix}{_as_written(options)}"
+
+
+def _as_written(options: PreprocessOptions) -> str:
+    return f", written with --prompt-type {options.prompt_type}" if options.prompt_type else ""
 
 
 def raw_templates(raw: Mapping[str, PreprocessOptions]) -> dict[str, dict[str, Any] | None]:
