@@ -169,7 +169,22 @@ def test_lines_of_a_pipe_are_questions(
     assert text.startswith("## User\n\nReverse 12.\n\n## Assistant\n\n")
     assert printed.out.rstrip("\n") == text.partition("## Assistant\n\n")[2].rstrip("\n")
     assert "chat.md: exists; choose another name" in printed.err
+    assert "> keys and values: up to " in printed.err
     assert "4 tokens" in printed.err
+
+
+def test_a_model_is_compared_under_a_name_of_its_own(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are in one folder, and the memory of both is said."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Reverse 12.\n"))
+    words = ["--compare", str(workspace.hf), "--max-new-tokens", "4", "--ai-framework", "torch"]
+    assert main(["chat", str(workspace.hf), *words]) == 0
+    printed = capsys.readouterr()
+    of_one, _, of_other = printed.out.partition("hf-base: ")
+    assert of_one == f"hf: {of_other}"
+    told = re.findall(r"> (\S+): keys and values: up to [\d,]+ MB for 512 tokens, 2 times", printed.err)
+    assert told == ["hf", "hf-base"]
 
 
 @pytest.mark.parametrize(

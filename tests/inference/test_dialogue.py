@@ -114,11 +114,13 @@ def test_what_does_not_fit_is_said_and_taken_back(model: Model, monkeypatch: pyt
     dialogue.close()
     monkeypatch.setattr(model.engine, "free_memory", lambda: 4 * 100 * model.engine.bytes_per_cached_token())
     assert Continuing(model.engine).room == 100
+    together = [Continuing(model.engine, 2) for _ in range(2)]
+    assert [one.room for one in together] == [50, 50]
+    size = 2 * 50 * model.engine.bytes_per_cached_token() / 1e6
+    assert together[0].notice == f"keys and values: up to {size:,.0f} MB for 50 tokens, 2 times"
 
 
 def test_a_model_without_a_template_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch", raw=True))
-    dialogue = Dialogue(model, Sampling())
     with pytest.raises(UserError, match="no chat template"):
-        dialogue.check_template()
-    dialogue.close()
+        model.prompter.check()

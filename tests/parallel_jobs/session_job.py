@@ -21,6 +21,7 @@ from tandem.inference.sampling import Sampling  # noqa: E402
 from tandem.inference.scheduler import Scheduler  # noqa: E402
 from tandem.launch.member import Member, exit_with  # noqa: E402
 from tandem.launch.world import World  # noqa: E402
+from tandem.machine import available_bytes  # noqa: E402
 from tandem.parallel.grid import Grid  # noqa: E402
 
 PROMPTS = [[5, 9, 3], [17], list(range(30)), [8] * 7, [*range(29), 4, 4]]  # the last shares a beginning
@@ -55,6 +56,7 @@ def main(framework: str, cases: str, folder: str) -> None:
         )
         engine.load_weights(source)
         found = answers(engine)
+        assert engine.free_memory() <= 1.2 * available_bytes() / world.size, "all ranks take the same memory"
         (Path(folder) / f"{case.name}-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
         communicator.barrier()
     communicator.close()

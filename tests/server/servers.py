@@ -73,6 +73,8 @@ def serving(
 class ScriptedScheduler:
     """Answers each request with the same text, a token in each step."""
 
+    notice = "a script"
+
     def __init__(self, model: Model, text: Callable[[], str]) -> None:
         self._encode, self._text = model.tokenizer.encode, text
         self._left: dict[Request, list[int]] = {}
@@ -105,5 +107,5 @@ class ScriptedWorker(Worker):
 
     text = ""
 
-    def _scheduler(self, model: Model) -> Any:
+    def _scheduler(self, model: Model, models: int) -> Any:
         return ScriptedScheduler(model, lambda: self.text)

@@ -249,12 +249,25 @@ def test_nothing_is_answered_before_the_model_is_open(workspace: Workspace) -> N
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+def test_memory_is_said_and_models_share_it(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    models = {name: open_model(LoadOptions(str(workspace.hf), ai_framework="torch")) for name in ("tuned", "base")}
+    size = models["base"].engine.bytes_per_cached_token()
+    for model in models.values():
+        model.engine.free_memory = lambda: 400 * size  # type: ignore[method-assign]
+    worker = Worker(lambda: models, 3)
+    with caplog.at_level("INFO", "tandem"):
+        worker.start()
+        worker.end(20)
+    said = [f"> {name}: keys and values: up to {100 * size / 1e6:,.0f} MB for 100 tokens, 3 texts" for name in models]
+    assert caplog.messages == said  # each a quarter of what is free
+
+
 class Failing(ScriptedWorker):
     """A worker of which the next step fails."""
 
     fails = False
 
-    def _scheduler(self, model: Model) -> Any:
+    def _scheduler(self, model: Model, models: int) -> Any:
         worker = self
 
         class Scheduler(ScriptedScheduler):

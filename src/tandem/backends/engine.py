@@ -273,7 +273,9 @@ class BaseEngine(ABC, Generic[T]):
         return [slot.layer for chunk in self._stage for slot in chunk]
 
     def free_memory(self) -> int:
-        return available_bytes() if self.device_name == "cpu" else self._free_memory_of_device()
+        if self.device_name == "cpu":
+            return available_bytes() // self._grid.size  # all ranks may be on this machine
+        return self._free_memory_of_device()
 
     def peak_memory(self) -> int:
         if self.device_name == "cpu":

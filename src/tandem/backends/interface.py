@@ -311,7 +311,10 @@ class Engine(Protocol):
         ...
 
     def free_memory(self) -> int:
-        """Bytes that a new allocation on this rank's device can get. Not collective."""
+        """Bytes that this rank can still allocate on its device; on CPU, where ranks share memory, its part of them.
+
+        Not collective.
+        """
         ...
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from tandem.cli.arguments import parse
 from tandem.errors import UserError
 from tandem.inference.defaults import SamplingOptions
-from tandem.inference.options import LoadOptions
+from tandem.inference.options import LoadOptions, models_to_open
 from tandem.options import Options, PathText, flag_of
 
 if TYPE_CHECKING:
@@ -63,31 +62,29 @@ def run(argv: Sequence[str]) -> None:
     try:
         _talk(options, dialogues, console)
     finally:
-        for dialogue in dialogues:
+        for dialogue in dialogues.values():
             dialogue.close()
 
 
-def _open(options: ChatOptions, console: Console) -> list[Dialogue]:
-    """The dialogues with the model, and with the one that it is compared with."""
+def _open(options: ChatOptions, console: Console) -> dict[str, Dialogue]:
+    """By name, the dialogues with the model, and with the one that it is compared with."""
     from tandem.inference.chat import open_model  # frameworks take a second to start
     from tandem.inference.dialogue import Dialogue
 
-    loads = [options.model]
-    if options.compare is not None:
-        loads.append(replace(options.model, load=options.compare, lora_load=None, ckpt_step=None))
-    dialogues = []
-    for load in loads:
+    models = {}
+    for name, load in models_to_open(options.model, options.compare).items():
         with console.status(f"opening {load.load}") if console.is_terminal else _nothing():
-            model = open_model(load)
+            models[name] = model = open_model(load)
+            model.prompter.check()
+    dialogues = {}
+    for name, model in models.items():
         sampling = model.defaults.sampling(options.sampling)
         if options.sampling.max_new_tokens is None and "max_new_tokens" not in model.defaults.values:
             sampling = replace(sampling, max_new_tokens=MAX_NEW_TOKENS)
-        dialogue = Dialogue(model, sampling)
-        dialogue.check_template()
+        dialogues[name] = dialogue = Dialogue(model, sampling, len(models))
         dialogue.system = options.system
-        dialogues.append(dialogue)
-        for notice in model.defaults.notices(options.sampling):
-            _say(console, f"> {notice}")
+        for notice in (*model.defaults.notices(options.sampling), dialogue.notice):
+            _say(console, f"> {name}: {notice}" if len(models) > 1 else f"> {notice}")
     return dialogues
 
 
@@ -96,12 +93,12 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _talk(options: ChatOptions, dialogues: Sequence[Dialogue], console: Console) -> None:
+def _talk(options: ChatOptions, models: Mapping[str, Dialogue], console: Console) -> None:
     """Ask and answer until the end of the input."""
     from tandem.cli.chat_commands import COMMANDS
     from tandem.cli.chat_input import history_file, line_editing, read_message
 
-    names = [Path(name).name for name in (options.model.load, options.compare) if name]
+    names, dialogues = list(models), list(models.values())
     history = None if options.no_history else history_file()
     if console.is_terminal:
         _say(console, f"{' and '.join(names)}. /help lists commands, Ctrl-D ends.")

@@ -57,7 +57,7 @@ def with_session(engine: Engine, prompts: Sequence[Prompt], ends: Ends) -> list[
 
         return look
 
-    with Scheduler(engine, room=_room_for(engine, prompts)) as scheduler:
+    with Scheduler(engine, room=room_for(engine, prompts)) as scheduler:
         if not scheduler.leads:
             scheduler.follow()
             return []
@@ -68,8 +68,8 @@ def with_session(engine: Engine, prompts: Sequence[Prompt], ends: Ends) -> list[
     return [request.tokens for request in requests]
 
 
-def _room_for(engine: Engine, prompts: Sequence[Prompt]) -> int:
-    """How many tokens a scheduler keeps for these prompts."""
+def room_for(engine: Engine, prompts: Sequence[Prompt]) -> int:
+    """How many tokens a scheduler keeps for these prompts, at most."""
     texts = min(len(prompts), MAX_BATCH_SIZE)
     longest = max(len(tokens) + wishes.sampling.max_new_tokens for tokens, wishes in prompts)
     return max(longest, min(texts * longest, default_room(engine, texts)))

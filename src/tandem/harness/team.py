@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from tandem.backends.interface import Engine
-from tandem.harness.generation import Ends, Prompt, compute_again, with_session
+from tandem.harness.generation import Ends, Prompt, compute_again, room_for, with_session
 from tandem.harness.texts import Asked, Score, Text, asked_batch, in_batches
 from tandem.harness.wishes import Wishes
+from tandem.inference.room import memory_notice
 from tandem.inference.sampling import Sampling
 from tandem.inference.scheduler import MAX_BATCH_SIZE
 from tandem.launch.world import Communicator
+from tandem.logs import log
 from tandem.parallel.grid import Grid
 
 Found = tuple[list[float], list[int]]  # of each row: log p(label), and the most likely token
@@ -59,6 +61,9 @@ class Team:
             most_tokens = self.tokens_per_batch * self.grid.data_size
             yield from compute_again(self._next_tokens, prompts, self.ends, most_tokens)
             return
+        if prompts:
+            room = room_for(self.engine, prompts)
+            log.info("> %s", memory_notice(self.engine, room, f"{room:,} tokens"))
         size = self.grid.copies_of_the_model
         for first in range(0, len(prompts), ROUND * size):
             numbers = range(first, min(first + ROUND * size, len(prompts)))

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from tandem.backends.interface import Engine, Piece
 from tandem.errors import UserError
+from tandem.inference.room import memory_notice, tokens_that_fit
 from tandem.inference.sampling import Chooser, Sampling
 
 PROMPT_TOKENS = 512  # of a prompt in one step: between two steps an answer can be stopped
@@ -23,10 +24,14 @@ class Continuing:
     Attributes:
         room: how many tokens a prompt and its answer may have together.
         ended: whether the last answer came to its end token.
+
+    Args:
+        conversations: how many share the free memory, each with an engine of its own.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        fits = int(engine.free_memory() * SHARE_OF_MEMORY) // engine.bytes_per_cached_token() // SEQUENCES
+    def __init__(self, engine: Engine, conversations: int = 1) -> None:
+        self._engine = engine
+        fits = tokens_that_fit(engine, SHARE_OF_MEMORY / conversations) // SEQUENCES
         self.room = max(2, min(engine.config.max_position_embeddings, fits))
         self.ended = False
         self._session = engine.session(SEQUENCES * self.room)
@@ -43,6 +48,11 @@ class Continuing:
 
     def close(self) -> None:
         self._session.close()
+
+    @property
+    def notice(self) -> str:
+        """How much memory the keys and values may take."""
+        return memory_notice(self._engine, SEQUENCES * self.room, f"{self.room:,} tokens, {SEQUENCES} times")
 
     def answer(
         self, prompt: Sequence[int], lasting: int, sampling: Sampling, stop_ids: Collection[int]

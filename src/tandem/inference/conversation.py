@@ -45,6 +45,10 @@ class Prompter:
     def __init__(self, tokenizer: Tokenizer, template: Template | None, thinking: bool | None = None) -> None:
         self._tokenizer, self._given, self._thinking = tokenizer, template, thinking
 
+    def check(self) -> None:
+        """Raise UserError when there is no template for a conversation."""
+        self.template  # noqa: B018 - raises
+
     @cached_property
     def template(self) -> Template:
         """

@@ -48,23 +48,27 @@ class Dialogue:
         sampling: how tokens are chosen. Each answer that is written again draws from the next seed.
         speed: of the last answer.
         cut: why the last answer is not whole; "" when it is.
+
+    Args:
+        dialogues: how many share the free memory, each with a model of its own.
     """
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
+    def __init__(self, model: Model, sampling: Sampling, dialogues: int = 1) -> None:
         self.model, self.sampling = model, sampling
         self.messages: list[Message] = []
         self.system: str | None = None
         self.thinking: bool | None = None
         self.speed, self.cut = Speed(), ""
-        self._continuing = Continuing(model.engine)
+        self._continuing = Continuing(model.engine, dialogues)
         self._again = 0  # times that the last question was answered again
 
     def close(self) -> None:
         self._continuing.close()
 
-    def check_template(self) -> None:
-        """Raise UserError when the model has no chat template."""
-        self.model.prompter.template  # noqa: B018 - raises
+    @property
+    def notice(self) -> str:
+        """How much memory the conversation may take."""
+        return self._continuing.notice
 
     def thinks_on_demand(self) -> bool:
         """Whether the template asks otherwise with `enable_thinking` true than with false."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from tandem.data.templates.catalog import THINKING_MODES, check_prompt_type
 from tandem.errors import UserError
@@ -77,3 +79,28 @@ class LoadOptions(Options):
     def thinking(self) -> bool | None:
         """`enable_thinking` of a template."""
         return THINKING_MODES[self.enable_thinking or "none"]
+
+
+def models_to_open(model: LoadOptions, compare: str | None, names: Sequence[str] = ()) -> dict[str, LoadOptions]:
+    """How a model, and the one that it is compared with, are opened, by their names. The second gets no adapters.
+
+    Args:
+        names: of the models; default: those of their folders.
+    """
+    loads = [model]
+    if compare is not None:
+        loads.append(replace(model, load=compare, lora_load=None, ckpt_step=None))
+    found: dict[str, LoadOptions] = {}
+    for number, load in enumerate(loads):
+        found[names[number] if names else name_of(load.lora_load or load.load, found)] = load
+    return found
+
+
+def name_of(folder: str, taken: Mapping[str, Any] | None = None) -> str:
+    """The name of a model by its folder; with `-base` where another one has it.
+
+    >>> name_of("run/tuned/"), name_of("other/tuned", {"tuned": ...})
+    ('tuned', 'tuned-base')
+    """
+    name = Path(folder).resolve().name or "model"
+    return f"{name}-base" if name in (taken or {}) else name

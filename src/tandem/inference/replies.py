@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tandem.backends.interface import Engine
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.inference.room import memory_notice, tokens_that_fit
 from tandem.inference.sampling import Sampling
 from tandem.inference.scheduler import MAX_BATCH_SIZE, Request, Scheduler
 from tandem.inference.text import StopStrings, TokenText
@@ -68,7 +69,7 @@ def replies(
         return
     size = min(MAX_BATCH_SIZE if batch_size is None else batch_size, len(questions))
     room = room_for(engine, questions, size)
-    say(f"keys and values: up to {room * engine.bytes_per_cached_token() / 1e6:,.0f} MB for {room:,} tokens")
+    say(memory_notice(engine, room, f"{room:,} tokens"))
     with Scheduler(engine, size, room) as scheduler:
         if not scheduler.leads:
             scheduler.follow()
@@ -98,8 +99,7 @@ def room_for(engine: Engine, questions: Sequence[Question], size: int) -> int:
     most = engine.config.max_position_embeddings
     lengths = [min(len(question.tokens) + question.sampling.max_new_tokens, most) for question in questions]
     longest = sorted(lengths, reverse=True)[:size]
-    fits = int(engine.free_memory() * SHARE_OF_MEMORY) // engine.bytes_per_cached_token()
-    return max(longest[0], min(sum(longest), fits))
+    return max(longest[0], min(sum(longest), tokens_that_fit(engine, SHARE_OF_MEMORY)))
 
 
 def _tell(written: _Written, number: int, told: int, on_text: Callable[[int, str], None]) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from tandem.backends.interface import Engine, Piece
 from tandem.errors import UserError
 from tandem.inference.beginnings import LEAST, Ended, Known, common_beginning
+from tandem.inference.room import memory_notice, tokens_that_fit
 from tandem.inference.sampling import Chooser, Sampling, log_probabilities, most_likely
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -186,8 +187,8 @@ class Scheduler:
     @property
     def notice(self) -> str:
         """How much memory the keys and values may take."""
-        room, size = self._session.room, self.engine.bytes_per_cached_token()
-        return f"keys and values: up to {room * size / 1e6:,.0f} MB for {room:,} tokens, {self.max_batch_size} texts"
+        room = self._session.room
+        return memory_notice(self.engine, room, f"{room:,} tokens, {self.max_batch_size} texts")
 
     def submit(
         self,
@@ -353,7 +354,11 @@ class Scheduler:
         self._waiting = deque(request for request in self._waiting if request.finish_reason is None)
 
 
-def default_room(engine: Engine, texts: int) -> int:
-    """Tokens for `texts` texts as long as the model allows, or less: at most SHARE_OF_MEMORY of what is free."""
-    fits = int(engine.free_memory() * SHARE_OF_MEMORY) // engine.bytes_per_cached_token()
+def default_room(engine: Engine, texts: int, schedulers: int = 1) -> int:
+    """Tokens for `texts` texts as long as the model allows, or less: at most SHARE_OF_MEMORY of what is free.
+
+    Args:
+        schedulers: how many share this memory, each with an engine of its own.
+    """
+    fits = tokens_that_fit(engine, SHARE_OF_MEMORY / schedulers)
     return max(1, min(texts * engine.config.max_position_embeddings, fits))

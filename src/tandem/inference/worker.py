@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tandem.inference.answers import Answer, Piece
 from tandem.inference.chat import Model
 from tandem.inference.sampling import Sampling
-from tandem.inference.scheduler import FinishReason, Request, Scheduler, Top
+from tandem.inference.scheduler import MAX_BATCH_SIZE, FinishReason, Request, Scheduler, Top, default_room
 from tandem.logs import log
 
 
@@ -153,7 +153,8 @@ class Worker:
     def _run(self) -> None:
         try:
             models = self._open_models()
-            self._schedulers = {name: self._scheduler(model) for name, model in models.items()}
+            for name, model in models.items():
+                self._begin_session(name, model, len(models))
             self.models = models
             self._when_open()
             while self._jobs or not self._ends:
@@ -171,8 +172,14 @@ class Worker:
                 job.tell(Update(error=RuntimeError("the worker has failed")))
             self._when_failed()
 
-    def _scheduler(self, model: Model) -> Scheduler:
-        return Scheduler(model.engine, self._max_batch_size)
+    def _begin_session(self, name: str, model: Model, models: int) -> None:
+        """A new state of a model, which shares the free memory with the other ones."""
+        self._schedulers[name] = scheduler = self._scheduler(model, models)
+        log.info("> %s: %s", name, scheduler.notice)
+
+    def _scheduler(self, model: Model, models: int) -> Scheduler:
+        texts = MAX_BATCH_SIZE if self._max_batch_size is None else self._max_batch_size
+        return Scheduler(model.engine, texts, default_room(model.engine, texts, models))
 
     def _take_calls(self) -> None:
         """Do what other threads have asked for. With nothing to compute, wait for them."""
@@ -222,7 +229,7 @@ class Worker:
             if self.models[name].grid.size > 1:
                 raise
             scheduler.close()
-            self._schedulers[name] = self._scheduler(self.models[name])
+            self._begin_session(name, self.models[name], len(self.models))
 
     def _tell_news(self, job: Job) -> None:
         assert job.request is not None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from tandem.inference.chat import Model
@@ -38,13 +36,3 @@ class Served:
             "owned_by": "tandem",
             "max_model_len": self.most_tokens,
         }
-
-
-def name_of(folder: str, taken: Mapping[str, Any] | None = None) -> str:
-    """The name of a model by its folder; with `-base` where another one has it.
-
-    >>> name_of("run/tuned/"), name_of("other/tuned", {"tuned": ...})
-    ('tuned', 'tuned-base')
-    """
-    name = Path(folder).resolve().name or "model"
-    return f"{name}-base" if name in (taken or {}) else name

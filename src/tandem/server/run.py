@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import socket
 from types import FrameType
@@ -11,14 +10,14 @@ import uvicorn
 
 from tandem.errors import UserError
 from tandem.inference.chat import Model, open_model
-from tandem.inference.options import LoadOptions
+from tandem.inference.options import models_to_open
 from tandem.inference.scheduler import Scheduler
 from tandem.inference.worker import Worker
 from tandem.launch.stopping import stopping_signals
 from tandem.launch.world import World
 from tandem.logs import log
 from tandem.server.app import LOCAL, Limits, build_app
-from tandem.server.models import Served, name_of
+from tandem.server.models import Served
 from tandem.server.options import API_KEY_VARIABLE, ServeOptions
 from tandem.server.service import Service
 
@@ -53,7 +52,7 @@ def serve(options: ServeOptions) -> None:
     if options.host not in LOCAL and options.key is None:
         log.warning("> whoever reaches %s can ask: --api-key or %s sets a key", address, API_KEY_VARIABLE)
     served: dict[str, Served] = {}
-    models = models_of(options)
+    models = models_to_open(options.model, options.compare, options.served_model_name)
 
     def open_models() -> dict[str, Model]:
         opened = {name: open_model(load) for name, load in models.items()}
@@ -95,18 +94,6 @@ def follow(options: ServeOptions) -> None:
         with Scheduler(model.engine, options.max_batch_size) as scheduler:
             scheduler.follow()
         model.communicator.close()
-
-
-def models_of(options: ServeOptions) -> dict[str, LoadOptions]:
-    """How each model is opened, by its name."""
-    loads = [options.model]
-    if options.compare is not None:
-        loads.append(dataclasses.replace(options.model, load=options.compare, lora_load=None, ckpt_step=None))
-    names: dict[str, LoadOptions] = {}
-    for number, load in enumerate(loads):
-        folder = load.lora_load or load.load
-        names[options.served_model_name[number] if options.served_model_name else name_of(folder, names)] = load
-    return names
 
 
 def bind(host: str, port: int) -> socket.socket:
