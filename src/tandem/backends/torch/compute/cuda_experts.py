@@ -5,10 +5,11 @@ How many rows an expert has is known on the device alone. Shapes are documented 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
-from torch.nn.functional import grouped_mm, pad
+from torch.nn.functional import pad
 
 from tandem.backends.torch.compute import cpu_experts, pure
 from tandem.backends.torch.compute.fused import Fused
@@ -37,9 +38,10 @@ def parts(groups: torch.Tensor) -> list[torch.Tensor]:
 def grouped_product(
     x: torch.Tensor, weight: torch.Tensor, groups: torch.Tensor, *, transposed: bool = False
 ) -> torch.Tensor:
-    stack = weight.view(len(groups), -1, weight.shape[1])
-    if not (_is_aligned(x) and _is_aligned(weight)):
+    grouped_mm = _grouped_mm(x.device, x.dtype)
+    if grouped_mm is None or not (_is_aligned(x) and _is_aligned(weight)):
         return cpu_experts.grouped_product(x, weight, _counts(groups), transposed=transposed)
+    stack = weight.view(len(groups), -1, weight.shape[1])
     return grouped_mm(x, stack if transposed else stack.transpose(1, 2), offs=groups)
 
 
@@ -47,7 +49,8 @@ def add_grouped_product(
     target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, groups: torch.Tensor
 ) -> None:
     """The products are rounded to the dtype of x before they are added in fp32: the operator gives no other."""
-    if not (_is_aligned(gradient) and _is_aligned(x)):
+    grouped_mm = _grouped_mm(x.device, x.dtype)
+    if grouped_mm is None or not (_is_aligned(gradient) and _is_aligned(x)):
         cpu_experts.add_grouped_product(target, first, gradient, x, _counts(groups))
         return
     products = grouped_mm(gradient.t(), x, offs=groups).view_as(target)
@@ -55,6 +58,24 @@ def add_grouped_product(
         target.copy_(products)
     else:
         target.add_(products)
+
+
+@cache
+def _grouped_mm(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor] | None:
+    """PyTorch's grouped product; None where it has none for such matrices. It is tried once.
+
+    It is public from 2.10 on, for Hopper alone in 2.8, and absent before.
+    """
+    operator = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if operator is None:
+        return None
+    x = torch.zeros(ALIGNMENT, ALIGNMENT, dtype=dtype, device=device)
+    groups = torch.full((1,), ALIGNMENT, dtype=torch.int32, device=device)
+    try:
+        operator(x, x[None], offs=groups)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return operator
 
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
