@@ -264,7 +264,10 @@ def assert_whole(save: Path, folder: Path) -> None:
 # --- memory
 
 
-@pytest.mark.parametrize("target", [*TARGETS, {"ckpt_format": "torch", "target_pipeline_parallel_size": 2}], ids=str)
+STAGES = {"ckpt_format": "torch", "target_pipeline_parallel_size": 2}
+
+
+@pytest.mark.parametrize("target", [*TARGETS, pytest.param(STAGES, marks=pytest.mark.slow("sizes"))], ids=str)
 def test_memory_is_bounded_by_the_largest_tensors(target: dict[str, Any], tmp_path: Path) -> None:
     """A model of many tensors in several files: the peak is a few of the largest, far below the model."""
     config = toy_config(

@@ -146,10 +146,11 @@ def tandem_script(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("framework", "axis"),
     [
-        ("torch", "pipeline"),
         ("mindspore", "tensor"),
-        pytest.param("torch", "tensor", marks=pytest.mark.slow("jobs")),
-        pytest.param("mindspore", "pipeline", marks=pytest.mark.slow("jobs")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow("jobs"))
+            for case in (("torch", "pipeline"), ("torch", "tensor"), ("mindspore", "pipeline"))
+        ),
     ],
 )
 def test_a_command_as_two_processes_trains_as_one(

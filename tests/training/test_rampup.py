@@ -27,8 +27,9 @@ SIZES = [2, 2, 2, 2, 4, 4, 6, 6, 8, 8, 8, 8]
 @pytest.mark.parametrize(
     ("framework", "instructions", "stop"),
     [
-        *(("torch", instructions, stop) for instructions in (False, True) for stop in (3, 6, 9)),
+        *(("torch", *case) for case in ((False, 3), (False, 9), (True, 6))),
         ("mindspore", True, 6),
+        *(pytest.param("torch", *case, marks=pytest.mark.slow("sizes")) for case in ((False, 6), (True, 3), (True, 9))),
         *(pytest.param("mindspore", *case, marks=pytest.mark.slow("sizes")) for case in ((False, 3), (True, 9))),
     ],
 )
