@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ from tandem.data.indexed import IndexedDataset
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.training.evaluate import evaluate_weights
-from tandem.training.evaluation import Choices, Share, evaluate
+from tandem.training.evaluation import Choices, evaluate
+from tandem.training.feed import Share
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.objectives import Evaluation
 from tandem.training.run import train
@@ -31,11 +34,13 @@ class Lengths:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.read: Callable[[int], object] = lambda index: None
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
+        self.read(index)
         tokens = np.full(index + 1, index, np.int32)
         return Sample(tokens, tokens, np.arange(index + 1, dtype=np.int32), (index + 1,))
 
@@ -45,6 +50,9 @@ class Lengths:
 
 class IdsAsLosses:
     """An engine whose loss of a token is its id."""
+
+    def __init__(self, reads_ahead: bool = False) -> None:
+        self.reads_ahead = reads_ahead
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> tuple[float, int]:
         return (
@@ -68,10 +76,14 @@ def test_every_sample_counts_once_over_all_ranks(micro: int, data_size: int, cou
     assert sorted(seen) == list(range(count))
 
 
-def test_the_mean_is_over_tokens_and_bounded_by_batches() -> None:
-    data, engine = Lengths(5), IdsAsLosses()
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_the_mean_is_over_tokens_and_bounded_by_batches(reads_ahead: bool) -> None:
+    data, engine = Lengths(5), IdsAsLosses(reads_ahead)
     expected = sum(i * (i + 1) for i in range(5)) / 15
+    readers = {}
+    data.read = lambda index: readers.setdefault(index, threading.current_thread().name)
     whole = evaluate(engine, data, "x", Share(2), 4, None)  # type: ignore[arg-type]
+    assert [name == "MainThread" for name in readers.values()] == [True] * 4 + [not reads_ahead]
     assert (whole.loss, whole.tokens) == (expected, 15)
     assert evaluate(engine, data, "x", Share(2), 2, 1) == Evaluation(2 / 3, 3)  # type: ignore[arg-type]
     assert evaluate(engine, data, "x", Share(1), 2, 99) == whole  # type: ignore[arg-type]

@@ -17,8 +17,7 @@ from runs import assert_same_weights, run
 from tandem.data.batch import MicroBatch, Sample
 from tandem.data.datasets.dataset import Dataset
 from tandem.errors import UserError
-from tandem.training.evaluation import Share
-from tandem.training.feed import Feed
+from tandem.training.feed import Feed, Share
 from workspace import Workspace
 
 SHARE = Share(micro_batch_size=2, data_size=2, data_rank=1)

@@ -19,7 +19,8 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError, raise_all
 from tandem.launch.world import Communicator
 from tandem.options import flag_of
-from tandem.training.evaluation import Choices, Share, evaluate, evaluate_choices, samples_to_evaluate
+from tandem.training.evaluation import Choices, evaluate, evaluate_choices, samples_to_evaluate
+from tandem.training.feed import Share
 from tandem.training.objectives import Evaluation, Objective, over_data_ranks
 from tandem.training.out_of_memory import naming_less_memory
 from tandem.training.preferences import objective_of

@@ -12,31 +12,8 @@ from tandem.data.batch import MicroBatch, collate
 from tandem.data.datasets.dataset import Dataset
 from tandem.data.datasets.questions import Question
 from tandem.errors import UserError
+from tandem.training.feed import Feed, Share
 from tandem.training.objectives import MEAN_LOSS, Evaluation, Objective, Total, UntrainedError, on_one_rank
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of every batch that one data rank takes: every `data_size`-th micro-batch, as in Megatron.
-
-    >>> list(Share(micro_batch_size=2, data_size=2, data_rank=1).samples(start=0, count=8))
-    [range(2, 4), range(6, 8)]
-    """
-
-    micro_batch_size: int
-    data_size: int = 1
-    data_rank: int = 0
-
-    def micro_batches(self, dataset: Dataset, start: int, count: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of the `count` samples from `start`. The last one may be smaller."""
-        for samples in self.samples(start, count):
-            yield collate([dataset[index] for index in samples])
-
-    def samples(self, start: int, count: int) -> Iterator[range]:
-        """The numbers of the samples in each micro-batch of this rank."""
-        size = self.micro_batch_size
-        for first in range(start + self.data_rank * size, start + count, self.data_size * size):
-            yield range(first, min(first + size, start + count))
 
 
 @dataclass(frozen=True)
@@ -72,13 +49,18 @@ def evaluate(
     """
     count = samples_to_evaluate(dataset, batch_size, batches)
 
-    def each_batch() -> Iterator[list[MicroBatch]]:
-        for first in range(0, count, batch_size):
+    def each_batch(feed: Feed) -> Iterator[list[MicroBatch]]:
+        parts = [(first, min(batch_size, count - first)) for first in range(0, count, batch_size)]
+        for part, following in zip(parts, [*parts[1:], None]):
             before_batch()
-            yield list(share.micro_batches(dataset, first, min(batch_size, count - first)))
+            batch = feed.take(*part)
+            if following is not None:
+                feed.begin(*following)
+            yield batch
 
     try:
-        return objective.evaluate(engine, each_batch(), total)
+        with Feed(dataset, share, ahead=engine.reads_ahead) as feed:
+            return objective.evaluate(engine, each_batch(feed), total)
     except UntrainedError:
         raise UserError(f"{name}: no token of the first {count} samples is trained, so there is no loss") from None
 

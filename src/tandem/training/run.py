@@ -17,8 +17,9 @@ from tandem.files.publish import write_text_atomically
 from tandem.launch.member import placing
 from tandem.launch.world import Communicator, World
 from tandem.logs import log
-from tandem.training.evaluation import Share, Validation
+from tandem.training.evaluation import Validation
 from tandem.training.expert_load import ExpertWatch
+from tandem.training.feed import Share
 from tandem.training.guard import Guard
 from tandem.training.logs.events import EventLog
 from tandem.training.logs.expert_loads import EXPERT_LOADS, ExpertLoadsFile

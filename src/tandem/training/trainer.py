@@ -22,9 +22,9 @@ from tandem.models.flops import training_flops
 from tandem.parallel.grid import Grid
 from tandem.planning.hardware import peak_flops
 from tandem.training.diagnosis import dump, first_bad
-from tandem.training.evaluation import Share, Validation, evaluate
+from tandem.training.evaluation import Validation, evaluate
 from tandem.training.expert_load import ExpertWatch, from_json, to_json
-from tandem.training.feed import Feed
+from tandem.training.feed import Feed, Share
 from tandem.training.guard import Guard
 from tandem.training.logs.log import IterationLog, StepRecord, evaluation_line, tasks_line
 from tandem.training.loss_scale import LossScale

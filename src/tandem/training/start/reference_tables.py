@@ -30,7 +30,7 @@ from tandem.files.sha256 import sha256
 from tandem.launch.world import Communicator
 from tandem.logs import log
 from tandem.parallel.grid import Grid
-from tandem.training.evaluation import Share
+from tandem.training.feed import Share
 from tandem.training.logs.log import log_notice
 
 MICRO_BATCHES = 16  # of each data rank, between two times that ranks share what they have computed
