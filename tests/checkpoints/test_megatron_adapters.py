@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.checkpoints.adapters.peft import write_peft
+from tandem.__main__ import main
+from tandem.checkpoints.adapters.peft import PeftSource, open_weights, write_peft
 from tandem.checkpoints.adapters.views import merged
 from tandem.checkpoints.copy import copy
 from tandem.checkpoints.detect import open_adapters, open_source
 from tandem.checkpoints.hf.sink import HFSink
-from tandem.checkpoints.interface import Companions
+from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
@@ -85,7 +86,7 @@ def hugging_face(root: Path) -> Path:
     return root / "hf"
 
 
-def check_merged(source: object) -> None:
+def check_merged(source: TensorSource) -> None:
     """Each weight is W + alpha / r B A."""
     base, adapters = RandomSource(CONFIG, 5), whole_adapters()
     for layer in range(CONFIG.num_layers):
@@ -115,6 +116,41 @@ def test_alpha_must_be_known(tmp_path: Path) -> None:
     recorded = write_run(tmp_path / "other", filtered=True)
     with pytest.raises(UserError, match="contradicts"):
         open_adapters(recorded, base, lora_alpha=ALPHA + 1)
+
+
+@pytest.mark.parametrize("base", ["hf", "mg", "random"])
+def test_convert_merges_them_and_writes_them_alone(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two commands of docs/guide/migrate.md, for weights of each kind."""
+    weights, run = hugging_face(tmp_path), write_run(tmp_path / "run", filtered=True)
+    if base == "mg":
+        assert main(["convert", str(weights), str(tmp_path / "mg"), "--no-verify"]) == 0
+        weights = tmp_path / "mg"
+    words = ["convert", "--load-model-type", base, "--save-model-type", "hf", "--load-dir", str(weights)]
+    words += ["--lora-load", str(run), "--lora-r", str(RANK), "--lora-alpha", str(ALPHA), "--no-verify", "--seed", "5"]
+    assert main([*words, "--save-dir", str(tmp_path / "merged")]) == 0
+    assert "merged into the weights: LoRA adapters of rank 4, alpha 8" in capsys.readouterr().out
+    check_merged(open_source(tmp_path / "merged"))
+    assert main([*words, "--save-dir", str(tmp_path / "peft"), "--save-lora-to-hf"]) == 0
+    written, adapters = PeftSource(tmp_path / "peft", CONFIG), whole_adapters()
+    assert (written.config.lora.r, written.config.lora.lora_alpha) == (RANK, ALPHA)
+    for layer in range(CONFIG.num_layers):
+        name = f"decoder.layers.{layer}.self_attention.linear_proj"
+        stored = f"base_model.model.model.layers.{layer}.self_attn.o_proj.lora_B.weight"
+        np.testing.assert_array_equal(
+            open_weights(tmp_path / "peft").read(stored), adapters[f"{name}.lora_B.default.weight"]
+        )
+    assert main([*words, "--save-dir", str(tmp_path / "no"), "--lora-r", "8"]) == 2
+    assert f"--lora-r 8 contradicts {run}, whose adapters have {RANK}" in capsys.readouterr().err
+
+
+def test_a_run_that_holds_everything_is_converted_with_its_alpha(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", filtered=False, alpha=None)
+    words = ["convert", "--load-model-type", "mg", "--load-dir", str(run), "--save-model-type", "hf", "--no-verify"]
+    assert main([*words, "--save-dir", str(tmp_path / "no")]) == 2
+    assert main([*words, "--save-dir", str(tmp_path / "merged"), "--lora-alpha", str(ALPHA)]) == 0
+    check_merged(open_source(tmp_path / "merged"))
 
 
 def test_peft_computes_the_same_from_the_folder_that_is_written(tmp_path: Path) -> None:

@@ -287,6 +287,15 @@ def test_first_layers_only(tmp_path: Path) -> None:
         run(hf, tmp_path / "n", "hf-mg", num_layers=5)
 
 
+def test_a_hugging_face_folder_is_changed_into_another(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf", toy_config())
+    run(hf, tmp_path / "out", "hf-hf", num_layers=2, params_dtype="fp32", no_verify=True)
+    written, expected = open_source(tmp_path / "out"), open_source(hf)
+    assert written.config == dataclasses.replace(expected.config, num_layers=2)
+    for name in tensor_table(written.config):
+        np.testing.assert_array_equal(written.read(name), expected.read(name).astype(np.float32), strict=True)
+
+
 # --- dtypes
 
 
@@ -460,7 +469,8 @@ def test_flags_that_contradict_the_config_stop(stated: dict[str, Any], message: 
     ("direction", "options", "message"),
     [
         ("hf-hf", {}, "nothing to convert"),
-        ("mg-hf", {}, "--load-model-type mg: .* holds a Hugging Face folder"),
+        ("mg-hf", {}, "--load-model-type mg: .* holds a Hugging Face folder: give --load-model-type hf"),
+        ("hf-hf", {"lora_r": 4}, "--lora-r: .* has no adapters: give theirs with --lora-load"),
         ("hf-mg", {"model_type_hf": "llama"}, "--model-type-hf llama: .* holds qwen3"),
         ("hf-mg", {"noop_layers": "x"}, "--noop-layers 'x': expected numbers"),
         ("hf-mg", {"target_pipeline_parallel_size": 2}, "3 layers .* do not divide"),

@@ -36,12 +36,13 @@ def open_source(
     config: ModelConfig | None = None,
     noop_layers: tuple[int, ...] | None = None,
     num_layer_list: tuple[int, ...] | None = None,
+    lora_alpha: float | None = None,
 ) -> TensorSource:
     """Recognise what a folder holds, and open it.
 
     Args:
-        config, noop_layers, num_layer_list: facts that a Megatron checkpoint may not record. Layers of `torch_dist` are
-            counted over the whole model, so num_layer_list is not needed there.
+        config, noop_layers, num_layer_list, lora_alpha: facts that a Megatron checkpoint may not record. Layers of
+            `torch_dist` are counted over the whole model, so num_layer_list is not needed there.
 
     Raises:
         UserError: the folder is missing, is neither a Hugging Face folder nor a checkpoint, is both, or contradicts
@@ -61,7 +62,14 @@ def open_source(
                 f"{folder} is a Hugging Face folder, which has no iteration {iteration}: leave out --ckpt-step"
             )
         return HFSource(folder)
-    return open_iteration(folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list)
+    return open_iteration(
+        folder,
+        iteration,
+        config=config,
+        noop_layers=noop_layers,
+        num_layer_list=num_layer_list,
+        lora_alpha=lora_alpha,
+    )
 
 
 def is_hugging_face(folder: str | Path) -> bool:
@@ -86,6 +94,7 @@ def open_iteration(
     config: ModelConfig | None = None,
     noop_layers: tuple[int, ...] | None = None,
     num_layer_list: tuple[int, ...] | None = None,
+    lora_alpha: float | None = None,
 ) -> TensorSource:
     """Open an iteration of a checkpoint folder, in any format. Arguments and errors are as in `open_source`."""
     place = find_iteration(folder, iteration)
@@ -94,7 +103,12 @@ def open_iteration(
     form = _form_of(place)
     if form == TORCH_SIGN:
         megatron = MegatronSource(
-            folder, iteration, config=config, noop_layers=noop_layers, num_layer_list=num_layer_list
+            folder,
+            iteration,
+            config=config,
+            noop_layers=noop_layers,
+            num_layer_list=num_layer_list,
+            lora_alpha=lora_alpha,
         )
         if megatron.holds_adapters_only:
             raise UserError(

@@ -181,6 +181,10 @@ def _target(options: ConvertOptions) -> tuple[Path, str | None]:
 
 def _open(options: ConvertOptions, origin: str | None) -> TensorSource:
     source = _open_random(options) if options.load_model_type == "random" else _open_stored(options, origin)
+    if options.lora_load is not None:
+        source = open_adapters(options.lora_load, source, lora_alpha=options.lora_alpha)
+    options.check_adapters(source.config.lora, options.lora_load or options.load_dir)
+    options.check_work(source)
     if (options.model_type_hf or source.config.model_type).replace("-", "_") != source.config.model_type:
         raise UserError(f"--model-type-hf {options.model_type_hf}: {options.load_dir} holds {source.config.model_type}")
     options.stated.check(source.config, options.load_dir)
@@ -202,12 +206,13 @@ def _open_stored(options: ConvertOptions, origin: str | None) -> TensorSource:
         config=config_of(origin) if origin else None,
         noop_layers=noop_layers,
         num_layer_list=num_layer_list,
+        lora_alpha=options.lora_alpha if options.lora_load is None else None,
     )
     if options.load_model_type != source.format.load_model_type:
-        raise UserError(f"--load-model-type {options.load_model_type}: {options.load_dir} holds {source.format.holder}")
-    if options.lora_load is not None:
-        source = open_adapters(options.lora_load, source, lora_alpha=options.lora_alpha)
-    options.check_adapters(source.config.lora, options.lora_load or options.load_dir)
+        raise UserError(
+            f"--load-model-type {options.load_model_type}: {options.load_dir} holds {source.format.holder}: give "
+            f"--load-model-type {source.format.load_model_type}"
+        )
     return source
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Literal
 
+from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.lora import Lora
@@ -132,9 +133,6 @@ class ConvertOptions(Options):
     stated: StatedModel = field(default_factory=StatedModel)
 
     def problems(self) -> Iterator[str]:
-        changes = self.resize_vocab is not None or self.save_lora_to_hf
-        if (self.load_model_type, self.save_model_type) == ("hf", "hf") and not changes:
-            yield "--load-model-type hf --save-model-type hf: nothing to convert"
         if (self.save_model_type, self.ckpt_format) == ("mg", "torch_dist"):
             yield (
                 "--ckpt-format torch_dist is read, but not written: write --ckpt-format torch, which Megatron loads, "
@@ -153,6 +151,15 @@ class ConvertOptions(Options):
             yield "--verify and --no-verify exclude each other"
         if self.save_lora_to_hf and self.save_model_type != "hf":
             yield "--save-lora-to-hf writes a PEFT folder: add --save-model-type hf"
+
+    def check_work(self, source: TensorSource) -> None:
+        """Raise UserError when the result would be what the source is."""
+        kept = source.format.load_model_type == self.save_model_type == "hf" and source.config.lora is None
+        if kept and (self.num_layers, self.resize_vocab, self.params_dtype) == (None, None, None):
+            raise UserError(
+                f"--load-model-type hf --save-model-type hf: nothing to convert: {self.load_dir} is a Hugging Face "
+                f"folder already. --lora-load, --params-dtype, --resize-vocab and --num-layers change one"
+            )
 
     def target_layout(self) -> Layout:
         """The layout to write."""
@@ -195,6 +202,8 @@ class ConvertOptions(Options):
         idle: list[str] = []
         if (self.save_model_type, self.ckpt_format) != ("mg", "torch"):
             idle += ["transformer_impl", "make_vocab_size_divisible_by", "padded_vocab_size", "moe_grouped_gemm"]
+        if self.save_lora_to_hf:
+            idle += ["params_dtype", "resize_vocab", "num_layers"]
         if self.save_model_type == "hf":
             idle += ["target_tensor_parallel_size", "target_pipeline_parallel_size"]
             idle += ["num_layers_per_virtual_pipeline_stage", "ckpt_format", "target_expert_parallel_size"]

@@ -192,7 +192,7 @@ class MegatronSource(TensorSource):
         first = self._ranks[0, 0, 0]
         recorded = first.args.get("lora_alpha")
         if alpha is not None and recorded is not None and alpha != recorded:
-            raise UserError(f"lora_alpha {alpha:g} contradicts {first.path}, which records {recorded}")
+            raise UserError(f"--lora-alpha {alpha:g} contradicts {first.path}, which records {recorded}")
         if (alpha := recorded if alpha is None else alpha) is None:
             raise UserError(f"{first.path} holds adapters, and does not record their lora_alpha: give --lora-alpha")
         ranks = {t.shape[0] // (t.experts if isinstance(t, Stack) else 1) for t in factors.values()}
