@@ -67,7 +67,7 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        return self.hint is bool
+        return bool in alternatives(self.hint)
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -96,6 +96,19 @@ def flag_of(name: str) -> str:
     '--train-iters'
     """
     return f"--{name.replace('_', '-')}"
+
+
+def as_typed(name: str, value: Any) -> str:
+    """A field and its value as a command line gives them.
+
+    >>> as_typed("lora_r", 8), as_typed("lora_use_rslora", False), as_typed("split", (9, 1))
+    ('--lora-r 8', '--no-lora-use-rslora', '--split 9 1')
+    """
+    if isinstance(value, bool):
+        return flag_of(name) if value else opposite(flag_of(name))
+    words = value if isinstance(value, tuple | list) else [value]
+    whole = (int(word) if isinstance(word, float) and word.is_integer() else word for word in words)
+    return " ".join([flag_of(name), *map(str, whole)])
 
 
 def opposite(flag: str) -> str:

@@ -12,14 +12,16 @@ from tandem.__main__ import main
 from tandem.checkpoints.adapters.peft import PeftSource, open_weights, write_peft
 from tandem.checkpoints.adapters.views import merged
 from tandem.checkpoints.copy import copy
-from tandem.checkpoints.detect import open_adapters, open_source
+from tandem.checkpoints.detect import open_adapters, open_source, open_with_adapters
 from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.megatron.sink import MegatronSink
 from tandem.checkpoints.random_init import RandomSource
+from tandem.config.settings import LoraSettings
 from tandem.errors import UserError
 from tandem.parallel.layout import Layout
 from tandem.parallel.slices import Part
+from tandem.training.start.lora import with_adapters
 from toys import TOYS, moe_config
 
 torch = pytest.importorskip("torch")
@@ -112,7 +114,8 @@ def test_alpha_must_be_known(tmp_path: Path) -> None:
     run, base = write_run(tmp_path / "run", filtered=True, alpha=None), open_source(hugging_face(tmp_path))
     with pytest.raises(UserError, match="--lora-alpha"):
         open_adapters(run, base)
-    check_merged(open_adapters(run, base, lora_alpha=ALPHA))
+    check_merged(open_with_adapters(tmp_path / "hf", None, str(run), lora_alpha=ALPHA))
+    check_merged(with_adapters(base, LoraSettings(lora_load=str(run), lora_alpha=ALPHA), 1, resumes=False))
     recorded = write_run(tmp_path / "other", filtered=True)
     with pytest.raises(UserError, match="contradicts"):
         open_adapters(recorded, base, lora_alpha=ALPHA + 1)
@@ -142,7 +145,7 @@ def test_convert_merges_them_and_writes_them_alone(
             open_weights(tmp_path / "peft").read(stored), adapters[f"{name}.lora_B.default.weight"]
         )
     assert main([*words, "--save-dir", str(tmp_path / "no"), "--lora-r", "8"]) == 2
-    assert f"--lora-r 8 contradicts {run}, whose adapters have {RANK}" in capsys.readouterr().err
+    assert f"--lora-r 8 contradicts {run}, whose adapters have r {RANK}" in capsys.readouterr().err
 
 
 def test_a_run_that_holds_everything_is_converted_with_its_alpha(tmp_path: Path) -> None:

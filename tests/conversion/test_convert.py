@@ -450,11 +450,12 @@ def test_transformer_engines_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        ({"rotary_base": 12345.0}, r"--rotary-base 12345\.0 contradicts the config of .*, which has 1000000\.0"),
+        ({"rotary_base": 12345.0}, r"--rotary-base 12345 contradicts the config of .*, which has 1000000\.0"),
         ({"hidden_size": 64}, "--hidden-size 64 contradicts .* which has 48"),
         ({"true_vocab_size": 212}, "--true-vocab-size 212 contradicts .* which has 211"),
-        ({"add_qkv_bias": True}, "--add-qkv-bias True contradicts .* which has False"),
-        ({"untie_embeddings_and_output_weights": True}, "--untie-embeddings-and-output-weights True contradicts"),
+        ({"add_qkv_bias": True}, "--add-qkv-bias contradicts .* which has False"),
+        ({"untie_embeddings_and_output_weights": True}, "--untie-embeddings-and-output-weights contradicts"),
+        ({"qk_layernorm": False}, "--no-qk-layernorm contradicts .* which has True"),
     ],
 )
 def test_flags_that_contradict_the_config_stop(stated: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -246,6 +246,12 @@ def test_evaluation_and_export_see_the_adapters(
     assert abs(losses["base"] - losses["run"]) > 0.1
 
 
+def test_new_adapters_are_not_evaluated(workspace: Workspace) -> None:
+    data = {"valid_data_path": str(workspace.instructions), "instructions": True, "eval_iters": "full"}
+    with pytest.raises(UserError, match=r"--lora-target-modules q_proj: .* has no adapters: give theirs with --lora-"):
+        evaluate_weights(workspace.settings("torch", load=str(workspace.hf), lora_target_modules="q_proj", **data))
+
+
 def test_configs_with_and_without_adapters_come_back_from_json(trained: Path) -> None:
     config = open_source(trained).config
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -148,11 +148,21 @@ def beside_base(adapters: TensorSource, record: BaseRecord) -> Adapted:
 
 
 def open_with_adapters(
-    folder: str | Path, iteration: int | None, lora_load: str | None, config: ModelConfig | None = None
+    folder: str | Path,
+    iteration: int | None,
+    lora_load: str | None,
+    *,
+    config: ModelConfig | None = None,
+    lora_alpha: float | None = None,
 ) -> TensorSource:
-    """The weights in a folder, with the adapters of `--lora-load` where it is given."""
-    source = open_source(folder, iteration, config=config)
-    return source if lora_load is None else open_adapters(lora_load, source)
+    """The weights in a folder, with the adapters of `--lora-load` where it is given.
+
+    Args:
+        config, lora_alpha: as in `open_source`.
+    """
+    if lora_load is None:
+        return open_source(folder, iteration, config=config, lora_alpha=lora_alpha)
+    return open_adapters(lora_load, open_source(folder, iteration, config=config), lora_alpha)
 
 
 def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | None = None) -> Adapted:

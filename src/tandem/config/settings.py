@@ -423,10 +423,10 @@ class LoraSettings:
     """Adapters are scaled by this divided by the rank; default: that of --lora-load, or 32."""
     lora_dropout: float | None = None
     """Share of an adapter's input numbers that a training step drops; default: that of --lora-load, or 0."""
-    lora_use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    lora_use_dora: bool = False
-    """Also train the length of each row of the weights (DoRA)."""
+    lora_use_rslora: bool | None = None
+    """Scale by alpha / sqrt(rank) instead of alpha / rank; default: as --lora-load does, or off."""
+    lora_use_dora: bool | None = None
+    """Also train the length of each row of the weights (DoRA); default: as --lora-load does, or off."""
     lora_load: PathText | None = None
     """Folder of adapters to go on with: PEFT's, or a run's. --load names the weights."""
     lora_ckpt_filter: bool = True

@@ -9,8 +9,8 @@ from typing import Literal
 from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.lora import Lora
-from tandem.options import Options, PathText, flag_of, positional
+from tandem.models.lora import Lora, check_stated
+from tandem.options import Options, PathText, as_typed, flag_of, positional
 from tandem.parallel.layout import Layout, parse_layers
 
 
@@ -34,11 +34,11 @@ class StatedModel:
     """Base of the rotary frequencies (rope_theta)."""
     true_vocab_size: int | None = None
     """Rows of the embedding, without padding."""
-    qk_layernorm: bool = False
+    qk_layernorm: bool | None = None
     """Queries and keys are normalised."""
-    add_qkv_bias: bool = False
+    add_qkv_bias: bool | None = None
     """Queries, keys and values have a bias."""
-    untie_embeddings_and_output_weights: bool = False
+    untie_embeddings_and_output_weights: bool | None = None
     """The output head is a tensor of its own."""
 
     def check(self, config: ModelConfig, where: str) -> None:
@@ -46,9 +46,8 @@ class StatedModel:
         for stated in fields(self):
             value = getattr(self, stated.name)
             actual = getattr(config, stated.name.removeprefix("true_"))
-            if value not in (None, False) and value != actual:
-                flag = stated.name.replace("_", "-")
-                raise UserError(f"--{flag} {value} contradicts the config of {where}, which has {actual}")
+            if value is not None and value != actual:
+                raise UserError(f"{as_typed(stated.name, value)} contradicts the config of {where}, which has {actual}")
 
 
 @dataclass(frozen=True)
@@ -187,15 +186,9 @@ class ConvertOptions(Options):
     def check_adapters(self, actual: Lora | None, where: str) -> None:
         """Raise UserError, with both values, when a flag contradicts the adapters that are converted."""
         given = {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_target_modules")}
-        flags = [flag_of(name) for name, value in given.items() if value not in (None, ())]
-        if actual is None:
-            if flags or self.save_lora_to_hf:
-                raise UserError(
-                    f"{' '.join([*flags, *['--save-lora-to-hf'] * self.save_lora_to_hf])}: {where} has no adapters: "
-                    f"give theirs with --lora-load"
-                )
-            return
-        actual.check_flags(given, where)
+        if actual is None and self.save_lora_to_hf:
+            given["save_lora_to_hf"] = True
+        check_stated(actual, given, where)
 
     def without_effect(self) -> list[str]:
         """Flags that were given and have no effect on this target."""

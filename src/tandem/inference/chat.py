@@ -138,7 +138,8 @@ def open_model(options: LoadOptions) -> Model:
         UserError: there is no model in the folder, no tokenizer in the folder and none is given, or the processes do
             not divide into whole models.
     """
-    source = open_with_adapters(options.load, options.ckpt_step, options.lora_load)
+    source = open_with_adapters(options.load, options.ckpt_step, options.lora_load, lora_alpha=options.lora_alpha)
+    options.check_adapters(source.config)
     for notice in source.notices:
         log.warning("> %s", notice)  # to standard error: the answers go to standard output
     folder = options.tokenizer_name_or_path or source.companions.tokenizer_folder

@@ -10,6 +10,8 @@ from typing import Any
 from tandem.data.templates.catalog import THINKING_MODES, check_prompt_type
 from tandem.errors import UserError
 from tandem.frameworks import default_framework
+from tandem.models.config import ModelConfig
+from tandem.models.lora import check_stated
 from tandem.options import Options, PathText, positional
 from tandem.parallel.layout import Layout
 
@@ -27,6 +29,12 @@ class LoadOptions(Options):
     """Folder of the tokenizer; default: the one in the model's folder."""
     lora_load: PathText | None = None
     """Folder of adapters for the model: PEFT's, or a run's."""
+    lora_r: int | None = None
+    """Rank of the adapters; another one than theirs is an error."""
+    lora_alpha: float | None = None
+    """Their alpha, for Megatron torch files that do not record it; another one than theirs is an error."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Their modules; others than theirs are an error."""
     raw: bool = False
     """Continue the prompt as plain text, without a chat template. It begins as the tokenizer begins texts."""
     prompt_type: str | None = None
@@ -51,6 +59,17 @@ class LoadOptions(Options):
     """Number of processes that split each expert: 1, or --tensor-model-parallel-size, which is the default."""
     moe_tp_extend_ep: bool = False
     """Processes that split tensors share experts, too, and do not split them."""
+
+    def of(self, folder: str) -> LoadOptions:
+        """The same for the model in another folder. Adapters and the iteration are this one's own."""
+        return replace(
+            self, load=folder, lora_load=None, lora_r=None, lora_alpha=None, lora_target_modules=(), ckpt_step=None
+        )
+
+    def check_adapters(self, config: ModelConfig) -> None:
+        """Raise UserError, with both values, when a flag contradicts the adapters of the model."""
+        given = {name: getattr(self, name) for name in ("lora_r", "lora_alpha", "lora_target_modules")}
+        check_stated(config.lora, given, self.lora_load or self.load)
 
     @property
     def layout(self) -> Layout:
@@ -89,7 +108,7 @@ def models_to_open(model: LoadOptions, compare: str | None, names: Sequence[str]
     """
     loads = [model]
     if compare is not None:
-        loads.append(replace(model, load=compare, lora_load=None, ckpt_step=None))
+        loads.append(model.of(compare))
     found: dict[str, LoadOptions] = {}
     for number, load in enumerate(loads):
         found[names[number] if names else name_of(load.lora_load or load.load, found)] = load

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.options import flag_of
+from tandem.options import as_typed, flag_of
 
 ALL_LINEAR = "all-linear"
 Pattern = tuple[tuple[str, float], ...]
@@ -121,20 +121,22 @@ class Lora:
         """Raise UserError, with both values, for flags that contradict these adapters, which are at `where`.
 
         Args:
-            given: values by the name of their setting, such as `lora_r`. None, False and () say nothing; 0 does.
+            given: values by the name of their setting, such as `lora_r`. None and () say nothing; 0 and False do.
         """
         wrong = []
         for name, value in given.items():
-            if value is None or value is False or value == ():
+            if not _is_stated(value):
                 continue
-            recorded = getattr(self, name if hasattr(self, name) else name.removeprefix("lora_"))
+            own_name = name if hasattr(self, name) else name.removeprefix("lora_")
+            recorded = getattr(self, own_name)
             expected = as_targets(value) if isinstance(value, tuple) else value
             if _unordered(expected) != _unordered(recorded):
                 wrong.append(
-                    f"{flag_of(name)} {_words(value)} contradicts {where}, whose adapters have {_words(recorded)}"
+                    f"{as_typed(name, value)} contradicts {where}, whose adapters have {own_name} {_words(recorded)}: "
+                    f"leave it out"
                 )
         if wrong:
-            raise UserError("; ".join(wrong))
+            raise UserError(*wrong)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -145,6 +147,19 @@ class Lora:
         return cls(**{name: _as_tuples(value) for name, value in values.items()})
 
 
+def check_stated(lora: Lora | None, given: Mapping[str, object], where: str) -> None:
+    """The same for adapters that may not be there: then no flag can be given."""
+    if lora is not None:
+        lora.check_flags(given, where)
+    elif flags := [flag_of(name) for name, value in given.items() if _is_stated(value)]:
+        raise UserError(f"{' '.join(flags)}: {where} has no adapters: give theirs with --lora-load")
+
+
+def _is_stated(value: object) -> bool:
+    """Whether the value of a setting was given."""
+    return value is not None and value != ()
+
+
 def as_targets(words: tuple[str, ...]) -> tuple[str, ...] | str:
     """`target_modules` from the words of `--lora-target-modules`."""
     return ALL_LINEAR if words == (ALL_LINEAR,) else words
@@ -153,6 +168,8 @@ def as_targets(words: tuple[str, ...]) -> tuple[str, ...] | str:
 def _words(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, bool):
+        return str(value).lower()
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -194,7 +194,10 @@ class MegatronSource(TensorSource):
         if alpha is not None and recorded is not None and alpha != recorded:
             raise UserError(f"--lora-alpha {alpha:g} contradicts {first.path}, which records {recorded}")
         if (alpha := recorded if alpha is None else alpha) is None:
-            raise UserError(f"{first.path} holds adapters, and does not record their lora_alpha: give --lora-alpha")
+            raise UserError(
+                f"{first.path} holds adapters, and does not record their lora_alpha: give --lora-alpha, which "
+                f"tandem convert takes for every checkpoint"
+            )
         ranks = {t.shape[0] // (t.experts if isinstance(t, Stack) else 1) for t in factors.values()}
         if len(ranks) > 1:
             raise UserError(f"{first.path}: adapters of ranks {', '.join(map(str, sorted(ranks)))}; expected one rank")

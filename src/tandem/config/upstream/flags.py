@@ -175,9 +175,6 @@ GENERATE_IGNORED: dict[str, Ignored] = {
     "--ckpt-format": Ignored(1),  # it is recognised
     "--exit-on-missing-checkpoint": ALWAYS_ON,
     "--legacy-tokenizer": ALWAYS_ON,
-    "--lora-alpha": Ignored(1),  # adapters say themselves what they are, as for the next two
-    "--lora-r": Ignored(1),
-    "--lora-target-modules": Ignored(None),
     "--make-vocab-size-divisible-by": Ignored(1),
     "--max-length": Ignored(1),  # --max-new-tokens limits the answer, and the model's positions all of it
     "--max-tokens-to-oom": Ignored(1),

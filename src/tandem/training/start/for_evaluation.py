@@ -14,10 +14,12 @@ from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.frameworks import check_framework
 from tandem.launch.world import Communicator, World
+from tandem.options import as_typed
 from tandem.parallel.grid import Grid
 from tandem.training.start.agreement import agree_on_start, agree_on_weights
 from tandem.training.start.data import open_tokenizer
 from tandem.training.start.engine import engine_settings, make_grid
+from tandem.training.start.lora import has_fresh_adapters
 from tandem.training.start.weights import check_model_flags, open_weights
 
 
@@ -49,6 +51,11 @@ class Weights:
         check_implemented(model, settings.parallel, data)
         seed = settings.training.seed
         source = open_weights(checkpoint, settings.lora, model, data.tokenizer_name_or_path, seed)
+        if has_fresh_adapters(source):
+            raise UserError(
+                f"{as_typed('lora_target_modules', settings.lora.lora_target_modules)}: {checkpoint.load} has no "
+                f"adapters: give theirs with --lora-load"
+            )
         noop_layers = len(settings.parallel.layout.noop_layers)
         check_model_flags(model, settings.experts, longest, source.config, noop_layers)
         grid = make_grid(settings.parallel, source.config, world.size)

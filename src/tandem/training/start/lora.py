@@ -34,7 +34,7 @@ def with_adapters(base: TensorSource, lora: LoraSettings, seed: int, *, resumes:
     """
     if lora.lora_load is not None and not (resumes and base.config.lora is not None):
         told = base.notices
-        base = open_adapters(lora.lora_load, base)
+        base = open_adapters(lora.lora_load, base, lora.lora_alpha)
         for notice in base.notices:
             if notice not in told:
                 log_notice(notice)
@@ -58,6 +58,11 @@ def config_to_train(config: ModelConfig, stage: str | None) -> ModelConfig:
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, lora_dropout=0.0))
 
 
+def has_fresh_adapters(source: TensorSource) -> bool:
+    """Whether `source` got new adapters, which change nothing yet."""
+    return isinstance(source, Adapted) and isinstance(source.adapters, FreshAdapters)
+
+
 def new_lora(lora: LoraSettings) -> Lora:
     """The adapters that the settings describe."""
     return Lora(
@@ -65,8 +70,8 @@ def new_lora(lora: LoraSettings) -> Lora:
         lora_alpha=32 if lora.lora_alpha is None else lora.lora_alpha,
         lora_dropout=lora.lora_dropout or 0.0,
         target_modules=as_targets(lora.lora_target_modules),
-        use_rslora=lora.lora_use_rslora,
-        use_dora=lora.lora_use_dora,
+        use_rslora=bool(lora.lora_use_rslora),
+        use_dora=bool(lora.lora_use_dora),
     )
 
 
