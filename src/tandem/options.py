@@ -33,9 +33,9 @@ def aliases(*flags: str) -> Mapping[str, Any]:
     return {"aliases": flags}
 
 
-def positional(metavar: str, flag_too: bool = False) -> Mapping[str, Any]:
-    """Field metadata: the value is given without a flag. With `flag_too`, the flag works as well."""
-    return {"positional": metavar, "flag_too": flag_too}
+def positional(metavar: str, flag_too: bool = False, also: tuple[str, ...] = ()) -> Mapping[str, Any]:
+    """Field metadata: the value is given without a flag. With `flag_too`, its flag and those in `also` work as well."""
+    return {"positional": metavar, "flag_too": flag_too, "aliases": also}
 
 
 @dataclass(frozen=True)

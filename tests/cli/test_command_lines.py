@@ -21,11 +21,12 @@ from tandem.cli.arguments import parse
 from tandem.cli.generate import GenerateOptions
 from tandem.cli.preprocess import PreprocessFlags
 from tandem.cli.settings import parse_settings
+from tandem.config.checks import OF_STAGES
 from tandem.config.parsing import to_yaml
-from tandem.config.settings import Settings
+from tandem.config.settings import PreferenceSettings, Settings
 from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.errors import UserError
-from tandem.options import opposite, options_of
+from tandem.options import flag_of, opposite, options_of
 from tandem.planning.options import PlanOptions
 from tandem.quickstart.run import QuickstartOptions
 from tandem.training.rerun import RerunOptions
@@ -80,7 +81,8 @@ def test_a_value_for_a_switch_is_answered_with_both_flags(words: list[str]) -> N
         ("pretrain --learning-rate 1", "--lr"),
         ("finetune --output_dir x", "--save"),
         ("finetune --per_device_train_batch_size=4", "--micro-batch-size"),
-        ("convert --model x", "--load-dir"),
+        ("convert --model x", "--load"),
+        ("inspect checkpoint --model x", "--load"),
         ("convert --tp 2", "--target-tensor-parallel-size"),
         ("preprocess --train-file x", "--input"),
         ("generate x --max-tokens 4", "--max-new-tokens"),
@@ -97,9 +99,27 @@ def test_the_name_of_another_tool_is_answered_with_ours(
 
 
 def test_every_suggested_name_is_an_option_and_no_option_has_another_meaning() -> None:
-    known = set.union(*(set(options_of(kind)) for kind in COMMANDS))
-    known |= {"output"}  # of `tandem report`
-    assert {name for names in other_names.OTHER_NAMES.values() for name in names} <= known
+    known = {flag for kind in COMMANDS for option in options_of(kind).values() for flag in option.flags}
+    known |= {"--output"}  # of `tandem report`
+    assert {flag_of(name) for names in other_names.OTHER_NAMES.values() for name in names} <= known
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("pretrain", "finetune", "evaluate", "generate", "chat", "serve", "export", "convert", "verify", "plan"),
+        "inspect checkpoint",
+    ],
+)
+def test_a_model_is_the_first_word_or_load(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ways end in the same error, which is about the model, or about what else is missing."""
+    errors = []
+    for words in (["nowhere/m"], ["--load", "nowhere/m"]):
+        assert main([*command.split(), *words]) == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1]
+    assert "unknown flag" not in errors[0]
+    assert "give either --load" not in errors[0]
 
 
 def test_names_of_other_tools_in_yaml_and_python(tmp_path: Path) -> None:
@@ -215,6 +235,11 @@ def test_a_name_that_is_too_long_and_a_file_that_cannot_be_read(
             ["finetune", "--stage", "simpo", "--dpo_beta=0.1"],
             "--dpo-beta 0.1: is for --stage dpo, and this is --stage simpo",
         ),
+        (["finetune", "--refer-model-iter", "2"], "--refer-model-iter 2: is for --stage dpo or kto, and this is"),
+        (
+            ["finetune", "--stage", "simpo", "--refer-model-iter", "2"],
+            "--refer-model-iter 2: is for --stage dpo or kto",
+        ),
         (["evaluate", "--stage", "dpo", "--orpo-beta", "0.1", "M", "D"], "--orpo-beta 0.1: is for --stage orpo"),
     ],
 )
@@ -223,6 +248,10 @@ def test_a_flag_of_another_stage_is_refused_even_with_its_default(
 ) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_setting_of_preferences_has_its_stages() -> None:
+    assert {name for names in OF_STAGES.values() for name in names} == set(options_of(PreferenceSettings))
 
 
 def test_a_setting_of_another_stage_is_refused_in_files_and_python_too(tmp_path: Path) -> None:

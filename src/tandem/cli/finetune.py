@@ -21,6 +21,6 @@ FIRST = (
 
 
 def run(argv: Sequence[str]) -> int:
-    settings, notices = parse_settings("finetune", DESCRIPTION, argv, first=FIRST)
+    settings, notices = parse_settings("finetune", DESCRIPTION, argv, first=FIRST, positionals={"load": "MODEL"})
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, is_instruction_dataset=True))
     return run_training("finetune", argv, settings, notices)

@@ -31,7 +31,7 @@ PLAIN_WIDTH = 140  # columns when the output is not a terminal
 class InspectOptions(Options):
     """Options of `tandem inspect checkpoint`."""
 
-    path: PathText = field(metadata=positional("PATH"))
+    path: PathText = field(metadata=positional("PATH", flag_too=True, also=("--load",)))
     """Hugging Face folder or checkpoint folder."""
     _: KW_ONLY
     ckpt_step: int | None = None

@@ -17,7 +17,7 @@ from tandem.errors import RunStopped, UserError
 from tandem.inference.defaults import SamplingOptions
 from tandem.inference.options import LoadOptions
 from tandem.logs import log
-from tandem.options import Options, build, options_of
+from tandem.options import as_words, build
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
 from tandem.training.result import TrainingResult
 from tandem.training.run_record import read_starts
@@ -84,7 +84,7 @@ class ModelOfProcesses:
         with tempfile.TemporaryDirectory(prefix="tandem-prompts-") as folder:
             asked, answers = (Path(folder) / name for name in ("prompts.jsonl", "answers.jsonl"))
             asked.write_bytes(b"".join(orjson.dumps({"prompt": text}) + b"\n" for text in prompts))
-            words = [*_words(self.options), *_words(build(SamplingOptions, sampling))]
+            words = [*as_words(self.options), *as_words(build(SamplingOptions, sampling))]
             words += ["--prompts-file", str(asked), "--output", str(answers)]
             words += ["--nproc-per-node", str(self.processes)]
             end = start_processes(["generate", *words], settings, machines, _Lines(log.info).take)
@@ -95,18 +95,6 @@ class ModelOfProcesses:
                 raise RuntimeError(f"the job ended with code {end.code}: {end.text}")
             texts = [orjson.loads(line)["text"] for line in answers.read_bytes().splitlines()]
         return texts[0] if isinstance(prompt, str) else texts
-
-
-def _words(options: Options) -> list[str]:
-    """A dataclass of options as flags."""
-    words = []
-    for name, option in options_of(type(options)).items():
-        value = getattr(options, name)
-        if value is True:
-            words.append(option.flag)
-        elif value is not None and value is not False:
-            words += [option.flag, str(value)]
-    return words
 
 
 class _Lines:

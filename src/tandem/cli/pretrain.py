@@ -20,7 +20,7 @@ FIRST = (
 
 
 def run(argv: Sequence[str]) -> int:
-    settings, notices = parse_settings("pretrain", DESCRIPTION, argv, first=FIRST)
+    settings, notices = parse_settings("pretrain", DESCRIPTION, argv, first=FIRST, positionals={"load": "MODEL"})
     if settings.data.is_instruction_dataset or settings.data.stage:
         raise UserError("--is-instruction-dataset and --stage belong to `tandem finetune`")
     return run_training("pretrain", argv, settings, notices)

@@ -15,6 +15,7 @@ from tandem.errors import UserError
 from tandem.options import expand
 
 CONFIG_FLAG = "--config"
+YAML = (".yaml", ".yml")
 
 
 def parse_settings(
@@ -55,6 +56,10 @@ def parse_settings(
         values=values,
         stray=_stray,
     )
+    if (load := settings.checkpoint.load) is not None and load.endswith(YAML):
+        raise UserError(
+            f"{load}: expected the folder of a model; a file of settings is given with {CONFIG_FLAG} {load}"
+        )
     check_ranges(settings.to_dict())
     check_stage(settings, given, command)
     return settings, notices
@@ -67,7 +72,7 @@ def _name(flag: str) -> str:
 
 def _stray(word: str) -> str:
     """What to say of a word that belongs to no flag."""
-    if word.endswith((".yaml", ".yml")):
+    if word.endswith(YAML):
         return f"expected a flag; a file of settings is given with {CONFIG_FLAG} {word}"
     return "expected a flag, such as --load FOLDER or --data-path PREFIX"
 

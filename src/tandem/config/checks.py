@@ -245,10 +245,10 @@ def _wrong_profile(logging: LoggingSettings, checkpoint: CheckpointSettings) -> 
 
 # What each stage of preferences takes; the others refuse it.
 OF_STAGES = {
-    "dpo": ("dpo_loss_type", "dpo_beta", "dpo_label_smoothing", "pref_ftx", "ref_model"),
+    "dpo": ("dpo_loss_type", "dpo_beta", "dpo_label_smoothing", "pref_ftx", "ref_model", "refer_model_iter"),
     "orpo": ("orpo_beta",),
     "simpo": ("simpo_beta", "gamma_beta_ratio", "simpo_loss_type", "simpo_label_smoothing"),
-    "kto": ("kto_beta", "desirable_weight", "undesirable_weight", "ref_model"),
+    "kto": ("kto_beta", "desirable_weight", "undesirable_weight", "ref_model", "refer_model_iter"),
 }
 PAIRED = ("dpo", "orpo", "simpo")
 

@@ -464,7 +464,7 @@ class PreferenceSettings:
     ref_model: PathText | None = None
     """With --stage dpo or kto: folder of the reference model; default: the weights that the run begins with."""
     refer_model_iter: int | None = None
-    """Iteration of --ref-model; default: the newest."""
+    """With --stage dpo or kto: iteration of --ref-model; default: the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class StatedModel:
 class ConvertOptions(Options):
     """Options of `tandem convert`, named as the flags of MindSpeed-LLM's converters."""
 
-    load_dir: PathText = field(metadata=positional("SOURCE", flag_too=True))
+    load_dir: PathText = field(metadata=positional("SOURCE", flag_too=True, also=("--load",)))
     """Source folder; with --load-model-type random, the folder that holds config.json and the tokenizer."""
     save_dir: PathText = field(metadata=positional("TARGET", flag_too=True))
     """Target folder; must not hold anything yet. For hf, a folder with a model is taken as the origin of config and

@@ -41,7 +41,7 @@ CHOSEN = (
 class PlanOptions(MomentSettings, Options):
     """Options of `tandem plan`. Those that training also has mean the same."""
 
-    model: PathText = field(metadata=positional("MODEL"))
+    model: PathText = field(metadata=positional("MODEL", flag_too=True, also=("--load",)))
     """Hugging Face folder, or a published model such as qwen3-8B."""
     _: KW_ONLY
     hardware: Literal[

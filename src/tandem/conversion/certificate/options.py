@@ -14,7 +14,7 @@ TOLERANCE = 2e-4  # of log-probabilities in fp32: programs differ by less, bfloa
 class VerifyOptions(Options):
     """Options of `tandem verify`."""
 
-    folder: PathText | None = field(default=None, metadata=positional("FOLDER", flag_too=True))
+    folder: PathText | None = field(default=None, metadata=positional("FOLDER", flag_too=True, also=("--load",)))
     """Folder that `tandem export` wrote, or its certificate.json. With --url it may be left out when the server tells a
     folder on this machine."""
     _: KW_ONLY
