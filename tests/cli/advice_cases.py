@@ -224,6 +224,30 @@ CASES = {
         "to read them as conversations, give --handler-name or --map-keys",
         add('--map-keys \'{{"prompt": "text", "response": "text"}}\''),
     ),
+    "a raw file in place of a prefix": Case(
+        "inspect data {corpus} --show 0",
+        r"preprocess it first with `tandem (preprocess --input \S+ --output-prefix) PREFIX (\S+) MODEL`",
+        lambda _, found: [
+            f"{found[1]} {{new}} {found[2]} {{hf}}",
+            "inspect data {new}_text_document --show 0",
+        ],
+    ),
+    "conversations in place of questions": Case(
+        "evaluate {hf} {alpaca} --seq-length 32 --device cpu",
+        r"preprocess it first with `tandem (preprocess --input \S+ --output-prefix) PREFIX (\S+) MODEL`",
+        lambda line, found: [
+            f"{found[1]} {{new}} {found[2]} {{hf}}",
+            line.replace("{alpaca}", "{new}"),
+        ],
+    ),
+    "a run to verify": Case(
+        "verify {counted}", r"tandem (export \S+) NEW_FOLDER", lambda _, found: f"{found[1]} {{new}} --no-verify"
+    ),
+    "a run in place of its tokenizer": Case(
+        f"{changed(PREPROCESS, '--tokenizer-name-or-path', '{counted}')}",
+        r"give (\S+), which has one",
+        lambda line, found: changed(line, "--tokenizer-name-or-path", found[1]),
+    ),
     "text for fine-tuning": Case(
         TRAIN.replace("pretrain", "finetune", 1),
         "these data are plain text, for `tandem pretrain`",

@@ -149,7 +149,7 @@ def test_a_loss_that_is_off_is_named() -> None:
     assert compare({1: 2.0, 2: 1.0}, {1: 2.0, 2: 1.25}, 0.5).worst == 2
 
 
-@pytest.mark.parametrize(("words", "named"), [([], "RUN is required"), (["/no/run"], "/no/run/run.json")])
+@pytest.mark.parametrize(("words", "named"), [([], "RUN is required"), (["/no/run"], "/no/run does not exist")])
 def test_a_folder_without_a_run_is_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rerun", *words]) == 2
     assert named in capsys.readouterr().err

@@ -10,8 +10,8 @@ from typing import Any
 
 from tandem.checkpoints.folders import COMPANIONS, RELEASE, TRACKER, iteration_of, saved_iterations
 from tandem.checkpoints.hf.weights import form_in
-from tandem.errors import UserError, nearest
-from tandem.files.real import check_real
+from tandem.errors import UserError
+from tandem.files.real import check_real, near_names
 from tandem.files.text import read_json
 
 MOST_NAMES = 4  # of a list in a message
@@ -66,8 +66,7 @@ def _hub_name(path: Path) -> str | None:
 
 
 def _absent(path: Path) -> str | None:
-    others = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"does not exist: expected a Hugging Face folder or a checkpoint folder{nearest(path.name, others)}"
+    return f"does not exist: expected a Hugging Face folder or a checkpoint folder{near_names(path)}"
 
 
 def _weight_file(path: Path) -> str | None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from tandem.data.batch import IGNORE
 from tandem.data.indexed import IndexedDataset
-from tandem.data.kinds import TEXT, Kind, dataset_of_pair, kind_of
+from tandem.data.kinds import Kind, dataset_of_pair, kind_of
+from tandem.data.no_dataset import no_dataset
 from tandem.data.record import record_of
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
@@ -58,14 +59,17 @@ class DataView:
         kind: the kind of the data.
 
     Raises:
-        UserError: the data path is one of several pairs that belong together.
+        UserError: the data path is one of several pairs that belong together, or there is no dataset.
     """
 
     def __init__(self, data_path: str | os.PathLike[str], packed: bool | None = None) -> None:
         self.data_path = os.fspath(data_path)
         if (dataset := dataset_of_pair(self.data_path)) is not None:
             raise UserError(f"{self.data_path}: only one of several files of a dataset; give {dataset} instead")
-        self.kind = kind_of(self.data_path) or TEXT
+        kind = kind_of(self.data_path)
+        if kind is None:
+            raise no_dataset(self.data_path)
+        self.kind = kind
         may_be_packed = _is_packed(self.data_path) if packed is None else packed
         self._columns = _stored_columns(self.data_path, self.kind, may_be_packed)
         self._numbers = {key: IndexedDataset(self.kind.pair(self.data_path, key)) for key in self.kind.numbers}

@@ -1,11 +1,11 @@
-"""Files of models and data that are there by name only: dangling links, and pointers of Git-LFS."""
+"""Paths of models and data that are not what they seem: absent, dangling links, pointers of Git-LFS."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from tandem.errors import UserError
+from tandem.errors import UserError, nearest
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -17,6 +17,24 @@ def is_lfs_pointer(path: Path) -> bool:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
         return False
+
+
+def check_folder(path: str | Path, expected: str) -> None:
+    """Raise UserError when a path is no folder. `expected` says what should be there, as `a folder with a tokenizer`.
+
+    A file inside of a folder that is not there would be a misleading thing to name.
+    """
+    check_real(path)
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist: expected {expected}{near_names(path)}")
+    if not os.path.isdir(path):
+        raise UserError(f"{path} is a file: expected {expected}")
+
+
+def near_names(path: str | Path) -> str:
+    """The end of an error about a path that does not exist: a name in its folder that is nearly the same, or ""."""
+    path = Path(path)
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 def check_real(path: str | Path) -> None:

@@ -33,16 +33,19 @@ def read_text(path: str | Path, flag: str = "") -> str:
         raise UserError(f"{flag} {path}: {not_utf8(content, error, path)}".lstrip()) from None
 
 
-def read_lines(path: str | Path) -> list[tuple[int, str]]:
+def read_lines(path: str | Path, flag: str = "") -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that hold something, with their numbers from 1, without a byte order mark.
 
     Only ends of lines divide them: a JSON text may hold other characters that Python takes for such, as U+2028.
+
+    Args:
+        flag: the flag that named the file, for errors.
 
     Raises:
         UserError: the file cannot be read, or a line is not UTF-8.
     """
     found = []
-    for number, content in enumerate(_read_bytes(path).split(b"\n"), 1):
+    for number, content in enumerate(_read_bytes(path, flag).split(b"\n"), 1):
         try:
             line = content.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

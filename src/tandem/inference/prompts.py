@@ -41,7 +41,8 @@ def read_prompts(path: Path, model: Model, sampling: Sampling, stop: tuple[str, 
     Raises:
         UserError: a line cannot be used; the number of the line is named. Or there is no line.
     """
-    lines = [_line(content, f"{path}:{number}", model, sampling, stop, raw) for number, content in read_lines(path)]
+    numbered = read_lines(path, "--prompts-file")
+    lines = [_line(content, f"{path}:{number}", model, sampling, stop, raw) for number, content in numbered]
     if not lines:
         raise UserError(f'{path}: no prompts; expected a JSON object such as {{"prompt": "Hi"}} on each line')
     return lines

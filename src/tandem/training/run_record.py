@@ -20,6 +20,8 @@ from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.files.jsonl import DAMAGED
 from tandem.files.publish import write_text_atomically
+from tandem.files.real import check_folder
+from tandem.files.text import unreadable
 from tandem.logs import log
 from tandem.models.tensors import parameter_count, trained_count
 from tandem.training.start.data_paths import all_prefixes
@@ -83,11 +85,16 @@ def read_starts(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no record, or the file is not a record.
     """
+    check_folder(folder, "the --save folder of a training run")
     path = Path(folder) / RUN_FILE
+    if not path.exists():
+        runs = sorted(str(file.parent) for file in Path(folder).glob(f"*/{RUN_FILE}"))
+        step = f"give one of the runs in it: {', '.join(runs)}" if runs else "expected the --save folder of a run"
+        raise UserError(f"{folder} is no training run, as it has no {RUN_FILE}: {step}")
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: expected the --save folder of a training run") from error
+        raise UserError(unreadable(path, error)) from error
     except ValueError as error:
         raise UserError(f"{path}: damaged: {error}. The next start of the run begins a new record") from error
     if not isinstance(content, dict) or {name: content.get(name) for name in FORMAT} != FORMAT:

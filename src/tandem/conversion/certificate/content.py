@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from tandem.checkpoints.folders import TRACKER
 from tandem.checkpoints.hf.record import CERTIFICATE
 from tandem.errors import UserError
+from tandem.files.real import check_folder, check_real
 from tandem.files.text import read_json
 from tandem.models.config import ModelConfig
 
@@ -139,19 +141,33 @@ def read_certificate(place: Path) -> Certificate:
     Raises:
         UserError: there is none, it is damaged, or another version of Tandem must read it.
     """
-    path = place / CERTIFICATE if place.is_dir() or not place.exists() else place
+    if place.name != CERTIFICATE:
+        check_folder(place, "a folder that `tandem export` wrote, or the certificate.json in it")
+    path = place / CERTIFICATE if place.is_dir() else place
+    check_real(path)
     if not path.exists():
-        raise UserError(
-            f"{path}: no such file; expected a folder that `tandem export` wrote. Export again without --no-certificate"
-        )
+        raise UserError(_without_certificate(path.parent))
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("form") != FORM:
-        found = content.get("form") if isinstance(content, dict) else None
-        raise UserError(f"{path}: form {found!r}, expected {FORM}: export again with this version of Tandem")
+    if not isinstance(content, dict) or "form" not in content:
+        raise UserError(f"{path}: not a certificate of Tandem: export again")
+    if content["form"] != FORM:
+        raise UserError(f"{path}: form {content['form']!r}, expected {FORM}: export again with this version of Tandem")
     try:
         return _from_content(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged: {error!r}. Copy it again, or export again") from error
+
+
+def _without_certificate(folder: Path) -> str:
+    """What a folder is that has no certificate, and what helps."""
+    if not folder.exists():
+        return f"{folder} does not exist: expected a folder that `tandem export` wrote"
+    if (folder / TRACKER).exists():
+        return f"{folder} is a run, which is not verified: export it first: tandem export {folder} NEW_FOLDER"
+    return (
+        f"{folder} holds no {CERTIFICATE}: only `tandem export` writes it. Export again without --no-certificate: "
+        f"tandem export {folder} NEW_FOLDER"
+    )
 
 
 def _from_content(content: dict[str, Any]) -> Certificate:

@@ -13,6 +13,8 @@ import orjson
 
 from tandem.data.batch import IGNORE, Sample
 from tandem.data.handlers.fields import described, field, string
+from tandem.data.handlers.registry import detect_handler, make_handler
+from tandem.data.no_dataset import preprocess_first
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.files.text import read_lines
@@ -51,7 +53,7 @@ def read_questions(path: str | Path, tokenizer: Tokenizer, seq_length: int) -> l
     questions = []
     for number, line in read_lines(path):
         try:
-            questions.append(_question(line, tokenizer, seq_length))
+            questions.append(_question(line, str(path), tokenizer, seq_length))
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
     if not questions:
@@ -59,17 +61,28 @@ def read_questions(path: str | Path, tokenizer: Tokenizer, seq_length: int) -> l
     return questions
 
 
-def _question(line: str, tokenizer: Tokenizer, seq_length: int) -> Question:
+def _question(line: str, path: str, tokenizer: Tokenizer, seq_length: int) -> Question:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error}; {_FIELDS}") from None
     if not isinstance(record, dict):
         raise UserError(f"expected an object, found {described(record)}; {_FIELDS}")
+    if "choices" not in record and (kind := _kind_of_rows(record)):
+        raise UserError(f"a row of {kind}, and not a question: {preprocess_first(path)}. {_FIELDS}")
     context = string(record, "context", _FIELDS)
     choices, answer = _choices(record)
     samples = tuple(_sample(context, choice, tokenizer, seq_length) for choice in choices)
     return Question(context, choices, answer, samples)
+
+
+def _kind_of_rows(record: Mapping[str, Any]) -> str | None:
+    """What a row holds that is for preprocessing: `conversations`; None where no handler reads it."""
+    try:
+        name, map_keys = detect_handler(record, ("text",), None)
+    except UserError:
+        return None
+    return make_handler(name, map_keys=map_keys).kind.name
 
 
 def _choices(record: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:

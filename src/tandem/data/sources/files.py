@@ -19,6 +19,7 @@ from tandem.errors import UserError
 from tandem.files.real import check_real
 
 _MOST_LOOKED_AT = 10_000  # files below a folder, when an error tells where its data lie
+_TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, in each folder of checkpoints
 _MOST_BYTES = 1 << 24  # of a file that describes data
 # Files that describe the data next to them -> a key that such a file has: the datasets library writes all three.
 _DESCRIPTIONS = {"state.json": "_data_files", "dataset_dict.json": "splits", "dataset_info.json": "features"}
@@ -36,6 +37,8 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for entry in inputs:
         given, path = os.fspath(entry), Path(entry)
         if path.is_dir():
+            if other := of_another_kind(path):
+                raise UserError(f"input {given!r}: {other}")
             matches = sorted(file for file in path.iterdir() if _is_data(file))
         elif path.is_file():
             matches = [path]
@@ -53,6 +56,16 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
         if not has_suffix(file, SUFFIXES):
             raise UserError(f"{file}: unknown kind of file; expected one of {SUFFIXES_IN_WORDS}")
     return files
+
+
+def of_another_kind(folder: Path) -> str | None:
+    """In words, what a folder is that holds a model or a run, whose small files would be read as data; else None."""
+    if (folder / _TRACKER).exists():
+        return "is the folder of a run or a checkpoint, and not of data"
+    config = folder / "config.json"
+    if config.is_file() and config.stat().st_size < _MOST_BYTES and b'"model_type"' in config.read_bytes():
+        return "is the folder of a model, and not of data"
+    return None
 
 
 def _is_data(file: Path) -> bool:

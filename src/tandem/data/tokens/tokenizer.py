@@ -14,7 +14,7 @@ import tokenizers
 
 from tandem.data.tokens.chat_template import render_chat_template
 from tandem.errors import UserError
-from tandem.files.real import check_real
+from tandem.files.real import check_folder, check_real
 from tandem.files.text import read_json, read_text
 from tandem.models.end_tokens import end_ids_in
 
@@ -43,13 +43,11 @@ class Tokenizer:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        check_folder(self.folder, "a Hugging Face folder with a tokenizer")
         path = self.folder / "tokenizer.json"
         check_real(path)
         if not path.is_file():
-            raise UserError(
-                f"{path}: no such file; expected a Hugging Face folder. If it has only vocab.json and merges.txt, "
-                f"make it with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            )
+            raise UserError(f"{path}: no such file; {_step_without_tokenizer(self.folder)}")
         content = path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
@@ -232,6 +230,18 @@ def _bytes_by_letter() -> dict[str, int]:
 
 
 _BYTE_OF = _bytes_by_letter()
+
+
+def _step_without_tokenizer(folder: Path) -> str:
+    """What helps when a folder has no tokenizer: a run has it in each iteration, and older models in another form."""
+    if within := sorted([*folder.glob("*/tokenizer.json"), *folder.glob("*/*/tokenizer.json")]):
+        return f"give {within[-1].parent}, which has one"
+    if (folder / "vocab.json").exists():
+        return (
+            "the folder has its older form, vocab.json and merges.txt: make it with "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return "expected a Hugging Face folder with a tokenizer"
 
 
 def _token_text(value: str | Mapping[str, Any]) -> str:

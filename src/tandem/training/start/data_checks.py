@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from tandem.config.settings import DataSettings
 from tandem.data.indexed import IndexedDataset
 from tandem.data.kinds import Kind, dataset_of_pair, kind_of
+from tandem.data.no_dataset import no_dataset
 from tandem.data.preprocess.chunks import TOO_LONG
 from tandem.data.record import check_record, read_record, record_of, template_entry
 from tandem.data.templates.catalog import PROMPT_TYPES, THINKING_MODES, get_template, template_from_entry
@@ -159,22 +159,9 @@ def check_files(prefix: str, kind: Kind) -> None:
         raise UserError(f"{prefix}: one of several files that belong together: give {whole}, the prefix of all of them")
     if kind.command and kind.exists_at(prefix):
         return
-    if prefix.endswith((".bin", ".idx")) and os.path.exists(prefix):
-        raise UserError(f"{prefix}: expected a prefix: leave out {prefix[-4:]}")
     if other := kind_of(prefix):
         raise UserError(f"{prefix}: these data are {other.in_words}")
-    if os.path.exists(prefix):
-        raise UserError(f"{prefix}: this is a raw file: preprocess it first with `tandem preprocess`")
-    written = []
-    if path_and_record := read_record(prefix):
-        path, record = path_and_record
-        written = [os.path.join(os.path.dirname(prefix), name) for name in record["files"].values()]
-        if missing := [name for name in written if not os.path.exists(f"{name}.idx")]:
-            raise UserError(f"{missing[0]}.idx: no such file, though {path} names it; copy all files")
-    raise UserError(
-        f"{kind.first_pair(prefix)}.idx: no such file, and no raw file with the name {prefix}; give "
-        + (" or ".join(written) or "the prefix that `tandem preprocess` wrote")
-    )
+    raise no_dataset(prefix, kind.first_pair(prefix))
 
 
 def _notice_of_cuts(prefix: str, kind: Kind, data: DataSettings) -> list[str]:
