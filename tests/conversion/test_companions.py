@@ -168,7 +168,7 @@ def test_transformers_finds_no_template_either(spoil: Callable[[Path], Any], hf:
         (lambda hf: change(hf / "tokenizer_config.json", chat_template=None), "the model has no chat template: "),
         (only_a_processors_template, "the model has no chat template: "),
         (only_a_processors_template, "chat_template.json: processors of transformers read it"),
-        (only_a_template_for_tools, "the model has no chat template: "),
+        (only_a_template_for_tools, "the model has no chat template (only tool_use): "),
         (lambda hf: (hf / "tokenizer.json").rename(hf / "vocab.json"), "no tokenizer.json (only vocab.json)"),
         (lambda hf: (hf / "tokenizer_config.json").unlink(), "tokenizer_config.json: no such file"),
         (lambda hf: None, None),

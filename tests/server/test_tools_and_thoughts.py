@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import openai
 import pytest
 from servers import ScriptedWorker, Server, serving
 
+from tandem.__main__ import main
 from tandem.inference.chat import open_model
 from tandem.inference.options import LoadOptions
 from workspace import Workspace
@@ -89,20 +93,25 @@ def test_each_call_has_an_id_of_its_own(server: Server) -> None:
     assert len(ids) == 2
 
 
-def test_results_of_calls_reach_the_template(server: Server, workspace: Workspace, tmp_path: Path) -> None:
-    """What a client sends back after a call gets the prompt that transformers writes, in Qwen3's own way."""
-    template = (
-        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}({{ c.function.name }} {{ c.function.arguments | tojson }}){% endfor %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{{ '<think>\n' if enable_thinking else '' }}{% endif %}"
-    )
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in workspace.hf.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+TEMPLATE = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}({{ c.function.name }} {{ c.function.arguments | tojson }}){% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{{ '<think>\n' if enable_thinking else '' }}{% endif %}"
+)
+
+
+def with_template(workspace: Workspace, tmp_path: Path, template: Any) -> Path:
+    """The toy's folder with another `chat_template`."""
+    folder = shutil.copytree(workspace.hf, tmp_path / "model")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return folder
+
+
+def test_results_of_calls_reach_the_template(server: Server, workspace: Workspace, tmp_path: Path) -> None:
+    """What a client sends back after a call gets the prompt that transformers writes, in Qwen3's own way."""
+    folder = with_template(workspace, tmp_path, TEMPLATE)
     with serving({"toy": folder}, make_worker=ScriptedWorker) as other:
         call = ask(other, CALL, tools=TOOLS)
         assert call[2] == [("add", {"a": 1, "b": 2})]
@@ -121,6 +130,34 @@ def test_results_of_calls_reach_the_template(server: Server, workspace: Workspac
                 model="toy", messages=QUESTION, extra_body={"chat_template_kwargs": {"x": number}}
             )
         assert len(other.service.served["toy"].model.prompter.template._with_variables) <= 64  # type: ignore[attr-defined]
+
+
+def test_a_template_for_tools_alone(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes conversations with tools. Of others the error names what there is, in each command."""
+    names = r"none of its chat templates \(rag, tool_use\) is named default, which conversations without tools need"
+    named = [{"name": "rag", "template": "R"}, {"name": "tool_use", "template": TEMPLATE}]
+    folder = with_template(workspace, tmp_path, named)
+    with serving({"toy": folder}, make_worker=ScriptedWorker) as other:
+        assert ask(other, CALL, tools=TOOLS)[2] == [("add", {"a": 1, "b": 2})]
+        made = other.client.chat.completions.create(model="toy", messages=QUESTION, tools=TOOLS)
+        assert made.usage
+        words = "[add]<user>What is 1 + 2?<assistant>"
+        assert made.usage.prompt_tokens == len(other.model.tokenizer.encode(words))
+        with pytest.raises(openai.BadRequestError, match=f"{names}; give one of them that name, or choose"):
+            ask(other, "no")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [*QUESTION, {"role": "assistant", "content": "3"}]}) + "\n")
+    data = ["--input", str(rows), "--output-prefix", str(tmp_path / "out"), "--tokenizer-name-or-path", str(folder)]
+    torch = [str(folder), "--ai-framework", "torch"]
+    for words in (["chat", *torch], ["preprocess", *data], ["preprocess", *data, "--prompt-type", "chat_template"]):
+        assert main(words) == 2
+        assert re.search(names, capsys.readouterr().err)
+    assert main(["generate", *torch, "hi", "--max-new-tokens", "1"]) == 0
+    assert re.search(f"{names}, and there is none from fine-tuning", capsys.readouterr().err)
 
 
 def test_the_template_of_fine_tuning_is_used(workspace: Workspace, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tandem.checkpoints.hf.companions import companion_json, end_ids_of
-from tandem.checkpoints.interface import Companions
-from tandem.data.tokens.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, template_in
+from tandem.checkpoints.interface import TEMPLATE_FOLDER, Companions
+from tandem.data.tokens.tokenizer import CHAT_TEMPLATE_FILE, DEFAULT, Tokenizer, templates_in
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 
@@ -20,13 +20,13 @@ def what_lacks(companions: Companions, config: ModelConfig) -> list[str]:
         config: the model that is written.
     """
     notices = [f"not copied, as not a model's files: {', '.join(companions.left_out)}"] if companions.left_out else []
-    has_template = _has_template(companions)
-    if not has_template and PROCESSORS_TEMPLATE in companions.places:
+    templates = _templates(companions)
+    if DEFAULT not in templates and PROCESSORS_TEMPLATE in companions.places:
         notices.append(
             f"{PROCESSORS_TEMPLATE}: processors of transformers read it, and tokenizers do not. To use its "
             f"template, put the text of it into {CHAT_TEMPLATE_FILE}"
         )
-    missing = _missing(companions, has_template)
+    missing = _missing(companions, templates)
     if missing:
         notices.append(
             f"the model has no {' and no '.join(missing)}: --hf-cfg-dir FOLDER takes them from another model"
@@ -41,14 +41,14 @@ def what_lacks(companions: Companions, config: ModelConfig) -> list[str]:
     return notices
 
 
-def _has_template(companions: Companions) -> bool:
-    """Whether a tokenizer finds a chat template. It does not look into `chat_template.json`."""
-    if companions.text_of(CHAT_TEMPLATE_FILE) is not None:
-        return True
-    return bool(template_in(companion_json(companions, "tokenizer_config.json")))
+def _templates(companions: Companions) -> set[str]:
+    """The names of the chat templates that a tokenizer finds. It does not look into `chat_template.json`."""
+    own = {DEFAULT} if companions.text_of(CHAT_TEMPLATE_FILE) is not None else set()
+    files = own | {path.stem for path in companions.files if path.parent.name == TEMPLATE_FOLDER}
+    return files or set(templates_in(companion_json(companions, "tokenizer_config.json")))
 
 
-def _missing(companions: Companions, has_template: bool) -> list[str]:
+def _missing(companions: Companions, templates: set[str]) -> list[str]:
     """In words, what the companions do not have."""
     names = {path.name for path in companions.files} | set(companions.texts)
     tokenizer = companion_json(companions, "tokenizer_config.json")
@@ -57,6 +57,6 @@ def _missing(companions: Companions, has_template: bool) -> list[str]:
     in_words = {
         f"tokenizer.json (only {', '.join(older)})" if older else "tokenizer": "tokenizer.json" in names,
         "end token (eos_token_id)": bool(ends),
-        "chat template": has_template,
+        f"chat template (only {', '.join(sorted(templates))})" if templates else "chat template": DEFAULT in templates,
     }
     return [words for words, is_there in in_words.items() if not is_there]

@@ -29,9 +29,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         if self.template is None and self.tokenizer.chat_template is None:
-            raise UserError(
-                f"--apply-chat-template: {self.tokenizer.folder} has no chat template; give one with --prompt-type"
-            )
+            raise UserError(f"--apply-chat-template: {self.tokenizer.lack_of_template}; --prompt-type chooses one")
 
     @property
     def name(self) -> str:

@@ -147,10 +147,10 @@ def open_model(options: LoadOptions) -> Model:
         raise UserError(f"{source.location} contains no tokenizer: give its folder with --tokenizer-name-or-path")
     tokenizer = Tokenizer(folder)
     if options.raw:
-        tokenizer.chat_template = None
+        tokenizer = tokenizer.without_templates()
     template = _template(options, tokenizer, prompt_entry(source))
     if template is None and tokenizer.chat_template is None and not options.raw:
-        log.warning("> no chat template, neither in %s nor from fine-tuning: %s", folder, ONLY_TEXTS)
+        log.warning("> %s, and there is none from fine-tuning: %s", tokenizer.lack_of_template, ONLY_TEXTS)
     defaults = Defaults.of(source.companions)
     world = World.from_environment()
     grid = Grid(options.layout.balanced(source.config.num_layers), world.size)

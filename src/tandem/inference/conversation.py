@@ -9,7 +9,7 @@ from typing import Any
 
 from tandem.data.handlers.conversations import OpenAIInstructionHandler
 from tandem.data.templates.messages import Message, Template
-from tandem.data.templates.model_template import ModelTemplate
+from tandem.data.templates.model_template import CHOOSE_ONE, ModelTemplate
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.inference.answers import THINK, Parts
@@ -55,11 +55,22 @@ class Prompter:
         Raises:
             UserError: there is none.
         """
-        if self._given is None and self._tokenizer.chat_template is None:
+        tokenizer = self._tokenizer
+        if self._given is None and tokenizer.chat_template is None and tokenizer.named_templates:
+            raise UserError(f"{tokenizer.lack_of_template}; {CHOOSE_ONE}")
+        if self._given is None and tokenizer.chat_template is None:
             raise UserError(
                 "this model has no chat template, neither of its own nor from fine-tuning: it can only continue texts"
             )
-        return self._given or ModelTemplate(self._tokenizer, self._thinking)
+        return self._given or ModelTemplate(tokenizer, self._thinking)
+
+    @cached_property
+    def _template_for_tools(self) -> Template:
+        """The template of conversations with tools, where it may be the only one that the tokenizer has."""
+        is_alone = self._tokenizer.chat_template is None and self._tokenizer.tool_template is not None
+        if self._given is None and is_alone:
+            return ModelTemplate(self._tokenizer.for_tools(), self._thinking)
+        return self.template
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[str] = (), variables: Mapping[str, Any] | None = None
@@ -73,7 +84,9 @@ class Prompter:
         Raises:
             UserError: there is no template, or it cannot write this conversation.
         """
-        template = self.template.with_variables(variables) if variables else self.template
+        template = self._template_for_tools if tools else self.template
+        if variables:
+            template = template.with_variables(variables)
         pieces = template.generation_prompt(messages, tools)
         ids = [token for piece in pieces for token in self._tokenizer.encode(piece)]
         return Prompt(ids, "".join(pieces).rstrip().endswith(THINK), tuple(tools))

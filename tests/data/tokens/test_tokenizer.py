@@ -152,3 +152,26 @@ def test_named_templates_are_chosen_as_transformers_chooses(workspace: Workspace
         expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
         for folder in ("old", "new"):
             assert Tokenizer(tmp_path / folder).apply_chat_template(messages, tools=tools) == expected
+
+
+def test_without_a_default_only_conversations_with_tools_have_a_template(workspace: Workspace, tmp_path: Path) -> None:
+    """As in transformers. Files go before the config, as there."""
+    shutil.copytree(workspace.hf, tmp_path / "old")
+    path = tmp_path / "old" / "tokenizer_config.json"
+    named = [{"name": "rag", "template": "R"}, {"name": "tool_use", "template": "T{{ tools | length }}"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": named}))
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+    AutoTokenizer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    path = tmp_path / "new" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "not read"}))
+    messages = [{"role": "user", "content": "x"}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    for folder in (tmp_path / "old", tmp_path / "new"):
+        ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert ours.apply_chat_template(messages, tools=tools) == expected == "T1"
+        with pytest.raises(ValueError, match="no default specified"):
+            theirs.apply_chat_template(messages, tokenize=False)
+        with pytest.raises(UserError, match=r"none of its chat templates \(rag, tool_use\) is named default"):
+            ours.apply_chat_template(messages)
+        assert ours.without_templates().named_templates == ()

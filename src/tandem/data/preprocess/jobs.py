@@ -140,8 +140,8 @@ def template_of(options: PreprocessOptions, tokenizer: Tokenizer, handler_name: 
     """
     require(
         options.prompt_type is not None or tokenizer.chat_template is not None,
-        f"{handler_name} needs --prompt-type, a template for conversations, such as qwen3: {tokenizer.folder} has no "
-        f"chat template of its own",
+        f"{handler_name} needs --prompt-type, a template for conversations, such as qwen3; "
+        f"{tokenizer.lack_of_template}",
     )
     return get_template(options.prompt_type or CHAT_TEMPLATE, options.thinking_mode, tokenizer)
 

@@ -27,6 +27,7 @@ _BEGIN_OF_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
 _TAKEN = frozenset({"messages", "tools", "add_generation_prompt", MARK_GENERATION})  # variables that come from the data
 _CALL_TEXT = '{"tandem": "x"}'
+CHOOSE_ONE = "give one of them that name, or choose a named --prompt-type"
 MOST_VARIANTS = 64  # templates with other variables that are kept; data have a few, a server may get any number
 _MARK = re.compile("\ue000(\\d{1,9})\ue001")  # characters of private use, which no template writes
 
@@ -54,6 +55,8 @@ class ModelTemplate:
         enable_thinking: bool | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
+        if tokenizer.chat_template is None and tokenizer.named_templates:
+            raise UserError(f"{tokenizer.lack_of_template}; {CHOOSE_ONE}")
         if tokenizer.chat_template is None or tokenizer.eos_id is None:
             raise UserError(
                 f"{tokenizer.folder}: --prompt-type {self.name} needs the model's chat template (chat_template.jinja "

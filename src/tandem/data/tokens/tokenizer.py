@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -20,7 +21,7 @@ from tandem.models.end_tokens import end_ids_in
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # where transformers 5 writes the others, each under its name
-TOOL_USE = "tool_use"
+DEFAULT, TOOL_USE = "default", "tool_use"  # the names that transformers knows
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 
 
@@ -36,6 +37,7 @@ class Tokenizer:
         sha256: hash of `tokenizer.json`; data and checkpoints record it.
         chat_template: Jinja source, or None.
         tool_template: that of conversations with tools, where the folder has another one for them; or None.
+        named_templates: names of all templates, where the folder names them.
 
     Raises:
         UserError: a file is missing or malformed, or a special token is not in the vocabulary.
@@ -64,8 +66,9 @@ class Tokenizer:
         self.eos_id = next(iter(self.end_ids), None)
         self.pad_id = self._special_id(config, "pad_token")
         self.bos_id = self._special_id(config, "bos_token")
-        self.chat_template = _read_chat_template(self.folder, config)
-        self.tool_template = _read_tool_template(self.folder, config)
+        templates = _read_templates(self.folder, config)
+        self.chat_template, self.tool_template = templates.get(DEFAULT), templates.get(TOOL_USE)
+        self.named_templates = tuple(sorted(templates)) if set(templates) != {DEFAULT} else ()
         self._special_tokens = {name: _token_text(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
 
     def __len__(self) -> int:
@@ -178,14 +181,37 @@ class Tokenizer:
 
         `variables`, such as `enable_thinking` and `tools`, are passed to the template.
         """
-        if self.chat_template is None:
-            raise UserError(f"{self.folder}: has no chat template (chat_template.jinja or in tokenizer_config.json)")
+        template = (variables.get("tools") and self.tool_template) or self.chat_template
+        if template is None:
+            raise UserError(self.lack_of_template)
         return render_chat_template(
-            self.tool_template if variables.get("tools") and self.tool_template else self.chat_template,
+            template,
             messages=list(messages),
             add_generation_prompt=add_generation_prompt,
             **{**self.chat_variables, **variables},
         )
+
+    @property
+    def lack_of_template(self) -> str:
+        """That there is no template for conversations without tools, and which ones there are."""
+        if not self.named_templates:
+            return f"{self.folder}: has no chat template (chat_template.jinja or in tokenizer_config.json)"
+        return (
+            f"{self.folder}: none of its chat templates ({', '.join(self.named_templates)}) is named {DEFAULT}, which "
+            f"conversations without tools need"
+        )
+
+    def without_templates(self) -> Tokenizer:
+        """This tokenizer as one of a folder that has no chat templates."""
+        changed = copy.copy(self)
+        changed.chat_template, changed.tool_template, changed.named_templates = None, None, ()
+        return changed
+
+    def for_tools(self) -> Tokenizer:
+        """This tokenizer with its template for tools as that of all conversations."""
+        changed = copy.copy(self)
+        changed.chat_template = self.tool_template or self.chat_template
+        return changed
 
     @property
     def chat_variables(self) -> dict[str, Any]:
@@ -270,29 +296,18 @@ def _read_older_names(folder: Path) -> dict[str, Any]:
     return {name: names[name] for name in SPECIAL_TOKENS if names.get(name)}
 
 
-def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """From `chat_template.jinja`, as transformers 5 has it; else from `tokenizer_config.json`, as in older versions."""
-    path = folder / CHAT_TEMPLATE_FILE
-    if path.is_file():
-        return read_text(path)
-    return template_in(config)
+def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name, from the files that transformers 5 writes. Where there are none, from the config."""
+    files = [(DEFAULT, folder / CHAT_TEMPLATE_FILE)]
+    files += [(path.stem, path) for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
+    if found := {name: read_text(path) for name, path in files if path.is_file()}:
+        return found
+    return templates_in(config)
 
 
-def template_in(config: Mapping[str, Any]) -> str | None:
-    """The chat template in a `tokenizer_config.json`; of several named ones, the default."""
+def templates_in(config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates in a `tokenizer_config.json`, by name."""
     template = config.get("chat_template")
-    return _named(template).get("default") if isinstance(template, list) else template
-
-
-def _read_tool_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template named `tool_use`, which transformers takes where tools are offered."""
-    path = folder / MORE_TEMPLATES / f"{TOOL_USE}.jinja"
-    if path.is_file():
-        return read_text(path)
-    template = config.get("chat_template")
-    one_file = (folder / CHAT_TEMPLATE_FILE).is_file()
-    return _named(template).get(TOOL_USE) if isinstance(template, list) and not one_file else None
-
-
-def _named(templates: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    return {entry["name"]: entry["template"] for entry in templates}
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return {DEFAULT: template} if template else {}
