@@ -117,13 +117,38 @@ def test_what_cannot_be_served_is_said_at_once(
     assert f"{tmp_path / 'none'} does not exist" in error(str(tmp_path / "none"), "--port", "0")
     assert "--port 70000: expected 0 to 65535" in error(str(workspace.hf), "--port", "70000")
     assert "expected 2 different names" in error("A", "--compare", "B", "--served-model-name", "x", "x")
-    assert "need 2 processes" in error(str(workspace.hf), "--tensor-model-parallel-size", "2")
+    split = ("--tensor-model-parallel-size", "2")
+    told = "takes 2 processes, and there are 1. Give --nproc-per-node 2\n"
+    assert told in error(str(workspace.hf), *split)
     assert "--host no.such.host.invalid" in error(str(workspace.hf), "--host", "no.such.host.invalid")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"--port {port}: Address already in use; choose another" in error(str(workspace.hf), "--port", port)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "tandem serve needs starlette and uvicorn: pip install 'tandem-llm[serve]'" in error("A")
+
+
+def test_more_processes_than_a_copy_takes_are_told_what_splits_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+
+    def told(*words: str) -> str:
+        assert main(["serve", "MODEL", *words]) == 2
+        return capsys.readouterr().err
+
+    tensor, experts = "--tensor-model-parallel-size", "--expert-model-parallel-size"
+    assert told().endswith(
+        f"takes 1 process, and there are 4. Give --nproc-per-node 1, or {tensor} 4 to split the model over 4, or "
+        f"{experts} 4 to split the model over 4, where it has experts\n"
+    )
+    assert f"Give --nproc-per-node 2, or {tensor} 4 to" in told(tensor, "2")
+    assert told("--pipeline-model-parallel-size", "3").endswith("Give --nproc-per-node 3\n")
+    shared = told(tensor, "2", "--expert-tensor-parallel-size", "1")  # where tensor ranks share experts, 2 are one copy
+    assert tensor in shared
+    assert experts not in shared
+    assert "--compare B: only one process can serve two models" in told("--compare", "B")
 
 
 @pytest.mark.slow("answers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import socket
 from types import FrameType
@@ -10,12 +11,13 @@ import uvicorn
 
 from tandem.errors import UserError
 from tandem.inference.chat import Model, open_model
-from tandem.inference.options import models_to_open
+from tandem.inference.options import LoadOptions, models_to_open
 from tandem.inference.scheduler import Scheduler
 from tandem.inference.worker import Worker
 from tandem.launch.stopping import stopping_signals
 from tandem.launch.world import World
 from tandem.logs import log
+from tandem.options import flag_of
 from tandem.server.app import LOCAL, Limits, build_app
 from tandem.server.models import Served
 from tandem.server.options import API_KEY_VARIABLE, ServeOptions
@@ -31,18 +33,9 @@ def serve(options: ServeOptions) -> None:
         UserError: the address is taken, or a model cannot be opened.
     """
     world = World.from_environment()
-    model, layout = options.model, options.model.layout
-    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * layout.data_ranks_of_a_copy
-    if world.size != ranks:
-        flags = "--tensor-model-parallel-size and --pipeline-model-parallel-size need"
-        if layout.data_ranks_of_a_copy > 1:
-            flags = "--tensor-model-parallel-size, --pipeline-model-parallel-size and --expert-model-parallel-size need"
-        raise UserError(
-            f"{flags} {ranks} processes, and there are {world.size}: a server has one copy of a model. "
-            f"Give --nproc-per-node {ranks}"
-        )
-    if ranks > 1 and options.compare is not None:
+    if world.size > 1 and options.compare is not None:
         raise UserError(f"--compare {options.compare}: only one process can serve two models; leave it out")
+    check_processes(options.model, world.size)
     if world.rank > 0:
         follow(options)
         return
@@ -85,6 +78,34 @@ def serve(options: ServeOptions) -> None:
         server.run([listener])
     if worker.failure is not None:
         raise worker.failure
+
+
+def check_processes(model: LoadOptions, processes: int) -> None:
+    """Raise UserError where a copy of the model does not take these processes, with the flags that would."""
+    ranks = ranks_of_a_copy(model)
+    if processes == ranks:
+        return
+    flags = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    flags += ["expert_model_parallel_size"] * (model.layout.data_ranks_of_a_copy > 1)
+    given = " and ".join(f"{flag_of(name)} {getattr(model, name)}" for name in flags)
+    advice = [f"--nproc-per-node {ranks}"]
+    for name, of_experts in (
+        ("tensor_model_parallel_size", ""),
+        ("expert_model_parallel_size", ", where it has experts"),
+    ):
+        size = getattr(model, name) * (processes // ranks)
+        if size > 1 and ranks_of_a_copy(dataclasses.replace(model, **{name: size})) == processes:
+            advice.append(f"{flag_of(name)} {size} to split the model over {processes}{of_experts}")
+    raise UserError(
+        f"{given}: one copy of a model, as a server has, takes {ranks} process{'es' * (ranks > 1)}, and there are "
+        f"{processes}. Give {', or '.join(advice)}"
+    )
+
+
+def ranks_of_a_copy(model: LoadOptions) -> int:
+    """How many processes hold one copy of the model together."""
+    layout = model.layout
+    return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.data_ranks_of_a_copy
 
 
 def follow(options: ServeOptions) -> None:
