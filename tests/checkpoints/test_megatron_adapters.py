@@ -110,6 +110,25 @@ def test_adapters_alone_are_put_next_to_their_weights(tmp_path: Path) -> None:
         open_source(run)
 
 
+def test_adapters_alone_are_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without their weights, which `inspect` does not take. One B is made zero."""
+    run = write_run(tmp_path / "run", filtered=True)
+    for path in run.glob("*/*/model_optim_rng.pt"):
+        content = torch.load(path, weights_only=False)
+        content["model"][f"decoder.layers.1.{LINEARS[0]}.lora_B.default.weight"].zero_()
+        torch.save(content, path)
+    assert main(["inspect", "checkpoint", str(run)]) == 0
+    out = capsys.readouterr().out
+    rows = [line.strip("│ ").split() for line in out.splitlines()]
+    layers = str(CONFIG.num_layers)
+    assert ["linear_qkv", "│", layers, "│", "4", "│", "8", "│", "1", "layers"] in rows
+    assert ["linear_fc2", "│", layers, "│", "4", "│", "8", "│", "none"] in rows
+    assert ["weights", "│", "not", "here:", "adapters", "alone"] in rows
+    numbers = sum(tensor.size for tensor in whole_adapters().values())
+    assert f"{numbers:,}" in out
+    assert "every number is finite" in out
+
+
 def test_alpha_must_be_known(tmp_path: Path) -> None:
     run, base = write_run(tmp_path / "run", filtered=True, alpha=None), open_source(hugging_face(tmp_path))
     with pytest.raises(UserError, match="--lora-alpha"):

@@ -144,3 +144,15 @@ def test_what_is_no_adapter_is_described(toy: Path, path: str, words: str) -> No
     with pytest.raises(UserError, match=words) as raised:
         open_adapters(toy / path, open_source(toy / "hf"))
     assert str(raised.value).startswith(f"--lora-load {toy / path}")
+
+
+def test_modules_ranks_and_zeros_are_shown(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = changed(toy, tmp_path / "lora", alpha_pattern={"v_proj": 2})
+    tensors = load_file(folder / WEIGHTS)
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0, 0] = 1
+    save_file(tensors, folder / WEIGHTS)
+    assert main(["inspect", "checkpoint", str(folder)]) == 0
+    rows = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines()]
+    layers = TOYS["qwen3-tied"].num_layers
+    assert ["q_proj", "│", str(layers), "│", "4", "│", "8", "│", str(layers - 1), "layers"] in rows
+    assert ["v_proj", "│", str(layers), "│", "4", "│", "2", "│", str(layers), "layers"] in rows

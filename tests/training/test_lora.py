@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from runs import assert_same_weights, run
+from tandem.__main__ import main
 from tandem.checkpoints.adapters.peft import write_peft
 from tandem.checkpoints.adapters.views import Adapted, merged
 from tandem.checkpoints.detect import open_adapters, open_source
@@ -25,6 +27,7 @@ from workspace import Workspace
 LORA = {"lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8}
 COMMON = {"instructions": True, "lr": 3e-3, "lr_warmup_iters": 0}
 SHORT = {"train_iters": 6, **COMMON, **LORA}
+GONE = {"iteration": 3, "sha256": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,20 @@ def test_a_checkpoint_holds_adapters_and_names_their_weights(workspace: Workspac
     whole = open_source(workspace.hf)
     for name in tensor_table(whole.config):
         np.testing.assert_array_equal(source.read(name), whole.read(name))
+
+
+def test_adapters_are_described_where_their_weights_are_gone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    index = run / "iter_0000006/index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"base": {"folder": "/gone", **GONE}}))
+    assert main(["inspect", "checkpoint", str(run)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "LoRA adapters" in out
+    assert re.search(r"q_proj │ \d+ │ 4 │ 8 │ none", out)
+    assert "weights │ not here: in /gone, iteration 3" in out
 
 
 def test_without_the_filter_a_checkpoint_holds_everything(workspace: Workspace, framework: str, tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.copy import Progress
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.formats.arrays import is_finite
 from tandem.checkpoints.interface import DTYPES, TensorKind, TensorSource, dtype_name
+from tandem.checkpoints.native.source import NativeSource
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.tensors import tensor_table
+from tandem.models.tensors import EMBEDDING, tensor_table
 from tandem.parallel.layout import Layout
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".distcp")
@@ -40,6 +40,7 @@ class Description:
         iteration: name of its folder, `iter_0000001` or `release`; None for a format without iterations.
         others: names of the other iterations next to it.
         layout: None where files hold whole tensors.
+        weights: in words, where the weights of adapters are; None where the folder holds them.
         optimizer: in words, whether the optimizer's state is there, and where.
         trainer_state: names of what a trainer stored next to the model.
         files: weight files, relative to `folder`, with their sizes in bytes.
@@ -55,6 +56,7 @@ class Description:
     iteration: str | None
     others: tuple[str, ...]
     contents: tuple[Content, ...]
+    weights: str | None
     optimizer: str
     trainer_state: tuple[str, ...]
     files: dict[str, int]
@@ -68,7 +70,7 @@ def describe(path: str | Path, iteration: int | None = None) -> Description:
     Raises:
         UserError: the folder holds no checkpoint, or a damaged one.
     """
-    source = open_source(path, iteration)
+    source = open_source(path, iteration, adapters_alone=True)
     folder, has_iterations = source.folder, source.format.has_iterations
     assert folder is not None
     files = sorted(file for file in folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES)
@@ -81,6 +83,7 @@ def describe(path: str | Path, iteration: int | None = None) -> Description:
         iteration=folder.name if has_iterations else None,
         others=_other_iterations(folder) if has_iterations else (),
         contents=_contents(source),
+        weights=_weights(source),
         optimizer=_optimizer(source),
         trainer_state=source.trainer_state(),
         files={str(file.relative_to(folder)): file.stat().st_size for file in files},
@@ -93,7 +96,7 @@ def with_integrity(description: Description, progress: Progress | None = None) -
     Raises:
         UserError: a tensor is damaged, or holds NaN or infinity.
     """
-    source, done = stored_part(description.source), 0
+    source, done = description.source, 0
     total = sum(content.bytes for content in description.contents) + sum(description.files.values())
     for kind in source.kinds():
         for name in tensor_table(source.config):
@@ -116,13 +119,7 @@ def with_integrity(description: Description, progress: Progress | None = None) -
     return replace(description, integrity=f"{proved} every number is finite", digests=digests)
 
 
-def stored_part(source: TensorSource) -> TensorSource:
-    """What the folder itself holds: of adapters with their weights, the adapters."""
-    return source.adapters if isinstance(source, Adapted) else source
-
-
 def _contents(source: TensorSource) -> tuple[Content, ...]:
-    source = stored_part(source)
     sizes_of: dict[tuple[TensorKind, str], list[int]] = defaultdict(list)
     table = tensor_table(source.config)
     for kind in source.kinds():
@@ -134,6 +131,15 @@ def _contents(source: TensorSource) -> tuple[Content, ...]:
         Content(kind, dtype, len(sizes), sum(sizes), sum(sizes) * DTYPES[dtype].itemsize)
         for (kind, dtype), sizes in sizes_of.items()
     )
+
+
+def _weights(source: TensorSource) -> str | None:
+    if source.kinds_of(EMBEDDING):
+        return None
+    if not isinstance(source, NativeSource) or source.base is None:
+        return "not here: adapters alone"
+    iteration = "" if source.base.iteration is None else f", iteration {source.base.iteration}"
+    return f"not here: in {source.base.folder}{iteration}"
 
 
 def _optimizer(source: TensorSource) -> str:

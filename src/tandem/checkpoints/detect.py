@@ -37,12 +37,14 @@ def open_source(
     noop_layers: tuple[int, ...] | None = None,
     num_layer_list: tuple[int, ...] | None = None,
     lora_alpha: float | None = None,
+    adapters_alone: bool = False,
 ) -> TensorSource:
     """Recognise what a folder holds, and open it.
 
     Args:
         config, noop_layers, num_layer_list, lora_alpha: facts that a Megatron checkpoint may not record. Layers of
             `torch_dist` are counted over the whole model, so num_layer_list is not needed there.
+        adapters_alone: a checkpoint of adapters is opened without their weights, to look at it.
 
     Raises:
         UserError: the folder is missing, is neither a Hugging Face folder nor a checkpoint, is both, or contradicts
@@ -69,6 +71,7 @@ def open_source(
         noop_layers=noop_layers,
         num_layer_list=num_layer_list,
         lora_alpha=lora_alpha,
+        adapters_alone=adapters_alone,
     )
 
 
@@ -95,6 +98,7 @@ def open_iteration(
     noop_layers: tuple[int, ...] | None = None,
     num_layer_list: tuple[int, ...] | None = None,
     lora_alpha: float | None = None,
+    adapters_alone: bool = False,
 ) -> TensorSource:
     """Open an iteration of a checkpoint folder, in any format. Arguments and errors are as in `open_source`."""
     place = find_iteration(folder, iteration)
@@ -110,7 +114,7 @@ def open_iteration(
             num_layer_list=num_layer_list,
             lora_alpha=lora_alpha,
         )
-        if megatron.holds_adapters_only:
+        if megatron.holds_adapters_only and not adapters_alone:
             raise UserError(
                 f"{folder} holds adapters only: give their weights, and the adapters with --lora-load {folder}"
             )
@@ -120,7 +124,7 @@ def open_iteration(
     source = NativeSource(folder, iteration)
     check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
     check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)
-    return source if source.base is None else beside_base(source, source.base)
+    return source if source.base is None or adapters_alone else beside_base(source, source.base)
 
 
 def open_named_base(folder: Path) -> TensorSource:

@@ -105,6 +105,8 @@ def overview(description: Description) -> Table:
     table.add_row("vocabulary", f"{config.vocab_size:,}{_added_rows(description)}")
     if layout:
         table.add_row("layout", ", ".join(f"{name} {value}" for name, value in vars(layout).items() if value))
+    if description.weights:
+        table.add_row("weights", description.weights)
     table.add_row("optimizer", description.optimizer)
     if description.trainer_state:
         table.add_row("other files", ", ".join(description.trainer_state))

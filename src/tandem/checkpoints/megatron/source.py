@@ -123,6 +123,9 @@ class MegatronSource(TensorSource):
     def kinds(self) -> tuple[TensorKind, ...]:
         return ("model",)
 
+    def kinds_of(self, name: str) -> tuple[TensorKind, ...]:
+        return self.kinds() if name in self._shards else ()
+
     def dtype(self, name: str, kind: TensorKind = "model") -> np.dtype:
         return self._tensor(self._shards[name][0]).dtype
 
