@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,33 @@ def test_a_run_without_steps_and_one_with_lost_values_are_shown(folders: list[st
     parse(render(read_runs([str(copy)])))
 
 
+def test_preferences_have_trls_names(folders: list[str], tmp_path: Path) -> None:
+    copy = tmp_path / "dpo"
+    shutil.copytree(folders[0], copy)
+    (copy / METRICS_FILE).write_text("")
+    metrics = {"rewards/margins": 0.25, "nll_loss": 1.5}
+    file = MetricsFile(copy / METRICS_FILE, 0)
+    file.on_step(step_record(1, metrics=metrics))
+    of_sets = {"validation": {"rewards/margins": 0.75}, "held": {"rewards/margins": 0.5}}
+    file.on_step(step_record(2, metrics=metrics, validation=dict.fromkeys(of_sets, 0.6), validation_metrics=of_sets))
+    file.close()
+    page = render(read_runs([str(copy)]))
+    parse(page)
+    figures = {}
+    for figure in page.split("<figure")[1:]:
+        (title,) = re.findall("<figcaption>(.*?)<small>", figure)
+        figures[title] = figure
+    assert "rewards/chosen" not in figures  # no step has it
+    assert [point[:2] for point in points_of(figures["nll_loss"])] == [[1, 1.5], [2, 1.5]]
+    margins = figures["rewards/margins"]
+    assert "eval_held_rewards/margins, eval_rewards/margins" in margins
+    assert [(line["name"], [point[:2] for point in line["points"]]) for line in series_of(margins)] == [
+        ("dpo", [[1, 0.25], [2, 0.25]]),
+        ("dpo: held", [[2, 0.5]]),
+        ("dpo: validation", [[2, 0.75]]),
+    ]
+
+
 @pytest.mark.parametrize(("given", "named"), [([], "no run is given"), (["/no/run"], "/no/run"), (["A", "A"], "twice")])
 def test_wrong_folders_are_named(folders: list[str], given: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
@@ -154,9 +182,14 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def points_of(figure: str) -> list[list[float]]:
+def series_of(figure: str) -> list[dict[str, Any]]:
     (data,) = re.findall(r'data-series="([^"]*)"', figure)
-    points: list[list[float]] = json.loads(html.unescape(data))[0]["points"]
+    series: list[dict[str, Any]] = json.loads(html.unescape(data))
+    return series
+
+
+def points_of(figure: str) -> list[list[float]]:
+    points: list[list[float]] = series_of(figure)[0]["points"]
     return points
 
 

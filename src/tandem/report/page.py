@@ -14,6 +14,7 @@ from tandem.report.expert_maps import STYLE as MAPS
 from tandem.report.expert_maps import expert_maps
 from tandem.report.run_folder import Run
 from tandem.report.style import SCRIPT, STYLE
+from tandem.training.logs.log import validation_metric
 from tandem.version import __version__
 
 SMOOTH_PARTS = 60  # the loss is averaged over about a 60th of the run; a run with fewer steps is not smoothed
@@ -24,18 +25,19 @@ SUMMARY = (
     *("tokens/s", "TFLOP/s", "MFU", "time"),
 )
 
-# Charts of preferences: title, key in metrics.jsonl, note.
+# Charts of preferences: TRL's name, which is the key in metrics.jsonl, and what it is.
 PREFERENCES = (
-    ("Accuracy of rewards", "rewards/accuracies", "share of pairs whose chosen answer has the larger reward"),
-    ("Margin of rewards", "rewards/margins", "of the chosen answer over the rejected one"),
-    ("Reward of chosen answers", "rewards/chosen", ""),
-    ("Reward of rejected answers", "rewards/rejected", ""),
-    ("Log-probability of chosen answers", "logps/chosen", "sum over the tokens of an answer"),
-    ("Log-probability of rejected answers", "logps/rejected", "sum over the tokens of an answer"),
-    ("KL divergence from the reference", "kl", "as KTO estimates it"),
+    ("rewards/accuracies", "share of pairs whose chosen answer has the larger reward"),
+    ("rewards/margins", "reward of the chosen answer less that of the rejected one"),
+    ("rewards/chosen", "reward of chosen answers"),
+    ("rewards/rejected", "reward of rejected answers"),
+    ("logps/chosen", "log-probability of chosen answers: sum over the tokens of an answer"),
+    ("logps/rejected", "log-probability of rejected answers: sum over the tokens of an answer"),
+    ("nll_loss", "mean loss per token of chosen answers"),
+    ("kl", "divergence from the reference, as KTO estimates it"),
 )
 
-# Charts of mixtures of experts, likewise.
+# Charts of mixtures of experts: title, key in metrics.jsonl, note.
 EXPERTS = (
     ("Load-balancing loss", "load_balancing_loss", "mean over layers and micro-batches, without the coefficient"),
     ("Load of the busiest expert", "max_expert_load", "its tokens, over those of equally busy experts"),
@@ -120,7 +122,8 @@ def curves(runs: Sequence[Run]) -> str:
             "of training; dots on dashed lines are of validation" if has_validation else "by step",
         ),
         *_task_charts(runs),
-        *(_chart(runs, title, key, note) for title, key, note in (*PREFERENCES, *EXPERTS)),
+        *(_preference_chart(runs, key, note) for key, note in PREFERENCES),
+        *(_chart(runs, title, key, note) for title, key, note in EXPERTS),
         _chart(runs, "Gradient norm", "grad_norm", "before clipping", draw=both_scales),
         _chart(runs, "Learning rate", "lr"),
         _chart(runs, "Tokens per second", "tokens_per_second", "over all devices, without padding"),
@@ -148,6 +151,20 @@ def _validation(place: int, run: Run) -> list[Series]:
         Series(f"{run.name}: {name}", _colour(place), run.validation_points(name), dots=True)
         for name in run.validation_sets()
     ]
+
+
+def _preference_chart(runs: Sequence[Run], key: str, note: str) -> str:
+    """A metric of training, and as dots those of the validation sets."""
+    series = [Series(run.name, _colour(place), run.points(key)) for place, run in enumerate(runs)]
+    evaluated = {validation_metric(name, key): name for run in runs for name in run.validation_sets()}
+    dots = [
+        Series(f"{run.name}: {name}", _colour(place), run.points(metric), dots=True)
+        for place, run in enumerate(runs)
+        for metric, name in evaluated.items()
+    ]
+    shown = [metric for metric in evaluated if any(run.points(metric) for run in runs)]
+    more = [f"dots on dashed lines are {', '.join(shown)}"] if shown else []
+    return line_chart(key, [*series, *dots], "; ".join([note, *more]))
 
 
 def _task_charts(runs: Sequence[Run]) -> list[str]:

@@ -76,13 +76,19 @@ class StepRecord:
         return self.tflops_per_device * 1e12 / self.peak_flops if self.peak_flops else None
 
 
-def validation_metrics(record: StepRecord) -> dict[str, float]:
-    """The metrics of the validation sets by TRL's names, such as "eval_rewards/chosen".
+def validation_metric(name: str, metric: str) -> str:
+    """TRL's name of a metric of a validation set. The name of the set is a part of it, unless it is that from --split.
 
-    The name of a set is a part of it, unless it is the set from --split.
+    >>> validation_metric("validation", "rewards/chosen"), validation_metric("held", "rewards/chosen")
+    ('eval_rewards/chosen', 'eval_held_rewards/chosen')
     """
+    return f"eval_{'' if name == VALIDATION else f'{name}_'}{metric}"
+
+
+def validation_metrics(record: StepRecord) -> dict[str, float]:
+    """The metrics of the validation sets by TRL's names."""
     return {
-        f"eval_{'' if name == VALIDATION else f'{name}_'}{metric}": value
+        validation_metric(name, metric): value
         for name, metrics in record.validation_metrics.items()
         for metric, value in metrics.items()
     }
