@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tandem.__main__ import main
 from tandem.cli.settings import parse_settings
 from tandem.config.settings import LaunchSettings
 from tandem.errors import UserError
@@ -184,6 +185,23 @@ def test_wrong_numbers_of_msrun_processes_are_errors(line: str, message: str) ->
 def test_the_flag_is_refused_with_its_name(line: str) -> None:
     with pytest.raises(UserError, match=line.split()[0]):
         parse_settings("pretrain", "", line.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("finetune --lu-lora-lr 1.25e-6", "LU-LoRA"),
+        ("evaluate --lu-lora-lr-ratio=1", "LU-LoRA"),
+        ("generate --lu_lora_final_layer_index 3", "LU-LoRA"),
+        ("finetune --qlora", "QLoRA"),
+        ("convert --qlora-nf4", "QLoRA"),
+        ("convert --qlora-save-dequantize", "QLoRA"),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused_by_name(line: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    flag = line.split()[1].partition("=")[0]
+    assert f"{flag}: {name}, " in capsys.readouterr().err
 
 
 def test_a_checkpoints_schedule_is_asked_for_in_megatrons_spelling() -> None:

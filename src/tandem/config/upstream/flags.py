@@ -28,6 +28,14 @@ class Ignored:
 
 ALWAYS_ON = Ignored()
 BF16_STATE = Ignored(refusal="gradients and the optimizer's state are fp32; in bf16 training would compute otherwise")
+NO_LU_LORA = Ignored(
+    refusal="LU-LoRA, which updates the first layers by a rule of its own, is not supported: leave out the --lu-lora "
+    "flags, and all adapters are trained by gradients"
+)
+NO_QLORA = Ignored(
+    refusal="QLoRA, with weights in 4 bits, is not supported: leave it out; the weights below adapters keep their dtype"
+)
+QLORA = dict.fromkeys(("--qlora", "--qlora-nf4", "--qlora-save-dequantize"), NO_QLORA)
 # These ask for what happens anyway, or have no effect on results.
 IGNORED: dict[str, Ignored] = {
     "--use-mcore-models": ALWAYS_ON,
@@ -106,6 +114,8 @@ IGNORED: dict[str, Ignored] = {
     "--lora-fusion": ALWAYS_ON,
     "--lora-modules-to-save": Ignored(None),  # MindSpeed-LLM itself does not use this flag
     "--lora-register-forward-hook": Ignored(None),
+    **dict.fromkeys(("--lu-lora-final-layer-index", "--lu-lora-lr", "--lu-lora-lr-ratio"), NO_LU_LORA),
+    **QLORA,
     "--load-checkpoint-loosely": ALWAYS_ON,
     "--num-workers": Ignored(1),
     "--dataloader-type": Ignored(1, ("single",)),
@@ -212,6 +222,7 @@ CONVERT_IGNORED: dict[str, Ignored] = {
     "--schedules-method": Ignored(refusal="dualpipev is not supported; only plain and interleaved pipeline stages are"),
     "--add-dense-bias": Ignored(refusal="biases of dense layers are not supported"),
     "--post-norm": Ignored(refusal="norms after attention and MLP are not supported"),
+    **QLORA,
     "--load-from-legacy": NO_LEGACY,
     "--save-to-legacy": NO_LEGACY,
 }
