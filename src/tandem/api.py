@@ -20,7 +20,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from tandem.config.checks import check_stage
+from tandem.config.checks import wrong_stage
 from tandem.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -39,7 +39,7 @@ from tandem.config.settings import (
 from tandem.conversion.certificate.options import VerifyOptions
 from tandem.conversion.options import ConvertOptions, ExportOptions
 from tandem.data.preprocess.options import MergeOptions, PreprocessOptions
-from tandem.errors import UserError
+from tandem.errors import UserError, raise_all
 from tandem.inference.options import LoadOptions
 from tandem.logs import lines_of_progress, lines_of_requests, log
 from tandem.options import build, expand, options_of
@@ -100,7 +100,7 @@ def _takes_settings(
             if len(words) == 1 and not keywords and isinstance(words[0], Settings):
                 return function(words[0])
             settings = Settings(**vars(_options(AllSettings, function.__name__, words, keywords)))
-            check_stage(settings, keywords, function.__name__)
+            raise_all(wrong_stage(settings, keywords, function.__name__))
             return function(settings)
 
         call.__signature__ = signatures.signature(kind)  # type: ignore[attr-defined]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -33,9 +34,44 @@ class RunStopped(Exception):
     with code 75 (`EX_TEMPFAIL` of sysexits.h)."""
 
 
+class Problems:
+    """What is wrong with an input, collected from several checks, so that one error says all of it.
+
+    >>> problems = Problems()
+    >>> for rate in (-1, -2):
+    ...     with problems.noted():
+    ...         raise UserError(f"--lr {rate}: expected 0 or more")
+    >>> problems.texts
+    ['--lr -1: expected 0 or more', '--lr -2: expected 0 or more']
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside this context a UserError ends the context only, and is noted."""
+        try:
+            yield
+        except UserError as error:
+            self.texts += error.problems
+
+    def raise_all(self) -> None:
+        raise_all(self.texts)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Make all these checks. What they raise becomes one UserError with all problems."""
+    problems = Problems()
+    for check in checks:
+        with problems.noted():
+            check()
+    problems.raise_all()
+
+
 def raise_all(problems: Iterable[str]) -> None:
     """Raise one UserError with all these problems. Without problems, do nothing."""
-    if texts := tuple(problems):
+    if texts := tuple(dict.fromkeys(problems)):
         raise UserError(*texts)
 
 

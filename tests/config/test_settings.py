@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tandem.cli.arguments import parse as parse_options
 from tandem.cli.settings import parse_settings
 from tandem.config import checks as ranges
 from tandem.config.parsing import from_dict, from_yaml, to_yaml
 from tandem.config.settings import Settings
-from tandem.config.upstream.flags import split_ignored
+from tandem.config.upstream.flags import CONVERT_IGNORED, split_ignored
+from tandem.conversion.options import ConvertOptions
 from tandem.errors import UserError
 
 
@@ -67,15 +69,15 @@ def test_repeated_flags_and_underscores_are_accepted() -> None:
 
 def test_flags_without_effect_are_taken_out_and_named_once() -> None:
     words = ["--use-flash-attn", "--lr", "1", "--normalization", "RMSNorm", "--use-flash-attn"]
-    rest, notices = split_ignored(words)
-    assert rest == ["--lr", "1"]
+    rest, notices, problems = split_ignored(words)
+    assert (rest, problems) == (["--lr", "1"], [])
     assert notices == ["accepted, without effect here: --use-flash-attn --normalization"]
 
 
 @pytest.mark.parametrize("words", [["--normalization", "LayerNorm"], ["--transformer-impl"], ["--spec", "x", "y"]])
 def test_a_flag_that_asks_for_something_else_is_refused(words: list[str]) -> None:
     with pytest.raises(UserError, match=words[0]):
-        split_ignored(words)
+        parse_settings("pretrain", "", words)
 
 
 @pytest.mark.parametrize(
@@ -169,3 +171,33 @@ DEFAULTS = {
 def test_defaults_are_frozen() -> None:
     flat = {name: value for group in Settings().to_dict().values() for name, value in group.items()}
     assert {name: value for name, value in flat.items() if value} == DEFAULTS
+
+
+def test_everything_wrong_with_a_command_is_said_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("min_lr: 1\nbftn: true\n")
+    refused = ["--o2-optimizer", "--fix-router", "yes", "--normalization", "LayerNorm"]
+    for words, expected in (
+        ([*refused, "--train-itrs", "3", "--lr", "-1"], [*refused[:2], "--normalization", "--train-itrs", "--lr -1"]),
+        ([*refused, "--lr", "x"], [*refused[:2], "--normalization", "--lr x"]),
+        (
+            ["--config", str(file), "--fix-router", "--lrr", "1", "--seed", "-1"],
+            [str(file), "--fix-router", "--lrr", "--seed -1"],
+        ),
+        (["--dpo-beta", "0.5", "--lr", "-1"], ["--lr -1", "--dpo-beta 0.5"]),
+    ):
+        with pytest.raises(UserError) as error:
+            parse(*words)
+        assert len(error.value.problems) == len(expected)
+        for problem, start in zip(error.value.problems, expected, strict=True):
+            assert problem.startswith(start)
+
+
+def test_a_word_that_may_belong_to_a_wrong_flag_is_not_said_to_be_missing() -> None:
+    """After an unknown flag, nobody can tell which words are its values."""
+    for words, wrong in ((["--unknown", "A", "B"], "--unknown"), (["A", "--add-dense-bias", "B"], "--add-dense-bias")):
+        rest, _, problems = split_ignored(words, CONVERT_IGNORED)
+        with pytest.raises(UserError) as error:
+            parse_options(ConvertOptions, "convert", "", rest, problems=problems)
+        (problem,) = error.value.problems
+        assert problem.startswith(wrong)

@@ -31,7 +31,7 @@ def size_of(name: str) -> str:
 
 
 def options_of(name: str) -> tuple[ConvertOptions, list[str]]:
-    rest, notices = split_ignored(SCRIPTS[name], CONVERT_IGNORED)
+    rest, notices, _ = split_ignored(SCRIPTS[name], CONVERT_IGNORED)
     return parse(ConvertOptions, "convert", "", rest, first=convert.FIRST), notices
 
 
@@ -59,7 +59,7 @@ def test_weights(name: str) -> None:
 @pytest.mark.parametrize("name", DATA)
 def test_data(name: str) -> None:
     words = shlex.split(" ".join(SCRIPTS[name]), posix=False)
-    rest, notices = split_ignored(words, PREPROCESS_IGNORED)
+    rest, notices, _ = split_ignored(words, PREPROCESS_IGNORED)
     flags = parse(preprocess.PreprocessFlags, "preprocess", "", rest, first=preprocess.FIRST)
     assert not notices
     assert flags.handler_name in HANDLER_NAMES

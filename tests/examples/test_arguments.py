@@ -205,7 +205,7 @@ def test_upstreams_flags_are_understood(name: str) -> None:
 
 
 def test_upstreams_conversion_flags_are_understood() -> None:
-    rest, notices = split_ignored(CONVERT.split(), CONVERT_IGNORED)
+    rest, notices, _ = split_ignored(CONVERT.split(), CONVERT_IGNORED)
     options = parse(ConvertOptions, "convert", "", rest)
     assert (options.load_model_type, options.save_model_type, options.params_dtype) == ("hf", "mg", "bf16")
     assert len(notices) == 1
@@ -220,6 +220,6 @@ def test_upstreams_conversion_flags_are_understood() -> None:
     ],
 )
 def test_upstreams_preprocessing_flags_are_understood(more: str) -> None:
-    rest, _ = split_ignored((PREPROCESS + more).split(), PREPROCESS_IGNORED)
+    rest, _, _ = split_ignored((PREPROCESS + more).split(), PREPROCESS_IGNORED)
     options = parse(PreprocessFlags, "preprocess", "", rest)
     assert (options.workers, options.handler_name) == (4, more.split()[1])

@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tandem.errors import UserError, raise_all
@@ -34,6 +34,8 @@ def parse(
     positionals: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
     stray: Callable[[str], str] = lambda _: "expected a flag",
+    problems: Sequence[str] = (),
+    check: Callable[[T], Iterable[str]] = lambda _: (),
 ) -> T:
     """The options in a command line. `--help` prints the options and ends the program.
 
@@ -45,16 +47,20 @@ def parse(
             that are declared so.
         values: values from elsewhere, such as a YAML file. Flags replace them.
         stray: what to say of a word that belongs to no flag.
+        problems: what is wrong with words that were taken out of the command line before.
+        check: says what is wrong with the options together.
 
     Raises:
-        UserError: lists all unknown flags, all values of the wrong type, and all missing options.
+        UserError: lists `problems`, all unknown flags, all values of the wrong type, all missing options, and what
+            `check` says.
     """
     options = options_of(kind)
     titles = positionals or {name: option.positional for name, option in options.items() if option.positional}
     if any(word in (*HELP, HELP_ALL) for word in argv):
         print(help_text(kind, command, description, titles, () if HELP_ALL in argv else first, groups, values))
         sys.exit(0)
-    given, problems = _given(options, argv, titles, stray)
+    given, found = _given(options, argv, titles, stray, may_be_values=bool(problems))
+    problems = [*problems, *found]
 
     def describe(name: str, value: Any) -> str:
         words = value if isinstance(value, list) else [value]
@@ -63,8 +69,9 @@ def parse(
     try:
         built = build(kind, {**(values or {}), **given}, describe)
     except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    raise_all(problems)
+        raise_all([*problems, *error.problems])
+        raise
+    raise_all([*problems, *check(built)])
     return built
 
 
@@ -76,9 +83,18 @@ def _title_of(name: str, positionals: Mapping[str, str], options: Mapping[str, O
 
 
 def _given(
-    options: Mapping[str, Option], argv: Sequence[str], positionals: Mapping[str, str], stray: Callable[[str], str]
+    options: Mapping[str, Option],
+    argv: Sequence[str],
+    positionals: Mapping[str, str],
+    stray: Callable[[str], str],
+    may_be_values: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The typed values by name of the option, and what is wrong with the command line."""
+    """The typed values by name of the option, and what is wrong with the command line.
+
+    Args:
+        may_be_values: words without a flag may be values of flags that were taken out. So may they after an unknown
+            flag. Nothing is said of them then.
+    """
     flags = {flag: option for option in options.values() for flag in option.flags}
     off = {opposite(flag): option for flag, option in flags.items() if option.is_switch}
     words_left, free = list(argv), list[str]()
@@ -108,8 +124,9 @@ def _given(
             problems.append(f"{flag} needs a value: {option.metavar}")
         else:
             given[option.name] = words[0] if option.takes == 1 else words
-    if not unknown:
-        problems += _take_positionals(options, positionals, free, given, stray)
+    strays = _take_positionals(options, positionals, free, given, stray)
+    if not unknown and not may_be_values:
+        problems += strays
     return given, [*unknown, *problems]
 
 

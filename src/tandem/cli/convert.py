@@ -23,8 +23,8 @@ FIRST = (
 
 
 def run(argv: Sequence[str]) -> None:
-    rest, notices = split_ignored(argv, CONVERT_IGNORED)
-    options = parse(ConvertOptions, "convert", DESCRIPTION, rest, first=FIRST)
+    rest, notices, problems = split_ignored(argv, CONVERT_IGNORED)
+    options = parse(ConvertOptions, "convert", DESCRIPTION, rest, first=FIRST, problems=problems)
     if flags := options.without_effect():
         notices.append(f"accepted, without effect for this target: {' '.join(flags)}")
     for notice in notices:

@@ -99,11 +99,12 @@ def read_options(argv: Sequence[str]) -> tuple[GenerateOptions, list[str]]:
     Raises:
         UserError: see `tandem.cli.arguments.parse`.
     """
-    words, notices = split_ignored(as_torchrun(argv), GENERATE_IGNORED)
+    words, notices, problems = split_ignored(as_torchrun(argv), GENERATE_IGNORED)
     if SCRIPT_FLAGS.intersection(argv) and not {"--task", "--prompt", "--prompts-file"}.intersection(words):
         words += ["--task", *generate_tasks.TASKS]
     groups = ("model", "sampling", "launch")
-    return parse(GenerateOptions, "generate", DESCRIPTION, words, first=FIRST, groups=groups), notices
+    options = parse(GenerateOptions, "generate", DESCRIPTION, words, first=FIRST, groups=groups, problems=problems)
+    return options, notices
 
 
 def run(argv: Sequence[str]) -> int:

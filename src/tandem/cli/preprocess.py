@@ -51,11 +51,11 @@ class PreprocessFlags(PreprocessOptions):
 
 
 def run(argv: Sequence[str]) -> None:
-    rest, notices = split_ignored(argv, PREPROCESS_IGNORED)
+    rest, notices, problems = split_ignored(argv, PREPROCESS_IGNORED)
     if any(word.split("=")[0].replace("_", "-") == "--merge-group-keys" for word in rest):
-        run_merge(rest)
+        run_merge(rest, problems)
         return
-    flags = parse(PreprocessFlags, "preprocess", DESCRIPTION, rest, first=FIRST)
+    flags = parse(PreprocessFlags, "preprocess", DESCRIPTION, rest, first=FIRST, problems=problems)
     for notice in notices:
         print(f"> {notice}")
     if flags.html:
@@ -111,8 +111,8 @@ def show(flags: PreprocessFlags, view: DataView, tokenizer: Tokenizer) -> None:
         print(f"wrote {flags.html}")
 
 
-def run_merge(argv: Sequence[str]) -> None:
-    flags = parse(MergeOptions, "preprocess", MERGE_DESCRIPTION, argv)
+def run_merge(argv: Sequence[str], problems: Sequence[str]) -> None:
+    flags = parse(MergeOptions, "preprocess", MERGE_DESCRIPTION, argv, problems=problems)
     prefixes = merge_groups(flags.input, flags.merge_group_keys, flags.output_prefix)
     for prefix in prefixes:
         print(f"wrote {prefix}.bin and .idx")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tandem.cli.arguments import parse
-from tandem.config.checks import check_ranges, check_stage
+from tandem.config.checks import wrong_ranges, wrong_stage
 from tandem.config.parsing import flat, from_yaml, read_yaml
 from tandem.config.settings import Settings
 from tandem.config.upstream.flags import IGNORED, Ignored, split_ignored, with_own_flags
 from tandem.config.upstream.msrun import as_torchrun
-from tandem.errors import UserError
+from tandem.errors import Problems, UserError
 from tandem.options import expand
 
 CONFIG_FLAG = "--config"
@@ -39,12 +39,22 @@ def parse_settings(
     """
     config_file, rest = _take_config(list(argv))
     given = [_name(word) for word in rest if word.startswith("--")]
-    rest, notices = split_ignored(with_own_flags(as_torchrun(rest)), ignored)
+    rest, notices, refused = split_ignored(with_own_flags(as_torchrun(rest)), ignored)
+    problems = Problems()
     if config_file:
-        from_yaml(config_file)  # checked first, so that errors in the file name the file
-        of_file = flat(read_yaml(config_file), config_file)
-        given += of_file
-        values = {**(values or {}), **of_file}
+        with problems.noted():
+            from_yaml(config_file)  # checked first, so that errors in the file name the file
+            of_file = flat(read_yaml(config_file), config_file)
+            given += of_file
+            values = {**(values or {}), **of_file}
+
+    def check(settings: Settings) -> Iterator[str]:
+        if (load := settings.checkpoint.load) is not None and load.endswith(YAML):
+            yield f"{load}: expected the folder of a model; a file of settings is given with {CONFIG_FLAG} {load}"
+        yield from wrong_ranges(settings.to_dict())
+        if not problems.texts:  # a file may say which stage it is
+            yield from wrong_stage(settings, given, command)
+
     settings = parse(
         Settings,
         command,
@@ -55,13 +65,9 @@ def parse_settings(
         positionals=positionals,
         values=values,
         stray=_stray,
+        problems=[*problems.texts, *refused],
+        check=check,
     )
-    if (load := settings.checkpoint.load) is not None and load.endswith(YAML):
-        raise UserError(
-            f"{load}: expected the folder of a model; a file of settings is given with {CONFIG_FLAG} {load}"
-        )
-    check_ranges(settings.to_dict())
-    check_stage(settings, given, command)
     return settings, notices
 
 

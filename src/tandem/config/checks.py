@@ -263,14 +263,14 @@ def of_other_stages(values: PreferenceSettings, given: Collection[str], stages: 
             yield f"{flag_of(name)} {value}: is for --stage {' or '.join(takers)}, and this is --stage {here}"
 
 
-def check_stage(settings: Settings, given: Collection[str], command: str) -> None:
-    """Raise UserError where one of the settings that somebody gave is for another stage.
+def wrong_stage(settings: Settings, given: Collection[str], command: str) -> Iterator[str]:
+    """Those of the settings that somebody gave that are for another stage, as texts.
 
     A file with all of them, such as the record of a run, has chosen none. Evaluation takes its stage from the data.
     """
     every = {name for names in OF_STAGES.values() for name in names}
     if not every <= set(given) and (settings.data.stage or command != "evaluate"):
-        raise_all(of_other_stages(settings.preferences, given, (settings.data.stage,)))
+        yield from of_other_stages(settings.preferences, given, (settings.data.stage,))
 
 
 def wrong_preferences(settings: Settings, stages: Sequence[str | None]) -> Iterator[str]:

@@ -335,3 +335,25 @@ def test_raw_data_have_steps_a_disk_and_a_prompt_type(
     raw.write_text(json.dumps(rows[1:]), encoding="utf-8")
     settings = workspace.settings("torch", **{**values, "train_iters": 4})
     assert "since its raw data, or the flags for reading them, have changed" in refused_by_both(settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"num_layers": 28, "hidden_size": 5, "seq_length": 9999, "num_experts": 2, "tensor_model_parallel_size": 8},
+            ["--num-layers 28", "--hidden-size 5", "--seq-length 9999", "--num-experts 2", "num_query_groups"],
+        ),
+        (
+            {"lr": None, "data_path": "/no/such", "global_batch_size": 12, "save": "/dev/null"},
+            ["--lr is required", "/no/such.idx", "--global-batch-size 12", "--save /dev/null"],
+        ),
+        ({"global_batch_size": 3}, ["--global-batch-size 3"]),
+    ],
+)
+def test_everything_wrong_is_said_at_once(workspace: Workspace, values: dict[str, object], expected: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        dry_run(workspace.settings("torch", **values), 8)
+    assert len(error.value.problems) == len(expected)
+    for problem, start in zip(error.value.problems, expected, strict=True):
+        assert problem.startswith(start)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from tandem.errors import UserError
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -237,20 +236,29 @@ def with_own_flags(argv: Sequence[str]) -> list[str]:
     return [own for word in argv for own in SAID_OTHERWISE.get(word.replace("_", "-"), (word,))]
 
 
-def split_ignored(argv: Sequence[str], table: Mapping[str, Ignored] = IGNORED) -> tuple[list[str], list[str]]:
+class Split(NamedTuple):
+    """A command line without the flags of a table.
+
+    Attributes:
+        rest: the remaining words.
+        notices: one that lists the flags that were taken out; none when there are none.
+        problems: what asks for something that is not supported, for `arguments.parse` to add to what it finds.
+    """
+
+    rest: list[str]
+    notices: list[str]
+    problems: list[str]
+
+
+def split_ignored(argv: Sequence[str], table: Mapping[str, Ignored] = IGNORED) -> Split:
     """Take the flags of `table` out of a command line.
 
-    Returns:
-        The remaining words, and a notice that lists the flags that were taken out; no notice when there are none.
-
-    Raises:
-        UserError: a flag asks for something that is not supported.
-
     >>> split_ignored(["--lr", "1", "--swiglu"])
-    (['--lr', '1'], ['accepted, without effect here: --swiglu'])
+    Split(rest=['--lr', '1'], notices=['accepted, without effect here: --swiglu'], problems=[])
     """
     rest: list[str] = []
     taken: list[str] = []
+    problems: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -260,17 +268,18 @@ def split_ignored(argv: Sequence[str], table: Mapping[str, Ignored] = IGNORED) -
             rest.append(word)
             continue
         if rule.refusal:
-            raise UserError(f"{flag}: {rule.refusal}")
+            problems.append(f"{flag}: {rule.refusal}")
+            continue
         values = [inline] if equals else _take(words, rule.values)
         wrong = [value for value in values if rule.allowed is not None and value not in rule.allowed]
         if wrong or (len(values) < (rule.values or 0) and not equals):
-            raise UserError(f"{flag} {' '.join(values)}: only {' '.join(rule.allowed or ())} is supported")
+            problems.append(f"{flag} {' '.join(values)}: only {' '.join(rule.allowed or ())} is supported")
         taken.append(flag)
     for flag in taken:
         if (other := table[flag.replace("_", "-")].excludes) in taken:
-            raise UserError(f"{flag} and {other} exclude each other")
+            problems.append(f"{flag} and {other} exclude each other: give one")
     notices = [f"accepted, without effect here: {' '.join(dict.fromkeys(taken))}"] if taken else []
-    return rest, notices
+    return Split(rest, notices, problems)
 
 
 def _take(words: list[str], count: int | None) -> list[str]:

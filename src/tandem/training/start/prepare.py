@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tandem.backends import check_engine
 from tandem.backends.interface import EngineSettings
 from tandem.checkpoints.interface import TensorSource
-from tandem.config.checks import check_batch_sizes, check_settings
+from tandem.config.checks import check_batch_sizes, check_ranges, check_settings
 from tandem.config.settings import CheckpointSettings, DataSettings, Settings, TrainingSettings
 from tandem.data.datasets.blend import plain_paths
+from tandem.data.preprocess.cache import is_raw
 from tandem.data.tokens.tokenizer import Tokenizer
+from tandem.errors import Problems, check_all
 from tandem.files.publish import check_writable
 from tandem.frameworks import check_framework
 from tandem.launch.world import World
+from tandem.models.config import ModelConfig
 from tandem.parallel.grid import Grid
 from tandem.training.logs.log import log_notice
 from tandem.training.logs.loggers import check_loggers
 from tandem.training.schedule import Schedule, schedule_from
 from tandem.training.start.base import check_save_beside_base
 from tandem.training.start.data import Data, open_data, open_tokenizer
+from tandem.training.start.data_paths import all_prefixes
 from tandem.training.start.engine import engine_settings, make_grid
 from tandem.training.start.epochs import check_epochs, with_epochs
 from tandem.training.start.lora import config_to_train
@@ -102,39 +107,33 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         UserError: settings are missing, wrong, or contradict each other.
     """
     training, data, checkpoint = settings.training, settings.data, settings.checkpoint
-    framework = check_framework(training.ai_framework)
-    check_settings(settings)
-    check_epochs(data, training)
-    check_ready(data)
-    check_batch_sizes(training, Grid(settings.parallel.layout, world.size))
-    if checkpoint.save is not None:
-        check_writable(checkpoint.save, "--save")
-        check_place(checkpoint.save)
+    framework = check_framework(training.ai_framework).name
+    _check_before_weights(settings, world)
     loading = continued(checkpoint)
     source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
-    noop_layers = len(settings.parallel.layout.noop_layers)
-    check_model_flags(settings.model, settings.experts, data.seq_length, source.config, noop_layers)
-    check_save_beside_base(source, checkpoint)
-    grid = make_grid(settings.parallel, source.config, world.size)
-    engine = engine_settings(
-        training, settings.optimizer, settings.parallel, settings.experts, source.config, grid, world.rank
-    )
-    trained = config_to_train(source.config, data.stage)
-    check_engine(framework.name, trained, engine)
-    if trained != source.config:
-        log_notice(f"--stage {data.stage}: the adapters' dropout is off, as in TRL")
-    open_reference(settings.preferences, source.config)  # its checks
-    check_disk(settings, source)
-    check_optimizer(source, loading)
+    problems = Problems()
+    with problems.noted():
+        noop_layers = len(settings.parallel.layout.noop_layers)
+        check_model_flags(settings.model, settings.experts, data.seq_length, source.config, noop_layers)
+    with problems.noted():
+        grid, engine = _processes(settings, framework, source.config, world)
+    for check in (
+        partial(check_save_beside_base, source, checkpoint),
+        partial(open_reference, settings.preferences, source.config),
+        partial(check_disk, settings, source),
+        partial(_check_ready_data, data, checkpoint, loading),
+        partial(check_optimizer, source, loading),
+    ):
+        with problems.noted():
+            check()
+    problems.raise_all()
     state = state_to_continue(source, loading)
     check_new_run(state, checkpoint.save)
-    if world.rank == 0:
-        check_loggers(settings.logging)
     if state is not None and settings.optimizer.use_checkpoint_opt_param_scheduler:
         settings = with_saved_schedule(settings, source)
     return ModelAndProcesses(
         settings=settings,
-        framework=framework.name,
+        framework=framework,
         world=world,
         grid=grid,
         engine=engine,
@@ -143,6 +142,44 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         state=state,
         tokenizer=open_tokenizer(data.tokenizer_name_or_path, source),
     )
+
+
+def _check_before_weights(settings: Settings, world: World) -> None:
+    """Check everything that needs no weights. Only the first process logs."""
+    data, training, save = settings.data, settings.training, settings.checkpoint.save
+    check_ranges(settings.to_dict())  # what comes next divides by some
+    check_all(
+        lambda: check_settings(settings),
+        lambda: check_epochs(data, training),
+        lambda: check_ready(data),
+        lambda: _check_processes(settings, world),
+        *([lambda: check_writable(save, "--save"), lambda: check_place(save)] if save is not None else []),
+        *([lambda: check_loggers(settings.logging)] if world.rank == 0 else []),
+    )
+
+
+def _check_ready_data(data: DataSettings, checkpoint: CheckpointSettings, loading: CheckpointSettings) -> None:
+    """`check_same_data`, where no file is raw. What raw files become is known later."""
+    if not any(map(is_raw, all_prefixes(data))):
+        check_same_data(with_plain_paths(data), checkpoint, loading)
+
+
+def _check_processes(settings: Settings, world: World) -> None:
+    training, grid = settings.training, Grid(settings.parallel.layout, world.size)
+    if training.final_batch_size % training.micro_batch_size == 0:  # or else that is said already
+        check_batch_sizes(training, grid)
+
+
+def _processes(settings: Settings, framework: str, config: ModelConfig, world: World) -> tuple[Grid, EngineSettings]:
+    """The place of each process, and what the engine of this one is made with."""
+    training, optimizer, parallel = settings.training, settings.optimizer, settings.parallel
+    grid = make_grid(parallel, config, world.size)
+    engine = engine_settings(training, optimizer, parallel, settings.experts, config, grid, world.rank)
+    trained = config_to_train(config, settings.data.stage)
+    check_engine(framework, trained, engine)
+    if trained != config:
+        log_notice(f"--stage {settings.data.stage}: the adapters' dropout is off, as in TRL")
+    return grid, engine
 
 
 def with_data(start: ModelAndProcesses) -> PreparedRun:

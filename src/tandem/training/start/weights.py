@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.companions import companions_of
@@ -17,9 +18,10 @@ from tandem.config.settings import (
     ModelSettings,
     PreferenceSettings,
 )
-from tandem.errors import UserError
+from tandem.errors import Problems, UserError, raise_all
 from tandem.models.config import ModelConfig, RotaryScaling
 from tandem.models.hf_config import from_hf
+from tandem.options import flag_of
 from tandem.training.logs.log import log_notice
 from tandem.training.start.lora import with_adapters
 from tandem.training.start.saved import open_initial
@@ -78,58 +80,63 @@ def _config_of(companions: Companions, folder: str) -> ModelConfig:
 def check_model_flags(
     model: ModelSettings, experts: ExpertSettings, seq_length: int, config: ModelConfig, noop_layers: int = 0
 ) -> None:
-    """Raise UserError when a model flag or `--seq-length` contradicts the config of the weights.
+    """Raise a UserError that lists every model flag that contradicts the config of the weights, and `--seq-length`.
 
     `noop_layers`: how many layers `--num-layers` may count, as upstream's scripts do, that the model does not have.
     """
-    check_expert_flags(experts, config)
+    raise_all([*_wrong_model_flags(model, seq_length, config, noop_layers), *_wrong_expert_flags(experts, config)])
+
+
+def _wrong_model_flags(model: ModelSettings, seq_length: int, config: ModelConfig, noop_layers: int) -> Iterator[str]:
     for name in COMPARED:
         given, actual = getattr(model, name), getattr(config, name)
         if name == "num_layers" and given == actual + noop_layers:
             continue
         if given is not None and given != actual:
-            raise UserError(f"--{name.replace('_', '-')} {given} contradicts the weights' config, which has {actual}")
-    _check_rotary_flags(model, config.rotary_scaling)
+            yield _contradiction(name, given, actual)
+    yield from _wrong_rotary_flags(model, config.rotary_scaling)
     if model.untie_embeddings_and_output_weights and config.tied:
-        raise UserError(
-            "--untie-embeddings-and-output-weights contradicts the weights' config: its embeddings are tied"
+        yield (
+            "--untie-embeddings-and-output-weights contradicts the weights' config: its embeddings are tied: leave it "
+            "out"
         )
     if model.padded_vocab_size is not None and model.padded_vocab_size < config.vocab_size:
-        raise UserError(
+        yield (
             f"--padded-vocab-size {model.padded_vocab_size}: expected at least {config.vocab_size}, the "
             f"vocabulary size of the model"
         )
     bound = model.max_position_embeddings or config.max_position_embeddings
     if seq_length > bound:
-        raise UserError(
-            f"--seq-length {seq_length} is above max_position_embeddings {bound}: give --seq-length {bound}, or less"
-        )
+        yield f"--seq-length {seq_length} is above max_position_embeddings {bound}: give --seq-length {bound}, or less"
 
 
-def check_expert_flags(given: ExpertSettings, config: ModelConfig) -> None:
-    """Raise UserError when a flag of experts contradicts the config of the weights.
+def _contradiction(name: str, given: object, actual: object) -> str:
+    return f"{flag_of(name)} {given} contradicts the weights' config, which has {actual}: give that, or leave it out"
+
+
+def _wrong_expert_flags(given: ExpertSettings, config: ModelConfig) -> Iterator[str]:
+    """Flags of experts that contradict the config of the weights.
 
     Megatron's router normalises the factors of a token unless it is told to take the softmax before it chooses.
     """
-    for name in ("num_experts", "moe_router_topk", "moe_ffn_hidden_size"):
-        value, flag = getattr(given, name), f"--{name.replace('_', '-')}"
-        if value is None:
-            continue
-        if config.experts is None:
-            raise UserError(f"{flag} {value}: the weights' config has no experts (model_type {config.model_type})")
-        if value != (actual := getattr(config.experts, name)):
-            raise UserError(f"{flag} {value} contradicts the weights' config, which has {actual}")
-    if given.moe_expert_capacity_factor is not None and config.experts is None:
-        raise UserError(
-            f"--moe-expert-capacity-factor {given.moe_expert_capacity_factor:g}: the weights' config has no experts "
-            f"(model_type {config.model_type}): leave it out"
-        )
-    if config.experts is None or config.experts.norm_topk_prob == given.norm_topk_prob:
+    names = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_expert_capacity_factor")
+    values = {name: value for name in names if (value := getattr(given, name)) is not None}
+    if config.experts is None:
+        for name, value in values.items():
+            yield (
+                f"{flag_of(name)} {value:g}: the weights' config has no experts (model_type {config.model_type}): "
+                f"leave it out"
+            )
+        return
+    for name, value in values.items():
+        if name != "moe_expert_capacity_factor" and value != (actual := getattr(config.experts, name)):
+            yield _contradiction(name, value, actual)
+    if config.experts.norm_topk_prob == given.norm_topk_prob:
         return
     if given.norm_topk_prob:
-        raise UserError("--norm-topk-prob contradicts the weights' config, whose norm_topk_prob is false")
-    if given.moe_router_pre_softmax or given.moe_router_load_balancing_type == "softmax_topk":
-        raise UserError(
+        yield ("--norm-topk-prob contradicts the weights' config, whose norm_topk_prob is false: leave it out")
+    elif given.moe_router_pre_softmax or given.moe_router_load_balancing_type == "softmax_topk":
+        yield (
             "--moe-router-pre-softmax (or softmax_topk) without --norm-topk-prob contradicts the weights' config: its "
             "norm_topk_prob is true: add --norm-topk-prob"
         )
@@ -154,25 +161,32 @@ def open_reference(preferences: PreferenceSettings, config: ModelConfig) -> Tens
     return source
 
 
-def _check_rotary_flags(model: ModelSettings, actual: RotaryScaling | None) -> None:
-    """Raise UserError when MindSpeed-LLM's flags for YaRN ask for another model than config.json describes."""
+def _wrong_rotary_flags(model: ModelSettings, actual: RotaryScaling | None) -> Iterator[str]:
+    """MindSpeed-LLM's flags for YaRN, when they ask for another model than config.json describes."""
     given = {name: value for name in ROTARY_FLAGS if (value := getattr(model, name)) is not None}
     if not given:
         return
     if "rope_scaling_type" not in given:
-        raise UserError(f"--{next(iter(given)).replace('_', '-')} needs --rope-scaling-type yarn")
-    for name in ("rope_scaling_factor", "rope_scaling_original_max_position_embeddings"):
-        if name not in given:
-            raise UserError(f"--rope-scaling-type yarn needs --{name.replace('_', '-')}")
-    asked = scaling_from_args(given, "--rope-scaling-type yarn")
-    assert asked is not None
+        yield f"{flag_of(next(iter(given)))} needs --rope-scaling-type yarn"
+        return
+    needed = ("rope_scaling_factor", "rope_scaling_original_max_position_embeddings")
+    if absent := [flag_of(name) for name in needed if name not in given]:
+        yield f"--rope-scaling-type yarn needs {' and '.join(absent)}"
+        return
+    problems = Problems()
+    asked = None
+    with problems.noted():
+        asked = scaling_from_args(given, "--rope-scaling-type yarn")
+    yield from problems.texts
+    if asked is None:
+        return
     if actual is None or _computed(asked) != _computed(actual):
         written = {"rope_type": "yarn", "factor": asked.factor}
         written["original_max_position_embeddings"] = asked.original_max_position_embeddings
         written |= {name: getattr(asked, name) for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
         written["attention_factor"] = asked.attention_factor
         text = json.dumps({name: value for name, value in written.items() if value is not None})
-        raise UserError(
+        yield (
             f"--rope-scaling-type yarn contradicts the weights' config, which has "
             f"{'no rotary scaling' if actual is None else 'another rotary scaling'}: write into rope_scaling of its "
             f"config.json, and into rope_parameters if that is there, {text}"
