@@ -169,7 +169,7 @@ CASES = {
         lambda line, found: f"{without(without(line, '--load'), '--save')} --save {{new}} {found[1]}",
     ),
     "another run's folder": Case(
-        changed(changed(RUN, "--save", "{no_optimizer}"), "--data-path", "{chat}").replace("pretrain", "finetune", 1),
+        changed(changed(RUN, "--save", "{counted}"), "--data-path", "{chat}").replace("pretrain", "finetune", 1),
         "Choose another folder",
         lambda line, _: changed(line, "--save", "{new}"),
     ),
@@ -275,6 +275,62 @@ CASES = {
         f"{CONVERT} --ckpt-format torch --target-pipeline-parallel-size 3",
         r"give the layers of each stage with (--num-layer-list) (\S+), or",
         give,
+    ),
+    "layers that do not divide, filled up": Case(
+        f"{CONVERT} --ckpt-format torch --target-pipeline-parallel-size 3", r"with (--noop-layers) (\S+)$", give
+    ),
+    "fewer layers than stages": Case(
+        f"{CONVERT} --ckpt-format torch --target-pipeline-parallel-size 6",
+        r"size 6: leave slots without a layer with (--noop-layers) (\S+)$",
+        give,
+    ),
+    "fewer layers than stages, in training": Case(
+        f"{TRAIN} --pipeline-model-parallel-size 6 --nproc-per-node 6",
+        r"leave slots without a layer with (--noop-layers) (\S+)$",
+        give,
+    ),
+    "two chunks of layers that do not divide": Case(
+        f"{CONVERT} --ckpt-format torch --target-pipeline-parallel-size 3 --num-layers-per-virtual-pipeline-stage 1",
+        r"with (--noop-layers) (\S+)$",
+        give,
+    ),
+    "two precisions": Case(f"{TRAIN} --fp16 --bf16", "exclude each other: give one", leave_out("--fp16", 0)),
+    "two warm-ups": Case(
+        f"{TRAIN} --lr-warmup-fraction 0.5 --lr-warmup-iters 1",
+        "exclude each other: give one",
+        leave_out("--lr-warmup-iters"),
+    ),
+    "fewer samples than a step takes": Case(
+        f"{without(TRAIN, '--train-iters')} --train-samples 2",
+        r"give more, or a smaller (--global-batch-size)",
+        lambda line, found: changed(line, found[1], "2"),
+    ),
+    "a prefix twice": Case(
+        changed(TRAIN, "--data-path", "{text} {text}"),
+        "is named twice: .* give it one weight",
+        lambda line, _: changed(line.replace("{text} {text}", "{text}"), "--data-path", "{text}"),
+    ),
+    "a token for ends that are not added": Case(
+        changed(PREPROCESS, "--input", "{corpus}").replace(" --prompt-type qwen3", "") + " --eod-token '<|im_end|>'",
+        "needs (--append-eod).*; give both",
+        lambda line, found: f"{line} {found[1]}",
+    ),
+    "rows that are packed with borders, but not packed": Case(
+        f"{PREPROCESS} --seq-length 128 --neat-pack", r"needs (--pack); give both", lambda line, _: f"{line} --pack"
+    ),
+    "rows of no length": Case(
+        f"{PREPROCESS} --pack", r"needs (--seq-length), .*; give both", add("--seq-length 128 --over-long drop")
+    ),
+    "a format that is only read": Case(f"{CONVERT} --ckpt-format torch_dist", r"write (--ckpt-format) (torch),", give),
+    "a template, and none": Case(
+        "generate {hf} hello --max-new-tokens 1 --device cpu --raw --prompt-type qwen3",
+        "give one of them",
+        leave_out("--raw", 0),
+    ),
+    "a page with the name of a folder": Case(
+        "inspect data {text} --show 0 --html {full}",
+        r"give the name of a file, such as (page\.html)",
+        lambda line, found: line.replace("{full}", f"{{new}}-{found[1]}"),
     ),
     "another target for adapters": Case(
         f"{CONVERT} --save-lora-to-hf --save-model-type hf",

@@ -254,13 +254,33 @@ def test_layers_that_a_source_does_not_record(tmp_path: Path) -> None:
         assert isinstance(content["args"], argparse.Namespace)
         del content["args"].noop_layers
         torch.save(content, path)
-    with pytest.raises(UserError, match="give noop_layers"):
+    with pytest.raises(UserError, match="give slots without a layer with `tandem convert --source-noop-layers`"):
         run(tmp_path / "m", tmp_path / "back", "mg-hf")
+    run(tmp_path / "m", tmp_path / "as_advised", "mg-hf", source_noop_layers="0,5")
+    assert (tmp_path / "as_advised" / SINGLE).read_bytes() == (hf / SINGLE).read_bytes()
     run(tmp_path / "m", tmp_path / "back", "mg-hf", noop_layers="0,5")
     assert (tmp_path / "back" / SINGLE).read_bytes() == (hf / SINGLE).read_bytes()
     run(tmp_path / "m", tmp_path / "n", "mg-mg", source_noop_layers="0,5", target_pipeline_parallel_size=2)
     assert isinstance(source := open_source(tmp_path / "n"), NativeSource)
     assert source.layout == Layout(pipeline_model_parallel_size=2)
+
+
+def test_a_config_that_a_source_does_not_record(tmp_path: Path) -> None:
+    """The config is then taken from the folder that the error asks for."""
+    import torch
+
+    hf = write_hf(tmp_path / "hf", toy_config(num_layers=2))
+    run(hf, tmp_path / "m", "hf-mg", ckpt_format="torch")
+    iteration = find_iteration(tmp_path / "m")
+    shutil.rmtree(iteration / "hf")
+    (path,) = iteration.glob(f"*/{FILE}")
+    content = torch.load(path, weights_only=False)
+    del content["args"].hidden_size
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"do not say hidden_size: give the folder .* with --hf-cfg-dir"):
+        run(tmp_path / "m", tmp_path / "back", "mg-hf")
+    run(tmp_path / "m", tmp_path / "back", "mg-hf", hf_cfg_dir=str(hf))
+    assert (tmp_path / "back" / SINGLE).read_bytes() == (hf / SINGLE).read_bytes()
 
 
 @pytest.mark.parametrize("ckpt_format", ["native", "torch"])

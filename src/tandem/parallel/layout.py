@@ -123,11 +123,9 @@ class Layout:
         if self.num_layer_list is not None:
             return self._uneven_slots(total, self.num_layer_list)
         if total % pp:
-            even = self.balanced(total).num_layer_list
-            example = f" {','.join(map(str, even))}" if even else ""
             raise UserError(
-                f"{total} layers (noop layers included) do not divide over pipeline_model_parallel_size {pp}; "
-                f"give the layers of each stage with --num-layer-list{example}, or add --noop-layers"
+                f"{total} layers (noop layers included) do not divide over pipeline_model_parallel_size {pp}: "
+                f"{self._ways_to_divide(total)}"
             )
         per_stage = total // pp
         if per_chunk is None:
@@ -138,6 +136,14 @@ class Layout:
                 f"pipeline stage and be smaller"
             )
         return _interleaved((per_chunk,) * (total // per_chunk), pp)
+
+    def _ways_to_divide(self, total: int) -> str:
+        """The flags that lay out slots which do not divide over the stages. Each stage of a list needs a layer."""
+        stages = self.pipeline_model_parallel_size
+        filled = ",".join(map(str, [*self.noop_layers, *range(total, total + -total % stages)]))
+        even = dataclasses.replace(self, num_layers_per_virtual_pipeline_stage=None).balanced(total).num_layer_list
+        listed = f"give the layers of each stage with --num-layer-list {','.join(map(str, even))}, or " if even else ""
+        return f"{listed}leave slots without a layer with --noop-layers {filled}"
 
     def _uneven_slots(self, total: int, counts: tuple[int, ...]) -> list[list[range]]:
         if self.num_layers_per_virtual_pipeline_stage is not None or self.noop_layers:

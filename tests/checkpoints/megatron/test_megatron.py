@@ -344,9 +344,11 @@ def test_noop_layers_that_the_converter_did_not_record_must_be_given(tmp_path: P
     config = divisible_config(num_layers=6)
     source = write(tmp_path, config, layout(pp=2, noop_layers=(0, 7)))
     as_mindspeed(tmp_path, config)
-    with pytest.raises(UserError, match=r"holds 6 decoder layers \(by stage: \[3, 3\]\).* implies 8.*give noop_layers"):
+    with pytest.raises(
+        UserError, match=r"holds 6 decoder layers \(by stage: \[3, 3\]\).* implies 8.*--source-noop-layers"
+    ):
         MegatronSource(tmp_path)
-    with pytest.raises(UserError, match=r"num_layers = 8, the model's config says 6; .*give noop_layers"):
+    with pytest.raises(UserError, match=r"num_layers = 8, the model's config says 6; .*--source-noop-layers"):
         MegatronSource(tmp_path, config=config)
     with pytest.raises(UserError, match=r"missing: .*decoder\.layers\.0\."):
         MegatronSource(tmp_path, noop_layers=(1, 7))

@@ -155,7 +155,8 @@ def check_agreement(args: Args, where: str, config: ModelConfig, noop_layers: tu
         stated["num_query_groups"] = _query_groups(args, where)
     for field, value in stated.items():
         if value != getattr(config, field):
-            hint = "; if some of its layers are noop layers, give noop_layers" if field == "num_layers" else ""
+            hint = "; give slots without a layer with `tandem convert --source-noop-layers`"
+            hint = hint if field == "num_layers" else ""
             raise UserError(
                 f"{where}: args say {field} = {value!r}, the model's config says {getattr(config, field)!r}{hint}"
             )
@@ -219,7 +220,9 @@ def _value(args: Args, where: str, *names: str) -> Any:
         value = args.get(name)
         if isinstance(value, bool | int | float):
             return value
-    raise UserError(f"{where}: args do not say {names[0]}: give the model's config.json")
+    raise UserError(
+        f"{where}: args do not say {names[0]}: give the folder of the model's config.json with --hf-cfg-dir"
+    )
 
 
 def _model_type(args: Args, where: str) -> str:

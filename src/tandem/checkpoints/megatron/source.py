@@ -221,7 +221,8 @@ class MegatronSource(TensorSource):
             by_stage = [sum(counts[stage::stages]) for stage in range(stages)]
             raise UserError(
                 f"{self.location} holds {sum(counts)} decoder layers (by stage: {by_stage}); the config implies "
-                f"{self.config.num_layers}. Layers are missing or left over. If there are noop layers, give noop_layers"
+                f"{self.config.num_layers}. Layers are missing or left over; give slots without "
+                f"a layer with `tandem convert --source-noop-layers`"
             )
         uneven = not noop_layers and len(set(counts)) > 1
         if uneven and not num_layer_list and chunks == 1:
