@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,7 +69,7 @@ class Stack:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
     def rows(self, name: str) -> Rows:
-        """Its rows, as they are asked for. One expert at a time is in memory."""
+        """Its rows, as they are asked for. One expert at a time is in memory, and one that is read ahead."""
         if self.columns is None:
             return _RowsOfEach(self, name)
         return _RowsOfAll(self, name)
@@ -99,13 +100,18 @@ class _RowsOfEach:
 
 
 class _RowsOfAll:
-    """Rows of experts that are one tensor, in which the matrix of each is transposed."""
+    """Rows of experts that are one tensor, in which the matrix of each is transposed.
+
+    To read and to transpose takes as long as to write elsewhere. So a thread does it for the next expert meanwhile.
+    """
 
     def __init__(self, stack: Stack, name: str) -> None:
         assert stack.columns is not None
-        self._size, self._columns = stack.shape[0] // stack.experts, stack.columns
+        self._size, self._experts = stack.shape[0] // stack.experts, stack.experts
         self._stored = stack.parts[0].rows(name, (stack.experts, stack.columns, self._size))
         self._open: tuple[int, np.ndarray] | None = None  # the number of the expert that is read, and its matrix
+        self._next: tuple[int, Future[np.ndarray]] | None = None
+        self._thread = ThreadPoolExecutor(1, "tandem-experts")
 
     def read(self, first: int, last: int) -> np.ndarray:
         pieces = [self._matrix(expert)[low:high] for expert, low, high in _of_experts(first, last, self._size)]
@@ -114,14 +120,24 @@ class _RowsOfAll:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def close(self) -> None:
-        self._open = None
+        self._open = self._next = None
+        self._thread.shutdown(cancel_futures=True)
         self._stored.close()
 
     def _matrix(self, expert: int) -> np.ndarray:
         if self._open is None or self._open[0] != expert:
             self._open = None
-            self._open = expert, transposed(self._stored.read(expert, expert + 1)[0])
+            if self._next is None or self._next[0] != expert:
+                self._begin(expert)
+            assert self._next is not None
+            self._open = expert, self._next[1].result()
+            self._next = None
+            if expert + 1 < self._experts:
+                self._begin(expert + 1)
         return self._open[1]
+
+    def _begin(self, expert: int) -> None:
+        self._next = expert, self._thread.submit(lambda: transposed(self._stored.read(expert, expert + 1)[0]))
 
 
 def _of_experts(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:
