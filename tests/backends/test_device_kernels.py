@@ -120,9 +120,10 @@ def test_one_transfer_keeps_every_array(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("counts", [(3, 0, 5, 1, 4), (0, 0, 13, 0, 0), (0, 6, 0, 0, 7), (0,) * 5, (4,)], ids=str)
 @pytest.mark.parametrize("grouped", [cuda_experts, npu_experts], ids=["nvidia", "ascend"])
 def test_grouped_products_are_those_of_one_expert_after_the_other(
-    grouped: ModuleType, counts: tuple[int, ...], dtype: torch.dtype, npu: FakeNpu
+    grouped: ModuleType, counts: tuple[int, ...], dtype: torch.dtype, npu: FakeNpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, the inputs' gradient, and weights' gradients: the first one overwrites, others add. Rows are ragged."""
+    run_step_by_step(monkeypatch)
     rows, outputs, inputs, of_experts = sum(counts), 16, 24, torch.tensor(counts)
     x, gradient = numbers(rows, inputs).to(dtype), numbers(rows, outputs, seed=1).to(dtype)
     weight = numbers(len(counts) * outputs, inputs, seed=2).to(dtype)
@@ -137,6 +138,24 @@ def test_grouped_products_are_those_of_one_expert_after_the_other(
         results.append((forward, back, target))
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(*results, rtol=rounding, atol=rounding)
+
+
+def test_experts_without_rows_have_no_gradient_whatever_the_product_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On B200 PyTorch's product leaves what the memory held before (pytorch issue 172439)."""
+
+    def leaves_memory(x: torch.Tensor, y: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        products = torch.nn.functional.grouped_mm(x, y, offs=offs)
+        products[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return products
+
+    run_step_by_step(monkeypatch)
+    monkeypatch.setattr(cuda_experts, "_grouped_mm", lambda device, dtype: leaves_memory)
+    groups = cuda_experts.groups(torch.tensor([0, 3, 0, 0, 2, 0]))
+    target = torch.full((6 * 8, 16), torch.nan)
+    for first, total in ((True, 1.0), (False, 2.0)):
+        cuda_experts.add_grouped_product(target, first, torch.ones(5, 8), torch.ones(5, 16), groups)
+        expected = torch.tensor([0.0, 3.0, 0.0, 0.0, 2.0, 0.0]).repeat_interleave(8)[:, None].expand(-1, 16) * total
+        torch.testing.assert_close(target, expected, rtol=0, atol=0)
 
 
 def test_matrices_that_grouped_products_do_not_take_are_multiplied_all_the_same() -> None:
@@ -189,6 +208,8 @@ def arguments() -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
     of_router = (numbers(T, 3, seed=10), routed[1], routed[2], chosen, w, numbers(1)[0], T - 2, True)
     places = torch.randperm(2 * T, generator=torch.Generator().manual_seed(1)).view(T, 2)
     rows, owners = numbers(2 * T, N, seed=11), places.flatten().argsort() // 2
+    target, products, ends = numbers(3, N, D, seed=12), numbers(3, N, D, seed=13), torch.tensor([4, 4, 9])
+    of_rows = products * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)  # the second expert has none
     return {
         "weighted_swiglu": (pure.weighted_swiglu, (wide, share), cpu_experts.weighted_swiglu(wide, share)),
         "weighted_swiglu_backward": (
@@ -198,6 +219,8 @@ def arguments() -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
         ),
         "route": (pure.route, (x, chosen, T - 2, True), routed),
         "route_backward": (pure.route_backward, of_router, cpu_experts.route_backward(*of_router)),
+        "set_products": (pure.set_products, (target, products, ends), of_rows),
+        "add_products": (pure.add_products, (target, products, ends), target + of_rows),
         "sum_rows": (pure.sum_rows, (rows, places), cpu_experts.sum_rows([rows], owners, places, 0, T)),
         "rms_norm": (pure.rms_norm, (x, w, 1e-6), cpu.rms_norm(x, w, 1e-6)),
         "rms_norm_backward": (
@@ -249,13 +272,13 @@ def test_compiled_functions_give_what_they_give_step_by_step(name: str, dtype: t
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     is_exact = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 1e-2)}[dtype]
     for tokens in (T, 1, 5):
-        cut = [_cut(value, tokens, dtype) for value in given]
-        torch.testing.assert_close(compiled(*cut), function(*cut), rtol=is_exact[0], atol=is_exact[1])
+        cut, again = ([_cut(value, tokens, dtype) for value in given] for _ in range(2))
+        torch.testing.assert_close(compiled(*cut), function(*again), rtol=is_exact[0], atol=is_exact[1])
 
 
 def _cut(value: Any, tokens: int, dtype: torch.dtype) -> Any:
-    """The first tokens of an argument. Tensors of T rows are of tokens; numbers stay."""
+    """A copy of the first tokens of an argument. Tensors of T rows are of tokens; numbers stay."""
     if not isinstance(value, torch.Tensor) or not value.dim():
         return value
-    value = value.to(dtype) if value.dtype == torch.float32 and value.shape[-1] != 1 else value
+    value = value.to(dtype) if value.dtype == torch.float32 and value.shape[-1] != 1 else value.clone()
     return value[:tokens] if len(value) == T else value

@@ -66,6 +66,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ("device_count", 1),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    # The method itself asks for a device first.
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: torch.ops.aten.copy_.default(self, source))
 
 
 def arguments() -> dict[Fused, Callable[[], tuple[Any, ...]]]:
@@ -88,6 +90,9 @@ def arguments() -> dict[Fused, Callable[[], tuple[Any, ...]]]:
     def routed(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return there(T, *shape, dtype=dtype)
 
+    def products() -> tuple[torch.Tensor, ...]:
+        return there(E, 2 * F, H, dtype=torch.float32), there(E, 2 * F, H), there(E, dtype=torch.int32)
+
     return {
         cuda_experts.WEIGHTED_SWIGLU: lambda: (there(T * K, 2 * F), there(T * K, 1)),
         cuda_experts.WEIGHTED_SWIGLU_BACKWARD: lambda: (there(T * K, F), there(T * K, 2 * F), there(T * K, 1)),
@@ -102,6 +107,8 @@ def arguments() -> dict[Fused, Callable[[], tuple[Any, ...]]]:
             T,
             True,
         ),
+        cuda_experts.SET_PRODUCTS: products,
+        cuda_experts.ADD_PRODUCTS: products,
         cuda_experts.SUM_ROWS: lambda: (there(T * K, H), routed(K, dtype=torch.int64)),
         cuda.RMS_NORM: lambda: (there(T, H), there(H), 1e-6),
         cuda.RMS_NORM_BACKWARD: lambda: (there(T, H), there(T, H), scale(), there(H)),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_toys import run_step_by_step
 
 import tandem
 from tandem.backends.torch.compute import cpu_experts, cuda_experts
@@ -85,6 +86,7 @@ def for_hopper_alone(*_: Any, **__: Any) -> torch.Tensor:
 @pytest.mark.parametrize("has", ["no grouped product", "a private one", "one for Hopper alone"])
 def test_experts_need_no_grouped_product_of_pytorchs(has: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 2.10 it is private, in 2.8 for Hopper alone, and before 2.8 it is absent."""
+    run_step_by_step(monkeypatch)
     if has == "one for Hopper alone":
         monkeypatch.setattr(torch, "_grouped_mm", for_hopper_alone)
     old = without(monkeypatch, "torch.nn.functional.grouped_mm", *["torch._grouped_mm"] * (has == "no grouped product"))

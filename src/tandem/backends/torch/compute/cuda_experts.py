@@ -21,8 +21,10 @@ WEIGHTED_SWIGLU_BACKWARD = Fused(pure.weighted_swiglu_backward, kernels=2)
 ROUTE = Fused(pure.route, kernels=8)
 ROUTE_BACKWARD = Fused(pure.route_backward, kernels=3)
 SUM_ROWS = Fused(pure.sum_rows, kernels=1)
+SET_PRODUCTS = Fused(pure.set_products, kernels=1)
+ADD_PRODUCTS = Fused(pure.add_products, kernels=1)
 
-FUSED = (WEIGHTED_SWIGLU, WEIGHTED_SWIGLU_BACKWARD, ROUTE, ROUTE_BACKWARD, SUM_ROWS)
+FUSED = (WEIGHTED_SWIGLU, WEIGHTED_SWIGLU_BACKWARD, ROUTE, ROUTE_BACKWARD, SUM_ROWS, SET_PRODUCTS, ADD_PRODUCTS)
 
 
 def groups(counts: torch.Tensor) -> torch.Tensor:
@@ -48,16 +50,16 @@ def grouped_product(
 def add_grouped_product(
     target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, groups: torch.Tensor
 ) -> None:
-    """The products are rounded to the dtype of x before they are added in fp32: the operator gives no other."""
+    """The products are rounded to the dtype of x before they are added in fp32: the operator gives no other.
+
+    On B200 it gives an expert without rows any numbers (pytorch issue 172439). They count as 0, on all devices.
+    """
     grouped_mm = _grouped_mm(x.device, x.dtype)
     if grouped_mm is None or not (_is_aligned(gradient) and _is_aligned(x)):
         cpu_experts.add_grouped_product(target, first, gradient, x, _counts(groups))
         return
-    products = grouped_mm(gradient.t(), x, offs=groups).view_as(target)
-    if first:
-        target.copy_(products)
-    else:
-        target.add_(products)
+    products = grouped_mm(gradient.t(), x, offs=groups)
+    (SET_PRODUCTS if first else ADD_PRODUCTS)(target.view_as(products), products, groups)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Functions that an accelerator computes in few kernels, once they are compiled.
 
-They change nothing in place, and compute in fp32 between reading and writing. On a CPU they give what `cpu.py` gives,
-to rounding. Shapes are documented there.
+They change nothing in place but a `target`, and compute in fp32 between reading and writing. On a CPU they give what
+`cpu.py` gives, to rounding. Shapes are documented there.
 """
 
 from __future__ import annotations
@@ -181,3 +181,19 @@ def sum_rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The sum of the rows of x [n, h] at each line of places [s, k]: [s, h]."""
     rows = x.gather(0, places.flatten().unsqueeze(1).expand(-1, x.shape[1]))
     return rows.unflatten(0, places.shape).float().sum(1).to(x.dtype)
+
+
+def set_products(target: torch.Tensor, products: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """target [E, o, i] becomes each expert's product [E, o, i]: 0 for one without rows. Rows end at `ends` [E]."""
+    return target.copy_(_with_rows(products, ends))
+
+
+def add_products(target: torch.Tensor, products: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The same, added."""
+    return target.add_(_with_rows(products, ends))
+
+
+def _with_rows(products: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """fp32; whatever an expert without rows has here, it becomes 0."""
+    is_empty = ends == torch.nn.functional.pad(ends.narrow(0, 0, len(ends) - 1), (1, 0))
+    return torch.where(is_empty.view(-1, 1, 1), 0.0, products.float())
