@@ -11,6 +11,7 @@ import pytest
 import torch
 from device_toys import FakeNpu, compute_with, ignore_scales, run_step_by_step
 from reference import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
+from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.backends.interface import EngineSettings
 from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, npu_experts, pure, sets
@@ -18,6 +19,8 @@ from tandem.backends.torch.engine import TorchEngine, create
 from tandem.backends.torch.optimizer import Decision
 from tandem.backends.update import clip_coefficient, is_trusted
 from tandem.checkpoints.interface import TensorSource
+from tandem.inference.sampling import Sampling
+from tandem.inference.scheduler import Scheduler
 from toys import TOYS
 
 RAGGED = (7, 1, 19, 12, 12, 5)
@@ -93,6 +96,38 @@ def test_more_documents_than_one_call_takes(npu: FakeNpu) -> None:
     loss, _ = mean_gradients(build(source), [toy_batch(source.config, lengths)])
     assert np.isfinite(loss)
     assert npu.calls["npu_fusion_attention"] == 2 * source.config.num_layers
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_new_lengths_need_no_plan_of_cudnns(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that goes on has another number of keys with each token. What users allow elsewhere stays."""
+    seen = []
+
+    def noted(*given: Any, **settings: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return scaled_dot_product_attention(*given, **settings)
+
+    source = toy_weights(TOYS["qwen3-tied"])
+    prompt = [5, 7, 11]
+    wanted = answered(build(source, training=False), prompt)
+    run_step_by_step(monkeypatch)
+    compute_with(monkeypatch, sets.CUDA)
+    monkeypatch.setattr(cpu, "scaled_dot_product_attention", noted)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        assert answered(build(source, training=False), prompt) == wanted
+        assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False] * 3 * source.config.num_layers  # the first of four tokens comes with the prompt
+
+
+def answered(engine: TorchEngine, prompt: list[int]) -> list[int]:
+    scheduler = Scheduler(engine)
+    request = scheduler.submit(prompt, Sampling(max_new_tokens=4), ())
+    scheduler.run()
+    return request.tokens
 
 
 @pytest.mark.parametrize("loss", [2.0, 0.0, -1.0, 11.0, np.nan, np.inf])

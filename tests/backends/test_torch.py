@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_work import assert_close_gradients, mean_gradients, mean_step, toy_batch, toy_weights
 
 from tandem.backends.interface import EngineSettings
+from tandem.backends.torch import device as device_module
 from tandem.backends.torch import engine as engine_module
 from tandem.backends.torch import functional
 from tandem.backends.torch.attention import Run, runs
@@ -183,8 +185,24 @@ def test_bf16_without_hardware_is_fp32_with_a_notice(monkeypatch: pytest.MonkeyP
 
 
 def test_an_absent_device_is_named() -> None:
-    with pytest.raises(UserError, match=r"'tpu'.*available: .*cpu"):
+    with pytest.raises(UserError, match=r"--device tpu: .* give .*cpu"):
         choose_device("tpu")
+
+
+@pytest.mark.parametrize(("device", "name"), [("cuda", "PYTORCH_CUDA_ALLOC_CONF"), ("npu", "PYTORCH_NPU_ALLOC_CONF")])
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "its own"])
+def test_a_devices_memory_grows_unless_the_user_says_otherwise(
+    device: str, name: str, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = name if given == "its own" else given
+    environment = {"SOME": "thing"} if theirs is None else {theirs: "max_split_size_mb:64"}
+    monkeypatch.setattr(device_module, "_is_present", lambda kind: kind in (device, "cpu"))
+    monkeypatch.setattr(device_module.os, "environ", found := dict(environment))
+    monkeypatch.setattr(torch, "device", lambda name: SimpleNamespace(type=name))  # there is an npu with torch_npu only
+    assert choose_device("cpu").type == "cpu"
+    assert found == environment
+    assert choose_device(None).type == device
+    assert found == environment | ({} if theirs else {name: "expandable_segments:True"})
 
 
 def test_mis_shaped_weights_are_named() -> None:

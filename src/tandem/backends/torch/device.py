@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,15 +10,32 @@ import torch
 from tandem.errors import UserError
 from tandem.frameworks import TORCH
 
+# Where a device's allocator looks for its settings; the first name is one that every version reads. (PyTorch 2.9 says
+# that PYTORCH_CUDA_ALLOC_CONF is deprecated, and ignores the new name: pytorch issue 183387.)
+ALLOCATORS = {
+    "cuda": ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+    "npu": ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+}
+
 
 def choose_device(name: str | None) -> torch.device:
     """The named device, or the best one present."""
     present = [device for device in TORCH.devices if _is_present(device)]
-    if name is None:
-        return torch.device(present[0])
-    if name not in present:
+    if name is not None and name not in present:
         raise UserError(f"--device {name}: PyTorch does not see such a device here: give {' or '.join(present)}")
-    return torch.device(name)
+    device = torch.device(name or present[0])
+    _let_memory_grow(device)
+    return device
+
+
+def _let_memory_grow(device: torch.device) -> None:
+    """Let blocks of the device's memory grow, unless the user says how memory is kept. Call it before it is used.
+
+    Micro-batches have other numbers of tokens in each step. Blocks of a fixed size leave holes then, which none fits.
+    """
+    names = ALLOCATORS.get(device.type, ())
+    if names and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -32,6 +32,7 @@ class Kernels:
         early: begins to copy, where the device can copy while it computes.
         angles: cos and sin of each token's rotary angles.
         documents: what `attention` needs to know of the documents that a batch is made of.
+        attention_over_kept: of the new tokens of a sequence that goes on.
         losses_and_gradient: of the logits of a chunk of rows.
         logits_chunk_bytes: largest size of the fp32 logits of a chunk.
         weight_piece: numbers of a weight that are computed with in fp32 at a time.
@@ -64,6 +65,7 @@ class Kernels:
     angles: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     documents: Callable[[Sequence[int], torch.Tensor], Any]
     attention: Callable[..., torch.Tensor]
+    attention_over_kept: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     losses_and_gradient: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     logits_chunk_bytes: int
     weight_piece: int

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.backends.loss import chunks
 from tandem.backends.session import Kept, Wanted
@@ -113,8 +112,8 @@ def _continued(cache: torch.Tensor, start: int, q: torch.Tensor, k: torch.Tensor
     end = start + tokens
     cache[0, :, start:end] = k.transpose(0, 1)
     cache[1, :, start:end] = v.transpose(0, 1)
+    kernels = kernels_of(q.device)
     if start == 0 and tokens > 1:
-        kernels = kernels_of(q.device)
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
         return kernels.attention(q, k, v, kernels.documents([tokens], starts))
     keys, values = cache[:, None, :, :end]
@@ -125,5 +124,5 @@ def _continued(cache: torch.Tensor, start: int, q: torch.Tensor, k: torch.Tensor
     if tokens > 1:
         last = torch.arange(start, end, device=q.device).repeat_interleave(per_group)
         mask = torch.arange(end, device=q.device) <= last[:, None]
-    output = scaled_dot_product_attention(queries.flatten(1, 2)[None], keys, values, attn_mask=mask)
+    output = kernels.attention_over_kept(queries.flatten(1, 2)[None], keys, values, mask)
     return output[0].unflatten(1, (tokens, per_group)).transpose(0, 1).flatten(1)

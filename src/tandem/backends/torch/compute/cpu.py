@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from tandem.backends.torch.attention import Run, runs
 from tandem.frameworks import GRADIENT_PIECE
@@ -193,6 +193,17 @@ def angles(
 def documents(lengths: Sequence[int], starts: torch.Tensor) -> list[Run]:
     """What `attention` takes, from the documents' lengths, and where each begins, on the device."""
     return runs(lengths)
+
+
+def attention_over_kept(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention [1, groups, n, d] of queries [1, groups, n, d] over keys and values [1, groups, t, d].
+
+    Args:
+        mask: which of the keys each query attends to, [n, t]; all of them without it.
+    """
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
 
 def norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

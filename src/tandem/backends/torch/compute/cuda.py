@@ -220,6 +220,18 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Documen
     return attention_by_runs(q, k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1), packed.runs)
 
 
+def attention_over_kept(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Not by cuDNN, which makes a plan for each number of keys that it has not seen, in about a second."""
+    was_allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return cpu.attention_over_kept(queries, keys, values, mask)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_allowed)
+
+
 class _Flash(Function):
     @staticmethod
     def forward(
