@@ -25,7 +25,7 @@ from tandem.checkpoints.random_init import RandomSource
 from tandem.errors import UserError
 from tandem.models.adapters import adapters
 from tandem.models.lora import Lora
-from toys import TOYS
+from toys import TOYS, toy_config
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -156,3 +156,33 @@ def test_modules_ranks_and_zeros_are_shown(toy: Path, tmp_path: Path, capsys: py
     layers = TOYS["qwen3-tied"].num_layers
     assert ["q_proj", "│", str(layers), "│", "4", "│", "8", "│", str(layers - 1), "layers"] in rows
     assert ["v_proj", "│", str(layers), "│", "4", "│", "2", "│", str(layers), "layers"] in rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"ffn_hidden_size": 160},
+            r"decoder.layers.0.mlp.linear_fc1.weight is \[160, 48\] in theirs and \[320, 48\] here",
+        ),
+        ({"num_layers": 4}, r"decoder.layers.3.input_layernorm.weight is absent in theirs and \[48\] here"),
+        ({"rotary_base": 5e5}, "rotary_base is 1000000.0 in theirs and 500000.0 here"),
+    ],
+)
+def test_adapters_of_another_model_are_refused_with_what_differs(changes: dict[str, Any], words: str) -> None:
+    config = toy_config()
+    base, other = RandomSource(config, 1), RandomSource(toy_config(**changes), 1)
+    own = FreshAdapters(base, dataclasses.replace(config, lora=Lora()), 1)
+    with pytest.raises(UserError, match=rf"{words}. Give the model that they were trained on with --load"):
+        Adapted(own, other, other)
+
+
+def test_a_peft_folder_of_another_model_names_both(toy: Path, tmp_path: Path) -> None:
+    other = toy_config(num_query_groups=1, num_layers=TOYS["qwen3-tied"].num_layers)
+    copy(RandomSource(other, 5), HFSink(tmp_path / "other", other, "float32", Companions()))
+    words = (
+        rf"v_proj.lora_B.weight has shape .* The adapters name {toy / 'hf'} as their model, and the weights are "
+        rf"{tmp_path / 'other'}: give theirs with --load"
+    )
+    with pytest.raises(UserError, match=words):
+        open_adapters(toy / "lora", open_source(tmp_path / "other"))

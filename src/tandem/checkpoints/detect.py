@@ -186,7 +186,7 @@ def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | No
             f"those first with tandem export"
         )
     if is_peft(folder):
-        source = PeftSource(folder, base.config.without_adapters)
+        source = PeftSource(folder, base.config.without_adapters, base.folder)
         if base.folder is not None and not is_for(folder, base.folder):
             source.notices = (*source.notices, _other_model(folder, base))
         return Adapted(source, base, base)

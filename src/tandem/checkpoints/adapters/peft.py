@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.checkpoints.adapters.peft_config import CONFIG, MERGE, read_lora, unknown_fields
+from tandem.checkpoints.adapters.peft_config import BASE, CONFIG, MERGE, is_for, read_config, read_lora, unknown_fields
 from tandem.checkpoints.adapters.peft_tensors import any_expert, stored_in, to_store
 from tandem.checkpoints.formats.safetensors import SafetensorsFile, SafetensorsWriter
 from tandem.checkpoints.hf.companions import companion_files
@@ -48,6 +48,7 @@ class PeftSource(TensorSource):
 
     Args:
         base: the config of the model.
+        base_folder: of the model, for errors.
 
     Raises:
         UserError: a file is missing or damaged; the adapter is of another kind, or does not fit the model.
@@ -56,8 +57,8 @@ class PeftSource(TensorSource):
     format = PEFT
     folder: Path
 
-    def __init__(self, folder: str | Path, base: ModelConfig) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, base: ModelConfig, base_folder: Path | None = None) -> None:
+        self.folder, self._base_folder = Path(folder), base_folder
         self.location = str(folder)
         self.companions = Companions(files=[path for path in companion_files(folder) if path.name != CONFIG])
         self._file = open_weights(self.folder)
@@ -92,9 +93,18 @@ class PeftSource(TensorSource):
                 f"{self._file.path}: not supported: weights or adapters of the embeddings or the head: "
                 f"{in_a_line(others)}: {MERGE}"
             )
-        check_names(f"{self._file.path}, compared with {CONFIG}", set(self._file.entries), set(shapes))
-        for name, shape in shapes.items():
-            check_shape(str(self._file.path), name, self._file.entries[name].shape, shape)
+        try:
+            check_names(f"{self._file.path}, compared with {CONFIG}", set(self._file.entries), set(shapes))
+            for name, shape in shapes.items():
+                check_shape(str(self._file.path), name, self._file.entries[name].shape, shape)
+        except UserError as error:
+            if self._base_folder is None or is_for(self.folder, self._base_folder):
+                raise
+            model = read_config(self.folder)[BASE]
+            raise UserError(
+                f"{error}. The adapters name {model} as their model, and the weights are {self._base_folder}: give "
+                f"theirs with --load"
+            ) from error
 
 
 def open_weights(folder: Path) -> WeightFile:

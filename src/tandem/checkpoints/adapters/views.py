@@ -14,6 +14,7 @@ from tandem.checkpoints.interface import TensorKind, TensorSource
 from tandem.checkpoints.views import View
 from tandem.errors import UserError
 from tandem.models.adapters import Adapter, adapters
+from tandem.models.config import ModelConfig
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part, cut, cut_rows
 
@@ -41,7 +42,11 @@ class Adapted(View):
     ) -> None:
         super().__init__(follows)
         if base.config != adapters.config.without_adapters:
-            raise UserError(f"{adapters.location}: its adapters are for another model than that of {base.location}")
+            raise UserError(
+                f"{adapters.location}: its adapters are for another model than that of {base.location}: "
+                f"{_difference(adapters.config.without_adapters, base.config)}. Give the model that they were trained "
+                f"on with --load"
+            )
         self.config = adapters.config
         self.companions = follows.companions if follows.companions.hf_config else base.companions
         self.base, self.adapters = base, adapters
@@ -89,6 +94,20 @@ class Adapted(View):
             return self.adapters
         self.check_base()
         return self.base
+
+
+def _difference(trained_on: ModelConfig, base: ModelConfig) -> str:
+    """The first tensor that is another one, with both shapes; of equal tensors the fields, with both values."""
+    theirs, here = tensor_table(trained_on), tensor_table(base)
+    for name in (*theirs, *here):
+        shapes = [list(table[name].shape) if name in table else None for table in (theirs, here)]
+        if shapes[0] != shapes[1]:
+            was, now = ("absent" if shape is None else str(shape) for shape in shapes)
+            return f"{name} is {was} in theirs and {now} here"
+    ours, other = trained_on.to_dict(), base.to_dict()
+    fields = [name for name in (*ours, *other) if ours.get(name) != other.get(name)]
+    texts = (f"{name} is {ours.get(name)} in theirs and {other.get(name)} here" for name in dict.fromkeys(fields))
+    return "; ".join(texts)
 
 
 def merged(source: TensorSource) -> TensorSource:
