@@ -20,7 +20,9 @@ from tandem.checkpoints.detect import open_adapters, open_source
 from tandem.conversion.as_trained import export
 from tandem.conversion.options import ExportOptions
 from tandem.errors import UserError
-from tandem.models.tensors import is_trained, tensor_table
+from tandem.models.lora import Lora
+from tandem.models.published import qwen3_config
+from tandem.models.tensors import is_trained, parameter_count, tensor_table, trained_count
 from tandem.training.evaluate import evaluate_weights
 from workspace import Workspace
 
@@ -52,6 +54,28 @@ def test_a_checkpoint_holds_adapters_and_names_their_weights(workspace: Workspac
     whole = open_source(workspace.hf)
     for name in tensor_table(whole.config):
         np.testing.assert_array_equal(source.read(name), whole.read(name))
+
+
+def test_a_checkpoint_has_the_adapters_share_of_a_full_one(workspace: Workspace, trained: Path, tmp_path: Path) -> None:
+    run(workspace, "torch", save=str(tmp_path / "full"), **{**COMMON, "train_iters": 1})
+    sizes = [
+        sum(tensor.nbytes for file in folder.glob("iter_*/*/*.safetensors") for tensor in load_file(file).values())
+        for folder in (trained, tmp_path / "full")
+    ]
+    config = open_source(trained).config
+    assert sizes[0] * parameter_count(config.without_adapters) == sizes[1] * trained_count(config)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), ("q_proj", "v_proj")]
+)
+def test_the_share_at_06b_is_as_the_page_says(targets: tuple[str, ...] | str) -> None:
+    config = qwen3_config("0.6B")
+    adapted = dataclasses.replace(config, lora=Lora(r=16, target_modules=targets))
+    share = f"{trained_count(adapted) / parameter_count(config) * 100:.2f} %"
+    page = " ".join((Path(__file__).parents[2] / "docs/lab/performance.md").read_text(encoding="utf-8").split())
+    name = f"`{targets if isinstance(targets, str) else ' '.join(targets)}`"
+    assert f"{share} with {name}" in page
 
 
 def test_adapters_are_described_where_their_weights_are_gone(

@@ -71,6 +71,10 @@ def test_a_run_starts_at_ln_2_and_resumes_bit_for_bit(
 
     written = file.stat().st_mtime_ns
     train(workspace, data, framework, save=str(tmp_path / "run"), exit_interval=2, **evaluated)
+    out = capsys.readouterr().out
+    assert f"samples from {file}" in out  # another run takes what the first one computed
+    assert "samples computed in" not in out
+    assert file.stat().st_mtime_ns == written
     file.unlink()  # the run finds the weights that it began with, and computes what it still needs
     train(workspace, data, framework, save=str(tmp_path / "run"), **evaluated)
     assert file.exists()

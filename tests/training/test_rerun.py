@@ -12,12 +12,15 @@ import pytest
 
 from forking_launcher import launcher_for
 from frameworks import require_framework
+from runs import assert_same_weights
 from tandem.__main__ import main
 from tandem.cli.settings import parse_settings
 from tandem.config.parsing import from_dict, to_yaml
 from tandem.config.settings import Settings
 from tandem.errors import RunStopped, UserError
 from tandem.files.publish import write_text_atomically
+from tandem.report.page import render
+from tandem.report.run_folder import read_runs
 from tandem.training.logs.events import read_events
 from tandem.training.logs.log import StepRecord
 from tandem.training.logs.metrics import METRICS_FILE, read_metrics
@@ -63,6 +66,23 @@ def test_a_run_that_resumes_elsewhere_starts_from_the_same_iteration(workspace: 
     train(short(workspace, tmp_path / "b", load=str(tmp_path / "a")))
     train(short(workspace, tmp_path / "a", load=str(tmp_path / "a")))
     assert rerun(RerunOptions(str(tmp_path / "b"))).steps == 4
+
+
+def test_a_run_that_goes_on_with_adapters_is_run_again_and_reported(workspace: Workspace, tmp_path: Path) -> None:
+    """Its adapters are those of another run, whose settings they bring along."""
+    require_framework("torch")
+    run = {"load": str(workspace.hf), "finetune": True, "train_iters": 2}
+    train(short(workspace, tmp_path / "a", lora_target_modules="q_proj", lora_r=4, lora_use_rslora=True, **run))
+    train(short(workspace, tmp_path / "b", lora_load=str(tmp_path / "a"), **run))
+    train(
+        short(workspace, tmp_path / "a", lora_target_modules="q_proj", **{**run, "finetune": False, "train_iters": 4})
+    )
+    comparison = rerun(RerunOptions(str(tmp_path / "b"), save=str(tmp_path / "c"), deterministic_mode=True))
+    assert (comparison.steps, comparison.difference) == (2, 0.0)
+    assert_same_weights(tmp_path / "b", tmp_path / "c")
+    page = render(read_runs([str(tmp_path / name) for name in "abc"]))
+    for part in ("<b>lora_load</b>", "<b>lora_target_modules</b>", "q_proj", str(workspace.hf), "a/iter_0000002"):
+        assert part in page
 
 
 @pytest.mark.slow("jobs")

@@ -315,6 +315,7 @@ def _provenance(start: dict[str, Any]) -> dict[str, str]:
         "command": start["command"],
         "directory": start["directory"],
         "weights": start["weights"]["location"],
+        "adapters": start["weights"].get("adapters", {}).get("location", ""),
         "code": f"{code['commit']}{modified}" if code else "installed package",
         **start["versions"],
         "system": f"{start['platform']['system']}, {start['platform']['cpus']} CPUs",

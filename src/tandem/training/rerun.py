@@ -102,11 +102,14 @@ def settings_again(start: dict[str, Any], save: str | None, last: int, determini
     if weights["ckpt_step"] is not None:  # this iteration, even if the folder now has newer ones
         load = str(Path(weights["location"]).parent)
     checkpoint = dataclasses.replace(settings.checkpoint, save=save, load=load, ckpt_step=weights["ckpt_step"])
+    lora = settings.lora
+    if "adapters" in weights:
+        lora = dataclasses.replace(lora, lora_load=weights["adapters"]["location"])
     logging = LoggingSettings(
         log_interval=settings.logging.log_interval, log_throughput=settings.logging.log_throughput
     )
     return dataclasses.replace(
-        settings, training=training, checkpoint=checkpoint, logging=logging, evaluation=TaskSettings()
+        settings, training=training, checkpoint=checkpoint, lora=lora, logging=logging, evaluation=TaskSettings()
     )
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tandem.backends.interface import Engine
+from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
 from tandem.data.record import record_of
 from tandem.errors import UserError
 from tandem.files.jsonl import DAMAGED
+from tandem.files.places import same_place
 from tandem.files.publish import write_text_atomically
 from tandem.files.real import check_folder
 from tandem.files.text import unreadable
@@ -46,7 +48,7 @@ def describe_start(
         "directory": os.getcwd(),
         "processes": processes,
         "settings": settings.to_dict(),
-        "weights": {"location": source.location, "ckpt_step": source.iteration},
+        "weights": _places(source, settings.lora.lora_load),
         "model": {
             **source.config.to_dict(),
             "parameters": parameter_count(source.config),
@@ -60,6 +62,25 @@ def describe_start(
         "platform": {"system": platform.platform(), "host": platform.node(), "cpus": os.cpu_count()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)},
     }
+
+
+def _places(source: TensorSource, lora_load: str | None) -> dict[str, Any]:
+    """Where the weights of a run were, and the adapters of `--lora-load`, each with the iteration.
+
+    A run that goes on has its adapters from its own checkpoint, whatever `--lora-load` says.
+    """
+    if isinstance(source, Adapted) and lora_load is not None and _is_in(source.adapters, lora_load):
+        return {**_place(source.base), "adapters": _place(source.adapters)}
+    return _place(source)
+
+
+def _place(source: TensorSource) -> dict[str, Any]:
+    return {"location": source.location, "ckpt_step": source.iteration}
+
+
+def _is_in(source: TensorSource, folder: str) -> bool:
+    """Whether a source is in a folder, or is an iteration of it."""
+    return source.folder is not None and any(same_place(folder, str(p)) for p in (source.folder, source.folder.parent))
 
 
 def append_start(folder: Path, start: dict[str, Any]) -> None:
