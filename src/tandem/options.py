@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import re
 import textwrap
 import types
 import typing
@@ -24,6 +25,8 @@ from tandem.errors import UserError, raise_all
 from tandem.other_names import suggestion
 
 T = TypeVar("T")
+
+_VARIABLE = re.compile(r"(?:^|(?<=[/=]))\$\{?([A-Za-z_][A-Za-z0-9_]*)[^/]*")  # a part of a path that begins with one
 
 PathText = Annotated[str, "PATH"]  # a file or a folder; `~` is expanded, and `pathlib.Path` is accepted
 
@@ -252,7 +255,7 @@ def coerce(value: Any, hint: Any) -> Any:
         try:
             return _coerce_one(value, kind)
         except (TypeError, ValueError) as error:
-            if kind in _EXPLAINED or isinstance(error, _UnknownUserError):
+            if kind in _EXPLAINED or isinstance(error, _NoPathError):
                 raise ValueError(str(error)) from None
     raise ValueError(f"expected {' or '.join(_in_words(kind) for kind in kinds if kind is not type(None))}")
 
@@ -300,15 +303,16 @@ def _coerce_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_coerce_one(item, arguments[0]) for item in items)
 
 
-class _UnknownUserError(UserError):
-    """A path begins with ~NAME, and there is no such user."""
+class _NoPathError(UserError):
+    """A path holds what a shell would have replaced: ~NAME of no user, or a variable."""
 
 
 def expand(text: str) -> str:
     """Replace `~` at the start of a path, or of the path in NAME=PATH, with the home folder.
 
     Raises:
-        UserError: the path begins with `~NAME`, and there is no such user.
+        UserError: the path begins with `~NAME`, and there is no such user. Or a part of it is a variable, `$NAME`, and
+            nothing of that name is there.
     """
     name, equals, path = text.partition("=")
     if not (equals and path.startswith("~")):
@@ -316,7 +320,13 @@ def expand(text: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
-        raise _UnknownUserError(f"there is no user {user[1:]}; for a folder of that name, give ./{expanded}")
+        raise _NoPathError(f"there is no user {user[1:]}; for a folder of that name, give ./{expanded}")
+    variable = _VARIABLE.search(expanded)
+    if variable and not os.path.exists(expanded[: variable.end()]):
+        raise _NoPathError(
+            f"${variable[1]} stands for no environment variable here. In YAML write ${{{variable[1]}}}, and in a shell "
+            f"leave out single quotes"
+        )
     return f"{name}{equals}{expanded}"
 
 

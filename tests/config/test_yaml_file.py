@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem.cli.settings import parse_settings
 from tandem.config.parsing import from_dict, from_yaml
 from tandem.errors import UserError
 
@@ -49,6 +50,26 @@ def test_anchors_and_merged_keys_still_work(tmp_path: Path) -> None:
     )
     settings = from_yaml(tmp_path / "run.yaml")
     assert (settings.optimizer.lr, settings.logging.log_interval) == (1.0, 4)
+
+
+@pytest.mark.parametrize("path", ["$HOME/x", "/data/$USER", "a=$HOME/x"])
+def test_a_variable_without_braces_is_no_folder(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the name `$HOME` was made. The error's own spelling works, and so does a folder of that name."""
+    name = path.rpartition("$")[2].partition("/")[0]
+    file = tmp_path / "run.yaml"
+    for text in (f"save: {path}\n", f"checkpoint:\n  save: {path}\n", f"valid_data_path: ['{path}']\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"\${name} stands for no .* write \${{{name}}}"):
+            from_yaml(file)
+    with pytest.raises(UserError, match=r"--save .*leave out single quotes"):
+        parse_settings("pretrain", "", ["--save", path], first=())
+    monkeypatch.setenv(name, "home")
+    file.write_text(f"save: {path.replace(name, f'{{{name}}}')}\n")
+    assert from_yaml(file).checkpoint.save == path.replace(f"${name}", "home")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$HOME").mkdir()
+    file.write_text("save: $HOME/x\n")
+    assert from_yaml(file).checkpoint.save == "$HOME/x"
 
 
 def test_plain_values_may_hold_a_dollar() -> None:
