@@ -6,7 +6,7 @@ The loop is written here from the description of Megatron's `tools/preprocess_da
 document at a time through `json` and `tokenizers`, and one process that writes. It is timed on a part of the input, for
 its rate does not depend on the size. Each program runs in a process of its own, from start to exit, in turns.
 
-Beside the clock's time stands the processors', of all its threads and processes, which tells more on a busy machine.
+Next to the clock's time stands the processors', of all its threads and processes, which tells more on a busy machine.
 """
 
 from __future__ import annotations

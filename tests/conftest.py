@@ -62,10 +62,10 @@ def printed_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real and golden data kept beside the project; absent on a fresh machine."""
+    """Real and golden data kept next to the project; absent on a fresh machine."""
     folder = SHARED / "data"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not here: golden and real data live beside the project, not in it")
+        pytest.skip(f"{folder} is not here: golden and real data live next to the project, not in it")
     return folder
 
 

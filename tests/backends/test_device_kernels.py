@@ -194,7 +194,7 @@ def test_experts_without_rows_have_no_gradient_whatever_the_product_gives(monkey
 
 
 def test_matrices_that_grouped_products_do_not_take_are_multiplied_all_the_same() -> None:
-    """In bf16, rows of 20 numbers begin at no multiple of 16 bytes."""
+    """In bf16, rows of 20 numbers begin anywhere, not at multiples of 16 bytes."""
     counts = torch.tensor([3, 0, 2])
     x, weight, gradient = (numbers(*shape).bfloat16() for shape in ((5, 20), (24, 20), (5, 8)))
     results = []

@@ -155,7 +155,7 @@ def test_weights_are_whole_when_they_are_read(alone: None, monkeypatch: pytest.M
     }
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("meanwhile", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize(
     ("small", "messages"),
@@ -165,11 +165,11 @@ def test_weights_are_whole_when_they_are_read(alone: None, monkeypatch: pytest.M
     ],
 )
 def test_small_weights_of_a_layer_share_a_collective(
-    alone: None, small: int, messages: int, sharded: bool, beside: bool, monkeypatch: pytest.MonkeyPatch
+    alone: None, small: int, messages: int, sharded: bool, meanwhile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(overlap, "SMALL", small)
     toy = "qwen3-untied"
-    flags = {"overlap_grad_reduce": beside, "overlap_param_gather": beside}
+    flags = {"overlap_grad_reduce": meanwhile, "overlap_param_gather": meanwhile}
     engine = engine_of(toy, use_distributed_optimizer=sharded, **flags)
     calls: Counter[str] = Counter()
     for name in ("reduce_scatter", "all_reduce", "all_gather"):
@@ -188,12 +188,12 @@ def counted(calls: Counter[str], name: str, collective: Callable[..., Any], *arg
 @pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-moe"])
 def test_bits_are_those_of_one_process(alone: None, toy: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "SMALL", small)
-    beside = engine_of(toy, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    meanwhile = engine_of(toy, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
     after = engine_of(toy)
     for _ in range(2):
-        assert mean_step(beside, batches(toy), 1e-2, 0.1) == mean_step(after, batches(toy), 1e-2, 0.1)
+        assert mean_step(meanwhile, batches(toy), 1e-2, 0.1) == mean_step(after, batches(toy), 1e-2, 0.1)
     expected = {(kind, shard.spec.name): array.copy() for kind, shard, array in after.tensors()}
-    for kind, shard, array in beside.tensors():
+    for kind, shard, array in meanwhile.tensors():
         np.testing.assert_array_equal(array, expected[kind, shard.spec.name])
 
 

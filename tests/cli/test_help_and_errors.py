@@ -1,6 +1,6 @@
 """Help and errors as recorded examples: whoever changes one sees it here.
 
-To record anew what is right: python tests/cli/test_help_and_errors.py
+To record again what is right: python tests/cli/test_help_and_errors.py
 """
 
 from __future__ import annotations

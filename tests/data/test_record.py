@@ -1,4 +1,4 @@
-"""The record beside a dataset: training refuses data that another tokenizer or template made."""
+"""The record next to a dataset: training refuses data that another tokenizer or template made."""
 
 from __future__ import annotations
 

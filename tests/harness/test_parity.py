@@ -99,7 +99,7 @@ def test_the_thought_is_cut_off(
         ours(workspace, task_folder, tmp_path / "other.json", ["toy_choices"], **values)
 
 
-def test_adapters_beside_the_weights(
+def test_adapters_next_to_the_weights(
     workspace: Workspace, task_folder: Path, peer: Callable[..., Samples], framework: str, tmp_path: Path
 ) -> None:
     peft, transformers, torch = (pytest.importorskip(name) for name in ("peft", "transformers", "torch"))

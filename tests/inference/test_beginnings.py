@@ -111,7 +111,7 @@ def test_the_next_turn_goes_on_where_the_last_one_ended(engine: Engine, theirs: 
 
 @pytest.mark.parametrize("room", [50, 90, 98])
 def test_memory_that_is_needed_is_given_up(engine: Engine, theirs: Any, room: int) -> None:
-    """With room for one text, the next one takes the place of the one before it, or begins anew."""
+    """With room for one text, the next one takes the place of the one before it, or begins again."""
     with Scheduler(engine, 2, room) as scheduler:
         requests = submitted(scheduler, [*PROMPTS, [3] * 40, *PROMPTS])
         scheduler.run()

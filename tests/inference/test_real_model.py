@@ -1,6 +1,6 @@
 """A real small model, SmolLM2-135M-Instruct, answers as in transformers: raw texts and conversations.
 
-TANDEM_SMOLLM2 names its folder. Without it, the tool beside the project makes one where its package is installed.
+TANDEM_SMOLLM2 names its folder. Without it, the tool next to the project makes one where its package is installed.
 """
 
 from __future__ import annotations

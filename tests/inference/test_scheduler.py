@@ -91,7 +91,7 @@ def test_random_answers_do_not_depend_on_what_else_runs(tied: Path, framework: s
 
 
 def test_log_probabilities_are_those_of_training(tied: Path, framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of prompts that take several steps, of their parts, and of answers, with others beside them."""
+    """Of prompts that take several steps, of their parts, and of answers, with others next to them."""
     monkeypatch.setattr(scheduler_module, "PROMPT_TOKENS", 16)
     engine = engine_of(tied, framework)
     with Scheduler(engine, room=400) as scheduler:

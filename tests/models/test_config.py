@@ -190,7 +190,7 @@ MIXTURE = OLD | {
 
 
 def test_experts_of_both_transformers_generations() -> None:
-    """transformers 5 saves num_local_experts; num_experts, which 4 reads, is written beside it."""
+    """transformers 5 saves num_local_experts; num_experts, which 4 reads, is written next to it."""
     renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in MIXTURE.items()}
     config = from_hf(renamed)
     assert config == from_hf(MIXTURE)

@@ -43,9 +43,9 @@ def test_bits_are_the_same_in_more_layouts(processes: int, tmp_path: Path) -> No
 
 def check(cases: list[Case], folder: Path) -> None:
     require_framework("torch")
-    beside = [replace(case, overlap=True) for case in cases]
-    outcomes = run_job("torch", cases[0].processes, [*cases, *beside], folder)
-    for after, meanwhile in zip(cases, beside):
+    meanwhile_cases = [replace(case, overlap=True) for case in cases]
+    outcomes = run_job("torch", cases[0].processes, [*cases, *meanwhile_cases], folder)
+    for after, meanwhile in zip(cases, meanwhile_cases):
         expected, found = (asdict(outcomes[case.name]) for case in (after, meanwhile))
         tensors, others = expected.pop("tensors"), found.pop("tensors")
         assert found == expected, after.name

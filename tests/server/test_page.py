@@ -59,7 +59,7 @@ def script() -> Script:
 
 @pytest.fixture
 def page(browser: Browser, script: Script) -> Iterator[Browser]:
-    """The page, opened anew on a screen; it must not have made an error."""
+    """The page, opened again on a screen; it must not have made an error."""
     with running(script.app()) as url:
         browser.size(1200, 800)
         browser.errors.clear()

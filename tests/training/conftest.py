@@ -20,7 +20,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="session")
 def pairs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output prefix of pairs, and of single answers beside it: `pairs` and `answers`."""
+    """The output prefix of pairs, and of single answers next to it: `pairs` and `answers`."""
     folder = tmp_path_factory.mktemp("pairs")
     questions = json.loads(workspace.questions.read_text(encoding="utf-8"))[:24]
     rows = [

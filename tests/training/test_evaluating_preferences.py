@@ -122,8 +122,8 @@ def test_evaluation_equals_that_in_training(
         name: value for name, value in last.items() if name.startswith("eval_")
     }
     if kind:
-        beside = evaluated(workspace.hf, prefix, framework, lora_load=str(folder), **sizes)
-        assert dataclasses.asdict(beside) == dataclasses.asdict(found)
+        separate = evaluated(workspace.hf, prefix, framework, lora_load=str(folder), **sizes)
+        assert dataclasses.asdict(separate) == dataclasses.asdict(found)
     else:
         assert found.loss != pytest.approx(evaluated(folder, prefix, framework, ref_model=str(other)).loss, abs=1e-3)
 

@@ -82,7 +82,7 @@ SHORT = {"instructions": True, "train_iters": 4, "lr": 3e-3, "lr_warmup_iters": 
 def test_adapters_of_experts_go_on_and_come_out(
     workspace: Workspace, framework: str, small_mixture: Path, tmp_path: Path
 ) -> None:
-    """Resumed bit for bit, on the other framework as on this one; merged, and beside their weights, the same."""
+    """Resumed bit for bit, on the other framework as on this one; merged, and next to their weights, the same."""
     settings = {"load": str(small_mixture), **SHORT, **LORA, "finetune": False}
     whole = run(workspace, framework, save=str(tmp_path / "a"), **settings)
     first = run(workspace, framework, save=str(tmp_path / "b"), exit_interval=2, **settings)

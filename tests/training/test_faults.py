@@ -150,7 +150,7 @@ def stop_and_go_on(job: Job, what: str = "SIGTERM", **fault: object) -> None:
 
 
 def test_a_second_interrupt_leaves_at_once(workspace: Workspace, tmp_path: Path) -> None:
-    """Even where the first one cannot be heeded, because a step does not end."""
+    """Even where the first one cannot be obeyed, because a step does not end."""
     require_framework("torch")
     process = Job(workspace, tmp_path, flags=("--train-iters", "8")).start("b", rank=0, when="step", at=3, what="hang")
     assert process.stdout is not None

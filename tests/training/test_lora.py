@@ -167,9 +167,9 @@ def test_weights_that_moved_are_given_by_hand(workspace: Workspace, trained: Pat
 def test_adapters_of_a_run_start_another(workspace: Workspace, framework: str, trained: Path, tmp_path: Path) -> None:
     """--lora-load RUN --finetune takes the adapters alone; without --finetune the run goes on."""
     base = {**COMMON, "lora_load": str(trained)}
-    anew: list[int] = []
-    run(workspace, framework, lambda r: anew.append(r.iteration), finetune=True, train_iters=2, **base)
-    assert anew == [1, 2]
+    again: list[int] = []
+    run(workspace, framework, lambda r: again.append(r.iteration), finetune=True, train_iters=2, **base)
+    assert again == [1, 2]
     further: list[int] = []
     run(workspace, framework, lambda r: further.append(r.iteration), train_iters=8, **base)
     assert further == [7, 8]
@@ -273,7 +273,7 @@ def test_evaluation_and_export_see_the_adapters(
     export(ExportOptions(str(trained), str(tmp_path / "merged")))
     places = {
         "run": {"load": str(trained)},
-        "beside": {"load": str(workspace.hf), "lora_load": str(trained)},
+        "separate": {"load": str(workspace.hf), "lora_load": str(trained)},
         "merged": {"load": str(tmp_path / "merged")},
         "base": {"load": str(workspace.hf)},
     }
@@ -282,7 +282,7 @@ def test_evaluation_and_export_see_the_adapters(
         data = {"valid_data_path": str(workspace.instructions), "instructions": True, "eval_iters": "full"}
         (result,) = evaluate_weights(workspace.settings(framework, **data, **values))[0].values()
         losses[name] = result.loss
-    assert losses["run"] == losses["beside"]
+    assert losses["run"] == losses["separate"]
     assert losses["merged"] == pytest.approx(losses["run"], rel=1e-5)
     assert abs(losses["base"] - losses["run"]) > 0.1
 

@@ -50,7 +50,7 @@ def test_a_rerun_gives_the_same_losses(workspace: Workspace, framework: str, tmp
 def test_a_resumed_run_is_run_again_whole(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second start is recorded beside the first, and only recorded steps are run again."""
+    """The second start is recorded next to the first, and only recorded steps are run again."""
     train(short(workspace, tmp_path, exit_interval=2))
     train(short(workspace, tmp_path, load=str(tmp_path), exit_interval=4))
     assert [start["iteration"] for start in read_starts(tmp_path)] == [0, 2]

@@ -193,11 +193,11 @@ def test_recompute_and_bf16_on_cpu(workspace: Workspace, framework: str, capsys:
     assert len(notices) <= 1  # none where the device computes bf16
 
 
-def test_finetune_starts_anew_and_no_load_optim_goes_on(workspace: Workspace, tmp_path: Path) -> None:
+def test_finetune_starts_again_and_no_load_optim_goes_on(workspace: Workspace, tmp_path: Path) -> None:
     folder = str(tmp_path / "a")
     run(workspace, "torch", save=folder, train_iters=20, exit_interval=5)
-    anew = run(workspace, "torch", load=folder, finetune=True, train_iters=6)
-    assert [record.iteration for record in anew] == list(range(1, 7))
+    again = run(workspace, "torch", load=folder, finetune=True, train_iters=6)
+    assert [record.iteration for record in again] == list(range(1, 7))
     kept = run(workspace, "torch", load=folder)
     fresh = run(workspace, "torch", load=folder, no_load_optim=True)
     assert [record.iteration for record in fresh] == list(range(6, 21))

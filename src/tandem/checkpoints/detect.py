@@ -124,7 +124,7 @@ def open_iteration(
     source = NativeSource(folder, iteration)
     check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
     check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)
-    return source if source.base is None or adapters_alone else beside_base(source, source.base)
+    return source if source.base is None or adapters_alone else with_base(source, source.base)
 
 
 def open_named_base(folder: Path) -> TensorSource:
@@ -135,7 +135,7 @@ def open_named_base(folder: Path) -> TensorSource:
     return open_source(name)
 
 
-def beside_base(adapters: TensorSource, record: BaseRecord) -> Adapted:
+def with_base(adapters: TensorSource, record: BaseRecord) -> Adapted:
     """A checkpoint of adapters with the weights that it names.
 
     Raises:

@@ -57,7 +57,7 @@ def read_json_lines(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
     return [values for values in parsed if values is not None]
 
 
-def mend(path: Path, key: str, kind: type) -> None:
+def remove_damaged(path: Path, key: str, kind: type) -> None:
     """Take damaged lines out of a file, before more lines are added. Nothing is done to a file that is whole or absent.
 
     An unfinished last line is cut off. Where other lines are damaged, the file as it was is kept as NAME.damaged.

@@ -193,13 +193,13 @@ def publishing(final: str | Path, *, replace: bool = False) -> Iterator[Path]:
     recover(final)
     if not replace:
         check_unoccupied(final)
-    beside = final if final.is_dir() and not replace else final.parent  # nothing can be put next to a mount point
-    name = LOCK if beside == final else f"{LOCK}-{final.name}"
+    place = final if final.is_dir() and not replace else final.parent  # nothing can be put next to a mount point
+    name = LOCK if place == final else f"{LOCK}-{final.name}"
     try:
-        beside.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {beside}: {error.strerror}") from error
-    lock = Lock(beside / name, str(final))
+        raise UserError(f"cannot write to {place}: {error.strerror}") from error
+    lock = Lock(place / name, str(final))
     try:
         publication = Publication(final, replace=replace)
         try:

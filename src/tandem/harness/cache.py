@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from tandem.errors import UserError
-from tandem.files.jsonl import append_line, mend, read_json_lines
+from tandem.files.jsonl import append_line, read_json_lines, remove_damaged
 
 IDENTITY = ("key", str)  # what every line has
 MODEL = "model"  # key of the first line
@@ -34,7 +34,7 @@ class Answers:
         self._path = path
         if path is None:
             return
-        mend(path, *IDENTITY)
+        remove_damaged(path, *IDENTITY)
         if path.exists() and path.stat().st_size:
             self._read(path, model)
         try:

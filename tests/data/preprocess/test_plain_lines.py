@@ -119,7 +119,7 @@ def test_every_line_is_read_alike(rows: list[bytes], end: bytes) -> None:
 
 @pytest.mark.parametrize("between", [b"0", b"17", b"{}"])
 def test_lines_that_make_up_for_one_another_are_not_taken_for_whole_ones(between: bytes) -> None:
-    """Three values in a line beside one value in two lines."""
+    """Three values in a line, and one value in two lines."""
     three = b'{"text":"x","b":"y"},%b,{"text":"x","b":"y"}\n' % between
     half = b'{"text":"x","b":"y","c":[0\n0]}\n'
     for content in (three + half, half + three, three, half):

@@ -97,7 +97,7 @@ TOOLS = ({"type": "function", "function": {"name": "add", "description": "Sum: {
 @pytest.mark.parametrize("system", [[], [Message("system", "Be brief.")]])
 @pytest.mark.parametrize("content", ["", "Let me see."])
 def test_tools_equal_the_models_template(system: list[Message], content: str, shared_data: Path) -> None:
-    """Each answer of a conversation with calls, results and thoughts, beside the model's own rendering."""
+    """Each answer of a conversation with calls, results and thoughts, next to the model's own rendering."""
     tokenizer = Tokenizer(shared_data / "qwen3-0.6b")
     messages = [*system, user(), Message("assistant", content, "hm", CALLS), Message("tool", "1"), Message("tool", "2")]
     messages.append(assistant("3", "so"))

@@ -132,9 +132,9 @@ def test_a_run_that_was_stopped_and_resumed_has_every_step_once(workspace: Works
     with pytest.raises(Killed):
         train(broken, kill)
     train(dataclasses.replace(broken, checkpoint=dataclasses.replace(broken.checkpoint, load=broken.checkpoint.save)))
-    whole, mended = (read_metrics(tmp_path / name / METRICS_FILE) for name in ("whole", "broken"))
-    assert [line["iteration"] for line in mended] == [1, 2, 3, 4, 5, 6]
-    assert [(line["loss"], line["epoch"], line["validation"]) for line in mended] == [
+    whole, repaired = (read_metrics(tmp_path / name / METRICS_FILE) for name in ("whole", "broken"))
+    assert [line["iteration"] for line in repaired] == [1, 2, 3, 4, 5, 6]
+    assert [(line["loss"], line["epoch"], line["validation"]) for line in repaired] == [
         (line["loss"], line["epoch"], line["validation"]) for line in whole
     ]
     assert [line["iteration"] for line in whole if line["validation"]] == [3, 6]

@@ -1,4 +1,4 @@
-"""Saving: in the background, how many checkpoints stay, exports beside them, and what fails."""
+"""Saving: in the background, how many checkpoints stay, exports next to them, and what fails."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told(
     assert "an old checkpoint cannot be removed" in capsys.readouterr().err
 
 
-def test_hugging_face_folders_beside_the_checkpoints(
+def test_hugging_face_folders_next_to_the_checkpoints(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Written by a process that leaves no trace in the job's own folder, as a rank would."""

@@ -133,8 +133,8 @@ def test_a_state_that_is_gone_everywhere_ends_the_start(workspace: Workspace, sa
         with pytest.raises(UserError, match=f"{STATE_FILE} is missing") as caught:
             start(workspace, load=load, save=str(saved))
         assert set(caught.value.flags) == {"--finetune", "--save"}
-    anew = start(workspace, load=str(saved), finetune=True, save=str(saved.parent / "new"))  # what the error says
-    assert anew.state is None
+    again = start(workspace, load=str(saved), finetune=True, save=str(saved.parent / "new"))  # what the error says
+    assert again.state is None
 
 
 def test_a_tracker_alone_is_not_a_new_run(workspace: Workspace, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError
-from tandem.files.jsonl import append_line, mend, read_json_lines
+from tandem.files.jsonl import append_line, read_json_lines, remove_damaged
 from tandem.training.progress import Progress
 
 EVENTS_FILE = "events.jsonl"
@@ -27,7 +27,7 @@ class EventLog:
     def __init__(self, folder: Path | None) -> None:
         self._path = folder / EVENTS_FILE if folder else None
         if self._path:
-            mend(self._path, *IDENTITY)
+            remove_damaged(self._path, *IDENTITY)
 
     def add(self, event: str, **values: Any) -> None:
         if self._path is None:

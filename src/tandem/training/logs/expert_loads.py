@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from tandem.files.jsonl import append_line, mend, read_json_lines
+from tandem.files.jsonl import append_line, read_json_lines, remove_damaged
 from tandem.files.publish import write_lines_atomically
 
 EXPERT_LOADS = "expert_loads.jsonl"
@@ -63,7 +63,7 @@ class ExpertLoadsFile:
         self._path = path
         self._lines: list[Loads] = []
         if path is not None and path.exists():
-            mend(path, *IDENTITY)
+            remove_damaged(path, *IDENTITY)
             self._lines = [loads for loads in read_expert_loads(path) if loads.iteration <= iteration]
             self._rewrite()
 

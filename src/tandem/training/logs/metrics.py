@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from tandem.errors import UserError
-from tandem.files.jsonl import append_line, mend, read_json_lines
+from tandem.files.jsonl import append_line, read_json_lines, remove_damaged
 from tandem.training.logs.log import StepRecord, validation_metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,14 +23,14 @@ class MetricsFile:
 
     Args:
         iteration: the last finished iteration. Lines of later steps are removed first: an earlier process took these
-            steps and did not save them. Damaged lines are removed as `mend` does.
+            steps and did not save them. Damaged lines are removed as `remove_damaged` does.
 
     Raises:
         UserError: the file cannot be written.
     """
 
     def __init__(self, path: str | Path, iteration: int) -> None:
-        mend(Path(path), *IDENTITY)
+        remove_damaged(Path(path), *IDENTITY)
         try:
             self._file = FileIO(path, "a")
         except OSError as error:

@@ -55,7 +55,7 @@ def base_record(source: TensorSource, lora: LoraSettings, communicator: Communic
     return BaseRecord(**fields)
 
 
-def check_save_beside_base(source: TensorSource, checkpoint: CheckpointSettings) -> None:
+def check_save_is_not_base(source: TensorSource, checkpoint: CheckpointSettings) -> None:
     """Raise UserError when adapters would be saved among the iterations of the weights that they need."""
     if checkpoint.save is None or not isinstance(source, Adapted) or source.base.folder is None:
         return

@@ -23,7 +23,7 @@ from tandem.parallel.grid import Grid
 from tandem.training.logs.log import log_notice
 from tandem.training.logs.loggers import check_loggers
 from tandem.training.schedule import Schedule, schedule_from
-from tandem.training.start.base import check_save_beside_base
+from tandem.training.start.base import check_save_is_not_base
 from tandem.training.start.data import Data, open_data, open_tokenizer
 from tandem.training.start.data_paths import all_prefixes
 from tandem.training.start.engine import engine_settings, make_grid
@@ -118,7 +118,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     with problems.noted():
         grid, engine = _processes(settings, framework, source.config, world)
     for check in (
-        partial(check_save_beside_base, source, checkpoint),
+        partial(check_save_is_not_base, source, checkpoint),
         partial(open_reference, settings.preferences, source.config),
         partial(check_disk, settings, source),
         partial(_check_ready_data, data, checkpoint, loading),
