@@ -259,10 +259,11 @@ class BaseEngine(ABC, Generic[T]):
         micro_batch.check_vocabulary(self.config.vocab_size)
         return self._logits(micro_batch, np.arange(len(micro_batch.tokens)) if rows is None else np.asarray(rows))
 
-    def session(self, room: int) -> Session:
+    def session(self, room: int, other: Session | None = None) -> Session:
         check_layout(self._grid, self._settings)
         check_memory(room, self.bytes_per_cached_token(), self.free_memory())
-        return EngineSession(self._computes(), self.config.vocab_size, room)
+        assert other is None or isinstance(other, EngineSession)
+        return EngineSession(self._computes(), self.config.vocab_size, room, other)
 
     def bytes_per_cached_token(self) -> int:
         numbers = len(self._own_layers()) * 2 * self._local_config().num_query_groups * self.config.kv_channels

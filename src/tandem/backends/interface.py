@@ -298,8 +298,11 @@ class Engine(Protocol):
         """Logits, fp32 [len(rows), vocabulary], at positions `rows` (None: all) of the batch. One process only."""
         ...
 
-    def session(self, room: int) -> Session:
+    def session(self, room: int, other: Session | None = None) -> Session:
         """Begin to continue sequences that have up to `room` tokens together. Weights must not change meanwhile.
+
+        Args:
+            other: of another engine of the same job. Ranks that do not lead follow both, by following one of them.
 
         Raises:
             UserError: the layout has no sessions, or the memory of the keys and values is not there.

@@ -130,10 +130,18 @@ class _Sequence(Generic[Cache]):
 
 
 class EngineSession(Generic[Cache]):
-    """`tandem.backends.interface.Session`, which documents every public method."""
+    """`tandem.backends.interface.Session`, which documents every public method.
 
-    def __init__(self, engine: Computes[Cache], vocab_size: int, room: int) -> None:
+    Sessions next to each other tell other ranks what to do through the engine of the first one, each with its number.
+    """
+
+    def __init__(
+        self, engine: Computes[Cache], vocab_size: int, room: int, other: EngineSession[Any] | None = None
+    ) -> None:
         self.room = room
+        self._together: list[EngineSession[Any]] = [] if other is None else other._together
+        self._number = len(self._together)
+        self._together.append(self)
         self._engine, self._vocab_size = engine, vocab_size
         self._sequences: dict[int, _Sequence[Cache]] = {}
         self._numbers = 0
@@ -181,14 +189,9 @@ class EngineSession(Generic[Cache]):
 
     def follow(self) -> None:
         assert not self._engine.leads, "the first rank leads"
-        while self._open:
-            what, *words = self._engine.from_first(None)
-            if what == "step":
-                pieces = [Piece(*piece) for piece in words[0]]
-                for _ in self._step(pieces, self._batch(pieces)):
-                    pass
-            else:
-                getattr(self, f"_{what}")(*words)
+        while any(session._open for session in self._together):
+            number, what, *words = self._together[0]._engine.from_first(None)
+            self._together[number]._obey(what, *words)
 
     def close(self) -> None:
         if self._open and self._engine.leads:
@@ -207,7 +210,15 @@ class EngineSession(Generic[Cache]):
         """Let other ranks do the same."""
         assert self._open, "the session is closed"
         if self._engine.ranks > 1:
-            self._engine.from_first(list(words))
+            self._together[0]._engine.from_first([self._number, *words])
+
+    def _obey(self, what: str, *words: Any) -> None:
+        if what == "step":
+            pieces = [Piece(*piece) for piece in words[0]]
+            for _ in self._step(pieces, self._batch(pieces)):
+                pass
+        else:
+            getattr(self, f"_{what}")(*words)
 
     def _reserved(self, sharer: int) -> int:
         return sum(sequence.room for sequence in self._sequences.values() if sequence.sharer == sharer)

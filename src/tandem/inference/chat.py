@@ -131,8 +131,20 @@ class Model:
         return ids
 
 
-def open_model(options: LoadOptions) -> Model:
+def open_models(loads: Mapping[str, LoadOptions]) -> dict[str, Model]:
+    """Open several models by name, all of them on the same processes."""
+    models: dict[str, Model] = {}
+    for name, options in loads.items():
+        first = next(iter(models.values()), None)
+        models[name] = open_model(options, None if first is None else first.communicator)
+    return models
+
+
+def open_model(options: LoadOptions, communicator: Communicator | None = None) -> Model:
     """Open a Hugging Face folder or a checkpoint of any layout for inference, on the processes of the job.
+
+    Args:
+        communicator: with these processes, where they have joined before.
 
     Raises:
         UserError: there is no model in the folder, no tokenizer in the folder and none is given, or the processes do
@@ -155,7 +167,8 @@ def open_model(options: LoadOptions) -> Model:
     world = World.from_environment()
     grid = Grid(options.layout.balanced(source.config.num_layers), world.size)
     check_framework(options.ai_framework).keep_few_shapes()
-    communicator = connect(options.ai_framework, world, options.device, WAIT_MINUTES)
+    if communicator is None:
+        communicator = connect(options.ai_framework, world, options.device, WAIT_MINUTES)
     settings = EngineSettings(
         training=False, device=options.device, bf16=options.bf16, fp16=options.fp16, grid=grid, rank=world.rank
     )

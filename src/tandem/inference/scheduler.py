@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from tandem.backends.interface import Engine, Piece
+from tandem.backends.interface import Engine, Piece, Session
 from tandem.errors import UserError
 from tandem.inference.beginnings import LEAST, Ended, Known, common_beginning
 from tandem.inference.room import memory_notice, tokens_that_fit
@@ -145,15 +145,23 @@ class Scheduler:
     Args:
         max_batch_size: how many requests run at the same time; default: 16. Others wait.
         room: how many tokens of all that run together can be kept; default: `default_room`.
+        other: of another model on the same ranks. Those that do not lead follow both, by following one of them.
 
     Raises:
         UserError: see `Engine.session`.
     """
 
-    def __init__(self, engine: Engine, max_batch_size: int | None = None, room: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_batch_size: int | None = None,
+        room: int | None = None,
+        other: Scheduler | None = None,
+    ) -> None:
         self.engine = engine
         self.max_batch_size = MAX_BATCH_SIZE if max_batch_size is None else max_batch_size
-        self._session = engine.session(default_room(engine, self.max_batch_size) if room is None else room)
+        room = default_room(engine, self.max_batch_size) if room is None else room
+        self._session: Session = engine.session(room, None if other is None else other._session)
         self._waiting: deque[Request] = deque()
         self._running: list[_Running] = []
         self._ended = Ended(self._session, self.max_batch_size)

@@ -95,6 +95,12 @@ class Job:
         )
 
 
+def scheduler_next_to(others: Sequence[Scheduler], model: Model, models: int, max_batch_size: int | None) -> Scheduler:
+    """One of a model, which shares the free memory with those of `models` models. Ranks follow all of them together."""
+    texts = MAX_BATCH_SIZE if max_batch_size is None else max_batch_size
+    return Scheduler(model.engine, texts, default_room(model.engine, texts, models), others[0] if others else None)
+
+
 class Worker:
     """Answers questions in a thread of its own.
 
@@ -103,7 +109,8 @@ class Worker:
         failure: why they could not be opened, or why the thread ended.
 
     Args:
-        open_models: called in the thread, since some frameworks compute only where the model was opened.
+        open_models: called in the thread, since some frameworks compute only where the model was opened. The models are
+            on the same processes (`open_models`).
         max_batch_size: how many answers of a model are computed at a time; others wait.
         when_open: called in the thread when the models are open.
         when_failed: called in the thread when there is a `failure`. It then ends.
@@ -163,9 +170,9 @@ class Worker:
                     self._step(name, scheduler)
                 for job in list(self._jobs):
                     self._tell_news(job)
-            for name, scheduler in self._schedulers.items():
+            for scheduler in self._schedulers.values():
                 scheduler.close()
-                models[name].communicator.close()
+            next(iter(models.values())).communicator.close()
         except BaseException as error:  # noqa: BLE001 - raised again where the worker was made
             self.failure = error
             for job in self._jobs:
@@ -174,12 +181,12 @@ class Worker:
 
     def _begin_session(self, name: str, model: Model, models: int) -> None:
         """A new state of a model, which shares the free memory with the other ones."""
+        self._schedulers.pop(name, None)
         self._schedulers[name] = scheduler = self._scheduler(model, models)
         log.info("> %s: %s", name, scheduler.notice)
 
     def _scheduler(self, model: Model, models: int) -> Scheduler:
-        texts = MAX_BATCH_SIZE if self._max_batch_size is None else self._max_batch_size
-        return Scheduler(model.engine, texts, default_room(model.engine, texts, models))
+        return scheduler_next_to(list(self._schedulers.values()), model, models, self._max_batch_size)
 
     def _take_calls(self) -> None:
         """Do what other threads have asked for. With nothing to compute, wait for them."""

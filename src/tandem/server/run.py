@@ -10,10 +10,10 @@ from types import FrameType
 import uvicorn
 
 from tandem.errors import UserError
-from tandem.inference.chat import Model, open_model
+from tandem.inference.chat import Model, open_models
 from tandem.inference.options import LoadOptions, models_to_open
 from tandem.inference.scheduler import Scheduler
-from tandem.inference.worker import Worker
+from tandem.inference.worker import Worker, scheduler_next_to
 from tandem.launch.stopping import stopping_signals
 from tandem.launch.world import World
 from tandem.logs import log
@@ -33,8 +33,6 @@ def serve(options: ServeOptions) -> None:
         UserError: the address is taken, or a model cannot be opened.
     """
     world = World.from_environment()
-    if world.size > 1 and options.compare is not None:
-        raise UserError(f"--compare {options.compare}: only one process can serve two models; leave it out")
     check_processes(options.model, world.size)
     if world.rank > 0:
         follow(options)
@@ -47,8 +45,8 @@ def serve(options: ServeOptions) -> None:
     served: dict[str, Served] = {}
     models = models_to_open(options.model, options.compare, options.served_model_name)
 
-    def open_models() -> dict[str, Model]:
-        opened = {name: open_model(load) for name, load in models.items()}
+    def open_all() -> dict[str, Model]:
+        opened = open_models(models)
         served.update({name: Served(name, model) for name, model in opened.items()})
         return opened
 
@@ -58,7 +56,7 @@ def serve(options: ServeOptions) -> None:
     def when_failed() -> None:
         server.should_exit = True
 
-    worker = Worker(open_models, options.max_batch_size, when_open, when_failed)
+    worker = Worker(open_all, options.max_batch_size, when_open, when_failed)
     service = Service(worker, served, options.max_batch_size + options.max_waiting)
     limits = Limits(options.key, options.max_body_mb << 20, options.max_tokens, only_local=options.host in LOCAL)
     server = _Server(
@@ -111,10 +109,14 @@ def ranks_of_a_copy(model: LoadOptions) -> int:
 def follow(options: ServeOptions) -> None:
     """On other ranks than the first: compute what it asks for, until it ends. Signals are for the first one."""
     with stopping_signals(lambda number, frame: None):
-        model = open_model(options.model)
-        with Scheduler(model.engine, options.max_batch_size) as scheduler:
-            scheduler.follow()
-        model.communicator.close()
+        models = open_models(models_to_open(options.model, options.compare, options.served_model_name))
+        schedulers = list[Scheduler]()
+        for model in models.values():
+            schedulers.append(scheduler_next_to(schedulers, model, len(models), options.max_batch_size))
+        schedulers[0].follow()
+        for scheduler in schedulers:
+            scheduler.close()
+        next(iter(models.values())).communicator.close()
 
 
 def bind(host: str, port: int) -> socket.socket:
