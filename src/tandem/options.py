@@ -102,11 +102,13 @@ def flag_of(name: str) -> str:
 
 
 def as_typed(name: str, value: Any) -> str:
-    """A field and its value as a command line gives them.
+    """A field and its value as a command line gives them; the flag alone for a value of None.
 
     >>> as_typed("lora_r", 8), as_typed("lora_use_rslora", False), as_typed("split", (9, 1))
     ('--lora-r 8', '--no-lora-use-rslora', '--split 9 1')
     """
+    if value is None:
+        return flag_of(name)
     if isinstance(value, bool):
         return flag_of(name) if value else opposite(flag_of(name))
     words = value if isinstance(value, tuple | list) else [value]
@@ -192,6 +194,15 @@ def as_words(options: Any) -> list[str]:
 
 
 Describe = Callable[[str, Any], str]  # how an error shows a name and its value (None: the name alone)
+
+
+def in_place(where: str) -> Describe:
+    """How an error shows a value that stands in a file, under its name there.
+
+    >>> in_place("index.json")("noop_layers", 3)
+    'index.json: noop_layers 3'
+    """
+    return lambda name, value: f"{where}: {name}" if value is None else f"{where}: {name} {value}"
 
 
 def as_keyword(name: str, value: Any) -> str:

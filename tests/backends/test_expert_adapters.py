@@ -200,7 +200,7 @@ def test_without_adapters_the_weights_alone_compute(framework: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
-        (Lora(use_dora=True), "DoRA .* not supported on gate"),
+        (Lora(use_dora=True), "--lora-use-dora is not supported on gate"),
         (Lora(target_modules=("experts.3.up_proj",)), "1 of 8 experts of layer 0 would get adapters of up_proj"),
         (
             Lora(rank_pattern=(("experts.3.up_proj", 2),)),
@@ -217,7 +217,7 @@ def test_what_experts_cannot_have_is_refused(lora: Lora, words: str) -> None:
 
 def test_dropout_of_experts_is_refused(framework: str) -> None:
     config = dataclasses.replace(CONFIG, lora=Lora(lora_dropout=0.1))
-    with pytest.raises(UserError, match=r"lora_dropout 0\.1 is not supported on gate"):
+    with pytest.raises(UserError, match=r"--lora-dropout 0\.1 is not supported on gate"):
         create_engine(framework, config, EngineSettings())
     create_engine(framework, config, EngineSettings(training=False))
     check_dropout(dataclasses.replace(CONFIG, lora=Lora(lora_dropout=0.1, target_modules=("q_proj",))))

@@ -281,7 +281,7 @@ CASES = {
     ),
     "fewer layers than stages": Case(
         f"{CONVERT} --ckpt-format torch --target-pipeline-parallel-size 6",
-        r"size 6: leave slots without a layer with (--noop-layers) (\S+)$",
+        r"size 6: [^-]*leave slots without a layer with (--noop-layers) (\S+)$",
         give,
     ),
     "fewer layers than stages, in training": Case(
@@ -293,6 +293,24 @@ CASES = {
         f"{CONVERT} --ckpt-format torch --target-pipeline-parallel-size 3 --num-layers-per-virtual-pipeline-stage 1",
         r"with (--noop-layers) (\S+)$",
         give,
+    ),
+    "tensors that cannot be split so": Case(
+        f"{CONVERT} --target-tensor-parallel-size 7", r"(--target-tensor-parallel-size) 7: .* give 1 or (\d)$", give
+    ),
+    "tensors that cannot be split so, in training": Case(
+        f"{TRAIN} --tensor-model-parallel-size 7 --nproc-per-node 7",
+        r"(--tensor-model-parallel-size) 7: .* give 1 or (\d)$",
+        lambda line, found: changed(give(line, found), "--nproc-per-node", "2"),
+    ),
+    "chunks of layers that do not divide": Case(
+        f"{TRAIN} --pipeline-model-parallel-size 2 --nproc-per-node 2 --num-layers-per-virtual-pipeline-stage 3",
+        r"(--num-layers-per-virtual-pipeline-stage) 3: .* give (\d), or leave it out$",
+        give,
+    ),
+    "adapters of rank 0": Case(
+        f"{TRAIN} --lora-target-modules all-linear --lora-r 0",
+        "--lora-r 0: expected a whole number, at least 1",
+        lambda line, _: changed(line, "--lora-r", "1"),
     ),
     "two precisions": Case(f"{TRAIN} --fp16 --bf16", "exclude each other: give one", leave_out("--fp16", 0)),
     "two warm-ups": Case(

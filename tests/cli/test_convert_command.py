@@ -61,7 +61,8 @@ def test_flags_without_effect_for_the_target_are_said(hf: Path, capsys: pytest.C
     ("flags", "message"),
     [
         (["--schedules-method", "dualpipev"], "--schedules-method: dualpipev is not supported"),
-        (["--target-expert-parallel-size", "2"], "expert_model_parallel_size 2: the model has no experts"),
+        (["--target-tensor-parallel-size", "7"], "--target-tensor-parallel-size 7: the model's .*: give 1 or 2"),
+        (["--target-expert-parallel-size", "2"], "--target-expert-parallel-size 2: the model has no experts"),
         (["--w-pack", "True"], "--w-pack True: only False"),
         (["--verify", "--no-verify"], "exclude each other"),
         (["--num-query-groups", "4"], "--num-query-groups 4 contradicts the config of .*"),

@@ -14,6 +14,7 @@ from tandem.config.settings import Settings
 from tandem.config.upstream.flags import CONVERT_IGNORED, split_ignored
 from tandem.conversion.options import ConvertOptions
 from tandem.errors import UserError
+from tandem.models.lora import Lora
 
 
 def parse(*words: str) -> Settings:
@@ -191,6 +192,18 @@ def test_everything_wrong_with_a_command_is_said_at_once(tmp_path: Path) -> None
         assert len(error.value.problems) == len(expected)
         for problem, start in zip(error.value.problems, expected, strict=True):
             assert problem.startswith(start)
+
+
+def test_numbers_of_adapters_are_named_as_they_are_typed() -> None:
+    for values, expected in (
+        ({"r": 0, "lora_dropout": 1}, ("--lora-r 0: expected a whole number", "--lora-dropout 1: expected")),
+        ({"lora_dropout": 0.5, "use_dora": True}, ("--lora-dropout 0.5 and --lora-use-dora exclude each other",)),
+        ({"target_modules": ("q_proj",), "lora_alpha": -1}, ("--lora-alpha -1: expected a number above 0",)),
+    ):
+        with pytest.raises(UserError) as error:
+            Lora.of_flags(**values)
+        assert len(error.value.problems) == len(expected)
+        assert all(map(str.startswith, error.value.problems, expected))
 
 
 def test_a_word_that_may_belong_to_a_wrong_flag_is_not_said_to_be_missing() -> None:

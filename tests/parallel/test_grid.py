@@ -8,6 +8,7 @@ import pytest
 from tandem.errors import UserError
 from tandem.launch.world import World
 from tandem.models.tensors import tensor_table
+from tandem.options import as_typed
 from tandem.parallel.grid import Grid, Place, held_shards, saved_shards
 from tandem.parallel.layout import Layout, even_rows
 from tandem.parallel.slices import Part, cut, overlaps, tiles, transfer
@@ -137,12 +138,20 @@ def test_megatrons_places_of_experts() -> None:
 @pytest.mark.parametrize(
     ("layout", "size", "named"),
     [
-        ({"expert_model_parallel_size": 3}, 3, "num_experts 8 is not a multiple of expert_model_parallel_size 3"),
+        (
+            {"expert_model_parallel_size": 3},
+            3,
+            "--expert-model-parallel-size 3: .*: give 1, 2, 4 or 8",
+        ),
         ({"expert_model_parallel_size": 4}, 2, "the 2 processes of a pipeline stage are not a multiple of 4 ranks"),
-        ({"expert_tensor_parallel_size": 2}, 2, "expert_tensor_parallel_size 2: expected 1"),
-        ({"moe_tp_extend_ep": True, "tensor_model_parallel_size": 16}, 16, "8 is not a multiple of 16 tensor ranks"),
+        ({"expert_tensor_parallel_size": 2}, 2, "--expert-tensor-parallel-size 2: expected 1"),
+        (
+            {"moe_tp_extend_ep": True, "tensor_model_parallel_size": 16},
+            16,
+            "16 tensor ranks x 1 ranks: leave out --moe-",
+        ),
     ],
 )
 def test_experts_that_do_not_divide_are_refused(layout: dict, size: int, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        Grid(Layout(**layout), size).layout._check_experts(moe_config().experts)
+        Grid(Layout(**layout), size).layout._check_experts(moe_config().experts, as_typed)

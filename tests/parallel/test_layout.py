@@ -136,10 +136,13 @@ def test_tied_head_copy_only_on_the_last_of_several_stages() -> None:
     [
         ({"pipeline_model_parallel_size": 2}, "3 layers"),
         ({"tensor_model_parallel_size": 4}, "num_query_groups 2"),
-        ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 1)}, "num_layer_list"),
-        ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 2), "noop_layers": (0,)}, "cannot be used with"),
+        ({"pipeline_model_parallel_size": 2, "num_layer_list": (1, 1)}, "--num-layer-list 1,1: .* such as 2,1"),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layer_list": (1, 2), "noop_layers": (0,)},
+            "1,2 and --noop-layers exclude",
+        ),
         ({"pipeline_model_parallel_size": 3, "num_layers_per_virtual_pipeline_stage": 1}, "virtual"),
-        ({"noop_layers": (9,)}, "noop_layers"),
+        ({"noop_layers": (9,)}, "--noop-layers 9: expected different numbers from 0 to 3"),
     ],
 )
 def test_impossible_layouts_are_named(layout: dict, named: str) -> None:

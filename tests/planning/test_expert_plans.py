@@ -69,7 +69,7 @@ def test_the_plan_of_a_layout_with_experts(capsys: pytest.CaptureFixture[str]) -
     assert main([*words, "--expert-model-parallel-size", "4"]) == 0
     assert "experts" in capsys.readouterr().out
     assert main([*words, "--expert-model-parallel-size", "3"]) == 2
-    assert "num_experts 128 is not a multiple of expert_model_parallel_size 3" in capsys.readouterr().err
+    assert "the model's 128 experts do not divide over 3 ranks: give 1, 2, 4" in capsys.readouterr().err
     assert main([*words, "--expert-model-parallel-size", "8"]) == 2
     assert "--expert-model-parallel-size 8: the 4 processes of a pipeline stage" in capsys.readouterr().err
     assert main([*words, "--expert-model-parallel-size", "4", "--use-torch-fsdp2", "--ai-framework", "torch"]) == 2

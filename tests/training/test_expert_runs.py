@@ -114,8 +114,8 @@ def test_what_adapters_of_experts_cannot_have_is_said(
 ) -> None:
     pytest.importorskip("torch")
     for changes, words in (
-        ({"lora_dropout": 0.1}, "lora_dropout 0.1 is not supported on gate"),
-        ({"lora_use_dora": True}, "DoRA .* is not supported on gate"),
+        ({"lora_dropout": 0.1}, "--lora-dropout 0.1 is not supported on gate"),
+        ({"lora_use_dora": True}, "--lora-use-dora is not supported on gate"),
         (
             {"lora_target_modules": "gate_up_proj"},
             "--lora-target-modules gate_up_proj: expected all-linear, or some of",

@@ -221,6 +221,7 @@ def _sink(work: Path, options: ConvertOptions, source: TensorSource, companions:
     dtype = dtype_name(source.dtype(next(iter(tensor_table(config)))))
     if options.save_model_type == "hf":
         return HFSink(work, config, dtype, companions)
+    options.check_layout(config)
     layout = options.target_layout()
     if options.ckpt_format == "native":
         documents = {} if (prompt := source.document(PROMPT_FILE)) is None else {PROMPT_FILE: prompt}

@@ -50,6 +50,14 @@ class StatedModel:
                 raise UserError(f"{as_typed(stated.name, value)} contradicts the config of {where}, which has {actual}")
 
 
+# The options that give a field of the target's layout another name.
+TARGETS = {
+    "tensor_model_parallel_size": "target_tensor_parallel_size",
+    "pipeline_model_parallel_size": "target_pipeline_parallel_size",
+    "expert_model_parallel_size": "target_expert_parallel_size",
+}
+
+
 @dataclass(frozen=True)
 class ConvertOptions(Options):
     """Options of `tandem convert`, named as the flags of MindSpeed-LLM's converters."""
@@ -172,6 +180,10 @@ class ConvertOptions(Options):
             expert_tensor_parallel_size=self.expert_tensor_parallel_size,
             moe_tp_extend_ep=self.moe_tp_extend_ep,
         )
+
+    def check_layout(self, config: ModelConfig) -> None:
+        """Raise UserError when `config` cannot be laid out as the flags say."""
+        self.target_layout().check(config, lambda name, value: as_typed(TARGETS.get(name, name), value))
 
     def source_layers(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """The source's noop layers and its layer list, as the flags give them; None where they do not.

@@ -194,12 +194,17 @@ def check_writable(folder: str | Path, flag: str | None = None) -> None:
         raise UserError(f"{given}: {place} cannot be written to: choose another folder, or have it made writable")
 
 
-def check_free_space(folder: str | Path, needed: int) -> None:
-    """Raise UserError when the disk that will hold `folder` has less than `needed` bytes free."""
+def check_free_space(folder: str | Path, needed: int, flag: str | None = None) -> None:
+    """Raise UserError when the disk that will hold `folder` has less than `needed` bytes free.
+
+    Args:
+        flag: that names the folder.
+    """
     free = shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         raise UserError(
-            f"{final_place(folder)} needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free"
+            f"{f'{flag} ' if flag else ''}{final_place(folder)} needs {needed / 1e6:,.0f} MB and the disk has "
+            f"{free / 1e6:,.0f} MB free: make room, or choose a folder on another disk"
         )
 
 

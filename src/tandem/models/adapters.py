@@ -122,12 +122,12 @@ def _adapters(config: ModelConfig, lora: Lora, layer: int) -> tuple[Adapter, ...
         if len(of_row) > 1 and any(adapter.part is None or adapter.is_parameter for adapter in of_row):
             names = ", ".join(dict.fromkeys(_last(adapter.path) for adapter in of_row))
             raise UserError(
-                f"lora_target_modules names {names}, and the rows of one are rows of another: give one or the other"
+                f"--lora-target-modules: {names}: the rows of one are rows of another: give one or the other"
             )
         if of_row and lora.use_dora and row.mcore not in LINEARS:
             raise UserError(
-                f"DoRA (use_dora) is not supported on {_last(of_row[0].path)}, which is of experts or their router: "
-                f"leave it out, or take other modules"
+                f"--lora-use-dora is not supported on {_last(of_row[0].path)}, which is of experts or their router: "
+                f"leave it out, or give other --lora-target-modules"
             )
         found += of_row
     return tuple(found)
@@ -140,8 +140,8 @@ def check_dropout(config: ModelConfig) -> None:
     found = (adapter for layer in range(config.num_layers) for adapter in adapters(config, layer))
     if adapter := next((adapter for adapter in found if f"{adapter.linear}.weight" not in LINEARS), None):
         raise UserError(
-            f"lora_dropout {config.lora.lora_dropout:g} is not supported on {_last(adapter.path)}, which is of experts "
-            f"or their router: train with 0, or on other modules"
+            f"--lora-dropout {config.lora.lora_dropout:g} is not supported on {_last(adapter.path)}, which is of "
+            f"experts or their router: train with 0, or give other --lora-target-modules"
         )
 
 

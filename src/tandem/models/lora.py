@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tandem.errors import UserError
-from tandem.options import as_typed, flag_of
+from tandem.errors import UserError, raise_all
+from tandem.options import Describe, as_typed, flag_of
 
 ALL_LINEAR = "all-linear"
 Pattern = tuple[tuple[str, float], ...]
@@ -51,31 +51,14 @@ class Lora:
     target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for rank in (self.r, *(rank for _, rank in self.rank_pattern)):
-            if type(rank) is not int or rank < 1:
-                raise UserError(f"lora_r {rank!r}: expected a whole number, at least 1")
-        for alpha in (self.lora_alpha, *(alpha for _, alpha in self.alpha_pattern)):
-            if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-                raise UserError(f"lora_alpha {alpha!r}: expected a number above 0")
-        if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout {self.lora_dropout!r}: expected at least 0 and below 1")
-        for name, texts in self._expressions():
-            try:
-                re.compile(texts)
-            except re.error as error:
-                raise UserError(f"{name} {texts!r} is no regular expression: {error}") from None
-        if self.lora_dropout and self.use_dora:
-            raise UserError(f"lora_dropout {self.lora_dropout} with DoRA (use_dora) is not supported: leave one out")
-        if not self.target_modules and not self.target_parameters:
-            raise UserError("lora_target_modules is empty: expected names such as q_proj, or all-linear")
+        raise_all(wrong_values(vars(self)))
 
-    def _expressions(self) -> Iterator[tuple[str, str]]:
-        """The regular expressions, each with the name of its setting."""
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), str):
-                yield name, value
-        for name in ("rank_pattern", "alpha_pattern"):
-            yield from ((name, key) for key, _ in getattr(self, name))
+    @classmethod
+    def of_flags(cls, **values: Any) -> Lora:
+        """Adapters that flags describe: errors call the fields as these are typed."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        raise_all(wrong_values({**defaults, **values}, as_flag))
+        return cls(**values)
 
     @property
     def kind(self) -> str:
@@ -145,6 +128,56 @@ class Lora:
     def from_dict(cls, values: dict[str, Any]) -> Lora:
         """The inverse of `to_dict`, also when JSON has turned tuples into lists."""
         return cls(**{name: _as_tuples(value) for name, value in values.items()})
+
+
+def as_recorded(name: str, value: Any) -> str:
+    """A field of `Lora` as a file has it."""
+    return name if value is None else f"{name} {value!r}"
+
+
+def wrong_values(values: Mapping[str, Any], describe: Describe = as_recorded) -> Iterator[str]:
+    """What is wrong with the fields of `Lora`, one text for each problem.
+
+    Args:
+        values: by name of the field.
+        describe: how to call a field, by default as PEFT does.
+    """
+    for rank in (values["r"], *(rank for _, rank in values["rank_pattern"])):
+        if type(rank) is not int or rank < 1:
+            yield f"{describe('r', rank)}: expected a whole number, at least 1"
+    for alpha in (values["lora_alpha"], *(alpha for _, alpha in values["alpha_pattern"])):
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            yield f"{describe('lora_alpha', alpha)}: expected a number above 0"
+    dropout = values["lora_dropout"]
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        yield f"{describe('lora_dropout', dropout)}: expected at least 0 and below 1"
+    elif dropout and values["use_dora"]:
+        yield f"{describe('lora_dropout', dropout)} and {describe('use_dora', True)} exclude each other: leave one out"
+    for name, text in _expressions(values):
+        try:
+            re.compile(text)
+        except re.error as error:
+            yield f"{describe(name, text)} is no regular expression: {error}"
+    if not values["target_modules"] and not values["target_parameters"]:
+        yield f"{describe('target_modules', None)} is empty: expected names such as q_proj, or all-linear"
+
+
+def as_flag(name: str, value: Any) -> str:
+    """A field of `Lora` as the command line has it.
+
+    >>> as_flag("r", 0), as_flag("lora_dropout", 2.5)
+    ('--lora-r 0', '--lora-dropout 2.5')
+    """
+    return as_typed(name if name.startswith("lora_") else f"lora_{name}", value)
+
+
+def _expressions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The regular expressions, each with the name of its setting."""
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := values[name], str):
+            yield name, value
+    for name in ("rank_pattern", "alpha_pattern"):
+        yield from ((name, key) for key, _ in values[name])
 
 
 def check_stated(lora: Lora | None, given: Mapping[str, object], where: str) -> None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.errors import UserError
+from tandem.errors import UserError, check_all
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 from tandem.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT, TensorSpec, layer_prefix, tensor_table
+from tandem.options import Describe, as_typed
 from tandem.parallel.slices import Part
 
 
@@ -95,17 +96,21 @@ class Layout:
         counts = tuple(layers + (stages - 1 - rest <= stage < stages - 1) for stage in range(stages))
         return dataclasses.replace(self, num_layer_list=counts)
 
-    def stages(self, num_layers: int) -> Stages:
+    def stages(self, num_layers: int, describe: Describe = as_typed) -> Stages:
         """Where each of `num_layers` layers goes.
+
+        Args:
+            describe: how errors call the fields of the layout, by default as flags of training.
 
         Raises:
             UserError: the numbers do not divide, or contradict each other.
         """
         total = num_layers + len(self.noop_layers)
-        slots = self._slots(total)
+        slots = self._slots(total, describe)
         empty = set(self.noop_layers)
         if len(empty) != len(self.noop_layers) or any(not 0 <= slot < total for slot in empty):
-            raise UserError(f"noop_layers {list(self.noop_layers)} must be distinct and within 0..{total - 1}")
+            given = describe("noop_layers", _comma_separated(self.noop_layers))
+            raise UserError(f"{given}: expected different numbers from 0 to {total - 1}")
         layer_of = {slot: layer for layer, slot in enumerate(s for s in range(total) if s not in empty)}
         return tuple(
             tuple(
@@ -115,60 +120,77 @@ class Layout:
             for stage in slots
         )
 
-    def _slots(self, total: int) -> list[list[range]]:
+    def _slots(self, total: int, describe: Describe) -> list[list[range]]:
         """[stage][chunk] -> range of slot numbers, before noop slots are emptied."""
         pp, per_chunk = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
         if self.layers_of_chunks is not None:
             return _interleaved(self.layers_of_chunks, pp)
         if self.num_layer_list is not None:
-            return self._uneven_slots(total, self.num_layer_list)
+            return self._uneven_slots(total, self.num_layer_list, describe)
         if total % pp:
             raise UserError(
-                f"{total} layers (noop layers included) do not divide over pipeline_model_parallel_size {pp}: "
-                f"{self._ways_to_divide(total)}"
+                f"{describe('pipeline_model_parallel_size', pp)}: {total} layers (noop layers included) do not divide "
+                f"over the stages: give {_one_of(divisors(total))}, or {self._ways_to_divide(total, describe)}"
             )
         per_stage = total // pp
         if per_chunk is None:
             return [[range(stage * per_stage, (stage + 1) * per_stage)] for stage in range(pp)]
         if per_chunk < 1 or per_stage % per_chunk or per_stage <= per_chunk:
+            smaller = divisors(per_stage)[:-1]
             raise UserError(
-                f"num_layers_per_virtual_pipeline_stage {per_chunk} must divide the {per_stage} layers of a "
-                f"pipeline stage and be smaller"
+                f"{describe('num_layers_per_virtual_pipeline_stage', per_chunk)}: expected a number that divides the "
+                f"{per_stage} layers of a pipeline stage, and is smaller: "
+                f"{f'give {_one_of(smaller)}, or ' if smaller else ''}leave it out"
             )
         return _interleaved((per_chunk,) * (total // per_chunk), pp)
 
-    def _ways_to_divide(self, total: int) -> str:
-        """The flags that lay out slots which do not divide over the stages. Each stage of a list needs a layer."""
-        stages = self.pipeline_model_parallel_size
-        filled = ",".join(map(str, [*self.noop_layers, *range(total, total + -total % stages)]))
-        even = dataclasses.replace(self, num_layers_per_virtual_pipeline_stage=None).balanced(total).num_layer_list
-        listed = f"give the layers of each stage with --num-layer-list {','.join(map(str, even))}, or " if even else ""
-        return f"{listed}leave slots without a layer with --noop-layers {filled}"
+    def _ways_to_divide(self, total: int, describe: Describe) -> str:
+        """What else lays out slots that do not divide over the stages. Each stage of a list needs a layer."""
+        stages, even = self.pipeline_model_parallel_size, self.balanced(total).num_layer_list
+        filled = describe("noop_layers", _comma_separated([*self.noop_layers, *range(total, total + -total % stages)]))
+        listed = (
+            f"give the layers of each stage with {describe('num_layer_list', _comma_separated(even))}, or "
+            if even
+            else ""
+        )
+        return f"{listed}leave slots without a layer with {filled}"
 
-    def _uneven_slots(self, total: int, counts: tuple[int, ...]) -> list[list[range]]:
+    def _uneven_slots(self, total: int, counts: tuple[int, ...], describe: Describe) -> list[list[range]]:
+        stages, given = self.pipeline_model_parallel_size, describe("num_layer_list", _comma_separated(counts))
         if self.num_layers_per_virtual_pipeline_stage is not None or self.noop_layers:
-            raise UserError("num_layer_list cannot be used with virtual pipeline stages or noop layers")
-        if len(counts) != self.pipeline_model_parallel_size or sum(counts) != total or min(counts) < 1:
+            others = ("num_layers_per_virtual_pipeline_stage", "noop_layers")
+            names = " and ".join(describe(name, None) for name in others if getattr(self, name))
+            raise UserError(f"{given} and {names} exclude each other: give one")
+        if len(counts) != stages or sum(counts) != total or min(counts) < 1:
+            even = dataclasses.replace(self, num_layer_list=None).balanced(total).num_layer_list
+            example = even or (total // stages,) * stages if total >= stages else None
             raise UserError(
-                f"num_layer_list {list(counts)} must hold pipeline_model_parallel_size = "
-                f"{self.pipeline_model_parallel_size} positive numbers whose sum is the {total} layers"
+                f"{given}: expected {stages} positive numbers ({describe('pipeline_model_parallel_size', None)}) whose "
+                f"sum is the {total} layers{f', such as {_comma_separated(example)}' if example else ''}"
             )
         starts = [sum(counts[:stage]) for stage in range(len(counts))]
         return [[range(start, start + count)] for start, count in zip(starts, counts)]
 
-    def check(self, config: ModelConfig) -> None:
-        """Raise UserError when `config` cannot be laid out like this."""
+    def check(self, config: ModelConfig, describe: Describe = as_typed) -> None:
+        """Raise UserError when `config` cannot be laid out like this. `describe`: see `stages`."""
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{describe(name, value)}: expected 1 or more")
+        check_all(
+            lambda: self._check_tensors(config, describe),
+            lambda: self._check_experts(config.experts, describe),
+            lambda: self.stages(config.num_layers, describe),
+        )
+
+    def _check_tensors(self, config: ModelConfig, describe: Describe) -> None:
         tp = self.tensor_model_parallel_size
-        if tp < 1 or self.pipeline_model_parallel_size < 1:
-            raise UserError("tensor_model_parallel_size and pipeline_model_parallel_size must be at least 1")
         cut = ["num_query_groups", "num_attention_heads", *(["ffn_hidden_size"] if config.dense_layers else [])]
-        for field in cut:
-            if getattr(config, field) % tp:
-                raise UserError(
-                    f"{field} {getattr(config, field)} is not a multiple of tensor_model_parallel_size {tp}"
-                )
-        self._check_experts(config.experts)
-        self.stages(config.num_layers)
+        sizes = {field: getattr(config, field) for field in cut}
+        if wrong := [f"{field} {size}" for field, size in sizes.items() if size % tp]:
+            raise UserError(
+                f"{describe('tensor_model_parallel_size', tp)}: the model's {' and '.join(wrong)} cannot be split so: "
+                f"give {_one_of(divisors(math.gcd(*sizes.values())))}"
+            )
 
     def check_expert_sharding(self, use_torch_fsdp2: bool) -> None:
         """Raise UserError where ranks are to share experts, and fully sharded weights do that already."""
@@ -179,31 +201,53 @@ class Layout:
                 "--expert-tensor-parallel-size and --moe-tp-extend-ep"
             )
 
-    def _check_experts(self, experts: Experts | None) -> None:
-        ep, tp = self.expert_model_parallel_size, self.tensor_model_parallel_size
-        if ep < 1:
-            raise UserError(f"expert_model_parallel_size {ep}: expected 1 or more")
-        if self.expert_tensor_parallel_size not in (None, 1, tp):
-            raise UserError(
-                f"expert_tensor_parallel_size {self.expert_tensor_parallel_size}: expected 1, or "
-                f"tensor_model_parallel_size {tp}"
-            )
-        if self.moe_tp_extend_ep and self.expert_tensor_parallel_size not in (None, 1):
-            raise UserError("moe_tp_extend_ep leaves experts whole: expected expert_tensor_parallel_size 1, or none")
+    def _check_experts(self, experts: Experts | None, describe: Describe) -> None:
+        ep, etp, tp = self.expert_model_parallel_size, self.expert_tensor_parallel_size, self.tensor_model_parallel_size
+        shared, extends = describe("expert_model_parallel_size", ep), describe("moe_tp_extend_ep", True)
+        if etp not in (None, 1, tp):
+            same = describe("tensor_model_parallel_size", None)
+            raise UserError(f"{describe('expert_tensor_parallel_size', etp)}: expected 1, or {tp} as {same}")
+        if self.moe_tp_extend_ep and etp not in (None, 1):
+            whole = describe("expert_tensor_parallel_size", 1)
+            raise UserError(f"{extends} leaves experts whole: give {whole}, or leave it out")
         if experts is None:
-            if ep > 1 or self.moe_tp_extend_ep:
-                raise UserError(f"expert_model_parallel_size {ep}: the model has no experts")
+            if given := [*([shared] if ep > 1 else []), *([extends] if self.moe_tp_extend_ep else [])]:
+                raise UserError(f"{' '.join(given)}: the model has no experts: leave it out")
             return
-        if experts.num_experts % self.expert_size:
-            ranks = f"{tp} tensor ranks x " if self.moe_tp_extend_ep else ""
+        total, by_tensor_ranks = experts.num_experts, tp if self.moe_tp_extend_ep else 1
+        if total % self.expert_size:
+            fitting = _one_of(divisors(total // by_tensor_ranks)) if total % by_tensor_ranks == 0 else ""
             raise UserError(
-                f"num_experts {experts.num_experts} is not a multiple of {ranks}expert_model_parallel_size {ep}"
+                f"{shared}: the model's {total} experts do not divide over "
+                f"{f'{tp} tensor ranks x ' if self.moe_tp_extend_ep else ''}{ep} ranks: "
+                f"{f'give {fitting}' if fitting else f'leave out {extends}'}"
             )
         if experts.moe_ffn_hidden_size % self.expert_tensor_size:
             raise UserError(
-                f"moe_ffn_hidden_size {experts.moe_ffn_hidden_size} is not a multiple of the "
-                f"{self.expert_tensor_size} ranks that cut an expert"
+                f"the model's moe_ffn_hidden_size {experts.moe_ffn_hidden_size} cannot be split over "
+                f"{self.expert_tensor_size} ranks: give {describe('expert_tensor_parallel_size', 1)}"
             )
+
+
+def divisors(number: int) -> list[int]:
+    """
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _one_of(numbers: Sequence[int]) -> str:
+    """
+    >>> _one_of([1, 2, 4])
+    '1, 2 or 4'
+    """
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _comma_separated(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _interleaved(counts: tuple[int, ...], stages: int) -> list[list[range]]:

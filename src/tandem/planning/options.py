@@ -179,7 +179,7 @@ def with_adapters(config: ModelConfig, modules: tuple[str, ...], r: int, use_dor
     """`config` with adapters on these modules; `config` itself without modules."""
     if not modules:
         return config
-    return replace(config, lora=Lora(r=r, target_modules=as_targets(modules), use_dora=use_dora))
+    return replace(config, lora=Lora.of_flags(r=r, target_modules=as_targets(modules), use_dora=use_dora))
 
 
 def model_config(model: str) -> ModelConfig:

@@ -296,9 +296,9 @@ def test_padding_may_cover_whole_ranks(tmp_path: Path) -> None:
 def test_a_vocabulary_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     """Upstream writes ranks of unequal size, which no trainer loads."""
     config = divisible_config(vocab_size=211)
-    with pytest.raises(UserError, match=r"vocabulary of 211 does not divide over tensor_model_parallel_size 2.*Pad it"):
+    with pytest.raises(UserError, match=r"vocabulary of 211 does not divide over 2 .*--padded-vocab-size 212"):
         MegatronSink(tmp_path, config, layout(tp=2), "float32")
-    with pytest.raises(UserError, match="padded_vocab_size 100 is smaller"):
+    with pytest.raises(UserError, match="--padded-vocab-size 100: expected at least the"):
         MegatronSink(tmp_path, config, layout(), "float32", padded_vocab_size=100)
     assert not any(tmp_path.iterdir())
 

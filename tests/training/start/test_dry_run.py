@@ -50,8 +50,16 @@ def test_layers_that_do_not_divide_are_split_evenly(workspace: Workspace, capsys
     ("values", "processes", "expected"),
     [
         ({"tensor_model_parallel_size": 3}, 4, "4 processes: expected a multiple of --tensor-model-parallel-size 3"),
-        ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
-        ({"pipeline_model_parallel_size": 7}, 7, "do not divide over pipeline_model_parallel_size 7"),
+        (
+            {"tensor_model_parallel_size": 8},
+            8,
+            "--tensor-model-parallel-size 8: .* num_query_groups 2 .* give 1 or 2",
+        ),
+        (
+            {"pipeline_model_parallel_size": 7},
+            7,
+            "--pipeline-model-parallel-size 7: 4 layers .* do not divide over the stages: give 1, 2 or 4, or leave",
+        ),
         ({"global_batch_size": 6}, 2, "--global-batch-size 6: expected multiples of --micro-batch-size 2 x 2"),
         ({"data_path": "/no/such/data"}, 1, "/no/such/data"),
         ({"save": "/dev/null/run"}, 1, "/dev/null is a file, where a folder is expected"),
@@ -342,7 +350,13 @@ def test_raw_data_have_steps_a_disk_and_a_prompt_type(
     [
         (
             {"num_layers": 28, "hidden_size": 5, "seq_length": 9999, "num_experts": 2, "tensor_model_parallel_size": 8},
-            ["--num-layers 28", "--hidden-size 5", "--seq-length 9999", "--num-experts 2", "num_query_groups"],
+            [
+                "--num-layers 28",
+                "--hidden-size 5",
+                "--seq-length 9999",
+                "--num-experts 2",
+                "--tensor-model-parallel-size 8",
+            ],
         ),
         (
             {"lr": None, "data_path": "/no/such", "global_batch_size": 12, "save": "/dev/null"},

@@ -232,7 +232,11 @@ def test_errors(workspace: Workspace, tmp_path: Path) -> None:
         ({"lr": None}, 1, "--lr is required"),
         ({"train_iters": None, "epochs": 1, "train_samples": 8}, 1, "--epochs 1.0 exclude each other"),
         ({"tensor_model_parallel_size": 3}, 4, "4 processes: expected a multiple"),
-        ({"tensor_model_parallel_size": 8}, 8, "is not a multiple of tensor_model_parallel_size 8"),
+        (
+            {"tensor_model_parallel_size": 8},
+            8,
+            "--tensor-model-parallel-size 8: .* num_query_groups 2 .* give 1 or 2",
+        ),
         ({"num_layers": 7}, 1, "--num-layers 7 contradicts"),
         ({"load": "/no/such/folder"}, 1, "/no/such/folder does not exist"),
     ],

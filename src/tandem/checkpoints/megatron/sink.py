@@ -145,11 +145,13 @@ class MegatronSink:
     def _check_vocabulary(self) -> None:
         rows, world = self._padded.vocab_size, self._layout.tensor_model_parallel_size
         if rows < self._config.vocab_size:
-            raise UserError(f"padded_vocab_size {rows} is smaller than the vocabulary, {self._config.vocab_size}")
+            raise UserError(
+                f"--padded-vocab-size {rows}: expected at least the {self._config.vocab_size} tokens of the model"
+            )
         if rows % world:
             raise UserError(
-                f"a vocabulary of {rows} does not divide over tensor_model_parallel_size {world}: Megatron cannot load "
-                f"it. Pad it with make_vocab_size_divisible_by or padded_vocab_size"
+                f"a vocabulary of {rows} does not divide over {world} tensor ranks: Megatron cannot load it. Pad it "
+                f"with --make-vocab-size-divisible-by 1, or --padded-vocab-size {rows + -rows % world}"
             )
 
     def _check_space(self) -> None:

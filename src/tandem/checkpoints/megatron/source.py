@@ -59,6 +59,7 @@ from tandem.errors import UserError
 from tandem.models.config import ModelConfig
 from tandem.models.lora import Lora
 from tandem.models.tensors import EMBEDDING
+from tandem.options import in_place
 from tandem.parallel.layout import Layout, Shard, rank_files
 from tandem.parallel.slices import Part, overlaps
 
@@ -106,6 +107,7 @@ class MegatronSource(TensorSource):
         self.companions = companions_in(self.folder)
         self.config = described_model(first.args, str(first.path), config, self.companions, noop)
         self.layout = self._layout(noop, num_layer_list or numbers(first.args.get("num_layer_list")))
+        self.layout.check(self.config, in_place(str(first.path)))
         self._stack_experts()
         factors = self._first_factors()
         own_factors = have_own_factors(factors, self.layout.expert_tensor_size)

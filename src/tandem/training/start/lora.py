@@ -65,7 +65,7 @@ def has_fresh_adapters(source: TensorSource) -> bool:
 
 def new_lora(lora: LoraSettings) -> Lora:
     """The adapters that the settings describe."""
-    return Lora(
+    return Lora.of_flags(
         r=16 if lora.lora_r is None else lora.lora_r,
         lora_alpha=32 if lora.lora_alpha is None else lora.lora_alpha,
         lora_dropout=lora.lora_dropout or 0.0,

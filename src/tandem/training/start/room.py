@@ -42,7 +42,7 @@ def checkpoint_bytes(settings: Settings, source: TensorSource) -> int:
 def check_disk(settings: Settings, source: TensorSource) -> None:
     """Raise UserError when the disk has no room for a checkpoint."""
     if settings.checkpoint.save is not None:
-        check_free_space(Path(settings.checkpoint.save), checkpoint_bytes(settings, source))
+        check_free_space(Path(settings.checkpoint.save), checkpoint_bytes(settings, source), "--save")
 
 
 def notices_of_disk(settings: Settings, source: TensorSource, iteration: int) -> list[str]:
