@@ -49,9 +49,9 @@ def test_every_switch_has_a_flag_for_true_and_one_for_false(kind: type) -> None:
     for name, option in options.items():
         if option.is_switch:
             for flag in option.flags:
-                assert given(options, [flag], {}, str) == ({name: True}, [])
+                assert given(options, [flag], {}, str, may_be_values=False) == ({name: True}, [])
                 if opposite(flag) not in flags:  # --verify and --no-verify are two options
-                    assert given(options, [opposite(flag)], {}, str) == ({name: False}, [])
+                    assert given(options, [opposite(flag)], {}, str, may_be_values=False) == ({name: False}, [])
 
 
 def test_a_switch_of_a_file_can_be_given_again_and_turned_off(tmp_path: Path) -> None:

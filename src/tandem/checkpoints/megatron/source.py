@@ -197,7 +197,10 @@ class MegatronSource(TensorSource):
         first = self._ranks[0, 0, 0]
         recorded = first.args.get("lora_alpha")
         if alpha is not None and recorded is not None and alpha != recorded:
-            raise UserError(f"--lora-alpha {alpha:g} contradicts {first.path}, which records {recorded}")
+            raise UserError(
+                f"--lora-alpha {alpha:g} contradicts {first.path}, whose adapters have lora_alpha {recorded:g}: leave "
+                f"it out"
+            )
         if (alpha := recorded if alpha is None else alpha) is None:
             raise UserError(
                 f"{first.path} holds adapters, and does not record their lora_alpha: give --lora-alpha, which "
