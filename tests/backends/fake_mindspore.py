@@ -20,6 +20,7 @@ __all__ = ["MINT", "OPERATORS", "RECORD", "Record", "gmm", "modules"]
 MINT = {
     "zeros": tensors.zeros,
     "ones": tensors.ones,
+    "ones_like": tensors.ones_like,
     "full": tensors.full,
     "empty": tensors.empty,
     "cat": tensors.cat,
@@ -42,12 +43,23 @@ MINT = {
     "scatter": tensors.scatter,
     "max": tensors.mint_max,
     "log": tensors.elementwise("log", np.log),
+    "sqrt": tensors.elementwise("sqrt", np.sqrt),
     "square": tensors.elementwise("square", np.square),
 }
 
 
+OWN_NUMBER = 3  # of this process's device
+MEMORY = {"free": 100, "reserved": 25, "allocated": 20}
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
+
+
+def _properties(device_id: int) -> SimpleNamespace:
+    """MindSpore says 0 before the device has computed something. Other processes have used the other devices up."""
+    is_ready = sum(RECORD.kernels.values()) > 0
+    return SimpleNamespace(free_memory=MEMORY["free"] if is_ready and device_id == OWN_NUMBER else 0)
 
 
 def modules() -> dict[str, ModuleType]:
@@ -92,10 +104,16 @@ def modules() -> dict[str, ModuleType]:
         communication=communication,
         set_context=_nothing,
         set_device=_nothing,
-        get_context=lambda _: "Ascend",
+        get_context={"device_target": "Ascend", "device_id": OWN_NUMBER}.__getitem__,
         PYNATIVE_MODE=1,
         device_context=SimpleNamespace(ascend=SimpleNamespace(is_available=lambda: True)),
-        hal=SimpleNamespace(get_device_name=lambda _: "Ascend910B2"),
+        hal=SimpleNamespace(get_device_name=lambda _: "Ascend910B2", get_device_properties=_properties),
+        runtime=SimpleNamespace(
+            synchronize=_nothing,
+            memory_reserved=lambda: MEMORY["reserved"],
+            memory_allocated=lambda: MEMORY["allocated"],
+            max_memory_allocated=lambda: MEMORY["allocated"],
+        ),
         **DTYPES,
     )
     found = (whole, mint, ops, collectives, distributed, communication)

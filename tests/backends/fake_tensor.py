@@ -221,6 +221,10 @@ def ones(size: Sequence[int], *, dtype: DType) -> Tensor:
     return _filled("ones", size, 1.0, dtype)
 
 
+def ones_like(input: Tensor) -> Tensor:
+    return _filled("ones_like", input.shape, 1.0, input.dtype)
+
+
 def full(size: Sequence[int], fill_value: float, *, dtype: DType) -> Tensor:
     return _filled("full", size, fill_value, dtype)
 

@@ -90,9 +90,9 @@ def test_they_give_pytorchs_gradients(toy: str, ascend: fake_mindspore.Record) -
     assert_close_gradients(gradients, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("toy", ["qwen3-tied", "qwen3-moe"])
-def test_adapters_have_pytorchs_gradients(toy: str, ascend: fake_mindspore.Record) -> None:
-    lora = Lora(r=3, lora_alpha=6)
+@pytest.mark.parametrize(("toy", "dora"), [("qwen3-tied", False), ("qwen3-tied", True), ("qwen3-moe", False)])
+def test_adapters_have_pytorchs_gradients(toy: str, dora: bool, ascend: fake_mindspore.Record) -> None:
+    lora = Lora(r=3, lora_alpha=6, use_dora=dora)
     source = toy_weights(dataclasses.replace(TOYS[toy], lora=lora))
     batches = [toy_batch(source.config, RAGGED)]
     expected_loss, expected = mean_gradients(on_pytorch(source), batches)
@@ -233,6 +233,21 @@ def test_a_step_is_read_once_and_each_micro_batch_is_one_copy(ascend: fake_minds
     count(ascend, shape("0.6B", 2), micro_batches=3)
     assert ascend.reads == 1  # of loss, norm and tokens, when all passes are launched
     assert ascend.copies == 3
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_copy_nothing(dora: bool, ascend: fake_mindspore.Record) -> None:
+    """Which rows an adapter adds to is on the device, from the first step on."""
+    lora = Lora(r=4, use_dora=dora)
+    count(ascend, dataclasses.replace(shape("0.6B", 2), lora=lora), micro_batches=3)
+    assert (ascend.reads, ascend.copies) == (1, 3)
+
+
+def test_a_process_asks_its_own_device_for_memory_and_not_before_it_computes(ascend: fake_mindspore.Record) -> None:
+    engine = build(toy_weights(TOYS["qwen3-tied"]))
+    ascend.clear()
+    memory = fake_mindspore.MEMORY
+    assert engine.free_memory() == memory["free"] + memory["reserved"] - memory["allocated"]
 
 
 def sparse(layers: int, experts: int) -> ModelConfig:

@@ -205,6 +205,15 @@ def test_a_devices_memory_grows_unless_the_user_says_otherwise(
     assert found == environment | ({} if theirs else {name: "expandable_segments:True"})
 
 
+def test_memory_that_pytorch_keeps_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"mem_get_info": (30, 80), "memory_reserved": 25, "memory_allocated": 20}
+    for name, value in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    engine = build(toy_weights(TOYS["llama"]))
+    engine.device_name, engine._device = "H100", torch.device("cuda")
+    assert engine.free_memory() == 35
+
+
 def test_mis_shaped_weights_are_named() -> None:
     source = toy_weights(TOYS["llama"])
     engine = create(toy_config(model_type="llama", vocab_size=212), EngineSettings(device="cpu"))

@@ -180,20 +180,25 @@ def test_kernels_copies_and_waits_are_counted() -> None:
     require_framework("torch")
     from torch.autograd import DeviceType
 
-    from tandem.backends.torch.profiling import count
+    from tandem.backends.torch.profiling import by_module, count
 
     def event(name: str, device: DeviceType = DeviceType.CPU, parent: SimpleNamespace | None = None) -> SimpleNamespace:
-        return SimpleNamespace(name=name, device_type=device, cpu_parent=parent)
+        spent = {"self_cpu_time_total": 2e6, "self_device_time_total": 3e6 if name == "aten::mm" else 0.0}
+        return SimpleNamespace(name=name, device_type=device, cpu_parent=parent, **spent)
 
     outer = event("aten::linear")
+    of_host = [outer, event("aten::mm", parent=outer), event("_Linear"), event("aten::add")]
     events = [
-        *(outer, event("aten::mm", parent=outer), event("_Linear"), event("aten::add")),
+        *of_host,
         *(event("cudaLaunchKernel"), event("cudaStreamSynchronize"), event("cudaDeviceSynchronize")),
         *(event("sm90_gemm", DeviceType.CUDA), event("triton_red_fused", DeviceType.CUDA)),
         *(event("Memcpy HtoD (Pinned -> Device)", DeviceType.CUDA), event("Memset (Device)", DeviceType.CUDA)),
     ]
-    assert count(events, on_device=True) == {"kernels": 2, "copies to the device": 1, "waits": 2}
-    assert count(events, on_device=False) == {"operators": 2}  # linear and add
+    assert count(events) == {"kernels": 2, "copies to the device": 1, "waits": 2}
+    assert by_module(events) == {"everything else": 3.0}
+    # A run on the processors of a machine with a device, or on one that the profiler does not see into.
+    assert count(of_host) == {"operators": 2}  # linear and add
+    assert by_module(of_host) == {"everything else": 6.0, "linear layers": 2.0}
 
 
 WITHOUT_PACKAGES = """

@@ -11,7 +11,7 @@ from tandem.models.flops import training_flops
 from tandem.models.tensors import parameter_count
 from tandem.parallel.layout import Layout
 from tandem.planning.counted import COUNTED
-from tandem.planning.hardware import GB, HARDWARE
+from tandem.planning.hardware import GB, GIB, HARDWARE
 from tandem.planning.job import Job
 from tandem.planning.memory import layer_activations
 from tandem.planning.speed import bubble_share, estimate
@@ -116,6 +116,23 @@ def test_a_step_moves_what_was_counted() -> None:
     moved = 4 * counts.passes * layer_activations(job) + counts.gradient_bytes * weights
     moved += (counts.logit_bytes * 512 + counts.head_bytes * CONFIG.hidden_size) * CONFIG.vocab_size
     assert estimate(job, hardware).compute == pytest.approx(2 * moved / hardware.memory_bandwidth)
+
+
+# What nvidia-smi shows, in MiB.
+SHOWN = {
+    "h100": 81559,
+    "h100-nvl": 95830,
+    "h200": 143771,
+    "h20": 97871,
+    "a100": 81920,
+    "b200": 183359,
+    "rtx4090": 24564,
+}
+
+
+@pytest.mark.parametrize("device", list(SHOWN))
+def test_devices_have_the_memory_that_their_driver_shows(device: str) -> None:
+    assert HARDWARE[device].memory == pytest.approx(SHOWN[device] * GIB / 1024, rel=0.01)
 
 
 def test_bandwidth_of_groups() -> None:

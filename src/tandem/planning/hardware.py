@@ -171,14 +171,15 @@ HARDWARE = {
         source="NVIDIA H100 NVL data sheet (dense, one card of the pair); PCIe 5.0 x16, without NVLink bridges",
     ),
     "h200": Hardware(
-        memory=141 * GB,
+        memory=140 * GIB,
         half_flops=989.4 * TERA,
         fp32_flops=66.9 * TERA,
         memory_bandwidth=4800 * GB,
         devices_per_node=8,
         node_bandwidth=450 * GB,
         network_bandwidth=50 * GB,
-        source="NVIDIA H200 SXM data sheet (dense): H100's products, 141 GB at 4.8 TB/s; NVLink 900 GB/s both ways",
+        source="NVIDIA H200 SXM data sheet (dense): H100's products, 4.8 TB/s; NVLink 900 GB/s both ways; memory "
+        "as nvidia-smi shows it, 143,771 MiB",
     ),
     "h20": Hardware(
         memory=96 * GIB,
@@ -201,14 +202,15 @@ HARDWARE = {
         source="NVIDIA A100 SXM4 80 GB data sheet (dense); NVLink 600 GB/s both ways, 200 Gb/s per GPU",
     ),
     "b200": Hardware(
-        memory=180 * GB,
+        memory=179 * GIB,
         half_flops=2250 * TERA,
         fp32_flops=75 * TERA,
         memory_bandwidth=7700 * GB,
         devices_per_node=8,
         node_bandwidth=900 * GB,
         network_bandwidth=50 * GB,
-        source="NVIDIA HGX B200 data sheet, an eighth of the board (dense); NVLink 1.8 TB/s both ways",
+        source="NVIDIA HGX B200 data sheet, an eighth of the board (dense); NVLink 1.8 TB/s both ways; memory as "
+        "nvidia-smi shows it, 183,359 MiB",
     ),
     "rtx4090": Hardware(
         memory=24 * GIB,

@@ -6,6 +6,7 @@ import functools
 import os
 
 import mindspore as ms
+from mindspore import mint
 
 from tandem.errors import UserError
 from tandem.frameworks import MINDSPORE
@@ -35,7 +36,20 @@ def prepare(device: str | None) -> str:
 
 def device_name() -> str:
     """The name of the device that `prepare` has prepared."""
-    return "cpu" if ms.get_context("device_target") == "CPU" else str(ms.hal.get_device_name(0))
+    return "cpu" if ms.get_context("device_target") == "CPU" else str(ms.hal.get_device_name(own_number()))
+
+
+def free_memory() -> int:
+    """Bytes that this process's NPU has left, with those that MindSpore keeps for itself and does not use."""
+    mint.zeros((1,), dtype=ms.float32)  # before its first operator a device has no memory: MindSpore would say 0
+    ms.runtime.synchronize()
+    unused = ms.runtime.memory_reserved() - ms.runtime.memory_allocated()
+    return int(ms.hal.get_device_properties(own_number()).free_memory + unused)
+
+
+def own_number() -> int:
+    """The number of this process's device on its machine."""
+    return int(ms.get_context("device_id"))
 
 
 @functools.cache

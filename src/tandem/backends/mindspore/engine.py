@@ -18,7 +18,7 @@ from tandem.backends.mindspore.adapters import Factors, Linear
 from tandem.backends.mindspore.communication import Groups, make_groups
 from tandem.backends.mindspore.compute.sets import kernels_for
 from tandem.backends.mindspore.data_parallel import DataParallel
-from tandem.backends.mindspore.device import device_name
+from tandem.backends.mindspore.device import device_name, free_memory
 from tandem.backends.mindspore.expert_adapters import RouterWeight, Stack
 from tandem.backends.mindspore.experts import Mixture
 from tandem.backends.mindspore.model import Decoder
@@ -300,8 +300,7 @@ class MindSporeEngine(BaseEngine[Tensor]):
         )
 
     def _free_memory_of_device(self) -> int:
-        pool = ms.runtime.memory_reserved() - ms.runtime.memory_allocated()
-        return int(ms.hal.get_device_properties(0).free_memory + pool)
+        return free_memory()
 
     def _peak_of_device(self) -> int:
         return int(ms.runtime.max_memory_allocated())

@@ -262,7 +262,9 @@ class TorchEngine(BaseEngine[torch.Tensor]):
         )
 
     def _free_memory_of_device(self) -> int:
-        return int(getattr(torch, self._device.type).mem_get_info(self._device)[0])
+        device = getattr(torch, self._device.type)
+        unused = device.memory_reserved(self._device) - device.memory_allocated(self._device)
+        return int(device.mem_get_info(self._device)[0] + unused)
 
     def _peak_of_device(self) -> int:
         return int(getattr(torch, self._device.type).max_memory_allocated(self._device))

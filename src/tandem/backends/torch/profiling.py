@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, supported_activities
+from torch.profiler import profile, supported_activities
 
 # Part of an event's name -> the module that its time counts for. An operation counts for the nearest event around it
 # that is listed here. So a norm that is computed again in a linear layer's backward pass counts as a norm.
@@ -45,21 +45,22 @@ class TorchProfiler:
     def stop(self) -> tuple[dict[str, float], str]:
         self._profile.stop()
         self._profile.export_chrome_trace(str(self._trace))
-        return by_module(self._profile.events() or [], _on_device()), str(self._trace)
+        return by_module(self._profile.events() or []), str(self._trace)
 
     def counts(self) -> dict[str, int]:
-        return count(self._profile.events() or [], _on_device())
+        return count(self._profile.events() or [])
 
 
-def _on_device() -> bool:
-    return any(activity != ProfilerActivity.CPU for activity in supported_activities())
+def _on_device(events: Any) -> bool:
+    """Whether kernels of a device were seen. A machine may have one that a run does not use, or none sees into."""
+    return any(event.device_type != torch.autograd.DeviceType.CPU for event in events)
 
 
-def count(events: Any, on_device: bool) -> dict[str, int]:
-    """Kernels, copies to the device, and calls in which the host waits for it; on a CPU, operators that are no part of
-    another one.
+def count(events: Any) -> dict[str, int]:
+    """Kernels, copies to the device, and calls in which the host waits for it; without kernels, operators that are no
+    part of another one.
     """
-    if not on_device:
+    if not _on_device(events):
         of_host = [event for event in events if event.name.startswith("aten::")]
         return {"operators": sum(event.cpu_parent is None or not _is_operator(event.cpu_parent) for event in of_host)}
     there = [event.name for event in events if event.device_type != torch.autograd.DeviceType.CPU]
@@ -79,9 +80,10 @@ def _is_operator(event: Any) -> bool:
     return False
 
 
-def by_module(events: Any, on_device: bool) -> dict[str, float]:
-    """Seconds per module: with `on_device`, of the kernels that operations launched; otherwise of the operations."""
+def by_module(events: Any) -> dict[str, float]:
+    """Seconds per module: of the kernels that operations launched, or of the operations where no kernels were seen."""
     seconds: dict[str, float] = {}
+    on_device = _on_device(events)
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue

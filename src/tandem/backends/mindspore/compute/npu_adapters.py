@@ -6,6 +6,7 @@ Written from MindSpore's documentation; there was no NPU to run it on. The CPU's
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import mindspore as ms
 import numpy as np
@@ -14,8 +15,9 @@ from mindspore import Tensor, mint
 from tandem.models.rows import Ranges
 
 
+@cache
 def _numbers(ranges: Ranges) -> Tensor:
-    """The row numbers in ranges."""
+    """The row numbers in ranges. They are copied to the device once."""
     return Tensor(np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in ranges]))
 
 
