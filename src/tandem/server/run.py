@@ -23,6 +23,9 @@ from tandem.server.models import Served
 from tandem.server.options import API_KEY_VARIABLE, ServeOptions
 from tandem.server.service import Service
 
+# Flags that split a copy of a model over more processes.
+SPLITS = (("tensor_model_parallel_size", ""), ("expert_model_parallel_size", ", where it has experts"))
+
 
 def serve(options: ServeOptions) -> None:
     """Answer requests until a signal stops the server. What runs then is finished.
@@ -87,10 +90,7 @@ def check_processes(model: LoadOptions, processes: int) -> None:
     flags += ["expert_model_parallel_size"] * (model.layout.data_ranks_of_a_copy > 1)
     given = " and ".join(f"{flag_of(name)} {getattr(model, name)}" for name in flags)
     advice = [f"--nproc-per-node {ranks}"]
-    for name, of_experts in (
-        ("tensor_model_parallel_size", ""),
-        ("expert_model_parallel_size", ", where it has experts"),
-    ):
+    for name, of_experts in SPLITS:
         size = getattr(model, name) * (processes // ranks)
         if size > 1 and ranks_of_a_copy(dataclasses.replace(model, **{name: size})) == processes:
             advice.append(f"{flag_of(name)} {size} to split the model over {processes}{of_experts}")
