@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -209,6 +210,63 @@ def test_both_models_answer_side_by_side(page: Browser, script: Script) -> None:
     ask(page, "And?")
     earlier = {body["model"]: body["messages"][1]["content"] for body in script.bodies[2:]}
     assert earlier == {"tuned": "same", "base": "other"}
+
+
+def test_what_was_said_and_answered_can_be_copied(page: Browser, script: Script) -> None:
+    """Also where the page has no clipboard, as over http from another machine."""
+    page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    script.text = "Use it:\n\n```python\nprint(1)\n```\n\nDone."
+    ask(page, "Say **it**")
+    for place, text in ((".said", "Say **it**"), (".answer .actions", script.text), (".answer .code", "print(1)")):
+        page.click(f"{place} [aria-label=Copy]")
+        page.wait(f"navigator.clipboard.readText().then(found => found === {json.dumps(text)})")
+    page.value("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.value("document.addEventListener('copy', () => { window.copied = document.activeElement.value })")
+    page.click(".said [aria-label=Copy]")
+    page.wait("window.copied === 'Say **it**'")
+    assert page.value("document.querySelectorAll('body > textarea').length") == 0
+
+
+READ = ("body", ".bubble", ".md p", ".md p code", ".md a", ".md pre code", ".thought summary", "#text")
+
+
+def test_the_page_follows_dark_mode(page: Browser, script: Script) -> None:
+    """Text stays readable: what is written, thought, asked and in code, at WCAG's contrast of 4.5."""
+    script.thought, script.text = "hm", "It is `a` [link](https://example.com).\n\n```python\nx = 1\n```"
+    ask(page, "Hi")
+    seen = set()
+    for dark in (False, True):
+        page.size(1200, 800, dark=dark)
+        page.wait(f"matchMedia('(prefers-color-scheme: dark)').matches === {json.dumps(dark)}")
+        for selector in READ:
+            assert contrast(page, selector) >= 4.5, (dark, selector)
+        seen.add(page.value("getComputedStyle(document.body).backgroundColor"))
+        page.press("s", "KeyS", ALT)
+        assert contrast(page, "dialog [name=system]") >= 4.5, dark
+        page.press("Escape")
+    assert len(seen) == 2
+    assert luminance(page, "getComputedStyle(document.body).backgroundColor") < 0.05
+
+
+CHANNELS = """(color => { const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+context.fillStyle = color; context.fillRect(0, 0, 1, 1); return [...context.getImageData(0, 0, 1, 1).data] })"""
+BEHIND = """(node => { const color = node => getComputedStyle(node).backgroundColor;
+while (/, 0\\)$/.test(color(node))) node = node.parentElement; return color(node) })"""
+
+
+def luminance(page: Browser, color: str) -> float:
+    """WCAG's, of what an expression of JavaScript gives."""
+    *channels, opacity = page.value(f"{CHANNELS}({color})")
+    assert opacity == 255, color
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in channels)]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+def contrast(page: Browser, selector: str) -> float:
+    """WCAG's contrast of a text with what is behind it."""
+    node = f"document.querySelector({json.dumps(selector)})"
+    texts = sorted(luminance(page, color) for color in (f"getComputedStyle({node}).color", f"{BEHIND}({node})"))
+    return (texts[1] + 0.05) / (texts[0] + 0.05)
 
 
 def test_a_key_is_asked_for(script: Script, browser: Browser) -> None:
