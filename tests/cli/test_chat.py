@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,7 +22,13 @@ from rich.console import Console
 
 from tandem.__main__ import main
 from tandem.cli.chat_screen import OneAnswer, whole_blocks
+from tandem.data.templates.messages import Message
 from tandem.inference.answers import Piece
+from tandem.inference.chat import Model, open_model
+from tandem.inference.options import LoadOptions
+from tandem.inference.replies import Question
+from tandem.inference.sampling import Sampling
+from tandem.training.run import train
 from workspace import Workspace
 
 SECONDS = 120.0
@@ -171,6 +178,54 @@ def test_lines_of_a_pipe_are_questions(
     assert "chat.md: exists; choose another name" in printed.err
     assert "> keys and values: up to " in printed.err
     assert "4 tokens" in printed.err
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tuned(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A model whose template has a mode without thoughts, and adapters of it."""
+    root = tmp_path_factory.mktemp("tuned")
+    folder = shutil.copytree(workspace.hf, root / "hf")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": THINKS}))
+    lora = {"lora_target_modules": "all-linear", "lora_r": 4, "lr": 0.02, "lr_warmup_iters": 0}
+    train(workspace.settings("torch", load=str(folder), save=str(root / "run"), train_iters=2, **lora))
+    return str(folder), str(root / "run")
+
+
+def test_adapters_and_modes_of_thinking(
+    tuned: tuple[str, str], framework: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are those to the prompts that the template writes, of the model with its adapters, on PyTorch."""
+    folder, adapters = tuned
+    model = open_model(LoadOptions(folder, ai_framework="torch", lora_load=adapters))
+    plain = open_model(LoadOptions(folder, ai_framework="torch"))
+
+    def answers(model: Model) -> list[str]:
+        asked = [
+            model.prompter.prompt([Message("user", "Reverse 12.")], (), {"enable_thinking": mode}).ids
+            for mode in (True, False)
+        ]
+        drawn = Sampling(max_new_tokens=9, temperature=1.0)
+        return [reply.text for reply in model.replies([Question(ids, drawn) for ids in asked])]
+
+    lines = ("/think on", "Reverse 12.", "/clear", "/think off", "Reverse 12.")
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    capsys.readouterr()
+    words = ["--lora-load", adapters, "--max-new-tokens", "9", "--temperature", "1", "--ai-framework", framework]
+    assert main(["chat", folder, *words]) == 0
+    printed = capsys.readouterr()
+    expected = answers(model)
+    assert printed.out == "".join(f"{answer}\n" for answer in expected)
+    assert expected[0] != expected[1]
+    assert not set(expected) & set(answers(plain))
+    assert re.findall("thinking (on|off), from the next answer on", printed.err) == ["on", "off"]
 
 
 def test_a_model_is_compared_under_a_name_of_its_own(
