@@ -20,19 +20,20 @@ import httpx
 import openai
 import pytest
 
+from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.inference.chat import open_model
 from tandem.inference.options import LoadOptions
 from tandem.training.run import train
-from workspace import Workspace
+from workspace import Workspace, make_mixture
 
 READY = re.compile(r"ready\. The page: (http://\S+)/ ")
 
 
 @contextmanager
-def served(*words: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
+def served(*words: str, framework: str = "torch") -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
     """The address, the process and the lines of a server, when it is ready."""
-    command = [sys.executable, "-m", "tandem", "serve", *words, "--port", "0", "--ai-framework", "torch"]
+    command = [sys.executable, "-m", "tandem", "serve", *words, "--port", "0", "--ai-framework", framework]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         lines: list[str] = []
         try:
@@ -99,10 +100,10 @@ def test_base_and_tuned_are_two_models(split: tuple[str, ...], workspace: Worksp
 
 
 @pytest.mark.slow("answers")
-def test_two_processes_serve_one_model(workspace: Workspace) -> None:
-    """The answer is that of one process, and SIGTERM finishes it."""
-    split = ("--tensor-model-parallel-size", "2", "--nproc-per-node", "2")
-    with ThreadPoolExecutor(1) as pool, served(str(workspace.hf), *split) as (url, process, lines):
+def test_two_processes_serve_one_model(workspace: Workspace, framework: str) -> None:
+    """The answer is that of one process on PyTorch, and SIGTERM finishes it."""
+    words = (str(workspace.hf), "--tensor-model-parallel-size", "2", "--nproc-per-node", "2")
+    with ThreadPoolExecutor(1) as pool, served(*words, framework=framework) as (url, process, lines):
         body = {"prompt": "Sort 312.", "max_tokens": 60, "temperature": 0}
         answer = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=body, timeout=60))
         time.sleep(0.5)
@@ -112,6 +113,25 @@ def test_two_processes_serve_one_model(workspace: Workspace) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch", raw=True))
     assert model.generate("Sort 312.", temperature=0.0, max_new_tokens=60) == text
+
+
+@pytest.mark.slow("answers")
+def test_ranks_that_share_experts_serve_them_with_adapters(workspace: Workspace, tmp_path: Path) -> None:
+    """On MindSpore. Of each prompt, the answer is that of one process on PyTorch, wherever it is kept."""
+    require_framework("mindspore")
+    mixture, tuned = make_mixture(workspace.hf, tmp_path / "moe"), tmp_path / "tuned"
+    lora = {"lora_target_modules": "all-linear", "lora_r": 4, "lr": 0.1, "lr_warmup_iters": 0}
+    train(workspace.settings("torch", load=str(mixture), save=str(tuned), train_iters=2, **lora))
+    words = (str(mixture), "--lora-load", str(tuned), "--expert-model-parallel-size", "2", "--nproc-per-node", "2")
+    prompts = ["Sort 312.", "Reverse 123.", "Which digit of 90 is largest?"]
+    with served(*words, framework="mindspore") as (url, process, _):
+        body = {"prompt": prompts, "max_tokens": 12, "temperature": 0}
+        choices = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
+        process.send_signal(signal.SIGTERM)
+    texts = [choice["text"] for choice in choices]
+    for adapters, is_same in ((str(tuned), True), (None, False)):
+        model = open_model(LoadOptions(str(mixture), ai_framework="torch", lora_load=adapters, raw=True))
+        assert (model.generate(prompts, temperature=0.0, max_new_tokens=12) == texts) == is_same
 
 
 def test_what_cannot_be_served_is_said_at_once(
