@@ -15,6 +15,8 @@ import pytest
 from frameworks import require_framework
 from launchers import launcher
 from tandem.__main__ import main
+from tandem.checkpoints.detect import open_source
+from tandem.models.tensors import is_trained, tensor_table
 from workspace import Workspace, make_mixture
 
 LAYOUTS = {
@@ -81,6 +83,27 @@ def test_experts_go_on_however_ranks_share_them(
     for leg, (framework, layout) in enumerate(road, 1):
         train(workspace, True, framework, layout, 4 * leg, tmp_path / "road", settings)
     np.testing.assert_allclose(losses(tmp_path / "road"), losses(tmp_path / "unbroken"), rtol=1e-5)
+
+
+LORA = {"lora-target-modules": "all-linear", "lora-r": 4, "lora-alpha": 8, "lr": 3e-3}
+
+
+@pytest.mark.slow("jobs")
+def test_adapters_go_on(workspace: Workspace, tmp_path: Path) -> None:
+    """Begun on tensor ranks of MindSpore, ended on data ranks of PyTorch: losses and adapters of either alone."""
+    require_framework("torch")
+    require_framework("mindspore")
+    for leg, (framework, layout) in enumerate([("mindspore", "tp2"), ("torch", "dp2")], 1):
+        train(workspace, True, framework, layout, 6 * leg, tmp_path / "road", LORA)
+    road = open_source(tmp_path / "road")
+    adapters = [name for name, spec in tensor_table(road.config).items() if is_trained(road.config, spec)]
+    assert len(adapters) > 0
+    for framework in ("torch", "mindspore"):
+        train(workspace, True, framework, "plain", 12, tmp_path / framework, LORA)
+        np.testing.assert_allclose(losses(tmp_path / "road"), losses(tmp_path / framework), rtol=1e-5)
+        alone = open_source(tmp_path / framework)
+        for name in adapters:
+            np.testing.assert_allclose(road.read(name), alone.read(name), atol=1e-5, err_msg=name)
 
 
 FP16 = {"fp16": None, "initial-loss-scale": 2**20, "loss-scale-window": 4, "hysteresis": 1}
