@@ -6,6 +6,7 @@ TANDEM_SMOLLM2 names its folder. Without it, the tool next to the project makes 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from typing import Any
 import pytest
 
 from frameworks import require_framework
+from tandem.data.templates.messages import Message
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.inference.chat import Model, open_model
+from tandem.inference.conversation import Prompter
 from tandem.inference.options import LoadOptions
 from tandem.inference.replies import Question
 from tandem.inference.sampling import Sampling
@@ -74,6 +78,27 @@ def test_a_few_answers_are_those_of_transformers(folder: Path, framework: str) -
     model = open_model(LoadOptions(str(folder), ai_framework=framework, device="cpu"))
     tokens = asked(model, prompts(4))
     assert ours(model, tokens, 6, 3) == theirs(folder, tokens, 6)
+
+
+@pytest.mark.slow("answers")
+@pytest.mark.parametrize(("framework", "raw"), [("torch", False), ("mindspore", True)])
+def test_tensor_ranks_answer_as_transformers(folder: Path, tmp_path: Path, framework: str, raw: bool) -> None:
+    """Three of them: the model has three heads of keys and values. One framework gets questions, the other texts."""
+    texts = prompts(16)
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    words = ["--prompts-file", str(path), "--output", str(output), "--max-new-tokens", "8", "--batch-size", "7"]
+    words += ["--nproc-per-node", "3", "--tensor-model-parallel-size", "3", *["--raw"] * raw]
+    command = [sys.executable, "-m", "tandem", "generate", str(folder), *words]
+    command += ["--temperature", "0", "--ai-framework", require_framework(framework), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line)["token_ids"] for line in output.read_text().splitlines()]
+    tokenizer = Tokenizer(folder)
+    question = Prompter(tokenizer, None).prompt
+    tokens = [tokenizer.encode_prompt(text) if raw else question([Message("user", text)]).ids for text in texts]
+    assert found == theirs(folder, tokens, 8)
 
 
 @pytest.mark.slow("sizes")

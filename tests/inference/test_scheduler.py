@@ -195,6 +195,23 @@ def test_keys_and_values_are_kept_in_the_dtype_of_the_model(tied: Path, framewor
     ]
 
 
+def test_keys_and_values_are_kept_in_bf16(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device computes in it, as this one is made to believe. Answers are scored as in training."""
+    require_framework("torch")
+    monkeypatch.setattr("tandem.backends.torch.engine.has_native_bf16", lambda device: True)
+    engine = engine_of(tied, "torch", bf16=True)
+    session = engine.session(50)
+    cache = session._sequences[session.begin(50)].cache  # type: ignore[attr-defined]
+    assert {str(kept.dtype) for kept in cache.values()} == {"torch.bfloat16"}
+    assert sum(kept.nbytes for kept in cache.values()) == 50 * engine.bytes_per_cached_token()
+    with Scheduler(engine, room=100) as scheduler:
+        request = scheduler.submit(PROMPTS[2], Sampling(max_new_tokens=9), (), prompt_logprobs=True)
+        scheduler.run()
+    (expected,) = engine.log_probabilities([labelled([*request.prompt, *request.tokens])])
+    found = [*request.prompt_logprobs[1:], *request.logprobs]
+    np.testing.assert_allclose(found, expected[:-1], atol=0.03)
+
+
 def test_memory_that_is_not_there_is_refused(tied: Path) -> None:
     with pytest.raises(UserError, match=r"keys and values of 1,000,000,000,000 tokens need 768000.00 GB, and .* free"):
         engine_of(tied, "torch").session(10**12)
