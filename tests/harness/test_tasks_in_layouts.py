@@ -43,13 +43,13 @@ def test_two_processes_answer_as_one(
     check(workspace.hf, task_folder, framework, tmp_path, ["--nproc-per-node", "2", *layout.split()])
 
 
-@pytest.mark.parametrize("processes", ["2", "4"])
+@pytest.mark.parametrize(("framework", "processes"), [("torch", "2"), ("torch", "4"), ("mindspore", "2")])
 @pytest.mark.slow("answers")
 def test_ranks_that_share_experts_answer_as_one(
-    workspace: Workspace, task_folder: Path, tmp_path: Path, processes: str
+    workspace: Workspace, task_folder: Path, tmp_path: Path, framework: str, processes: str
 ) -> None:
     """One copy of the model, and two."""
-    framework = require_framework("torch")
+    require_framework(framework)
     shutil.copytree(workspace.hf, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors*", "tandem.json"))
     config = from_hf(json.loads((tmp_path / "config/config.json").read_text()), "test")
     experts = Experts(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16, norm_topk_prob=True)
