@@ -206,9 +206,9 @@ def test_flags_that_contradict_the_adapters_are_refused(
     [
         ({"lora_target_modules": "q_prj"}, ("q_prj", "q_proj", "linear_qkv")),
         ({"lora_target_modules": ["q_proj", "linear_qkv"]}, ("linear_qkv", "q_proj")),
-        ({"lora_r": 0}, ("lora_r",)),
-        ({"lora_dropout": 1.0}, ("lora_dropout",)),
-        ({"lora_dropout": 0.1, "lora_use_dora": True}, ("lora_dropout", "DoRA")),
+        ({"lora_r": 0}, ("--lora-r 0",)),
+        ({"lora_dropout": 1.0}, ("--lora-dropout 1",)),
+        ({"lora_dropout": 0.1, "lora_use_dora": True}, ("--lora-dropout 0.1", "--lora-use-dora")),
     ],
 )
 def test_wrong_adapters_are_refused(workspace: Workspace, changes: dict[str, object], words: tuple[str, ...]) -> None:
