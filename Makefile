@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 # PyTorch alone, with NumPy 2: an environment of its own, and the tests of what touches arrays most.
 NUMPY2 := .venv-numpy2
-NUMPY2_TESTS := tests/api tests/config tests/backends/test_torch.py tests/checkpoints/test_hf_and_native.py \
+NUMPY2_TESTS := tests/api tests/bench tests/config tests/backends/test_torch.py tests/checkpoints/test_hf_and_native.py \
 	tests/data/test_indexed.py tests/data/preprocess/test_preprocess.py tests/training/test_runs.py
 
 .PHONY: quickstart test test-slow test-numpy2 lint types docs clean

@@ -19,7 +19,7 @@ from faulty_stages import STAGES
 from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.backends.interface import Engine
-from tandem.bench import run
+from tandem.bench import run, speed
 from tandem.bench.options import BenchOptions
 from tandem.bench.parity import layout_parity
 from tandem.bench.run import StageResult, bench
@@ -28,6 +28,7 @@ from tandem.bench.team import ALONE, Team
 from tandem.errors import UserError
 from tandem.launch.machines import Machines
 from tandem.models.tensors import FINAL_NORM
+from tandem.planning.counted import COUNTED
 
 
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +80,8 @@ def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (["--layouts", "dp2-dp4"], "'dp4' is unknown, or there twice"),
         (["--layouts", "tp2-distopt"], "distopt has no effect without dp2 or more"),
         (["--layouts", "dp2", "dp2"], "dp2 given twice"),
-        (["--layouts", "dp2", "tp3", "--sizes", "8B"], "--layouts tp3, 8B: num_query_groups 8 is not a multiple"),
-        (["--layouts", "pp4", "--num-layers", "2"], "--layouts pp4, 0.6B: 2 layers"),
+        (["--layouts", "dp2", "tp3", "--sizes", "8B"], "--layouts tp3, 8B: --tensor-model-parallel-size 3"),
+        (["--layouts", "pp4", "--num-layers", "2"], "--layouts pp4, 0.6B: --pipeline-model-parallel-size 4: 2 layers"),
         (["--layouts", "dp2-ep2"], "the model has no experts"),
         (["--layouts", "dp2-fsdp2", "--ai-framework", "mindspore"], "--use-torch-fsdp2 needs torch"),
     ],
@@ -202,28 +203,68 @@ def test_kernels_copies_and_waits_are_counted() -> None:
 
 
 WITHOUT_PACKAGES = """
-import sys
+import json, sys
 
-class Absent:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {absent}:
-            raise ImportError(name)
+        return None if name.split(".")[0] in {absent} else self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path[:] = map(Without, sys.meta_path)
 import tandem.bench.worker
 from tandem.__main__ import main
-from tandem.backends.interface import Engine
+from tandem.bench.options import BenchOptions
+from tandem.bench.stages import stages
+from tandem.bench.team import ALONE
+options = BenchOptions(device="cpu")
+figures = [stage.run(options, ALONE) for stage in stages(options) if stage.name in ("parity", "transformers")]
+print(json.dumps(figures, default=float))
 main(["bench", "--help"])
 """
 
 
 def test_it_needs_the_framework_and_numpy_alone() -> None:
+    """Without transformers a stage is left out. That is no failure."""
     absent = {"tokenizers", "orjson", "pyarrow", "jinja2", "yaml", "rich", "matplotlib", "transformers", "safetensors"}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_PACKAGES.format(absent=absent)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--micro-batch-sizes" in done.stdout
+    figures, help_text = done.stdout.split("\n", 1)
+    assert "--micro-batch-sizes" in help_text
+    parity, against_transformers = json.loads(figures)
+    assert parity["the same in fp32"]
+    assert against_transformers == {"left out": "it needs transformers, from version 4.51 on, and PyTorch"}
+
+
+def test_a_stage_that_is_left_out_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_out = StageResult("transformers", "a toy", {"left out": "it needs transformers"}, "", 0.1)
+    monkeypatch.setattr(run, "stages", lambda options: [left_out])
+    monkeypatch.setattr(run, "_run", lambda options, stage: stage)
+    assert main(["bench", "--device", "cpu", "--output", str(tmp_path / "bench.json")]) == 0
+    assert "transformers: left out it needs transformers\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("framework", "device", "maker"),
+    [
+        ("torch", "NVIDIA A100-SXM4-80GB", "nvidia"),
+        ("torch", "Ascend910B2", "ascend"),
+        ("torch", "cpu", "nvidia"),
+        ("mindspore", "Ascend910B2", "ascend"),
+        ("mindspore", "cpu", "ascend"),
+    ],
+)
+def test_planned_kernels_are_those_of_the_devices_maker(framework: str, device: str, maker: str) -> None:
+    options = BenchOptions(ai_framework=framework, num_layers=1, seq_length=64, documents=8)
+    counted = COUNTED[framework, maker]
+    of_step = counted.layer + counted.chunk + counted.micro_batch + counted.update + counted.step
+    assert speed._planned_kernels(options, ALONE, options.config("0.6B"), device) == of_step
 
 
 @pytest.mark.slow("answers")

@@ -20,6 +20,7 @@ from tandem.checkpoints.hf.sink import HFSink
 from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.random_init import RandomSource
 from tandem.data.batch import MicroBatch
+from tandem.frameworks import FIRST_TRANSFORMERS, has_transformers
 from tandem.models.config import ModelConfig
 from tandem.models.experts import Experts
 from tandem.models.published import qwen3_config
@@ -81,6 +82,9 @@ def parity(options: BenchOptions, team: Team) -> Figures:
 
 
 def against_transformers(options: BenchOptions, team: Team) -> Figures:
+    if not has_transformers():
+        version = ".".join(map(str, FIRST_TRANSFORMERS))
+        return {"left out": f"it needs transformers, from version {version} on, and PyTorch"}
     config = toy_config()
     batch = batch_of(config, TOY_LENGTHS[0])
     source = RandomSource(config, seed=0)

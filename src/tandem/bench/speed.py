@@ -117,7 +117,7 @@ def profiled(options: BenchOptions, team: Team, size: str) -> Figures:
         counts = profiler.counts()
     ordered = dict(sorted(seconds.items(), key=lambda item: -item[1]))
     of_run = {"layout": team.spread.name, "processes": team.spread.processes}
-    planned = {"planned kernels": _planned_kernels(options, team, config)}
+    planned = {"planned kernels": _planned_kernels(options, team, config, engine.device_name)}
     return {**of_run, **counts, **planned, "seconds by module": ordered}
 
 
@@ -126,10 +126,11 @@ def _folder(team: Team) -> AbstractContextManager[str | None]:
     return tempfile.TemporaryDirectory() if team.rank == 0 else nullcontext()
 
 
-def _planned_kernels(options: BenchOptions, team: Team, config: ModelConfig) -> int:
-    """What a plan expects an NVIDIA device to launch, or, with MindSpore, an Ascend."""
+def _planned_kernels(options: BenchOptions, team: Team, config: ModelConfig, device_name: str) -> int:
+    """What a plan expects a device of this maker to launch: NVIDIA or Ascend. A CPU stands for what trains fastest."""
     job = _job(options, team, config, 1, half=True)
-    return sum(kernels(job, HARDWARE["h100" if job.framework is TORCH else "910b"]))
+    is_ascend = device_name.startswith("Ascend") or (device_name == "cpu" and job.framework is not TORCH)
+    return sum(kernels(job, HARDWARE["910b" if is_ascend else "h100"]))
 
 
 def _job(options: BenchOptions, team: Team, config: ModelConfig, samples: int, *, half: bool) -> Job:

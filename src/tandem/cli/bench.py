@@ -17,6 +17,7 @@ DESCRIPTION = (
     "that can be sent."
 )
 SHOWN = (
+    "left out",
     *("device", "dtype"),  # bf16 falls back to fp32 where the device has none
     *("the same in fp32", "fp32 gradient difference", "bf16 gradient difference", "clips as the CPU", "skips"),
     *("kernels", "operators", "copies to the device", "waits", "planned kernels"),
