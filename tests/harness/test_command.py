@@ -39,6 +39,7 @@ def test_the_files_have_lm_evals_schema(
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "no chat template; lm-eval" in printed
+    assert printed.count("> keys and values: up to ") == 1
     assert "toy_answers" in printed
     found = json.loads(output.read_text())
 

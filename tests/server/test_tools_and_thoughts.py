@@ -155,7 +155,9 @@ def test_a_template_for_tools_alone(
     torch = [str(folder), "--ai-framework", "torch"]
     for words in (["chat", *torch], ["preprocess", *data], ["preprocess", *data, "--prompt-type", "chat_template"]):
         assert main(words) == 2
-        assert re.search(names, capsys.readouterr().err)
+        told = capsys.readouterr().err
+        assert re.search(names, told)
+        assert "continued as texts" not in told
     assert main(["generate", *torch, "hi", "--max-new-tokens", "1"]) == 0
     assert re.search(f"{names}, and there is none from fine-tuning", capsys.readouterr().err)
 

@@ -74,8 +74,7 @@ def _open(options: ChatOptions, console: Console) -> dict[str, Dialogue]:
     models = {}
     for name, load in models_to_open(options.model, options.compare).items():
         with console.status(f"opening {load.load}") if console.is_terminal else _nothing():
-            models[name] = model = open_model(load)
-            model.prompter.check()
+            models[name] = open_model(load, needs_template=True)
     dialogues = {}
     for name, model in models.items():
         sampling = model.defaults.sampling(options.sampling)

@@ -140,15 +140,18 @@ def open_models(loads: Mapping[str, LoadOptions]) -> dict[str, Model]:
     return models
 
 
-def open_model(options: LoadOptions, communicator: Communicator | None = None) -> Model:
+def open_model(
+    options: LoadOptions, communicator: Communicator | None = None, *, needs_template: bool = False
+) -> Model:
     """Open a Hugging Face folder or a checkpoint of any layout for inference, on the processes of the job.
 
     Args:
         communicator: with these processes, where they have joined before.
+        needs_template: whether texts that are only continued are no use.
 
     Raises:
-        UserError: there is no model in the folder, no tokenizer in the folder and none is given, or the processes do
-            not divide into whole models.
+        UserError: there is no model in the folder, no tokenizer in the folder and none is given, no template that is
+            needed, or the processes do not divide into whole models.
     """
     source = open_with_adapters(options.load, options.ckpt_step, options.lora_load, lora_alpha=options.lora_alpha)
     options.check_adapters(source.config)
@@ -161,7 +164,9 @@ def open_model(options: LoadOptions, communicator: Communicator | None = None) -
     if options.raw:
         tokenizer = tokenizer.without_templates()
     template = _template(options, tokenizer, prompt_entry(source))
-    if template is None and tokenizer.chat_template is None and not options.raw:
+    if needs_template:
+        Prompter(tokenizer, template).check()
+    elif template is None and tokenizer.chat_template is None and not options.raw:
         log.warning("> %s, and there is none from fine-tuning: %s", tokenizer.lack_of_template, ONLY_TEXTS)
     defaults = Defaults.of(source.companions)
     world = World.from_environment()
