@@ -9,6 +9,7 @@ from typing import Any
 
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
+from tandem.options import as_typed
 from tandem.parallel.layout import Layout
 from tandem.planning.job import Job
 
@@ -124,9 +125,19 @@ class Spread:
     def check(self, config: ModelConfig, size: str, framework: str) -> None:
         """Raise UserError where a model of this size cannot be laid out so."""
         try:
-            self.job(config, micro_batch_size=1, seq_length=1, half=False, framework=framework).check()
+            self.job(config, micro_batch_size=1, seq_length=1, half=False, framework=framework).check(in_short)
         except UserError as error:
             raise UserError(f"--layouts {self.name}, {size}: {error}") from None
+
+
+def in_short(name: str, value: Any) -> str:
+    """A field of a layout as a layout's name has it.
+
+    >>> in_short("tensor_model_parallel_size", 4)
+    'tp4'
+    """
+    short = {f"{kind}_model_parallel_size": short for short, kind in SIZES.items()}.get(name)
+    return as_typed(name, value) if short is None else f"{short}{'' if value is None else value}"
 
 
 def sensible(devices: int) -> Iterator[str]:

@@ -136,10 +136,10 @@ def _contents(source: TensorSource) -> tuple[Content, ...]:
 def _weights(source: TensorSource) -> str | None:
     if source.kinds_of(EMBEDDING):
         return None
-    if not isinstance(source, NativeSource) or source.base is None:
+    if not isinstance(source, NativeSource) or source.record is None:
         return "not here: adapters alone"
-    iteration = "" if source.base.iteration is None else f", iteration {source.base.iteration}"
-    return f"not here: in {source.base.folder}{iteration}"
+    iteration = "" if source.record.iteration is None else f", iteration {source.record.iteration}"
+    return f"not here: in {source.record.folder}{iteration}"
 
 
 def _optimizer(source: TensorSource) -> str:

@@ -124,7 +124,7 @@ def open_iteration(
     source = NativeSource(folder, iteration)
     check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
     check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)
-    return source if source.base is None or adapters_alone else with_base(source, source.base)
+    return source if source.record is None or adapters_alone else with_base(source, source.record)
 
 
 def open_named_base(folder: Path) -> TensorSource:
@@ -207,7 +207,7 @@ def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | No
         raise UserError(f"--lora-load {folder}: expected a PEFT folder, a run that trained adapters, or {TORCH_SIGN}")
     native = NativeSource(folder, iteration)
     check_adapters(native, folder)
-    return Adapted(native, base, native, native.base)
+    return Adapted(native, base, native, native.record)
 
 
 def _other_model(folder: Path, base: TensorSource) -> str:

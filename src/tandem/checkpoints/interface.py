@@ -134,6 +134,7 @@ class TensorSource(Protocol):
         layout: how tensors are split over its files; None where files hold whole tensors.
         hf_folder: a Hugging Face folder from which transformers reads the same weights; None without one.
         notices: what a user should know of how the files were read.
+        base, adapters: where the source puts adapters to weights, each of the two as a source of its own.
     """
 
     config: ModelConfig
@@ -145,6 +146,16 @@ class TensorSource(Protocol):
     layout: Layout | None = None
     hf_folder: Path | None = None
     notices: tuple[str, ...] = ()
+    base: TensorSource | None = None
+    adapters: TensorSource | None = None
+
+    def check_base(self) -> None:
+        """Raise UserError unless `base` holds the weights that the adapters were trained on. Reading does it, too."""
+        return
+
+    def trust_base(self) -> None:
+        """Compare nothing: another process did."""
+        return
 
     def document(self, name: str) -> str | None:
         """The text of a small file that was stored with the tensors, such as a trainer's counters; None without it."""

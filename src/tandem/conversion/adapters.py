@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.checkpoints.adapters.peft import unlike_over_transformers_5, write_peft
-from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.interface import TensorSource
 from tandem.conversion.result import Converted
 from tandem.errors import UserError
@@ -22,7 +21,7 @@ def export_adapters(source: TensorSource, folder: Path) -> Converted:
     config = source.config
     if config.lora is None:
         raise UserError(f"--save-lora-to-hf: {source.location} has no adapters: give theirs with --lora-load")
-    base = source.base.folder if isinstance(source, Adapted) else source.folder
+    base = (source.base or source).folder
     count = write_peft(folder, source, str(base.resolve()) if base else source.location)
     notices = [*source.notices, describe(config.lora)]
     if (reason := unlike_over_transformers_5(config)) is not None:

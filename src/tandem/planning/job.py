@@ -9,6 +9,7 @@ from tandem.errors import UserError
 from tandem.frameworks import Framework, named_framework
 from tandem.models.config import ModelConfig
 from tandem.moments import MomentSettings
+from tandem.options import Describe, as_typed
 from tandem.parallel.grid import Grid
 from tandem.parallel.layout import Layout, Stages
 
@@ -107,9 +108,13 @@ class Job:
         """Bytes of a number in the weights that compute, and in activations."""
         return 2 if self.half else 4
 
-    def check(self) -> None:
-        """Raise UserError when sizes do not divide, or exceed what the model has."""
-        self.layout.check(self.config)
+    def check(self, describe: Describe = as_typed) -> None:
+        """Raise UserError when sizes do not divide, or exceed what the model has.
+
+        Args:
+            describe: how errors call the fields of the layout.
+        """
+        self.layout.check(self.config, describe)
         self.layout.check_expert_sharding(self.use_torch_fsdp2)
         Grid(self.layout, self.devices)  # raises where ranks cannot share experts so
         whole = self.micro_batch_size * self.data_parallel_size

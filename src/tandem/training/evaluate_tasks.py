@@ -12,7 +12,7 @@ from tandem.backends.interface import Engine
 from tandem.checkpoints.hf.companions import end_ids_of
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.prompt import prompt_entry
-from tandem.config.settings import DataSettings, Settings, TaskSettings
+from tandem.config.settings import DataSettings, ModelSettings, Settings, TaskSettings
 from tandem.data.templates.catalog import THINKING_MODES, get_template, template_from_entry
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError, raise_all
@@ -138,15 +138,15 @@ def wanted_of(settings: Settings, weights: Weights) -> Wanted:
         names=given.task,
         folders=given.task_data_path,
         tokenizer=weights.tokenizer,
-        positions=positions_of(settings, weights.source),
+        positions=positions_of(settings.model, weights.source),
         max_new_tokens=given.max_new_tokens,
         chain_of_thought=given.chain_of_thought,
     )
 
 
-def positions_of(settings: Settings, source: TensorSource) -> int:
+def positions_of(model: ModelSettings, source: TensorSource) -> int:
     """The most tokens that the model takes."""
-    bounds = (settings.model.max_position_embeddings, source.config.max_position_embeddings)
+    bounds = (model.max_position_embeddings, source.config.max_position_embeddings)
     return min(bound for bound in bounds if bound is not None)
 
 
@@ -239,7 +239,7 @@ def _lead(
     asking = Asking(
         team=team,
         tokenizer=tokenizer,
-        max_length=positions_of(settings, source),
+        max_length=positions_of(settings.model, source),
         seed=settings.training.seed,
         chat=chat,
         answers=answers,

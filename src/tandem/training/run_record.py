@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tandem.backends.interface import Engine
-from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.interface import TensorSource
 from tandem.config.settings import Settings
 from tandem.data.record import record_of
@@ -69,8 +68,9 @@ def _places(source: TensorSource, lora_load: str | None) -> dict[str, Any]:
 
     A run that goes on has its adapters from its own checkpoint, whatever `--lora-load` says.
     """
-    if isinstance(source, Adapted) and lora_load is not None and _is_in(source.adapters, lora_load):
-        return {**_place(source.base), "adapters": _place(source.adapters)}
+    adapters, base = source.adapters, source.base
+    if adapters is not None and base is not None and lora_load is not None and _is_in(adapters, lora_load):
+        return {**_place(base), "adapters": _place(adapters)}
     return _place(source)
 
 

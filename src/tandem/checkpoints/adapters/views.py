@@ -33,6 +33,9 @@ class Adapted(View):
         UserError: the two are of different models; on reading, `base` is not what was recorded.
     """
 
+    base: TensorSource
+    adapters: TensorSource
+
     def __init__(
         self,
         adapters: TensorSource,
@@ -61,14 +64,12 @@ class Adapted(View):
         return Adapted(self.adapters, source, source, self.record)
 
     def check_base(self) -> None:
-        """Raise UserError unless the weights are those that the adapters were trained on."""
         with self._checking:
             if self.record is not None and not self._is_checked:
                 self.record.check(self.base, self.adapters.location)
             self._is_checked = True
 
     def trust_base(self) -> None:
-        """Compare nothing: another process did."""
         self._is_checked = True
 
     def kinds(self) -> tuple[TensorKind, ...]:

@@ -61,7 +61,7 @@ class NativeSource(TensorSource):
     """
 
     format = NATIVE
-    base: BaseRecord | None  # the weights of adapters, when it holds only these
+    record: BaseRecord | None  # the weights of adapters, when it holds only these
     folder: Path
     iteration: int
     layout: Layout
@@ -75,7 +75,7 @@ class NativeSource(TensorSource):
             self.config = ModelConfig.from_dict(index["model"])
             self.layout = Layout.from_dict(index["layout"])
             self._dtypes: dict[TensorKind, np.dtype] = {kind: DTYPES[index["kinds"][kind]] for kind in index["kinds"]}
-            self.base = BaseRecord(**index["base"]) if "base" in index else None
+            self.record = BaseRecord(**index["base"]) if "base" in index else None
             slices = {key: _slices(entry) for key, entry in index["tensors"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / INDEX}: damaged: {in_words(error)}") from error
@@ -151,7 +151,7 @@ class NativeSource(TensorSource):
         expected = {
             key_of(name, kind): self._table[name]
             for kind in self.kinds()
-            for name in stored_names(self.config, kind, adapters_only=self.base is not None)
+            for name in stored_names(self.config, kind, adapters_only=self.record is not None)
         }
         check_names(self.location, set(self._slices), set(expected))
         for key, spec in expected.items():

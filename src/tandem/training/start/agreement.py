@@ -16,10 +16,9 @@ from typing import Any
 
 import tandem
 from tandem.backends.interface import Engine
-from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.native.format import INDEX
-from tandem.config.settings import GROUPS, Settings
+from tandem.config.settings import GROUPS, DataSettings, Settings
 from tandem.data.datasets.blend import parse_blend
 from tandem.data.kinds import kind_of
 from tandem.data.tokens.tokenizer import Tokenizer
@@ -60,7 +59,7 @@ def agree_on_start(
     if communicator.world.size > 1:
         versions = {} if os.environ.get(ANY_VERSION) == "1" else _versions(framework)
         model = {f"the model's {name}": value for name, value in config.to_dict().items()}
-        files = {"the tokenizer": tokenizer and tokenizer.sha256[:DIGITS], **dict(_data(settings))}
+        files = {"the tokenizer": tokenizer and tokenizer.sha256[:DIGITS], **dict(_data(settings.data))}
         facts = {SETTINGS: _settings(settings), VERSIONS: versions, DATA: {**model, **files}}
         _compare(communicator, facts)
 
@@ -125,9 +124,8 @@ def _code() -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def _data(settings: Settings) -> Iterator[tuple[str, Any]]:
+def _data(data: DataSettings) -> Iterator[tuple[str, Any]]:
     """The content of each data set, by its place in the flags, and the weights between them."""
-    data = settings.data
     prefixes, weights = parse_blend(data.data_path) if data.data_path else ([], None)
     yield "--data-path", {"sets": len(prefixes), "weights": weights}
     for number, prefix in enumerate(prefixes, start=1):
@@ -151,7 +149,7 @@ def weights_identity(source: TensorSource) -> Any:
 
     JSON can hold it. Of weights with adapters, both.
     """
-    if isinstance(source, Adapted):
+    if source.base is not None and source.adapters is not None:
         return {"weights": weights_identity(source.base), "adapters": weights_identity(source.adapters)}
     if source.folder is None:
         return None  # random weights follow from the settings

@@ -19,7 +19,7 @@ def check_base(source: TensorSource, communicator: Communicator) -> None:
     Raises:
         UserError: on every rank, when they are others.
     """
-    if not isinstance(source, Adapted):
+    if source.base is None:
         return
     problem: UserError | None = None
     if communicator.world.rank == 0:
@@ -35,7 +35,7 @@ def check_base(source: TensorSource, communicator: Communicator) -> None:
 
 def saves_weights(source: TensorSource, lora: LoraSettings) -> bool:
     """Whether checkpoints hold the weights, and not adapters alone, which need weights that are in a folder."""
-    return not (lora.lora_ckpt_filter and isinstance(source, Adapted) and source.base.folder is not None)
+    return not (lora.lora_ckpt_filter and source.base is not None and source.base.folder is not None)
 
 
 def base_record(source: TensorSource, lora: LoraSettings, communicator: Communicator) -> BaseRecord | None:
@@ -43,11 +43,11 @@ def base_record(source: TensorSource, lora: LoraSettings, communicator: Communic
     if saves_weights(source, lora):
         if source.config.lora is not None and lora.lora_ckpt_filter:
             why = f", as {source.location} does"
-            if isinstance(source, Adapted):
+            if source.base is not None:
                 why = f": {source.base.location} are in no folder"
             log_notice(f"checkpoints hold the weights, too{why}")
         return None
-    assert isinstance(source, Adapted)
+    assert isinstance(source, Adapted), "only such a source has a base in a folder"
     record = None
     if communicator.world.rank == 0:
         record = source.record or BaseRecord.of(source.base)
@@ -57,7 +57,7 @@ def base_record(source: TensorSource, lora: LoraSettings, communicator: Communic
 
 def check_save_is_not_base(source: TensorSource, checkpoint: CheckpointSettings) -> None:
     """Raise UserError when adapters would be saved among the iterations of the weights that they need."""
-    if checkpoint.save is None or not isinstance(source, Adapted) or source.base.folder is None:
+    if checkpoint.save is None or source.base is None or source.base.folder is None:
         return
     folder = source.base.folder if source.base.iteration is None else source.base.folder.parent
     if folder.resolve() == Path(checkpoint.save).resolve():

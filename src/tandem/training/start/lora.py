@@ -60,7 +60,7 @@ def config_to_train(config: ModelConfig, stage: str | None) -> ModelConfig:
 
 def has_fresh_adapters(source: TensorSource) -> bool:
     """Whether `source` got new adapters, which change nothing yet."""
-    return isinstance(source, Adapted) and isinstance(source.adapters, FreshAdapters)
+    return isinstance(source.adapters, FreshAdapters)
 
 
 def new_lora(lora: LoraSettings) -> Lora:

@@ -26,6 +26,7 @@ from tandem.launch.world import Communicator
 from tandem.training.evaluation import samples_to_evaluate
 from tandem.training.progress import Progress
 from tandem.training.start.datasets import kind_to_train
+from tandem.training.start.lora import has_fresh_adapters
 from tandem.training.start.prepare import PreparedRun
 from tandem.training.start.reference_tables import Reference, ReferenceTables
 from tandem.training.start.state import TrainerState, saved_settings
@@ -73,7 +74,7 @@ def _agreed_identity(find: Finder, model: TensorSource | None, recorded: dict[st
     digest = find.agreed_digest(model or find.source)
     if recorded is not None:
         _require_same(digest, recorded, find.settings.preferences, find.source)
-    return {"sha256": digest, "under_adapters": model is None and _begins_with_nothing(find.source)}
+    return {"sha256": digest, "under_adapters": model is None and has_fresh_adapters(find.source)}
 
 
 def check_same_reference(settings: Settings, source: TensorSource, state: TrainerState | None) -> None:
@@ -123,7 +124,7 @@ def reference_to_evaluate(
         saved = saved_settings(source)
         its_own = settings if saved is None else from_dict(saved, f"{source.location}/settings.yaml")
         return replace(find, settings=its_own).recorded(state, recorded)
-    if isinstance(source, Adapted):
+    if source.base is not None:
         return Reference(find.agreed_digest(source.base), engine.without_adapters)
     raise UserError(
         f"{source.location}: nothing says what it is compared with: give the weights that it was trained from with "
@@ -214,16 +215,11 @@ class Finder:
         return source
 
 
-def _begins_with_nothing(source: TensorSource) -> bool:
-    """Whether the adapters are new, so that they change nothing yet."""
-    return isinstance(source, Adapted) and isinstance(source.adapters, FreshAdapters)
-
-
 def weights_digest(source: TensorSource, seed: int) -> str:
     """A sha256 that tells weights apart. New adapters do not count: they change nothing."""
-    if isinstance(source, Adapted):
+    if source.base is not None and source.adapters is not None:
         base = weights_digest(source.base, seed)
-        if _begins_with_nothing(source):
+        if has_fresh_adapters(source):
             return base
         return hashlib.sha256((base + weights_digest(source.adapters, seed)).encode()).hexdigest()
     if source.folder is None:  # random ones
