@@ -171,7 +171,9 @@ def test_prompts_are_asked_for_on_a_terminal(
 
     monkeypatch.setattr("sys.stdin", Typed("hi\n\nyou\n"))
     assert main(["generate", str(workspace.hf), "--max-new-tokens", "2"]) == 0
-    assert capsys.readouterr().out.count("> ") == 4  # two answers, an empty line, the end of input
+    printed = capsys.readouterr()
+    assert printed.out.count("> ") == 4  # two answers, an empty line, the end of input
+    assert printed.err.count("> keys and values: up to ") == 1
 
 
 @pytest.mark.parametrize("words", [["--save", "~nobody-here/x"], ["--valid-data-path", "a=~nobody-here/x"]])

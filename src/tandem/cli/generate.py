@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -245,15 +246,24 @@ def _shown(fields: Mapping[str, Any]) -> str:
 
 
 def _ask_in_turn(model: Model, options: GenerateOptions) -> None:
-    """Ask for one prompt after the other, until Ctrl-D. Prompts do not see the ones before them."""
+    """Ask for one prompt after the other, until Ctrl-D. Prompts do not see the ones before them.
+
+    The memory of the first answer is said, and not that of each.
+    """
+    say: Callable[[str], None] = functools.partial(_say, model)
     sampling = model.defaults.sampling(options.sampling)
     typed = typed_prompts() if _is_first(model) else iter(())
     while (prompt := _on_first(model, next(typed, None))) is not None:
         question = Question(model.prompt_ids(prompt), sampling, options.stop)
-        for _ in model.replies([question], on_text=lambda _, text: print(text, end="", flush=True)):
+        for _ in model.replies([question], say=say, on_text=lambda _, text: print(text, end="", flush=True)):
             pass
+        say = _unsaid
         if _is_first(model):
             print(flush=True)
+
+
+def _unsaid(notice: str) -> None:
+    pass
 
 
 def typed_prompts() -> Iterator[str]:
