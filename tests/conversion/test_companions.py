@@ -166,7 +166,6 @@ def test_transformers_finds_no_template_either(spoil: Callable[[Path], Any], hf:
         (without_tokenizer, "the model has no tokenizer and no end token (eos_token_id) and no chat template: "),
         (without_ends_and_template, "the model has no end token (eos_token_id) and no chat template: "),
         (lambda hf: change(hf / "tokenizer_config.json", chat_template=None), "the model has no chat template: "),
-        (only_a_processors_template, "the model has no chat template: "),
         (only_a_processors_template, "chat_template.json: processors of transformers read it"),
         (only_a_template_for_tools, "the model has no chat template (only tool_use): "),
         (lambda hf: (hf / "tokenizer.json").rename(hf / "vocab.json"), "no tokenizer.json (only vocab.json)"),

@@ -85,8 +85,7 @@ def check_one_format(folder: str | Path) -> None:
     if is_hugging_face(folder) and holds_iterations(folder):
         raise UserError(
             f"{folder} holds two models: a Hugging Face one (config.json and weights), and a checkpoint ({TRACKER} or "
-            f"iter_*). Give --ckpt-step N to read the checkpoint's iteration N, or move one of the two to a folder of "
-            f"its own"
+            f"iter_*). Give --ckpt-step N for the checkpoint's iteration N, or move one of the two elsewhere"
         )
 
 

@@ -69,7 +69,7 @@ def _question(line: str, path: str, tokenizer: Tokenizer, seq_length: int) -> Qu
     if not isinstance(record, dict):
         raise UserError(f"expected an object, found {described(record)}; {_FIELDS}")
     if "choices" not in record and (kind := _kind_of_rows(record)):
-        raise UserError(f"a row of {kind}, and not a question: {preprocess_first(path)}. {_FIELDS}")
+        raise UserError(f"a row of {kind}, and not a question: {preprocess_first(path)}; {_FIELDS}")
     context = string(record, "context", _FIELDS)
     choices, answer = _choices(record)
     samples = tuple(_sample(context, choice, tokenizer, seq_length) for choice in choices)

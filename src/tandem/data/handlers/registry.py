@@ -105,7 +105,8 @@ def detect_handler(
     raise UserError(
         f"fields {sorted(record)} fit no handler. Expected {list(json_keys)} (plain text), instruction and output "
         f"(alpaca), conversations (ShareGPT), messages (OpenAI), prompt and completion, chosen and rejected "
-        f"(preferences). Name fields with --json-keys or --map-keys, or choose a --handler-name of {HANDLER_NAMES}"
+        f"(preferences). Name fields with --json-keys or --map-keys, or choose a --handler-name: "
+        f"{', '.join(HANDLER_NAMES)}"
     )
 
 

@@ -38,7 +38,7 @@ def expand_input(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
         given, path = os.fspath(entry), Path(entry)
         if path.is_dir():
             if other := of_another_kind(path):
-                raise UserError(f"input {given!r}: {other}")
+                raise UserError(f"input {given!r} {other}")
             matches = sorted(file for file in path.iterdir() if _is_data(file))
         elif path.is_file():
             matches = [path]
