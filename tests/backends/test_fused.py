@@ -1,8 +1,15 @@
-"""What Inductor makes of fused functions for an NVIDIA device of the kind sm_90. No device is needed, but Triton."""
+"""What Inductor makes of fused functions for an NVIDIA device of the kind sm_90. No device is needed, but Triton.
+
+The kernels are counted, compiled to machine code, and run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +21,10 @@ import torch
 from tandem.backends.torch.compute import cuda, cuda_experts
 from tandem.backends.torch.compute.fused import Fused
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+triton = pytest.importorskip(
+    "triton",
+    reason="Triton, of 700 MB, is in no extra: .venv/bin/pip install triton, then make test-slow PART=jobs",
+)
 
 pytestmark = pytest.mark.slow("jobs")
 
@@ -26,6 +36,10 @@ E, K, F = 128, 8, 768  # experts, of which a token takes some, and their inner w
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_hopper(monkeypatch)
+
+
+def see_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch believes that an H100 is here, as far as making code goes."""
     from torch._inductor.runtime import triton_helpers
     from torch._inductor.runtime.hints import DeviceProperties
@@ -167,6 +181,17 @@ def test_inductor_makes_few_kernels_that_compile(fused: Fused, hopper: None, tmp
         namespace: dict[str, Any] = {"__name__": name, "__file__": str(path)}
         exec(compile(text, str(path), "exec"), namespace)
         assert compiled(namespace[name]).asm["cubin"], name
+
+
+def test_kernels_give_what_their_functions_give_step_by_step() -> None:
+    """In Triton's interpreter, on tensors of the CPU, in fp32."""
+    script = Path(__file__).with_name("interpreted_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {fused.function.__name__ for fused in FUSED}
+    assert {name: largest for name, largest in found.items() if not largest < 1e-6} == {}
 
 
 def compiled(kernel: Any) -> Any:
