@@ -155,9 +155,17 @@ def test_flags_that_contradict_the_config_stop(stated: dict[str, Any], message: 
         ("hf-mg", {"model_type_hf": "llama"}, "--model-type-hf llama: .* holds qwen3"),
         ("hf-mg", {"noop_layers": "x"}, "--noop-layers 'x': expected numbers"),
         ("hf-mg", {"target_pipeline_parallel_size": 2}, "3 layers .* do not divide"),
-        ("hf-mg", {"target_tensor_parallel_size": 4}, "num_query_groups 2 is not a multiple"),
+        (
+            "hf-mg",
+            {"target_tensor_parallel_size": 4},
+            "--target-tensor-parallel-size 4: the model's num_query_groups 2 and num_attention_heads 6 .*: give 1 or 2",
+        ),
         ("hf-mg", {"num_layers": 2, "noop_layers": "0"}, "--num-layers and --noop-layers exclude"),
-        ("hf-mg", {"num_layers_per_virtual_pipeline_stage": 0}, "num_layers_per_virtual_pipeline_stage 0 must divide"),
+        (
+            "hf-mg",
+            {"num_layers_per_virtual_pipeline_stage": 0},
+            "--num-layers-per-virtual-pipeline-stage 0: expected a number that divides the 3 layers",
+        ),
         ("hf-mg", {"make_vocab_size_divisible_by": 0}, "--make-vocab-size-divisible-by 0: expected 1 or more"),
     ],
 )
