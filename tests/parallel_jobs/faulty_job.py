@@ -27,8 +27,11 @@ def meet(iteration: int) -> None:
     if FAULT == "user error":
         raise UserError("all ranks agree that this cannot be")
     rank = World.from_environment().rank
-    if FAULT == "killed before the error" and (rank, iteration) == (0, 6):
-        raise UserError("this cannot be")
+    if FAULT == "killed before the error":
+        if rank == 0 and (FOLDER / "moment").exists():
+            raise UserError("this cannot be")
+        while rank == 1 and iteration == 2 and not (FOLDER / "rank_0").exists():  # on a busy machine it comes later
+            time.sleep(0.01)
     if FAULT == "error, and SIGTERM for the others" and rank == 0 and (FOLDER / "moment").exists():
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
