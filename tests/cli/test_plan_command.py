@@ -103,7 +103,7 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["qwen3-9B"], "Qwen3 has no size '9B': expected one of 0.6B, 1.7B"),
         (["gpt2"], "gpt2: neither a folder nor a published model; published: qwen3-0.6B, "),
-        (["qwen3-8B", "--tensor-model-parallel-size", "3"], "num_query_groups 8 is not a multiple"),
+        (["qwen3-8B", "--tensor-model-parallel-size", "3"], "-parallel-size 3: the model's num_query_groups 8"),
         (["qwen3-8B", "--data-parallel-size", "0"], "--data-parallel-size 0: expected 1 or more"),
         (["qwen3-8B", "--devices", "8"], "--devices needs --global-batch-size"),
         (["qwen3-8B", "--devices", "8", "--micro-batch-size", "2"], "--micro-batch-size fixes it"),

@@ -94,7 +94,8 @@ def _wrong_model_flags(model: ModelSettings, seq_length: int, config: ModelConfi
             continue
         if given is not None and given != actual:
             yield _contradiction(name, given, actual)
-    yield from _wrong_rotary_flags(model, config.rotary_scaling)
+    other_rotary = list(_wrong_rotary_flags(model, config.rotary_scaling))
+    yield from other_rotary
     if model.untie_embeddings_and_output_weights and config.tied:
         yield (
             "--untie-embeddings-and-output-weights contradicts the weights' config: its embeddings are tied: leave it "
@@ -106,7 +107,7 @@ def _wrong_model_flags(model: ModelSettings, seq_length: int, config: ModelConfi
             f"vocabulary size of the model"
         )
     bound = model.max_position_embeddings or config.max_position_embeddings
-    if seq_length > bound:
+    if seq_length > bound and not other_rotary:  # another scaling has another bound
         yield f"--seq-length {seq_length} is above max_position_embeddings {bound}: give --seq-length {bound}, or less"
 
 
