@@ -177,9 +177,12 @@ def test_grouped_products_are_those_of_one_expert_after_the_other(
 
 def test_experts_without_rows_have_no_gradient_whatever_the_product_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """On B200 PyTorch's product leaves what the memory held before (pytorch issue 172439)."""
+    grouped_mm = cuda_experts._grouped_mm(torch.device("cpu"), torch.float32)
+    if grouped_mm is None:
+        pytest.skip("this PyTorch has no grouped product")
 
     def leaves_memory(x: torch.Tensor, y: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-        products = torch.nn.functional.grouped_mm(x, y, offs=offs)
+        products = grouped_mm(x, y, offs=offs)
         products[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
         return products
 

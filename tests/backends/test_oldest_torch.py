@@ -68,7 +68,8 @@ def test_no_name_is_newer_than_the_oldest_pytorch() -> None:
     has = recorded()
     newer = {name for name in all_used() if name.rpartition(".")[2] not in has.get(name.rpartition(".")[0], ())}
     version = ".".join(map(str, TORCH.first_version))
-    assert not newer, f"PyTorch {version} has none of these: look for them with getattr, or record a new owner"
+    todo = f"look for them with getattr, or, if it has them, run this file with PyTorch {version} to record them"
+    assert not newer, f"PyTorch {version} is not known to have these: {todo}"
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> SimpleNamespace:
@@ -86,9 +87,11 @@ def for_hopper_alone(*_: Any, **__: Any) -> torch.Tensor:
 @pytest.mark.parametrize("has", ["no grouped product", "a private one", "one for Hopper alone"])
 def test_experts_need_no_grouped_product_of_pytorchs(has: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 2.10 it is private, in 2.8 for Hopper alone, and before 2.8 it is absent."""
+    if has == "a private one" and not hasattr(torch, "_grouped_mm"):
+        pytest.skip("this PyTorch is an old one itself, and has none")
     run_step_by_step(monkeypatch)
     if has == "one for Hopper alone":
-        monkeypatch.setattr(torch, "_grouped_mm", for_hopper_alone)
+        monkeypatch.setattr(torch, "_grouped_mm", for_hopper_alone, raising=False)
     old = without(monkeypatch, "torch.nn.functional.grouped_mm", *["torch._grouped_mm"] * (has == "no grouped product"))
     assert (old._grouped_mm(torch.device("cpu"), torch.float32) is None) == (has != "a private one")
     counts = torch.tensor([3, 0, 2])

@@ -26,6 +26,10 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.errors import UserError
 from toys import TOYS, moe_config, toy_config
 
+# Before 2.9 (pytorch pull request 157893) attention on a CPU forms matrices of scores where heads share keys.
+shares_heads = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="this PyTorch forms matrices of scores on a CPU"
+)
 RAGGED = (7, 1, 19, 12, 12, 5)
 
 
@@ -50,6 +54,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@shares_heads
 def test_no_product_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     source = toy_weights(toy_config(vocab_size=1009))
     chunk = 8 * source.config.vocab_size
@@ -64,6 +69,7 @@ def test_no_product_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     assert largest.numel <= max(chunk, embedding, activations) < 500 * source.config.vocab_size
 
 
+@shares_heads
 def test_attention_forms_no_matrix_of_scores() -> None:
     source = toy_weights(TOYS["qwen3-tied"])
     length = 512
@@ -73,6 +79,7 @@ def test_attention_forms_no_matrix_of_scores() -> None:
     assert largest.numel < length * length * source.config.num_attention_heads / 4
 
 
+@shares_heads
 def test_experts_are_computed_one_at_a_time() -> None:
     """No operation sees the rows of all experts: eight for each token."""
     source, tokens = toy_weights(moe_config(moe_router_topk=8)), 600
