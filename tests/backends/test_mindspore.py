@@ -42,7 +42,7 @@ def test_blocks_pieces_and_threads_change_nothing(toy: str, monkeypatch: pytest.
 
 
 def test_a_device_that_mindspore_has_not_is_refused() -> None:
-    with pytest.raises(UserError, match="cpu or npu"):
+    with pytest.raises(UserError, match="--device cuda: mindspore computes on npu, cpu: give one of them"):
         create_engine("mindspore", TOYS["llama"], EngineSettings(device="cuda"))
 
 
