@@ -359,8 +359,16 @@ def test_raw_data_have_steps_a_disk_and_a_prompt_type(
             ],
         ),
         (
-            {"lr": None, "data_path": "/no/such", "global_batch_size": 12, "save": "/dev/null"},
-            ["--lr is required", "/no/such.idx", "--global-batch-size 12", "--save /dev/null"],
+            {"lr": None, "data_path": "/no/such", "global_batch_size": 12, "save": "/dev/null", "num_layers": 7},
+            ["--lr is required", "/no/such.idx", "--global-batch-size 12", "--save /dev/null", "--num-layers 7"],
+        ),
+        (
+            {"lr": None, "load": None, "init": None},
+            ["give either --load", "--lr is required", "--global-batch-size 4"],
+        ),
+        (
+            {"lora_target_modules": "all-linear", "lora_r": 0, "tensorboard_dir": "/dev/null"},
+            ["--global-batch-size 4", "--tensorboard-dir /dev/null", "--lora-r 0"],
         ),
         ({"global_batch_size": 3}, ["--global-batch-size 3"]),
     ],

@@ -108,10 +108,18 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     """
     training, data, checkpoint = settings.training, settings.data, settings.checkpoint
     framework = check_framework(training.ai_framework).name
-    _check_before_weights(settings, world)
-    loading = continued(checkpoint)
-    source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
+    check_ranges(settings.to_dict())  # what comes next divides by some
     problems = Problems()
+    source = None
+    with problems.noted():
+        _check_before_weights(settings, world)
+    if (checkpoint.load is None) != (checkpoint.init is None):  # or else that is said already
+        with problems.noted():
+            loading = continued(checkpoint)
+            source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
+    if source is None:
+        problems.raise_all()
+    assert source is not None, "why it was not opened is a problem"
     with problems.noted():
         noop_layers = len(settings.parallel.layout.noop_layers)
         check_model_flags(settings.model, settings.experts, data.seq_length, source.config, noop_layers)
@@ -147,7 +155,6 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
 def _check_before_weights(settings: Settings, world: World) -> None:
     """Check everything that needs no weights. Only the first process logs."""
     data, training, save = settings.data, settings.training, settings.checkpoint.save
-    check_ranges(settings.to_dict())  # what comes next divides by some
     check_all(
         lambda: check_settings(settings),
         lambda: check_epochs(data, training),
