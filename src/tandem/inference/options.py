@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -121,5 +122,5 @@ def name_of(folder: str, taken: Mapping[str, Any] | None = None) -> str:
     >>> name_of("run/tuned/"), name_of("other/tuned", {"tuned": ...})
     ('tuned', 'tuned-base')
     """
-    name = Path(folder).resolve().name or "model"
+    name = Path(os.path.abspath(folder)).name or "model"  # of a link, the name that was typed
     return f"{name}-base" if name in (taken or {}) else name
