@@ -226,17 +226,29 @@ def matrix(processes: int, switches: list[Switches]) -> list[Case]:
     return cases
 
 
-# Numbers of processes, of which eight are a part of the slow tests by themselves.
-SIZES_OF_THE_MATRIX = [pytest.param(n, marks=pytest.mark.slow("eight" if n == 8 else "matrix")) for n in (2, 4, 8)]
+ROWS: list[Switches] = [switches for switches in ALL if not switches[-1]]
+PACKED_ROWS: list[Switches] = [switches for switches in ALL if switches[-1]]
 
 
-@pytest.mark.parametrize("processes", SIZES_OF_THE_MATRIX)
-def test_the_layout_matrix_equals_one_process_on_pytorch(processes: int, tmp_path: Path) -> None:
-    switches = PAIRS if processes == 8 else ALL
+@pytest.mark.parametrize(
+    ("processes", "switches"),
+    [
+        pytest.param(2, ALL, marks=pytest.mark.slow("matrix"), id="2"),
+        pytest.param(4, ROWS, marks=pytest.mark.slow("matrix"), id="4"),
+        pytest.param(4, PACKED_ROWS, marks=pytest.mark.slow("matrix"), id="4-packed"),
+        pytest.param(8, PAIRS, marks=pytest.mark.slow("eight"), id="8"),
+    ],
+)
+def test_the_layout_matrix_equals_one_process_on_pytorch(
+    processes: int, switches: list[Switches], tmp_path: Path
+) -> None:
     check(require_framework("torch"), processes, matrix(processes, switches), tmp_path, timeout=1200)
 
 
-@pytest.mark.parametrize("processes", SIZES_OF_THE_MATRIX)
+@pytest.mark.parametrize(
+    "processes",
+    [pytest.param(n, marks=pytest.mark.slow("eight" if n == 8 else "matrix-mindspore")) for n in (2, 4, 8)],
+)
 def test_the_layout_matrix_equals_one_process_on_mindspore(processes: int, tmp_path: Path) -> None:
     rest = [
         case for case in [*SHORT.get(processes, []), *MORE] if case.processes == processes and not case.use_torch_fsdp2
