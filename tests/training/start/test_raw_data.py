@@ -215,7 +215,7 @@ def test_a_second_job_waits_for_the_first(
 def test_errors(workspace: Workspace, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="give another folder with --data-cache-path"):
+    with pytest.raises(UserError, match=r"--data-cache-path .*: \S+ is a file, where a folder is expected"):
         with_preprocessed(settings_for(workspace, workspace.corpus, file))
     with pytest.raises(UserError, match="--json-keys a b: expected one field"):
         with_preprocessed(settings_for(workspace, workspace.corpus, tmp_path, json_keys=["a", "b"]))

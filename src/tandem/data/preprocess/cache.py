@@ -22,6 +22,7 @@ from tandem.data.templates.catalog import get_template
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.files.lock import BusyError
+from tandem.files.publish import check_writable
 from tandem.logs import log
 
 _REVISION = 3  # to be increased when preprocessing begins to make other files of the same input
@@ -66,6 +67,11 @@ def prefix_in_cache(options: PreprocessOptions, cache: str | None) -> str:
     return str(folder_in_cache(raw, cache) / _key(options) / "data")
 
 
+def check_cache(raw: str, cache: str | None) -> None:
+    """Raise UserError when the folder of a raw data path cannot be made in the cache. Nothing is made."""
+    check_writable(folder_in_cache(raw, cache), "--data-cache-path" if cache else "without --data-cache-path,")
+
+
 def is_in_cache(prefix: str) -> bool:
     """Whether the result with this output prefix is there, with all its files."""
     return _is_whole(record_path(prefix))
@@ -96,10 +102,8 @@ def preprocess_once(options: PreprocessOptions, cache: str | None, leader: bool 
     folder = record.parent
     if leader and not _is_whole(record):
         log.info("> preprocessing %s into %s", raw, folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}; give another folder with --data-cache-path") from None
+        check_cache(raw, cache)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             summary = preprocess(options)
             ends = [f"each document ends with {summary.eod}"] if summary.eod else []

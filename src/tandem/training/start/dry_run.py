@@ -124,7 +124,8 @@ def _try_rows(
         steps = f"{training.length.iterations:,} steps over {training.length.samples:,} samples"
     else:
         steps = f"--epochs {training.epochs:g}: the number of steps is known when the data are preprocessed"
-    return template, [steps, *describe_raw(raw.values()), *(line for lines, _ in checks.values() for line in lines)]
+    tried = describe_raw(raw.values(), data.data_cache_path)
+    return template, [steps, *tried, *(line for lines, _ in checks.values() for line in lines)]
 
 
 def _open(settings: Settings, start: ModelAndProcesses) -> tuple[dict[str, Any] | None, list[str]]:

@@ -10,6 +10,7 @@ from tandem.config.settings import DataSettings
 from tandem.data.kinds import CONVERSATIONS, TEXT, UNPAIRED, Kind
 from tandem.data.preprocess.cache import (
     Wait,
+    check_cache,
     folder_in_cache,
     is_in_cache,
     is_raw,
@@ -103,15 +104,16 @@ def check_ready(data: DataSettings) -> None:
             check_files(prefix, kind_to_train(data))
 
 
-def describe_raw(raw: Iterable[PreprocessOptions]) -> list[str]:
+def describe_raw(raw: Iterable[PreprocessOptions], cache: str | None) -> list[str]:
     """Try to preprocess the first rows of raw paths, and describe the result. Nothing is written.
 
     Raises:
-        UserError: as in preprocessing.
+        UserError: as in preprocessing; or the cache cannot be written.
     """
     lines = []
     for options in raw:
         (path,) = options.input
+        check_cache(path, cache)
         chunk, source = try_first_rows(options)
         counts = chunk.counts
         lines.append(
