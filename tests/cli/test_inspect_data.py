@@ -41,6 +41,19 @@ def test_text_and_its_counts(workspace: Workspace, capsys: pytest.CaptureFixture
     assert "no such file" in capsys.readouterr().err
 
 
+def test_another_tokenizer_than_that_of_the_data_is_said(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(workspace.hf, tmp_path / "other")
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace("<think>", "<thought>"))
+    command = ["inspect", "data", str(workspace.instructions), "--show", "1", "--tokenizer-name-or-path"]
+    assert main([*command, str(workspace.hf)]) == 0
+    assert "is not the tokenizer" not in capsys.readouterr().out
+    assert main([*command, str(other)]) == 0
+    assert f"> {other} is not the tokenizer that made these data" in capsys.readouterr().out
+
+
 def test_labels_alone_are_no_text(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [CONVERSATIONS.pair(str(workspace.instructions), "labels"), "--tokenizer-name-or-path", str(workspace.hf)]
     assert main(["inspect", "data", *words]) == 2

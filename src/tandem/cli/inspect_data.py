@@ -52,6 +52,8 @@ def run(argv: Sequence[str]) -> None:
         print(f"> {line}")
     tokenizer = _tokenizer(options) if options.show else None
     if tokenizer:
+        if record and record["tokenizer"]["sha256"] != tokenizer.sha256:
+            print(f"> {tokenizer.folder} is not the tokenizer that made these data: the texts may be others")
         show_samples(console, view, tokenizer, options.show)
     if options.html:
         write_page(options.html, view, tokenizer, options.show)
