@@ -34,7 +34,19 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 MADE = (
     *("full", "no_record", "other_text", "no_optimizer", "fewer_rows", "counted", "lora", "base", "moved", "packed"),
-    *("bare", "large", "no_end", "neat", "chat_template", "stateless", "beyond", "mixture", "listed", "occupied"),
+    *(
+        "bare",
+        "large",
+        "no_end",
+        "neat",
+        "chat_template",
+        "stateless",
+        "cut",
+        "beyond",
+        "mixture",
+        "listed",
+        "occupied",
+    ),
     *(
         "no_data",
         "taken",
@@ -133,9 +145,12 @@ def change(path: Path, **values: Any) -> None:
 def take_away(root: Path) -> None:
     """A record, a run's state, and Megatron's args; and a run gets a model beside it."""
     (root / "neat.json").unlink()
-    shutil.copytree(root / "counted", root / "stateless")
+    for name in ("stateless", "cut"):
+        shutil.copytree(root / "counted", root / name)
     for state in (root / "stateless").rglob("trainer_state.json"):
         state.unlink()
+    for state in (root / "cut").rglob("trainer_state.json"):
+        state.write_text(state.read_text()[:99])
     shutil.copytree(root / "counted", root / "two_models")
     shutil.copytree(root / "moved", root / "two_models", dirs_exist_ok=True)
     for folder in (root / "argless").glob("*/hf"):

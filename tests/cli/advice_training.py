@@ -311,6 +311,11 @@ CASES = {
         "Its weights can begin a new run, with --finetune and another --save",
         lambda line, _: changed(changed(line, "--load", "{stateless}"), "--save", "{new}") + " --finetune",
     ),
+    "a state that was cut": Case(
+        changed(EPOCH, "--save", "{cut}"),
+        "Its weights can begin a new run, with --finetune and another --save",
+        lambda line, _: changed(changed(line, "--load", "{cut}"), "--save", "{new}") + " --finetune",
+    ),
     "steps whose numbers are too large": Case(
         changed(RUN, "--load", "{beyond}"),
         "skip such steps with (--on-bad-step) (skip)",

@@ -10,14 +10,20 @@ import lzma
 import os
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.checkpoints.folders import TRACKER
+from tandem.files.lock import Holder, locked
 from workspace import Workspace
 
 SETTINGS = (
@@ -35,11 +41,13 @@ class Scene:
     Attributes:
         make: makes what the command meets, in the working folder.
         only: a text; only lines that hold it are recorded.
+        during: what goes on while the command runs.
     """
 
     line: str
     make: Callable[[], Any] = lambda: None
     only: str = ""
+    during: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def make_files(workspace: Workspace, root: Path) -> None:
@@ -152,6 +160,24 @@ def encoded(name: str, encoding: str) -> Callable[[], Any]:
     return lambda: Path(name).write_bytes(lzma.compress(text) if name.endswith(".xz") else text)
 
 
+@contextmanager
+def another_run(what: str, folder: str) -> Iterator[None]:
+    """A lock as another process holds it, with the same names everywhere."""
+    holder = Holder("node1", 4711, "2026-11-30 09:00:00", "tandem pretrain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Holder, "this_process", classmethod(lambda _: holder))
+        with locked(folder, what):
+            yield
+
+
+@contextmanager
+def with_little(function: str, answer: Any) -> Iterator[None]:
+    """A machine with little memory, or a full disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, lambda *_: answer)
+        yield
+
+
 def yaml(text: str) -> Callable[[], Any]:
     return lambda: Path("run.yaml").write_text(SETTINGS + text)
 
@@ -255,6 +281,14 @@ SETTINGS_OF_A_RUN: dict[str, Scene] = {
     "conversations for pretraining": Scene(on("chat")),
     "text for fine-tuning": Scene(on(TEXT).replace("pretrain", "finetune")),
     "context parallelism": Scene(on(TEXT, "--context-parallel-size 2")),
+    "less memory than the run needs": Scene(
+        on(TEXT, "--seq-length 512 --micro-batch-size 256 --global-batch-size 256 --dry-run"),
+        during=partial(with_little, "tandem.training.start.room.memory_bytes", 10**9),
+    ),
+    "a layout of more processes than there are": Scene(
+        on(TEXT, "--tensor-model-parallel-size 3 --nproc-per-node 2 --dry-run")
+    ),
+    "several machines, and no processes": Scene(on(TEXT, "--nnodes 2")),
     "no data, no weights and no length": Scene("pretrain --ai-framework torch --lr 1e-3"),
 }
 RUNS: dict[str, Scene] = {
@@ -282,6 +316,13 @@ RUNS: dict[str, Scene] = {
     "a state that was cut": Scene(
         on(TEXT, "--save run"), cut("run/iter_0000002/trainer_state.json", '{"iteration": 2')
     ),
+    "a folder that another run uses": Scene(
+        on(TEXT, "--save run"), during=partial(another_run, "--save run", "run"), only="error"
+    ),
+    "a full disk": Scene(
+        on(TEXT, "--save new"), during=partial(with_little, "shutil.disk_usage", SimpleNamespace(free=10**6))
+    ),
+    "what both of two processes refuse": Scene(on(TEXT, "--save without --nproc-per-node 2"), only="error"),
     "no run to report": Scene("report hf"),
     "a run to verify": Scene("verify run"),
 }

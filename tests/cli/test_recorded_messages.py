@@ -43,7 +43,8 @@ def message(scene: Scene, files: Path, folder: Path) -> str:
         patch.chdir(folder)
         patch.setenv("HF_HOME", "no cache")
         scene.make()
-        main(shlex.split(scene.line))
+        with scene.during():
+            main(shlex.split(scene.line))
     text = out.getvalue().replace(f"{folder}/", "").replace(str(folder), ".")
     return "".join(line for line in text.splitlines(keepends=True) if scene.only in line)
 

@@ -194,7 +194,7 @@ def test_a_damaged_record_does_not_keep_a_run_from_going_on(
     events.write_bytes(events.read_bytes()[:-9])
     capsys.readouterr()
     train(short(workspace, tmp_path, exit_interval=3))
-    assert "It is moved to run.json.damaged" in capsys.readouterr().err
+    assert "The damaged file is now run.json.damaged" in capsys.readouterr().err
     assert [start["iteration"] for start in read_starts(tmp_path)] == [2]
     assert (tmp_path / "run.json.damaged").exists()
     named = [event["event"] for event in read_events(tmp_path)]

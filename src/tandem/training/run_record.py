@@ -94,7 +94,7 @@ def append_start(folder: Path, start: dict[str, Any]) -> None:
     except UserError as error:
         aside = path.with_name(path.name + DAMAGED)
         path.rename(aside)
-        log.warning("%s. It is moved to %s; the record of this run begins again", error, aside.name)
+        log.warning("%s: this one. The damaged file is now %s", error, aside.name)
         recorded = []
     starts = [*(other for other in recorded if other["iteration"] < start["iteration"]), start]
     write_text_atomically(path, json.dumps({**FORMAT, "starts": starts}, indent=1, ensure_ascii=False) + "\n")

@@ -18,6 +18,7 @@ from tandem.training.progress import Progress
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "settings.yaml"
+WHAT_IS_LEFT = "Its weights can begin a new run, with --finetune and another --save"
 OPTIMIZER_KINDS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
@@ -63,14 +64,14 @@ class TrainerState:
         if text is None:
             if written := _written_by_training(source):
                 raise UserError(
-                    f"{source.location}: damaged: {STATE_FILE} is missing, and a training run wrote {written}. Its "
-                    f"weights can begin a new run, with --finetune and another --save"
+                    f"{source.location}: damaged: {STATE_FILE} is missing, and a training run wrote {written}. "
+                    f"{WHAT_IS_LEFT}"
                 )
             return None
         try:
             return cls(**json.loads(text))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{source.location}/{STATE_FILE}: damaged: {error}") from error
+            raise UserError(f"{source.location}/{STATE_FILE}: damaged: {error}. {WHAT_IS_LEFT}") from error
 
 
 def _written_by_training(source: TensorSource) -> str | None:
@@ -92,9 +93,9 @@ def saved_settings(source: TensorSource) -> dict[str, dict[str, Any]] | None:
     try:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{source.location}/{SETTINGS_FILE}: damaged: {error}") from error
+        raise UserError(f"{source.location}/{SETTINGS_FILE}: damaged: {error}. {WHAT_IS_LEFT}") from error
     if not isinstance(settings, dict) or not all(isinstance(group, dict) for group in settings.values()):
-        raise UserError(f"{source.location}/{SETTINGS_FILE}: damaged: expected the settings of a run")
+        raise UserError(f"{source.location}/{SETTINGS_FILE}: damaged: expected the settings of a run. {WHAT_IS_LEFT}")
     return settings
 
 
