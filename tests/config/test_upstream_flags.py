@@ -122,8 +122,7 @@ OTHERS = (
     *("--recompute-norm-num-layers 2", "--enable-recompute-layers-per-pp-rank", "--moe-permutation-async-comm"),
     *("--moe-permute-fusion", "--moe-alltoall-overlap-comm", "--moe-fb-overlap", "--moe-zero-memory level1"),
     *("--moe-token-dispatcher-type alltoall_seq", "--moe-token-dispatcher-type flex", "--moe-grouped-gemm"),
-    *("--moe-router-topk-scaling-factor 1.0", "--moe-layer-freq -1"),
-    *("--first-k-dense-replace -1", "--moe-router-score-function softmax", "--topk-softmax-in-fp32"),
+    *("--moe-router-topk-scaling-factor 1.0", "--moe-router-score-function softmax", "--topk-softmax-in-fp32"),
     *("--moe-alltoall-mc2", "--moe-allgather-overlap-comm", "--enable-a2avc 1"),
     *("--moe-pad-expert-input-to-capacity", "--max-new-tokens 256"),
 )
@@ -137,7 +136,7 @@ REFUSED = (
     "--model-type-hf llama2",
     "--use-ascend-coc --use-ascend-mc2",
     "--fix-router",
-    *("--moe-router-topk-scaling-factor 2.5", "--moe-layer-freq 2"),
+    "--moe-router-topk-scaling-factor 2.5",
     *("--o2-optimizer", "--o2-gradient", "--dataloader-type cyclic"),
 )
 

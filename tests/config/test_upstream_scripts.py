@@ -54,7 +54,7 @@ def settings_of(name: str) -> tuple[Settings, list[str]]:
     launch, layout = settings.launch, settings.parallel.layout
     check_batch_sizes(settings.training, Grid(layout, (launch.nproc_per_node or 1) * launch.nnodes))
     config = qwen3_config(size_of(name))
-    check_model_flags(settings.model, settings.experts, settings.data.seq_length, config, len(layout.noop_layers))
+    check_model_flags(settings.model, settings.experts, settings.data.seq_length, config, layout.noop_layers)
     layout.check(config)
     return settings, notices
 

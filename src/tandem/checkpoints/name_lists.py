@@ -25,7 +25,7 @@ def in_a_line(names: Collection[str]) -> str:
         found = NUMBER.search(name)
         numbers.setdefault(NUMBER.sub("{}", name, count=1), []).extend([int(found[0])] if found else [])
     shown = dict(list(numbers.items())[:MOST_PATTERNS])
-    text = ", ".join(pattern.replace("{}", _ranges(found), 1) for pattern, found in shown.items())
+    text = ", ".join(pattern.replace("{}", numbers_in_a_line(found), 1) for pattern, found in shown.items())
     rest = len(names) - sum(max(1, len(found)) for found in shown.values())
     return f"{text} and {rest:,} more" if rest else text
 
@@ -43,9 +43,10 @@ def check_names(where: str, actual: set[str], expected: set[str]) -> None:
         raise UserError(f"{where}: the tensors do not match the config. {'; '.join(parts)}")
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """
-    >>> _ranges([0, 1, 2, 5])
+def numbers_in_a_line(numbers: Iterable[int]) -> str:
+    """Neighbours as a range.
+
+    >>> numbers_in_a_line([0, 1, 2, 5])
     '0-2,5'
     """
     runs = groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0])

@@ -44,6 +44,7 @@ ABOVE_ZERO = {
     *("dpo_beta", "orpo_beta", "simpo_beta", "kto_beta", "moe_expert_capacity_factor"),
 }
 BELOW_ONE = {"adam_beta1", "adam_beta2", "lr_warmup_fraction"}  # and not below 0
+MINUS_ONE = {"first_k_dense_replace"}  # -1 is MindSpeed-LLM's word for none
 LARGEST = {"seed": 2**32 - 1, "master_port": 65535}  # NumPy's and TCP's
 
 
@@ -310,7 +311,7 @@ def _expected(name: str, number: float) -> str | None:
         return "a positive number"
     if name in BELOW_ONE and not 0 <= number < 1:
         return "a number from 0 to below 1"
-    if not 0 <= number < math.inf:
+    if not -(name in MINUS_ONE) <= number < math.inf:
         return "0 or more"
     largest = LARGEST.get(name, math.inf)
     return None if number <= largest else f"{largest} or less"

@@ -158,6 +158,10 @@ class ExpertSettings(RouterSettings):
     """Number of experts that each token goes through."""
     moe_ffn_hidden_size: int | None = field(default=None, metadata=aliases("--moe-intermediate-size"))
     """Inner width of one expert."""
+    moe_layer_freq: str | None = None
+    """Layers with experts: every N-th, from the first; or a mark for each layer, such as '[0]*1+[1]*47'."""
+    first_k_dense_replace: int | None = None
+    """Layers at the beginning that have no experts."""
     norm_topk_prob: bool = False
     """The factors of a token's experts are divided by their sum."""
     moe_router_pre_softmax: bool = False

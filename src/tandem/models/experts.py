@@ -5,11 +5,15 @@ Source: "Switch Transformers" (arXiv 2101.03961); Qwen3's router: transformers, 
 
 from __future__ import annotations
 
+import ast
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tandem.errors import UserError
+
+MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +71,67 @@ class Experts:
         """The inverse of `dataclasses.asdict`, also when JSON has turned tuples into lists."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
+
+
+def sparse_layers(
+    every: int | Sequence[int], dense: int, num_slots: int, noop_layers: Collection[int] = ()
+) -> list[bool] | None:
+    """Whether each layer has experts, as Megatron says it; None if a list does not mark each of `num_slots`.
+
+    Args:
+        every: a step: the first layer has experts, and every n-th after it. Or a mark for each layer.
+        dense: so many layers at the beginning have none all the same.
+        num_slots: the layers, with those that stay empty.
+        noop_layers: these stay empty, and are not in the result.
+
+    >>> sparse_layers([0, 1, 1], 0, 3)
+    [False, True, True]
+    """
+    if isinstance(every, int):
+        every = [int(slot % max(every, 1) == 0) for slot in range(num_slots)]
+    if len(every) != num_slots:
+        return None
+    marks = [bool(mark) for slot, mark in enumerate(every) if slot not in noop_layers]
+    return [mark and layer >= dense for layer, mark in enumerate(marks)]
+
+
+def parse_layer_freq(text: str) -> int | list[int]:
+    """A step, or a list of 0 and 1 as Megatron takes it, with `+` and `*`. Nothing is executed.
+
+    >>> parse_layer_freq("([0]*1+[1]*2)*2")
+    [0, 1, 1, 0, 1, 1]
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        value: int | list[int] = _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        value = []
+    if isinstance(value, int) or (value and all(mark in (0, 1) for mark in value)):
+        return value
+    raise UserError(f"--moe-layer-freq {text}: expected a number, or a list such as '[0]*1+[1]*47'")
+
+
+def _value(node: ast.expr) -> Any:
+    """The value of an expression of whole numbers and lists of them."""
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand)
+        case ast.List(elts=elements):
+            return [_value(element) for element in elements]
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            return _value(left) + _value(right)
+        case ast.BinOp(op=ast.Mult(), left=left, right=right):
+            return _product(_value(left), _value(right))
+    raise ValueError("no list of numbers")
+
+
+def _product(left: Any, right: Any) -> Any:
+    """A product of bounded size: a flag makes no list that fills the memory."""
+    sizes = [value if isinstance(value, int) else len(value) for value in (left, right)]
+    if sizes[0] * sizes[1] > MOST_LAYERS:
+        raise ValueError("too long")
+    return left * right

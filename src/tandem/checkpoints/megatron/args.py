@@ -14,7 +14,7 @@ from tandem.checkpoints.interface import Companions
 from tandem.checkpoints.megatron.rotary_args import scaling_from_args, scaling_to_args
 from tandem.errors import UserError
 from tandem.models.config import ModelConfig
-from tandem.models.experts import Experts
+from tandem.models.experts import Experts, sparse_layers
 from tandem.models.families import FAMILIES
 from tandem.models.hf_config import from_hf
 from tandem.parallel.layout import Layout
@@ -264,13 +264,10 @@ def _experts_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> 
     if not count:
         return None
     every, dense = args.get("moe_layer_freq") or 1, args.get("first_k_dense_replace") or 0
-    slots = range(_value(args, where, "num_layers"))
-    marks = list(every) if isinstance(every, list | tuple) else [slot % max(every, 1) == 0 for slot in slots]
-    if len(marks) != len(slots):
-        raise UserError(
-            f"{where}: args say moe_layer_freq = {every}; expected a number for each of {len(slots)} layers"
-        )
-    marks = [mark for slot, mark in enumerate(marks) if slot not in noop_layers]
+    num_slots = _value(args, where, "num_layers")
+    sparse = sparse_layers(every, dense, num_slots, noop_layers)
+    if sparse is None:
+        raise UserError(f"{where}: args say moe_layer_freq = {every}; expected a number for each of {num_slots} layers")
     normalised = bool(args.get("norm_topk_prob")) or not args.get("moe_router_pre_softmax")
     return Experts(
         num_experts=count,
@@ -279,7 +276,7 @@ def _experts_from_args(args: Args, where: str, noop_layers: tuple[int, ...]) -> 
             args, where, "moe_ffn_hidden_size", "moe_intermediate_size", "ffn_hidden_size", "intermediate_size"
         ),
         norm_topk_prob=normalised,
-        mlp_only_layers=tuple(layer for layer, mark in enumerate(marks) if not mark or layer < dense),
+        mlp_only_layers=tuple(layer for layer, has_experts in enumerate(sparse) if not has_experts),
         router_aux_loss_coef=float(args.get("moe_aux_loss_coeff") or 0.0),
     )
 

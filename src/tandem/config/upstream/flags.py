@@ -100,8 +100,6 @@ IGNORED: dict[str, Ignored] = {
     "--moe-alltoall-mc2": ALWAYS_ON,
     "--enable-a2avc": Ignored(1),
     "--moe-grouped-gemm": ALWAYS_ON,
-    "--moe-layer-freq": Ignored(1, ("1", "-1")),  # config.json says which layers have experts
-    "--first-k-dense-replace": Ignored(1, ("0", "-1")),
     "--moe-router-score-function": Ignored(1, ("softmax",)),
     "--topk-softmax-in-fp32": ALWAYS_ON,
     "--moe-pad-expert-input-to-capacity": ALWAYS_ON,  # with rows whose factor is 0

@@ -56,7 +56,7 @@ class Weights:
                 f"{as_typed('lora_target_modules', settings.lora.lora_target_modules)}: {checkpoint.load} has no "
                 f"adapters: give theirs with --lora-load"
             )
-        noop_layers = len(settings.parallel.layout.noop_layers)
+        noop_layers = settings.parallel.layout.noop_layers
         check_model_flags(model, settings.experts, longest, source.config, noop_layers)
         grid = make_grid(settings.parallel, source.config, world.size)
         tokenizer = open_tokenizer(data.tokenizer_name_or_path, source)

@@ -121,7 +121,7 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         problems.raise_all()
     assert source is not None, "why it was not opened is a problem"
     with problems.noted():
-        noop_layers = len(settings.parallel.layout.noop_layers)
+        noop_layers = settings.parallel.layout.noop_layers
         check_model_flags(settings.model, settings.experts, data.seq_length, source.config, noop_layers)
     with problems.noted():
         grid, engine = _processes(settings, framework, source.config, world)

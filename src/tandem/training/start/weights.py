@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.hf.companions import companions_of
 from tandem.checkpoints.interface import Companions, TensorSource
 from tandem.checkpoints.megatron.rotary_args import scaling_from_args
+from tandem.checkpoints.name_lists import numbers_in_a_line
 from tandem.checkpoints.random_init import RandomSource
 from tandem.config.settings import (
     CheckpointSettings,
@@ -20,6 +21,7 @@ from tandem.config.settings import (
 )
 from tandem.errors import Problems, UserError, raise_all
 from tandem.models.config import ModelConfig, RotaryScaling
+from tandem.models.experts import parse_layer_freq, sparse_layers
 from tandem.models.hf_config import from_hf
 from tandem.options import flag_of
 from tandem.training.logs.log import log_notice
@@ -78,13 +80,22 @@ def _config_of(companions: Companions, folder: str) -> ModelConfig:
 
 
 def check_model_flags(
-    model: ModelSettings, experts: ExpertSettings, seq_length: int, config: ModelConfig, noop_layers: int = 0
+    model: ModelSettings,
+    experts: ExpertSettings,
+    seq_length: int,
+    config: ModelConfig,
+    noop_layers: Collection[int] = (),
 ) -> None:
     """Raise a UserError that lists every model flag that contradicts the config of the weights, and `--seq-length`.
 
-    `noop_layers`: how many layers `--num-layers` may count, as upstream's scripts do, that the model does not have.
+    `noop_layers`: `--num-layers` may count them, as upstream's scripts do, and the model does not have them.
     """
-    raise_all([*_wrong_model_flags(model, seq_length, config, noop_layers), *_wrong_expert_flags(experts, config)])
+    problems = [
+        *_wrong_model_flags(model, seq_length, config, len(noop_layers)),
+        *_wrong_expert_flags(experts, config),
+        *_wrong_layers_of_experts(experts, config, noop_layers),
+    ]
+    raise_all(problems)
 
 
 def _wrong_model_flags(model: ModelSettings, seq_length: int, config: ModelConfig, noop_layers: int) -> Iterator[str]:
@@ -120,18 +131,19 @@ def _wrong_expert_flags(given: ExpertSettings, config: ModelConfig) -> Iterator[
 
     Megatron's router normalises the factors of a token unless it is told to take the softmax before it chooses.
     """
-    names = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_expert_capacity_factor")
-    values = {name: value for name in names if (value := getattr(given, name)) is not None}
+    compared = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
+    others = ("moe_layer_freq", "first_k_dense_replace", "moe_expert_capacity_factor")
+    values = {name: value for name in (*compared, *others) if (value := getattr(given, name)) is not None}
     if config.experts is None:
         for name, value in values.items():
             yield (
-                f"{flag_of(name)} {value:g}: the weights' config has no experts (model_type {config.model_type}): "
+                f"{flag_of(name)} {value}: the weights' config has no experts (model_type {config.model_type}): "
                 f"leave it out"
             )
         return
-    for name, value in values.items():
-        if name != "moe_expert_capacity_factor" and value != (actual := getattr(config.experts, name)):
-            yield _contradiction(name, value, actual)
+    for name in compared:
+        if name in values and values[name] != (actual := getattr(config.experts, name)):
+            yield _contradiction(name, values[name], actual)
     if config.experts.norm_topk_prob == given.norm_topk_prob:
         return
     if given.norm_topk_prob:
@@ -141,6 +153,28 @@ def _wrong_expert_flags(given: ExpertSettings, config: ModelConfig) -> Iterator[
             "--moe-router-pre-softmax (or softmax_topk) without --norm-topk-prob contradicts the weights' config: its "
             "norm_topk_prob is true: add --norm-topk-prob"
         )
+
+
+def _wrong_layers_of_experts(given: ExpertSettings, config: ModelConfig, noop_layers: Collection[int]) -> Iterator[str]:
+    """Flags that put experts into other layers than the config of the weights."""
+    flags = {
+        flag_of(name): value
+        for name in ("moe_layer_freq", "first_k_dense_replace")
+        if (value := getattr(given, name)) is not None
+    }
+    if not flags or config.experts is None:
+        return
+    words = " ".join(f"{flag} {value}" for flag, value in flags.items())
+    frequency = 1 if given.moe_layer_freq is None else parse_layer_freq(given.moe_layer_freq)
+    slots = config.num_layers + len(noop_layers)
+    asked = sparse_layers(frequency, given.first_k_dense_replace or 0, slots, noop_layers)
+    actual = [config.experts.are_in(layer) for layer in range(config.num_layers)]
+    if asked is None:
+        yield f"{words}: expected a mark for each of {slots} layers"
+    elif asked != actual:
+        without = [layer for layer, has_experts in enumerate(actual) if not has_experts]
+        where = f"in all layers but {numbers_in_a_line(without)}" if without else "in all layers"
+        yield f"{words} contradicts the weights' config, which has experts {where}: leave it out"
 
 
 def open_reference(preferences: PreferenceSettings, config: ModelConfig) -> TensorSource | None:
