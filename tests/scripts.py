@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from tandem.cli.settings import parse_settings
 from tandem.config.checks import check_settings
 from tandem.config.settings import Settings
+from tandem.launch.machines import free_port
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 HF2MCORE = "mindspore/qwen3/ckpt_convert_qwen3_hf2mcore.sh"
@@ -78,7 +78,7 @@ class Site:
 
     def train(self, script: str, **variables: object) -> Finished:
         """Run a training script on a free port."""
-        return self.succeed(script, MASTER_PORT=free_port(), **variables)
+        return self.succeed(script, MASTER_PORT=free_port("127.0.0.1"), **variables)
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,3 @@ class Finished:
         check_settings(settings)
         assert notices == []
         return settings
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> int:
     """Run one command, and tell the job, if there is one, how it ended. Returns the exit code."""
     member = Member.join()
-    if is_scheduler() and (JOB in os.environ or not _asks_for_processes(words)):
-        importlib.import_module("tandem.backends").serve_as_scheduler()
     try:
+        if is_scheduler() and (JOB in os.environ or not _asks_for_processes(words)):
+            importlib.import_module("tandem.backends").serve_as_scheduler()
         module = importlib.import_module(f"tandem.cli.{command}")
         with printed():
             code = module.run(words) or 0

@@ -143,7 +143,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def take_away(root: Path) -> None:
-    """A record, a run's state, and Megatron's args; and a run gets a model beside it."""
+    """A record, a run's state, and Megatron's args; and a run gets a model as well."""
     (root / "neat.json").unlink()
     for name in ("stateless", "cut"):
         shutil.copytree(root / "counted", root / name)

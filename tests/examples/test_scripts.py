@@ -27,9 +27,9 @@ from scripts import (
     TUNED,
     Finished,
     Site,
-    free_port,
 )
 from tandem.checkpoints.detect import open_source
+from tandem.launch.machines import free_port
 from tandem.models.tensors import tensor_table
 from tandem.quickstart.tasks import make_world
 from tandem.quickstart.toy_model import write_toy_model
@@ -168,7 +168,7 @@ def test_several_processes_give_the_same_losses(
 @pytest.mark.slow("sizes")
 def test_two_machines(site: Site, pretrained: Finished, framework: str) -> None:
     """Two launchers on loopback, each in a folder of its own: two nodes without shared storage."""
-    port = free_port()
+    port = free_port("127.0.0.1")
     other = Site(site.root.parent / f"{site.root.name}-{framework}-node1")
     shutil.copytree(site.root, other.root)
     common = {

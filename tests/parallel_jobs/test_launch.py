@@ -19,12 +19,11 @@ import pytest
 
 from frameworks import require_framework
 from launchers import launcher
-from scripts import free_port
 from tandem.__main__ import STOPPED
 from tandem.backends import launcher_of
 from tandem.checkpoints.detect import open_source
 from tandem.errors import UserError
-from tandem.launch.machines import Machines
+from tandem.launch.machines import Machines, free_port
 from tandem.launch.out_of_memory import kills
 from tandem.launch.supervisor import launch
 from tandem.models.tensors import tensor_table
@@ -199,7 +198,7 @@ def test_a_rank_that_raises_ends_the_job_and_speaks_last(workspace: Workspace, f
 @pytest.mark.slow("jobs")
 def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     """They share a disk, and say so, whatever --no-shared-storage says: there is one checkpoint, and it is whole."""
-    port, save = str(free_port()), tmp_path / "shared"
+    port, save = str(free_port("127.0.0.1")), tmp_path / "shared"
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
     command += ["--save", str(save), "--no-shared-storage"]
     nodes = [
@@ -219,7 +218,7 @@ def test_two_launchers_make_one_job(workspace: Workspace, framework: str, tmp_pa
 @pytest.mark.slow("jobs")
 def test_machines_with_other_settings_are_named(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
-    command += ["--nnodes", "2", "--master-port", str(free_port())]
+    command += ["--nnodes", "2", "--master-port", str(free_port("127.0.0.1"))]
     nodes = [start([*command, "--node-rank", str(n), "--lr", f"{n + 1}e-3"], tmp_path) for n in range(2)]
     for job in nodes:
         code, out, err = finish(job, "nobody", timeout=120)
@@ -341,7 +340,7 @@ def test_machines_that_do_not_come_are_waited_for_until_the_time_is_up(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("tandem.launch.supervisor.SECONDS_UNSAID", 0.1)
-    machines = Machines(nproc_per_node=2, nnodes=2, master_port=free_port(), timeout_minutes=0.01)
+    machines = Machines(nproc_per_node=2, nnodes=2, master_port=free_port("127.0.0.1"), timeout_minutes=0.01)
     end = launch(machines, lambda *_: (["sleep", "100"], {}), [])
     assert end.code == 2
     assert UserError(end.text).flags == ("--nnodes", "--distributed-timeout-minutes", "--node-rank", "--master-addr")
@@ -353,7 +352,7 @@ def test_machines_that_do_not_come_are_waited_for_until_the_time_is_up(
 @pytest.mark.slow("signals")
 def test_a_machine_that_waits_for_another_obeys_ctrl_c(workspace: Workspace, framework: str, tmp_path: Path) -> None:
     command = ["-m", "tandem", "pretrain", *flags(workspace, framework, tmp_path), "--nproc-per-node", "1"]
-    job = start([*command, "--nnodes", "2", "--master-port", str(free_port())], tmp_path)
+    job = start([*command, "--nnodes", "2", "--master-port", str(free_port("127.0.0.1"))], tmp_path)
     assert job.stderr is not None
     assert "waits for the others" in job.stderr.readline()
     job.send_signal(signal.SIGINT)

@@ -18,12 +18,11 @@ import pytest
 from frameworks import require_framework
 from launchers import launcher
 from runs import assert_same_weights
-from scripts import free_port
 from tandem.__main__ import STOPPED, main
 from tandem.backends import launcher_of
 from tandem.checkpoints.folders import TRACKER
 from tandem.checkpoints.native.source import NativeSource
-from tandem.launch.machines import Machines
+from tandem.launch.machines import Machines, free_port
 from tandem.models.tensors import tensor_table
 from workspace import Workspace
 
@@ -246,7 +245,7 @@ def test_torchrun_restarts_a_job_that_goes_on(workspace: Workspace, tmp_path: Pa
     flags = ("--train-iters", "8", "--save-interval", "2")
     plain = Job(workspace, tmp_path, processes=2, flags=flags)
     plain.succeed("a")
-    port = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    port = ("--master-addr", "127.0.0.1", "--master-port", str(free_port("127.0.0.1")))
     resumed_output = Job(workspace, tmp_path, processes=2, flags=flags, launcher=(*torchrun, *port)).succeed(
         "b", rank=1, when="step", at=6, what="SIGKILL"
     )
@@ -260,7 +259,9 @@ def test_ranks_save_and_leave_when_their_launcher_ends(
     workspace: Workspace, framework: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     """Started by torchrun or msrun itself: of the two, msrun passes no signal on."""
-    command, environment = launcher_of(framework)(Machines(nproc_per_node=2, master_port=free_port()), tmp_path, [])
+    command, environment = launcher_of(framework)(
+        Machines(nproc_per_node=2, master_port=free_port("127.0.0.1")), tmp_path, []
+    )
     job = Job(workspace, tmp_path, framework, 2, ("--train-iters", "100000"), tuple(command))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():

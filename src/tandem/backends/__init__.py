@@ -70,7 +70,11 @@ def connect(ai_framework: str, world: World, device: str | None, timeout_minutes
 
 
 def serve_as_scheduler() -> None:
-    """Be msrun's scheduler, the process through which ranks find each other. The process ends inside this call."""
+    """Be msrun's scheduler, the process through which ranks find each other. The process ends inside this call.
+
+    Raises:
+        UserError: its port is in use.
+    """
     importlib.import_module("tandem.backends.mindspore.communication").serve()
 
 

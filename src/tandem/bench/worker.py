@@ -23,7 +23,10 @@ from tandem.options import build
 def main(path: str) -> int:
     member = Member.join()
     if is_scheduler() and JOB in os.environ:
-        serve_as_scheduler()
+        try:
+            serve_as_scheduler()
+        except UserError as error:
+            return member.ended(2, str(error))
     file = Path(path)
     asked = json.loads(file.read_text(encoding="utf-8"))
     options = build(BenchOptions, asked["options"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import math
+import random
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from tandem.errors import UserError
 
 DEFAULT_PORT = 29500
+PORTS = range(20_000, 32_768)  # Linux takes larger ones for outgoing connections: some start before the ranks do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +63,38 @@ class Machines:
                 f"--nproc-per-node {self.nproc_per_node} --nnodes {self.nnodes} --node-rank {self.node_rank}: expected "
                 f"positive numbers, and --node-rank from 0 to --nnodes - 1"
             )
-        port = self.master_port if self.master_port is not None or self.nnodes == 1 else DEFAULT_PORT
-        return replace(self, master_port=self._listen(port or 0) if self.node_rank == 0 else port)
+        port = self.master_port
+        if port is None:
+            port = free_port(self.master_addr) if self.nnodes == 1 else DEFAULT_PORT
+        if self.node_rank == 0:
+            check_port(self.master_addr, port)
+        return replace(self, master_port=port)
 
-    def _listen(self, port: int) -> int:
-        """Check that the port can be opened, and return it. 0 chooses a free port."""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.master_addr, port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise UserError(
-                        f"--master-port {port} on {self.master_addr} is in use: end the other job, or give another port"
-                    ) from None
-                raise UserError(
-                    f"--master-addr {self.master_addr}: expected an address of this machine, since it has "
-                    f"--node-rank 0 ({error})"
-                ) from None
-            return int(probe.getsockname()[1])
+
+def free_port(address: str) -> int:
+    """A port that nothing uses and that Linux gives to no outgoing connection until the ranks open it."""
+    for port in random.sample(PORTS, 100):
+        with suppress(OSError):
+            _bind(address, port)
+            return port
+    return PORTS[0]  # what is wrong with the address, `check_port` says
+
+
+def check_port(address: str, port: int) -> None:
+    """Raise UserError when the port cannot be opened at this address."""
+    try:
+        _bind(address, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"--master-port {port} on {address} is in use: end the other job, or give another port"
+            ) from None
+        raise UserError(
+            f"--master-addr {address}: expected an address of this machine, since it has --node-rank 0 ({error})"
+        ) from None
+
+
+def _bind(address: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))

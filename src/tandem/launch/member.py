@@ -121,9 +121,10 @@ class Member:
 
     def _record(self, code: int, text: str, trace: str = "") -> None:
         self._obey_no_more()
-        if self.folder is not None and self._reports:
-            ended = Ended(self.world.rank, code, text, time.time(), trace)
-            _publish(record_file(self.folder, self.world.rank), json.dumps(asdict(ended)))
+        if self.folder is not None and (self._reports or code):
+            rank = max(0, self.world.rank)  # where msrun's scheduler fails, the first rank waits for nobody
+            ended = Ended(rank, code, text, time.time(), trace)
+            _publish(record_file(self.folder, rank), json.dumps(asdict(ended)))
 
 
 def tell_stage(stage: str) -> None:

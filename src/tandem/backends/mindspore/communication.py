@@ -26,6 +26,7 @@ from tandem.backends.mindspore.device import prepare
 from tandem.backends.mindspore.memory import undefined
 from tandem.backends.pipeline import Stage
 from tandem.errors import UserError
+from tandem.launch.machines import check_port
 from tandem.launch.member import NODE
 from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid, Place
@@ -91,10 +92,16 @@ def _restore_handler(number: signal.Signals) -> None:
 
 
 def serve() -> NoReturn:
-    """Be msrun's scheduler, until the job ends."""
+    """Be msrun's scheduler, until the job ends.
+
+    Raises:
+        UserError: its port is in use.
+    """
     # msrun starts a scheduler on every machine that has the master's address: two, with two launchers on one machine.
     if os.environ.get(NODE, "0") == "0":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks need the scheduler while they save; it ends with them
+        # Another program may have taken the port since the job began. The ranks would wait for the scheduler.
+        check_port(os.environ["MS_SCHED_HOST"], int(os.environ["MS_SCHED_PORT"]))
         try:
             prepare("cpu")
         except RuntimeError:  # a rank has died, and reports why
