@@ -112,7 +112,9 @@ def main() -> None:
         if left < SHORTEST:
             note(arguments.folder, name, {"ended": "not begun: the time was over"})
         else:
-            run_stage(by_name[name], arguments, min(by_name[name].seconds, left - 2))
+            # A rehearsal shows that stages work, on a processor of any speed.
+            most = left if arguments.tiny else by_name[name].seconds
+            run_stage(by_name[name], arguments, min(most, left - 2))
         summarise(arguments.folder)
 
 
