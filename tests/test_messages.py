@@ -18,7 +18,7 @@ SETTINGS = {name for kind in (Settings, ConvertOptions, PlanOptions) for name in
 # Messages that name a field of a file, a column or a keyword, and no flag.
 NO_FLAGS = {
     "api.py": {"valid_data_path"},
-    "checkpoints/megatron/args.py": {"add_qkv_bias", "num_experts", "qk_layernorm"},
+    "checkpoints/megatron/args.py": {"add_qkv_bias", "moe_layer_freq", "num_experts", "qk_layernorm"},
     "checkpoints/megatron/source.py": {"lora_alpha"},
     "conversion/gguf.py": {"beta_fast", "beta_slow"},
     "data/templates/named.py": {"enable_thinking"},

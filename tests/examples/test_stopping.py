@@ -21,13 +21,13 @@ for _ in {1..600}; do sleep 0.1; done
 """
 
 
-def start(folder: Path, script: str) -> subprocess.Popen[str]:
+def start(folder: Path, script: str, **variables: str) -> subprocess.Popen[str]:
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)
     job = subprocess.Popen(
         ["bash", str(EXAMPLES / script)],
         cwd=folder,
-        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -48,6 +48,17 @@ def test_a_signal_to_a_script_is_passed_on(script: str, number: str, heard: str,
     out, _ = job.communicate(timeout=60)
     assert (job.returncode, out) == (75, f"saved at {heard}\n")
     assert [path.read_text() for path in (tmp_path / "logs").iterdir()] == [f"started\nsaved at {heard}\n"]
+
+
+@pytest.mark.parametrize("number", ["TERM", "INT"])
+def test_a_signal_is_passed_on_however_early_it_comes(number: str, tmp_path: Path) -> None:
+    """On a busy machine a command can begin to work before the script goes on to its next line."""
+    slow = tmp_path / "slow.sh"
+    slow.write_text("[[ $0 == */python ]] || { set -T; trap 'sleep 0.05' DEBUG; }\n")  # the script, not the command
+    job = start(tmp_path, PRETRAIN["torch"], BASH_ENV=str(slow))
+    job.send_signal(signal.Signals[f"SIG{number}"])
+    out, _ = job.communicate(timeout=60)
+    assert (job.returncode, out) == (75, "saved at TERM\n")
 
 
 def test_ctrl_c_does_not_end_the_log(tmp_path: Path) -> None:
