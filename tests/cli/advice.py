@@ -63,3 +63,8 @@ def add(words: str) -> Callable[[str, re.Match[str]], str]:
 def give(line: str, found: re.Match[str]) -> str:
     """The flag and the value that the error names."""
     return changed(line, found[1], found[2])
+
+
+def give_value(value: str) -> Callable[[str, re.Match[str]], str]:
+    """The flag that the error names, with this value."""
+    return lambda line, found: changed(line, found[1], value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advice import PREPROCESS, Case, add, changed, give, leave_out, without
+from advice import PREPROCESS, Case, add, changed, give, give_value, leave_out, without
 
 TEXT = "preprocess --input {corpus} --output-prefix {new} --tokenizer-name-or-path {hf}"
 LLAMA_FACTORY = (
@@ -105,7 +105,7 @@ CASES = {
     "a list of datasets that is nowhere": Case(
         without(LLAMA_FACTORY, "--dataset-dir"),
         "needs (--dataset-dir), the folder of dataset_info.json",
-        lambda line, found: f"{line} {found[1]} {{listed}}",
+        give_value("{listed}"),
     ),
     "shares of a mix that is none": Case(
         f"{LLAMA_FACTORY} --interleave-probs 1",
@@ -125,22 +125,22 @@ CASES = {
     "files of somebody else": Case(
         changed(PREPROCESS, "--output-prefix", "{occupied}"),
         "holds files that tandem did not write; choose another (--output-prefix)",
-        lambda line, found: changed(line, found[1], "{new}"),
+        give_value("{new}"),
     ),
     "data in the place of other data": Case(
         changed(PREPROCESS, "--output-prefix", "{text_prefix}"),
         "choose another (--output-prefix)",
-        lambda line, found: changed(line, found[1], "{new}"),
+        give_value("{new}"),
     ),
     "a file in the place of a record": Case(
         changed(PREPROCESS, "--output-prefix", "{no_data}"),
         "is not a record, .* choose another (--output-prefix)",
-        lambda line, found: changed(line, found[1], "{new}"),
+        give_value("{new}"),
     ),
     "rejected rows in the place of the input": Case(
         changed(changed(PREPROCESS, "--input", "{taken}.rejects.jsonl"), "--output-prefix", "{taken}"),
         "choose another (--output-prefix)",
-        lambda line, found: changed(line, found[1], "{new}"),
+        give_value("{new}"),
     ),
     "conversations without a template": Case(
         changed(without(PREPROCESS, "--prompt-type"), "--tokenizer-name-or-path", "{untemplated}"),
@@ -150,12 +150,12 @@ CASES = {
     "a model's template that is missing": Case(
         changed(changed(PREPROCESS, "--prompt-type", "chat_template"), "--tokenizer-name-or-path", "{untemplated}"),
         "choose a named (--prompt-type)",
-        lambda line, found: changed(line, found[1], "qwen3"),
+        give_value("qwen3"),
     ),
     "the template of another model": Case(
         changed(PREPROCESS, "--tokenizer-name-or-path", "{other_end}"),
         "choose the (--prompt-type) of this model",
-        lambda line, found: changed(line, found[1], "chat_template"),
+        give_value("chat_template"),
     ),
     "a way with long rows, and no length": Case(
         f"{PREPROCESS} --over-long drop",
@@ -178,12 +178,12 @@ CASES = {
     "fields of nobody's, as text": Case(
         TEXT.replace("{corpus}", "{own_fields}"),
         "Name fields with (--json-keys)",
-        lambda line, found: f"{line} {found[1]} a",
+        give_value("a"),
     ),
     "another tokenizer than that of the data": Case(
         "inspect data {renamed}_text_document",
         "is not the tokenizer .* give the right one with (--tokenizer-name-or-path)",
-        lambda line, found: f"{line} {found[1]} {{hf}}",
+        give_value("{hf}"),
     ),
     "nothing to evaluate": Case(
         "evaluate {hf} --seq-length 32 --device cpu", "give PREFIX, or", lambda line, _: f"{line} {{text}}"
@@ -194,7 +194,7 @@ CASES = {
     "preferences of a model that nobody compares": Case(
         "evaluate {hf} {compared} --seq-length 64 --device cpu",
         "give .* with (--ref-model) FOLDER",
-        lambda line, found: f"{line} {found[1]} {{moved}}",
+        give_value("{moved}"),
     ),
     "preferences of a model that nobody compares, without a reference": Case(
         "evaluate {hf} {compared} --seq-length 64 --device cpu", r"or choose (--stage) (orpo) or simpo", give

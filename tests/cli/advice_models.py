@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advice import CONVERT, Case, add, changed, give, leave_out
+from advice import CONVERT, Case, add, changed, give, give_value, leave_out
 
 GENERATE = "generate --max-new-tokens 1 --device cpu"
 
@@ -93,7 +93,7 @@ CASES = {
     "a folder of two models": Case(
         "export {two_models} {new} --no-verify",
         "Give (--ckpt-step) N for the checkpoint's iteration N",
-        lambda line, found: f"{line} {found[1]} 1",
+        give_value("1"),
     ),
     "adapters in place of a model": Case(
         f"{GENERATE} {{adapters}} hello",
@@ -123,12 +123,12 @@ CASES = {
     "numbers beyond a dtype": Case(
         "export {large} {new} --no-verify --params-dtype fp16",
         "choose another (--params-dtype)",
-        lambda line, found: changed(line, found[1], "bf16"),
+        give_value("bf16"),
     ),
     "weights of two dtypes": Case(
         changed(CONVERT, "--load-dir", "{two_dtypes}"),
         "holds bfloat16 and float32: choose one with (--params-dtype)",
-        lambda line, found: f"{line} {found[1]} fp32",
+        give_value("fp32"),
     ),
     "a run as a Hugging Face folder": Case(
         changed(CONVERT, "--load-dir", "{counted}") + " --save-model-type hf",
@@ -138,7 +138,7 @@ CASES = {
     "a checkpoint that does not say its model": Case(
         "export {argless} {new} --no-verify",
         "Give its config.json with (--hf-cfg-dir)",
-        lambda line, found: f"{line} {found[1]} {{hf}}",
+        give_value("{hf}"),
     ),
     "a folder without a certificate": Case(
         "verify {hf}",
@@ -148,7 +148,7 @@ CASES = {
     "a way of drawing, where nothing is drawn": Case(
         f"{GENERATE} {{hf}} hello --top-p 0.9",
         "without effect: .* give (--temperature)",
-        lambda line, found: f"{line} {found[1]} 1",
+        give_value("1"),
         ends=0,
     ),
     "a conversation without a template": Case(
@@ -162,6 +162,6 @@ CASES = {
     "devices that share nothing": Case(
         "plan {hf} --devices 2 --seq-length 32 --micro-batch-size 1",
         "needs (--global-batch-size)",
-        lambda line, found: f"{line} {found[1]} 4",
+        give_value("4"),
     ),
 }

@@ -11,7 +11,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
 from advice import CONVERT, EPOCH, PREPROCESS, RUN, changed
 from safetensors.numpy import load_file, save_file
 
@@ -144,6 +143,8 @@ def change(path: Path, **values: Any) -> None:
 
 def take_away(root: Path) -> None:
     """A record, a run's state, and Megatron's args; and a run gets a model as well."""
+    import torch
+
     (root / "neat.json").unlink()
     for name in ("stateless", "cut"):
         shutil.copytree(root / "counted", root / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advice import DPO, EPOCH, PACKED, PREPROCESS, RUN, TRAIN, Case, add, changed, give, leave_out, without
+from advice import DPO, EPOCH, PACKED, PREPROCESS, RUN, TRAIN, Case, add, changed, give, give_value, leave_out, without
 
 MIXTURE = changed(TRAIN, "--load", "{mixture}")
 TWO_STAGES = "--pipeline-model-parallel-size 2 --nproc-per-node 2"
@@ -190,7 +190,7 @@ CASES = {
     "fewer samples than a step takes": Case(
         f"{without(TRAIN, '--train-iters')} --train-samples 2",
         r"give more, or a smaller (--global-batch-size)",
-        lambda line, found: changed(line, found[1], "2"),
+        give_value("2"),
     ),
     "a prefix twice": Case(
         changed(TRAIN, "--data-path", "{text} {text}"),
@@ -218,12 +218,12 @@ CASES = {
     "a schedule without its end": Case(
         f"{TRAIN} --lr-decay-style WSD",
         "needs (--lr-wsd-decay-iters)",
-        lambda line, found: f"{line} {found[1]} 1",
+        give_value("1"),
     ),
     "blocks of layers without their number": Case(
         f"{TRAIN} --recompute-granularity full --recompute-method block",
         "needs (--recompute-num-layers)",
-        lambda line, found: f"{line} {found[1]} 1",
+        give_value("1"),
     ),
     "recomputation without a method": Case(
         f"{TRAIN} --recompute-granularity full", "needs (--recompute-method) (uniform) or block", give
@@ -234,7 +234,7 @@ CASES = {
     "weight decay that changes, without a style": Case(
         f"{TRAIN} --start-weight-decay 0 --end-weight-decay 0.1",
         "need (--weight-decay-incr-style)",
-        lambda line, found: f"{line} {found[1]} linear",
+        give_value("linear"),
     ),
     "moments in bf16": Case(
         f"{TRAIN} --exp-avg-dtype bf16",
@@ -249,9 +249,7 @@ CASES = {
         "either --load FOLDER with initial weights, or --init random",
         leave_out("--load"),
     ),
-    "a warm-up longer than the run": Case(
-        f"{TRAIN} --lr-warmup-iters 5", "lower (--lr-warmup-iters)", lambda line, found: changed(line, found[1], "1")
-    ),
+    "a warm-up longer than the run": Case(f"{TRAIN} --lr-warmup-iters 5", "lower (--lr-warmup-iters)", give_value("1")),
     "an evaluation that is never due": Case(
         changed(changed(RUN, "--eval-iters", "1"), "--split", "80,20,0"),
         "give a smaller (--eval-interval)",
@@ -278,7 +276,7 @@ CASES = {
     "raw files without a tokenizer": Case(
         changed(changed(TRAIN, "--load", "{bare}"), "--data-path", "{corpus}") + " --data-cache-path {new}",
         "needs (--tokenizer-name-or-path)",
-        lambda line, found: f"{line} {found[1]} {{hf}}",
+        give_value("{hf}"),
     ),
     "raw files for a folder that is a file": Case(
         changed(TRAIN, "--data-path", "{corpus}") + " --tokenizer-name-or-path {hf} --data-cache-path {full}/file",
@@ -298,7 +296,7 @@ CASES = {
     "ends of documents without a tokenizer": Case(
         changed(changed(TRAIN, "--load", "{bare}"), "--data-path", "{no_record}") + " --reset-position-ids",
         "give (--tokenizer-name-or-path), the folder",
-        lambda line, found: f"{line} {found[1]} {{hf}}",
+        give_value("{hf}"),
     ),
     "conversations that training cuts": Case(
         changed(changed(TRAIN, "--data-path", "{chat}"), "--seq-length", "40").replace("pretrain", "finetune", 1),
@@ -308,12 +306,12 @@ CASES = {
     ),
     "a state that is lost": Case(
         changed(EPOCH, "--save", "{stateless}"),
-        "Its weights can begin a new run, with --finetune and another --save",
+        "The weights there can begin a new run, with --finetune and another --save",
         lambda line, _: changed(changed(line, "--load", "{stateless}"), "--save", "{new}") + " --finetune",
     ),
     "a state that was cut": Case(
         changed(EPOCH, "--save", "{cut}"),
-        "Its weights can begin a new run, with --finetune and another --save",
+        "The weights there can begin a new run, with --finetune and another --save",
         lambda line, _: changed(changed(line, "--load", "{cut}"), "--save", "{new}") + " --finetune",
     ),
     "steps whose numbers are too large": Case(
@@ -356,7 +354,7 @@ CASES = {
     "dropout of experts, of other modules": Case(
         f"{MIXTURE} --lora-r 4 --lora-target-modules all-linear --lora-dropout 0.1",
         "or give other (--lora-target-modules)",
-        lambda line, found: changed(line, found[1], "q_proj"),
+        give_value("q_proj"),
     ),
     "weights of experts that are made equal": Case(
         f"{MIXTURE} --moe-router-pre-softmax",

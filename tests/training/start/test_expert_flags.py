@@ -81,3 +81,9 @@ def test_lists_are_those_of_megatron(text: str, value: object) -> None:
 def test_what_is_no_list_of_layers_is_said(text: str) -> None:
     with pytest.raises(UserError, match=r"--moe-layer-freq .*: expected a number, or a list such as"):
         parse_layer_freq(text)
+
+
+def test_it_is_said_together_with_what_else_is_wrong() -> None:
+    with pytest.raises(UserError) as caught:
+        check("--moe-layer-freq all --num-layers 99")
+    assert [problem.split()[0] for problem in caught.value.problems] == ["--num-layers", "--moe-layer-freq"]

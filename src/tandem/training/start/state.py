@@ -18,7 +18,7 @@ from tandem.training.progress import Progress
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "settings.yaml"
-WHAT_IS_LEFT = "Its weights can begin a new run, with --finetune and another --save"
+WHAT_IS_LEFT = "The weights there can begin a new run, with --finetune and another --save"
 OPTIMIZER_KINDS: tuple[TensorKind, ...] = ("exp_avg", "exp_avg_sq")
 
 

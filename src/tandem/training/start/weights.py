@@ -165,7 +165,11 @@ def _wrong_layers_of_experts(given: ExpertSettings, config: ModelConfig, noop_la
     if not flags or config.experts is None:
         return
     words = " ".join(f"{flag} {value}" for flag, value in flags.items())
-    frequency = 1 if given.moe_layer_freq is None else parse_layer_freq(given.moe_layer_freq)
+    try:
+        frequency = 1 if given.moe_layer_freq is None else parse_layer_freq(given.moe_layer_freq)
+    except UserError as error:
+        yield str(error)
+        return
     slots = config.num_layers + len(noop_layers)
     asked = sparse_layers(frequency, given.first_k_dense_replace or 0, slots, noop_layers)
     actual = [config.experts.are_in(layer) for layer in range(config.num_layers)]
