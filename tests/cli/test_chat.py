@@ -2,101 +2,29 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-import os
-import pty
 import re
-import select
 import shutil
-import struct
-import subprocess
-import sys
-import termios
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from frameworks import require_framework
 from tandem.__main__ import main
 from tandem.cli.chat_screen import OneAnswer, whole_blocks
 from tandem.data.templates.messages import Message
 from tandem.inference.answers import Piece
 from tandem.inference.chat import Model, open_model
+from tandem.inference.dialogue import Dialogue
 from tandem.inference.options import LoadOptions
 from tandem.inference.replies import Question
 from tandem.inference.sampling import Sampling
 from tandem.training.run import train
+from terminal import CONTROL, Terminal
 from workspace import Workspace
-
-SECONDS = 120.0
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
-
-
-class Terminal:
-    """A program in a terminal of its own. `seen` is what it has written, without colours."""
-
-    def __init__(self, words: list[str], state: Path, columns: int = 100) -> None:
-        self._screen, own = pty.openpty()
-        fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-        environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm-256color"}
-        environment.pop("NO_COLOR", None)
-        self.program = subprocess.Popen(
-            [sys.executable, "-m", "tandem", *words],
-            stdin=own,
-            stdout=own,
-            stderr=own,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(own)
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._screen, text.encode())
-
-    def wait_for(self, words: str) -> str:
-        """Read until these words have come. Returns what was written up to them, and forgets it."""
-        while words not in self.seen:
-            assert self._read(SECONDS), f"{words!r} did not come: {self.seen!r}"
-        before, _, self.seen = self.seen.partition(words)
-        return before + words
-
-    def interrupt(self, answer: str) -> None:
-        """Press Ctrl-C until something comes: Python keeps one that comes just before it reads for later."""
-        self.type("\x03")
-        while not self._read(5.0):
-            self.type("\x03")
-        self.wait_for(answer)
-
-    def _read(self, seconds: float) -> bool:
-        """Read what comes. False when nothing came for so long."""
-        if not select.select([self._screen], [], [], seconds)[0]:
-            return False
-        try:
-            new = os.read(self._screen, 65536).decode("utf-8", "replace")
-        except OSError:
-            new = ""
-        assert new, f"the program ended: {self.seen!r}"
-        self.seen += CONTROL.sub("", new)
-        return True
-
-    def end(self) -> int:
-        """Wait until the program has ended; its exit code."""
-        end = time.monotonic() + SECONDS
-        while self.program.poll() is None:
-            assert time.monotonic() < end, self.seen
-            ready, _, _ = select.select([self._screen], [], [], 0.05)
-            if ready:
-                try:
-                    os.read(self._screen, 65536)
-                except OSError:
-                    time.sleep(0.01)
-        os.close(self._screen)
-        return int(self.program.returncode)
 
 
 def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
@@ -148,12 +76,50 @@ def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
     assert history.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("answers"))])
+def test_a_conversation_with_two_processes(workspace: Workspace, tmp_path: Path, framework: str) -> None:
+    """The first one has the terminal, and Ctrl-C stops its answers. They are those of one process."""
+    require_framework(framework)
+    words = ["chat", str(workspace.hf), "--max-new-tokens", "9", "--temperature", "0", "--ai-framework", framework]
+    terminal = Terminal([*words, "--nproc-per-node", "2", "--tensor-model-parallel-size", "2"], tmp_path)
+    try:
+        assert "hf. /help lists commands, Ctrl-D ends." in terminal.wait_for(">>> ")
+        for line in ("Reverse 12.", "And 3?"):
+            terminal.type(f"{line}\n")
+            terminal.wait_for("cut after 9 tokens")
+            terminal.wait_for(">>> ")
+        terminal.type(f"/save {tmp_path}/said.jsonl\n")
+        terminal.wait_for(">>> ")
+        terminal.type("/set max_new_tokens 100000\n")
+        terminal.wait_for(">>> ")
+        terminal.type("Go on and on.\n")
+        terminal.wait_for("Go on and on.")
+        time.sleep(0.2)
+        terminal.interrupt("stopped")
+        terminal.wait_for(">>> ")
+        terminal.type("\x1ahalf a line")  # Ctrl-Z changes nothing
+        terminal.wait_for("half a line")
+        terminal.interrupt("Ctrl-D or /quit ends.")
+        terminal.wait_for(">>> ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.program.kill()
+    model = open_model(LoadOptions(str(workspace.hf), ai_framework=framework))
+    alone, said = Dialogue(model, Sampling(max_new_tokens=9)), json.loads((tmp_path / "said.jsonl").read_text())
+    for line in ("Reverse 12.", "And 3?"):
+        alone.ask(line)
+        list(alone.answer())
+    assert alone.to_record() == said
+
+
 @pytest.mark.slow("answers")
-def test_two_models_side_by_side(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [(), ("--nproc-per-node", "2", "--pipeline-model-parallel-size", "2")])
+def test_two_models_side_by_side(workspace: Workspace, tmp_path: Path, processes: tuple[str, ...]) -> None:
     base = tmp_path / "base"
     base.symlink_to(workspace.hf)
     words = ["chat", str(workspace.hf), "--compare", str(base), "--max-new-tokens", "5", "--no-history"]
-    terminal = Terminal(words, tmp_path)
+    terminal = Terminal([*words, *processes], tmp_path)
     try:
         assert "hf and base." in terminal.wait_for(">>> ")
         terminal.type("Reverse 123.\n")
@@ -246,7 +212,8 @@ def test_a_model_is_compared_under_a_name_of_its_own(
     ("words", "error"),
     [
         (["--raw"], "--raw: a conversation needs a chat template"),
-        (["--tensor-model-parallel-size", "2"], "tandem chat is one process"),
+        (["--tensor-model-parallel-size", "2"], "It takes 2 processes, and there are 1. Give --nproc-per-node 2"),
+        (["--dry-run"], "--dry-run: nothing to check"),
         (["--compare", "/no/such"], "/no/such does not exist"),
     ],
 )

@@ -22,6 +22,7 @@ from tandem.inference.chat import Model, open_model
 from tandem.inference.options import LoadOptions
 from tandem.inference.prompts import notices, read_prompts
 from tandem.inference.sampling import Sampling
+from terminal import Terminal
 from workspace import Workspace
 
 SHORT = ("--max-new-tokens", "6", "--ai-framework", "torch")
@@ -215,6 +216,28 @@ def test_several_processes_answer_a_pipe_as_one_does(workspace: Workspace, frame
         return [line for line in done.stdout.splitlines() if "keys and values" not in line]
 
     assert answered("--nproc-per-node", "2", *([layout, "2"] if layout else [])) == answered()
+
+
+@pytest.mark.slow("answers")
+def test_prompts_are_typed_for_two_processes(workspace: Workspace, tmp_path: Path) -> None:
+    """Each is answered before the next one is asked for."""
+    require_framework("torch")
+    model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch"))
+    prompts = ["Sort 12.", "Hi"]
+    words = ["generate", str(workspace.hf), *SHORT, "--nproc-per-node", "2", "--tensor-model-parallel-size", "2"]
+    terminal = Terminal(words, tmp_path)
+    try:
+        terminal.wait_for("Ctrl-D ends.\n> ")
+        for prompt, answer in zip(prompts, model.generate(prompts, max_new_tokens=6)):
+            terminal.type(f"{prompt}\n")
+            terminal.wait_for(f"{prompt}\n")
+            if prompt == prompts[0]:
+                terminal.wait_for("keys and values")
+            assert terminal.wait_for("\n> ").endswith(f"{answer}\n> ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.program.kill()
 
 
 @pytest.mark.slow("answers")

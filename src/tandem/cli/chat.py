@@ -11,10 +11,15 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tandem.cli.arguments import parse
+from tandem.cli.processes import run_as_processes
+from tandem.config.settings import LaunchSettings, Settings
 from tandem.errors import UserError
 from tandem.inference.defaults import SamplingOptions
 from tandem.inference.options import LoadOptions, models_to_open
-from tandem.options import Options, PathText, flag_of
+from tandem.launch.stopping import handled
+from tandem.launch.streams import ERRORS, INPUT, OUTPUT, take_streams
+from tandem.launch.world import World, is_one_of_several
+from tandem.options import Options, PathText
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +33,7 @@ DESCRIPTION = (
 FIRST = (
     *("load", "lora_load", "compare", "system", "enable_thinking", "prompt_type", "max_new_tokens", "temperature"),
     *("top_k", "top_p", "seed", "ai_framework", "device", "bf16", "no_history"),
+    *("tensor_model_parallel_size", "nproc_per_node"),
 )
 MAX_NEW_TOKENS = 2048  # where neither the user nor the model says how many
 
@@ -44,26 +50,37 @@ class ChatOptions(Options):
     no_history: bool = False
     """Neither read nor write the history of what was typed in earlier conversations."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
 
     def problems(self) -> Iterator[str]:
         if self.model.raw:
             yield "--raw: a conversation needs a chat template; `tandem generate --raw` continues texts"
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
-            if (value := getattr(self.model, name)) != 1:
-                yield f"{flag_of(name)} {value}: tandem chat is one process; `tandem generate` takes several"
+        if self.launch.dry_run:
+            yield "--dry-run: nothing to check; leave it out"
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
     options = parse(ChatOptions, "chat", DESCRIPTION, argv, first=FIRST)
+    settings = Settings(launch=options.launch, ai_framework=options.model.ai_framework)
+    if (code := run_as_processes("chat", argv, settings, [INPUT, OUTPUT, ERRORS])) is not None:
+        return code
+    world = World.from_environment()
+    options.model.check_processes(world.size)
+    take_streams()
     from rich.console import Console
 
     console = Console(highlight=False)
     dialogues = _open(options, console)
-    try:
+    first = next(iter(dialogues.values()))
+    if world.rank == 0:
         _talk(options, dialogues, console)
-    finally:
-        for dialogue in dialogues.values():
-            dialogue.close()
+    else:
+        with handled({signal.SIGINT: signal.SIG_IGN}):  # Ctrl-C is for the first process
+            first.follow()
+    for dialogue in dialogues.values():
+        dialogue.close()
+    first.model.communicator.close()
+    return 0
 
 
 def _open(options: ChatOptions, console: Console) -> dict[str, Dialogue]:
@@ -71,16 +88,18 @@ def _open(options: ChatOptions, console: Console) -> dict[str, Dialogue]:
     from tandem.inference.chat import open_model  # frameworks take a second to start
     from tandem.inference.dialogue import Dialogue
 
-    models = {}
+    models, communicator = {}, None
     for name, load in models_to_open(options.model, options.compare).items():
         with console.status(f"opening {load.load}") if console.is_terminal else _nothing():
-            models[name] = open_model(load, needs_template=True)
-    dialogues = {}
+            models[name] = model = open_model(load, communicator, needs_template=True)
+            communicator = model.communicator
+    dialogues, first = {}, None
     for name, model in models.items():
         sampling = model.defaults.sampling(options.sampling)
         if options.sampling.max_new_tokens is None and "max_new_tokens" not in model.defaults.values:
             sampling = replace(sampling, max_new_tokens=MAX_NEW_TOKENS)
-        dialogues[name] = dialogue = Dialogue(model, sampling, len(models))
+        dialogues[name] = dialogue = Dialogue(model, sampling, len(models), first)
+        first = first or dialogue
         dialogue.system = options.system
         for notice in (*model.defaults.notices(options.sampling), dialogue.notice):
             _say(console, f"> {name}: {notice}" if len(models) > 1 else f"> {notice}")
@@ -178,12 +197,12 @@ def _answer(dialogues: Sequence[Dialogue], names: Sequence[str], console: Consol
 
 
 class _Stop:
-    """Whether Ctrl-C was pressed."""
+    """Whether Ctrl-C was pressed. The second time it interrupts, but not where other processes are in the same step."""
 
     asked = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and not is_one_of_several():
             raise KeyboardInterrupt
         self.asked = True
 
@@ -192,8 +211,5 @@ class _Stop:
 def _stoppable() -> Iterator[_Stop]:
     """Inside, the first Ctrl-C is noted and does nothing else: a step of the model is not torn apart."""
     stop = _Stop()
-    former = signal.signal(signal.SIGINT, stop.ask)
-    try:
+    with handled({signal.SIGINT: stop.ask}):
         yield stop
-    finally:
-        signal.signal(signal.SIGINT, former)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tandem.cli.given_input import BYTE_ORDER_MARK, is_text, open_input
+from tandem.cli.given_input import open_input, typed_line
 
 BLOCK = '"""'
 MOST_LINES = 1000  # of the history
@@ -25,7 +25,7 @@ def read_message(prompt: str = PROMPT) -> str | None:
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
-    line = _line(prompt)
+    line = typed_line(prompt)
     if line is None:
         return None
     if line.strip().startswith(BLOCK):
@@ -33,7 +33,7 @@ def read_message(prompt: str = PROMPT) -> str | None:
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        if (line := _line(MORE)) is None:
+        if (line := typed_line(MORE)) is None:
             break
         lines.append(line)
     return "\n".join(lines).strip()
@@ -42,23 +42,12 @@ def read_message(prompt: str = PROMPT) -> str | None:
 def _block(first: str) -> str:
     lines = [first]
     while BLOCK not in lines[-1]:
-        line = _line(MORE)
+        line = typed_line(MORE)
         if line is None:
             break
         lines.append(line)
     lines[-1] = lines[-1].partition(BLOCK)[0]
     return "\n".join(lines).strip()
-
-
-def _line(prompt: str) -> str | None:
-    try:
-        line = input(prompt if sys.stdin.isatty() else "").removeprefix(BYTE_ORDER_MARK)
-    except EOFError:
-        return None
-    if is_text(line):
-        return line
-    print("> this line is not UTF-8 text: it is left out", file=sys.stderr)
-    return ""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import orjson
 
 from tandem.cli import generate_tasks
 from tandem.cli.arguments import parse
-from tandem.cli.given_input import handed_on, is_handed_on, is_typed, lines_of, open_input
+from tandem.cli.given_input import lines_of, open_input, typed_line
 from tandem.cli.processes import run_as_processes
 from tandem.config.settings import ExpertSettings, LaunchSettings, ModelSettings, Settings
 from tandem.config.upstream.flags import GENERATE_IGNORED, split_ignored
@@ -27,6 +27,7 @@ from tandem.inference.defaults import SamplingOptions
 from tandem.inference.options import LoadOptions
 from tandem.inference.prompts import Line, notices, read_prompts
 from tandem.inference.replies import Question, Reply
+from tandem.launch.streams import INPUT, take_streams
 from tandem.logs import log
 from tandem.options import Options, PathText, positional
 from tandem.training.start.weights import check_model_flags
@@ -110,29 +111,23 @@ def read_options(argv: Sequence[str]) -> tuple[GenerateOptions, list[str]]:
 
 def run(argv: Sequence[str]) -> int:
     options, notices = read_options(argv)
-    code = _as_processes(argv, options)
+    settings = Settings(launch=options.launch, ai_framework=options.model.ai_framework)
+    code = run_as_processes("generate", argv, settings, [INPUT] if options.needs_input else [])
     if code is not None:
         return code
+    take_streams()
     model = open_model(_load_options(options))
     check_model_flags(options.architecture, options.experts, 0, model.engine.config)
     for notice in [*notices, *model.defaults.notices(options.sampling)]:
         _say(model, notice)
     if options.task:
-        generate_tasks.run(model, options.task, options.prompt, options.sampling, options.history_turns, open_input)
-    elif options.needs_input and _on_first(model, is_typed()):
+        generate_tasks.run(model, options.task, options.prompt, options.sampling, options.history_turns)
+    elif options.needs_input and _on_first(model, sys.stdin.isatty()):
         _ask_in_turn(model, options)
     else:
         _answer_all(model, options)
     model.communicator.close()
     return 0
-
-
-def _as_processes(argv: Sequence[str], options: GenerateOptions) -> int | None:
-    settings = Settings(launch=options.launch, ai_framework=options.model.ai_framework)
-    if not options.needs_input or options.launch.nproc_per_node is None or is_handed_on():
-        return run_as_processes("generate", argv, settings)
-    with handed_on():
-        return run_as_processes("generate", argv, settings)
 
 
 def _load_options(options: GenerateOptions) -> LoadOptions:
@@ -252,7 +247,7 @@ def _ask_in_turn(model: Model, options: GenerateOptions) -> None:
     """
     say: Callable[[str], None] = functools.partial(_say, model)
     sampling = model.defaults.sampling(options.sampling)
-    typed = typed_prompts() if _is_first(model) else iter(())
+    typed = _typed_prompts() if _is_first(model) else iter(())
     while (prompt := _on_first(model, next(typed, None))) is not None:
         question = Question(model.prompt_ids(prompt), sampling, options.stop)
         for _ in model.replies([question], say=say, on_text=lambda _, text: print(text, end="", flush=True)):
@@ -266,22 +261,11 @@ def _unsaid(notice: str) -> None:
     pass
 
 
-def typed_prompts() -> Iterator[str]:
+def _typed_prompts() -> Iterator[str]:
     """Each prompt that is typed at a terminal, until Ctrl-D."""
     print("Type a prompt, and Enter. Each prompt is a new question. Ctrl-D ends.")
-    source = open_input()
-    others = lines_of(source)
-    while True:
-        if source is sys.stdin:
-            try:
-                prompt: str | None = input("> ")
-            except EOFError:
-                prompt = None
-        else:
-            print("> ", end="", flush=True)
-            prompt = next(others, None)
-        if prompt is None:
-            print()
-            return
+    open_input()
+    while (prompt := typed_line("> ")) is not None:
         if prompt.strip():
             yield prompt
+    print()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TextIO
 
-from tandem.cli.given_input import lines_of
+from tandem.cli.given_input import lines_of, open_input
 from tandem.data.templates.messages import Message
 from tandem.inference.beams import beam_search
 from tandem.inference.chat import Model
@@ -35,13 +35,12 @@ def run(
     prompts: Sequence[str],
     options: SamplingOptions,
     history_turns: int,
-    open_input: Callable[[], TextIO],
 ) -> None:
     """Run the tasks in their order. Only the first copy of the model answers; other processes wait."""
     sampling = model.defaults.sampling(SamplingOptions(**{**DRAWN, **options.given()}))
     for task in [task for task in TASKS if task in tasks]:
         if task == "chat":
-            _chat(model, sampling, history_turns, open_input)
+            _chat(model, sampling, history_turns)
             continue
         for prompt in prompts or (QUESTION,):
             _answer(model, task, prompt, sampling)
@@ -66,7 +65,7 @@ def _answer(model: Model, task: str, prompt: str, sampling: Sampling) -> None:
         print(f"\nElapsed: {time.monotonic() - start:.2f}s", flush=True)
 
 
-def _chat(model: Model, sampling: Sampling, history_turns: int, open_input: Callable[[], TextIO]) -> None:
+def _chat(model: Model, sampling: Sampling, history_turns: int) -> None:
     """A conversation over standard input. Without a template, the model sees the texts one after the other."""
     turns: list[tuple[str, str]] = []
     typed = _typed(open_input()) if _is_first(model) else iter(())

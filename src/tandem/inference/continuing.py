@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 
-from tandem.backends.interface import Engine, Piece
+from tandem.backends.interface import Engine, Piece, Session
 from tandem.errors import UserError
 from tandem.inference.room import memory_notice, tokens_that_fit
 from tandem.inference.sampling import Chooser, Sampling
@@ -25,16 +25,19 @@ class Continuing:
         room: how many tokens a prompt and its answer may have together.
         ended: whether the last answer came to its end token.
 
+    Of the ranks that hold a copy of the model together, the first leads; the others only call `follow`.
+
     Args:
         conversations: how many share the free memory, each with an engine of its own.
+        other: with another model on the same ranks. Those that do not lead follow both, by following one of them.
     """
 
-    def __init__(self, engine: Engine, conversations: int = 1) -> None:
+    def __init__(self, engine: Engine, conversations: int = 1, other: Continuing | None = None) -> None:
         self._engine = engine
         fits = tokens_that_fit(engine, SHARE_OF_MEMORY / conversations) // SEQUENCES
         self.room = max(2, min(engine.config.max_position_embeddings, fits))
         self.ended = False
-        self._session = engine.session(SEQUENCES * self.room)
+        self._session: Session = engine.session(SEQUENCES * self.room, None if other is None else other._session)
         self._kept: int | None = None
         self._kept_tokens: list[int] = []
 
@@ -48,6 +51,10 @@ class Continuing:
 
     def close(self) -> None:
         self._session.close()
+
+    def follow(self) -> None:
+        """On ranks that do not lead: compute what the first one asks for, until it closes the session."""
+        self._session.follow()
 
     @property
     def notice(self) -> str:

@@ -51,19 +51,24 @@ class Dialogue:
 
     Args:
         dialogues: how many share the free memory, each with a model of its own.
+        other: one of them that was made before; None for the first.
     """
 
-    def __init__(self, model: Model, sampling: Sampling, dialogues: int = 1) -> None:
+    def __init__(self, model: Model, sampling: Sampling, dialogues: int = 1, other: Dialogue | None = None) -> None:
         self.model, self.sampling = model, sampling
         self.messages: list[Message] = []
         self.system: str | None = None
         self.thinking: bool | None = None
         self.speed, self.cut = Speed(), ""
-        self._continuing = Continuing(model.engine, dialogues)
+        self._continuing: Continuing = Continuing(model.engine, dialogues, None if other is None else other._continuing)
         self._again = 0  # times that the last question was answered again
 
     def close(self) -> None:
         self._continuing.close()
+
+    def follow(self) -> None:
+        """On other processes than the first: compute its answers, until it closes the dialogues of all models."""
+        self._continuing.follow()
 
     @property
     def notice(self) -> str:

@@ -13,8 +13,11 @@ from tandem.errors import UserError
 from tandem.frameworks import default_framework
 from tandem.models.config import ModelConfig
 from tandem.models.lora import check_stated
-from tandem.options import Options, PathText, positional
+from tandem.options import Options, PathText, flag_of, positional
 from tandem.parallel.layout import Layout
+
+# Flags that split a copy of a model over more processes.
+SPLITS = (("tensor_model_parallel_size", ""), ("expert_model_parallel_size", ", where it has experts"))
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,30 @@ class LoadOptions(Options):
             expert_model_parallel_size=self.expert_model_parallel_size,
             expert_tensor_parallel_size=self.expert_tensor_parallel_size,
             moe_tp_extend_ep=self.moe_tp_extend_ep,
+        )
+
+    @property
+    def ranks_of_a_copy(self) -> int:
+        """How many processes hold one copy of the model together."""
+        layout = self.layout
+        return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.data_ranks_of_a_copy
+
+    def check_processes(self, processes: int) -> None:
+        """Raise UserError where one copy of the model does not take these processes, with the flags that would."""
+        ranks = self.ranks_of_a_copy
+        if processes == ranks:
+            return
+        flags = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+        flags += ["expert_model_parallel_size"] * (self.layout.data_ranks_of_a_copy > 1)
+        given = " and ".join(f"{flag_of(name)} {getattr(self, name)}" for name in flags)
+        advice = [f"--nproc-per-node {ranks}"]
+        for name, of_experts in SPLITS:
+            size = getattr(self, name) * (processes // ranks)
+            if size > 1 and replace(self, **{name: size}).ranks_of_a_copy == processes:
+                advice.append(f"{flag_of(name)} {size} to split the model over {processes}{of_experts}")
+        raise UserError(
+            f"{given}: here one copy of the model answers. It takes {ranks} process{'es' * (ranks > 1)}, and there are "
+            f"{processes}. Give {', or '.join(advice)}"
         )
 
     def problems(self) -> Iterator[str]:

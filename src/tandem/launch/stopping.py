@@ -1,10 +1,10 @@
-"""The signals that ask a run to save and leave."""
+"""Handlers of signals, above all of those that ask a run to save and leave."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,21 +13,27 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 # A terminal sends Ctrl-C to all processes, and a launcher or a script passes it on again. Both count as one.
 SAME_SIGNAL_SECONDS = 1.0
 
+Handler = Callable[[int, FrameType | None], None]
+
 
 @contextmanager
-def stopping_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Inside, call `handler` at each of these signals. `nohup` keeps its meaning: its SIGHUP stays ignored.
+def stopping_signals(handler: Handler) -> Iterator[None]:
+    """Inside, call `handler` at each of these signals. `nohup` keeps its meaning: its SIGHUP stays ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    with handled({number: handler for number in STOPPING if number != signal.SIGHUP or not ignored}):
+        yield
+
+
+@contextmanager
+def handled(handlers: Mapping[int, Handler | signal.Handlers]) -> Iterator[None]:
+    """Inside, these signals have these handlers.
 
     Outside the main thread Python cannot handle signals, and nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = {number: signal.getsignal(number) for number in STOPPING}
-    if earlier[signal.SIGHUP] is signal.SIG_IGN:
-        del earlier[signal.SIGHUP]
-    for number in earlier:
-        signal.signal(number, handler)
+    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

@@ -37,7 +37,8 @@ from tandem.launch.member import (
     read_record,
     stage_file,
 )
-from tandem.launch.stopping import SAME_SIGNAL_SECONDS, stopping_signals
+from tandem.launch.stopping import SAME_SIGNAL_SECONDS, Handler, handled, stopping_signals
+from tandem.launch.streams import OUTPUT, Lent
 from tandem.logs import log
 
 POLL_SECONDS = 0.1
@@ -90,6 +91,7 @@ def launch(
     log_dir: str | None = None,
     show: Callable[[str], None] = show_at_once,
     seconds: float = math.inf,
+    lent: Sequence[int] = (),
 ) -> JobEnd:
     """Run `python WORDS` as every rank of this machine, and wait.
 
@@ -97,6 +99,8 @@ def launch(
         log_dir: folder that keeps the output of each rank.
         show: called with each new piece of the first rank's output.
         seconds: a job that takes longer is ended, with no time to save.
+        lent: standard streams of this process that the job's first rank takes with `take_streams`. With OUTPUT it talks
+            with the user, and gets each Ctrl-C as soon as the ranks have met: that no longer ends the job.
 
     Raises:
         UserError: as in `Machines.checked`, or `log_dir` cannot be written. Nothing was started then.
@@ -114,7 +118,8 @@ def launch(
         NODE: str(machines.node_rank),
         "PYTHONUNBUFFERED": "1",
     }
-    end = _Job(machines, folder, command, environment, show, seconds).run()
+    lent = lent if machines.node_rank == 0 else ()
+    end = _Job(machines, folder, command, environment, show, seconds, lent).run()
     if end.code != CRASHED:
         shutil.rmtree(folder)
     return end
@@ -128,6 +133,7 @@ class _Job:
     environment: dict[str, str]
     show: Callable[[str], None]
     seconds: float = math.inf  # the most that the job may take
+    lent: Sequence[int] = ()  # standard streams for the first rank
     signals: list[int] = field(default_factory=list)  # received signals, in order
     signal_times: dict[int, float] = field(default_factory=dict)  # signal -> when it last came
     is_impatient: bool = False  # whether a signal came twice
@@ -142,7 +148,16 @@ class _Job:
     def run(self) -> JobEnd:
         self.kills_before = out_of_memory.kills()
         self.last_moment = time.monotonic() + self.seconds
-        with stopping_signals(self._remember), (self.folder / "launcher.log").open("wb") as output:
+        # A first rank that talks with the user is in no session of the terminal, which cannot stop it at Ctrl-Z.
+        terminal: dict[int, Handler | signal.Handlers] = {}
+        if self.talks:
+            terminal = {signal.SIGWINCH: self._tell_first, signal.SIGTSTP: signal.SIG_IGN}
+        with (
+            handled(terminal),
+            stopping_signals(self._remember),
+            Lent(self.folder, self.lent) as self.streams,
+            (self.folder / "launcher.log").open("wb") as output,
+        ):
             self.launcher = subprocess.Popen(
                 self.command,
                 env=self.environment,
@@ -160,8 +175,20 @@ class _Job:
             self._show_output()
         return self._explain(failures, code)
 
+    @property
+    def talks(self) -> bool:
+        """Whether the first rank talks with the user."""
+        return OUTPUT in self.lent
+
+    def _tell_first(self, number: int, frame: Any) -> None:
+        """A handler of signals that are for the first rank alone."""
+        self._pass_on(number, self.machines.ranks[:1])
+
     def _remember(self, number: int, frame: Any) -> None:
         """The handler of signals. The same one again, but not at once, means: do not wait."""
+        if number == signal.SIGINT and self.talks and self._has_begun():
+            self._tell_first(number, frame)
+            return
         now = time.monotonic()
         self.is_impatient |= now - self.signal_times.get(number, now) > SAME_SIGNAL_SECONDS
         self.signal_times[number] = now
@@ -172,12 +199,13 @@ class _Job:
         has_passed_on = False
         while self.launcher.poll() is None and time.monotonic() < self.deadline:
             self._show_output()
+            self.streams.give()
             if self.signals and (self.is_impatient or not self._has_begun()):
                 return
             if self.signals and not has_passed_on:
                 has_passed_on = True
                 self._set_deadline(SECONDS_TO_SAVE)
-                self._pass_on(self.signals[0])
+                self._pass_on(self.signals[0], self.machines.ranks)
             if self._waits_in_vain():
                 return
             if time.monotonic() > self.last_moment and not self._have_ended():
@@ -318,9 +346,9 @@ class _Job:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_LOG:] if log.exists() else []
         return JobEnd(CRASHED, "\n".join([f"last lines of {log}:", *lines, reason]))
 
-    def _pass_on(self, number: int) -> None:
-        """Send a signal to the ranks. Not to the launcher, which would kill them."""
-        for rank in self.machines.ranks:
+    def _pass_on(self, number: int, ranks: Iterable[int]) -> None:
+        """Send a signal to ranks. Not to the launcher, which would kill them."""
+        for rank in ranks:
             pid = self._pid(rank)
             if pid is not None and read_record(self.folder, rank) is None and _is_running(pid):
                 os.kill(pid, number)

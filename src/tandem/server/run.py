@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import socket
 from types import FrameType
@@ -11,20 +10,16 @@ import uvicorn
 
 from tandem.errors import UserError
 from tandem.inference.chat import Model, open_models
-from tandem.inference.options import LoadOptions, models_to_open
+from tandem.inference.options import models_to_open
 from tandem.inference.scheduler import Scheduler
 from tandem.inference.worker import Worker, scheduler_next_to
 from tandem.launch.stopping import stopping_signals
 from tandem.launch.world import World
 from tandem.logs import log
-from tandem.options import flag_of
 from tandem.server.app import LOCAL, Limits, build_app
 from tandem.server.models import Served
 from tandem.server.options import API_KEY_VARIABLE, ServeOptions
 from tandem.server.service import Service
-
-# Flags that split a copy of a model over more processes.
-SPLITS = (("tensor_model_parallel_size", ""), ("expert_model_parallel_size", ", where it has experts"))
 
 
 def serve(options: ServeOptions) -> None:
@@ -36,7 +31,7 @@ def serve(options: ServeOptions) -> None:
         UserError: the address is taken, or a model cannot be opened.
     """
     world = World.from_environment()
-    check_processes(options.model, world.size)
+    options.model.check_processes(world.size)
     if world.rank > 0:
         follow(options)
         return
@@ -79,31 +74,6 @@ def serve(options: ServeOptions) -> None:
         server.run([listener])
     if worker.failure is not None:
         raise worker.failure
-
-
-def check_processes(model: LoadOptions, processes: int) -> None:
-    """Raise UserError where a copy of the model does not take these processes, with the flags that would."""
-    ranks = ranks_of_a_copy(model)
-    if processes == ranks:
-        return
-    flags = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
-    flags += ["expert_model_parallel_size"] * (model.layout.data_ranks_of_a_copy > 1)
-    given = " and ".join(f"{flag_of(name)} {getattr(model, name)}" for name in flags)
-    advice = [f"--nproc-per-node {ranks}"]
-    for name, of_experts in SPLITS:
-        size = getattr(model, name) * (processes // ranks)
-        if size > 1 and ranks_of_a_copy(dataclasses.replace(model, **{name: size})) == processes:
-            advice.append(f"{flag_of(name)} {size} to split the model over {processes}{of_experts}")
-    raise UserError(
-        f"{given}: one copy of a model, as a server has, takes {ranks} process{'es' * (ranks > 1)}, and there are "
-        f"{processes}. Give {', or '.join(advice)}"
-    )
-
-
-def ranks_of_a_copy(model: LoadOptions) -> int:
-    """How many processes hold one copy of the model together."""
-    layout = model.layout
-    return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.data_ranks_of_a_copy
 
 
 def follow(options: ServeOptions) -> None:
