@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,19 +52,31 @@ def served(*words: str, framework: str = "torch") -> Iterator[tuple[str, subproc
             process.kill()
 
 
+@contextmanager
+def begun(address: str, body: dict) -> Iterator[Callable[[], str]]:
+    """A request that the server has read. Calling it waits for the answer's text."""
+    with httpx.stream("POST", address, json={**body, "stream": True}, timeout=60) as answer:
+
+        def text() -> str:
+            events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+            assert events.pop() == "[DONE]"
+            choices = [json.loads(event)["choices"][0] for event in events]
+            return "".join(choice.get("text") or choice.get("delta", {}).get("content", "") for choice in choices)
+
+        yield text
+
+
 @pytest.mark.slow("signals")
 def test_sigterm_finishes_what_runs_and_what_waits(workspace: Workspace) -> None:
     """One answer at a time: one runs, one waits, a third comes too late."""
     body = {"messages": [{"role": "user", "content": "Sort 312."}], "max_tokens": 200, "temperature": 0}
-    with ThreadPoolExecutor(2) as pool, served(str(workspace.hf), "--max-batch-size", "1") as (url, process, lines):
-        ask = lambda: httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)  # noqa: E731
-        answers = [pool.submit(ask) for _ in range(2)]
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        texts = {answer.result().json()["choices"][0]["message"]["content"] for answer in answers}
-        assert len(texts) == 1
+    with served(str(workspace.hf), "--max-batch-size", "1") as (url, process, lines):
+        address = f"{url}/v1/chat/completions"
+        with begun(address, body) as first, begun(address, body) as second:
+            process.send_signal(signal.SIGTERM)
+            assert first() == second() != ""
         with pytest.raises(httpx.ConnectError):
-            ask()
+            httpx.post(address, json=body, timeout=60)
     assert process.returncode == 0
     assert "> SIGTERM: finishing what runs\n" in lines
     assert len([line for line in lines if line.startswith("hf: ")]) == 2
@@ -103,12 +114,10 @@ def test_base_and_tuned_are_two_models(split: tuple[str, ...], workspace: Worksp
 def test_two_processes_serve_one_model(workspace: Workspace, framework: str) -> None:
     """The answer is that of one process on PyTorch, and SIGTERM finishes it."""
     words = (str(workspace.hf), "--tensor-model-parallel-size", "2", "--nproc-per-node", "2")
-    with ThreadPoolExecutor(1) as pool, served(*words, framework=framework) as (url, process, lines):
-        body = {"prompt": "Sort 312.", "max_tokens": 60, "temperature": 0}
-        answer = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=body, timeout=60))
-        time.sleep(0.5)
+    body = {"prompt": "Sort 312.", "max_tokens": 60, "temperature": 0}
+    with served(*words, framework=framework) as (url, process, lines), begun(f"{url}/v1/completions", body) as answer:
         process.send_signal(signal.SIGTERM)
-        text = answer.result().json()["choices"][0]["text"]
+        text = answer()
     assert "> SIGTERM: finishing what runs\n" in lines
     assert process.returncode == 128 + signal.SIGTERM
     model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch", raw=True))
