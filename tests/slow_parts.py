@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 PARTS = {
-    "sizes": "real sizes and whole ways: conversions, scripts, quickstart, guide, processes as large as planned",
+    "sizes": "real sizes: conversions, data, a real model, processes as large as planned",
+    "users": "what users do, from the first step to the last: guide, scripts, notebooks, quickstart",
     "layouts": "layouts of two and four processes: adapters, experts, preferences, and a NaN in them",
     "eight": "layouts of eight processes",
     "matrix": "all combinations of layouts of two and four processes on PyTorch, and fp16 on both frameworks",

@@ -87,7 +87,7 @@ def known_words() -> set[str]:
     return {word.strip("-").replace("-", "_") for word in words}
 
 
-@pytest.mark.slow("sizes")
+@pytest.mark.slow("users")
 def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a short quickstart's files: the `bash` blocks of docs/guide, in the order of the site, and the Python page."""
     for name in ("torch", "mindspore"):

@@ -65,7 +65,7 @@ def test_results_stay_whatever_ends_a_stage(tmp_path: Path) -> None:
     assert results(folder)["works"][-1] == {"ended": "not begun: the time was over"}
 
 
-@pytest.mark.slow("sizes")
+@pytest.mark.slow("users")
 def test_a_rehearsal_on_the_cpu(tmp_path: Path) -> None:
     """Stages without what takes long to compile, on models of no size."""
     require_framework("torch")

@@ -97,7 +97,7 @@ def test_conversion_names_the_family(site: Site, launchers: Path, direction: str
     assert done.command[done.command.index("--model-type-hf") + 1] == "qwen3-moe"
 
 
-@pytest.mark.slow("sizes")
+@pytest.mark.slow("users")
 def test_conversion_keeps_every_bit_of_experts(site: Site) -> None:
     (site.root / "config").mkdir()
     (site.root / "config/config.json").write_text(json.dumps(to_hf(moe_config(), dtype="bfloat16")))

@@ -30,7 +30,7 @@ def cells(notebook: Path) -> list[str]:
     [
         ("torch", "pretrain"),
         *(
-            pytest.param(*case, marks=pytest.mark.slow("sizes"))
+            pytest.param(*case, marks=pytest.mark.slow("users"))
             for case in (("torch", "finetune"), ("mindspore", "pretrain"), ("mindspore", "finetune"))
         ),
     ],

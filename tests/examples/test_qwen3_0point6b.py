@@ -18,7 +18,7 @@ from tandem.checkpoints.detect import open_source
 from tandem.checkpoints.interface import DTYPES
 from tandem.models.tensors import EMBEDDING
 
-pytestmark = pytest.mark.slow("sizes")
+pytestmark = pytest.mark.slow("users")
 # A checkpoint with its optimizer would take 7 GB.
 SMALL = {
     "TRAIN_ITERS": 2,

@@ -132,7 +132,7 @@ def test_a_missing_checkpoint_is_an_error(site: Site, script: str) -> None:
     assert not (site.root / "ckpt/never").exists()
 
 
-@pytest.mark.slow("sizes")
+@pytest.mark.slow("users")
 def test_the_documented_command_for_random_weights(site: Site) -> None:
     """Config and tokenizer alone become a model folder that every later step takes."""
     only_config = site.root / "config_dir"
@@ -149,9 +149,9 @@ def test_the_documented_command_for_random_weights(site: Site) -> None:
     ("framework", "processes", "layout"),
     [
         ("torch", 2, {"TP": 2}),
-        pytest.param("mindspore", 2, {"PP": 2}, marks=pytest.mark.slow("sizes")),
-        pytest.param("torch", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("sizes")),
-        pytest.param("mindspore", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("sizes")),
+        pytest.param("mindspore", 2, {"PP": 2}, marks=pytest.mark.slow("users")),
+        pytest.param("torch", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("users")),
+        pytest.param("mindspore", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("users")),
     ],
 )
 def test_several_processes_give_the_same_losses(
@@ -165,7 +165,7 @@ def test_several_processes_give_the_same_losses(
     np.testing.assert_allclose(done.losses, pretrained.losses, rtol=BF16)
 
 
-@pytest.mark.slow("sizes")
+@pytest.mark.slow("users")
 def test_two_machines(site: Site, pretrained: Finished, framework: str) -> None:
     """Two launchers on loopback, each in a folder of its own: two nodes without shared storage."""
     port = free_port("127.0.0.1")

@@ -77,7 +77,7 @@ def loss(folder: Path, model: str) -> float:
     return float(found[1])
 
 
-@pytest.mark.slow("sizes")
+@pytest.mark.slow("users")
 def test_a_users_day(tmp_path: Path) -> None:
     require_framework("torch")
     model = smollm2(SHARED)

@@ -41,7 +41,7 @@ def test_every_stage_runs_on_both_backends(tmp_path: Path, capsys: pytest.Captur
     "interrupted",
     [
         *("preprocess", "train"),
-        *(pytest.param(stage, marks=pytest.mark.slow("sizes")) for stage in ("convert", "export", "save_curve")),
+        *(pytest.param(stage, marks=pytest.mark.slow("users")) for stage in ("convert", "export", "save_curve")),
     ],
 )
 def test_the_same_command_goes_on(interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_a_framework_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow("sizes")
+@pytest.mark.slow("users")
 def test_accuracy_rises_from_nothing(tmp_path: Path) -> None:
     for name in ("torch", "mindspore"):
         require_framework(name)
