@@ -154,11 +154,6 @@ CASES = {
     "a conversation without a template": Case(
         "chat {hf} --raw", "`tandem (generate --raw)` continues texts", lambda _, found: f"{found[1]} {{hf}} hello"
     ),
-    "a conversation of two processes": Case(
-        "chat {hf} --tensor-model-parallel-size 2",
-        "`tandem (generate)` takes several",
-        lambda _, found: f"{found[1]} {{hf}} hello --max-new-tokens 1 --device cpu",
-    ),
     "devices that share nothing": Case(
         "plan {hf} --devices 2 --seq-length 32 --micro-batch-size 1",
         "needs (--global-batch-size)",

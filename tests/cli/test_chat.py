@@ -78,7 +78,10 @@ def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("answers"))])
 def test_a_conversation_with_two_processes(workspace: Workspace, tmp_path: Path, framework: str) -> None:
-    """The first one has the terminal, and Ctrl-C stops its answers. They are those of one process."""
+    """The first one has the terminal, and Ctrl-C stops its answers. They are those of one process.
+
+    These are the flags that the refusal of one process names.
+    """
     require_framework(framework)
     words = ["chat", str(workspace.hf), "--max-new-tokens", "9", "--temperature", "0", "--ai-framework", framework]
     terminal = Terminal([*words, "--nproc-per-node", "2", "--tensor-model-parallel-size", "2"], tmp_path)
