@@ -41,19 +41,21 @@ FAILS = "((NODE_RANK == 0)) || exit 3; sleep 100"
 TRAINS = f'source {EXAMPLES}/common/logged.sh; logged "$FOLDER/log_$NODE_RANK" python -m tandem pretrain'
 
 
-def start(folder: Path, script: str) -> subprocess.Popen[str]:
-    """The job, with `script` in place of a training script."""
-    texts = {**STAND_INS, "script.sh": f"#!/bin/bash\nset -euo pipefail\n{script}\n"}
+def start(folder: Path, script: str | None = None, **stand_ins: str) -> subprocess.Popen[str]:
+    """The job, with `script` in place of a training script; None leaves it the one that it has."""
+    texts = {**STAND_INS, **stand_ins, "script.sh": f"#!/bin/bash\nset -euo pipefail\n{script}\n"}
     for name, text in texts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
+    (folder / "examples").symlink_to(EXAMPLES)
     return subprocess.Popen(
-        ["bash", str(EXAMPLES / "slurm/pretrain_qwen3.slurm")],
+        ["bash", "examples/slurm/pretrain_qwen3.slurm"],
+        cwd=folder,
         env={
             **os.environ,
             "PATH": f"{folder}:{os.environ['PATH']}",
             "FOLDER": str(folder),
-            "SCRIPT": str(folder / "script.sh"),
+            "SCRIPT": "" if script is None else str(folder / "script.sh"),
             "SLURM_JOB_ID": str(os.getpid()),
             "SLURM_NNODES": "2",
             "SLURM_JOB_NODELIST": "first,second",
@@ -69,6 +71,15 @@ def test_every_machine_runs_the_script_as_its_number(tmp_path: Path) -> None:
     out, err = job.communicate(timeout=60)
     assert (job.returncode, err) == (0, "")
     assert sorted(out.splitlines()) == ["0 of 2 x 8 at first:6011", "1 of 2 x 8 at first:6011"]
+
+
+def test_the_batch_of_its_own_script_divides_over_all_processes(tmp_path: Path) -> None:
+    """The script alone has one for a machine of eight."""
+    said = '#!/bin/bash\nwhile (($#)); do [[ $1 != --global-batch-size ]] || echo "batch $2"; shift; done\n'
+    job = start(tmp_path, python=said)
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (0, "")
+    assert out.count("batch 16\n") == 2
 
 
 def test_the_code_of_a_machine_that_fails_is_the_jobs(tmp_path: Path) -> None:
