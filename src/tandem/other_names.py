@@ -31,7 +31,7 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         **dict.fromkeys(("max_tokens", "max_new_token"), ("max_new_tokens",)),
         **dict.fromkeys(("batch_size", "per_device_train_batch_size", "train_batch_size", "mbs"), _BATCH),
-        **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "gbs"), ("global_batch_size",)),
+        **dict.fromkeys(("gbs",), ("global_batch_size",)),
         **dict.fromkeys(("learning_rate",), ("lr",)),
         **dict.fromkeys(("min_learning_rate",), ("min_lr",)),
         **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), ("lr_decay_style",)),
@@ -53,14 +53,23 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         **dict.fromkeys(("tp", "tp_size", "tensor_parallel_size"), _TENSOR),
         **dict.fromkeys(("pp", "pp_size", "pipeline_parallel_size"), _PIPELINE),
         **dict.fromkeys(("framework", "backend"), _FRAMEWORK),
-        **dict.fromkeys(("beta", "pref_beta"), ("dpo_beta",)),
         **dict.fromkeys(("loss_type", "pref_loss"), ("dpo_loss_type",)),
         **dict.fromkeys(("label_smoothing",), ("dpo_label_smoothing",)),
-        **dict.fromkeys(("simpo_gamma",), ("gamma_beta_ratio",)),
         **dict.fromkeys(("kto_chosen_weight",), ("desirable_weight",)),
         **dict.fromkeys(("kto_rejected_weight",), ("undesirable_weight",)),
         **dict.fromkeys(("ref_model_name_or_path", "reference_model"), ("ref_model",)),
         **dict.fromkeys(("dtype", "torch_dtype", "precision"), ("params_dtype", "bf16")),
+    }
+)
+
+_ACCUMULATION = "global_batch_size", "which is micro-batch size x accumulation x data-parallel processes"
+_BETA = "dpo_beta", "or that of another stage: orpo, simpo and kto have their own"
+# Name elsewhere -> the option here, and how its value is another one.
+OTHER_VALUES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), _ACCUMULATION),
+        **dict.fromkeys(("beta", "pref_beta"), _BETA),
+        "simpo_gamma": ("gamma_beta_ratio", "which is simpo_gamma / beta"),
     }
 )
 
@@ -73,9 +82,10 @@ def suggestion(name: str, valid: Collection[str]) -> str:
     >>> suggestion("--learning-rate", ["--lr", "--min-lr"])
     "; did you mean '--lr'?"
     """
-    flags = name.startswith("--")
-    for option in OTHER_NAMES.get(name.removeprefix("--").replace("-", "_").lower(), ()):
-        spelled = f"--{option.replace('_', '-')}" if flags else option
+    elsewhere = name.removeprefix("--").replace("-", "_").lower()
+    option, value = OTHER_VALUES.get(elsewhere, ("", ""))
+    for known in (option, *OTHER_NAMES.get(elsewhere, ())):
+        spelled = f"--{known.replace('_', '-')}" if name.startswith("--") else known
         if spelled in valid:
-            return f"; did you mean {spelled!r}?"
+            return f"; did you mean {spelled!r}{', ' * bool(value)}{value}?"
     return nearest(name, list(valid))

@@ -98,10 +98,26 @@ def test_the_name_of_another_tool_is_answered_with_ours(
     assert f"did you mean {flag!r}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("--gradient-accumulation-steps", "'--global-batch-size', which is micro-batch size x accumulation x data-"),
+        ("--simpo-gamma", "'--gamma-beta-ratio', which is simpo_gamma / beta?"),
+        ("--beta", "'--dpo-beta', or that of another stage: orpo, simpo and kto have their own?"),
+    ],
+)
+def test_a_name_with_another_value_is_answered_with_what_ours_is(
+    name: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["finetune", name, "3"]) == 2
+    assert f"did you mean {told}" in capsys.readouterr().err
+
+
 def test_every_suggested_name_is_an_option_and_no_option_has_another_meaning() -> None:
     known = {flag for kind in COMMANDS for option in options_of(kind).values() for flag in option.flags}
     known |= {"--output"}  # of `tandem report`
     assert {flag_of(name) for names in other_names.OTHER_NAMES.values() for name in names} <= known
+    assert {flag_of(name) for name, _ in other_names.OTHER_VALUES.values()} <= known
 
 
 @pytest.mark.parametrize(
