@@ -49,7 +49,8 @@ class HFExports:
         self.wait()
         target = iteration_folder(self._folder / EXPORTS, iteration)
         shutil.rmtree(target, ignore_errors=True)  # exported before the run was resumed
-        words = ["--load", str(self._folder), "--ckpt-step", str(iteration), "--save-dir", str(target), "--no-verify"]
+        words = ["--load", str(self._folder), "--ckpt-step", str(iteration), "--save-dir", str(target)]
+        words += ["--no-verify", "--no-certificate"]  # both would open the model a second time while it trains
         # The new process is not a rank of the job.
         environment = {name: value for name, value in os.environ.items() if name != JOB}
         process = subprocess.Popen(
