@@ -9,11 +9,13 @@ import pytest
 
 from tandem.backends.interface import Piece
 from tandem.errors import UserError
+from tandem.inference import chat
 from tandem.inference.chat import Model, open_model
 from tandem.inference.continuing import Continuing
 from tandem.inference.dialogue import Dialogue
 from tandem.inference.options import LoadOptions
 from tandem.inference.sampling import Sampling
+from tandem.launch.world import SingleProcess
 from workspace import Workspace
 
 QUESTIONS = ("Which digit of 90 is largest?", "And the smallest?", "Thank you.")
@@ -124,3 +126,29 @@ def test_a_model_without_a_template_is_refused(workspace: Workspace, tmp_path: P
     model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch", raw=True))
     with pytest.raises(UserError, match="no chat template"):
         model.prompter.check()
+
+
+def test_a_model_is_open_when_all_processes_have_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that, nothing is said to be ready."""
+    done = list[str]()
+
+    class Everyone(SingleProcess):
+        def barrier(self) -> None:
+            done.append("all wait")
+
+    create = chat.create_engine
+
+    def engine(*arguments: Any) -> Any:
+        made = create(*arguments)
+        load = made.load_weights
+
+        def loaded(source: Any) -> None:
+            load(source)
+            done.append("loaded")
+
+        monkeypatch.setattr(made, "load_weights", loaded)
+        return made
+
+    monkeypatch.setattr(chat, "create_engine", engine)
+    open_model(LoadOptions(str(workspace.hf), ai_framework="torch"), Everyone())
+    assert done == ["loaded", "all wait"]

@@ -111,15 +111,16 @@ def test_base_and_tuned_are_two_models(split: tuple[str, ...], workspace: Worksp
 
 
 @pytest.mark.slow("answers")
-def test_two_processes_serve_one_model(workspace: Workspace, framework: str) -> None:
-    """The answer is that of one process on PyTorch, and SIGTERM finishes it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_serve_one_model(workspace: Workspace, framework: str, number: signal.Signals) -> None:
+    """The answer is that of one process on PyTorch, and a signal finishes it, also as soon as the model is open."""
     words = (str(workspace.hf), "--tensor-model-parallel-size", "2", "--nproc-per-node", "2")
     body = {"prompt": "Sort 312.", "max_tokens": 60, "temperature": 0}
     with served(*words, framework=framework) as (url, process, lines), begun(f"{url}/v1/completions", body) as answer:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         text = answer()
-    assert "> SIGTERM: finishing what runs\n" in lines
-    assert process.returncode == 128 + signal.SIGTERM
+    assert any(line.startswith(f"> {number.name}: finishing what runs") for line in lines)
+    assert process.returncode == 128 + number
     model = open_model(LoadOptions(str(workspace.hf), ai_framework="torch", raw=True))
     assert model.generate("Sort 312.", temperature=0.0, max_new_tokens=60) == text
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import threading
 import time
 
 import pytest
 
 from tandem.errors import RunStopped
-from tandem.launch.stopping import STOPPING
+from tandem.launch.stopping import STOPPING, handled, kept_handler
 from tandem.training.signals import StopSignals
 
 
@@ -59,3 +61,22 @@ def test_a_signal_that_came_before_is_not_lost() -> None:
         wait_for(signals)
         with pytest.raises(RunStopped), signals.leaving_at_once():
             raise AssertionError("not reached")
+
+
+def test_a_library_in_a_thread_takes_no_handler_away() -> None:
+    """MindSpore does this where a server opens its model. Python itself could not undo it there."""
+    heard = []
+
+    def library() -> None:
+        with kept_handler(signal.SIGUSR1):
+            ctypes.CDLL(None).signal(int(signal.SIGUSR1), ctypes.c_void_p(1))  # SIG_IGN
+
+    with handled({signal.SIGUSR1: lambda number, frame: heard.append(number)}):
+        thread = threading.Thread(target=library)
+        thread.start()
+        thread.join()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert heard == [signal.SIGUSR1]

@@ -145,6 +145,9 @@ def open_model(
 ) -> Model:
     """Open a Hugging Face folder or a checkpoint of any layout for inference, on the processes of the job.
 
+    It is open when it is open on all of them. MindSpore's others may still be joining when the first one has its
+    weights: a model that is said to be ready must answer, and a signal must no longer count as one at the start.
+
     Args:
         communicator: with these processes, where they have joined before.
         needs_template: whether texts that are only continued are no use.
@@ -181,6 +184,7 @@ def open_model(
     for notice in engine.notices:
         log.warning("> %s", notice)
     engine.load_weights(source)
+    communicator.barrier()
     return Model(
         engine, tokenizer, template, end_ids_of(source.companions), defaults, options.thinking, communicator, grid
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -39,3 +40,17 @@ def handled(handlers: Mapping[int, Handler | signal.Handlers]) -> Iterator[None]
     finally:
         for number, before in earlier.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+@contextmanager
+def kept_handler(number: signal.Signals) -> Iterator[None]:
+    """Inside, a library may install a handler of its own for a signal. Afterwards the one from before is back.
+
+    Other threads than the main one may use this, too: unlike Python's `signal.signal`, the system lets them.
+    """
+    system, before = ctypes.CDLL(None), ctypes.create_string_buffer(1024)  # more than any `struct sigaction` has
+    system.sigaction(int(number), None, before)
+    try:
+        yield
+    finally:
+        system.sigaction(int(number), before, None)

@@ -10,7 +10,6 @@ import functools
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from tandem.backends.pipeline import Stage
 from tandem.errors import UserError
 from tandem.launch.machines import check_port
 from tandem.launch.member import NODE
+from tandem.launch.stopping import kept_handler
 from tandem.launch.world import World, is_scheduler
 from tandem.parallel.grid import Grid, Place
 from tandem.parallel.layout import even_rows
@@ -73,22 +73,16 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> MindSpo
     # The default of 30 seconds is shorter than saving a checkpoint.
     os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", str(max(1, round(timeout_minutes * 60))))
     try:
-        prepare(device)
+        with kept_handler(signal.SIGINT):  # the handler of MindSpore's server in this process ends it
+            prepare(device)
     except RuntimeError as error:
         raise UserError(
             f"rank {world.rank} of {world.size} found no job at {os.environ.get('MS_SCHED_HOST')}:"
             f"{os.environ.get('MS_SCHED_PORT')}: {_first_line(error)}"
         ) from error
-    _restore_handler(signal.SIGINT)
     # MindSpore's send looks up its rank in this default group. Without the change it is HCCL's, which CPUs do not have.
     distributed.get_cache_group_rank.__defaults__ = (GlobalComm.WORLD_COMM_GROUP,)
     return MindSporeCommunicator(world)
-
-
-def _restore_handler(number: signal.Signals) -> None:
-    """Install this process's Python handler of a signal again. MindSpore's server in it would end at the signal."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(number, signal.getsignal(number))
 
 
 def serve() -> NoReturn:
