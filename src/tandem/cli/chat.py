@@ -55,8 +55,7 @@ class ChatOptions(Options):
     def problems(self) -> Iterator[str]:
         if self.model.raw:
             yield "--raw: a conversation needs a chat template; `tandem generate --raw` continues texts"
-        if self.launch.dry_run:
-            yield "--dry-run: nothing to check; leave it out"
+        yield from self.launch.refused_dry_run()
 
 
 def run(argv: Sequence[str]) -> int:

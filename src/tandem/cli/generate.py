@@ -87,8 +87,7 @@ class GenerateOptions(Options):
             yield "--stop '': expected a text that is not empty"
         if self.output and Path(self.output).is_dir():
             yield f"--output {self.output}: is a folder; expected the name of a file"
-        if self.launch.dry_run:
-            yield "--dry-run: nothing to check; leave it out"
+        yield from self.launch.refused_dry_run()
 
     @property
     def needs_input(self) -> bool:

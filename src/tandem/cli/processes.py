@@ -35,17 +35,17 @@ def run_training(command: str, argv: Sequence[str], settings: Settings, notices:
     return 0
 
 
-def run_as_processes(command: str, argv: Sequence[str], settings: Settings, lent: Sequence[int] = ()) -> int | None:
+def run_as_processes(command: str, argv: Sequence[str], settings: Settings, streams: Sequence[int] = ()) -> int | None:
     """Run `tandem COMMAND ARGV` with the processes that the settings ask for, and wait for them.
 
     Args:
-        lent: standard streams of this process for the first one of the job (`tandem.launch.supervisor.launch`).
+        streams: standard streams of this process for the first one of the job (`tandem.launch.supervisor.launch`).
 
     Returns:
         The exit code of the job. None when this process must do the work, alone or as one process of a job.
     """
     machines = machines_to_start(settings)
-    end = start_processes([command, *argv], settings, machines, lent=lent) if machines else None
+    end = start_processes([command, *argv], settings, machines, streams=streams) if machines else None
     return say_end(end) if end else None
 
 
@@ -61,12 +61,12 @@ def start_processes(
     settings: Settings,
     machines: Machines,
     show: Callable[[str], None] = show_at_once,
-    lent: Sequence[int] = (),
+    streams: Sequence[int] = (),
 ) -> JobEnd | None:
     """Run `tandem WORDS` with these processes, and wait for them.
 
     Args:
-        show, lent: see `tandem.launch.supervisor.launch`.
+        show, streams: see `tandem.launch.supervisor.launch`.
 
     Returns:
         How the job ended. None when there is one process only: this one must do the work.
@@ -75,7 +75,7 @@ def start_processes(
         return None
     launcher = launcher_of(settings.training.ai_framework)
     module = run_module.command("tandem", *words)
-    return launch(machines, launcher, module, settings.launch.log_dir, show, lent=lent)
+    return launch(machines, launcher, module, settings.launch.log_dir, show, streams=streams)
 
 
 def machines_to_start(settings: Settings) -> Machines | None:

@@ -6,6 +6,7 @@ The text below a field is its help. `None` means "not given": values of the mode
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -529,6 +530,11 @@ class LaunchSettings:
     """Folder for the output of each process, rank_N.log; default: output is kept only if the job fails."""
     dry_run: bool = False
     """Check settings, weights, data and disk space, print what would run, and exit."""
+
+    def refused_dry_run(self) -> Iterator[str]:
+        """The problem of `--dry-run`, for commands that have nothing to check."""
+        if self.dry_run:
+            yield "--dry-run: nothing to check; leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from tandem.launch.member import JOB
 from tandem.launch.world import World
@@ -19,41 +19,29 @@ INPUT, OUTPUT, ERRORS = 0, 1, 2
 _NAME = "streams"  # of the socket, in the folder of the job
 
 
-class Lent:
-    """Streams of this process that the first rank of a job may take. Leaving it as a context ends that.
+@contextmanager
+def lent(folder: Path, streams: Sequence[int]) -> Iterator[Callable[[], None]]:
+    """Inside, the first rank of a job may take streams of this process. It gets them when the result is called.
 
     Args:
         folder: of the job.
         streams: INPUT, OUTPUT or ERRORS; none lends nothing.
     """
+    if not streams:
+        yield lambda: None
+        return
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / _NAME))
+        listener.listen()
+        listener.setblocking(False)
 
-    def __init__(self, folder: Path, streams: Sequence[int]) -> None:
-        self._streams = streams
-        self._listener = socket.socket(socket.AF_UNIX) if streams else None
-        if self._listener is not None:
-            self._listener.bind(str(folder / _NAME))
-            self._listener.listen()
-            self._listener.setblocking(False)
+        def give() -> None:
+            with suppress(BlockingIOError):  # nobody has asked since the last call
+                asking, _ = listener.accept()
+                with asking:
+                    socket.send_fds(asking, [bytes(streams)], streams)
 
-    def give(self) -> None:
-        """Hand them over, if they were asked for since the last call."""
-        if self._listener is None:
-            return
-        try:
-            asking, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        with asking:
-            socket.send_fds(asking, [bytes(self._streams)], self._streams)
-
-    def __enter__(self) -> Lent:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._listener is not None:
-            self._listener.close()
+        yield give
 
 
 def take_streams() -> None:

@@ -38,7 +38,7 @@ from tandem.launch.member import (
     stage_file,
 )
 from tandem.launch.stopping import SAME_SIGNAL_SECONDS, Handler, handled, stopping_signals
-from tandem.launch.streams import OUTPUT, Lent
+from tandem.launch.streams import OUTPUT, lent
 from tandem.logs import log
 
 POLL_SECONDS = 0.1
@@ -91,7 +91,7 @@ def launch(
     log_dir: str | None = None,
     show: Callable[[str], None] = show_at_once,
     seconds: float = math.inf,
-    lent: Sequence[int] = (),
+    streams: Sequence[int] = (),
 ) -> JobEnd:
     """Run `python WORDS` as every rank of this machine, and wait.
 
@@ -99,8 +99,8 @@ def launch(
         log_dir: folder that keeps the output of each rank.
         show: called with each new piece of the first rank's output.
         seconds: a job that takes longer is ended, with no time to save.
-        lent: standard streams of this process that the job's first rank takes with `take_streams`. With OUTPUT it talks
-            with the user, and gets each Ctrl-C as soon as the ranks have met: that no longer ends the job.
+        streams: standard streams of this process that the job's first rank takes with `take_streams`. With OUTPUT it
+            talks with the user, and gets each Ctrl-C as soon as the ranks have met: that no longer ends the job.
 
     Raises:
         UserError: as in `Machines.checked`, or `log_dir` cannot be written. Nothing was started then.
@@ -118,8 +118,8 @@ def launch(
         NODE: str(machines.node_rank),
         "PYTHONUNBUFFERED": "1",
     }
-    lent = lent if machines.node_rank == 0 else ()
-    end = _Job(machines, folder, command, environment, show, seconds, lent).run()
+    streams = streams if machines.node_rank == 0 else ()
+    end = _Job(machines, folder, command, environment, show, seconds, streams).run()
     if end.code != CRASHED:
         shutil.rmtree(folder)
     return end
@@ -133,7 +133,7 @@ class _Job:
     environment: dict[str, str]
     show: Callable[[str], None]
     seconds: float = math.inf  # the most that the job may take
-    lent: Sequence[int] = ()  # standard streams for the first rank
+    streams: Sequence[int] = ()  # standard streams for the first rank
     signals: list[int] = field(default_factory=list)  # received signals, in order
     signal_times: dict[int, float] = field(default_factory=dict)  # signal -> when it last came
     is_impatient: bool = False  # whether a signal came twice
@@ -155,7 +155,7 @@ class _Job:
         with (
             handled(terminal),
             stopping_signals(self._remember),
-            Lent(self.folder, self.lent) as self.streams,
+            lent(self.folder, self.streams) as self.give_streams,
             (self.folder / "launcher.log").open("wb") as output,
         ):
             self.launcher = subprocess.Popen(
@@ -178,7 +178,7 @@ class _Job:
     @property
     def talks(self) -> bool:
         """Whether the first rank talks with the user."""
-        return OUTPUT in self.lent
+        return OUTPUT in self.streams
 
     def _tell_first(self, number: int, frame: Any) -> None:
         """A handler of signals that are for the first rank alone."""
@@ -199,7 +199,7 @@ class _Job:
         has_passed_on = False
         while self.launcher.poll() is None and time.monotonic() < self.deadline:
             self._show_output()
-            self.streams.give()
+            self.give_streams()
             if self.signals and (self.is_impatient or not self._has_begun()):
                 return
             if self.signals and not has_passed_on:

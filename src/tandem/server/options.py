@@ -52,8 +52,7 @@ class ServeOptions(Options):
                 yield f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more"
         if self.max_waiting < 0:
             yield f"--max-waiting {self.max_waiting}: expected 0 or more"
-        if self.launch.dry_run:
-            yield "--dry-run: nothing to check; leave it out"
+        yield from self.launch.refused_dry_run()
         names, models = self.served_model_name, 1 if self.compare is None else 2
         if names and (len(names) != models or len(set(names)) != models or not all(names)):
             yield f"--served-model-name {' '.join(names)}: expected {models} different names, one for each model"
