@@ -79,11 +79,11 @@ def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def departures(settings: Settings) -> dict[str, list[str]]:
-    """The settings that differ from their default, by group, as `name=value`."""
+def departures(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The settings that differ from their default, by group and name, as plain values."""
     defaults = Settings().to_dict()
     changed = {
-        group: [f"{name}={value}" for name, value in values.items() if value != defaults[group][name]]
+        group: {name: value for name, value in values.items() if value != defaults[group][name]}
         for group, values in settings.to_dict().items()
     }
     return {group: values for group, values in changed.items() if values}

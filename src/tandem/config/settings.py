@@ -52,7 +52,7 @@ class ModelSettings:
     beta_slow: float | None = field(default=None, metadata=aliases("--rope-scaling-beta-slow"))
     """Channels that turn less often have it divided by the factor."""
     max_position_embeddings: int | None = None
-    """Largest --seq-length that is accepted."""
+    """Largest --seq-length that is accepted; default: that of config.json."""
     padded_vocab_size: int | None = None
     """Vocabulary size with padding: must be at least the vocabulary size in config.json. Padding is never saved."""
     make_vocab_size_divisible_by: int | None = None
@@ -485,7 +485,7 @@ class CheckpointSettings:
     save: PathText | None = None
     """Folder for checkpoints and logs of the run."""
     save_interval: int | None = None
-    """Steps between saves; the last step is always saved."""
+    """Steps between saves; default: only the last step is saved, as it always is."""
     async_save: bool = False
     """Write checkpoints in the background. Training only waits until they are copied to host memory."""
     save_total_limit: int | None = field(default=None, metadata=aliases("--keep-last"))
@@ -493,7 +493,8 @@ class CheckpointSettings:
     save_retain_interval: int | None = field(default=None, metadata=aliases("--keep-every"))
     """Keep checkpoints whose iteration is a multiple of this, and the newest --save-total-limit (default 1)."""
     export_hf_every: int | None = None
-    """Every this many iterations, write the checkpoint also as a Hugging Face folder in SAVE/hf."""
+    """Every this many iterations, write the checkpoint also as a Hugging Face folder in SAVE/hf. A multiple of
+    --save-interval."""
     finetune: bool = False
     """Load only the weights: start at iteration 0 with a new optimizer."""
     no_load_optim: bool = False

@@ -74,6 +74,53 @@ def test_what_cannot_run_is_said(
         dry_run(workspace.settings("torch", **values), processes)
 
 
+def test_what_changes_nothing_or_is_not_saved_is_said(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = workspace.settings("torch", save=str(tmp_path), save_interval=None, spiky_loss_factor=5.0)
+    dry_run(settings, 1)
+    text = capsys.readouterr().out
+    assert "--spiky-loss-factor 5: without effect; needs --check-for-spiky-loss" in text
+    assert "--save-interval is not given: only the last step is saved" in text
+
+
+@pytest.mark.parametrize(("interval", "advice"), [(None, "give --save-interval 4"), (3, "a multiple of")])
+def test_only_what_is_saved_can_be_exported(
+    interval: int | None, advice: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    settings = workspace.settings("torch", save=str(tmp_path), export_hf_every=4, save_interval=interval)
+    with pytest.raises(UserError, match=f"--export-hf-every 4.*{advice}"):
+        dry_run(settings, 1)
+
+
+def changed_config(folder: Path, target: Path, **values: object) -> Path:
+    """A copy of the config.json of a model, with other values."""
+    target.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **values}))
+    return target
+
+
+def test_a_config_json_that_the_weights_do_not_need_must_agree(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = changed_config(workspace.hf, tmp_path / "same")
+    dry_run(workspace.settings("torch", hf_cfg_dir=str(same)), 1)
+    other = changed_config(workspace.hf, tmp_path / "other", num_key_value_heads=4)
+    with pytest.raises(UserError, match=r"--hf-cfg-dir .*other describes another model.*num_query_groups 2, not 4"):
+        dry_run(workspace.settings("torch", hf_cfg_dir=str(other)), 1)
+
+
+def test_samples_longer_than_the_model_was_made_for_are_said(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = HFSource(workspace.hf).config.max_position_embeddings
+    with pytest.raises(UserError, match=f"--seq-length {2 * most} is above max_position_embeddings {most}"):
+        dry_run(workspace.settings("torch", seq_length=2 * most), 1)
+    dry_run(workspace.settings("torch", seq_length=2 * most, max_position_embeddings=2 * most), 1)
+    assert f"more than the {most} that the weights' config allows" in capsys.readouterr().out
+
+
 def test_what_a_framework_does_not_do_is_said_before_a_device_is_needed(workspace: Workspace) -> None:
     require_framework("mindspore")
     with pytest.raises(UserError, match="not mindspore: leave it out, or use --ai-framework torch"):

@@ -6,6 +6,7 @@ from tandem.checkpoints.interface import TensorSource
 from tandem.config.checks import OF_STAGES
 from tandem.config.parsing import departures
 from tandem.config.settings import CheckpointSettings, DataSettings, Settings, TrainingSettings
+from tandem.config.without_effect import without_effect
 from tandem.logs import log
 from tandem.models.config import ModelConfig
 from tandem.models.tensors import parameter_count, trained_count
@@ -19,14 +20,29 @@ from tandem.training.trainer import Trainer
 
 
 def saving_notice(checkpoint: CheckpointSettings) -> list[str]:
-    """Notices when nothing is saved, or when a script asks for a format that training does not write."""
+    """Notices when nothing or only the end is saved, or a script asks for a format that training does not write."""
     if checkpoint.save is None:
         return ["--save is not given: nothing will be saved"]
-    if checkpoint.ckpt_format == "native":
+    notices = []
+    if checkpoint.save_interval is None:
+        notices.append("--save-interval is not given: only the last step is saved")
+    if checkpoint.ckpt_format != "native":
+        notices.append(
+            f"--ckpt-format {checkpoint.ckpt_format}: training saves native checkpoints; convert one with "
+            f"`tandem convert --ckpt-format torch`"
+        )
+    return notices
+
+
+def long_notice(settings: Settings, config: ModelConfig) -> list[str]:
+    """A notice when samples are longer than the model's config allows, as `--max-position-embeddings` asks."""
+    length, most = settings.data.seq_length, config.max_position_embeddings
+    if length <= most:
         return []
     return [
-        f"--ckpt-format {checkpoint.ckpt_format}: training saves native checkpoints; convert one with "
-        f"`tandem convert --ckpt-format torch`"
+        f"--max-position-embeddings {settings.model.max_position_embeddings}: samples have up to {length} tokens, more "
+        f"than the {most} that the weights' config allows. Exports keep {most}, and other programs may refuse longer "
+        f"texts"
     ]
 
 
@@ -45,7 +61,10 @@ def print_banner(run: PreparedRun, trainer: Trainer) -> None:
     """Log what will run: framework, model, weights, data, batch, and which settings of a resumed run have changed."""
     settings, state = run.settings, run.state
     config, engine = run.source.config, trainer.engine
-    changed = [f"{group}: {' '.join(values)}" for group, values in departures(settings).items()]
+    changed = [
+        f"{group}: {' '.join(f'{name}={value}' for name, value in values.items())}"
+        for group, values in departures(settings).items()
+    ]
     counts = trainer.train_data.describe()
     batch = settings.training.final_batch_size
     lines = [
@@ -73,7 +92,12 @@ def describe_beginning(settings: Settings, source: TensorSource, state: TrainerS
         state: that the run continues from; None when it starts at iteration 0.
     """
     iteration = state.iteration if state else 0
-    lines = [*unread_notice(source, settings.checkpoint), *saving_notice(settings.checkpoint)]
+    lines = [
+        *without_effect(settings, has_experts=source.config.experts is not None),
+        *long_notice(settings, source.config),
+        *unread_notice(source, settings.checkpoint),
+        *saving_notice(settings.checkpoint),
+    ]
     knows_length = settings.training.epochs is None
     if knows_length:
         lines += notices_of_disk(settings, source, iteration)
@@ -115,8 +139,6 @@ def describe_objective(settings: Settings) -> list[str]:
     line = f"{stage}: " + ", ".join(f"{name} {value}" for name, value in values.items())
     if "ref_model" in OF_STAGES[stage]:
         line += f"; the reference is {given.ref_model or 'the weights that the run begins with'}"
-    if given.refer_model_iter is not None and given.ref_model is None:
-        line += "; --refer-model-iter is without effect: it is for --ref-model"
     return [line]
 
 

@@ -56,6 +56,8 @@ def open_weights(
     if checkpoint.load is not None:
         config = _config_of(companions_of(model.hf_cfg_dir), model.hf_cfg_dir) if model.hf_cfg_dir else None
         base = open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune, config=config)
+        if config is not None:
+            _check_described(config, base, f"--hf-cfg-dir {model.hf_cfg_dir}")
         for notice in base.notices:
             log_notice(notice)
     else:
@@ -77,6 +79,19 @@ def _random_weights(model: ModelSettings, tokenizer_folder: str | None, seed: in
 
 def _config_of(companions: Companions, folder: str) -> ModelConfig:
     return from_hf(companions.hf_config or {}, where=f"{folder}/config.json")
+
+
+def _check_described(config: ModelConfig, source: TensorSource, where: str) -> None:
+    """Raise UserError when weights that describe themselves are of another model than `config` describes."""
+    asked, actual = config.to_dict(), source.config.without_adapters.to_dict()
+    names = [name for name in dict.fromkeys((*actual, *asked)) if asked.get(name) != actual.get(name)]
+    names = [name for name in names if name != "init_method_std"]  # for random weights
+    if names:
+        differences = "; ".join(f"{name} {actual.get(name)}, not {asked.get(name)}" for name in names)
+        raise UserError(
+            f"{where} describes another model than that of {source.location}, which has {differences}. Leave it out, "
+            f"or change the config.json of the weights"
+        )
 
 
 def check_model_flags(
