@@ -133,7 +133,9 @@ THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
 )
 
 
-def fine_tuned(workspace: Workspace, folder: Path, chat_template: object, place: str, thinking: bool | None) -> Path:
+def fine_tuned(
+    workspace: Workspace, folder: Path, chat_template: object, place: str, thinking: bool | None, **more: object
+) -> Path:
     """A model whose tokenizer has another chat template, fine-tuned for a step; its `run` folder."""
     base = folder / "base"
     shutil.copytree(workspace.hf, base)
@@ -155,7 +157,7 @@ def fine_tuned(workspace: Workspace, folder: Path, chat_template: object, place:
         PreprocessOptions((str(workspace.questions),), prefix, str(base), prompt_type="qwen3", enable_thinking=thinking)
     )
     values = {"data_path": prefix, "load": str(base), "save": str(folder / "run"), "train_iters": 1}
-    train(workspace.settings("torch", instructions=True, lr_warmup_iters=0, **values))
+    train(workspace.settings("torch", instructions=True, lr_warmup_iters=0, **values, **more))
     return folder / "run"
 
 
@@ -187,6 +189,30 @@ def test_the_written_folder_asks_as_in_training(
     assert tokenizer.eos_token == "<|im_end|>"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
     assert not (tmp_path / "out" / "prompt.json").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "convert"])
+def test_a_peft_folder_asks_as_in_training(
+    workspace: Workspace, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its tokenizer's files, as `transformers` reads them; the weights' own are used here, which is said."""
+    from transformers import AutoTokenizer
+
+    lora = {"lora_target_modules": ("q_proj",), "lr": 1e-2}
+    run = fine_tuned(workspace, tmp_path, THINKING_TEMPLATE, "file", False, **lora)
+    out = str(tmp_path / "out")
+    words = ["--load", str(run), "--save-dir", out]
+    if command == "convert":
+        words = ["--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", str(run), "--save-dir", out]
+    assert main([command, *words, "--save-lora-to-hf"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    message = [{"role": "user", "content": "How?"}]
+    asked = open_model(LoadOptions(str(run), ai_framework="torch")).prompt_ids("How?")
+    assert tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False) == asked
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    capsys.readouterr()
+    assert main(["generate", "--load", str(tmp_path / "base"), "--lora-load", out, "--prompt", "How?"]) == 0
+    assert "its chat template is another one than that of" in capsys.readouterr().err
 
 
 def test_a_chat_template_that_cannot_ask_as_in_training_is_said(

@@ -164,6 +164,26 @@ def test_weights_that_moved_are_given_by_hand(workspace: Workspace, trained: Pat
     assert source.read(name).any()
 
 
+def test_a_run_goes_on_where_its_weights_have_moved(workspace: Workspace, framework: str, tmp_path: Path) -> None:
+    shutil.copytree(workspace.hf, tmp_path / "old")
+    settings = {**SHORT, "save": str(tmp_path / "run")}
+    first = run(workspace, framework, load=str(tmp_path / "old"), **{**settings, "exit_interval": 3})
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(UserError, match=r"cannot be opened.*--load FOLDER"):
+        run(workspace, framework, load=str(tmp_path / "old"), **settings)
+    rest = run(workspace, framework, load=str(tmp_path / "new"), **settings)
+    whole = run(workspace, framework, **{**settings, "save": str(tmp_path / "whole")})
+    assert [*first, *rest] == whole
+    base = json.loads((tmp_path / "run/iter_0000006/index.json").read_text())["base"]
+    assert base["folder"] == str(tmp_path / "new")  # from now on
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    save_file({name: 2 * values for name, values in tensors.items()}, tmp_path / "other.safetensors", {"format": "pt"})
+    (tmp_path / "new").rename(tmp_path / "newer")
+    (tmp_path / "other.safetensors").rename(tmp_path / "newer" / "model.safetensors")
+    with pytest.raises(UserError, match="sha256"):
+        run(workspace, framework, load=str(tmp_path / "newer"), **{**settings, "train_iters": 7})
+
+
 def test_adapters_of_a_run_start_another(workspace: Workspace, framework: str, trained: Path, tmp_path: Path) -> None:
     """--lora-load RUN --finetune takes the adapters alone; without --finetune the run goes on."""
     base = {**COMMON, "lora_load": str(trained)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from tandem.checkpoints.adapters.base import BaseRecord
 from tandem.checkpoints.adapters.peft import PeftSource, is_peft
 from tandem.checkpoints.adapters.peft_config import BASE, is_for, read_config
 from tandem.checkpoints.adapters.views import Adapted
 from tandem.checkpoints.folders import TRACKER, find_iteration, holds_iterations, iteration_of, saved_iterations
+from tandem.checkpoints.hf.companions import chat_template_of
 from tandem.checkpoints.hf.source import HFSource
 from tandem.checkpoints.hf.weights import holds_weights
 from tandem.checkpoints.interface import TensorSource, check_recorded
@@ -20,8 +22,12 @@ from tandem.checkpoints.recognise import is_model_folder, no_adapter, unusable
 from tandem.checkpoints.torch_dist.metadata import METADATA
 from tandem.checkpoints.torch_dist.source import TorchDistSource, is_torch_dist
 from tandem.errors import UserError
+from tandem.files.places import same_place
 from tandem.files.publish import recover
 from tandem.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing since Python 3.11
 
 # The forms of an iteration, by the file that marks each.
 NATIVE_SIGN = f"{INDEX} (native)"
@@ -29,22 +35,25 @@ TORCH_SIGN = f"mp_rank_*/{FILE} (Megatron torch)"
 TORCH_DIST_SIGN = f"{METADATA} (Megatron torch_dist)"
 
 
-def open_source(
-    folder: str | Path,
-    iteration: int | None = None,
-    *,
-    config: ModelConfig | None = None,
-    noop_layers: tuple[int, ...] | None = None,
-    num_layer_list: tuple[int, ...] | None = None,
-    lora_alpha: float | None = None,
-    adapters_alone: bool = False,
-) -> TensorSource:
-    """Recognise what a folder holds, and open it.
+class Facts(TypedDict, total=False):
+    """What a checkpoint may not record, or no longer rightly.
 
-    Args:
-        config, noop_layers, num_layer_list, lora_alpha: facts that a Megatron checkpoint may not record. Layers of
-            `torch_dist` are counted over the whole model, so num_layer_list is not needed there.
-        adapters_alone: a checkpoint of adapters is opened without their weights, to look at it.
+    config, noop_layers, num_layer_list, lora_alpha: of a Megatron checkpoint. Layers of `torch_dist` are counted over
+        the whole model, so num_layer_list is not needed there.
+    adapters_alone: a checkpoint of adapters is opened without their weights, to look at it.
+    base: where the weights of adapters are now, if they are no longer where their checkpoint says.
+    """
+
+    config: ModelConfig | None
+    noop_layers: tuple[int, ...] | None
+    num_layer_list: tuple[int, ...] | None
+    lora_alpha: float | None
+    adapters_alone: bool
+    base: str | None
+
+
+def open_source(folder: str | Path, iteration: int | None = None, **facts: Unpack[Facts]) -> TensorSource:
+    """Recognise what a folder holds, and open it.
 
     Raises:
         UserError: the folder is missing, is neither a Hugging Face folder nor a checkpoint, is both, or contradicts
@@ -64,15 +73,7 @@ def open_source(
                 f"{folder} is a Hugging Face folder, which has no iteration {iteration}: leave out --ckpt-step"
             )
         return HFSource(folder)
-    return open_iteration(
-        folder,
-        iteration,
-        config=config,
-        noop_layers=noop_layers,
-        num_layer_list=num_layer_list,
-        lora_alpha=lora_alpha,
-        adapters_alone=adapters_alone,
-    )
+    return open_iteration(folder, iteration, **facts)
 
 
 def is_hugging_face(folder: str | Path) -> bool:
@@ -89,17 +90,9 @@ def check_one_format(folder: str | Path) -> None:
         )
 
 
-def open_iteration(
-    folder: str | Path,
-    iteration: int | None = None,
-    *,
-    config: ModelConfig | None = None,
-    noop_layers: tuple[int, ...] | None = None,
-    num_layer_list: tuple[int, ...] | None = None,
-    lora_alpha: float | None = None,
-    adapters_alone: bool = False,
-) -> TensorSource:
+def open_iteration(folder: str | Path, iteration: int | None = None, **facts: Unpack[Facts]) -> TensorSource:
     """Open an iteration of a checkpoint folder, in any format. Arguments and errors are as in `open_source`."""
+    config, noop_layers, num_layer_list = facts.get("config"), facts.get("noop_layers"), facts.get("num_layer_list")
     place = find_iteration(folder, iteration)
     if not place.is_dir():
         raise _missing(Path(folder), iteration)
@@ -111,9 +104,9 @@ def open_iteration(
             config=config,
             noop_layers=noop_layers,
             num_layer_list=num_layer_list,
-            lora_alpha=lora_alpha,
+            lora_alpha=facts.get("lora_alpha"),
         )
-        if megatron.holds_adapters_only and not adapters_alone:
+        if megatron.holds_adapters_only and not facts.get("adapters_alone"):
             raise UserError(
                 f"{folder} holds adapters only: give their weights, and the adapters with --lora-load {folder}"
             )
@@ -123,7 +116,9 @@ def open_iteration(
     source = NativeSource(folder, iteration)
     check_recorded("noop_layers", noop_layers, source.layout.noop_layers, source.location)
     check_recorded("num_layer_list", num_layer_list, source.layout.num_layer_list, source.location)
-    return source if source.record is None or adapters_alone else with_base(source, source.record)
+    if source.record is None or facts.get("adapters_alone"):
+        return source
+    return with_base(source, source.record, facts.get("base"))
 
 
 def open_named_base(folder: Path) -> TensorSource:
@@ -134,8 +129,11 @@ def open_named_base(folder: Path) -> TensorSource:
     return open_source(name)
 
 
-def with_base(adapters: TensorSource, record: BaseRecord) -> Adapted:
+def with_base(adapters: TensorSource, record: BaseRecord, moved_to: str | None = None) -> Adapted:
     """A checkpoint of adapters with the weights that it names.
+
+    Args:
+        moved_to: where these are looked for, too.
 
     Raises:
         UserError: these weights are not there. Whether they are the same is checked when the first one is read.
@@ -143,10 +141,13 @@ def with_base(adapters: TensorSource, record: BaseRecord) -> Adapted:
     try:
         base = open_source(record.folder, record.iteration)
     except UserError as error:
-        raise UserError(
-            f"{adapters.location} holds adapters only; the weights that they belong to cannot be opened: {error}. "
-            f"If these are elsewhere now, give --load FOLDER --lora-load {adapters.location}"
-        ) from error
+        if moved_to is None or same_place(moved_to, record.folder):
+            raise UserError(
+                f"{adapters.location} holds adapters only; the weights that they belong to cannot be opened: {error}. "
+                f"If these are elsewhere now, give --load FOLDER --lora-load {adapters.location}"
+            ) from error
+        base = open_source(moved_to, record.iteration)
+        record = record.moved_to(base)
     return Adapted(adapters, base, adapters, record)
 
 
@@ -188,6 +189,8 @@ def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | No
         source = PeftSource(folder, base.config.without_adapters, base.folder)
         if base.folder is not None and not is_for(folder, base.folder):
             source.notices = (*source.notices, _other_model(folder, base))
+        if chat_template_of(source.companions) not in (None, chat_template_of(base.companions)):
+            source.notices = (*source.notices, _other_template(folder, base))
         return Adapted(source, base, base)
     if not folder.is_dir():
         raise no_adapter(folder)
@@ -213,6 +216,14 @@ def _other_model(folder: Path, base: TensorSource) -> str:
     """A notice about a PEFT folder that names another model."""
     name = read_config(folder)[BASE]
     return f"{folder}: names {name} as its model, and is put on {base.location}: whether they are the same is not known"
+
+
+def _other_template(folder: Path, base: TensorSource) -> str:
+    """A notice about a PEFT folder whose chat template is not used."""
+    return (
+        f"{folder}: its chat template is another one than that of {base.location}, which is used: give --prompt-type "
+        f"and --enable-thinking to ask as in its training"
+    )
 
 
 def check_adapters(source: TensorSource, folder: Path) -> None:

@@ -70,7 +70,7 @@ def export(
     config = config_of(options.hf_cfg_dir) if options.hf_cfg_dir else None
     stored = open_with_adapters(options.load, options.ckpt_step, options.lora_load, config=config)
     if options.save_lora_to_hf:
-        return export_adapters(stored, Path(options.save_dir))
+        return export_adapters(stored, Path(options.save_dir), as_trained)
     # merging in the dtype that is written rounds once
     exact = options.gguf or options.params_dtype == "fp32"
     unmerged = Cast(stored, "float32") if exact and stored.config.lora is not None else stored

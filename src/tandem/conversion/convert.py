@@ -18,7 +18,7 @@ from tandem.checkpoints.native.sink import NativeSink
 from tandem.checkpoints.prompt import PROMPT_FILE
 from tandem.checkpoints.random_init import RandomSource
 from tandem.checkpoints.views import Cast, Described, FirstLayers, FirstRows, LargerVocabulary
-from tandem.conversion.adapters import describe_merge, export_adapters
+from tandem.conversion.adapters import Adapt, describe_merge, export_adapters
 from tandem.conversion.lacking import what_lacks
 from tandem.conversion.options import ConvertOptions
 from tandem.conversion.result import Converted
@@ -35,8 +35,6 @@ MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as ups
 
 # called with the source and with what was written, before the result becomes visible; raises when they differ
 Check = Callable[[TensorSource, TensorSource], None]
-# source and its companions -> the companions to write, and notices for the user
-Adapt = Callable[[TensorSource, Companions], tuple[Companions, list[str]]]
 
 
 def convert(
@@ -54,7 +52,7 @@ def convert(
     folder, origin = _target(options)
     source = _open(options, origin)
     if options.save_lora_to_hf:
-        return export_adapters(source, folder)
+        return export_adapters(source, folder, adapt)
     notices = [*source.notices, *left_out(source), *describe_merge(source)]
     source, companions, more = with_origin(merged(source), origin)
     notices += more

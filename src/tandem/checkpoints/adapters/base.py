@@ -35,8 +35,11 @@ class BaseRecord:
         """Hash the files of `base`; None for weights that are in no files."""
         if base.folder is None:
             return None
-        folder = base.folder if base.iteration is None else base.folder.parent
-        return cls(str(folder.resolve()), base.iteration, digest_of(base))
+        return cls(*_place_of(base.folder, base), digest_of(base))
+
+    def moved_to(self, base: TensorSource) -> BaseRecord:
+        """The same weights in the place of `base`; the record itself where that is in no folder."""
+        return self if base.folder is None else BaseRecord(*_place_of(base.folder, base), self.sha256)
 
     def check(self, base: TensorSource, adapters: str) -> None:
         """Raise UserError unless `base` has the weights of this record. `adapters`: where these are."""
@@ -46,6 +49,10 @@ class BaseRecord:
                 f"{base.location} are others (their sha256 differs). Give those with --load FOLDER --lora-load "
                 f"{adapters}"
             )
+
+
+def _place_of(folder: Path, base: TensorSource) -> tuple[str, int | None]:
+    return str((folder if base.iteration is None else folder.parent).resolve()), base.iteration
 
 
 def digest_of(source: TensorSource) -> str:

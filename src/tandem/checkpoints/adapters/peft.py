@@ -14,7 +14,7 @@ import numpy as np
 from tandem.checkpoints.adapters.peft_config import BASE, CONFIG, MERGE, is_for, read_config, read_lora, unknown_fields
 from tandem.checkpoints.adapters.peft_tensors import any_expert, stored_in, to_store
 from tandem.checkpoints.formats.safetensors import SafetensorsFile, SafetensorsWriter
-from tandem.checkpoints.hf.companions import companion_files
+from tandem.checkpoints.hf.companions import companion_files, write_files
 from tandem.checkpoints.hf.weights import TorchWeightFile, WeightFile
 from tandem.checkpoints.interface import (
     PEFT,
@@ -28,6 +28,7 @@ from tandem.errors import UserError
 from tandem.files.lock import publishing
 from tandem.models.adapters import adapters
 from tandem.models.config import ModelConfig
+from tandem.models.end_tokens import GENERATION_CONFIG
 from tandem.models.families import DENSE_MLP
 from tandem.models.tensors import tensor_table
 from tandem.parallel.slices import Part, cut
@@ -136,13 +137,14 @@ def check_parameters(config: ModelConfig, folder: Path) -> None:
             )
 
 
-def write_peft(folder: str | Path, source: TensorSource, base_model: str) -> int:
+def write_peft(folder: str | Path, source: TensorSource, base_model: str, companions: Companions | None = None) -> int:
     """Write the adapters of a source as a PEFT folder, which appears whole or not at all. Returns how many tensors.
 
     An adapter of a whole Megatron weight becomes one for each of its Hugging Face modules, with the same A.
 
     Args:
         base_model: the path or name of the model, for the config.
+        companions: the tokenizer's files; default: those of the source.
 
     Raises:
         UserError: the folder exists, or a tensor is damaged.
@@ -157,9 +159,7 @@ def write_peft(folder: str | Path, source: TensorSource, base_model: str) -> int
         writer.close()
         text = json.dumps(_config(source.config, base_model), indent=2, sort_keys=True)
         (work / CONFIG).write_text(text + "\n", encoding="utf-8")
-        for path in source.companions.files:
-            if path.name not in ("generation_config.json", CONFIG):
-                (work / path.name).write_bytes(path.read_bytes())
+        write_files(work, companions or source.companions, leave_out=(GENERATION_CONFIG, CONFIG))
     return len(tensors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from tandem.models.hf_config import hf_dtype, load_hf_config, to_hf
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "chat_template.json"),
+    *(CHAT_TEMPLATE, "chat_template.json"),
 )
 MODEL_FILES = (GENERATION_CONFIG, RECORD)
 SUSPECTED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")  # files of these names may be meant to belong to a model
@@ -96,6 +98,11 @@ def companion_json(companions: Companions, name: str) -> dict[str, Any]:
     return {} if text is None else dict(json.loads(text))
 
 
+def chat_template_of(companions: Companions) -> str | None:
+    """The chat template that `transformers` takes; None without one."""
+    return companions.text_of(CHAT_TEMPLATE) or companion_json(companions, TOKENIZER_CONFIG).get("chat_template")
+
+
 def write_companions(folder: Path, companions: Companions, config: ModelConfig, dtype: str) -> None:
     """Write `config.json` and copy the tokenizer files into `folder`.
 
@@ -105,14 +112,21 @@ def write_companions(folder: Path, companions: Companions, config: ModelConfig, 
     folder.mkdir(parents=True, exist_ok=True)
     hf = to_hf(config, companions.hf_config, dtype)
     (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    write_files(folder, companions)
+
+
+def write_files(folder: Path, companions: Companions, leave_out: Collection[str] = ()) -> None:
+    """Write the files next to `config.json` into `folder`, which exists, but those that `leave_out` names."""
     for name, path in companions.places.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / name)
+        if name not in leave_out:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
     tokenizer = companion_json(companions, TOKENIZER_CONFIG)
     older = for_transformers_4(tokenizer)
     changed = {TOKENIZER_CONFIG: json.dumps(older, indent=2, ensure_ascii=False) + "\n"} if older != tokenizer else {}
     for name, text in {**companions.texts, **changed}.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        if name not in leave_out:
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def for_transformers_4(tokenizer_config: dict[str, Any]) -> dict[str, Any]:

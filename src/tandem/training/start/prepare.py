@@ -116,7 +116,10 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
     if (checkpoint.load is None) != (checkpoint.init is None):  # or else that is said already
         with problems.noted():
             loading = continued(checkpoint)
-            source = open_weights(loading, settings.lora, settings.model, data.tokenizer_name_or_path, training.seed)
+            tokenizer_folder = data.tokenizer_name_or_path
+            source = open_weights(
+                loading, settings.lora, settings.model, tokenizer_folder, training.seed, base=checkpoint.load
+            )
     if source is None:
         problems.raise_all()
     assert source is not None, "why it was not opened is a problem"

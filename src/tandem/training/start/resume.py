@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tandem.backends.interface import Engine
 from tandem.checkpoints.folders import holds_iterations
 from tandem.checkpoints.interface import TensorSource
+from tandem.checkpoints.native.source import NativeSource
 from tandem.config.settings import CheckpointSettings, DataSettings
 from tandem.data.datasets.mixture import same_words
 from tandem.data.preprocess.cache import without_keys
@@ -43,10 +45,11 @@ def continued(checkpoint: CheckpointSettings) -> CheckpointSettings:
         return checkpoint
     if _loads_where_it_saves(checkpoint):
         return _without_first_start(checkpoint, save)
-    newest = find_newest(save)
+    newest = find_newest(save, adapters_alone=True)
     if TrainerState.from_source(newest) is None:
         raise UserError(f"--save {save} contains a converted checkpoint: choose another folder for this run")
-    _check_origin(origin_of_saved(newest), checkpoint)
+    if not _base_has_moved(newest, checkpoint):
+        _check_origin(origin_of_saved(newest), checkpoint)
     # A run that saves no optimizer goes on without one each time.
     without_optimizer = checkpoint.no_load_optim and not has_optimizer(newest)
     return replace(checkpoint, load=save, init=None, ckpt_step=None, finetune=False, no_load_optim=without_optimizer)
@@ -89,7 +92,7 @@ def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading:
     save = checkpoint.save
     if save is None or loading.load != save or _loads_where_it_saves(checkpoint):
         return
-    state = TrainerState.from_source(find_newest(save))
+    state = TrainerState.from_source(find_newest(save, adapters_alone=True))
     before: dict[str, Any] = state.data if state else {}
     old, new = before.get("data_path"), list(data.data_path)
     places: dict[str, str] = before.get("mixture", {}).get("places", {})
@@ -103,6 +106,18 @@ def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading:
     kind, kind_now = state.kind_of_data if state else None, kind_to_train(data).name
     if kind not in (None, kind_now):
         raise _another_run(save, f"on {kind}; here it is {kind_now}")
+
+
+def _base_has_moved(newest: TensorSource, now: CheckpointSettings) -> bool:
+    """Whether a run of adapters began with weights that are gone, and `--load` names a folder that may hold them.
+
+    Whether it does is known when they are compared with the hash that the run recorded.
+    """
+    record = newest.record if isinstance(newest, NativeSource) else None
+    if record is None or now.load is None or same_place(now.load, record.folder) or Path(record.folder).exists():
+        return False
+    log_notice(f"{record.folder}, the weights of the adapters in {now.save}, is gone: --load {now.load} is taken")
+    return True
 
 
 def _check_origin(origin: dict[str, Any], now: CheckpointSettings) -> None:
@@ -146,7 +161,7 @@ def _without_first_start(checkpoint: CheckpointSettings, save: str) -> Checkpoin
     given = [name for name in FIRST_START if getattr(checkpoint, name)]
     if not given:
         return checkpoint
-    newest = find_newest(save)
+    newest = find_newest(save, adapters_alone=True)
     before = (saved_settings(newest) or {}).get("checkpoint", {})
     if before.get("load") is None or not same_place(save, before["load"]):
         return checkpoint

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tandem.checkpoints.detect import check_one_format, is_hugging_face, open_iteration, open_source
+from tandem.checkpoints.detect import Facts, check_one_format, is_hugging_face, open_iteration, open_source
 from tandem.checkpoints.folders import TRACKER, find_iteration, iteration_of, saved_iterations
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.native.format import INDEX
 from tandem.errors import UserError
-from tandem.models.config import ModelConfig
 from tandem.training.logs.log import log_notice
 from tandem.training.start.state import TrainerState, saved_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing since Python 3.11
 
 
 def check_place(save: str | Path) -> None:
@@ -32,14 +35,14 @@ def find_newest(
     report: Callable[[str], None] = lambda _: None,
     *,
     weights_only: bool = False,
-    config: ModelConfig | None = None,
+    **facts: Unpack[Facts],
 ) -> TensorSource:
     """The newest iteration of a checkpoint folder that can be used.
 
     Args:
         report: called with a text about each thing that is damaged.
         weights_only: the state of the training run is not needed.
-        config: the model, for a checkpoint of Megatron that does not describe it.
+        facts: as in `open_source`.
 
     Raises:
         UserError: no iteration can be used. The error is that of the newest one.
@@ -54,7 +57,7 @@ def find_newest(
         newest = find_iteration(folder, iterations[0])
     number = iteration_of(newest)
     if number is None:  # a checkpoint of Megatron that is called "release" has no iteration number
-        return open_iteration(folder, config=config)
+        return open_iteration(folder, **facts)
     failure: UserError | None = None
     if not newest.exists():
         failure = UserError(
@@ -66,7 +69,7 @@ def find_newest(
         if iteration > number:
             continue  # not completely published
         try:
-            source = open_iteration(folder, iteration, config=config)
+            source = open_iteration(folder, iteration, **facts)
             if not weights_only:
                 _check_documents(source)
             return source
@@ -83,15 +86,13 @@ def _check_documents(source: TensorSource) -> None:
     saved_settings(source)
 
 
-def open_initial(
-    folder: str, iteration: int | None, *, weights_only: bool, config: ModelConfig | None = None
-) -> TensorSource:
+def open_initial(folder: str, iteration: int | None, *, weights_only: bool, **facts: Unpack[Facts]) -> TensorSource:
     """Open the weights of `--load`. In the folder of a run, damaged iterations are skipped if `iteration` is None.
 
     Args:
-        weights_only, config: as in `find_newest`.
+        weights_only, facts: as in `find_newest`.
     """
     if iteration is not None or not saved_iterations(folder):
-        return open_source(folder, iteration, config=config)
+        return open_source(folder, iteration, **facts)
     check_one_format(folder)
-    return find_newest(folder, log_notice, weights_only=weights_only, config=config)
+    return find_newest(folder, log_notice, weights_only=weights_only, **facts)

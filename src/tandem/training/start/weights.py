@@ -46,24 +46,35 @@ ROTARY_FLAGS = (
 
 
 def open_weights(
-    checkpoint: CheckpointSettings, lora: LoraSettings, model: ModelSettings, tokenizer_folder: str | None, seed: int
+    checkpoint: CheckpointSettings,
+    lora: LoraSettings,
+    model: ModelSettings,
+    tokenizer_folder: str | None,
+    seed: int,
+    base: str | None = None,
 ) -> TensorSource:
     """The weights of `--load`, or random weights from `seed`; with adapters, if there are or shall be any.
 
     Random weights need a config.json, from `--hf-cfg-dir` or from the tokenizer's folder. A checkpoint of Megatron
     takes that of `--hf-cfg-dir`.
+
+    Args:
+        base: where the weights of saved adapters are looked for, too, if they are not where they were.
     """
     if checkpoint.load is not None:
         config = _config_of(companions_of(model.hf_cfg_dir), model.hf_cfg_dir) if model.hf_cfg_dir else None
-        base = open_initial(checkpoint.load, checkpoint.ckpt_step, weights_only=checkpoint.finetune, config=config)
+        weights_only = checkpoint.finetune
+        source = open_initial(
+            checkpoint.load, checkpoint.ckpt_step, weights_only=weights_only, config=config, base=base
+        )
         if config is not None:
-            _check_described(config, base, f"--hf-cfg-dir {model.hf_cfg_dir}")
-        for notice in base.notices:
+            _check_described(config, source, f"--hf-cfg-dir {model.hf_cfg_dir}")
+        for notice in source.notices:
             log_notice(notice)
     else:
-        base = _random_weights(model, tokenizer_folder, seed)
+        source = _random_weights(model, tokenizer_folder, seed)
     resumes = checkpoint.load is not None and checkpoint.load == checkpoint.save
-    return with_adapters(base, lora, seed, resumes=resumes)
+    return with_adapters(source, lora, seed, resumes=resumes)
 
 
 def _random_weights(model: ModelSettings, tokenizer_folder: str | None, seed: int) -> TensorSource:
