@@ -83,18 +83,27 @@ def test_every_sample_is_that_of_lm_eval(
     assert_same(found, peer(**theirs))
 
 
+@pytest.mark.parametrize("mode", [{"enable_thinking": "true"}, {}])
 def test_the_thought_is_cut_off(
-    workspace: Workspace, task_folder: Path, peer: Callable[..., Samples], framework: str, tmp_path: Path
+    workspace: Workspace,
+    task_folder: Path,
+    peer: Callable[..., Samples],
+    framework: str,
+    tmp_path: Path,
+    mode: dict[str, str],
 ) -> None:
-    """What a toy takes for the end of a thought: a letter."""
+    """What a toy takes for the end of a thought: a letter. Where the mode is left to the template, it may think, too."""
     tasks, output = ("toy_answers",), tmp_path / "out.json"
-    values = {"apply_chat_template": True, "enable_thinking": "true", "ai_framework": framework}
+    values = {"apply_chat_template": True, "ai_framework": framework, **mode}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tandem.harness.chat.END_OF_THOUGHT", "e")
         found = ours(workspace, task_folder, output, tasks, **values)
     # in a larger batch it goes on after a stop text, and what follows would count
-    theirs = peer(tasks=tasks, chat=True, enable_thinking=True, think_end_token="e", batch_size=1)
+    thinking = {"enable_thinking": True} if mode else {}
+    theirs = peer(tasks=tasks, chat=True, think_end_token="e", batch_size=1, **thinking)
     assert_same(found, theirs)
+    if not mode:
+        return
     with pytest.raises(UserError, match="--enable-thinking true: the tasks toy_choices compare how likely"):
         ours(workspace, task_folder, tmp_path / "other.json", ["toy_choices"], **values)
 

@@ -80,8 +80,13 @@ def _up_to(text: str, content: str) -> str:
 
 
 def thinks(chat: Chat | None) -> bool:
-    """Whether answers begin with a thought, which is cut off."""
+    """Whether answers shall begin with a thought."""
     return chat is not None and bool(chat.enable_thinking)
+
+
+def may_think(chat: Chat | None) -> bool:
+    """Whether answers may begin with a thought, which is cut off. Left to the template, Qwen3's own lets it think."""
+    return chat is not None and chat.enable_thinking is not False
 
 
 def without_thought(answer: str) -> str:
