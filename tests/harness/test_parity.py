@@ -92,7 +92,7 @@ def test_the_thought_is_cut_off(
     tmp_path: Path,
     mode: dict[str, str],
 ) -> None:
-    """What a toy takes for the end of a thought: a letter. Where the mode is left to the template, it may think, too."""
+    """What a toy takes for the end of a thought: a letter. Where the mode is left to the template, it may think."""
     tasks, output = ("toy_answers",), tmp_path / "out.json"
     values = {"apply_chat_template": True, "ai_framework": framework, **mode}
     with pytest.MonkeyPatch.context() as patch:
