@@ -113,6 +113,9 @@ def examine_framework(framework: Framework) -> Iterator[Finding]:
     yield Finding(
         f"{name} devices", f"{answer['devices']}; {answer['dtypes']}", missing_plugin(framework, answer["devices"])
     )
+    if lacking := answer.get("lacking"):
+        what, _, remedy = lacking.partition("; ")
+        yield Finding(f"{name} compiler", f"{what}, so each step takes longer", remedy)
     if answer.get("cann"):
         yield examine_cann(name, answer["version"], answer["cann"])
     launcher = framework.launcher
@@ -129,7 +132,8 @@ def examine_cann(name: str, version: str, accepted: list[str]) -> Finding:
 
 
 def probe(name: str) -> dict[str, Any]:
-    """What a framework reports about itself: `version`, `count` of `devices`, `dtypes`, and `cann` where it names some.
+    """What a framework reports about itself: `version`, `count` of `devices`, `dtypes`, and where there are some
+    `cann`, and what is `lacking` to compile kernels.
 
     Raises:
         RuntimeError: the framework cannot be imported, crashes or hangs. The message is its last line of output.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,8 +16,11 @@ from reference import assert_close_gradients, mean_gradients, mean_step, toy_bat
 from torch.nn.functional import scaled_dot_product_attention
 
 from tandem.backends.interface import EngineSettings
-from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, npu_experts, pure, sets
+from tandem.backends.torch.compute import cpu, cpu_experts, cuda, cuda_experts, fused, npu_experts, pure, sets
+from tandem.backends.torch.compute.fused import Fused
+from tandem.backends.torch.device import lacking_to_compile
 from tandem.backends.torch.engine import TorchEngine, create
+from tandem.backends.torch.functional import new_weight
 from tandem.backends.torch.optimizer import Decision
 from tandem.backends.update import clip_coefficient, is_trusted
 from tandem.checkpoints.interface import TensorSource
@@ -222,6 +227,53 @@ def test_rows_are_summed_as_the_cpu_sums_them(
     x, *others = given
     whole, cut = kernels.sum_rows([x], *others), cpu_experts.sum_rows([x[:3], x[3:3], x[3:]], *others)
     torch.testing.assert_close(whole, cut)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("has_fp32", [True, False])
+def test_weight_gradients_are_rounded_only_where_no_product_is_fp32(
+    first: bool, has_fp32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.8 has products of 16-bit matrices in fp32, and 2.7 has none."""
+    x, gradient, target = numbers(9, 4).bfloat16(), numbers(9, 6, seed=1).bfloat16(), numbers(6, 4, seed=2)
+    exact = gradient.float().t() @ x.float()
+    mm = torch.mm
+
+    def mm_of_2_8(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    if has_fp32:
+        monkeypatch.setattr(torch, "mm", mm_of_2_8)
+    for probe in (cuda._adds_in_fp32, cuda._multiplies_in_fp32):
+        monkeypatch.setattr(cuda, probe.__name__, probe.__wrapped__)
+    expected = 0.5 * (exact if has_fp32 else exact.bfloat16().float()) + (0 if first else target)
+    cuda.add_product(target, first, gradient, x, 0.5)
+    torch.testing.assert_close(target, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_functions_get_plain_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.6 and 2.7 refuse to compile for a subclass with attributes."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    function = Fused(lambda x, w: seen.extend((x, w)), kernels=1)
+    function(numbers(3).requires_grad_(), new_weight(3, dtype=torch.float32, device=torch.device("cpu")))
+    assert [(type(tensor), tensor.requires_grad) for tensor in seen] == [(torch.Tensor, False)] * 2
+
+
+def test_without_a_compiler_functions_run_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert lacking_to_compile(torch.device("cpu")) is None
+    lacking = lacking_to_compile(torch.device("cuda"))
+    assert lacking == "Triton is missing; pip install triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(os, "environ", {"PATH": "/nowhere"})
+    assert "C compiler" in str(lacking_to_compile(torch.device("cuda")))
+    monkeypatch.setattr(fused, "lacking_to_compile", lambda device: lacking)
+    for function in (pure.swiglu, pure.swiglu_backward):
+        assert Fused(function, kernels=1)._compile(torch.device("cuda")) is function
+    assert caplog.text.count("each step takes longer") == 1
 
 
 T, G, D, N = 13, 2, 8, 24

@@ -60,6 +60,14 @@ def test_one_framework_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "a run can start here" in capsys.readouterr().out
 
 
+def test_what_is_lacking_to_compile_kernels_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"version": "2.13", "devices": "8 x H100", "dtypes": "bf16", "lacking": "Triton is missing; install it"}
+    monkeypatch.setattr(doctor, "probe", lambda name: answer)
+    findings = {finding.subject: finding for finding in doctor.examine_framework(SPELLINGS["torch"])}
+    assert findings["torch compiler"].state == "Triton is missing, so each step takes longer"
+    assert findings["torch compiler"].remedy == "install it"
+
+
 def test_a_framework_that_does_not_start_is_no_framework(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> dict[str, str]:
         raise RuntimeError("libhccl.so: cannot open shared object file")

@@ -85,3 +85,20 @@ def after(stage: int, chunk: int, stages: int, chunks: int) -> Link | None:
     if stage < stages - 1:
         return Link(stage + 1, chunk)
     return Link(0, chunk + 1) if chunk < chunks - 1 else None
+
+
+def pairs(stages: int, *, forward: bool, around: bool, ends: bool) -> list[tuple[int, int]]:
+    """The stages that send to each other in a group of `Groups.pipelines`: sender and receiver.
+
+    Args:
+        ends: the first and the last stage share a weight, and exchange its gradients.
+
+    >>> pairs(3, forward=True, around=False, ends=True)
+    [(0, 1), (1, 2), (0, 2)]
+    """
+    if around:
+        found = [(stages - 1, 0)]
+    else:
+        found = [(stage, stage + 1) for stage in range(stages - 1)]
+        found += [(0, stages - 1)] if ends and stages > 2 else []
+    return found if forward else [(receiver, sender) for sender, receiver in found]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from tandem.frameworks import TORCH
 # that PYTORCH_CUDA_ALLOC_CONF is deprecated, and ignores the new name: pytorch issue 183387.)
 ALLOCATORS = {
     "cuda": ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
-    "npu": ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+    "npu": ("PYTORCH_NPU_ALLOC_CONF",),
 }
 
 
@@ -47,6 +49,17 @@ def has_native_bf16(device: torch.device) -> bool:
         flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
         return bool(flags & {"avx512_bf16", "amx_bf16"})
     return True
+
+
+def lacking_to_compile(device: torch.device) -> str | None:
+    """What is missing here that `torch.compile` needs for a device, and how to get it; None for nothing."""
+    if device.type != "cuda":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is missing; pip install triton"
+    if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):  # as Triton looks for it
+        return "a C compiler is missing; install gcc, or name one with CC"
+    return None
 
 
 def device_name(device: torch.device) -> str:

@@ -74,6 +74,7 @@ class TorchEngine(BaseEngine[torch.Tensor]):
             kept_dtype, shard = self._dtype, None
         self.by_rows = ByRows(self._sharing.weights_by_rows, self._sharing.by_rows, self._sharing.by_rows)
         pipeline = Pipeline(self._grid, self._place, len(self._stage), self._groups.pipelines)
+        pipeline.open(self._device, ends=config.tied)
         chunks = [
             Chunk(slots, pipeline.source(number) is None, pipeline.target(number) is None)
             for number, slots in enumerate(self._stage)

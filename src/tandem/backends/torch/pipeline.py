@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tandem.backends.pipeline import Stage
 from tandem.backends.torch.communication import Group
-from tandem.parallel.pipeline import Link
+from tandem.parallel.pipeline import Link, pairs
 
 
 @dataclass
@@ -23,6 +23,23 @@ class Pipeline(Stage):
 
     groups: dict[tuple[bool, bool], Group]
     _sent: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
+
+    def open(self, device: torch.device, *, ends: bool) -> None:
+        """Send a number over every link, in one order on all stages, which all call this.
+
+        NCCL opens a connection when two ranks first talk in a group. Both then wait for each other, also in `irecv`.
+        A stage that expects a gradient before it has sent the activation would wait forever.
+
+        Args:
+            ends: as in `pairs`.
+        """
+        for (forward, around), group in self.groups.items():
+            for sender, receiver in pairs(self.grid.pipeline_size, forward=forward, around=around, ends=ends):
+                number = torch.zeros(1, device=device)
+                if self.place.pipeline == sender:
+                    dist.send(number, self.rank_at(receiver), group=group)
+                elif self.place.pipeline == receiver:
+                    dist.recv(number, self.rank_at(sender), group=group)
 
     def expect(self, link: Link, forward: bool, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to fill x with what the chunk at `link` sends: activations when `forward`, their gradient otherwise.

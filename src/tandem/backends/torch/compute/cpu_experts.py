@@ -46,7 +46,7 @@ def grouped_product(
 
 def _multiply(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
     """x times w. oneDNN packs w again for each product, which takes long next to the products of a few hundred rows."""
-    if x.dtype == torch.float32 and len(x) <= FEW_ROWS:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) <= FEW_ROWS:
         out.copy_(product(x, w.t()))
     else:
         torch.mm(x, w, out=out)

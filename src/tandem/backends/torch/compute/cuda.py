@@ -57,23 +57,42 @@ def add_product(target: torch.Tensor, first: bool, gradient: torch.Tensor, x: to
     kept = 0.0 if first else 1.0
     if x.dtype == torch.float32:
         torch.addmm(target, gradient.t(), x, beta=kept, alpha=scale, out=target)
-    elif _adds_in_fp32(x.device, x.dtype):
+        return
+    if _adds_in_fp32(x.device, x.dtype):
         torch.addmm(target, gradient.t(), x, out_dtype=torch.float32, beta=kept, alpha=scale, out=target)
-    elif first:
-        torch.mul(torch.mm(gradient.t(), x), scale, out=target)
+        return
+    if _multiplies_in_fp32(x.device, x.dtype):
+        change = torch.mm(gradient.t(), x, out_dtype=torch.float32)
     else:
-        target.add_(torch.mm(gradient.t(), x), alpha=scale)
+        change = torch.mm(gradient.t(), x)
+    if first:
+        torch.mul(change, scale, out=target)
+    else:
+        target.add_(change, alpha=scale)
 
 
 @cache
 def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has products of 16-bit matrices that add to an fp32 one. It is tried once."""
-    target, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    """Whether this PyTorch has products of 16-bit matrices that add to an fp32 one. It is tried once.
+
+    PyTorch 2.8 and 2.9 take the arguments for a 16-bit target only.
+    """
+    target, x = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
     try:
-        torch.addmm(target, x.t(), x, out_dtype=torch.float32, beta=1.0, alpha=1.0, out=target)
+        torch.addmm(target, x.t(), x, out_dtype=torch.float32, beta=1.0, alpha=2**-12, out=target)
     except (RuntimeError, TypeError):
         return False
-    return True
+    return float(target[0, 0]) == 1 + 2**-8  # which bf16 does not have
+
+
+@cache
+def _multiplies_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch gives products of 16-bit matrices in fp32. Before 2.8 it rounds them."""
+    x = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        return torch.mm(x, x, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):
+        return False
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

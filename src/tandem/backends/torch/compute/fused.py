@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
+
+from tandem.backends.torch.device import lacking_to_compile
+from tandem.logs import log
+
+MOST_VERSIONS = 64  # of one function: dtypes, and sizes of 1, are compiled each for itself
 
 
 class Fused:
@@ -19,11 +25,27 @@ class Fused:
 
     def __init__(self, function: Callable[..., Any], *, kernels: int) -> None:
         self.function, self.kernels = function, kernels
-
-    @cached_property
-    def _compiled(self) -> Callable[..., Any]:
-        # Here, because torch.compile imports much.
-        return torch.compile(self.function, fullgraph=True, dynamic=True)
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._compiled(*arguments)
+        # Plain tensors: some versions refuse subclasses with attributes, or weights whose gradient has another dtype.
+        plain = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        if self._compiled is None:
+            self._compiled = self._compile(plain[0].device)
+        return self._compiled(*plain)
+
+    def _compile(self, device: torch.device) -> Callable[..., Any]:
+        if lacking := lacking_to_compile(device):
+            _say(f"each step takes longer, as its kernels cannot be compiled: {lacking}")
+            return self.function
+        config = import_module("torch._dynamo.config")  # here, as it imports much
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the older name
+        # With fullgraph, one version more than the limit is an error.
+        setattr(config, limit, max(getattr(config, limit), MOST_VERSIONS))
+        return torch.compile(self.function, fullgraph=True, dynamic=True)
+
+
+@cache
+def _say(text: str) -> None:
+    """Warn, once."""
+    log.warning("> %s", text)
