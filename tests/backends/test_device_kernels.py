@@ -28,6 +28,7 @@ from tandem.inference.sampling import Sampling
 from tandem.inference.scheduler import Scheduler
 from toys import TOYS
 
+SUMS_GROUPS = npu_experts._sums_groups.__wrapped__
 RAGGED = (7, 1, 19, 12, 12, 5)
 
 
@@ -44,6 +45,7 @@ def npu(monkeypatch: pytest.MonkeyPatch) -> FakeNpu:
     monkeypatch.setitem(sys.modules, "torch_npu", fake.module())
     monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: False), raising=False)
     compute_with(monkeypatch, sets.NPU)
+    monkeypatch.setattr(npu_experts, "_sums_groups", lambda *_: True)  # so that calls are those of a step
     ignore_scales(monkeypatch)
     return fake
 
@@ -178,6 +180,32 @@ def test_grouped_products_are_those_of_one_expert_after_the_other(
         results.append((forward, back, target))
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(*results, rtol=rounding, atol=rounding)
+
+
+def test_torch_npus_operators_are_not_called_without_rows(npu: FakeNpu) -> None:
+    x, factors, gradient = numbers(0, 8), numbers(0, 1), numbers(0, 4)
+    assert sets.NPU.weighted_swiglu(x, factors).shape == (0, 4)
+    shapes = [tuple(result.shape) for result in sets.NPU.weighted_swiglu_backward(gradient, x, factors)]
+    assert shapes == [(0, 8), (0, 1), (0, 4)]
+    assert npu.calls == {}
+
+
+def test_torch_npu_2_6_computes_one_experts_gradient_after_the_other(
+    npu: FakeNpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its grouped product takes no groups along what is summed."""
+    counts = torch.tensor([3, 0, 2])
+    x, gradient, expected, target = numbers(5, 6), numbers(5, 4, seed=1), torch.zeros(12, 6), torch.zeros(12, 6)
+    cpu_experts.add_grouped_product(expected, True, gradient, x, cpu_experts.groups(counts))
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        assert named["group_type"] == npu_experts.SUMMED
+        raise RuntimeError("group_type only supports -1, 0")
+
+    monkeypatch.setattr(sys.modules["torch_npu"], "npu_grouped_matmul", refuse)
+    monkeypatch.setattr(npu_experts, "_sums_groups", SUMS_GROUPS)
+    npu_experts.add_grouped_product(target, True, gradient, x, npu_experts.groups(counts))
+    torch.testing.assert_close(target, expected)
 
 
 def test_experts_without_rows_have_no_gradient_whatever_the_product_gives(monkeypatch: pytest.MonkeyPatch) -> None:

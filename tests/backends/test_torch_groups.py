@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tandem.backends import hccl
 from tandem.backends.experts import Dispatch
 from tandem.backends.torch import communication
 from tandem.backends.torch.communication import connect, make_groups
@@ -58,6 +60,20 @@ def test_only_the_group_of_all_ranks_joins_hosts(
     assert [1, 3] in members  # data ranks
     assert members.count([3, 7]) == 4  # stages: activations and gradients, in a row and around
     assert groups.everyone.group is world
+
+
+@pytest.mark.parametrize(
+    ("minutes", "connect", "execute"), [(10, "600", "600"), (0.5, "120", "30"), (600, "7200", "36000")]
+)
+def test_ascends_ranks_wait_as_long_as_was_asked_for(
+    minutes: float, connect: str, execute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    hccl.wait_for(minutes)
+    assert os.environ == {"HCCL_CONNECT_TIMEOUT": connect, "HCCL_EXEC_TIMEOUT": execute}
+    os.environ["HCCL_EXEC_TIMEOUT"] = "1800"
+    hccl.wait_for(1)
+    assert os.environ["HCCL_EXEC_TIMEOUT"] == "1800"  # what the user says holds
 
 
 @pytest.mark.parametrize("rank", range(3))

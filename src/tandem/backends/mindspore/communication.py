@@ -21,6 +21,7 @@ from mindspore import Tensor, mint, ops
 from mindspore.communication import GlobalComm, create_group
 from mindspore.mint.distributed import distributed
 
+from tandem.backends import hccl
 from tandem.backends.mindspore.device import prepare
 from tandem.backends.mindspore.memory import undefined
 from tandem.backends.pipeline import Stage
@@ -72,6 +73,7 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> MindSpo
         raise UserError(f"MS_ROLE is not set: start the {world.size} processes with msrun, or with --nproc-per-node")
     # The default of 30 seconds is shorter than saving a checkpoint.
     os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", str(max(1, round(timeout_minutes * 60))))
+    hccl.wait_for(timeout_minutes)
     try:
         with kept_handler(signal.SIGINT):  # the handler of MindSpore's server in this process ends it
             prepare(device)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tandem.backends import hccl
 from tandem.backends.torch.device import choose_device
 from tandem.errors import UserError
 from tandem.launch.world import World
@@ -71,6 +72,7 @@ def connect(world: World, device: str | None, timeout_minutes: float) -> TorchCo
     chosen = choose_device(device)
     if chosen.type != "cpu":
         getattr(torch, chosen.type).set_device(world.local_rank)
+    hccl.wait_for(timeout_minutes)
     # Numbers that control the run are sent between CPUs, so that no device waits for them.
     _JOB.backend, _JOB.timeout = BACKENDS[chosen.type], timedelta(minutes=timeout_minutes)
     backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{_JOB.backend}"

@@ -235,7 +235,8 @@ def _unpack(work: dist.Work, message: torch.Tensor, targets: Sequence[torch.Tens
     """Wait for a collective, and write its message to where its parts belong. `sent` stays in memory until then."""
     work.wait()
     parts = message.split([target.numel() // message[..., 0].numel() for target in targets], -1)
-    torch._foreach_copy_(list(targets), [part.view_as(target) for part, target in zip(parts, targets)])
+    views = [part.view_as(target) for part, target in zip(parts, targets)]
+    torch._foreach_copy_(list(targets), views, non_blocking=True)  # on Ascend the host would wait
 
 
 class Apart:

@@ -134,16 +134,25 @@ def expert_mlp(
     x: Tensor, factors: Tensor, fc1: Stack, fc2: Stack, groups: Tensor
 ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
     gate_up, of_fc1 = fc1.product(x, groups)
-    down, of_fc2 = fc2.product(ops.swiglu(gate_up, -1) * factors, groups)
+    down, of_fc2 = fc2.product(_swiglu(gate_up) * factors, groups)
 
     def backward(gradient: Tensor, x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-        active = ops.swiglu(gate_up, -1)
+        active = _swiglu(gate_up)
         d_weighted = fc2.backward(gradient, active * factors, of_fc2, groups)
         dots = mint.sum(d_weighted.astype(ms.float32) * active.astype(ms.float32), 1, keepdim=True)
-        d_gate_up = ops.auto_generate.swiglu_grad(d_weighted * factors, gate_up, -1)
+        d_gate_up = _swiglu_grad(d_weighted * factors, gate_up)
         return fc1.backward(d_gate_up, x, of_fc1, groups), dots.astype(factors.dtype)
 
     return down, backward
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    """The operator takes no tensor without rows, which a rank's experts may have."""
+    return ops.swiglu(x, -1) if x.shape[0] else mint.empty((0, x.shape[1] // 2), dtype=x.dtype)
+
+
+def _swiglu_grad(gradient: Tensor, x: Tensor) -> Tensor:
+    return ops.auto_generate.swiglu_grad(gradient, x, -1) if x.shape[0] else x
 
 
 def sum_rows(x: Tensor, sent: Sorted, count: int) -> Tensor:

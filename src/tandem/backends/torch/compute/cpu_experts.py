@@ -19,6 +19,11 @@ def groups(counts: torch.Tensor) -> list[int]:
     return counts.tolist()
 
 
+def counts_of(ends: torch.Tensor) -> list[int]:
+    """Rows of each expert, from where its rows end. The host waits for a device that has them."""
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
 def parts(groups: Sequence[int]) -> list[list[int]]:
     """One expert at a time: its rows stay in the caches from one product to the next, and need little memory."""
     return [[count] for count in groups]

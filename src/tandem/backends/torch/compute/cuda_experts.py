@@ -42,7 +42,7 @@ def grouped_product(
 ) -> torch.Tensor:
     grouped_mm = _grouped_mm(x.device, x.dtype)
     if grouped_mm is None or not (_is_aligned(x) and _is_aligned(weight)):
-        return cpu_experts.grouped_product(x, weight, _counts(groups), transposed=transposed)
+        return cpu_experts.grouped_product(x, weight, cpu_experts.counts_of(groups), transposed=transposed)
     stack = weight.view(len(groups), -1, weight.shape[1])
     return grouped_mm(x, stack if transposed else stack.transpose(1, 2), offs=groups)
 
@@ -56,7 +56,7 @@ def add_grouped_product(
     """
     grouped_mm = _grouped_mm(x.device, x.dtype)
     if grouped_mm is None or not (_is_aligned(gradient) and _is_aligned(x)):
-        cpu_experts.add_grouped_product(target, first, gradient, x, _counts(groups))
+        cpu_experts.add_grouped_product(target, first, gradient, x, cpu_experts.counts_of(groups))
         return
     products = grouped_mm(gradient.t(), x, offs=groups)
     (SET_PRODUCTS if first else ADD_PRODUCTS)(target.view_as(products), products, groups)
@@ -85,11 +85,6 @@ def _is_aligned(matrix: torch.Tensor) -> bool:
     size = matrix.element_size()
     places = (matrix.stride(0) * size, matrix.storage_offset() * size)
     return matrix.stride(1) == 1 and len(matrix) > 0 and not any(place % ALIGNMENT for place in places)
-
-
-def _counts(groups: torch.Tensor) -> list[int]:
-    """Rows of each expert. The host waits for them."""
-    return groups.diff(prepend=groups.new_zeros(1)).tolist()
 
 
 def sum_rows(

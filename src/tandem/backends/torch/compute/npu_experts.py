@@ -7,10 +7,12 @@ on. It gives zeros as the gradient of an expert without rows. Shapes are documen
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch.nn.functional import pad
 
+from tandem.backends.torch.compute import cpu_experts
 from tandem.backends.torch.compute.npu import operators
 
 ROWS, SUMMED = 0, 2  # group_type: what the groups divide, of a product [m, k] [k, n]: m or k
@@ -40,11 +42,27 @@ def add_grouped_product(
     target: torch.Tensor, first: bool, gradient: torch.Tensor, x: torch.Tensor, groups: torch.Tensor
 ) -> None:
     """The products are rounded to the dtype of x before they are added in fp32: the operator gives no other."""
-    if len(x):
+    if len(x) and not _sums_groups(x.device, x.dtype):
+        cpu_experts.add_grouped_product(target, first, gradient, x, cpu_experts.counts_of(groups))
+    elif len(x):
         products = _grouped(gradient.t(), x, groups, SUMMED).view_as(target)
         target.copy_(products) if first else target.add_(products)
     elif first:
         target.zero_()
+
+
+@cache
+def _sums_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the operator takes groups along what is summed. Those of torch_npu 2.6 do not, up to its release 7.1.
+
+    It is tried once.
+    """
+    x, ends = torch.ones(16, 16, dtype=dtype, device=device), torch.full((1,), 16, dtype=torch.int64, device=device)
+    try:
+        _grouped(x.t(), x, ends, SUMMED)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, groups: torch.Tensor, group_type: int) -> torch.Tensor:
