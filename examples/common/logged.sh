@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# logged LOG COMMAND...: run a command, show what it prints and keep it in LOG, and return its exit code. A signal to the
+# logged LOG COMMAND...: run a command, show what it prints and add it to LOG, and return its exit code. A signal to the
 # script is passed on to the command, which may still save: the script waits for it, and shows all that it says.
 logged() {
     local log="$1" shown running="" early="" code=0 signalled=1
@@ -11,7 +11,7 @@ logged() {
     trap 'signalled=1 && pass_on USR1' USR1
     trap 'signalled=1 && pass_on USR2' USR2
     # tee ends when the command does, and at no signal: a console that broke at Ctrl-C would lose the last lines.
-    exec 3> >(trap '' INT TERM HUP USR1 USR2 && exec tee "$log")
+    exec 3> >(trap '' INT TERM HUP USR1 USR2 && exec tee -a "$log")
     shown=$!
     "$@" >&3 2>&1 3>&- &
     running=$!

@@ -43,12 +43,11 @@ else
         LOG="logs/tune_qwen3_${SIZE}_full_$SUFFIX.log"
     fi
 fi
-LR=1.25e-6
 if [[ "$COMMAND" == dpo ]]; then
-    LR=5e-7
+    LR="${LR:-5e-7}"
 fi
 if [[ "$COMMAND" == lora ]]; then
-    LR=1.25e-5
+    LR="${LR:-1.25e-5}"
     LOG="logs/tune_qwen3_${SIZE}_lora_$SUFFIX.log"
     COMMAND_ARGS+=(
         --lora-r "${LORA_R:-16}"
@@ -59,6 +58,10 @@ fi
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
+if [[ "$NODE_RANK" != 0 ]]; then
+    LOG="${LOG%.log}_node$NODE_RANK.log" # machines may share the disk
+fi
+LR="${LR:-1.25e-6}"
 CKPT_LOAD_DIR="${CKPT_LOAD_DIR-./model_weights/qwen3_mcore/}" # set and empty: random weights
 INIT="${INIT:-}"                                              # random: random weights, whatever CKPT_LOAD_DIR is
 TOKENIZER_PATH="${TOKENIZER_PATH:-./model_from_hf/qwen3_hf/}" # with random weights, the model's config.json, too

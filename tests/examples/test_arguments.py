@@ -149,6 +149,21 @@ def test_variables_reach_their_flags(site: Site, launchers: Path) -> None:
     assert settings.data.tokenizer_name_or_path == "t"
 
 
+@pytest.mark.parametrize(("command", "lr"), [("pretrain", 1.25e-6), ("lora", 1.25e-5), ("dpo", 5e-7)])
+def test_the_learning_rate_is_the_commands_or_given(site: Site, launchers: Path, command: str, lr: float) -> None:
+    script = training_script(command, "0point6b", "torch")
+    assert site.run(script, launchers=launchers).settings.optimizer.lr == lr
+    assert site.run(script, launchers=launchers, LR="2e-4").settings.optimizer.lr == 2e-4
+
+
+def test_each_machine_has_a_log_and_starts_are_added(site: Site, launchers: Path) -> None:
+    for rank in (0, 1, 1):
+        site.run(PRETRAIN["torch"], launchers=launchers, NNODES=2, NODE_RANK=rank)
+    first, second = (site.root / f"logs/train_qwen3_0point6b_ptd{end}.log" for end in ("", "_node1"))
+    assert second.read_text().count("--node-rank\n1\n") == 2
+    assert first.read_text().count("--node-rank\n0\n") == 1
+
+
 @pytest.mark.parametrize("script", [*PRETRAIN.values(), *TUNE.values()])
 def test_a_blend_is_several_words(site: Site, launchers: Path, script: str) -> None:
     settings = site.run(script, launchers=launchers, DATA_PATH="0.3 a_text_document 0.7 b*").settings

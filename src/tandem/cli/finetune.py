@@ -15,8 +15,8 @@ DESCRIPTION = (
 )
 FIRST = (
     *("load", "save", "data_path", "tokenizer_name_or_path", "seq_length", "micro_batch_size", "global_batch_size"),
-    *("train_iters", "lr", "save_interval", "ai_framework", "nproc_per_node", "bf16", "prompt_type", "pack"),
-    *("finetune", "lora_target_modules", "lora_r", "lora_alpha", "lora_load"),
+    *("train_iters", "epochs", "lr", "save_interval", "save_total_limit", "ai_framework", "nproc_per_node", "bf16"),
+    *("prompt_type", "pack", "stage", "finetune", "lora_target_modules", "lora_r", "lora_alpha", "lora_load"),
 )
 
 

@@ -23,7 +23,8 @@ class SamplingOptions(Options):
     """How tokens are chosen. What is not given is taken from the model's generation_config.json."""
 
     max_new_tokens: int | None = None
-    """Largest number of tokens in an answer; default: what the model's generation_config.json says, or 128."""
+    """Largest number of tokens in an answer; default: what the model's generation_config.json says, or 128; in
+    `tandem chat` 2048."""
     temperature: float | None = None
     """Randomness of the answer; 0 always takes the most likely token. Default: the model's, where its
     generation_config.json says "do_sample", else 0."""
