@@ -198,6 +198,22 @@ def test_a_seed_says_what_is_drawn_and_n_draws_several(server: Server) -> None:
     assert [choice.text for choice in made.choices[:2]] == [choice.text for choice in made.choices[2:]]
 
 
+@pytest.mark.parametrize("chance", [{"top_p": 0.9}, {"n": 2}, {"extra_body": {"top_k": 40}}])
+def test_a_request_for_chance_needs_no_temperature(server: Server, chance: dict[str, Any]) -> None:
+    """The toy has no generation_config.json: without a word, the most likely token is taken. OpenAI's default is 1."""
+    asked: dict[str, Any] = {"model": "toy", "messages": QUESTION, "max_tokens": 20, "seed": 3}
+    made, same = (
+        [choice.message.content for choice in server.client.chat.completions.create(**asked, **given).choices]
+        for given in (chance, {**chance, "temperature": 1})
+    )
+    assert made == same
+    plain, likely = (
+        server.client.chat.completions.create(**{**asked, **given}).choices[0].message.content
+        for given in ({"top_p": 1, "n": 1}, {"temperature": 0})
+    )
+    assert plain == likely != made[0]
+
+
 def test_many_at_once_get_what_each_gets_alone(server: Server) -> None:
     """16 at a time, streamed and not, of different lengths, greedy and drawn."""
 

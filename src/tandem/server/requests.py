@@ -245,6 +245,15 @@ def _prompts(value: Any, served: Served) -> list[tuple[list[int], str]]:
     return prompts
 
 
+def _asks_for_chance(given: Mapping[str, Any], answers: int) -> bool:
+    """Whether a request can only mean that tokens are drawn: several answers, or some of the likely tokens.
+
+    >>> _asks_for_chance({"top_p": 1, "top_k": 0}, 1), _asks_for_chance({"top_p": 0.9}, 1)
+    (False, True)
+    """
+    return answers > 1 or 1e-9 < given.get("top_p", 1) < 1 or given.get("top_k", 0) > 1 or given.get("min_p", 0) > 0
+
+
 def _sampling(
     values: Mapping[str, Any], served: Served, length: int, longest: int | None, default: int, least: int
 ) -> Callable[[int], Sampling]:
@@ -259,6 +268,8 @@ def _sampling(
         given["top_k"] = 0
     if given.get("top_p") == 0:  # as OpenAI takes it: the most likely token
         given["top_p"] = 1e-9
+    if "temperature" not in given and _asks_for_chance(given, values["n"]):
+        given["temperature"] = served.model.defaults.values.get("temperature", 1.0)  # 1 is OpenAI's
     seed = secrets.randbits(62) if values["seed"] is None else values["seed"] % 2**62
     tokens = longest if longest is not None else min(default, room)
     try:
