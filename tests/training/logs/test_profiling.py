@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +46,34 @@ def test_a_run_tells_where_the_time_of_its_profiled_steps_went(
     # Several threads may be busy at once, and steps are not all that happens.
     assert 0.2 * sum(seconds[2:4]) < sum(profile["seconds"].values()) < 4 * sum(seconds[2:4]) + 1
     assert "profile of iterations 3 to 4" in capsys.readouterr().out
+
+
+def test_every_function_of_a_model_has_a_module() -> None:
+    """But what begins a chunk, and the ends of what ranks share, which are collectives inside."""
+    torch = pytest.importorskip("torch")
+    importlib.import_module("tandem.backends.torch.engine")
+    profiling = importlib.import_module("tandem.backends.torch.profiling")
+    functions = [kind for kind in torch.autograd.Function.__subclasses__() if kind.__module__.startswith("tandem.")]
+    modules = {
+        kind.__name__: profiling.module_of(SimpleNamespace(name=kind.__name__, cpu_parent=None)) for kind in functions
+    }
+    assert {name for name, module in modules.items() if module == profiling.REST} == {"_Begin", "_Enter", "_Leave"}
+    assert {modules[name] for name in ("_Linear", "_AdaptedLinear", "_EnteredLinear")} == {"linear layers"}
+    assert (modules["_Mixture"], modules["_Flash"]) == ("experts", "attention")
+
+
+def test_names_of_parts_are_no_kernels() -> None:
+    torch = pytest.importorskip("torch")
+    profiling = importlib.import_module("tandem.backends.torch.profiling")
+
+    def event(name: str, device: object, *, annotated: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotated, cpu_parent=None)
+
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    names = [event("optimizer", cpu, annotated=True), event("optimizer", cuda, annotated=True)]
+    assert profiling.count([*names, event("aten::mm", cpu)]) == {"operators": 1}
+    there = [event("gemm", cuda), event("Memcpy HtoD", cuda), event("cudaStreamSynchronize", cpu)]
+    assert profiling.count([*names, *there]) == {"kernels": 1, "copies to the device": 1, "waits": 1}
 
 
 def test_the_start_of_a_profiler_belongs_to_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,15 @@ MODULES = {
     "gloo:": "communication",
     "nccl:": "communication",
     "scaled_dot_product": "attention",
+    "flash_attention": "attention",
+    "_Flash": "attention",
     "ScaledDotProduct": "attention",
     "_RotaryHeads": "query and key norms, rotary",
     "_RMSNorm": "norms",
     "_SwiGLU": "SwiGLU",
-    "_Linear": "linear layers",
+    "_Route": "router",
+    "_Mixture": "experts",
+    "Linear": "linear layers",  # plain ones, with adapters, and after an exchange between ranks
     "_Embedding": "embedding",
     "loss": "head and loss",
     "optimizer": "optimizer",
@@ -51,19 +55,23 @@ class TorchProfiler:
         return count(self._profile.events() or [])
 
 
-def _on_device(events: Any) -> bool:
-    """Whether kernels of a device were seen. A machine may have one that a run does not use, or none sees into."""
-    return any(event.device_type != torch.autograd.DeviceType.CPU for event in events)
+def _of_device(events: Any) -> list[Any]:
+    """What a device did: kernels and copies. A name that was given to a part of a program is no kernel.
+
+    A machine may have a device that a run does not use, or none sees into.
+    """
+    there = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+    return [event for event in there if not getattr(event, "is_user_annotation", False)]
 
 
 def count(events: Any) -> dict[str, int]:
     """Kernels, copies to the device, and calls in which the host waits for it; without kernels, operators that are no
     part of another one.
     """
-    if not _on_device(events):
+    there = [event.name for event in _of_device(events)]
+    if not there:
         of_host = [event for event in events if event.name.startswith("aten::")]
         return {"operators": sum(event.cpu_parent is None or not _is_operator(event.cpu_parent) for event in of_host)}
-    there = [event.name for event in events if event.device_type != torch.autograd.DeviceType.CPU]
     copies = [name for name in there if name.startswith(("Memcpy", "Memset"))]
     return {
         "kernels": len(there) - len(copies),
@@ -83,7 +91,7 @@ def _is_operator(event: Any) -> bool:
 def by_module(events: Any) -> dict[str, float]:
     """Seconds per module: of the kernels that operations launched, or of the operations where no kernels were seen."""
     seconds: dict[str, float] = {}
-    on_device = _on_device(events)
+    on_device = bool(_of_device(events))
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue
