@@ -98,7 +98,6 @@ TRAIN_ARGS=(
     --global-batch-size "$GBS"
     --train-iters "$TRAIN_ITERS"
     --lr "$LR"
-    --min-lr 1.25e-7
     --lr-decay-style "$LR_DECAY_STYLE"
     --weight-decay 1e-1
     --clip-grad 1.0
@@ -143,6 +142,9 @@ add_switch() { # VARIABLE FLAG
             ;;
     esac
 }
+if [[ "$LR_DECAY_STYLE" != constant ]]; then
+    TRAIN_ARGS+=(--min-lr "${MIN_LR:-1.25e-7}")
+fi
 add_value EP --expert-model-parallel-size
 add_value ETP --expert-tensor-parallel-size
 add_value MOE_AUX_LOSS_COEFF --moe-aux-loss-coeff

@@ -21,6 +21,7 @@ CASES = [
     ({"lr_wsd_decay_iters": 5}, "--lr-wsd-decay-iters 5", {"lr_decay_style": "WSD"}),
     ({"lr_warmup_init": 1e-6}, "--lr-warmup-init 1e-06", {"lr_warmup_iters": 2}),
     ({"lr_decay_style": "constant", "min_lr": 1e-5}, "--min-lr 1e-05", {"lr_decay_style": "cosine"}),
+    ({"lr_decay_style": "constant", "lr_decay_iters": 9}, "--lr-decay-iters 9", {"lr_warmup_fraction": 0.1}),
     (
         {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.1},
         "--moe-aux-loss-coeff 0.1",

@@ -212,7 +212,7 @@ def test_a_peft_folder_asks_as_in_training(
     assert not (tmp_path / "out" / "generation_config.json").exists()
     capsys.readouterr()
     assert main(["generate", "--load", str(tmp_path / "base"), "--lora-load", out, "--prompt", "How?"]) == 0
-    assert "its chat template is another one than that of" in capsys.readouterr().err
+    assert "its chat template is not used, but that of" in capsys.readouterr().err
 
 
 def test_a_chat_template_that_cannot_ask_as_in_training_is_said(

@@ -153,7 +153,9 @@ def test_variables_reach_their_flags(site: Site, launchers: Path) -> None:
 def test_the_learning_rate_is_the_commands_or_given(site: Site, launchers: Path, command: str, lr: float) -> None:
     script = training_script(command, "0point6b", "torch")
     assert site.run(script, launchers=launchers).settings.optimizer.lr == lr
-    assert site.run(script, launchers=launchers, LR="2e-4").settings.optimizer.lr == 2e-4
+    given = site.run(script, launchers=launchers, LR="2e-8", MIN_LR="1e-9").settings.optimizer
+    assert (given.lr, given.min_lr) == (2e-8, 1e-9)
+    assert site.run(script, launchers=launchers, LR_DECAY_STYLE="constant").settings.optimizer.min_lr == 0
 
 
 def test_each_machine_has_a_log_and_starts_are_added(site: Site, launchers: Path) -> None:

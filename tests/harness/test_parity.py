@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +15,9 @@ from harness_tasks import NAMES, Samples
 from tandem.config.parsing import from_dict
 from tandem.conversion.options import ConvertOptions
 from tandem.conversion.run import run_conversion
+from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
+from tandem.harness.chat import Chat, without_thought
 from tandem.training.evaluate_tasks import evaluate_tasks
 from workspace import Workspace
 
@@ -83,29 +86,29 @@ def test_every_sample_is_that_of_lm_eval(
     assert_same(found, peer(**theirs))
 
 
-@pytest.mark.parametrize("mode", [{"enable_thinking": "true"}, {}])
 def test_the_thought_is_cut_off(
-    workspace: Workspace,
-    task_folder: Path,
-    peer: Callable[..., Samples],
-    framework: str,
-    tmp_path: Path,
-    mode: dict[str, str],
+    workspace: Workspace, task_folder: Path, peer: Callable[..., Samples], framework: str, tmp_path: Path
 ) -> None:
-    """What a toy takes for the end of a thought: a letter. Where the mode is left to the template, it may think."""
+    """What a toy takes for the end of a thought: a letter."""
     tasks, output = ("toy_answers",), tmp_path / "out.json"
-    values = {"apply_chat_template": True, "ai_framework": framework, **mode}
+    values = {"apply_chat_template": True, "enable_thinking": "true", "ai_framework": framework}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tandem.harness.chat.END_OF_THOUGHT", "e")
         found = ours(workspace, task_folder, output, tasks, **values)
     # in a larger batch it goes on after a stop text, and what follows would count
-    thinking = {"enable_thinking": True} if mode else {}
-    theirs = peer(tasks=tasks, chat=True, think_end_token="e", batch_size=1, **thinking)
+    theirs = peer(tasks=tasks, chat=True, enable_thinking=True, think_end_token="e", batch_size=1)
     assert_same(found, theirs)
-    if not mode:
-        return
     with pytest.raises(UserError, match="--enable-thinking true: the tasks toy_choices compare how likely"):
         ours(workspace, task_folder, tmp_path / "other.json", ["toy_choices"], **values)
+
+
+def test_a_thought_is_cut_off_where_the_template_lets_a_model_think(workspace: Workspace) -> None:
+    """And an answer without one keeps its spaces: code may begin with some."""
+    chat = Chat(Tokenizer(workspace.hf))
+    assert without_thought("Well.</think>\n\n4", chat) == "4"
+    assert without_thought("    return 4", chat) == "    return 4"
+    off = dataclasses.replace(chat, enable_thinking=False)
+    assert without_thought("Well.</think>\n\n4", off) == "Well.</think>\n\n4"
 
 
 def test_adapters_next_to_the_weights(

@@ -176,12 +176,18 @@ def test_a_run_goes_on_where_its_weights_have_moved(workspace: Workspace, framew
     assert [*first, *rest] == whole
     base = json.loads((tmp_path / "run/iter_0000006/index.json").read_text())["base"]
     assert base["folder"] == str(tmp_path / "new")  # from now on
+    run(workspace, framework, load=str(tmp_path / "new"), **{**settings, "train_iters": 7})
+    with pytest.raises(UserError, match=f"--ckpt-step 3 is an iteration of --load {tmp_path / 'new'}"):
+        run(workspace, framework, load=str(tmp_path / "new"), ckpt_step=3, **{**settings, "train_iters": 8})
     tensors = load_file(tmp_path / "new" / "model.safetensors")
     save_file({name: 2 * values for name, values in tensors.items()}, tmp_path / "other.safetensors", {"format": "pt"})
     (tmp_path / "new").rename(tmp_path / "newer")
     (tmp_path / "other.safetensors").rename(tmp_path / "newer" / "model.safetensors")
     with pytest.raises(UserError, match="sha256"):
-        run(workspace, framework, load=str(tmp_path / "newer"), **{**settings, "train_iters": 7})
+        run(workspace, framework, load=str(tmp_path / "newer"), **{**settings, "train_iters": 8})
+    shutil.rmtree(tmp_path / "newer")
+    with pytest.raises(UserError, match=f"which were in {tmp_path / 'new'}, cannot be opened.*--lora-load"):
+        run(workspace, framework, load=str(tmp_path / "run"), **{**settings, "train_iters": 8})
 
 
 def test_adapters_of_a_run_start_another(workspace: Workspace, framework: str, trained: Path, tmp_path: Path) -> None:

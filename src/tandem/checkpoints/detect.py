@@ -22,7 +22,6 @@ from tandem.checkpoints.recognise import is_model_folder, no_adapter, unusable
 from tandem.checkpoints.torch_dist.metadata import METADATA
 from tandem.checkpoints.torch_dist.source import TorchDistSource, is_torch_dist
 from tandem.errors import UserError
-from tandem.files.places import same_place
 from tandem.files.publish import recover
 from tandem.models.config import ModelConfig
 
@@ -138,17 +137,20 @@ def with_base(adapters: TensorSource, record: BaseRecord, moved_to: str | None =
     Raises:
         UserError: these weights are not there. Whether they are the same is checked when the first one is read.
     """
-    try:
-        base = open_source(record.folder, record.iteration)
-    except UserError as error:
-        if moved_to is None or same_place(moved_to, record.folder):
-            raise UserError(
-                f"{adapters.location} holds adapters only; the weights that they belong to cannot be opened: {error}. "
-                f"If these are elsewhere now, give --load FOLDER --lora-load {adapters.location}"
-            ) from error
-        base = open_source(moved_to, record.iteration)
-        record = record.moved_to(base)
-    return Adapted(adapters, base, adapters, record)
+    problem: UserError | None = None
+    for place in dict.fromkeys((record.folder, moved_to or record.folder)):
+        try:
+            base = open_source(place, record.iteration)
+        except UserError as error:
+            problem = error
+            continue
+        return Adapted(adapters, base, adapters, record if place == record.folder else record.moved_to(base))
+    iteration = "" if record.iteration is None else f", iteration {record.iteration}"
+    raise UserError(
+        f"{adapters.location} holds adapters only; the weights that they belong to, which were in {record.folder}"
+        f"{iteration}, cannot be opened: {problem}. If these are elsewhere now, give --load FOLDER --lora-load "
+        f"{adapters.location}"
+    ) from problem
 
 
 def open_with_adapters(
@@ -190,7 +192,7 @@ def open_adapters(folder: str | Path, base: TensorSource, lora_alpha: float | No
         if base.folder is not None and not is_for(folder, base.folder):
             source.notices = (*source.notices, _other_model(folder, base))
         if chat_template_of(source.companions) not in (None, chat_template_of(base.companions)):
-            source.notices = (*source.notices, _other_template(folder, base))
+            source.notices = (*source.notices, f"{folder}: its chat template is not used, but that of {base.location}")
         return Adapted(source, base, base)
     if not folder.is_dir():
         raise no_adapter(folder)
@@ -216,14 +218,6 @@ def _other_model(folder: Path, base: TensorSource) -> str:
     """A notice about a PEFT folder that names another model."""
     name = read_config(folder)[BASE]
     return f"{folder}: names {name} as its model, and is put on {base.location}: whether they are the same is not known"
-
-
-def _other_template(folder: Path, base: TensorSource) -> str:
-    """A notice about a PEFT folder whose chat template is not used."""
-    return (
-        f"{folder}: its chat template is another one than that of {base.location}, which is used: give --prompt-type "
-        f"and --enable-thinking to ask as in its training"
-    )
 
 
 def check_adapters(source: TensorSource, folder: Path) -> None:

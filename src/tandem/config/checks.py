@@ -108,7 +108,6 @@ def wrong_settings(settings: Settings) -> Iterator[str]:
     yield from _wrong_precision(settings.training)
     yield from _wrong_recompute(settings.training)
     yield from _wrong_profile(settings.logging, settings.checkpoint)
-    yield from _wrong_exports(settings.checkpoint)
     yield from wrong_preferences(settings, (settings.data.stage,))
     yield from _wrong_tasks(settings.evaluation)
     yield from not_implemented(settings.model, settings.parallel, settings.data)
@@ -243,20 +242,6 @@ def _wrong_profile(logging: LoggingSettings, checkpoint: CheckpointSettings) -> 
         )
     if logging.profile_save_path is None and checkpoint.save is None:
         yield "--profile needs a folder for its files: give --save or --profile-save-path"
-
-
-def _wrong_exports(checkpoint: CheckpointSettings) -> Iterator[str]:
-    """Only what is saved can be exported."""
-    every, saved = checkpoint.export_hf_every, checkpoint.save_interval
-    if every is None or checkpoint.save is None:
-        return
-    if saved is None:
-        yield f"--export-hf-every {every}: saved checkpoints are exported: give --save-interval {every}"
-    elif every % saved:
-        yield (
-            f"--export-hf-every {every}: expected a multiple of --save-interval {saved}, as saved checkpoints are "
-            f"exported"
-        )
 
 
 # What each stage of preferences takes; the others refuse it.

@@ -493,8 +493,8 @@ class CheckpointSettings:
     save_retain_interval: int | None = field(default=None, metadata=aliases("--keep-every"))
     """Keep checkpoints whose iteration is a multiple of this, and the newest --save-total-limit (default 1)."""
     export_hf_every: int | None = None
-    """Every this many iterations, write the checkpoint also as a Hugging Face folder in SAVE/hf. A multiple of
-    --save-interval."""
+    """Every this many iterations, write the checkpoint also as a Hugging Face folder in SAVE/hf. Only what is
+    saved is exported: give a multiple of --save-interval."""
     finetune: bool = False
     """Load only the weights: start at iteration 0 with a new optimizer."""
     no_load_optim: bool = False

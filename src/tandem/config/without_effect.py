@@ -58,9 +58,14 @@ _RULES = (
         ),
     ),
     _Rule(
-        ("min_lr", "lr_decay_iters", "lr_decay_samples"),
+        ("min_lr",),
         "a --lr-decay-style that is not constant",
         lambda given: given.optimizer.lr_decay_style != "constant",
+    ),
+    _Rule(
+        ("lr_decay_iters", "lr_decay_samples"),
+        "a --lr-decay-style that is not constant, or --lr-warmup-fraction",
+        lambda given: given.optimizer.lr_decay_style != "constant" or given.optimizer.lr_warmup_fraction is not None,
     ),
     _Rule(
         ("moe_aux_loss_coeff",),

@@ -24,13 +24,10 @@ from tandem.conversion.options import ConvertOptions
 from tandem.conversion.result import Converted
 from tandem.errors import UserError
 from tandem.files.lock import publishing
-from tandem.models.config import ModelConfig
+from tandem.models.config import DESCRIPTIVE, ModelConfig
 from tandem.models.hf_config import from_hf, hf_dtype
 from tandem.models.tensors import EMBEDDING, tensor_table
 
-# Fields of a config that change no tensor, and no logit of a text that is short enough. A trainer sets the first to the
-# length that it trains on.
-DESCRIPTIVE = {"max_position_embeddings", "init_method_std"}
 MCORE_ITERATION = 1  # the iteration that a converted checkpoint carries, as upstream's converters write it
 
 # called with the source and with what was written, before the result becomes visible; raises when they differ

@@ -84,18 +84,16 @@ def thinks(chat: Chat | None) -> bool:
     return chat is not None and bool(chat.enable_thinking)
 
 
-def may_think(chat: Chat | None) -> bool:
-    """Whether answers may begin with a thought, which is cut off. Left to the template, Qwen3's own lets it think."""
-    return chat is not None and chat.enable_thinking is not False
-
-
-def without_thought(answer: str) -> str:
+def without_thought(answer: str, chat: Chat | None) -> str:
     """An answer after its thought.
 
-    >>> without_thought("Well.</think>\\n\\n4")
-    '4'
+    Where the template decides whether a model thinks, an answer without a thought keeps its spaces: it may be code.
+
+    >>> without_thought("Well.</think>\n\n4", None)
+    'Well.</think>\n\n4'
     """
-    return answer.rpartition(END_OF_THOUGHT)[2].lstrip()
+    may_think = chat is not None and chat.enable_thinking is None and END_OF_THOUGHT in answer
+    return answer.rpartition(END_OF_THOUGHT)[2].lstrip() if thinks(chat) or may_think else answer
 
 
 def describe(chat: Chat | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError
 from tandem.harness.cache import Answers, key_of
-from tandem.harness.chat import Chat, may_think, thinks, without_thought
+from tandem.harness.chat import Chat, thinks, without_thought
 from tandem.harness.team import Team
 from tandem.harness.texts import Score, asked_together
 from tandem.harness.wishes import Wishes, cut
@@ -181,6 +181,4 @@ class TandemLM(TemplateLM):
 
     def _text(self, tokens: Sequence[int], wishes: Wishes) -> str:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        if may_think(self._asking.chat):
-            text = without_thought(text)
-        return cut(text, wishes.stops)
+        return cut(without_thought(text, self._asking.chat), wishes.stops)

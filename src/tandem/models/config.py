@@ -17,6 +17,9 @@ from tandem.models.families import FAMILIES, Family, sparse_layer
 from tandem.models.lora import Lora
 from tandem.models.rows import Row
 
+# Fields of a config that change no tensor, and no logit of a text that is short enough. A trainer sets the first to the
+# length that it trains on.
+DESCRIPTIVE = {"max_position_embeddings", "init_method_std"}
 WHOLE_NUMBERS = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("vocab_size", "max_position_embeddings"),

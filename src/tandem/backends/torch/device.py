@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ def lacking_to_compile(device: torch.device) -> str | None:
         return "Triton is missing; pip install triton"
     if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):  # as Triton looks for it
         return "a C compiler is missing; install gcc, or name one with CC"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():  # which Triton's launchers include
+        return "Python's headers are missing; install python3-dev"
     return None
 
 

@@ -24,14 +24,26 @@ def saving_notice(checkpoint: CheckpointSettings) -> list[str]:
     if checkpoint.save is None:
         return ["--save is not given: nothing will be saved"]
     notices = []
-    if checkpoint.save_interval is None:
+    every, saved = checkpoint.export_hf_every, checkpoint.save_interval
+    if saved is None:
         notices.append("--save-interval is not given: only the last step is saved")
+    if every is not None and (saved is None or every % saved):
+        notices.append(
+            f"--export-hf-every {every}: only what is saved is exported: {_saved_steps(saved)}that is a multiple of "
+            f"{every}"
+        )
     if checkpoint.ckpt_format != "native":
         notices.append(
             f"--ckpt-format {checkpoint.ckpt_format}: training saves native checkpoints; convert one with "
             f"`tandem convert --ckpt-format torch`"
         )
     return notices
+
+
+def _saved_steps(interval: int | None) -> str:
+    """Which steps are saved, in words."""
+    last = "the last step, if "
+    return last if interval is None else f"each multiple of --save-interval {interval}, and {last}"
 
 
 def long_notice(settings: Settings, config: ModelConfig) -> list[str]:

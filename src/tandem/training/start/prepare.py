@@ -117,9 +117,8 @@ def check_model_and_processes(settings: Settings, world: World) -> ModelAndProce
         with problems.noted():
             loading = continued(checkpoint)
             tokenizer_folder = data.tokenizer_name_or_path
-            source = open_weights(
-                loading, settings.lora, settings.model, tokenizer_folder, training.seed, base=checkpoint.load
-            )
+            base = checkpoint.load if loading.load != checkpoint.load else None
+            source = open_weights(loading, settings.lora, settings.model, tokenizer_folder, training.seed, base=base)
     if source is None:
         problems.raise_all()
     assert source is not None, "why it was not opened is a problem"

@@ -48,8 +48,7 @@ def continued(checkpoint: CheckpointSettings) -> CheckpointSettings:
     newest = find_newest(save, adapters_alone=True)
     if TrainerState.from_source(newest) is None:
         raise UserError(f"--save {save} contains a converted checkpoint: choose another folder for this run")
-    if not _base_has_moved(newest, checkpoint):
-        _check_origin(origin_of_saved(newest), checkpoint)
+    _check_origin(origin_of_saved(newest), checkpoint, names_base=_names_base(newest, checkpoint))
     # A run that saves no optimizer goes on without one each time.
     without_optimizer = checkpoint.no_load_optim and not has_optimizer(newest)
     return replace(checkpoint, load=save, init=None, ckpt_step=None, finetune=False, no_load_optim=without_optimizer)
@@ -108,22 +107,29 @@ def check_same_data(data: DataSettings, checkpoint: CheckpointSettings, loading:
         raise _another_run(save, f"on {kind}; here it is {kind_now}")
 
 
-def _base_has_moved(newest: TensorSource, now: CheckpointSettings) -> bool:
-    """Whether a run of adapters began with weights that are gone, and `--load` names a folder that may hold them.
+def _names_base(newest: TensorSource, now: CheckpointSettings) -> bool:
+    """Whether `--load` names the weights that the adapters in `--save` belong to, or their new place if they are gone.
 
-    Whether it does is known when they are compared with the hash that the run recorded.
+    They are compared with the hash that the run recorded when they are first read.
     """
     record = newest.record if isinstance(newest, NativeSource) else None
-    if record is None or now.load is None or same_place(now.load, record.folder) or Path(record.folder).exists():
+    if record is None or now.load is None:
+        return False
+    if same_place(now.load, record.folder):
+        return True
+    if Path(record.folder).exists():
         return False
     log_notice(f"{record.folder}, the weights of the adapters in {now.save}, is gone: --load {now.load} is taken")
     return True
 
 
-def _check_origin(origin: dict[str, Any], now: CheckpointSettings) -> None:
+def _check_origin(origin: dict[str, Any], now: CheckpointSettings, *, names_base: bool) -> None:
     """Raise UserError when a command starts from something else than the run in `--save` did.
 
     Also for a new `--ckpt-step`: the run would ignore it and continue from its newest checkpoint.
+
+    Args:
+        names_base: `--load` names the weights of the run's adapters, wherever the run began.
     """
     save, old, new = now.save, origin.get("load"), now.load
     assert save is not None
@@ -134,7 +140,7 @@ def _check_origin(origin: dict[str, Any], now: CheckpointSettings) -> None:
         log_notice(f"--load {new}: the checkpoints in {save} do not record what their run started from")
         return
     same = old == new if old is None or new is None else same_place(new, old, origin.get("place"))
-    if not same:
+    if not same and not names_base:
         if old == new and new is not None:  # the same words, in another folder
             old, new = origin["place"], resolved(new)
         raise _another_run(save, f"with load {old}; here it is {new}")

@@ -20,7 +20,7 @@ from tandem.config.settings import (
     PreferenceSettings,
 )
 from tandem.errors import Problems, UserError, raise_all
-from tandem.models.config import ModelConfig, RotaryScaling
+from tandem.models.config import DESCRIPTIVE, ModelConfig, RotaryScaling
 from tandem.models.experts import parse_layer_freq, sparse_layers
 from tandem.models.hf_config import from_hf
 from tandem.options import flag_of
@@ -95,8 +95,10 @@ def _config_of(companions: Companions, folder: str) -> ModelConfig:
 def _check_described(config: ModelConfig, source: TensorSource, where: str) -> None:
     """Raise UserError when weights that describe themselves are of another model than `config` describes."""
     asked, actual = config.to_dict(), source.config.without_adapters.to_dict()
+    for values in (asked, actual):
+        values.get("experts", {}).pop("router_aux_loss_coef", None)  # training has a setting of its own
     names = [name for name in dict.fromkeys((*actual, *asked)) if asked.get(name) != actual.get(name)]
-    names = [name for name in names if name != "init_method_std"]  # for random weights
+    names = [name for name in names if name not in DESCRIPTIVE]
     if names:
         differences = "; ".join(f"{name} {actual.get(name)}, not {asked.get(name)}" for name in names)
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -12,6 +13,7 @@ import torch
 from tandem.backends.torch.device import lacking_to_compile
 from tandem.logs import log
 
+_THREAD = threading.local()
 MOST_VERSIONS = 64  # of one function: dtypes, and sizes of 1, are compiled each for itself
 
 
@@ -32,17 +34,26 @@ class Fused:
         plain = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
         if self._compiled is None:
             self._compiled = self._compile(plain[0].device)
+        if not getattr(_THREAD, "allows_versions", False):
+            _allow_versions()
         return self._compiled(*plain)
 
     def _compile(self, device: torch.device) -> Callable[..., Any]:
         if lacking := lacking_to_compile(device):
             _say(f"each step takes longer, as its kernels cannot be compiled: {lacking}")
             return self.function
-        config = import_module("torch._dynamo.config")  # here, as it imports much
-        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the older name
-        # With fullgraph, one version more than the limit is an error.
-        setattr(config, limit, max(getattr(config, limit), MOST_VERSIONS))
         return torch.compile(self.function, fullgraph=True, dynamic=True)
+
+
+def _allow_versions() -> None:
+    """Let this thread compile `MOST_VERSIONS` of a function. With fullgraph, one more than the limit is an error.
+
+    PyTorch keeps the limit for each thread, and passes backward have threads of their own.
+    """
+    config = import_module("torch._dynamo.config")  # here, as it imports much
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the older name
+    setattr(config, limit, max(getattr(config, limit), MOST_VERSIONS))
+    _THREAD.allows_versions = True
 
 
 @cache
