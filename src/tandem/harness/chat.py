@@ -89,8 +89,8 @@ def without_thought(answer: str, chat: Chat | None) -> str:
 
     Where the template decides whether a model thinks, an answer without a thought keeps its spaces: it may be code.
 
-    >>> without_thought("Well.</think>\n\n4", None)
-    'Well.</think>\n\n4'
+    >>> without_thought("Well.</think>\\n\\n4", None)
+    'Well.</think>\\n\\n4'
     """
     may_think = chat is not None and chat.enable_thinking is None and END_OF_THOUGHT in answer
     return answer.rpartition(END_OF_THOUGHT)[2].lstrip() if thinks(chat) or may_think else answer
