@@ -36,8 +36,9 @@ def test_the_files_have_lm_evals_schema(
 
     output = tmp_path / "deep" / "out.json"
     command = words(workspace, task_folder, "--tasks", "toys", "--limit", "4", "--output", str(output), "--log-samples")
-    assert main(command) == 0
+    assert main([*command, "--seq-length", "48", "--eval-iters", "7"]) == 0
     printed = capsys.readouterr().out
+    assert "--seq-length 48 --eval-iters 7: without effect on tasks" in printed
     assert "no chat template; lm-eval" in printed
     assert printed.count("> keys and values: up to ") == 1
     assert "toy_answers" in printed

@@ -12,7 +12,7 @@ from tandem.backends.interface import Engine
 from tandem.checkpoints.hf.companions import end_ids_of
 from tandem.checkpoints.interface import TensorSource
 from tandem.checkpoints.prompt import prompt_entry
-from tandem.config.settings import DataSettings, ModelSettings, Settings, TaskSettings
+from tandem.config.settings import DataSettings, ModelSettings, Settings, TaskSettings, TrainingSettings
 from tandem.data.templates.catalog import THINKING_MODES, get_template, template_from_entry
 from tandem.data.tokens.tokenizer import Tokenizer
 from tandem.errors import UserError, raise_all
@@ -25,7 +25,7 @@ from tandem.harness.team import Team
 from tandem.harness.upstream.benchmarks import Wanted, load_upstream
 from tandem.logs import log
 from tandem.models.tensors import tensor_table
-from tandem.options import flag_of
+from tandem.options import as_typed, flag_of
 from tandem.parallel.grid import Grid
 from tandem.training.out_of_memory import naming_less_memory
 from tandem.training.start.agreement import weights_identity
@@ -96,7 +96,7 @@ def _evaluate_tasks(settings: Settings, progress: Callable[[str, int, int], None
         team.follow()
     else:
         results = _lead(settings, weights, benchmark, team, chat, progress)
-        results.notices.extend(notices)
+        results.notices.extend([*notices, *_idle(settings)])
     communicator.close()
     return results
 
@@ -119,6 +119,18 @@ def _wrong(settings: Settings) -> list[str]:
     if settings.data.valid_data_path:
         problems.append(f"{settings.data.valid_data_path[0]} and --tasks: give data or tasks, each in its own command")
     return problems
+
+
+def _idle(settings: Settings) -> list[str]:
+    """A notice about settings of an evaluation on data, which tasks do not have."""
+    flags = []
+    if settings.data.seq_length != DataSettings.seq_length:
+        flags.append(as_typed("seq_length", settings.data.seq_length))
+    if settings.training.eval_iters not in ("full", TrainingSettings.eval_iters):
+        flags.append(as_typed("eval_iters", settings.training.eval_iters))
+    if not flags:
+        return []
+    return [f"{' '.join(flags)}: without effect on tasks; --max-position-embeddings and --limit make them shorter"]
 
 
 def benchmark_of(given: TaskSettings, names: tuple[str, ...]) -> Benchmark:
