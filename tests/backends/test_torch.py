@@ -196,20 +196,28 @@ def test_an_absent_device_is_named() -> None:
         choose_device("tpu")
 
 
-@pytest.mark.parametrize(("device", "name"), [("cuda", "PYTORCH_CUDA_ALLOC_CONF"), ("npu", "PYTORCH_NPU_ALLOC_CONF")])
-@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "its own"])
+@pytest.mark.parametrize(
+    ("device", "given", "added"),
+    [
+        ("cuda", None, "PYTORCH_CUDA_ALLOC_CONF"),
+        ("cuda", "PYTORCH_CUDA_ALLOC_CONF", None),
+        ("cuda", "PYTORCH_ALLOC_CONF", None),
+        ("npu", None, "PYTORCH_NPU_ALLOC_CONF"),
+        ("npu", "PYTORCH_NPU_ALLOC_CONF", None),
+        ("npu", "PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"),  # torch_npu does not read the name without NPU
+    ],
+)
 def test_a_devices_memory_grows_unless_the_user_says_otherwise(
-    device: str, name: str, given: str | None, monkeypatch: pytest.MonkeyPatch
+    device: str, given: str | None, added: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = name if given == "its own" else given
-    environment = {"SOME": "thing"} if theirs is None else {theirs: "max_split_size_mb:64"}
+    environment = {"SOME": "thing"} if given is None else {given: "max_split_size_mb:64"}
     monkeypatch.setattr(device_module, "_is_present", lambda kind: kind in (device, "cpu"))
     monkeypatch.setattr(device_module.os, "environ", found := dict(environment))
     monkeypatch.setattr(torch, "device", lambda name: SimpleNamespace(type=name))  # there is an npu with torch_npu only
     assert choose_device("cpu").type == "cpu"
     assert found == environment
     assert choose_device(None).type == device
-    assert found == environment | ({} if theirs else {name: "expandable_segments:True"})
+    assert found == environment | ({added: "expandable_segments:True"} if added else {})
 
 
 def test_memory_that_pytorch_keeps_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
