@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from advice import CONVERT, EPOCH, PREPROCESS, RUN, changed
+from advice_benchmarks import make_gsm8k, make_tasks
 from safetensors.numpy import load_file, save_file
 
 from tandem.__main__ import main
@@ -57,6 +58,9 @@ MADE = (
         "two_models",
         "two_dtypes",
         "argless",
+        "tasks",
+        "gsm8k",
+        "elsewhere",
     ),
 )
 
@@ -65,6 +69,9 @@ def make_places(workspace: Workspace, root: Path) -> dict[str, Path | str]:
     """All of them, by name."""
     make_data(workspace, root)
     make_models(workspace, root)
+    make_tasks(root / "tasks")
+    make_gsm8k(root / "gsm8k")
+    (root / "elsewhere").mkdir()
     names: dict[str, Path | str] = {
         "hf": workspace.hf,
         "text": f"{workspace.text}_text_document",

@@ -11,6 +11,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import advice_benchmarks
 import advice_data
 import advice_models
 import advice_training
@@ -21,7 +22,8 @@ from frameworks import require_framework
 from tandem.__main__ import main
 from workspace import Workspace
 
-CASES = {**advice_training.CASES, **advice_data.CASES, **advice_models.CASES}
+TABLES = (advice_training.CASES, advice_data.CASES, advice_models.CASES, advice_benchmarks.CASES)
+CASES = {name: case for table in TABLES for name, case in table.items()}
 
 
 @pytest.fixture(scope="module")
@@ -53,4 +55,4 @@ def test_advice_works(
 
 
 def test_no_case_has_the_name_of_another() -> None:
-    assert len(CASES) == sum(len(module.CASES) for module in (advice_training, advice_data, advice_models))
+    assert len(CASES) == sum(map(len, TABLES))

@@ -118,7 +118,7 @@ def other_model(workspace: Workspace, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--tasks", "toy_choice"], "--tasks toy_choice: no such task; did you mean 'toy_choices'?"),
+        (["--tasks", "toy_choice"], "no such task; --include-path adds a folder; did you mean 'toy_choices'?"),
         (["--tasks", "no.yaml"], "--tasks no.yaml: no such file"),
         (["--tasks", "toys", "--log-samples"], "--log-samples: give --output"),
         (["--tasks", "toys", "--output", "."], "--output .: is a folder; expected the name of a file"),
@@ -126,7 +126,7 @@ def other_model(workspace: Workspace, tmp_path: Path) -> Path:
         (["--tasks", "toys", "--enable-thinking", "false"], "--enable-thinking false: also give --apply-chat-template"),
         (["DATA", "--limit", "3"], "--include-path --limit: belongs to --tasks or --task, which are not given"),
         (["--tasks", "toys", "--max-new-tokens", "3"], "--max-new-tokens: belongs to --task"),
-        (["--tasks", "toy_choices", "--num-fewshot", "7"], "--num-fewshot 7: toy_choices has 6 solved examples"),
+        (["--tasks", "toy_choices", "--num-fewshot", "6"], "--num-fewshot 6: toy_choices has 5 solved examples"),
         (["DATA", "--tasks", "toys"], "DATA and --tasks: give data or tasks"),
         (["--tasks", "toy_broken"], "--tasks toy_broken: Unable to find"),
         (["--tasks", "toy_code"], "toy_code: runs code that the model writes; --allow-code allows it"),
@@ -139,7 +139,6 @@ def test_what_is_wrong_is_named(
     more: Sequence[str],
     named: str,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("torch")
     answers = (task_folder / "answers.yaml").read_text()
@@ -148,12 +147,6 @@ def test_what_is_wrong_is_named(
     (task_folder / "code.yaml").write_text(answers.replace("task: toy_answers", "task: toy_code\nunsafe_code: true"))
     beams = answers.replace("max_gen_toks: 12", "num_beams: 2").replace("toy_answers", "toy_beams")
     (task_folder / "beams.yaml").write_text(beams)
-    from lm_eval.tasks import TaskManager
-
-    original = TaskManager.__init__
-    monkeypatch.setattr(
-        TaskManager, "__init__", lambda self, **given: original(self, **{**given, "include_defaults": False})
-    )
     assert main(words(workspace, task_folder, *more)) == 2
     assert named in capsys.readouterr().err
 

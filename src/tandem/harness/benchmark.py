@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Benchmark:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
         shots = task.get_config("num_fewshot")
-        if shots and (available := len(task.fewshot_docs())) < shots:
+        if shots and (available := _solved_examples(task)) < shots:
             raise UserError(
                 f"--num-fewshot {shots}: {task.task_name} has {available} solved examples; give --num-fewshot "
                 f"{available} or less"
@@ -80,6 +81,14 @@ class Benchmark:
             for name, samples in results["samples"].items()
         }
         return {**results, "task_hashes": hashes, "date": began, "seconds": time.time() - began}
+
+
+def _solved_examples(task: Any) -> int:
+    """How many can stand before a question. Where the questions themselves are the examples, none is its own."""
+    examples = task.fewshot_docs()
+    if task.fewshot_cfg.split != task.config.test_split:
+        return len(examples)
+    return len(examples) - max(Counter(map(repr, examples)).values())
 
 
 def numbers(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import UserError, nearest
-from tandem.logs import log
+from tandem.harness.task_files import add_tasks, defined_names
 
 YAML = (".yaml", ".yml")
 
@@ -35,21 +36,21 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> dict[str, Any]
     """Tasks and groups by name, with their data, as `lm_eval.tasks.TaskManager.load` returns them.
 
     A name can have wildcards, or be the path of a task's YAML file. Tasks in `include_path` come before those of
-    lm-evaluation-harness, whose list is read only when a name is not found there: that takes half a minute.
+    lm-evaluation-harness, which are looked for only when a name is not found there.
 
     Raises:
         UserError: there is no such task, or its data cannot be read.
     """
     require_library()
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if any(not name.endswith(YAML) and not _matches(manager, name) for name in names):
-        log.info("> reading the list of lm-evaluation-harness's tasks")
-        manager = TaskManager(include_path=include_path)
-    found = [match for name in names for match in _found(manager, name)]
+    home = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=False)
+    if absent := [name for name in names if not name.endswith(YAML) and not _matches(manager.task_index, name)]:
+        add_tasks(manager.task_index, absent, home)
+    found = [match for name in names for match in _found(manager.task_index, name, home)]
     return load_specs(manager, found)
 
 
@@ -67,20 +68,21 @@ def load_specs(manager: Any, specs: Sequence[Any]) -> dict[str, Any]:
     return loaded
 
 
-def _matches(manager: Any, name: str) -> list[str]:
+def _matches(index: Mapping[str, Any], name: str) -> list[str]:
     if name.endswith(YAML):
         return [name] if Path(name).is_file() else []
     if glob.has_magic(name):
-        return list(manager.match_tasks([name]))
-    return [name] if name in manager.task_index else []
+        return sorted(fnmatch.filter(index, name))
+    return [name] if name in index else []
 
 
-def _found(manager: Any, name: str) -> list[str]:
-    if matches := _matches(manager, name):
+def _found(index: Mapping[str, Any], name: str, home: Path) -> list[str]:
+    if matches := _matches(index, name):
         return matches
     if name.endswith(YAML):
         raise UserError(f"--tasks {name}: no such file")
-    raise UserError(f"--tasks {name}: no such task{nearest(name, manager.all_tasks)}; --include-path adds a folder")
+    known = [*index, *defined_names(home)]
+    raise UserError(f"--tasks {name}: no such task; --include-path adds a folder{nearest(name, known)}")
 
 
 def _in_words(error: Exception) -> str:

@@ -75,6 +75,8 @@ def _evaluate_weights(settings: Settings) -> tuple[dict[str, Result], list[str]]
         raise UserError("no weights: give a checkpoint or a Hugging Face folder")
     defaults = TaskSettings()
     of_tasks = [flag_of(name) for name, value in vars(settings.evaluation).items() if value != getattr(defaults, name)]
+    if settings.evaluation.eval_tasks:
+        raise UserError("--eval-tasks belongs to training: give --tasks")
     if of_tasks:
         raise UserError(f"{' '.join(of_tasks)}: belongs to --tasks or --task, which are not given")
     places = named_sets(data.valid_data_path)
