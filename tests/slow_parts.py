@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 PARTS = {
-    "sizes": "real sizes: conversions, data, a real model, processes as large as planned",
+    "sizes": "real sizes: conversions, data, memory, a real model; the README's commands, and example scripts",
     "users": "what users do, from the first step to the last: guide, scripts, notebooks, quickstart",
     "layouts": "layouts of two and four processes: adapters, experts, preferences, and a NaN in them",
     "eight": "layouts of eight processes",

@@ -47,7 +47,8 @@ def test_files_are_written_whatever_becomes_of_the_console(
     assert (tmp_path / "text_text_document.idx").stat().st_size > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow("signals"))])
+@pytest.mark.slow("kills")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_run_outlives_its_reader_and_saves_at_the_next_signal(
     workspace: Workspace, framework: str, number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ print(peak_mib() - before)
 """
 
 
+@pytest.mark.slow("sizes")
 def test_full_logits_never_exist(framework: str) -> None:
     """4096 x 65536 logits take 1024 MiB, and their gradient as much; the step may add a quarter of the two."""
     if not sys.platform.startswith("linux"):

@@ -226,6 +226,7 @@ def test_what_a_check_raises_keeps_the_result_from_appearing(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.slow("kills")
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_killed_at_any_moment(target: dict[str, Any], tmp_path: Path) -> None:
     """The target is absent or whole, and a second run needs no cleaning up."""
@@ -267,7 +268,8 @@ def assert_whole(save: Path, folder: Path) -> None:
 STAGES = {"ckpt_format": "torch", "target_pipeline_parallel_size": 2}
 
 
-@pytest.mark.parametrize("target", [*TARGETS, pytest.param(STAGES, marks=pytest.mark.slow("sizes"))], ids=str)
+@pytest.mark.slow("sizes")
+@pytest.mark.parametrize("target", [*TARGETS, STAGES], ids=str)
 def test_memory_is_bounded_by_the_largest_tensors(target: dict[str, Any], tmp_path: Path) -> None:
     """A model of many tensors in several files: the peak is a few of the largest, far below the model."""
     config = toy_config(

@@ -76,7 +76,7 @@ def test_a_conversation(workspace: Workspace, tmp_path: Path) -> None:
     assert history.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("framework", ["torch", pytest.param("mindspore", marks=pytest.mark.slow("answers"))])
+@pytest.mark.slow("answers")
 def test_a_conversation_with_two_processes(workspace: Workspace, tmp_path: Path, framework: str) -> None:
     """The first one has the terminal, and Ctrl-C stops its answers. They are those of one process.
 

@@ -100,6 +100,7 @@ def test_torch_computes_the_same_and_goes_on(site: Site, pretrained: Finished) -
     assert resumed.saved == [(3, Path(PRETRAINED))]
 
 
+@pytest.mark.slow("sizes")
 def test_fine_tuning_and_export(site: Site, pretrained: Finished) -> None:
     """MindSpore fine-tunes the pretrained weights, PyTorch goes on from there, and the result becomes a HF folder."""
     require_framework("torch")
@@ -148,7 +149,7 @@ def test_the_documented_command_for_random_weights(site: Site) -> None:
 @pytest.mark.parametrize(
     ("framework", "processes", "layout"),
     [
-        ("torch", 2, {"TP": 2}),
+        pytest.param("torch", 2, {"TP": 2}, marks=pytest.mark.slow("sizes")),
         pytest.param("mindspore", 2, {"PP": 2}, marks=pytest.mark.slow("users")),
         pytest.param("torch", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("users")),
         pytest.param("mindspore", 4, {"TP": 2, "PP": 2}, marks=pytest.mark.slow("users")),

@@ -35,6 +35,7 @@ JOB = Path(__file__).with_name("layout_job.py")
 TOLERANCE = 1e-4
 LOSS_SCALE, OVERFLOWING = 2.0**10, 2.0**40  # with fp16
 FP16_ROUNDING = 2.0**-11
+FP16_OTHER_TOKENS = 0.02  # 2 of 154 were seen, where the CPU itself multiplies fp16
 SPOILED_RANK, SPOILED_STEP = 1, 3
 EXPERTS = Experts(num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=24, norm_topk_prob=True, mlp_only_layers=(2,))
 
@@ -191,6 +192,7 @@ class Outcome:
 
     evaluated: list[float]
     scored: list[float]
+    likeliest: list[float]
     first_loss: float
     losses: list[float]
     norms: list[float]
@@ -217,9 +219,9 @@ def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = s
     steps = micro_batches(case, source.config)
     # Data ranks may bring different numbers of micro-batches.
     evaluated = engine.evaluate(steps[0][:-1][data])
-    scored = scores(engine, steps[0])
+    scored, likeliest = scores(engine, steps[0])
     with engine.without_adapters():
-        scored += scores(engine, steps[0])
+        more = scores(engine, steps[0])
     weigh = any_weights if case.weighted else mean_weights
     first_loss, _ = engine.loss_and_gradients(steps[0][data], weigh(steps[0])[data])
     results = []
@@ -230,7 +232,8 @@ def train(framework: str, engine: Engine, case: Case, rank: int, data: slice = s
             results.append(engine.train_step(batches[data], weights, case.lr, 0.1, loss_scale=case.loss_scale(number)))
     return {
         "evaluated": list(evaluated),
-        "scored": scored,
+        "scored": scored + more[0],
+        "likeliest": likeliest + more[1],
         "first_loss": first_loss,
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
@@ -245,14 +248,15 @@ def together(loads: list[list[Any]]) -> dict[str, float]:
     return ExpertWatch(EventLog(None)).metrics(1, map(from_json, loads))
 
 
-def scores(engine: Engine, batches: list[MicroBatch]) -> list[float]:
-    """A number for each micro-batch that shows when a log-probability has changed or moved.
+def scores(engine: Engine, batches: list[MicroBatch]) -> tuple[list[float], list[float]]:
+    """A number for each micro-batch that shows when a log-probability has changed or moved, and the likeliest tokens.
 
-    With the same of `label_scores`, and the most likely tokens.
+    The numbers are those of `log_probabilities` and of `label_scores`.
     """
     found = engine.label_scores([AskedBatch.of(batch, *batch.judged) for batch in batches if batch.trained_tokens])
-    numbers = [*engine.log_probabilities(batches), *(part.astype(np.float64) for pair in found for part in pair)]
-    return [float(values @ np.sqrt(np.arange(1, 1 + len(values)))) for values in numbers]
+    numbers = [*engine.log_probabilities(batches), *(logps.astype(np.float64) for logps, _ in found)]
+    scored = [float(values @ np.sqrt(np.arange(1, 1 + len(values)))) for values in numbers]
+    return scored, [float(token) for _, tokens in found for token in tokens]
 
 
 def run_job(
@@ -317,7 +321,8 @@ def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> N
 
     In fp16 tensor ranks round each their part of a sum: losses are within a rounding, norms within two, and masters and
     moments differ by at most 0.04 of what training made of them (0.02 was seen; the smallest gradients are rounding
-    errors, of which Adam makes whole steps). Weights are the masters, rounded.
+    errors, of which Adam makes whole steps). Weights are the masters, rounded. Of two tokens that are equally likely up
+    to a rounding, either may be the likeliest.
     """
     expected = one_process(framework, case.work)
     assert found.trained == expected.trained, case.name
@@ -328,6 +333,8 @@ def assert_equal_to_one_process(case: Case, found: Outcome, framework: str) -> N
     )
     np.testing.assert_allclose(found.evaluated, expected.evaluated, rtol=first, err_msg=case.name)
     np.testing.assert_allclose(found.scored, expected.scored, rtol=first, err_msg=case.name)
+    others = np.mean(np.not_equal(found.likeliest, expected.likeliest))
+    assert others <= (FP16_OTHER_TOKENS if case.fp16 else 0), f"{case.name}: {others:.2%} other tokens are likeliest"
     np.testing.assert_allclose(found.first_loss, expected.first_loss, rtol=first, err_msg=case.name)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=later, err_msg=case.name)
     np.testing.assert_allclose(found.norms, expected.norms, rtol=norm, err_msg=case.name)

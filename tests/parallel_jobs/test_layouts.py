@@ -89,6 +89,7 @@ MORE_OF_MINDSPORE = {
 }
 
 
+@pytest.mark.slow("matrix-mindspore")
 def test_some_layouts_equal_one_process_on_mindspore(tmp_path: Path) -> None:
     """Those of stages are with interleaved ones here."""
     some = [case for case in SHORTER if not case.num_layer_list]
@@ -135,7 +136,7 @@ MORE_ADAPTED = {
 
 @pytest.mark.parametrize(
     ("framework", "processes"),
-    [("torch", 2), *(pytest.param(*job, marks=pytest.mark.slow("jobs")) for job in ADAPTED if job != ("torch", 2))],
+    [pytest.param(*job, marks=pytest.mark.slow("jobs")) for job in ADAPTED],
 )
 def test_adapters_in_some_layouts_equal_one_process(framework: str, processes: int, tmp_path: Path) -> None:
     check(require_framework(framework), processes, brief(ADAPTED[framework, processes]), tmp_path)
@@ -177,9 +178,8 @@ SPOILED = {
 @pytest.mark.parametrize(
     ("framework", "processes"),
     [
-        ("torch", 2),
         *(pytest.param(*case, marks=pytest.mark.slow("layouts")) for case in (("mindspore", 2), ("torch", 4))),
-        pytest.param("mindspore", 4, marks=pytest.mark.slow("jobs")),
+        *(pytest.param(*case, marks=pytest.mark.slow("jobs")) for case in (("torch", 2), ("mindspore", 4))),
     ],
 )
 def test_a_nan_on_one_rank_makes_all_skip_the_step(framework: str, processes: int, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def test_parts_of_the_tokens_have_capacities_of_their_own() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [pytest.param("SequentialMLP", marks=pytest.mark.slow("jobs")), "GroupedMLP"])
+@pytest.mark.slow("jobs")
+@pytest.mark.parametrize("kind", ["SequentialMLP", "GroupedMLP"])
 @pytest.mark.parametrize("form", ["stacked", "by-layer", "by-expert"])
 def test_experts_of_distributed_checkpoints_are_read(
     mcore: ModuleType, grouped: None, kind: str, form: str, tmp_path: Path

@@ -37,13 +37,8 @@ def test_every_stage_runs_on_both_backends(tmp_path: Path, capsys: pytest.Captur
     assert "Held-out accuracy on 8 questions" in out
 
 
-@pytest.mark.parametrize(
-    "interrupted",
-    [
-        *("preprocess", "train"),
-        *(pytest.param(stage, marks=pytest.mark.slow("users")) for stage in ("convert", "export", "save_curve")),
-    ],
-)
+@pytest.mark.slow("kills")
+@pytest.mark.parametrize("interrupted", ["preprocess", "train", "convert", "export", "save_curve"])
 def test_the_same_command_goes_on(interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages are those of a quickstart that nobody interrupted, and nothing is trained twice."""
     require_framework("torch")

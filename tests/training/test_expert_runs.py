@@ -79,6 +79,7 @@ LORA = {"lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8}
 SHORT = {"instructions": True, "train_iters": 4, "lr": 3e-3, "lr_warmup_iters": 0, "finetune": True}
 
 
+@pytest.mark.slow("jobs")
 def test_adapters_of_experts_go_on_and_come_out(
     workspace: Workspace, framework: str, small_mixture: Path, tmp_path: Path
 ) -> None:
