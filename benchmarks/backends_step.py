@@ -29,10 +29,10 @@ from tandem.data.batch import IGNORE, MicroBatch
 from tandem.models.hf_config import from_hf, load_hf_config
 
 
-def backend(arguments: argparse.Namespace, framework: str) -> turns.Step:
+def backend(arguments: argparse.Namespace, framework: str, bf16: bool = False) -> turns.Step:
     config = from_hf(load_hf_config(arguments.config.parent))
     config = dataclasses.replace(config, num_layers=arguments.layers or config.num_layers)
-    engine = create_engine(framework, config, EngineSettings(device="cpu"))
+    engine = create_engine(framework, config, EngineSettings(device="cpu", bf16=bf16))
     engine.load_weights(RandomSource(config, 0))
     length = arguments.seq_length
     positions, bounds = np.arange(length, dtype=np.int32), np.array([0, length], np.int32)
@@ -46,12 +46,16 @@ def backend(arguments: argparse.Namespace, framework: str) -> turns.Step:
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a Hugging Face config.json")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--layers", type=int, help="fewer layers than the config's, on both sides")
     turns.add_arguments(parser)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     sides = {name: functools.partial(backend, framework=name) for name in ("mindspore", "torch")}
