@@ -17,7 +17,7 @@ PARTS = {
     "jobs": "other jobs: resuming elsewhere, launchers, Megatron, kernels",
     "answers": "what uses a model: generation, sessions, servers, evaluation, benchmarks of models and of devices",
     "signals": "signals at any time, and launchers that end",
-    "kills": "kills, hangs and NaN, and going on after them",
+    "kills": "kills, hangs and NaN, and going on after them; signals to each rank on PyTorch",
 }
 
 

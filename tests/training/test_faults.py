@@ -187,10 +187,17 @@ def test_a_signal_to_the_second_rank(workspace: Workspace, tmp_path: Path) -> No
     stop_and_go_on(job, rank=1, when="evaluation", at=1)
 
 
-@pytest.mark.slow("signals")
 @pytest.mark.parametrize("layout", LAYOUTS_OF_TWO)
+@pytest.mark.parametrize(
+    "framework",
+    [
+        pytest.param("torch", marks=pytest.mark.slow("kills")),
+        pytest.param("mindspore", marks=pytest.mark.slow("signals")),
+    ],
+)
 def test_a_signal_to_each_rank_at_any_time(workspace: Workspace, framework: str, layout: str, tmp_path: Path) -> None:
     """In a step, an evaluation and a save, on each of two ranks."""
+    require_framework(framework)
     job = unbroken_job_of_two(workspace, framework, layout, tmp_path)
     for rank in (0, 1):
         for what, when, at in (("SIGINT", "step", 3), ("SIGTERM", "evaluation", 2), ("SIGINT", "save", 1)):
