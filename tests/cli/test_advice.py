@@ -6,6 +6,7 @@ Advice that other tests follow: YaRN in config.json, and an earlier iteration (t
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -29,6 +30,9 @@ CASES = {name: case for table in TABLES for name, case in table.items()}
 @pytest.fixture(scope="module")
 def places(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
     require_framework("torch")
+    # For lm-evaluation-harness: nothing is fetched, and no cache of the user is written.
+    home = str(tmp_path_factory.mktemp("huggingface"))
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=home)
     return make_places(workspace, tmp_path_factory.mktemp("advice"))
 
 
